@@ -8,6 +8,7 @@ Exit codes: 0 written or up to date, 1 not up to date (`--check`).
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str
         try:
             Promotion.into(writer, None, None).ask(adapter, ask)
         except AdapterkitError:
-            return "", reason.replace(f"{family.title}: ", "").replace(f" of {family.title}", " of this family")
+            return "", re.sub(rf" (of|for) {re.escape(family.title)}(?!\w)", r" \1 this family", reason)
         return ("D" if "dense" in kinds else "L"), ""
     return "=", ""
 

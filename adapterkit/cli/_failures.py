@@ -112,7 +112,10 @@ def text_of(error: AdapterkitError) -> str:
 
 
 _BOTH = re.compile(r"\b[a-z_]+=(?:'[^'/]*'|[^\s/()]*)/(--[a-z][a-z-]*)")
-_AFTER = re.compile(r"(--[a-z][a-z-]*(?: [A-Z][\w.]*| '[^']*')?) \((?:in Python )?[a-z_]+=[^()\s]*(?: in Python)?\)")
+_AFTER = re.compile(
+    r"(--[a-z][a-z-]*(?: [A-Za-z][\w.-]*| '[^']*')?) "
+    r"\((?:in Python )?[a-z_]+=[^()\s]*(?:, [a-z_]+=[^()\s]*)*(?: in Python)?\)"
+)
 
 
 def as_flags(text: str) -> str:

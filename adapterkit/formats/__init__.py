@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save"]
 
 MEMBER = "adapter_config.json"
-"""The file that marks a subfolder as an adapter of its own."""
+"""The file that marks a subfolder as an adapter."""
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Return the name of the one format whose headers are at `path`, or in the only file of tensors of a folder.
+    """Return the format of the adapter at `path`, read from its headers; in a folder, its only tensor file counts.
 
     Raises:
-        StorageError: nothing is there.
-        UnknownFormat: no format recognises it, or several do; the error names the candidates.
+        StorageError: nothing exists at `path`.
+        UnknownFormat: no format recognises the headers, or several formats do; the error names the candidates.
     """
     return _only(_searched(path, FORMATS)[1], path)
 
 
 class ReadOptions(TypedDict, total=False):
-    """Further arguments of `read`, which functions that read an adapter pass on."""
+    """Optional arguments of `read`; functions that read an adapter accept them and pass them on."""
 
     alpha: float | None
     rank: int | None
@@ -80,28 +80,28 @@ def read(
     """Read an adapter in any format, lazily, and validate it.
 
     Args:
-        path: a file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` means
+        path: a file or folder, or an address on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` means
             the adapter in the subfolder `name`.
-        format: its format; None detects it from the headers.
-        base: the base, for formats that need one to resolve names.
-        compat: `"formula"` reads the paper's formula even if the tool that trained the adapter computed another. Some
-            formats have further readings, for files that do not say which of two contents they hold.
+        format: the name of the adapter's format; None detects the format from the headers.
+        base: the base model, for formats that need it to resolve names.
+        compat: `"formula"` applies the paper's formula even if the tool that trained the adapter computed another one.
+            Some formats accept further values, for files whose contents can be understood in two ways.
         alpha: LoRA's alpha, for a file that does not state it.
-        rank: the expected rank; the file has the rank, and a different one is an error.
-        strict: refuse every setting that the format does not have, even harmless ones.
-        experts_order: the layout of stacked experts' factors, if the file and the base do not tell: `"rank_major"`
-            (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
-            Files of a format without stacked experts are read as they are.
+        rank: the expected rank; a file with a different rank is an error.
+        strict: refuse every setting that the format does not define, even a harmless one.
+        experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
+            `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the
+            outputs). Formats without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
-        family: the family of the image, video or audio model, such as `"flux"`, for a file whose names fit several.
+        family: the family of the image, video or audio model, such as `"flux"`, if its names fit several.
 
     Returns:
-        the adapter; if it came from a hub, its lineage says so, with the commit.
+        the adapter; for an adapter from a hub, its lineage records the address and the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
         CheckFailed: with `strict_base`, the base is not the one that the adapter names.
-        UsageError: `strict_base` without a base.
+        UsageError: `strict_base` is set, but no base is given.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
     if base is not None and not found:
@@ -113,11 +113,11 @@ def read(
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
         raise UsageError(
-            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Leave it out: the file tells all"
+            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the file states everything"
         )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
-        cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
+        cure = f"Known: {known}. Without --compat (compat=), the adapter computes what it computed in training"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     if experts_order is not None:
         compat = _with_order(compat, experts_order, reader)
@@ -137,14 +137,14 @@ def read(
                 recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
             )
     except AdapterkitError as error:
-        # A reader names the file if it knows a more exact one than the given path.
+        # Readers may report a more exact file; add the given path only to errors that have no path yet.
         raise error.at(path=path) from None
     return adapter
 
 
 @inputs_kept()
 def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - the public contract's word
-    """Read targets and shapes of an adapter whose values need a base; see `Format.outline`.
+    """Read the targets and shapes of an adapter whose values need a base; see `Format.outline`.
 
     Raises:
         AdapterkitError: see `Format.outline`.
@@ -159,14 +159,14 @@ def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - 
 
 
 def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
-    """Return the reading that `experts_order` selects; a format without such a choice keeps its own."""
+    """Return the `compat` value that `experts_order` selects; a format without stacked experts keeps its `compat`."""
     known = FORMATS["peft"].experts_orders
     if order not in known:
         raise UsageError(f"unknown experts_order {order!r}", cure=f"Known: {', '.join(sorted(known))}")
     if not reader.experts_orders:
         return compat
     if compat is not None:
-        raise UsageError("compat and experts_order together", cure="Leave --compat (compat=) out")
+        raise UsageError("compat and experts_order cannot be combined", cure="Omit --compat (compat=)")
     return order
 
 
@@ -181,13 +181,13 @@ def save(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter with the methods that it has; `adapterkit.write` also promotes what the format cannot express.
+    """Write an adapter without replacing its methods; `adapterkit.write` also promotes methods that the format lacks.
 
-    The output is staged beside `path` and renamed into place when it is complete, in every format: after an error
+    The output is staged next to `path`, in every format, and renamed into place when it is complete. After an error,
     `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
-    others stay. Before the rename, the output is read back and compared with the adapter.
+    other files stay. Before the rename, the output is read back and compared with the adapter.
 
-    Args and errors are those of `adapterkit.write`. Returns what was left out or rewritten, a line each.
+    Arguments and errors are those of `adapterkit.write`. Returns one line for each omitted or rewritten update.
     """
     from ..core.adapter import check_adapter
     from ._proof import prove
@@ -215,7 +215,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace methods that the format lacks by equal ones without a bias, if the base has no bias there."""
+    """Replace methods that the format lacks with equal methods without a bias, where the base has no bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -232,7 +232,7 @@ def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) ->
 
 
 def files_of(adapter: Adapter) -> set[Path]:
-    """Return the files that tensors of an adapter are still to be read from."""
+    """Return the files of an adapter's tensors that have not been loaded yet."""
     leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
     leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
     spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
@@ -240,9 +240,9 @@ def files_of(adapter: Adapter) -> set[Path]:
 
 
 def files_read(source: str | PathLike[str]) -> list[Path]:
-    """List the local files that reading an adapter or a base can touch; for a place on a hub, none.
+    """List the local files that reading an adapter or a base may open; for an address on a hub, none.
 
-    In a folder these are the files of tensors and the files that some format or a base keeps beside them.
+    For a folder, the list has the tensor files and the other files that some format or a base keeps there.
     """
     if is_remote(source):
         return []
@@ -251,28 +251,28 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
-    # Beside a graph, no format keeps anything that is read with it.
+    # No format keeps further files next to an ONNX graph, so its folder is not searched.
     beside = sorted(path.parent.iterdir()) if path.is_file() and path.suffix.lower() != ".onnx" else ()
     return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """List all formats whose headers are at `path`, or in the only file of tensors of a folder.
+    """List all formats that recognise the headers at `path`; in a folder, the headers of its only tensor file.
 
     Raises:
-        StorageError: nothing is there.
+        StorageError: nothing exists at `path`.
         UnknownFormat: the folder holds several named adapters in subfolders; the error lists them.
     """
     return tuple(_searched(path, FORMATS)[1])
 
 
 def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
-    """Return the one format that was found at a path; raise if there is none or more than one."""
+    """Return the only recognised format of a path; raise an error if there is none or more than one."""
     if len(found) == 1:
         return found[0]
     if found:
-        raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+        raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Name the format with --from (format=)")
     from ._image import container
     from ._others import other_file
 
@@ -280,11 +280,12 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
     other = other_file(container.names(source))
     if other is not None:
         kind, key = other
-        raise UnknownFormat(f"{kind.name}, which is not read: {kind.why}", path=path, where=key, cure=kind.cure)
+        why = f"this is {kind.name}, which adapterkit does not read: {kind.why}"
+        raise UnknownFormat(why, path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
-        why = "its keys end as an adapter's do, but no family that is known has all of its modules"
-        cure = "Name its format and the base, whose modules decide: --from and --base (format=, base=)"
+        why = "its keys end like an adapter's, but no known family of models has all of its modules"
+        cure = "Name its format and the base that has these modules: --from (format=) and --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
     cure = f"Tried: {', '.join(FORMATS)}"
     if is_model(source):
@@ -321,21 +322,21 @@ def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[st
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
-    """Return the path to read, the formats that recognise it, and the name of its subfolder if it has only one."""
+    """Return the path to read, the formats that recognise it, and its only subfolder with an adapter, or None."""
     source = _existing(path)
     file, found = _recognised(source, names)
     members = [] if found or not source.is_dir() else members_of(source)
     if not members:
         return file, found, None
     if len(members) > 1 or not _holds_only(source, members[0]):
-        what = "several adapters" if len(members) > 1 else "an adapter beside other files"
+        what = "several adapters" if len(members) > 1 else "an adapter and other files"
         named = ", ".join(f"{public(str(path))}#{name}" for name in members)
-        raise UnknownFormat(f"a folder with {what} in subfolders", path=path, cure=f"Name the one to read: {named}")
+        raise UnknownFormat(f"the folder has {what} in subfolders", path=path, cure=f"Name the one to read: {named}")
     return *_recognised(source / members[0], names), members[0]
 
 
 def members_of(folder: Path) -> list[str]:
-    """List the subfolders with an adapter_config.json; PEFT and AdapterHub save each named adapter in its own.
+    """List the subfolders with an adapter_config.json; PEFT and AdapterHub save each named adapter in a subfolder.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -347,31 +348,31 @@ def members_of(folder: Path) -> list[str]:
 
 
 def _holds_only(folder: Path, member: str) -> bool:
-    """Whether a folder holds nothing to read but one subfolder: no other folder, and no file of tensors."""
+    """Whether a folder has nothing to read except one subfolder: no other folder and no tensor file."""
     others = [entry for entry in folder.iterdir() if entry.name != member and not entry.name.startswith(".")]
     return not any(entry.is_dir() or entry.suffix.lower() in {*TENSORS, ".onnx"} for entry in others)
 
 
 def _as_member(adapter: Adapter, member: str) -> Adapter:
-    """Record the subfolder's name in the lineage's step `read`."""
+    """Record the subfolder's name in the `read` step of the lineage."""
     *steps, last = adapter.recipe
     return adapter.replace(recipe=(*steps, replace(last, args={**last.args, "subfolder": member})))
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the settings of the file that its format does not have and that were kept."""
+    """List the settings in the file that its format does not define and that the reader kept."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 
 def warnings_of(adapter: Adapter) -> list[str]:
-    """Return warnings about what the reader accepted, one sentence each."""
+    """Return warnings about unusual contents that the reader accepted, one sentence each."""
     names = ", ".join(unknown_fields(adapter))
-    refuse = "--strict (strict=True) refuses them"
-    return [f"fields of the config that its format does not have were kept: {names}; {refuse}"] if names else []
+    refuse = "--strict (strict=True) refuses such fields"
+    return [f"the config has fields that its format does not define; kept: {names}; {refuse}"] if names else []
 
 
 def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
-    """Return the path to read and the formats that recognise it; if none recognises a folder, its only tensor file."""
+    """Return the path to read and the formats that recognise it: the path itself, or a folder's only tensor file."""
     names = tuple(names)
     files = [source]
     if source.is_dir():
@@ -379,7 +380,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
-            # A command detects the format, tells an adapter from a base, and reads. The cache asks each format once.
+            # One command may detect the format several times; the cache runs each format's check once per file.
             found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
             if found:
                 return file, found
@@ -391,14 +392,14 @@ def _existing(path: str | PathLike[str]) -> Path:
     if exists(source):
         return source
     if "#" in os.fspath(path) and source.parent.is_dir() and (members := members_of(source.parent)):
-        why, cure = f"no adapter {source.name!r} in {source.parent}", f"It holds: {', '.join(members)}"
+        why, cure = f"{source.parent} has no adapter {source.name!r}", f"It has: {', '.join(members)}"
         raise StorageError(why, path=path, cure=cure)
     check_exists(source, path)
     return source
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Record the commits of files pulled from a hub in the lineage, and in the adapter's base."""
+    """Record the commits of files from a hub: the adapter's in the lineage, the base's in the adapter's `base`."""
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

@@ -1,4 +1,4 @@
-"""Find keys with endings that only adapters have, in files that no format recognises or whose names are unknown."""
+"""Recognise adapters by the endings of their keys, for files whose format or module names are unknown."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Any]]:
-    """Return module -> slot -> tensor if every key of a file ends as only an adapter's do; else nothing.
+    """Group tensors as module -> slot -> tensor if every key ends like an adapter's; otherwise return an empty dict.
 
     Args:
-        path: a file of tensors; anything else has no modules.
+        path: a tensor file; anything else returns an empty dict.
     """
     try:
         if not path.is_file():

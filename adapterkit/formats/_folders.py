@@ -1,4 +1,4 @@
-"""Read and make folders with a config and one file of tensors, a layout that several libraries share."""
+"""Read and create adapter folders with a config and one tensor file, a layout that several libraries share."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ if TYPE_CHECKING:
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder, whether the path names the folder or one of its files."""
+    """Return the adapter's folder, given the folder or one of its files."""
     return path if path.is_dir() else path.parent
 
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
-    """Return key -> tensor of a safetensors file or a torch file.
+    """Return the tensors by key of a safetensors file or a torch file.
 
     Raises:
-        Malformed: the file is damaged, or is a folder.
+        Malformed: the file is damaged, or `path` is a folder.
     """
     if path.is_dir():
-        raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
+        raise Malformed("this is a folder; a tensor file is expected here", path=path, cure="Fetch the adapter again")
     if path.suffix == ".bin" or is_torch_file(path):
         return read_torch_file(path)
     return safetensors.read(path)
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of an adapter, with its parents.
+    """Create the folder of an adapter, with its parents.
 
     Raises:
-        UsageError: the path has the name of a file of tensors.
-        StorageError: the folder cannot be made.
+        UsageError: the path ends like a tensor file.
+        StorageError: the folder cannot be created.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
-        why = "the name of a file, where this format has a folder"
-        raise UsageError(why, path=folder, cure="Name a folder, or a format of one file: --to adapterkit, kohya, ...")
+        why = "this format writes a folder, but the path ends like a file"
+        cure = "Name a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
+        raise UsageError(why, path=folder, cure=cure)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

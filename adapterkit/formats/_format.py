@@ -20,29 +20,30 @@ T = TypeVar("T")
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
 LEFT_OUT, CHANGED = "left out ", "changed "
-"""Beginnings of the lines that report a loss; see `Format.write`."""
+"""The first words of the lines that report a loss; see `Format.write`."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Endings of files of tensors. Hubs keep a one-file adapter in a folder, beside a card. Not for files of a base."""
+"""Suffixes of adapter tensor files. Hubs keep a one-file adapter in a folder with a card. Base files may differ."""
 
 
 FORMULA = "formula"
-"""The value of `compat` that reads a file by the paper's formula, if the tool that trained it computed another."""
+"""The `compat` value that applies the paper's formula, even if the tool that trained the adapter computed another."""
 
 
 UNKNOWN = "unknown_fields"
-"""In the lineage's step `read`: names of unknown fields that the reader kept."""
+"""The argument of the lineage's `read` step that lists the unknown fields that the reader kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A place where a tool's forward departs from the paper's formula, so that there are two readings.
+    """A difference between a tool's forward and the paper's formula; `compat` chooses between the two.
 
     Attributes:
-        trained: the formula that the tool's forward computed in training; the default reading.
-        formula: the formula that `compat="formula"` reads.
-        at_layer: for a departure that depends on the adapted layer: returns an update as the tool computes it there,
-            or unchanged. Readers without the base read the formula, and the engines call this later; see `_trained`.
+        trained: the formula that the tool's forward computed in training; readers apply it by default.
+        formula: the paper's formula; `compat="formula"` selects it.
+        at_layer: a function for differences that depend on the adapted layer: it returns the update that the tool
+            computes there, or the same update. Without the base, readers apply the paper's formula, and the engines
+            call this function later; see `_trained`.
     """
 
     trained: str
@@ -56,8 +57,8 @@ class LayerFacts:
 
     Attributes:
         shape: the shape of its weight, `[out, in, *k]`.
-        padding: how the layer pads its input, for messages; empty for zeros around an undilated kernel, and if
-            unknown, as in a file of weights.
+        padding: a phrase for messages about how the layer pads its input. Empty means zeros around an undilated
+            kernel, or unknown padding, as in a file of weights.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +66,7 @@ class LayerFacts:
 
 
 def derived(compute: Callable[[], T]) -> T:
-    """Make a class attribute that is computed when first used: detecting a format needs only `sniff`."""
+    """Return a class attribute that is computed at first use, because detecting a format needs only `sniff`."""
     return cast(T, _Derived(compute))
 
 
@@ -82,32 +83,34 @@ class _Derived(Generic[T]):
 
 
 class Format:
-    """A format on disk. Subclass it in a module of its own; the module's name is the format's name.
+    """A file format of adapters. Each subclass has its own module; the module's name is the format's name.
 
-    Detecting a file imports every format module. So import heavy modules that only reading and writing need inside
-    those functions.
+    Detection imports every format module. So import heavy modules inside the functions that read and write.
 
     Class attributes:
         url: a page that describes the format.
-        description: one line for tables.
-        methods: names of the methods that it can express.
+        description: a one-line description for tables.
+        methods: the names of the methods that the format can express.
         departures: the tool's departures from the paper's formula, by name. The format's entry in
             spec/formats lists the same, each with the test that runs the tool's forward.
-        compat: readings that a caller can select instead of the default one, the formula of the tool's forward:
-            `"formula"`, and names for facts that a file does not state about itself.
-        options: further arguments of `formats.read` that `read` accepts: `alpha`, `rank`, `strict`, `family`.
-        experts_orders: layouts of stacked experts that its files do not tell apart; `compat` accepts these names, too.
-        models: `image` if it names modules of image, video and audio models only, `language` if it names none of
-            these; empty if it takes modules of any name.
-        differences: whether it can hold a difference of any weight, so that any method can be written as one.
-        identities: whether a difference of weights may become a LoRA of full rank, as the tool itself converts it. All
-            other formats refuse that, because the file would be as large as the base.
+        compat: the values of `compat` that select another meaning than the default, which is the tool's forward:
+            `"formula"`, and names for facts that a file does not state.
+        options: optional arguments of `formats.read` that this format's `read` accepts: `alpha`, `rank`, `strict`,
+            `family`.
+        experts_orders: layouts of stacked experts that look alike in this format's files; `compat` also accepts these
+            names.
+        models: `image` if the format names only modules of image, video and audio models, `language` if it names
+            none of these; empty if it accepts modules with any name.
+        differences: whether the format can store a change of any weight, so that it can express any method.
+        identities: whether a change of a weight may be written as a LoRA of full rank, as the tool itself converts it.
+            All other formats refuse that, because the file would be as large as the base.
         profiles: names of consumers that support only a part of the format; `fit` adapts an adapter to one of them.
-        dtypes: its element types, if it does not support all; tensors of other types may be rounded to one of these.
-        file: the name of its one file, if only a folder is given; empty if the format chooses the name itself.
-        owns: names, or patterns of names, of files that belong to an adapter of this format: those in its folder, or
-            beside its file of tensors. Replacing an adapter in a folder removes them, even if the new adapter does not
-            have them; all other files in the folder stay.
+        dtypes: the element types of the format, if it does not support all; other tensors may be rounded to one of
+            them.
+        file: the name of the only file, used if a folder is given; empty if the format chooses the name itself.
+        owns: names, or patterns of names, of the files that belong to an adapter of this format, in its folder or next
+            to its tensor file. Replacing an adapter in a folder removes all of these files, even those that the new
+            adapter does not write; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -127,17 +130,17 @@ class Format:
 
     @classmethod
     def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
-        """Return the departures that may concern updates of these methods; all, unless a format knows better."""
+        """Return the departures that may concern updates with these methods; by default, all departures."""
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers at `path` are this format's: no false negatives, no data read, no error raised."""
+        """Whether the headers at `path` are this format's. Accepts every such file, reads no data, raises no error."""
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
     def sniff_loosely(self, path: Path) -> bool:
-        """Whether `path` can be read as this format although other formats may have the same headers.
+        """Whether `path` can be read as this format although its headers also fit other formats.
 
-        Called only if no format's `sniff` recognises the path.
+        Detection calls it only if no format's `sniff` recognises the path.
         """
         return False
 
@@ -145,44 +148,44 @@ class Format:
         """Read an adapter, lazily.
 
         Args:
-            path: file or folder.
-            compat: a reading other than the default, the formula of the tool's forward: `"formula"` for the paper's, or
-                one of `self.compat` that states a fact the file does not.
-            base: the base, if the file alone does not tell names or layouts.
+            path: a file or a folder.
+            compat: one of `self.compat`, to replace the default, the tool's forward: `"formula"` for the paper's
+                formula, or a name for a fact that the file does not state.
+            base: the base, if names or layouts cannot be read from the file alone.
 
         Raises:
-            Malformed: the input has something unknown, or breaks the format's rules.
+            Malformed: the input has unknown parts, or breaks the format's rules.
             Unsupported: the input needs a feature that this version does not have.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
     def outline(self, path: Path) -> Adapter:
-        """Read what a file tells without a base: targets, shapes, ranks. Values that need the base raise when loaded.
+        """Read the targets, shapes and ranks of an adapter. Loading values that need the base raises an error.
 
-        `inspect` and `list loaders` call it where `read` asks for a base; a format whose `read` never does has none.
+        `inspect` and `list loaders` call it if `read` requires a base. Formats that never require one inherit it.
 
         Raises:
-            UsageError: nothing of the adapter is known without the base.
+            UsageError: without the base, nothing is known about the adapter.
         """
         return self.read(path)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        """Write an adapter, atomically, and return one line for each thing that was left out or rewritten.
+        """Write an adapter, atomically, and return one line for each update or field that was omitted or rewritten.
 
-        `formats.write` reads the output back: it must have the same targets and the same function. Two kinds of lines
-        report a loss. `left out TARGET: why` is an update that is not in the file. `changed TARGET:METHOD.FIELD why` is
-        a field with another value there that does not change the function.
+        `formats.write` reads the output back: it must have the same targets and compute the same function. Two kinds of
+        lines report a loss. `left out TARGET: why` reports an update that is not in the file. `changed
+        TARGET:METHOD.FIELD why` reports a field whose value changed without changing the function.
 
         Args:
             adapter: the adapter to write.
             path: a file or a folder, depending on the format.
-            on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`.
+            on_loss: how to treat updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`.
             base: the base, if rewriting needs its weights.
 
         Raises:
-            Unrepresentable: the format cannot express it, and `on_loss` does not allow a rewriting.
+            Unrepresentable: the format cannot express the adapter, and `on_loss` does not allow rewriting it.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be written")
 
@@ -194,10 +197,10 @@ class Format:
         Args:
             adapter: the adapter that will be written.
             profile: the consumer, one of `profiles`.
-            base: the base; it tells in which modules the consumer looks for experts.
-            on_loss: `drop` leaves out updates that the consumer cannot run.
+            base: the base, which shows in which modules the consumer looks for experts.
+            on_loss: `drop` omits updates that the consumer cannot run.
 
         Raises:
-            Unrepresentable: the consumer cannot run it.
+            Unrepresentable: the consumer cannot run the adapter.
         """
         raise Unrepresentable(f"{type(self).__name__} has no profile {profile!r}")

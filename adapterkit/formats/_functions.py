@@ -1,8 +1,8 @@
 """Compare two groups of updates of one weight as functions, without dense matrices.
 
-Additive updates are applied to a few fixed random inputs, B @ (A @ x); others to a fixed random weight. All is float64.
-The allowed error is the rounding to the element types: roundings of single elements are independent, so they add up as
-the root of a sum of squares.
+Additive updates are applied to a few fixed random inputs, B @ (A @ x); other updates are applied to a fixed random
+weight. All computation is in float64. The allowed error is the rounding to the element types. Rounding errors of
+single elements are independent, so the total error is the root of a sum of squares.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 PROBES = 4
-"""Number of random inputs."""
+"""The number of random inputs."""
 
 SIGMAS = 8.0
-"""Multiple of the expected rounding error that is allowed; chance exceeds it in about five in a million numbers."""
+"""The allowed multiple of the expected rounding error; chance exceeds it in about five of a million numbers."""
 
 ALONE = 2.0**-20
-"""Relative error of a whole change that is allowed, because scalings and alphas pass through float32 several times."""
+"""The allowed relative error of a whole change: scalings and alphas pass through float32 several times."""
 
 BLOCK = 1 << 16
-"""Numbers compared at once; with the intermediate results they fit a processor's second cache."""
+"""How many numbers are compared at once; with the intermediate results, they fit a processor's second-level cache."""
 
 FLOAT32 = 2.0**-22
-"""Relative error of a product and a difference in float32."""
+"""The relative error of a product and a difference in float32."""
 
 UNSQUARED = 2.0**-30
-"""Fraction of the largest number that is allowed as rounding if numbers are too large to be squared."""
+"""The allowed rounding error, as a fraction of the largest number, if numbers are too large to be squared."""
 
 NOTHING = 2.0**-1000
-"""Changes below this are equal: float64 loses its precision there, and no weight is so small."""
+"""Smaller changes count as equal: float64 loses its precision there, and no weight is so small."""
 
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
-"""Smallest normal numbers; below them, precision is absolute."""
+"""The smallest normal number of each type; smaller numbers have an absolute precision."""
 
 
 def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
-    """Say why two groups of updates of one weight are not the same function; empty if they are.
+    """Return the reason why two groups of updates of one weight differ as functions; empty if they do not differ.
 
     Args:
         asked: target -> updates that were to be written.
         got: target -> updates that were read back.
-        base: the base, for shapes that updates do not tell.
-        dtypes: element types of the format, if it does not have all; others are rounded to these.
+        base: the base, for shapes that the updates do not show.
+        dtypes: the element types of the format, if it does not support all; other tensors are rounded to one of them.
 
     Raises:
-        ShapeMismatch: the adapter that was to be written does not fit the base.
+        ShapeMismatch: the adapter to write does not fit the base.
     """
     import numpy as np
 
@@ -85,15 +85,15 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
             return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
-    except ValueError as error:  # A formula rejected the shape only when it was computed.
+    except ValueError as error:  # Some formulas check the shape only when they compute.
         return f"the two cannot be compared ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups are LoRAs with equal A and equal scaling * B; False decides nothing.
+    """Whether the groups are LoRAs with equal A and equal scaling * B. False means only "not known to be equal".
 
-    Folding a scaling into B is the most frequent rewriting. The products with random inputs would take ten times as
-    long as the conversion itself, and this check does not need to read A.
+    Folding a scaling into B is the most frequent rewriting, and this check does not read A. The products with random
+    inputs would take ten times as long as the conversion itself.
     """
     from ._proof import equal
 
@@ -108,12 +108,12 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether scaling * B of two LoRAs is the same; see `_near`. False decides nothing.
+    """Whether scaling * B of two LoRAs is equal; see `_near`. False means only "not known to be equal".
 
-    Every number is compared: the quotient of the scalings times one B, against the other B. So no stored number
-    overflows or vanishes. float32 is exact enough for numbers of at most 32 bits; its own error is subtracted from the
-    allowed error. The blocks stay in the processor's cache: in float64 and as a whole, this took longer than the rest
-    of a conversion.
+    Every number is compared: one B times the quotient of the scalings, against the other B. So no stored number
+    overflows or vanishes. float32 is exact enough for numbers of at most 32 bits; its rounding error is subtracted from
+    the allowed error. The arrays are compared in blocks that fit the processor's cache: comparing whole arrays in
+    float64 took longer than the rest of a conversion.
     """
     import numpy as np
 
@@ -147,7 +147,7 @@ def _in_order(group: Updates) -> Iterator[Update]:
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
     """Return the relative rounding error of a stored number, and the smallest number for which it holds.
 
-    A writer that computes rounds to the tensor's own type; if the format lacks this type, to one of the format's.
+    A writer that computes rounds to the tensor's dtype, or to one of the format's dtypes if the format lacks that one.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -163,7 +163,7 @@ def _kinds(group: Updates) -> set[str]:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """A group's output for the probes, and the expected square of its rounding error; rows are outputs."""
+    """A group's output for the probes, and the expected square of the output's rounding error; rows are outputs."""
 
     value: Array
     squares: Array
@@ -180,7 +180,7 @@ class _Weight:
     least: float
 
     def check_base(self) -> None:
-        """Refuse an adapter that does not have the base's shapes: a writer may not have looked at the base.
+        """Refuse an adapter whose shapes do not fit the base; the writer may not have checked them.
 
         Raises:
             ShapeMismatch: an update does not fit.
@@ -191,12 +191,12 @@ class _Weight:
                 dims = update.dims(target.stacked)
                 for axis, size in zip(("out", "in"), shape, strict=False):
                     if isinstance(dims.get(axis), int) and dims[axis] != size:
-                        why = f"{update.method}: made for {axis}={dims[axis]}; the base has {size}"
+                        why = f"this {update.method} has {axis}={dims[axis]}, but the base's weight has {axis}={size}"
                         cure = "Is this the base that the adapter was trained on?"
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return ("weight" or "bias", expert) -> answer; targets that are rows of the weight are joined."""
+        """Return the answer for each ("weight" or "bias", expert); targets that are rows of the weight are joined."""
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]
@@ -220,7 +220,7 @@ class _Weight:
             yield "bias", self._rounded(new - b, new)
 
     def _has_bias(self, target: Target, updates: list[Update]) -> bool:
-        """Whether there is a bias to compare: a factor on the bias has no effect if the base has none."""
+        """Whether there is a bias to compare; a factor on the bias has no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -229,7 +229,7 @@ class _Weight:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
     def _sum(self, updates: list[Any], shape: tuple[int, ...]) -> _Answer:
-        """Compute D @ x of additive updates; low-rank updates by their factors."""
+        """Compute D @ x of additive updates; low-rank updates are applied factor by factor."""
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
@@ -244,7 +244,7 @@ class _Weight:
         return answer
 
     def _change(self, updates: list[Any], W: Array) -> _Answer:
-        """Compute W' - W of updates that see the weight."""
+        """Compute W' - W for updates that depend on the weight."""
         new: Any = W
         for update in updates:
             new = update.new_weight(new)
@@ -254,7 +254,7 @@ class _Weight:
         import numpy as np
 
         rounding = self.unit * float(np.abs(numbers).max(initial=0.0))
-        # `**` raises if the square is not a float; `*` does not.
+        # Multiply instead of using `**`: `**` raises OverflowError if the square overflows; `*` returns infinity.
         return _Answer(value, np.full(value.shape, rounding * rounding))
 
     def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
@@ -268,7 +268,7 @@ class _Weight:
 
     @property
     def _outputs(self) -> int:
-        """Return how many outputs the weight has, as far as the targets of both groups tell it; some are rows of it."""
+        """Return the number of outputs of the weight, as far as the targets of both groups show it."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
@@ -280,16 +280,16 @@ class _Weight:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # Blocks of equal changes are equal, so one weight of the largest size stands for all that the updates fit.
+        # A method with equal blocks fits weights of many sizes; a weight of the largest size represents all of them.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
-        # A factor per input fits any number of outputs, and the reverse: any number will do for the comparison.
+        # A factor per input fits any number of outputs, and vice versa; so choose any number for the unknown axis.
         dims = [update.dims(target.stacked) for update in every]
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
-        raise UsageError("the shape of its weight is known to the base only", cure="Give the base with base=/--base")
+        raise UsageError("only the base shows the shape of its weight", cure="Give the base with --base (base=)")
 
 
 def _random(shape: tuple[int, ...]) -> Any:
@@ -307,7 +307,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
     import numpy as np
 
     for key in dict.fromkeys((*ours, *theirs)):
-        # A group that does not change a part counts as a change of zero there.
+        # If only one group changes a part, the other group's change of that part is zero.
         known = ours.get(key) or theirs[key]
         none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
         one, other = ours.get(key, none), theirs.get(key, none)
@@ -315,36 +315,40 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of numbers above 1e154 are infinite, and infinity times 0 is NaN; then the largest number decides.
+        # Squares of numbers above 1e154 are infinite, and infinity times 0 is NaN; there, allow an error relative to
+        # the largest number instead.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
-            return f"the change of its {key[0]} is another, by {worst / size if size else math.inf:.1e} of it"
+            return f"the change of its {key[0]} differs, by {worst / size if size else math.inf:.1e} of its size"
     return ""
 
 
 def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Say why two groups of output or context updates differ; empty if they are the same.
+    """Return the reason why two groups of output or context updates differ; empty if they are the same.
 
-    Context is compared by its virtual tokens, because writers replace networks by what they compute.
+    Context updates are compared by their virtual tokens, because writers replace networks with their outputs.
     """
     if [update.method for update in asked] == [update.method for update in got]:
         return _unlike_fields(asked, got, unit, least)
     ours, theirs = _tokens(asked), _tokens(got)
     if ours is None or theirs is None:
-        return f"it is {' and '.join(update.method for update in got) or 'nothing'}"
+        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead"
     for place in dict.fromkeys((*ours, *theirs)):
         if place not in ours or place not in theirs:
-            return f"it {'has no' if place in ours else 'has'} {place}"
+            return f"the file {'has no' if place in ours else 'has'} {place}"
         if not _near(ours[place], theirs[place], unit, least):
-            return f"its {place} are other numbers"
+            return f"the values of {place} differ"
     return ""
 
 
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
-    """Return formula -> the virtual tokens of all updates in order; None if they depend on a task or on the input."""
+    """Return the virtual tokens of all updates, in order, for each part of the context; None if they are not constant.
+
+    Virtual tokens are not constant if they depend on a task or on the input.
+    """
     import numpy as np
 
     found: dict[str, list[Any]] = {}
@@ -356,7 +360,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
         for place in ("embeddings", "decoder_embeddings", "past"):
             if (each := getattr(values, place)()) is not None:
                 found.setdefault(place, []).append(each)
-    # The tokens' axis is the second from the end in both.
+    # In embeddings and in past keys and values, the tokens' axis is the second from the end.
     try:
         return {place: np.concatenate(each, axis=-2) for place, each in found.items()}
     except ValueError:
@@ -372,13 +376,13 @@ def _near(one: Array, other: Array, unit: float, least: float) -> bool:
 
 
 def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Say why updates of the same methods differ, field by field."""
+    """Return the reason why updates with the same methods differ, field by field; empty if they are equal."""
     for one, other in zip(asked, got, strict=True):
         if one.attributes != other.attributes:
-            return "another attribute"
+            return "an attribute differs"
         if one.tensors.keys() != other.tensors.keys():
-            return "other tensors"
+            return "the tensors have other names"
         for name, leaf in one.tensors.items():
             if not _near(_values(leaf), _values(other.tensors[name]), unit, least):
-                return f"its {name} is another"
+                return f"the values of {name} differ"
     return ""

@@ -1,6 +1,6 @@
 """Join LoRAs on rows of one weight, such as gate and up of a fused weight, into one LoRA of the whole weight.
 
-Factors are placed side by side, never multiplied. Rows without an update get zeros.
+The factors are concatenated, never multiplied. Rows without an update get zeros.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def with_joined_rows(
     Args:
         updates: target -> updates.
         base: the base, for the number of rows of a weight.
-        sizes: path of a weight -> its number of rows, where that is known without the base; without either nothing is
-            joined.
+        sizes: a map from the path of a weight to its number of rows, for weights whose size is known without the base.
+            Weights without a known number of rows are not joined.
 
     Returns:
-        the updates, with targets that could not be joined unchanged, and one line for each LoRA whose rank had to grow.
+        the updates, and one line for each LoRA whose rank had to grow. Targets that could not be joined are unchanged.
         The rank does not grow if all parts have the same A.
     """
     groups: dict[Target, list[Target]] = {}
@@ -55,7 +55,7 @@ def with_joined_rows(
         whole = replace(target, rows=None)
         made |= {whole: (joined[whole],)} if target in groups.get(whole, ()) and whole in joined else {target: given}
     lines = [
-        f"joined {len(groups[whole])} LoRAs on rows of {whole} to one of rank {_rank(update, whole)}"
+        f"joined {len(groups[whole])} LoRAs on rows of {whole} into one of rank {_rank(update, whole)}"
         for whole, update in joined.items()
         if _rank(update, whole) != _rank(updates[groups[whole][0]][0], whole)
     ]
@@ -63,14 +63,14 @@ def with_joined_rows(
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Join several plain LoRAs of one target, such as gate and up of a weight that holds them interleaved.
+    """Join several plain LoRAs of one target, such as gate and up of a weight that interleaves their rows.
 
     Args:
         updates: target -> updates.
 
     Returns:
-        the updates, and one line for each LoRA whose rank had to grow. The rank does not grow if all have the same A
-        and change different rows.
+        the updates, and one line for each LoRA whose rank had to grow. The rank does not grow if all LoRAs of a target
+        have the same A and change different rows.
     """
     made = dict(updates)
     lines = []
@@ -79,7 +79,7 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
             one = _summed(given, int(target.stacked))
             made[target] = (one,)
             if _rank(one, target) != _rank(given[0], target):
-                lines.append(f"joined {len(given)} LoRAs of {target} to one of rank {_rank(one, target)}")
+                lines.append(f"joined {len(given)} LoRAs of {target} into one of rank {_rank(one, target)}")
     return made, lines
 
 
@@ -93,7 +93,7 @@ def _summed(given: Sequence[Any], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether every row is zero in all of them but one, so that their sum is exact."""
+    """Whether each row is nonzero in at most one of the matrices, so that their sum is exact."""
     from ..io.lazy import as_array
 
     held = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -109,7 +109,7 @@ def _rows_of(target: Target, base: Checkpoint | None) -> int:
 
 
 def _apart(parts: Sequence[Target]) -> bool:
-    """Whether no row is in two parts."""
+    """Whether the parts have no row in common."""
     spans = sorted(target.rows for target in parts if target.rows is not None)
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
@@ -137,7 +137,7 @@ def _joined(parts: Sequence[tuple[Target, Any]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # The factors are shared, so the quotient of the scalings goes into B, in float32 at least.
+    # All LoRAs share one scaling, so multiply B by the quotient of the scalings, in float32 or wider.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -1,4 +1,4 @@
-"""Keep what a reader could not express in an adapter, as a typed record for the writer of the same format."""
+"""Keep the contents of a file that an adapter cannot express, as a typed record for the writer of the same format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format; a record of defaults for any other.
+    """Return the leftovers of an adapter that was read from this format; for any other adapter, an empty record.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -28,17 +28,17 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
         return msgspec.convert(dict(adapter.foreign.data), record)
     except msgspec.ValidationError as error:
         why = f"leftovers of {format} are damaged ({error})"
-        raise Malformed(why, where="foreign", cure="Drop them") from None
+        raise Malformed(why, where="foreign", cure="Remove the leftovers: adapter.replace(foreign=None)") from None
 
 
 class Leftovers(TypedDict, total=False):
-    """The leftovers of reading that every format keeps for its writer: at least the order of keys."""
+    """The leftovers that every format's reader keeps for its writer: at least the order of keys."""
 
     order: list[str]
 
 
 def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
-    """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other.
+    """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -47,6 +47,6 @@ def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) 
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
-    """Return the tensors in the order in which they were read, if that is known; new ones come last."""
+    """Return the tensors in the order of the file that was read, if that is known; new tensors come last."""
     read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
     return {**read, **tensors}

@@ -1,4 +1,4 @@
-"""Refuse updates that a format cannot express, with a list of them, or leave them out."""
+"""Find updates that a format cannot express, and refuse or omit them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ if TYPE_CHECKING:
     from ..core.updates import Update
 
 Loss = tuple["Target", int, str]
-"""Target, position among its updates, and the reason why the format cannot express it."""
+"""A target, the index of one of its updates, and the reason why the format cannot express that update."""
 
 
 def expressible(
     updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """Return the updates that a format can express together, and a line for each that was left out.
+    """Return the updates that a format can express together, and a line for each omitted update.
 
     Args:
         updates: the updates to write.
-        find: finds the updates that cannot be expressed; called again on those that remain.
+        find: a function that finds the updates that cannot be expressed; called again on the remaining updates.
         dialect: the format's name, for messages.
-        place: what is written, such as a file of this format, for messages.
-        on_loss: `drop` leaves such updates out.
+        place: a phrase for messages that names the output, such as "a file of this format".
+        on_loss: `drop` omits such updates.
 
     Raises:
-        Unrepresentable: some cannot be expressed and `on_loss` is not `drop`, or none can.
+        Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
     """
     lines: list[str] = []
     while losses := [*find(updates)]:
         items = [f"{target}: {why}" for target, _, why in losses]
         if on_loss != "drop":
-            cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
+            cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
             places = [(target, position) for target, position, _ in losses]
             raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:
-        cure = "Write adapterkit's own"
-        raise Unrepresentable(f"nothing of this adapter fits {place}", items=lines, cure=cure)
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable(f"{place} can express none of the adapter's updates", items=lines, cure=cure)
     return updates, lines
 
 

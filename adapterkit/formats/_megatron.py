@@ -1,4 +1,4 @@
-"""Convert LoRA in Megatron's layout: pairs of fused weights or, in canonical LoRA, a pair for each weight in them."""
+"""Convert LoRA in Megatron's layout: a pair for each fused weight or, in canonical LoRA, for each weight in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def is_of(keys: list[str], modules: Modules) -> bool:
-    """Whether keys belong to this set of modules."""
+    """Whether some key belongs to one of these modules."""
     ends = tuple(module + end for module in modules for end in SLOTS)
     return any(key.endswith(ends) for key in keys)
 
@@ -34,7 +34,7 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[LoRA, ...]], dict[str, Any]]:
-    """Return the updates, and the facts about names that the writer needs.
+    """Return the updates, and the names and order that the writer needs.
 
     Raises:
         Malformed: a key belongs to none of these modules.
@@ -46,14 +46,14 @@ def decode(
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
         found = LAYER.fullmatch(name)
         if found is None or found["module"] not in modules:
-            raise Malformed("no module of a Megatron layer that has a place elsewhere", where=name, cure=DAMAGED)
+            raise Malformed("adapterkit cannot convert this Megatron module", where=name, cure=DAMAGED)
         prefix, weights = found["prefix"], modules[found["module"]]
         fused = fused or len(weights) > 1
         update = LoRA(**slots, scaling=alpha / check_factors(name, slots))
         for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
             target = Target(own.named(f"model.layers.{found['n']}.{weight}"))
             if target in updates:
-                raise Malformed("a second pair for the same weight", where=name, cure=DAMAGED)
+                raise Malformed("the weight has a second pair", where=name, cure=DAMAGED)
             updates[target] = (part,)
     return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
 
@@ -65,7 +65,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
         return
     sizes = heads().sizes if weights == QKV else (out // 2, out - out // 2)
     if sum(sizes) != out or (weights != QKV and out % 2):
-        why = f"{out} outputs are not those of {' and '.join(weights)}"
+        why = f"it has {out} outputs, which do not fit {' and '.join(weights)}"
         raise ShapeMismatch(why, where=name, cure="Is this the base that the adapter was trained on?")
     whole: Pair = update
     if weights == QKV:
@@ -77,13 +77,13 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function that says why these modules cannot express an update."""
+    """Return a function that returns the reason why these modules cannot express an update."""
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
         found = OWN.fullmatch(target.path)
         if found is None or found["module"] not in known:
-            return "no module of a Megatron layer"
+            return "its module is not in a Megatron layer"
         return unfit(target, update)
 
     return why
@@ -92,9 +92,10 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return key -> tensor, and whether weights are fused; canonical if their pairs have no A in common."""
+    """Return the tensors by key, and whether weights are fused; weights whose pairs do not share A are not fused."""
     if LAYER.fullmatch(f"{prefix}0.x") is None:
-        raise Malformed(f"leftovers of Megatron are damaged: names begin with {prefix!r}", cure="Drop them")
+        why = f"leftovers of Megatron are damaged: names begin with {prefix!r}"
+        raise Malformed(why, cure="Remove the leftovers: adapter.replace(foreign=None)")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
     possible = all(_fits(found, weights) for found in layers.values() for weights in groups)
@@ -117,7 +118,7 @@ def _joined(updates: list[Pair], weights: tuple[str, ...], heads: Callable[[], H
     if weights != QKV:
         return whole
     if sum(heads().sizes) != whole.B.shape[0]:
-        why = f"{whole.B.shape[0]} outputs of q, k and v are not those of the base's heads"
+        why = f"{whole.B.shape[0]} outputs of q, k and v do not fit the base's heads"
         raise ShapeMismatch(why, where="linear_qkv", cure="Is this the base that the adapter was trained on?")
     return in_row_order(whole, lambda: by_group(heads()))
 
@@ -132,7 +133,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether pairs of single weights make one pair of the fused weight; also true if there are none."""
+    """Whether pairs of single weights can form one pair of the fused weight; also true if there are no pairs."""
     own = [found[weight] for weight in weights if weight in found]
     if not own:
         return True
@@ -143,7 +144,7 @@ def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _OwnNames:
-    """The base's own names, if it is given; they may have a prefix."""
+    """Map module names to the base's names, which may have a prefix; without a base, names stay the same."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -159,13 +160,13 @@ class _OwnNames:
             return name
         found = self.modules.get(name, [])
         if len(found) != 1:
-            why = f"{len(found)} modules of the base have this name"
+            why = f"exactly one module must have this name, but the base has {len(found)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return found[0]
 
 
 def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function for the base's heads: from its config, or as they were when the adapter was read."""
+    """Return a function for the base's heads, from its config or from the facts kept when the adapter was read."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:
@@ -173,7 +174,7 @@ def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -
             return Heads(*hints["heads"])
         if base is None:
             why = "the order of rows here depends on the base's number of heads"
-            raise UsageError(why, where=where, cure="Give the base, with its config.json, with base=/--base")
+            raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
         return heads_of(base.config, where)
 
     return heads

@@ -1,4 +1,4 @@
-"""Choose the one number that a file has for the scalings of all modules, and fold the scalings that do not fit it."""
+"""Choose the single alpha or scaling of a file; fold scalings that the chosen number does not express into B."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def of_one_alpha(
     first: float | None = None,
     one_rank: bool = False,
 ) -> tuple[float, Pairs, list[str]]:
-    """Return what a format with one alpha can express of an adapter: alpha, updates, and a line for each change.
+    """Return what a format with one alpha can express: the alpha, the updates, and a line for each change.
 
     Args:
         adapter: the adapter to write.
-        why: returns the reason against an update; empty if there is none.
+        why: returns the reason why the format cannot express an update; empty if it can.
         dialect: the format's name, for messages.
-        on_loss: what to do with updates that it cannot express.
-        first: the alpha that was read.
-        one_rank: all modules must have the same rank.
+        on_loss: how to treat updates that the format cannot express.
+        first: the alpha in the file that was read.
+        one_rank: whether all modules must have the same rank.
 
     Raises:
         Unrepresentable: see `expressible` and `one_number`.
@@ -47,11 +47,12 @@ def of_one_alpha(
 def one_alpha(
     pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the one alpha of a file whose scaling is alpha / rank; see `one_number`."""
+    """Choose the alpha of a file whose scaling is alpha / rank; see `one_number`."""
     from .peft.alphas import exact_alpha
 
     def rank(update: Pair) -> int:
-        return int(update.B.shape[-1])  # B alone has no kernel behind its rank, and stacks have experts before it
+        # Read the rank from B: A of a convolution ends with its kernel. A stack of experts has one more axis in front.
+        return int(update.B.shape[-1])
 
     return one_number(
         pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),
@@ -60,7 +61,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """Give all updates the same rank without changing the functions: smaller ranks are padded with zeros."""
+    """Give all updates the same rank without changing their functions: pad smaller ranks with zeros."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -75,16 +76,16 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the one number for the scalings of all modules; scalings that it does not give are folded into B.
+    """Choose the number that sets the scalings of all modules; fold scalings that it does not express into B.
 
     Args:
         pairs: the updates.
-        of: returns the number that gives exactly an update's scaling; None if there is none.
-        gives: returns the scaling that a number gives.
+        of: returns the number that yields an update's exact scaling, or None.
+        gives: returns the scaling that a number yields for an update.
         dialect: the format's name, for messages.
-        on_loss: whether scalings may be folded.
-        default: the number if there is none for any update.
-        first: the number that was read; preferred if it fits as many updates as any other.
+        on_loss: `fold` or `promote` allows folding scalings.
+        default: the number to use if `of` returns None for every update.
+        first: the number in the file that was read; preferred if it fits as many updates as any other.
 
     Raises:
         Unrepresentable: scalings differ and `on_loss` does not allow folding.
@@ -97,13 +98,13 @@ def one_number(
         items = [
             f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
         ]
-        raise Unrepresentable(f"{dialect} has one number for all", items=items, cure=_ALLOW)
+        raise Unrepresentable(f"{dialect} stores one scaling for all modules", items=items, cure=_ALLOW)
     changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
     return number, changed, [f"folded the scaling into B of {target}" for target in needy]
 
 
 def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
-    """Fold all scalings into B, for a format without scalings; return a line for each that was folded.
+    """Fold all scalings into B, for a format without scalings; return a line for each folded scaling.
 
     Raises:
         Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
@@ -111,13 +112,13 @@ def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, li
     needy = [target for target, update in pairs.items() if update.scaling != 1]
     if needy and on_loss not in FOLDING:
         items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
-        raise Unrepresentable(f"{dialect} has the scaling inside B", items=items, cure=_ALLOW)
+        raise Unrepresentable(f"{dialect} stores no scaling", items=items, cure=_ALLOW)
     plain = {target: folded(update, 1.0) for target, update in pairs.items()}
     return plain, [f"folded the scaling into B of {target}" for target in needy]
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """Give an update another scaling without changing its function; the quotient goes into B, rounded once."""
+    """Give an update another scaling without changing its function: multiply B by the quotient, rounded once."""
     if update.scaling == scaling:
         return update
     factor = update.scaling / scaling
@@ -126,11 +127,11 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return an int if the number is whole, as tools write it: 16, not 16.0; only while a float holds every integer."""
+    """Return a whole number as an int, as tools write it: 16, not 16.0. Floats above 2**53 stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
 FOLDING = ("fold", "promote")
-"""Values of `on_loss` that allow folding a scaling."""
+"""The values of `on_loss` that allow folding a scaling."""
 
-_ALLOW = "Allow it with on_loss='fold'/--on-loss fold"
+_ALLOW = "Allow folding it into B with --on-loss fold (on_loss='fold')"

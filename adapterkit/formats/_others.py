@@ -1,6 +1,6 @@
-"""Recognise files that people take for adapters and that no format reads, so that an error can name them.
+"""Recognise files that users mistake for adapters and that no format reads, so that an error can name them.
 
-The kinds are data, `spec/other_files.toml`: an IP-Adapter, a ControlNet, a file packed for one library's kernels.
+The kinds of files are listed in `spec/other_files.toml`: an IP-Adapter, a ControlNet, a file packed for a library.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FORMAT = 1
 
 
 class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of file.
+    """A kind of file that is not read.
 
     Attributes:
-        name: what it is, with its article.
-        keys: patterns; some key of a file of this kind has each of them.
-        why: why it is not read.
-        cure: what to do instead.
-        sources: where the keys come from.
+        name: the name of the kind, with its article.
+        keys: patterns; each of them matches some key of a file of this kind.
+        why: the reason why such files are not read.
+        cure: the advice for the user.
+        sources: where the patterns come from.
     """
 
     name: str
@@ -36,7 +36,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """A key with the first pattern, if all patterns are there; else empty."""
+        """Return a key that matches the first pattern, if all patterns match some key; otherwise an empty string."""
         known = list(names)
         found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return found[0] if all(found) else ""
@@ -49,16 +49,17 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def other_files() -> tuple[OtherFile, ...]:
-    """The kinds of files, in the order in which they are tried."""
+    """Return the kinds of files, in the order in which they are tried."""
     installed = Path(__file__).parent / "data" / "other_files.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "other_files.toml"
     found = msgspec.toml.decode(read_input(path), type=_Record)
     if found.format != FORMAT:
-        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+        why = f"the file has format {found.format}; this version reads format {FORMAT}"
+        raise Malformed(why, path=path, cure="Correct the file")
     return tuple(found.files)
 
 
 def other_file(names: Iterable[str]) -> tuple[OtherFile, str] | None:
-    """The kind of a file with these keys, and a key that tells it; None where it is of no known kind."""
+    """Return the kind of a file with these keys, and the key that identifies it; None for every other file."""
     known = list(names)
     return next(((kind, key) for kind in other_files() if (key := kind.key_of(known))), None)

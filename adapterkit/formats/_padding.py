@@ -1,7 +1,7 @@
-"""Read updates of convolutions that do not pad with zeros, if the trainer computed the change with zeros.
+"""Compute updates of convolutions as their trainer did if it padded with zeros and the layer pads otherwise.
 
-PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`, and copy only the
-layer's amount of padding. So their change reads zeros around the input, whatever the layer itself reads there.
+PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
+amount of the layer's padding. So their change reads zeros around the input, even if the layer itself does not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return a LoRA that reads zeros around the input; None for an update of another method."""
+    """Return a LoRA that reads zeros around the input; None for an update with another method."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 
@@ -27,15 +27,15 @@ def lora_among_zeros(update: Update) -> Update | None:
 
 
 def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
-    """Return the error for an update that no method here computes as its trainer did.
+    """Return the error for an update that no method can compute as its trainer did.
 
     Args:
         update: the update.
-        layer: the layer, with its padding.
+        layer: facts about the layer, with its padding.
         trainer: the tool's name.
     """
     why = (
-        f"{update.method} at a convolution with {layer.padding}: {trainer} trains it with zeros around the input, "
-        "which no change of the weight does; the formula takes the layer's own padding"
+        f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
+        "and no change of the weight computes that; the formula uses the layer's padding"
     )
-    return Unsupported(why, cure='Read it by the formula, as it is merged: compat="formula", or --compat formula')
+    return Unsupported(why, cure='Read it by the formula, as tools merge it: --compat formula (compat="formula")')

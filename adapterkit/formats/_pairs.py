@@ -1,7 +1,7 @@
-"""Shared code of formats of language models that store one pair of factors, A and B, for each module.
+"""Shared code for language-model formats that store one pair of factors, A and B, for each module.
 
-Most of them support only LoRA, or DoRA beside it, and store few numbers. They differ in names, in the order of axes and
-rows, and in the place of the scaling.
+Most of these formats support only LoRA, or LoRA and DoRA, and store few numbers. They differ in names, in the order of
+axes and rows, and in where the scaling is stored.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
-"""Field -> tensor."""
+"""A module's tensors by field."""
 
 EXACT = 1 << 53
-"""A float holds every integer up to here; JSON and YAML allow integers of any length."""
+"""The largest integer up to which a float represents every integer; JSON and YAML allow integers of any length."""
 
 LARGEST_RANK = 1 << 31
 
@@ -37,44 +37,46 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Return module -> field -> tensor, by the endings of keys.
+    """Group tensors as module -> field -> tensor, by the endings of their keys.
 
     Args:
-        tensors: key -> tensor.
-        slots: ending of a key -> field; fields A and B must both be there.
-        what: the format, for messages.
+        tensors: the tensors by key.
+        slots: a map from the ending of a key to its field; every module must have the fields A and B.
+        what: the format's name, for messages.
 
     Raises:
         Malformed: a key has another ending, or a module lacks a factor.
-        Unsupported: a factor has a dtype that factors cannot have.
+        Unsupported: a factor's dtype is not a real number type.
     """
     groups: dict[str, Slots] = {}
     for key, tensor in tensors.items():
         end = next((end for end in slots if key.endswith(end)), None)
         if end is None or key == end:
-            raise Malformed(f"no key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+            raise Malformed(f"not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
         if tensor.dtype.name not in REAL:
-            raise Unsupported(f"factors of {tensor.dtype}", where=key, cure=f"Convert them to {', '.join(REAL)}")
+            raise Unsupported(
+                f"this factor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {', '.join(REAL)}"
+            )
         groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
     if not groups:
-        raise Malformed("no tensors", cure=DAMAGED)
+        raise Malformed("the file has no tensors", cure=DAMAGED)
     for module, found in groups.items():
         missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in found), None)
         if missing is not None:
-            raise Malformed(f"no {missing.lstrip('.')} beside its partner", where=module, cure=DAMAGED)
+            raise Malformed(f"this module has no {missing.lstrip('.')}", where=module, cure=DAMAGED)
     return groups
 
 
 def pair(slots: Slots, scaling: float) -> Pair:
-    """Make a DoRA if there is a magnitude, else a LoRA."""
+    """Create a DoRA if the slots have a magnitude, otherwise a LoRA."""
     return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
 
 
 def check_factors(where: str, slots: Slots) -> int:
-    """Return the rank of a pair of matrices in their own axis order.
+    """Return the rank of a pair of matrices, A `[rank, in]` and B `[out, rank]`.
 
     Raises:
-        ShapeMismatch: they are not such a pair.
+        ShapeMismatch: the shapes are not those of such a pair.
     """
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
@@ -90,58 +92,59 @@ def expressible(
     methods: tuple[type[Pair], ...] = (LoRA,),
     dtypes: Collection[str] = REAL,
 ) -> tuple[Pairs, list[str]]:
-    """Return the updates that a format can express, and a line for each that was left out.
+    """Return the updates that a format can express, and a line for each omitted update.
 
     Args:
         adapter: the adapter to write.
         dialect: the format's name, for messages.
-        on_loss: what to do with updates that it cannot express.
-        why: returns the reason against an update of one of the methods; empty if there is none.
-        methods: the methods that it supports.
-        dtypes: element types of factors that its reader accepts, see `grouped`, or that its writer converts.
+        on_loss: how to treat updates that the format cannot express.
+        why: returns the reason why the format cannot express an update with a supported method; empty if it can.
+        methods: the methods that the format supports.
+        dtypes: the dtypes of factors that the format's reader accepts, see `grouped`, or that its writer converts.
 
     Raises:
-        Unrepresentable: some cannot be expressed and `on_loss` is not `drop`, or none can.
+        Unrepresentable: some updates cannot be expressed and `on_loss` is not `drop`, or no update can be expressed.
     """
     kept: Pairs = {}
     items: list[str] = []
     places: list[tuple[Target, int]] = []
     for target, position, update in ((t, i, u) for t, us in adapter.updates.items() for i, u in enumerate(us)):
         if not isinstance(update, methods):
-            reason = f"{update.method}; it knows {' and '.join(m.__name__ for m in methods)} alone"
+            reason = f"{update.method}; the format knows only {' and '.join(m.__name__ for m in methods)}"
         else:
             other = _kinds(update) - {*dtypes}
-            reason = why(target, update) or (f"factors of {', '.join(sorted(other))}" if other else "")
-            reason = reason or ("a second update of the same target" if target in kept else "")
+            reason = why(target, update) or (f"its factors have dtype {', '.join(sorted(other))}" if other else "")
+            reason = reason or ("the target has more than one update" if target in kept else "")
         if reason:
             items.append(f"{target}: {reason}")
             places.append((target, position))
         elif isinstance(update, Pair):
             kept[target] = update
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
+        cure = "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
         raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
     if not kept:
-        raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable(f"{dialect} can express none of the adapter's updates", items=items, cure=cure)
     return kept, [f"left out {item}" for item in items]
 
 
 def _kinds(update: Pair) -> set[str]:
-    """Return the element types of the factors; token numbers are not a factor."""
+    """Return the dtypes of the factors; token numbers do not count as factors."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
-    """Say why a plain matrix's pair cannot express an update: slices, kernels, experts, a bias of its own."""
+    """Return the reason why a pair of plain matrices cannot express an update: rows, experts, a kernel or a bias."""
     if target.rows is not None:
-        return "a slice of a weight"
+        return "it changes only some rows of a weight"
     if target.stacked and not stacked:
-        return "stacked experts"
+        return "it changes stacked experts"
     if len(update.A.shape) != 2 + target.stacked:
-        return "a convolution"
+        return "it changes a convolution"
     if isinstance(update, LoRA | ALoRA) and update.bias is not None and not bias:
-        return "a bias of its own"
+        return "it has a bias"
     return ""
 
 
@@ -150,7 +153,7 @@ def rank_of(update: Pair, stacked: bool = False) -> int:
 
 
 def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
-    """Pad A with rows and B with columns of zeros to a larger rank."""
+    """Pad A with zero rows and B with zero columns to a larger rank."""
     if rank_of(update, stacked) == rank:
         return update
     lead = int(stacked)
@@ -158,7 +161,7 @@ def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
-    """Return the update for a weight whose rows are in another order."""
+    """Return the update for a weight with its rows in another order."""
     changes = {}
     for name, leaf in update.tensors.items():
         axis = update.tensor_fields()[name].metadata["axes"].index("out")
@@ -168,14 +171,14 @@ def in_row_order(update: Pair, order: Order) -> Pair:
 
 
 def of_rows(update: Pair, start: int, stop: int) -> Pair:
-    """Return the update of some rows of a fused weight, with the same A."""
+    """Return the update of some rows of a fused weight; A stays the same."""
     names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     tensors = update.tensors
     return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """Stack updates with the same A and scaling into the update of a fused weight."""
+    """Stack updates of row blocks, with the same A and scaling, into the update of a fused weight."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     held = [name for name in names if name in first.tensors]
@@ -186,16 +189,16 @@ def finite(value: object, where: str) -> float:
     """Check a number from a file's settings, such as alpha or a scale.
 
     Returns:
-        the number as a float, exactly.
+        the number as a float, without rounding.
 
     Raises:
-        Malformed: it is not a number, not finite, or an integer that a float does not hold exactly.
+        Malformed: the value is not a number, not finite, or an integer that a float cannot represent exactly.
     """
     if type(value) is int and abs(value) <= EXACT:
         return float(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
-    cure = f"Write a finite number there, if whole then of at most {EXACT}"
+    cure = f"Write a finite number there; an integer may be at most {EXACT}"
     raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
 
 
@@ -203,7 +206,7 @@ def whole_rank(value: object, where: str) -> int:
     """Check a rank from a file's settings.
 
     Raises:
-        Malformed: it is not an integer from 1 to 2 ** 31.
+        Malformed: the value is not an integer from 1 to 2 ** 31.
     """
     if type(value) is not int or not 1 <= value <= LARGEST_RANK:
         cure = f"Write an integer from 1 to {LARGEST_RANK} there"
@@ -212,7 +215,7 @@ def whole_rank(value: object, where: str) -> int:
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
-    """Return the layout in which the base stores a weight: by its shape, else by the name of an embedding."""
+    """Return the layout in which the base stores a weight, by the weight's shape or else by an embedding's name."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
     if weight is not None and len(weight.shape) == 2 and out != in_:

@@ -1,8 +1,8 @@
-"""Prove a writer: read back what it wrote and compare it with the adapter that it was asked to write.
+"""Check a writer: read its output back and compare it with the adapter that it was asked to write.
 
-This check runs once, after every format's writer, plug-ins included. So a writer that drops a scaling, renames a target
-or transposes a factor fails instead of producing a wrong file. Tensors that were only moved are compared directly; if a
-writer folded, fused or split them, the functions are compared (`_functions`).
+The check runs once after the writer of every format, including plug-ins. So a writer that drops a scaling, renames a
+target or transposes a factor raises an error instead of producing a wrong file. Tensors that were only moved are
+compared directly. If a writer folded, fused or split them, the functions are compared (`_functions`).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from ._format import Format
 
 SINGLE = 2.0**-22
-"""Allowed relative error of a scaling, because many formats store it, or alpha, in float32."""
+"""The allowed relative error of a scaling, because many formats store it, or alpha, in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""Tensors of at most WHOLE bytes are compared whole; of larger ones, three runs of RUN bytes."""
+"""Tensors of at most WHOLE bytes are compared completely; larger ones at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""Tensors of at most this many bytes are computed again, to compare a sample of them with the bytes on disk."""
+"""Tensors of at most this many bytes are computed again, to compare samples with the bytes on disk."""
 
 MOST_CHOICES = 256
-"""Limit on the subsets of reported updates that are tried as missing from one weight."""
+"""The largest number of subsets of the reported updates that are tried as missing from one weight."""
 
 SPOTS = 32
-"""Places at which a file of tensors is read from disk, however many tensors it has; each takes 70 us."""
+"""The number of tensors that are read from the disk for the check, however many the file has; each takes 70 us."""
 
 
 @inputs_kept()
@@ -57,21 +57,21 @@ def prove(
     base: Checkpoint | None,
     files: Mapping[str, Written],
 ) -> None:
-    """Check that the written files mean the same as the adapter, except for losses that `lines` report.
+    """Check that the written files mean the same as the adapter, except for the losses reported in `lines`.
 
     Args:
         name: the name of the format.
         writer: the format; its `read` reads the file back.
-        asked: the adapter that was to be written.
+        asked: the adapter that should have been written.
         path: the written file or folder.
         lines: the lines that the writer returned; see `Format.write`.
-        base: the base, if the writer got one; reading gets it, too.
-        files: written files -> the tensors that were written to them.
+        base: the base, if the writer got one; the reader gets it, too.
+        files: for each written file, the tensors that were written to it.
 
     Raises:
-        Miswritten: the file does not have this adapter, or cannot be read; the error names target and field.
-        Unrepresentable: the file cannot state how a base stores a weight, and is read with the other layout.
-        UsageError: the file cannot be read without the base.
+        Miswritten: the file does not contain the adapter, or cannot be read; the error names the target and the field.
+        Unrepresentable: the file cannot state how a base stores a weight, so it is read with the other layout.
+        UsageError: the file cannot be read back without the base.
     """
     report = list(lines)
     left_out = {name for line in report if line.startswith(LEFT_OUT) for name in _named(line)}
@@ -81,8 +81,8 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Some formats store only a layer's number. Their readers give the usual names (`model.layers.0...`) or, with a
-        # base, that base's own. A base with the adapter's names shows whether only the prefix differs.
+        # Some formats store only a layer's number. Their readers return the usual names (`model.layers.0...`) or, with
+        # a base, the base's names. Read again with a base that has the adapter's names: maybe only the prefix differs.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -93,7 +93,7 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield the names that a line may report: each word, and each text before a colon, since names may have spaces."""
+    """Yield the names that a line may report: each word, and each text before a colon, as names may have spaces."""
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
     for count in range(len(ends)):
@@ -101,7 +101,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names of a module in the naming of parts, with its rows."""
+    """Yield the names that a module, with its rows, has if its fused weight is split into parts."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -109,7 +109,7 @@ def _in_parts(name: str) -> Iterator[str]:
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Read the adapter back; if reading needs a base and there is none, one with the adapter's names stands in.
+    """Read the adapter back; if reading needs a base and none was given, use a stand-in with the adapter's names.
 
     Raises:
         Miswritten: the file cannot be read.
@@ -117,7 +117,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # The reading must be the same: a damaged file that its tool forgives is written again as it was.
+    # Read with the same `compat`: a damaged file that its tool accepts is written again with the same damage.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -131,18 +131,18 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         if readable is not None:
             raise  # The base lacks a target of the adapter, which is not the writer's fault.
         if base is None and isinstance(error, UsageError):
-            why = f"without the base {name} cannot read back what it writes, so nothing proves it: {error.why}"
-            raise UsageError(why, where=error.where, cure="Give the base with base=/--base") from error
+            why = f"without the base, {name} cannot read its output back, so the output cannot be checked: {error.why}"
+            raise UsageError(why, where=error.where, cure="Give the base with --base (base=)") from error
         if base is not None:
-            # An adapter that does not fit this base is not the writer's fault either; the reader binds what it reads.
+            # An adapter that does not fit the base is not the writer's fault: bind it, so that it raises its own error.
             from ..naming.binding import bind
 
             bind(asked, base)
-        raise Miswritten(f"{name} cannot read what it wrote: {error.why}", where=error.where, cure=_REPORT) from error
+        raise Miswritten(f"{name} cannot read its own output: {error.why}", where=error.where, cure=_REPORT) from error
 
 
 def stand_in(adapter: Adapter) -> Checkpoint:
-    """Make a base with an adapter's names, and shapes as far as the adapter tells them; it holds no values."""
+    """Return a base with the adapter's names, and with shapes as far as the adapter shows them; it has no values."""
     from ..io.checkpoint import Checkpoint
     from ..naming.binding import view_shape
 
@@ -169,21 +169,21 @@ def _stored(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 def _empty(shape: tuple[int, ...]) -> Lazy:
     def fetch() -> bytes:
-        raise UsageError("the base's numbers are needed", cure="Give the base with base=/--base")
+        raise UsageError("the values of the base are needed", cure="Give the base with --base (base=)")
 
     return Lazy(shape, DTYPES["F32"], fetch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Proof:
-    """A comparison of the adapter to write with the adapter that was read back.
+    """Compares the adapter to write with the adapter that was read back.
 
     Attributes:
         name: the name of the format.
-        base: the base; None if there is none.
-        left_out: words of the lines that report updates that were left out; targets are among these words.
-        changed: attributes that are reported as changed, as `target:method.attribute`.
-        dtypes: element types of the format, if it does not have all of them.
+        base: the base, or None.
+        left_out: the words of the lines that report omitted updates; the names of the targets are among these words.
+        changed: the attributes reported as changed, as `target:method.attribute`.
+        dtypes: the element types of the format, if it does not support all.
     """
 
     name: str
@@ -214,7 +214,7 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats store all modules of a kind, with zeros for those without an update.
+            # Some formats store all modules of a kind, with zeros for modules without an update.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -223,32 +223,34 @@ class _Proof:
         asked = {target: self._as_reported(target, found, got.get(target, ())) for target, found in asked.items()}
         if asked.keys() == got.keys() and all(_same(found, got[target]) for target, found in asked.items()):
             return
-        why = "nothing is there"
+        why = "the file has no such update"
         for choice in self._choices(asked):
             if choice and not got:
-                why = "nothing is there"
+                why = "the file has no such update"
             elif not (why := unlike(choice, got, self.base, self.dtypes)):
                 return
         where = _difference(asked, got)
         layouts = [{target.layout for target in group} for group in (asked, got)]
         if asked and got and layouts[0] != layouts[1]:
             ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
-            items = [f"{target}: its base stores it as {ours}, the file is read as {theirs}" for target in asked]
+            items = [f"{target}: its base stores it as {ours}; the reader takes it for {theirs}" for target in asked]
             places = [(target, position) for target, found in asked.items() for position in range(len(found))]
-            why = f"{self.name} does not say how a base stores these weights"
-            raise Unrepresentable(why, items=items, cure="Write adapterkit's own format", places=places)
+            why = f"{self.name} does not state how a base stores these weights"
+            raise Unrepresentable(
+                why, items=items, cure="Write adapterkit's format: --to adapterkit (format='adapterkit')", places=places
+            )
         if not got:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
-        # Changes that are not finite cannot be compared; then the adapter is at fault, not its writer.
+        # Values that are not finite cannot be compared; raise the adapter's error, because the writer is not at fault.
         Adapter(asked).check_values()
         raise Miswritten(
-            f"{self.name} wrote something else than the adapter has here: {why}", where=where, cure=_REPORT
+            f"{self.name} wrote an update that differs from the adapter's: {why}", where=where, cure=_REPORT
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates with the values that were read back in the fields that are reported as changed."""
+        """Return the updates to write; fields reported as changed get the values that were read back."""
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
         return tuple(
@@ -257,19 +259,19 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return all updates; if some are reported as left out, every subset that leaves some of those out."""
+        """Return the updates to expect: all of them, and each subset without some updates reported as omitted."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                # Rows of one weight may all be left out. Many rows have too many subsets: then all or none are tried.
+                # A weight with many omitted rows would have too many subsets; then only all or none of them are tried.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """Name the first target that differs, and the field, if the methods are the same."""
+    """Return the name of the first target that differs, with the field if the methods are the same."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -281,13 +283,13 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that bring different names of the same modules to one; the first changes nothing."""
+    """Return functions that translate different names of the same modules to one; the first changes nothing."""
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 
     ways: list[Callable[[Updates], Updates]] = [dict, in_components]
     names = families_of_all(target.path for target in (*asked.updates, *got.updates))
-    # A file of a few modules has names of several families; then the metadata, the base and the shapes tell which.
+    # A file with few modules may fit several families; then the metadata, the base and the shapes decide.
     inside = denoiser_targets(asked.updates, ())
     told = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
     for known in dict.fromkeys((names, told)):
@@ -305,13 +307,13 @@ def _bound(updates: Updates, base: Checkpoint) -> Updates:
 
 
 def _shared(asked: Updates, got: Updates) -> float:
-    """Return the fraction of the requested targets that are there by name."""
+    """Return the fraction of the requested targets whose names and layouts are in the file."""
     ours, theirs = ({(target.path, target.layout) for target in updates} for updates in (asked, got))
     return len(ours & theirs) / len(ours)
 
 
 def _by_path(updates: Updates) -> dict[str, dict[Target, tuple[Update, ...]]]:
-    """Return path -> its targets: one, or several with rows of one weight."""
+    """Group targets by path: a path has one target, or several targets for rows of one weight."""
     found: dict[str, dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         found.setdefault(target.path, {})[target] = each
@@ -342,7 +344,7 @@ def _close(one: object, other: object) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; of large tensors, only samples are compared."""
+    """Whether two tensors have the same dtype, shape and bits; large tensors are compared only at samples."""
     if one is other:
         return True
     if one is None or other is None:
@@ -362,7 +364,7 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
 
 
 def _check_bytes(name: str, file: str, written: Written) -> None:
-    """Compare samples of the bytes on disk with the tensors that were to be written.
+    """Compare samples of the bytes on disk with the tensors that should have been written.
 
     Raises:
         Miswritten: they differ.
@@ -371,12 +373,14 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # It would be computed again, which takes too long.
+            continue  # Skip large computed tensors: computing them again takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count
         if bytes(leaf.read(first, count)) != bytes(tensor.read(first, count)):
-            raise Miswritten(f"{name}: other bytes are on the disk", path=file, where=key, cure=_REPORT)
+            raise Miswritten(
+                f"{name}: the bytes on the disk differ from the written tensor", path=file, where=key, cure=_REPORT
+            )
 
 
-_REPORT = "Nothing was written. The format's writer is at fault: report it, or write another format"
+_REPORT = "Nothing was written. This is a fault of the format's writer: report it, or write another format"

@@ -1,4 +1,4 @@
-"""Read and write torch state dicts, and the small file beside them with the alpha that they do not hold."""
+"""Read and write torch state dicts, and the small settings file next to them that stores alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._pairs import finite
 
 
 def keys_of(path: Path) -> list[str]:
-    """Return the keys of a torch or safetensors file, for detection; none if it is neither."""
+    """Return the keys of a torch or safetensors file, for detection; an empty list for any other file."""
     try:
         if not path.is_file():
             return []
@@ -34,33 +34,33 @@ def load(path: Path) -> dict[str, Lazy]:
     """Load the tensors of a file, by key.
 
     Raises:
-        Malformed: it is damaged, or not a state dict.
+        Malformed: the file is damaged, or is not a state dict.
     """
     return safetensors.read(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) -> None:
-    """Write a state dict atomically: as safetensors if the path has that suffix, else as `torch.save` does.
+    """Write a state dict atomically: as safetensors if the path has that suffix, otherwise like `torch.save`.
 
     Args:
         path: the file.
-        tensors: key -> tensor, in the order to write.
-        wrapper: the one key of a dict around the tensors.
+        tensors: the tensors by key, in the order to write.
+        wrapper: the only key of a dict around the tensors, or None.
 
     Raises:
-        StorageError: it cannot be written.
-        UsageError: the suffix is of safetensors, which the format's reader does not accept.
+        StorageError: the file cannot be written.
+        UsageError: the suffix is `.safetensors`, but the format needs `wrapper`, which such files cannot store.
     """
     if path.suffix == ".safetensors":
         if wrapper is not None:
-            why = f"safetensors files do not hold the dict {wrapper!r} around the tensors"
+            why = f"safetensors files cannot store the dict {wrapper!r} around the tensors"
             raise UsageError(why, path=path, cure="Give the file a name that ends in .pt")
         return safetensors.write(path, tensors, {"format": "pt"})
     import torch
 
     loaded: dict[int, torch.Tensor] = {}
     state = {key: loaded.setdefault(id(leaf), as_torch(leaf)) for key, leaf in tensors.items()}
-    # The archive's root is named after the file, so the staged file must have the same name.
+    # The archive's root folder is named after the file, so give the staged file the final name.
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
@@ -68,32 +68,33 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
             if not is_zipfile(part):
                 raise RuntimeError("the archive is not complete")
         except RuntimeError as error:
-            # torch's zip writer is C++ and hides the errno. With plain tensors in memory, only the disk can fail.
+            # torch's zip writer is C++ and hides the errno. With plain tensors in memory only the disk can fail, so
+            # report a storage error.
             raise unwritten(error, part) from error
     return None
 
 
 def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str, Any]:
-    """Read a file of settings beside a state dict; it must have an `alpha` that is not zero.
+    """Read the settings file next to a state dict; it must have a nonzero `alpha`.
 
     Raises:
-        UsageError: the file is missing, and the state dict does not hold alpha.
-        Malformed: it has other content, or an invalid alpha.
+        UsageError: the file is missing; the state dict does not store alpha.
+        Malformed: the file has unknown settings, or an invalid alpha.
     """
     if not file.exists():
-        why = f"the tensors do not say alpha; {file.name} beside them must"
-        raise UsageError(why, path=file, cure=f"Write it: {example}")
+        why = f"the tensor file has no alpha; {file.name} next to it must state it"
+        raise UsageError(why, path=file, cure=f"Write the file: {example}")
     settings = read_json(file, strict=True)
     unknown = next((name for name in settings if name not in known), None)
     if unknown is not None or "alpha" not in settings:
-        why = "no alpha" if unknown is None else f"unknown name {unknown!r}"
-        raise Malformed(why, path=file, cure=f"It is {example}")
+        why = "the settings have no alpha" if unknown is None else f"unknown setting {unknown!r}"
+        raise Malformed(why, path=file, cure=f"The file must be {example}")
     if not finite(settings["alpha"], f"{file.name}: alpha"):
         why = "alpha is zero, so the adapter would do nothing"
-        raise Malformed(why, path=file, where="alpha", cure="Correct it")
+        raise Malformed(why, path=file, where="alpha", cure="Correct alpha")
     return settings
 
 
 def write_settings(file: Path, settings: Mapping[str, object]) -> None:
-    """Write a file of settings."""
+    """Write a settings file."""
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())

@@ -1,8 +1,8 @@
 """Apply departures that depend on the adapted layer: the function that a tool trained at its kernel and padding.
 
-A file of OFT or LoRA does not say whether its layer is a convolution, or how the layer pads its input. The engines know
-it, so they call this before they compute. An adapter that was not read from a tool's file, or was read with
-`compat="formula"`, means its formula everywhere.
+A file with OFT or LoRA does not state whether its layer is a convolution, or how the layer pads its input. The engines
+know the layer, so they call this module before they compute. An adapter that was not read from a tool's file, or was
+read with `compat="formula"`, follows its formula at every layer.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 def as_trained(
     updates: Sequence[Update], recipe: Sequence[Step], shape: tuple[int, ...], target: Target, padding: str = ""
 ) -> tuple[Update, ...]:
-    """Return the updates as the tools that trained them computed them at one layer.
+    """Return the updates as the tools that trained them compute them at one layer.
 
     Args:
         updates: the updates of one target.
-        recipe: the adapter's lineage; it names the formats that the adapter was read from.
+        recipe: the adapter's lineage, which names the formats of the files that were read.
         shape: the shape of the layer's weight, `[out, in, *k]`.
         target: the target, for errors.
-        padding: how the layer pads its input, if that is known and is not zeros around an undilated kernel.
+        padding: how the layer pads its input; empty if unknown, or for zeros around an undilated kernel.
 
     Raises:
-        Unsupported: no method here computes what the tool computed at this layer.
+        Unsupported: no method can compute the same function as the tool at this layer.
     """
     return _by_rules(_rules(recipe, {update.method for update in updates}), updates, LayerFacts(shape, padding), target)
 
@@ -44,7 +44,7 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
-    """Return the facts about single layers that the source formats of an adapter recorded for these methods."""
+    """Return the layer-dependent departures of the adapter's source formats that concern these methods."""
     names = {
         str(step.args.get("format"))
         for step in recipe
@@ -68,12 +68,12 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites with their updates as trained, by the shapes of the base's tensors alone.
+    """Return the sites with their updates as trained, using only the shapes of the base's tensors.
 
     Args:
-        sites: sites bound to a base; stacked ones and rows of a weight stay as they are.
+        sites: sites bound to a base; sites of stacked weights and of rows of a weight stay unchanged.
         recipe: the adapter's lineage.
-        shapes: name of a tensor of the base -> its stored shape.
+        shapes: the stored shape of each tensor of the base, by name.
 
     Raises:
         Unsupported: see `as_trained`.

@@ -1,4 +1,4 @@
-"""Read and write the YAML of adapters' configs: mappings with text keys."""
+"""Read and write the YAML of adapters' configs: mappings with strings as keys."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ LIMIT = strict_yaml.MAX_BYTES
 
 
 def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
-    """Parse a mapping with text for keys.
+    """Parse a mapping with strings as keys.
 
     Raises:
-        Malformed: it is not a mapping, is too large, or has more than plain values.
+        Malformed: the data is not a mapping, is too large, or has YAML features other than plain values.
     """
     value = strict_yaml.load_yaml(data, where=where)
     if not isinstance(value, dict):
-        raise Malformed("not a mapping of names", where=where, cure="Fetch or write the file again")
+        raise Malformed(
+            "the YAML is not a mapping with names as keys", where=where, cure="Fetch or write the file again"
+        )
     return value
 
 
 def dump_yaml(value: dict[str, Any], read: str = "") -> bytes:
-    """Write a mapping, keys in their order; returns `read`, the text that was read, if it still means the same."""
+    """Return a mapping as YAML, with the keys in order; returns `read`, the text that was read, if it is equal."""
     import yaml
 
     if read and load_yaml(read.encode(), "what was read") == value:

@@ -1,4 +1,4 @@
-"""The native format: one safetensors file with one metadata key, `adapterkit`; normative text in spec/README.md."""
+"""The native format: one safetensors file with one metadata key, `adapterkit`; defined in spec/README.md."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""Largest size in bytes of a record in a file of its own."""
+"""The largest size, in bytes, of a record that is stored as a separate file."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
 NUMBER = "(0|[1-9][0-9]{0,3})"
-"""A MAJOR or MINOR number without leading zeros, so that one version has one spelling."""
+"""The pattern of a MAJOR or MINOR number, without leading zeros, so that each version has only one spelling."""
 
 Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^1\.{NUMBER}$"})]
 Row = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """One place in a base; see `adapterkit.Target`."""
+    """A target: a weight or module of a base; see `adapterkit.Target`."""
 
     path: str
     layout: Layout = LAYOUTS[0]
@@ -48,7 +48,7 @@ class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """One method at one target: `tensors` maps its fields to names of tensors in the file."""
+    """One update: `tensors` maps the fields of its method to names of tensors in the file."""
 
     target: TargetRecord
     method: Text
@@ -58,7 +58,7 @@ class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class BaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The base the adapter was made for; see `adapterkit.BaseRef`."""
+    """The base that the adapter was trained for; see `adapterkit.BaseRef`."""
 
     id: str | None = None
     revision: str | None = None
@@ -73,7 +73,7 @@ class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """Leftovers of a source format."""
+    """Contents of a source format that adapterkit keeps without using them."""
 
     format: str
     data: dict[str, Any]
@@ -93,7 +93,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Native(Format):
-    """adapterkit's own format; it can express everything that an `Adapter` can hold."""
+    """adapterkit's own format, which can express every `Adapter`."""
 
     url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
     description = f"adapterkit's own: one safetensors file, spec {SPEC}"
@@ -110,8 +110,10 @@ class Native(Format):
         file = _file(path)
         header = safetensors.read_header(file)
         if KEY not in header.metadata:
-            cure = "This is not an adapterkit file; name its format, or let it be detected"
-            raise Malformed(f"no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
+            cure = (
+                "This is not an adapterkit file; name its format with --from (format=), or omit it to detect the format"
+            )
+            raise Malformed(f"the file has no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
         try:
             tensors = safetensors.handles(header)
             return decode_record(header.metadata[KEY], tensors)
@@ -121,17 +123,19 @@ class Native(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        unknown = [f"{t}: {u.method} is no method" for t, u in adapter if u.method not in METHODS]
+        unknown = [f"{t}: {u.method} is not a registered method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write the updates that it is made of, each by itself"
-            raise Unrepresentable("a file holds only updates of methods", items=unknown, cure=cure)
+            cure = "Write the updates of which it consists separately"
+            raise Unrepresentable("the format can store only updates with registered methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
         try:
             plain = msgspec.to_builtins(record)
         except (TypeError, RecursionError) as error:
-            why = f"a value that JSON cannot express ({first_line(error)})"
-            raise Malformed(why, where=f"metadata {KEY}", cure="Leave it out, or give plain values") from None
+            why = f"the adapter has a value that JSON cannot express ({first_line(error)})"
+            raise Malformed(
+                why, where=f"metadata {KEY}", cure="Remove the value, or replace it with plain values"
+            ) from None
         text = canonical(plain)
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
         return []
@@ -142,16 +146,16 @@ def _file(path: Path) -> Path:
 
 
 def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
-    """Return the adapter that a record describes, with these tensors.
+    """Return the adapter that a record and its tensors describe.
 
     Raises:
-        Malformed, Unsupported: as for a file.
+        Malformed, Unsupported: the same errors as for a file.
     """
     return _decode(_parse(text), tensors)
 
 
 def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
-    """Return the record of an adapter; adds the tensors that it names to `tensors`. A shared leaf is stored once."""
+    """Return the record of an adapter, and add its tensors to `tensors`; a tensor used twice is stored once."""
     names: dict[int, str] = {}
 
     def store(name: str, leaf: Leaf) -> str:
@@ -172,13 +176,13 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
 
 def version_of(adapter: Adapter) -> str:
-    """Return the oldest version of the spec that can express an adapter, so that older readers can read it."""
+    """Return the oldest version of the spec that can express an adapter, so that old releases can read the file."""
     return max((METHODS[update.method].since[update.stated_version - 1] for _, update in adapter), default="1.0")
 
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a default only if it is the same object, so an equal layout must be replaced by that object.
+    # msgspec omits a default only if it is the same object, so replace an equal layout with that object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -199,7 +203,7 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
 
 
 def _parse(text: str) -> Record:
-    """Parse the record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
+    """Parse the record in a metadata value; unknown fields of a newer MINOR version go to `extensions`."""
     try:
         fields = load_json(text)
         if not isinstance(fields, dict):
@@ -209,11 +213,15 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        # msgspec writes `$.updates[0].tensors[...]`, with dots in place of a mapping's key.
+        # msgspec writes `$.updates[0].tensors[...]`, where `...` stands for a mapping's key; remove that ending.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
-        raise Unsupported(f"requires {', '.join(record.requires)}", where="requires", cure=_UPGRADE)
+        raise Unsupported(
+            f"the file requires {', '.join(record.requires)}, which this release does not have",
+            where="requires",
+            cure=_UPGRADE,
+        )
     return record
 
 
@@ -222,18 +230,20 @@ def _keep_unknown(fields: dict[str, Any]) -> dict[str, JsonValue]:
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
     if not isinstance(kept, dict) or kept.keys() & unknown.keys():
-        raise ValueError("extensions are not an object, or repeat a field beside them - at `$.extensions`")
+        raise ValueError("extensions are not an object, or repeat a field of the record - at `$.extensions`")
     return {**known, "extensions": kept | unknown}
 
 
 def _check_version(version: object) -> bool:
-    """Whether a version is a newer MINOR than this one's."""
+    """Whether a version has a newer MINOR number than this release's spec."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
     (major, minor), (own_major, own_minor) = (map(int, v.split(".")) for v in (version, SPEC))
     if major != own_major:
-        raise Unsupported(f"spec {version}; this release reads {own_major}.x", where="version", cure=_UPGRADE)
+        raise Unsupported(
+            f"the file follows spec {version}; this release reads {own_major}.x", where="version", cure=_UPGRADE
+        )
     return minor > own_minor
 
 
@@ -242,7 +252,9 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
 
     def take(name: str, field: str) -> Lazy:
         if name not in tensors:
-            raise Malformed(f"refers to a tensor {name!r} that is not in the file", where=field, cure=_REWRITE)
+            raise Malformed(
+                f"this field refers to a tensor {name!r} that is not in the file", where=field, cure=_REWRITE
+            )
         unused.pop(name, None)
         return tensors[name]
 
@@ -251,7 +263,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         target = Target(entry.target.path, entry.target.layout, entry.target.rows)
         try:
             if target in updates and target != next(reversed(updates)):
-                raise Malformed("updates of one target that do not follow each other", cure=_REWRITE)
+                raise Malformed("updates of one target are not adjacent", cure=_REWRITE)
             updates[target] = (*updates.get(target, ()), _decode_update(entry, take))
         except AdapterkitError as error:
             error.where = f"updates[{position}] ({target})" + (f": {error.where}" if error.where else "")
@@ -266,7 +278,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
         )
     )
     if unused:
-        raise Malformed("a tensor that nothing refers to", where=next(iter(unused)), cure=_REWRITE)
+        raise Malformed("no update refers to this tensor", where=next(iter(unused)), cure=_REWRITE)
     base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
     recipe = tuple(Step(step.op, step.args) for step in record.recipe)
     return Adapter(updates, base, recipe, foreign, record.extensions)
@@ -276,7 +288,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
     cls = METHODS[entry.method]
     if entry.version > cls.version or not cls.since[entry.version - 1]:
         versions = ", ".join(str(number) for number, since in enumerate(cls.since, 1) if since)
-        why = f"{entry.method} version {entry.version}; this release knows {versions}"
+        why = f"the file has {entry.method} version {entry.version}; this release knows {versions}"
         raise Unsupported(why, where="version", cure=_UPGRADE)
     known = {n: f for n, f in cls.attribute_fields().items() if f.metadata.get("since", 1) <= entry.version}
     _check_names("tensors", entry.tensors, cls.tensor_fields())
@@ -285,7 +297,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
-    """Check that an update has only names that its method knows, and all names without a default."""
+    """Check that an update has only names that its method knows, and every name without a default."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

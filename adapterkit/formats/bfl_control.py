@@ -1,6 +1,6 @@
-"""Black Forest Labs' control LoRA for FLUX: their own names, `lora_B.bias`, and whole scales of norms; no alpha.
+"""Black Forest Labs' control LoRA for FLUX: native names, `lora_B.bias`, complete scales of norms; no alpha.
 
-Its LoRA of `img_in` reads more channels than the base has; it fits a base whose `img_in` was enlarged with zeros.
+Its LoRA on `img_in` reads more channels than the base has; it fits a base whose `img_in` was enlarged with zeros.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _NORM = re.compile(r"(?:double_blocks\.\d+\.(?:img|txt)_attn|single_blocks\.\d+)
 
 
 class BflControl(ImageFormat):
-    """FLUX.1 Depth and Canny as LoRA, and files of that kind."""
+    """FLUX.1 Depth and Canny as LoRA, and similar files."""
 
     url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
-    description = "Black Forest Labs' control LoRA for FLUX: their names, biases, scales of norms"
+    description = "Black Forest Labs' control LoRA for FLUX: native names, biases, scales of norms"
     file = "lora.safetensors"
     methods = frozenset({"lora", "replacement"})
     rules = Rules(slots=(*SLOTS, "set_weight"))
@@ -45,7 +45,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
-        # Other models have a final_layer too, and other names beside it.
+        # Other models have a final_layer, too; so check that every other name is FLUX's as well.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -65,7 +65,7 @@ class BflControl(ImageFormat):
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename to the authors' names; they call a whole norm's parameter `scale`, diffusers calls it a weight."""
+        """Translate targets to the authors' names; a replaced norm ends in `scale`, which diffusers calls `weight`."""
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, found): found for target, found in changed.items()}, losses
 
@@ -82,12 +82,12 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, found: Iterable[Update]) -> Target:
-    """Return the parameter of a whole norm; any other target unchanged."""
+    """Return the scale parameter as the target of a replaced norm; any other target unchanged."""
     whole = all(update.method == "replacement" for update in found)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:
-    """Whether FLUX has a module of this name; blocks of HunyuanVideo have the same beginning."""
+    """Whether FLUX has a module with this name; HunyuanVideo's blocks begin with the same words."""
     return any(family.name == "flux" for family in families_of(name, "native"))

@@ -1,8 +1,8 @@
-"""ComfyUI's own names: the model's dotted paths after `diffusion_model.`, with any slot that its loader knows.
+"""ComfyUI's names: the model's dotted paths after `diffusion_model.`, with any slot that its loader knows.
 
-ai-toolkit, musubi-tuner and others write the same with `lora_A` and `lora_B`, and no alpha. DiffSynth, the Lightning
-distillations, fal and ACE-Step omit the prefix or write PEFT's. Their names must all be those of one known family,
-because nothing else tells such a file from one of another kind of model.
+ai-toolkit, musubi-tuner and others write the same names with `lora_A` and `lora_B`, without alpha. DiffSynth, the
+Lightning distillations, fal and ACE-Step omit the prefix or write PEFT's prefix. A file without ComfyUI's prefix is
+recognised only if all of its names belong to one known family, because nothing else identifies the kind of model.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""Slots that loralib has, too; only a prefix shows that a file is ComfyUI's."""
+"""Slots that loralib uses, too; a file with these slots is ComfyUI's only if its names have ComfyUI's prefix."""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
 _OTHER = re.compile(
@@ -85,14 +85,14 @@ _OTHER = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Encoder -> ComfyUI's name of its CLIP, if the family is not known."""
+"""ComfyUI's name for the CLIP of each text encoder, if the family is unknown."""
 
 
 class Comfyui(ImageFormat):
-    """Files in ComfyUI's own names."""
+    """Files with ComfyUI's names."""
 
     url = "https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py"
-    description = "ComfyUI's own names behind diffusion_model., as ai-toolkit and others write them too"
+    description = "ComfyUI's names after diffusion_model., which ai-toolkit and others write, too"
     file = "lora.safetensors"
     differences = True
     methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement", "weight_norm"})
@@ -131,7 +131,7 @@ class Comfyui(ImageFormat):
         others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
-        # Names that a U-Net has too, such as time_embedding.linear_1, do not prove a transformer.
+        # Ignore generic families: names that a U-Net shares, like time_embedding.linear_1, do not prove a transformer.
         parts = {each.component for each in fitting if not each.facts.generic}
         parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
@@ -140,14 +140,14 @@ class Comfyui(ImageFormat):
             and not any(map(_says_part, modules))
             and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
         ):
-            part = ""  # Writers that need the part refuse, with both readings.
+            part = ""  # Leave the part open; writers that need it raise an error that names both.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
         fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename to ComfyUI's naming; the families that fit decide the names of text encoders."""
+        """Translate targets to ComfyUI's naming; the families that fit determine the names of text encoders."""
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -178,14 +178,14 @@ def _apart(update: Update) -> tuple[Update, ...]:
 
 
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
-    """Reorder rows that DiffSynth has head by head: first all queries, then all keys, then all values.
+    """Reorder rows of DiffSynth's files, which follow each other head by head, to all queries, all keys, all values.
 
-    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder these when
-    they load them. Shapes are the same, so only PEFT's adapter name in the keys identifies such files. That name is
-    removed from the keys, because it would mark the written file as DiffSynth's.
+    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder the rows when
+    they load the model. The shapes are the same, so only PEFT's adapter name in the keys identifies such files. That
+    name is removed from the keys, because it would mark the written file as DiffSynth's.
 
     Raises:
-        Malformed: the rows are not those of whole heads.
+        Malformed: the rows do not form whole heads.
     """
     fitting = families_with({_rest(stem) for stem in modules})
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):
@@ -199,7 +199,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
         if up is not None and len({piece.path for piece in pieces}) == 3:
             size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
             if rows % (3 * size):
-                why = f"{rows} rows are not queries, keys and values of heads of {size}"
+                why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
                 raise Malformed(why, where=module.keys["up"], cure=AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
         found[stem] = replace(module, keys=keys)
@@ -207,7 +207,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Reorder rows from head by head to all queries, all keys and all values."""
+    """Reorder rows from head by head to all queries, then all keys, then all values."""
 
     def ordered(array: Any) -> Any:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -217,12 +217,12 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 
 
 def _says_part(stem: str) -> bool:
-    """Whether a key says that its module is in the U-Net or the transformer, or in a text encoder."""
+    """Whether a key names the part of the model: the U-Net, the transformer or a text encoder."""
     return stem.startswith(("text_encoders.", *(root for root in PREFIXES if root != "base_model.model.")))
 
 
 def _rest(stem: str) -> str:
-    """A module's name without what stands before it, once or twice, and without torch's wrappers."""
+    """Return a module's name without its prefix, which files may repeat, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
     while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
@@ -236,7 +236,13 @@ def _families(names: Collection[str]) -> list[str]:
 
 
 def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
-    """Return the target of a module, given the part that is the U-Net or transformer and the families that fit."""
+    """Return the target of a module.
+
+    Args:
+        stem: the module's name in the file.
+        part: the name of the model's U-Net or transformer.
+        fitting: the families that fit the file.
+    """
     root, rest = rooted(stem)
     if not stem.startswith("text_encoders."):
         return f"{part}.{_rest(stem)}" if part else _rest(stem)
@@ -251,8 +257,8 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
     if len(encoders_there) == 1:
         encoder = next(iter(encoders_there))
     elif not encoder and word != "clip_h":
-        why = f"nothing in the file tells which text encoder {word} is: one of {', '.join(sorted(encoders_there))}"
-        cure = "Name the family by --family (family=), or read it together with the transformer's LoRA"
+        why = f"the file does not show which text encoder {word} is: one of {', '.join(sorted(encoders_there))}"
+        cure = "Name the family with --family (family=), or read the file together with the transformer's LoRA"
         raise TargetNotFound(why if known else f"no family has a text encoder {word}", where=stem, cure=cure)
     prefixes = {prefix for _, prefix in known}
     if len(prefixes) == 1 and (prefix := next(iter(prefixes))) is not None:
@@ -262,7 +268,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
 
 @lru_cache(maxsize=64)
 def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Return text encoder and kind -> ComfyUI's name and diffusers' prefix, by the families that fit all targets."""
+    """Map (text encoder, kind) to (ComfyUI's name, diffusers' prefix), by the families that fit all targets."""
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
     kinds = encoder_kinds(targets)
@@ -281,14 +287,14 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's name of a text encoder, and the module's name there; an empty name if it is not known."""
+    """Return ComfyUI's name for a text encoder, empty if unknown, and the module's name in ComfyUI."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # A name that diffusers' model does not have would be read back as another name.
+        # Skip names that diffusers' model does not have: the reader would translate them back to another name.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

@@ -1,6 +1,6 @@
-"""diffusers: the LoRA of a pipeline in one file; the first word of a key names the part; three generations of keys.
+"""diffusers: a pipeline's LoRA in one file, in three generations of keys; the first word of a key names the part.
 
-Since 0.35 the header may hold PEFT's config of each part, `lora_adapter_metadata`; without it every scaling is 1.
+Since 0.35 the header may store PEFT's config of each part as `lora_adapter_metadata`. Without it, every scaling is 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SLOTS = {
 }  # fmt: skip
 
 SCALE = "set_weight"
-"""Slot of a norm's scale: FLUX's control LoRAs replace the scales of the norms of queries and keys."""
+"""The slot of a norm's scale: FLUX's control LoRAs replace the scales of the norms of queries and keys."""
 
 _LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
 
@@ -74,21 +74,23 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora", "oft_R.weight": "oft_R",
     "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
-"""Words of keys -> slots; `dora_scale` and `oft_R` are OneTrainer's, `magnitude` is ai-toolkit's."""
+"""A map from the endings of keys to slots; `dora_scale` and `oft_R` are OneTrainer's, `magnitude` is ai-toolkit's."""
 
 
 class Diffusers(ImageFormat):
-    """`pytorch_lora_weights.safetensors`, or a folder that holds it."""
+    """`pytorch_lora_weights.safetensors`, or a folder with this file."""
 
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
-    description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
+    description = (
+        "diffusers' pipelines: LoRA and DoRA for each part, scalings in the header; all three generations of keys"
+    )
     identities = True
     methods = frozenset({"dora", "lokr", "lora", "replacement"})
     owns = frozenset(FILES)
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
     _whole_norms: bool = True
-    """Whether the loader of the adapter's family takes whole norms; set by `renamed`."""
+    """Whether the loader of the adapter's family accepts replaced norms; set by `renamed`."""
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
         if write:
@@ -96,7 +98,7 @@ class Diffusers(ImageFormat):
         return folder_file(path, FILES)
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
-        """Return the rules for writing: torch files have no header for scalings, so alphas that were read are kept."""
+        """Return the rules for writing. Torch files have no header for scalings, so keep the alphas that were read."""
         if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
             return self.rules
         return replace(self.rules, slots=tuple(slot for slot in self.rules.slots if slot != "alpha"))
@@ -106,7 +108,7 @@ class Diffusers(ImageFormat):
             keys = container.names(self.chosen(path))
         except AdapterkitError:
             return False
-        # GPT-2 is a `transformer` too: NOLA's checkpoints of it have these beside lora_A and lora_B.
+        # GPT-2's modules begin with `transformer`, too; NOLA's checkpoints of GPT-2 have coefficients next to lora_A.
         if any(key.endswith(".coefficients") for key in keys):
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot not in ("alpha", SCALE))
@@ -148,23 +150,25 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Turn changes of biases beside a LoRA into its bias, as diffusers' own converter does."""
+        """Make a change of a bias the bias of the LoRA on the same module, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
         if isinstance(update, Dense) and update.D is not None and len(update.D.shape) == 1:
             if _NORM.fullmatch(target.path) and self._whole_norms:
                 return (
-                    "the difference of a norm, which only FLUX's loader takes, and only whole: pass the base, base= "
-                    "(--base), with on_loss='promote' (--on-loss promote)"
+                    "it changes a norm by a difference, but FLUX's loader accepts only complete norms: pass the base "
+                    "with --base (base=), and --on-loss promote (on_loss='promote')"
                 )
-            return "the difference of a norm: diffusers' loaders take none, and LoRA has no form for a vector"
+            return (
+                "it changes a norm by a difference, which diffusers' loaders do not accept; LoRA cannot change a vector"
+            )
         if isinstance(update, Replacement) and not self._whole_norms:
-            return "a whole norm, which only FLUX's loader takes"
+            return "it replaces a norm, which only FLUX's loader accepts"
         return super().why_not(target, update, rules)
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename to diffusers' naming; refuse a part of a pipeline that mixes LoKr with other methods."""
+        """Translate targets to diffusers' naming; refuse a part of a pipeline that mixes LoKr with other methods."""
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -175,7 +179,10 @@ class Diffusers(ImageFormat):
                     part = component_of(target.path) or ""
                     kinds.setdefault(part, {}).setdefault(isinstance(update, LoKr), []).append(target)
         mixed = [min(kind.values(), key=len) for kind in kinds.values() if len(kind) > 1]
-        return changed, [*losses, *((target, "lokr beside lora in one part") for each in mixed for target in each)]
+        return changed, [
+            *losses,
+            *((target, "one part of the pipeline cannot have both lokr and lora") for each in mixed for target in each),
+        ]
 
     def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         part, _, name = stem.partition(".")
@@ -184,19 +191,23 @@ class Diffusers(ImageFormat):
         if settings is None or isinstance(update, Replacement):
             return found
         if isinstance(update, LoKr):
-            raise Unsupported("LoKr with a config in the header", where=stem, cure=f"Take {CONFIG} out of the header")
-        rank = update.dims()["r"]  # Raises a typed error for shapes that are no factors.
+            raise Unsupported(
+                "LoKr cannot have a config in the header", where=stem, cure=f"Remove {CONFIG} from the header"
+            )
+        rank = update.dims()["r"]  # Raises a typed error if the shapes are not those of factors.
         if settings.rank(name) != rank:
-            why = f"rank {rank}; {CONFIG} says {settings.rank(name)}"
-            raise ShapeMismatch(why, where=stem, cure="The header is not of these tensors; write the file again")
+            why = f"the tensors have rank {rank}; {CONFIG} states {settings.rank(name)}"
+            raise ShapeMismatch(
+                why, where=stem, cure="The header does not belong to these tensors; write the file again"
+            )
         if bool(settings.use_dora) != isinstance(update, DoRA):
-            why = f"{update.method}, where {CONFIG} says use_dora={settings.use_dora}"
-            raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
+            why = f"the tensors are {update.method}, but {CONFIG} states use_dora={settings.use_dora}"
+            raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
-            why = f"{CONFIG} says lora_bias={settings.lora_bias}, which its tensors do not"
-            raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
+            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors say otherwise"
+            raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if update.scaling != 1:
-            raise Malformed(f"an alpha beside {CONFIG}", where=stem, cure="Take one of the two out")
+            raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
         return ImageUpdate(update.replace(scaling=settings.scaling(name)), found.fields, found.kept, found.derived)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
@@ -214,9 +225,9 @@ class Diffusers(ImageFormat):
 
 
 def _path(stem: str) -> str:
-    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part.
+    """Return the path of a module. Keys of a U-Net may omit the part; SimpleTuner writes PEFT's prefix after the part.
 
-    A model that was wrapped twice has its part twice; mflux calls the output of FLUX.2's attention `to_out`.
+    A model that was wrapped twice repeats its part. mflux calls the output of FLUX.2's attention `to_out`.
     """
     root, rest = rooted(stem)
     rest = rest.removeprefix("base_model.model.")
@@ -227,7 +238,7 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Join changes of biases with the LoRAs beside them; then all LoRAs of the part get a bias."""
+    """Join changes of biases with the LoRAs on the same modules; then give all LoRAs of such a part a bias."""
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
@@ -241,7 +252,7 @@ def _with_biases(updates: Updates) -> Updates:
     for target, found in updates.items():
         alone = found[0] if len(found) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
-            continue  # Experts have no keys here, and are refused with their names behind this.
+            continue  # Keys cannot name experts; a later step refuses them, with their names.
         if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
@@ -254,10 +265,10 @@ def _has_bias(update: Update) -> bool:
 
 @lru_cache(maxsize=4)
 def _settings(text: str) -> dict[str, Settings]:
-    """Parse PEFT's settings of each part from the header.
+    """Parse PEFT's settings of each part in the header.
 
     Raises:
-        Malformed: it is not a JSON object of configs.
+        Malformed: the text is not a JSON object of configs.
         Unsupported: a config needs a feature that this version does not have.
     """
     from .peft.config import parse
@@ -267,9 +278,11 @@ def _settings(text: str) -> dict[str, Settings]:
     try:
         fields = load_json(text)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not valid JSON ({error})", where=CONFIG, cure="Write the file again") from None
+        raise Malformed(
+            f"the header's {CONFIG} is not valid JSON ({error})", where=CONFIG, cure="Write the file again"
+        ) from None
     if not isinstance(fields, dict) or not all("." in name for name in fields):
-        why = "no object of fields behind the names of parts"
+        why = "this is not a JSON object of fields that begin with the names of parts"
         raise Malformed(why, where=CONFIG, cure="Write the file again with diffusers")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -279,7 +292,7 @@ def _settings(text: str) -> dict[str, Settings]:
 
 
 def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
-    """Whether the configs, or defaults if there are none, give these ranks and scalings."""
+    """Whether the configs, or the defaults if there are no configs, state these ranks and scalings."""
     if not settings:
         parts: dict[str, set[int]] = {}
         for stem, (rank, scaling, _) in scales.items():
@@ -296,7 +309,7 @@ def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float
 
 
 def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
-    """Make the header's configs; the name of its part is before every field."""
+    """Create the header's configs; each field begins with the name of its part."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
         part, _, name = stem.partition(".")
@@ -315,14 +328,16 @@ def _fields(part: str, found: Mapping[str, tuple[int, float, object]]) -> dict[s
         {name: (rank, scaling) for name, (rank, scaling, _) in found.items()}, (False, True)
     )
     if inexact:
-        items = [f"{part}.{name}: no alpha gives its scaling exactly" for name in inexact]
-        raise Unrepresentable("diffusers stores a scaling as alpha / r", items=items, cure="Write kohya's format")
+        items = [f"{part}.{name}: no alpha yields its exact scaling" for name in inexact]
+        raise Unrepresentable(
+            "diffusers stores a scaling as alpha / r", items=items, cure="Write kohya's format: --to kohya"
+        )
     flags = {
         "use_dora": [isinstance(update, DoRA) for _, _, update in found.values()],
         "lora_bias": [getattr(update, "bias", None) is not None for _, _, update in found.values()],
     }
     for name, values in flags.items():
         if len(set(values)) > 1:
-            why = f"{name} is one switch for all of {part}, and some modules differ"
-            raise Unrepresentable(why, cure="Write kohya's format, or adapterkit's own")
+            why = f"{name} is one setting for all modules of {part}, and some modules differ"
+            raise Unrepresentable(why, cure="Write another format: --to kohya or --to adapterkit")
     return {**fields, **{name: values[0] for name, values in flags.items()}, "target_modules": sorted(found)}

@@ -1,6 +1,6 @@
 """kohya's sd-scripts: LoRA, LoCon and OFT for Stable Diffusion, FLUX and their text encoders, in one file.
 
-A key is a word for the part of the pipeline, a module's path with underscores for dots, and a slot.
+A key joins three words: one for the part of the pipeline, the module's path with underscores for dots, and a slot.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {"oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled"}
-"""Words of keys -> slots; `oft_R` is OneTrainer's, and read only."""
+"""A map from the endings of keys to slots; `oft_R` is OneTrainer's and is only read, not written."""
 
 _KEY = re.compile(
     r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
@@ -45,10 +45,10 @@ _KEY = re.compile(
 
 
 class Kohya(ImageFormat):
-    """Files of sd-scripts, and of tools that write the same."""
+    """Files of sd-scripts, and of tools that write the same keys."""
 
     url = "https://github.com/kohya-ss/sd-scripts"
-    description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
+    description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models; module names have underscores"
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
     bundles = True
@@ -79,28 +79,28 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # Several parts of one module may be trained apart.
+        # Resolve whole modules: parts of one module, such as q, k and v, may be trained separately.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = turned.rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Rename: XL's U-Net to LDM's naming, that of SD 1 and 2 to diffusers', transformers to their authors'."""
+        """Translate targets: XL's U-Net to LDM's naming, SD 1 and 2 to diffusers', transformers to their authors'."""
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # Names of a base are kept, because a reader resolves stems against the base's own names, whatever they are.
+        # Keep a base's names, whatever they are: a reader resolves stems against the names of the same base.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
             trained = tuple(family.name for family in families() if family.facts.sd_scripts)
             fitting = candidates(others, denoiser_targets(others, kept), origin)
             if fitting and not any(family.name in trained for family in fitting):
-                why = f"sd-scripts has no OFT of {fitting[0].title}"
+                why = f"sd-scripts has no OFT for {fitting[0].title}"
                 return dict(updates), [(target, why) for target in turned_there]
             origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
@@ -125,7 +125,7 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether a key with one of kohya's prefixes has a slot that only LyCORIS has."""
+    """Whether a key with one of kohya's prefixes has a slot that only LyCORIS uses."""
     found = _KEY.fullmatch(key)
     slot = found[2] if found else ""
     return bool(found) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
@@ -135,4 +135,4 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""Prefixes of slots that LyCORIS has and sd-scripts does not."""
+"""Prefixes of the slots that LyCORIS has and sd-scripts lacks."""

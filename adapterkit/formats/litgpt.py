@@ -1,6 +1,6 @@
 """litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
 
-q, k and v are one weight there, in this order; the pairs of those that are adapted share one A and one B tensor.
+The file fuses q, k and v into one weight, in this order. The pairs of the adapted ones share one A and one B tensor.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Return own template -> litgpt's name of the fused weight, and the part of it."""
+    """Map each of our name templates to litgpt's name of the fused weight with the part's name."""
     return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
 class LitgptHints(Leftovers, total=False):
-    """The two files of settings and their texts, and the heads."""
+    """The settings and the model config, the texts of both files, and the heads."""
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -57,7 +57,7 @@ class Litgpt(Format):
     """litgpt's LoRA checkpoints."""
 
     url = "https://github.com/Lightning-AI/litgpt"
-    description = "litgpt: lit_model.pth.lora beside hyperparameters.yaml and model_config.yaml"
+    description = "litgpt: lit_model.pth.lora with hyperparameters.yaml and model_config.yaml"
     models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({TENSORS, SETTINGS, MODEL})
@@ -107,23 +107,23 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     kind = model.get("mlp_class_name", MLP[0])
     if kind not in MLP:
-        why = f"a model with {kind} whose names are not in the table"
+        why = f"the model has {kind}, whose module names are unknown"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
     alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
     if not alpha:
-        raise Malformed("lora_alpha is 0: the adapter would do nothing", where=SETTINGS, cure=DAMAGED)
+        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=SETTINGS, cure=DAMAGED)
     enabled = [name for name in parts() if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
         if module.endswith(QKV):
             yield from _split(module, slots, enabled, rank, alpha / rank, _heads(model, base))
             continue
         if module.endswith("attn.attn"):
-            why = "q, k and v by groups of heads, as litgpt had them before 0.5"
+            why = "q, k and v are ordered by groups of heads, as in litgpt before 0.5"
             raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
         own = table().back(module)
         if own is None or check_factors(module, slots) != rank:
-            raise Malformed(f"no module of the table, or not of rank {rank}", where=module, cure=DAMAGED)
+            raise Malformed(f"the module is unknown, or its rank is not {rank}", where=module, cure=DAMAGED)
         yield Target(own), LoRA(**slots, scaling=alpha / rank)
 
 
@@ -134,8 +134,8 @@ def _split(
     A, B = slots["A"], slots["B"]
     rows = sum(sizes[name] for name in enabled)
     if len(A.shape) != 2 or A.shape[0] != rank * len(enabled) or B.shape != (rows, rank):
-        why = f"A is {list(A.shape)}, B is {list(B.shape)}; {' and '.join(enabled) or 'nothing'} of rank {rank} adapted"
-        raise ShapeMismatch(why, where=module, cure=f"Is {SETTINGS} of this checkpoint?")
+        why = f"A is {list(A.shape)}, B is {list(B.shape)}; adapted: {' and '.join(enabled) or 'nothing'}, rank {rank}"
+        raise ShapeMismatch(why, where=module, cure=f"Does {SETTINGS} belong to this checkpoint?")
     start = 0
     for index, name in enumerate(enabled):
         own = _qkv().back(f"{module}.{name}")
@@ -146,7 +146,7 @@ def _split(
 
 
 class _Writer:
-    """Encodes pairs of one rank and scaling. litgpt turns modules on for all layers, so missing pairs become zeros."""
+    """Encodes pairs with one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
 
     def __init__(
         self,
@@ -176,15 +176,16 @@ class _Writer:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
-        # Other modules, such as the MLP's last, have inputs of another width; these are on because a layer has them.
+        # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs.
+        # At least one of q, k and v has an update in some layer.
         names = {_below(parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
         sizes = dict(zip(parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, found, strict=True):
             if update is None and not sizes:
-                why = f"layer {layer} has no {name}, and how many rows of zeros stand for it follows from the heads"
-                raise UsageError(why, where=QKV, cure="Give the base, with its config.json, with base=/--base")
+                why = f"layer {layer} has no {name}; the number of zero rows in its place depends on the base's heads"
+                raise UsageError(why, where=QKV, cure="Give the base, with its config.json: --base (base=)")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
@@ -195,8 +196,8 @@ class _Writer:
         alike = (u for path, u in self.own.items() if _below(path) == _below(own))
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
         if like is None:
-            why = "litgpt turns modules on in all layers, and how wide this one is follows from the base"
-            raise UsageError(why, where=foreign, cure="Give the base with base=/--base")
+            why = "litgpt adapts a module in all layers; only the base shows the width of this one"
+            raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
         return _named_pair(foreign, *self.zero(*like))
 
     def zero(self, out: int, in_: int) -> tuple[Lazy, Lazy]:
@@ -204,12 +205,12 @@ class _Writer:
 
 
 def _below(own: str) -> str:
-    """Return a module's name below its layer."""
+    """Return a module's name inside its layer."""
     return own.partition("layers.")[2].partition(".")[2] or own
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the base's matrices, by names without the prefix of a language model."""
+    """Return the shapes of the base's matrices, by their names without the prefix of a language model."""
     tensors = {} if base is None else base.tensors
     own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
@@ -224,7 +225,7 @@ def _named(path: str) -> str | None:
 
 
 def _flag(target: Target) -> str:
-    """Return the setting that turns a module on."""
+    """Return the setting that enables the adapter of a module."""
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
     if f".{QKV}." in foreign:
         return foreign.rpartition(".")[2]
@@ -233,7 +234,7 @@ def _flag(target: Target) -> str:
 
 def _why_not(target: Target, update: Pair) -> str:
     if not any(map(_named, without_prefix(target.path))):
-        return "no name in litgpt's table"
+        return "its module has no name in litgpt"
     return unfit(target, update)
 
 
@@ -252,7 +253,7 @@ def _saved_heads(hints: Mapping[str, Any], base: Checkpoint | None) -> Heads | N
 
 
 def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> int:
-    """Count the base's layers, as far as known; at least the adapted ones."""
+    """Return the number of layers: the stated number, if known, but at least as many as the adapted layers imply."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -261,20 +262,20 @@ def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> i
 
 
 def _text(path: Path, *, needed: bool) -> str:
-    """Read a file of settings; empty if it is missing and not needed."""
+    """Read a settings file; returns an empty string if the file is missing and not needed."""
     if not path.exists():
         if needed:
-            cure = "Fetch it: it says rank, alpha and what is adapted"
-            raise StorageError("not there", path=path, cure=cure)
+            cure = "Fetch the file: it states the rank, alpha and the adapted modules"
+            raise StorageError("the file is missing", path=path, cure=cure)
         return ""
     try:
         return read_input(path, LIMIT).decode("utf-8")
     except UnicodeDecodeError:
-        raise Malformed("not UTF-8", path=path, cure=DAMAGED) from None
+        raise Malformed("the file is not valid UTF-8", path=path, cure=DAMAGED) from None
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
-    """Write the folder, its settings last; without them an interrupted folder is not taken for an adapter."""
+    """Write the folder. Settings come last: without them, readers do not take an interrupted folder for an adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

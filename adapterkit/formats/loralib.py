@@ -1,8 +1,8 @@
-"""loralib's checkpoints: a torch file of `lora_A` and `lora_B`, with `loralib.json` beside it for alpha and blocks.
+"""loralib's checkpoints: a torch file with `lora_A` and `lora_B`; `loralib.json` next to it states alpha and blocks.
 
-For an embedding, B A is the transpose of the change of its weight. A `MergedLinear` has the pairs of equal blocks of
-its outputs in one A and one B; the file states neither which blocks nor how many there are. A `Conv2d` multiplies A and
-B per row of its kernel, which is a LoRA of a larger rank.
+For an embedding, B A is the transposed change of the weight. A `MergedLinear` adapts some of several equal blocks of
+its outputs, and stores their pairs in one A and one B. The file does not state how many blocks there are, or which are
+adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with a larger rank.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
 
 FORMAT = "loralib"
 SETTINGS = "loralib.json"
-_EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] where there is a MergedLinear'
+_EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Words in the keys of other tools whose keys have the same endings."""
+"""Words in the keys of other tools whose keys end the same way."""
 
 
 class LoralibSettings(TypedDict, total=False):
-    """Alpha, and which blocks of a `MergedLinear` are on."""
+    """Alpha, and whether each block of a `MergedLinear` is adapted."""
 
     alpha: float
     enable_lora: list[bool]
 
 
 class LoralibHints(Leftovers, total=False):
-    """The settings."""
+    """The contents of `loralib.json`."""
 
     settings: LoralibSettings
 
 
 class LoraLib(Format):
-    """State dicts of `loralib.lora_state_dict`."""
+    """State dicts from `loralib.lora_state_dict`."""
 
     url = "https://github.com/microsoft/LoRA"
-    description = "loralib: a torch file of lora_state_dict, beside loralib.json"
+    description = "loralib: a torch file from lora_state_dict, with loralib.json"
     file = "lora.pt"
     methods = frozenset({"lora"})
     owns = frozenset({SETTINGS})
@@ -90,7 +90,9 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     enabled = settings.get("enable_lora")
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
-        raise Malformed(f"{enabled!r} is not a list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
+        raise Malformed(
+            f"enable_lora is {enabled!r}, not a list of true and false", where=SETTINGS, cure=f"Write {_EXAMPLE}"
+        )
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:
@@ -103,16 +105,16 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair belongs to the one block that a MergedLinear adapts, and not to a whole weight.
+    """Whether a pair belongs to the only adapted block of a MergedLinear, and not to a whole weight.
 
     Raises:
-        UsageError: there is no base to decide.
+        UsageError: the answer depends on the base, and no base is given.
     """
     if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
         return False
     if weight is None:
-        why = "one pair, and enable_lora has one block of outputs: a plain layer's looks the same"
-        raise UsageError(why, where=path, cure="Give the base with base=/--base")
+        why = "this pair may belong to a plain layer, or to the one block that enable_lora adapts"
+        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
 
@@ -123,11 +125,11 @@ def _merged(
     if len(A.shape) != 2 or len(B.shape) != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
         raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=path, cure=DAMAGED)
     if enabled is None:
-        why = "a MergedLinear, of which the tensors do not say which blocks of outputs it adapts"
+        why = "the tensors of this MergedLinear do not show which blocks of outputs it adapts"
         raise UsageError(why, where=path, cure=f"Write {SETTINGS}: {_EXAMPLE}")
     rank, count = B.shape[1], A.shape[0] // B.shape[1]
     if count != sum(enabled) or B.shape[0] % count:
-        why = f"{count} pairs, and enable_lora has {sum(enabled)}; or their {B.shape[0]} outputs are not even"
+        why = f"{count} pairs with {B.shape[0]} outputs do not fit the {sum(enabled)} equal blocks of enable_lora"
         raise ShapeMismatch(why, where=path, cure=f"Correct {SETTINGS}")
     size, positions = B.shape[0] // count, [index for index, flag in enumerate(enabled) if flag]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
@@ -139,7 +141,7 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """Decode W + B A in the weight's view: each row a of the kernel has its own rows of B and columns of A."""
+    """Decode W + B A, with W as a matrix: each row of the kernel has its rows of B and columns of A."""
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
     rank = A.shape[0] // k
@@ -178,7 +180,9 @@ def _spelled(
         enabled = _enabled(path, found, enabled, base)
         rank = {rank_of(update) for _, update in found}
         if len(rank) > 1:
-            raise Unrepresentable("a MergedLinear has one rank", items=[path], cure="Write another format")
+            raise Unrepresentable(
+                "a MergedLinear has the same rank in all blocks", items=[path], cure="Write another format"
+            )
         tensors |= {f"{path}.lora_{field}": joined([as_lazy(u.tensors[field]) for _, u in found]) for field in "AB"}
     return tensors, enabled
 
@@ -186,7 +190,7 @@ def _spelled(
 def _enabled(
     path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """Return which equal blocks of a weight's outputs have a pair; they must be the same in all weights of a file."""
+    """Return whether each equal block of a weight's outputs has a pair; all weights of a file must agree."""
     size = found[0][0][1] - found[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if enabled is None and weight is not None:
@@ -195,11 +199,11 @@ def _enabled(
         starts = range(0, out, size) if out % size == 0 else ()
         enabled = [any(rows[0] == start for rows, _ in found) for start in starts]
     if enabled is None:
-        why = "how many blocks of outputs this weight has decides on its MergedLinear"
-        raise UsageError(why, where=path, cure="Give the base with base=/--base")
+        why = "only the base shows how many blocks of outputs this MergedLinear has"
+        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     if [rows for rows, _ in found] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in found)}"]
         raise Unrepresentable(
-            "loralib adapts equal blocks, the same in all weights", items=items, cure="Write another format"
+            "loralib adapts equal blocks, the same ones in all weights", items=items, cure="Write another format"
         )
     return enabled

@@ -1,6 +1,6 @@
-"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, whole differences, and LoCon beside them, in one file.
+"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, complete weight differences and LoCon, in one file.
 
-Keys are built as kohya's; the prefix `lycoris_` is for modules of any model.
+Keys are built like kohya's; the prefix `lycoris_` is for modules of any model.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:
 
 
 class Lycoris(ImageFormat):
-    """Files of LyCORIS, and of tools that write the same."""
+    """Files of LyCORIS, and of tools that write the same keys."""
 
     url = "https://github.com/KohakuBlueleaf/LyCORIS"
-    description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
+    description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and complete weight differences for image models"
     models = ""
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})

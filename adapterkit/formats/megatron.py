@@ -1,7 +1,7 @@
-"""Megatron-Bridge's and NeMo 2's LoRA: a torch or safetensors state dict, with `megatron.json` beside it for alpha.
+"""Megatron-Bridge's and NeMo 2's LoRA: a torch or safetensors state dict; `megatron.json` next to it states alpha.
 
-Plain LoRA adapts fused weights, canonical LoRA each weight in them. A checkpoint that is distributed over ranks must be
-gathered first.
+Plain LoRA adapts fused weights; canonical LoRA adapts each weight in them separately. A checkpoint that is distributed
+over ranks must be gathered first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX = "decoder.layers."
 
 
 class MegatronHints(Leftovers, total=False):
-    """The prefix of names, whether weights are fused, heads and alpha."""
+    """The prefix of names, whether weights are fused, the heads, and alpha."""
 
     prefix: str
     fused: bool
@@ -39,7 +39,7 @@ class Megatron(Format):
     """Megatron-Bridge's LoRA and canonical LoRA."""
 
     url = "https://github.com/NVIDIA-NeMo/Megatron-Bridge"
-    description = "Megatron-Bridge and NeMo 2: a state dict of adapter.linear_in and linear_out, beside megatron.json"
+    description = "Megatron-Bridge and NeMo 2: a state dict with adapter.linear_in and linear_out, with megatron.json"
     models = "language"
     file = "adapter.pt"
     methods = frozenset({"lora"})

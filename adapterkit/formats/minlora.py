@@ -1,6 +1,6 @@
-"""minLoRA's checkpoints: a torch file of parametrizations, with `minlora.json` beside it for the alpha.
+"""minLoRA's checkpoints: a torch file of parametrizations; `minlora.json` next to it states alpha.
 
-An embedding's factors are swapped; a convolution's A has its kernel and its inputs in one axis.
+An embedding's factors are swapped. A convolution's A joins its inputs and its kernel in one axis.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
 
 
 class MinLoraHints(Leftovers, total=False):
-    """The settings."""
+    """The contents of `minlora.json`."""
 
     settings: dict[str, float]
 
 
 class MinLora(Format):
-    """State dicts of `minlora.get_lora_state_dict`."""
+    """State dicts from `minlora.get_lora_state_dict`."""
 
     url = "https://github.com/cccntu/minLoRA"
-    description = "minLoRA: a torch file of get_lora_state_dict, beside minlora.json"
+    description = "minLoRA: a torch file from get_lora_state_dict, with minlora.json"
     file = "lora.pt"
     methods = frozenset({"lora"})
     owns = frozenset({SETTINGS})
@@ -89,7 +89,7 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> dict[str, Any]:
-    """Return the pair with a convolution's kernel as axes of its own, as the base has it."""
+    """Return the pair with separate axes for a convolution's kernel, as in the base."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)
@@ -104,5 +104,5 @@ def _is_embedding(path: str) -> bool:
 
 def _why_not(target: Target, update: Pair) -> str:
     if target.rows is None and not target.stacked and not (isinstance(update, LoRA) and update.bias is not None):
-        return "" if target.layout == "out *in" or _is_embedding(target.path) else "a weight stored [in, out]"
+        return "" if target.layout == "out *in" or _is_embedding(target.path) else "its weight is stored as [in, out]"
     return unfit(target, update)

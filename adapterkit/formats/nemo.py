@@ -1,6 +1,6 @@
 """NeMo 1's LoRA: a `.nemo` archive, a tar of `model_config.yaml` and `model_weights.ckpt`; LoRA and canonical LoRA.
 
-The archive's config states alpha and heads. An archive that is split over ranks must be gathered first.
+The archive's config states alpha and the heads. An archive that is split over ranks must be gathered first.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ FORMAT = "nemo"
 CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"
 PREFIX = "model.decoder.layers."
 LARGEST = 8 << 30
-"""Limit in bytes on the tensors of an archive."""
+"""The size limit of an archive's tensors, in bytes."""
 EXPANDED = 64
-"""Limit on the size of the tensors, as a multiple of the archive's own size."""
+"""The size limit of the tensors, as a multiple of the archive's size."""
 MEMBERS = 64
 PIECE = 2 << 20
-"""Limit on bytes that are read at once; headers of members take a few hundred."""
+"""The limit on bytes read at once; headers of members need a few hundred bytes."""
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
 class NemoHints(Leftovers, total=False):
-    """The prefix of names, whether weights are fused, heads, alpha, the config and its text."""
+    """The prefix of names, whether weights are fused, the heads, alpha, and the config with its text."""
 
     prefix: str
     fused: bool
@@ -68,7 +68,7 @@ class Nemo(Format):
     """NeMo 1's archives of LoRA."""
 
     url = "https://github.com/NVIDIA/NeMo/blob/r1.23.0/scripts/nlp_language_modeling/merge_lora_weights/merge.py"
-    description = "NeMo 1: a .nemo archive of model_config.yaml and model_weights.ckpt"
+    description = "NeMo 1: a .nemo archive with model_config.yaml and model_weights.ckpt"
     models = "language"
     file = "adapter.nemo"
     methods = frozenset({"lora"})
@@ -117,7 +117,7 @@ def _name(member: tarfile.TarInfo) -> str:
 
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
-    """Load the config and the tensors; tensors are kept in memory, because the extracted file is temporary."""
+    """Load the config and the tensors. The tensors stay in memory, because the extracted file is temporary."""
     config: bytes | None = None
     held: dict[str, Lazy] | None = None
     try:
@@ -125,7 +125,11 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
             for count, member in enumerate(archive):
                 name = _name(member)
                 if count >= MEMBERS or not (member.isfile() or member.isdir()):
-                    raise Malformed("more than an adapter, or no plain file", where=name, cure=DAMAGED)
+                    raise Malformed(
+                        "the archive has more than an adapter, or this member is not a plain file",
+                        where=name,
+                        cure=DAMAGED,
+                    )
                 if name == CONFIG and member.size <= LIMIT:
                     config = _content(archive, member).read(LIMIT)
                 elif name == TENSORS and member.size <= min(LARGEST, EXPANDED * path.stat().st_size):
@@ -134,28 +138,30 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                         _copy(archive, member, plain, copy)
                     held = {key: _held(tensor) for key, tensor in read_torch_file(file).items()}
                 elif "rank_" in name:
-                    why = "tensors that are split over ranks"
+                    why = "the tensors are split over ranks"
                     raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
     except _DAMAGE as error:
-        raise Malformed(f"no archive, or a damaged one ({first_line(error)})", path=path, cure=DAMAGED) from None
+        raise Malformed(
+            f"the file is not an archive, or is damaged ({first_line(error)})", path=path, cure=DAMAGED
+        ) from None
     except OSError as error:
         raise storage_error(error, path) from error
     if config is None or held is None:
-        raise Malformed(f"not both {CONFIG} and {TENSORS} in the archive", path=path, cure=DAMAGED)
+        raise Malformed(f"the archive lacks {CONFIG} or {TENSORS}", path=path, cure=DAMAGED)
     return config, held
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     content = archive.extractfile(member)
     if content is None:
-        raise Malformed("not a file", where=_name(member), cure=DAMAGED)
+        raise Malformed("this member is not a file", where=_name(member), cure=DAMAGED)
     return content
 
 
 class _Bounded(io.RawIOBase):
-    """The decompressed content of an archive, with limits on a single read and on the total size.
+    """The decompressed content of an archive, with limits on the size of a single read and on the total size.
 
-    `tarfile` reads the header of a member whole, whatever size it claims, and skips a member by reading it.
+    `tarfile` reads a member's header at once, however large the header claims to be, and reads members to skip them.
     """
 
     def __init__(self, source: Any, limit: int) -> None:
@@ -172,12 +178,14 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset > self.limit:
-            raise Malformed(f"it goes on beyond {self.limit:,} bytes", cure=DAMAGED)
+            raise Malformed(f"the decompressed archive is larger than {self.limit:,} bytes", cure=DAMAGED)
         return int(self.source.seek(offset))
 
     def read(self, size: int = -1, /) -> bytes:
         if not 0 <= size <= PIECE or self.tell() > self.limit:
-            raise Malformed(f"{size:,} bytes to be read at once, or beyond {self.limit:,}", cure=DAMAGED)
+            raise Malformed(
+                f"the archive asks for {size:,} bytes at once, or for bytes beyond {self.limit:,}", cure=DAMAGED
+            )
         return bytes(self.source.read(size))
 
     def close(self) -> None:
@@ -187,7 +195,7 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
-    """Open the archive in a file, which may be compressed in any way that `tarfile` supports.
+    """Open a tar archive, which may be compressed in any way that `tarfile` supports.
 
     Yields:
         the archive, and the file itself if it is not compressed.
@@ -203,9 +211,9 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy a member's content; if the file is not compressed, the kernel copies it, in a third of the time.
+    """Copy a member's content. If the file is not compressed, the kernel copies it, in a third of the time.
 
-    A sparse member is excluded, because its data is not one run of the file.
+    Sparse members are copied by Python, because their data is not contiguous in the file.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -224,16 +232,16 @@ def _held(tensor: Lazy) -> Lazy:
 
 
 def _check(config: Mapping[str, Any]) -> float:
-    """Return alpha, after checking that the config has nothing unsupported."""
+    """Return alpha, after checking that the config has no unsupported settings."""
     tuning = (config.get("peft") or {}).get("lora_tuning") if isinstance(config.get("peft"), dict) else None
     if not isinstance(tuning, dict):
-        raise Malformed("no peft.lora_tuning", where=CONFIG, cure="Give an archive of a LoRA")
+        raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give an archive with a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
             raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
     alpha = finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
-        raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct it")
+        raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct alpha")
     return alpha
 
 
@@ -251,7 +259,7 @@ def _heads(config: Mapping[str, Any]) -> Callable[[], Heads]:
 def _config(
     hints: Mapping[str, Any], base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, Any]:
-    """Return the config that was read if alpha, rank and variant are unchanged; else one with the fields NeMo needs."""
+    """Return the config of the file that was read, with this alpha, rank and variant, or the fields that NeMo needs."""
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
         heads = heads_of(base.config, "config.json")
@@ -290,7 +298,7 @@ def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
-    """Add a member with fixed owner and time, so that equal content gives equal bytes."""
+    """Add a member with a fixed owner and time, so that equal contents produce equal bytes."""
     member = tarfile.TarInfo(name)
     member.size = size
     archive.addfile(member, content)

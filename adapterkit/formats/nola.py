@@ -1,9 +1,9 @@
 """Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
 A file is a torch dict `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and
-`p2_nola` in MLPs. It holds the seed of torch's generator for each factor instead of the random matrices, so torch draws
-them again. LoRA's alpha and the kind of device that drew the matrices are read from `nola.json` beside it.
-Seeds stay with an adapter that was read from such a file; only such an adapter can be written as one again.
+`p2_nola` in MLPs. Instead of the random matrices it stores the seed of torch's generator for each factor, and torch
+draws the matrices again. `nola.json` next to the file states LoRA's alpha and the device that drew the matrices.
+The adapter keeps the seeds of its file; only such an adapter can be written as a NOLA file again.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FORMAT = "nola"
 
 SETTINGS = "nola.json"
 LARGEST = 4 << 30
-"""Limit in bytes on the random matrices of one factor."""
+"""The size limit of the random matrices of one factor, in bytes."""
 
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""Part -> module beside it, and the third of its outputs that it changes."""
+"""A map from each part to the module that it adapts, and to the third of the module's outputs (None for all)."""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -51,14 +51,14 @@ _SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
 class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The content of `nola.json`: `lora_alpha` of the training, and the device of the model, `cpu` or `cuda`."""
+    """The contents of `nola.json`: `lora_alpha` of the training, and the device of the model, `cpu` or `cuda`."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
     device: Literal["cpu", "cuda"]
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings of the file that the adapter was read from; its seeds are kept as tensors."""
+    """The settings of the file that was read; its seeds are kept as tensors."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -68,7 +68,7 @@ class Nola(Format):
     """The reference implementation's checkpoints."""
 
     url = "https://github.com/UCDvision/NOLA"
-    description = "NOLA's reference implementation: a torch file beside nola.json"
+    description = "NOLA's reference implementation: a torch file with nola.json"
     methods = frozenset({"nola"})
     owns = frozenset({SETTINGS})
 
@@ -106,46 +106,48 @@ class Nola(Format):
                 tensors |= _spelled(update, str(stem), seeds)
                 alphas.add(_alpha(update, hints.get("alpha", 0.0)))
         if len(alphas) > 1:
-            lost.append(f"scalings that stand for more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
+            lost.append(f"the scalings need more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
         if lost and (on_loss != "drop" or len(alphas) != 1):
-            cure = "Write adapterkit's own format, which stores the random matrices themselves"
-            raise Unrepresentable("files of NOLA's reference implementation cannot express this", items=lost, cure=cure)
+            cure = "Write adapterkit's format, which stores the random matrices: --to adapterkit"
+            raise Unrepresentable(
+                "files of NOLA's reference implementation cannot express these updates", items=lost, cure=cure
+            )
         save(path, in_order(tensors, hints), "model_state_dict")
         write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
         return lost
 
 
 def _place(target: Target) -> tuple[str, int | None]:
-    """Return a module and the third of its outputs, as in `_PARTS`."""
+    """Return a module and the index of the third of its outputs, as in `_PARTS`."""
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
 def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
-    """Return place -> prefix of the keys of a pair."""
+    """Map each (module, third of its outputs) to the prefix of the keys of its pair."""
     found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
 
 
 def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Any], device: str) -> str:
-    """Say why such a file cannot express an update."""
+    """Return the reason why such a file cannot express an update; empty if it can."""
     if not isinstance(update, NOLA):
-        return "another method"
+        return "the method is not NOLA"
     factors = {"A": (update.alpha, update.A0, update.A_bases), "B": (update.beta, update.B0, update.B_bases)}
     for factor, (mix, start, bases) in factors.items():
         seed = seeds.get(f"{stem}.lora_{factor}.seed")
         if seed is None or start is None or bases is None:
-            return "the file names seeds of torch's generator, which the adapter does not hold"
+            return "the file needs the seeds of torch's generator, which the adapter does not have"
         if as_lazy(mix).dtype.name != "F32":
-            return "coefficients that are not F32"
+            return "its coefficients are not F32"
         held = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
         if not _drawn(held, factor, device, as_lazy(bases)):
-            return "other random matrices than those of the seed in the file that it was read from"
+            return "its random matrices differ from those of the seed in its source file"
     return ""
 
 
 def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> bool:
-    """Whether these are the random matrices of the seed."""
+    """Whether these random matrices are the ones that the seed yields."""
     from numpy import array_equal
 
     return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
@@ -161,7 +163,7 @@ def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Any]) -> dict[str, Laz
 
 
 def _alpha(update: NOLA, known: float) -> float:
-    """Return LoRA's alpha: the file's own if it gives exactly this scaling."""
+    """Return LoRA's alpha: the alpha of the source file if it yields exactly this scaling."""
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
 
@@ -169,26 +171,26 @@ def _alpha(update: NOLA, known: float) -> float:
 def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
-            f"the file does not say LoRA's alpha, nor which device drew its random matrices; {SETTINGS} beside it must",
+            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} next to it must",
             path=path, cure='Write it: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:
         return msgspec.convert(read_json(path, strict=True), NolaSettings)
     except msgspec.ValidationError as error:
-        raise Malformed(str(error), path=path, cure='It is {"alpha": <number>, "device": "cuda" or "cpu"}') from None
+        raise Malformed(str(error), path=path, cure='Write {"alpha": <number>, "device": "cuda" or "cpu"}') from None
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """Return (path of an attention or MLP, part) -> factor and slot -> tensor.
+    """Group tensors as (path of an attention or MLP, part) -> factor and slot -> tensor.
 
     Raises:
-        Malformed: a key is not NOLA's, or one is missing.
+        Malformed: a key is not NOLA's, or a key is missing.
     """
     groups: dict[tuple[str, str], dict[str, Lazy]] = {}
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
-            raise Malformed("no tensor of NOLA's", where=key, cure="Save lora_state_dict(model) alone")
+            raise Malformed("this is not a tensor of NOLA", where=key, cure="Save only lora_state_dict(model)")
         groups.setdefault((found["path"], found["part"]), {})[found["factor"] + found["slot"]] = tensor
     for (path, part), slots in groups.items():
         missing = next(iter(sorted(_SLOTS - slots.keys())), None)
@@ -204,12 +206,12 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
         weight, seed, mix = (slots[factor + slot] for slot in ("weight", "seed", "coefficients"))
         if len(weight.shape) != 2 or len(mix.shape) != 1 or seed.shape != (1,) or seed.dtype.name != "I64":
             shapes = f"{list(weight.shape)}, {list(seed.shape)} and {list(mix.shape)}"
-            why = f"{shapes} are not a weight, a seed and coefficients"
+            why = f"the shapes {shapes} are not those of a weight, a seed and coefficients"
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":
-            why = f"{size} bytes of random matrices of {mix.dtype}; at most {LARGEST} of F32 are drawn"
-            raise Unsupported(why, where=f"{where}.lora_{factor}", cure="Train with fewer, in float32")
+            why = f"the random matrices need {size} bytes of {mix.dtype}; at most {LARGEST} bytes of F32 are drawn"
+            raise Unsupported(why, where=f"{where}.lora_{factor}", cure="Train with fewer random matrices, in float32")
 
 
 def _target(where: tuple[str, str], slots: Mapping[str, Lazy]) -> Target:
@@ -228,15 +230,15 @@ def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """Return the random matrices of one factor, drawn when they are fetched."""
+    """Return the random matrices of one factor, which are drawn when they are fetched."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:
         import torch
 
         if device == "cuda" and not torch.cuda.is_available():
-            why = "its random matrices were drawn by a CUDA device, whose generator the CPU does not have"
-            raise Unsupported(why, where=SETTINGS, cure="Convert the file once, where there is a CUDA device")
+            why = "a CUDA device drew its random matrices; the CPU's generator draws other numbers"
+            raise Unsupported(why, where=SETTINGS, cure="Convert the file once on a machine with a CUDA device")
         generator = torch.Generator(device).manual_seed(int(seed.numpy()[0]))
         drawn = torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)
         return drawn.cpu().numpy().tobytes()

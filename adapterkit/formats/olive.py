@@ -1,6 +1,6 @@
-"""Olive's adapters, by `olive convert-adapters`: values for a graph's inputs; only LoRA, with the scaling inside B.
+"""Olive's adapters from `olive convert-adapters`: values for a graph's inputs. Only LoRA, with the scaling in B.
 
-Both factors are transposed compared with PEFT. The container is `.onnx_adapter`, `.npz` or `.safetensors`.
+Compared with PEFT, both factors are transposed. The file is `.onnx_adapter`, `.npz` or `.safetensors`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale
 
 
 class OliveHints(Leftovers, total=False):
-    """The two version numbers of an .onnx_adapter."""
+    """The two version numbers in an .onnx_adapter file."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class Olive(Format):
-    """Files of `olive convert-adapters`."""
+    """Files from `olive convert-adapters`."""
 
     url = "https://microsoft.github.io/Olive/features/cli.html"
-    description = "Olive: convert-adapters' .onnx_adapter, .npz or .safetensors; factors turned, scaling in B"
+    description = "Olive: .onnx_adapter, .npz or .safetensors from convert-adapters; factors transposed, scaling in B"
     file = "adapter.onnx_adapter"
     methods = frozenset({"lora"})
 
@@ -62,7 +62,7 @@ class Olive(Format):
             tensors, versions = _load(path)
             quantized = next((key for key in tensors if ".quant." in key), None)
             if quantized is not None:
-                why = "factors of 4 bits, whose numbers were rounded when they were written"
+                why = "the factors have 4 bits; their values were rounded when the file was written"
                 raise Unsupported(why, where=quantized, cure="Convert the adapter again, in floating point")
             updates: dict[Target, tuple[LoRA, ...]] = {}
             for name, slots in grouped(tensors, _SLOTS, "Olive").items():
@@ -119,5 +119,5 @@ def _save(path: Path, tensors: Mapping[str, Lazy], hints: Mapping[str, int]) -> 
 
 def _why_not(target: Target, update: Pair) -> str:
     if not _KEY.fullmatch(f"{target.path}.lora_A.weight"):
-        return "a name that does not begin with model."
+        return "its name does not begin with model."
     return unfit(target, update)

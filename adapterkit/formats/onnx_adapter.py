@@ -1,7 +1,8 @@
-"""onnxruntime's adapters: `.onnx_adapter`, named values for a graph's inputs, with adapterkit's record beside it.
+"""onnxruntime's adapters, `.onnx_adapter`: named values for a graph's inputs, with adapterkit's record in another file.
 
-The file has only names and numbers. Their meaning, method and target, is in a file of the same name with `.json`: the
-record that adapterkit's own files have. A file without one may have Olive's names; the format `olive` reads it.
+The adapter file has only names and values. Their methods and targets are in a file with the same name and the suffix
+`.json`: the same record as in adapterkit's own files. Without a record, names may be Olive's; the format `olive` reads
+such files.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ FORMAT = "onnx_adapter"
 
 
 class OnnxAdapterHints(Leftovers, total=False):
-    """The two version numbers."""
+    """The two version numbers in the file."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class OnnxAdapter(Format):
-    """Files of `onnxruntime.AdapterFormat`, with a record beside them."""
+    """Files from `onnxruntime.AdapterFormat`, with a record next to them."""
 
     url = "https://onnxruntime.ai/docs/genai/tutorials/finetune.html"
-    description = "onnxruntime: an .onnx_adapter file beside a record of what its values mean"
+    description = "onnxruntime: an .onnx_adapter file, and a record that says what its values mean"
     file = "adapter.onnx_adapter"
     methods = frozenset(METHODS)
     owns = frozenset({"*.onnx_adapter.json"})
@@ -56,11 +57,17 @@ class OnnxAdapter(Format):
         file = read_ort_adapter(path)
         record = sidecar(path)
         if not record.exists():
-            why = f"the file holds names and numbers alone; {record.name} beside it must say what they mean"
-            raise UsageError(why, path=path, cure="Fetch it; or name the format 'olive', if Olive wrote the file")
+            why = f"the file has only names and values; {record.name} next to it must say what they mean"
+            raise UsageError(
+                why,
+                path=path,
+                cure="Fetch that file, or name the format if Olive wrote this one: --from olive (format='olive')",
+            )
         try:
             if record.stat().st_size > MAX_RECORD:
-                raise UsageError(f"more than {MAX_RECORD} bytes", path=record, cure="Fetch it again")
+                raise UsageError(
+                    f"the record has more than {MAX_RECORD} bytes", path=record, cure="Fetch the record again"
+                )
             adapter = decode_record(read_input(record).decode("utf-8"), file.tensors)
         except (OSError, UnicodeDecodeError) as error:
             raise storage_error(error, record) if isinstance(error, OSError) else _not_text(record) from error
@@ -89,12 +96,12 @@ class OnnxAdapter(Format):
 def write_slots_record(
     adapter: Adapter, names: Sequence[Mapping[str, str]], others: Iterable[str], path: Path
 ) -> Path:  # fmt: skip
-    """Write the record beside a file whose values are those of a graph's slots.
+    """Write the record for a file whose values are named after the inputs of a graph.
 
     Args:
         adapter: the adapter in the file.
-        names: for each update, in order: field -> name of its slot.
-        others: names of the values that are not tensors of updates: scalings, which the record has as well.
+        names: for each update, in order, a map from its fields to the names of the graph's inputs.
+        others: the names of the values that are not tensors of updates: scalings, which the record states, too.
         path: the file.
     """
     record = encode_record(adapter.replace(foreign=None), {})
@@ -106,11 +113,11 @@ def write_slots_record(
 
 
 def sidecar(path: Path) -> Path:
-    """Return the path of the record beside a file."""
+    """Return the path of the record that belongs to a file."""
     return path.with_name(path.name + ".json")
 
 
 def _not_text(path: Path) -> Any:
     from ..errors import Malformed
 
-    return Malformed("not UTF-8", path=path, cure="Fetch it again")
+    return Malformed("the file is not valid UTF-8", path=path, cure="Fetch it again")

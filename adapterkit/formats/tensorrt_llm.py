@@ -1,7 +1,7 @@
-"""TensorRT-LLM's pair of arrays: `model.lora_weights.npy` and `model.lora_config.npy`; LoRA, the scaling inside B.
+"""TensorRT-LLM's two arrays, `model.lora_weights.npy` and `model.lora_config.npy`: LoRA with the scaling in B.
 
-A row of the first array holds A and B of one module, flat, padded with zeros; a row of the second has its number, layer
-and rank. The width of a module follows from the base.
+A row of the first array has A and B of one module, flattened and padded with zeros. The same row of the second array
+has the module's number, layer and rank. The sizes of a module come from the base.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _REAL = ("F16", "BF16", "F32")
 
 
 class TensorRTHints(Leftovers, total=False):
-    """Columns of the config, width of the weights, targets in the order of rows."""
+    """The number of the config's columns, the width of the weights, and the targets in the order of the rows."""
 
     columns: int
     width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
@@ -54,10 +54,10 @@ class TensorRTHints(Leftovers, total=False):
 
 
 class TensorRtLlm(Format):
-    """Folders of TensorRT-LLM's hf_lora_convert.py."""
+    """Folders from TensorRT-LLM's hf_lora_convert.py."""
 
     url = "https://github.com/NVIDIA/TensorRT-LLM/blob/v0.12.0/examples/hf_lora_convert.py"
-    description = "TensorRT-LLM: model.lora_weights.npy beside model.lora_config.npy"
+    description = "TensorRT-LLM: model.lora_weights.npy with model.lora_config.npy"
     models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({WEIGHTS, CONFIG})
@@ -72,13 +72,13 @@ class TensorRtLlm(Format):
         try:
             rows = _rows(weights, config)
             if base is None:
-                why = "the arrays do not say how wide a module is, so A and B cannot be told apart"
-                raise UsageError(why, where=CONFIG, cure="Give the base with base=/--base")
+                why = "the arrays do not state the width of a module, so A and B cannot be separated"
+                raise UsageError(why, where=CONFIG, cure="Give the base with --base (base=)")
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if len(updates) != len(rows):
-            raise Malformed("two rows for one module", path=path, where=CONFIG, cure=DAMAGED)
+            raise Malformed("one module has two rows", path=path, where=CONFIG, cure=DAMAGED)
         data = {"columns": config.shape[2], "width": weights.shape[2], "paths": [target.path for target in updates]}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
@@ -95,11 +95,13 @@ class TensorRtLlm(Format):
 
 
 def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
-    """Return (number of the module, layer, rank) of each row."""
+    """Return (the module's number, layer, rank) for each row."""
     if weights.dtype.name not in _REAL or config.dtype.name != "I32":
-        raise Unsupported(f"weights of {weights.dtype}, config of {config.dtype}", where=WEIGHTS, cure=DAMAGED)
+        raise Unsupported(
+            f"the weights have dtype {weights.dtype}, the config has {config.dtype}", where=WEIGHTS, cure=DAMAGED
+        )
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
-        why = f"weights {list(weights.shape)}, config {list(config.shape)}"
+        why = f"the shapes do not match: weights {list(weights.shape)}, config {list(config.shape)}"
         raise ShapeMismatch(why, where=CONFIG, cure=DAMAGED)
     if config.shape[0] != 1 or config.shape[2] not in (3, 4) or not config.shape[1]:
         raise ShapeMismatch(f"config is {list(config.shape)}, not [1, modules, 3 or 4]", where=CONFIG, cure=DAMAGED)
@@ -108,12 +110,14 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
         where = f"{CONFIG}: row {len(rows)}"
         if any(dora):
             raise Unsupported(
-                "DoRA, whose magnitude TensorRT-LLM divides by norms of the base", where=where, cure=_PEFT
+                "this is DoRA, whose magnitude TensorRT-LLM divides by norms of the base", where=where, cure=_PEFT
             )
         if module not in modules():
-            raise Unsupported(f"the module {module}", where=where, cure=f"Known: {', '.join(map(str, modules()))}")
+            raise Unsupported(
+                f"the module number {module} is unknown", where=where, cure=f"Known: {', '.join(map(str, modules()))}"
+            )
         if layer < 0 or rank < 1:
-            raise Malformed(f"layer {layer}, rank {rank}", where=where, cure=DAMAGED)
+            raise Malformed(f"layer {layer} or rank {rank} is out of range", where=where, cure=DAMAGED)
         rows.append((module, layer, rank))
     return rows
 
@@ -125,10 +129,10 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
         path, fused = _place(places, module, layer, where)
         weight = base.tensors.get(f"{path}.weight")
         if weight is None or len(weight.shape) != 2:
-            raise ShapeMismatch("no matrix in the base", where=path, cure="Is this the right base?")
+            raise ShapeMismatch("the base has no matrix with this name", where=path, cure="Is this the right base?")
         out, in_ = weight.shape
         if rank * (in_ + out) > weights.shape[2]:
-            why = f"A and B of rank {rank} for {[out, in_]} are longer than a row of {weights.shape[2]}"
+            why = f"A and B of rank {rank} for {[out, in_]} need more than the {weights.shape[2]} values of a row"
             raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
         A, B = _factor(weights, position, 0, (rank, in_)), _factor(weights, position, rank * in_, (out, rank))
         slots: Slots = {"A": A, "B": _swapped(B) if fused else B}
@@ -136,7 +140,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """Return (module below a layer, layer) -> paths in the base."""
+    """Map each (module's name inside its layer, layer) to its paths in the base."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         found = OWN.fullmatch(name)
@@ -149,7 +153,7 @@ def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int,
     names = [modules()[module], *([FUSED] if modules()[module] == "mlp.gate_proj" else [])]
     found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
     if len(found) != 1:
-        why = f"{len(found)} modules of the base have this name"
+        why = f"exactly one module must have this name, but the base has {len(found)}"
         raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
     return found[0]
 
@@ -177,8 +181,10 @@ def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
     width = max(int(hints.get("width", 0)), *(row.shape[0] for row in flat))
     rows = [padded(row, width, 0).reshape(1, 1, width) for row in same_type(flat)]
     if rows[0].dtype.name not in _REAL:
-        items = [f"factors of {rows[0].dtype}"]
-        raise Unrepresentable("TensorRT-LLM has F16, BF16 and F32", items=items, cure="Convert them first")
+        items = [f"the factors have dtype {rows[0].dtype}"]
+        raise Unrepresentable(
+            "TensorRT-LLM stores only F16, BF16 and F32", items=items, cure="Convert the factors first"
+        )
     weights = joined(rows, 1)
     config = (1, len(flat), len(records) // len(flat))
     return weights, Lazy(config, DTYPES["I32"], lambda: b"".join(n.to_bytes(4, "little") for n in records))
@@ -193,18 +199,18 @@ def _number(target: Target) -> tuple[int, int]:
 def _why_not(target: Target, update: Pair) -> str:
     found = OWN.fullmatch(target.path)
     if target.stacked or ".experts." in target.path:
-        return "an expert, of which these arrays have none: TensorRT-LLM reads experts from PEFT's folders, " + _EXPERTS
+        return "these arrays cannot store experts; TensorRT-LLM reads experts from PEFT's folders: " + _EXPERTS
     if found is None or found["module"] not in (*numbers(), FUSED):
-        return "a module that TensorRT-LLM has no number for here"
+        return "TensorRT-LLM has no number for its module"
     return unfit(target, update)
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder, its config last; without it an interrupted folder is not taken for an adapter."""
+    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
 
 
 _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_llm')"
-_PEFT = "Give TensorRT-LLM's source, a folder of PEFT's"
+_PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"

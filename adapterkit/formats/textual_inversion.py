@@ -1,7 +1,8 @@
 """Textual inversion: embeddings of new tokens, as AUTOMATIC1111, diffusers, kohya and SDXL's trainers write them.
 
-AUTOMATIC1111 has a torch file with the tensors in `string_to_param`; diffusers one tensor under the token itself; kohya
-`emb_params`, without the token; SDXL's files one tensor an encoder, `clip_l` and `clip_g`. SD 3's have `t5xxl` too.
+AUTOMATIC1111 writes a torch file with the tensors in `string_to_param`. diffusers writes one tensor whose key is the
+token. kohya writes `emb_params`, without the token. SDXL's files have one tensor for each encoder, `clip_l` and
+`clip_g`; SD 3's also have `t5xxl`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ KOHYA = "emb_params"
 TOKEN = "*"
 
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Key of an encoder's tensor -> the part of the pipeline."""
+"""A map from the key of an encoder's tensor to the part of the pipeline."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""Files that show that a tensor beside them is something else."""
+"""Other files in the folder that show that a tensor is not a token embedding."""
 
 
 class TextualInversionFiles(Format):
-    """The four forms of files; an adapter is written in the form that was read, else in diffusers' or SDXL's."""
+    """Four forms of files; the writer uses the form of the source file, or else diffusers' or SDXL's form."""
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
@@ -86,28 +87,28 @@ FORMAT = "textual_inversion"
 
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, Any] | None]:
-    """Return tensors, metadata, and the dict around the tensors in AUTOMATIC1111's files."""
+    """Return the tensors, the metadata, and the dict around the tensors in AUTOMATIC1111's files (or None)."""
     if path.suffix not in TORCH and not is_torch_file(path):
         return *container.load(path), None
     value = read_torch_value(path)
     if not isinstance(value, dict):
-        raise Malformed("no dict of tensors", where="top level", cure=_AGAIN)
+        raise Malformed("this is not a dict of tensors", where="top level", cure=_AGAIN)
     wrapped = value.get(WRAPPED)
     if wrapped is None:
         return _tensors(value), [], None
     if not isinstance(wrapped, dict):
-        raise Malformed("no dict of tensors", where=WRAPPED, cure=_AGAIN)
+        raise Malformed("this is not a dict of tensors", where=WRAPPED, cure=_AGAIN)
     around = {name: inner for name, inner in value.items() if name != WRAPPED}
     bad = next((name for name, inner in around.items() if not _plain(inner)), None)
     if bad is not None:
-        raise Malformed("neither a plain value nor a dict of those", where=str(bad), cure=_AGAIN)
+        raise Malformed("this is neither a plain value nor a dict of plain values", where=str(bad), cure=_AGAIN)
     return _tensors(wrapped), [], around
 
 
 def _tensors(value: Mapping[Any, Any]) -> dict[str, Lazy]:
     bad = next((name for name, leaf in value.items() if not (isinstance(name, str) and isinstance(leaf, Lazy))), None)
     if bad is not None:
-        raise Malformed("no tensor", where=str(bad), cure=_AGAIN)
+        raise Malformed("this is not a tensor", where=str(bad), cure=_AGAIN)
     return dict(value)
 
 
@@ -118,30 +119,32 @@ def _plain(value: object) -> bool:
 
 
 def _dialect(tensors: Mapping[str, Lazy]) -> str:
-    """Return which of the forms these tensors have; empty for none."""
+    """Return the name of the form of these tensors; empty if they have no known form."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # A token is one word of a prompt and has no dots; names of parameters have dots.
+    # A token is one word of a prompt and has no dots, but names of parameters have dots; so refuse keys with dots.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
 def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, Any] | None, path: Path) -> Adapter:
     if "t5xxl" in tensors:
-        raise Unsupported("embeddings of a T5", where="t5xxl", cure="Take them out: here are CLIP's alone")
+        raise Unsupported(
+            "the file has embeddings of a T5", where="t5xxl", cure="Remove them: only CLIP's embeddings are supported"
+        )
     dialect = _dialect(tensors)
     if not dialect:
         others = [name for name in tensors if name not in ENCODERS]
         odd = next((name for name in others if "." in name), next(iter(others or tensors), None))
-        raise Malformed("no embedding of a token", where=odd, cure=_AGAIN)
+        raise Malformed("this is not the embedding of a token", where=odd, cure=_AGAIN)
     token = _token(tensors, wrapper, dialect, path)
     updates = {}
     for name, leaf in tensors.items():
         if 0 in leaf.shape:
-            raise Malformed(f"an embedding of shape {list(leaf.shape)}", where=name, cure=_AGAIN)
+            raise Malformed(f"the embedding has shape {list(leaf.shape)}", where=name, cure=_AGAIN)
         part = ENCODERS.get(name, "text_encoder")
         rows = leaf if len(leaf.shape) == 2 else leaf.reshape(1, *leaf.shape)
         updates[Target(f"{part}.{EMBEDDING}")] = (TextualInversion(P=cast(Any, rows), token=token),)
@@ -156,14 +159,14 @@ def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, 
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: dict[str, Any] | None, dialect: str, path: Path) -> str:
-    """Return the token: the key itself, the name inside the file, or the name of the file, as its tools do."""
+    """Return the token as the tools read it: from the key, the name inside the file, or the name of the file."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if dialect == "diffusers" else path.stem
 
 
 def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
-    """Return part of the pipeline -> embeddings, and a line for each update that was left out."""
+    """Return the embeddings by part of the pipeline, and a line for each omitted update."""
     found: dict[str, TextualInversion] = {}
     items = []
     for target, update in adapter:
@@ -173,13 +176,13 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
         if isinstance(update, TextualInversion) and fits:
             found[part] = update
         else:
-            items.append(f"{target}: {update.method} there")
+            items.append(f"{target}: the file cannot have {update.method} there")
     tokens = {update.token for update in found.values()}
     if len(tokens) > 1:
-        items.append("several tokens: a file holds one")
+        items.append("the adapter has several tokens, but a file has one")
     if (items and on_loss != "drop") or not found or len(tokens) > 1:
-        cure = "Write adapterkit's own format"
-        raise Unrepresentable("a file holds the embeddings of one token of CLIP's", items=items, cure=cure)
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
+        raise Unrepresentable("a file can store only the CLIP embeddings of one token", items=items, cure=cure)
     return found, [f"left out {item}" for item in items]
 
 
@@ -188,7 +191,7 @@ def _token_of(found: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """Return the tensors under the keys and in the shapes that were read, if such files have them."""
+    """Return the tensors with the keys and shapes of the source file, if the written form has them."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
@@ -210,9 +213,9 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each part if the file's name becomes the token; only diffusers' files hold the token."""
+    """Return a line for each part whose token becomes the file's name, as only diffusers' files store the token."""
     token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
-    why = f"is {token!r}, the name of the file, not {_token_of(found)!r}"
+    why = f"becomes {token!r}, the name of the file; it was {_token_of(found)!r}"
     changed = [part for part, update in found.items() if update.token != token]
     return [f"{CHANGED}{part}.{EMBEDDING}:textual_inversion.token {why}" for part in changed]
 

@@ -1,6 +1,6 @@
-"""Tinker's adapters: PEFT's folder, except for the head's name and for stacked experts that share factors.
+"""Tinker's adapters: PEFT's folder with another name for the head, and with stacked experts that share factors.
 
-A folder without either is PEFT's own, and is read as such.
+A folder without a head and without experts looks like PEFT's, and is read as PEFT's.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = Experts(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors."""
+"""Fields of PEFT's config that would change the meaning of the tensors, so they must be off."""
 
 
 class TinkerHints(Leftovers, total=False):
-    """The config."""
+    """The config of the folder that was read."""
 
     config: dict[str, Any]
 
@@ -47,7 +47,7 @@ class Tinker(Format):
     """Folders that Tinker exports."""
 
     url = "https://tinker-docs.thinkingmachines.ai/download-weights"
-    description = "Tinker: PEFT's folder with experts in stacks and the head as unembed_tokens"
+    description = "Tinker: PEFT's folder with stacked experts and the head named unembed_tokens"
     models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({CONFIG, SAFETENSORS})
@@ -95,12 +95,12 @@ class Tinker(Format):
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
-        cure = "Tinker writes no such field"
+        cure = "Tinker does not write this field; read the folder as PEFT's: --from peft (format='peft')"
         raise Unsupported(f"{wrong} is {config[wrong]!r}", where=f"{CONFIG}: {wrong}", cure=cure)
     rank = whole_rank(config.get("r"), f"{CONFIG}: r")
     alpha = finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
     if not alpha:
-        raise Malformed("lora_alpha is 0: the adapter would do nothing", where=CONFIG, cure=DAMAGED)
+        raise Malformed("lora_alpha is 0, so the adapter would have no effect", where=CONFIG, cure=DAMAGED)
     return rank, alpha
 
 
@@ -108,13 +108,13 @@ def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoi
     own = _OwnNames(base)
     for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
         if not key.startswith(PREFIX):
-            raise Malformed(f"does not begin with {PREFIX}", where=key, cure=DAMAGED)
+            raise Malformed(f"the key does not begin with {PREFIX}", where=key, cure=DAMAGED)
         name = key.removeprefix(PREFIX)
         if any(len(leaf.shape) == 3 for leaf in slots.values()):
             yield from _experts(name, slots, rank, alpha, own)
             continue
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"a rank other than the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"its rank is not the config's {rank}", where=name, cure=DAMAGED)
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
         layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
         yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
@@ -124,14 +124,14 @@ def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -
     A, B = slots["A"], slots["B"]
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
     if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:
-        raise ShapeMismatch(f"{shapes}; r is {rank}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{shapes}, but the config's r is {rank}", where=name, cure=DAMAGED)
     count = max(A.shape[0], B.shape[0])
     if {A.shape[0], B.shape[0]} - {1, count}:
-        raise ShapeMismatch(f"{shapes}: of another number of experts", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{shapes}: the numbers of experts differ", where=name, cure=DAMAGED)
     paths = _STACKS.back(name, count)
     if paths is None:
-        raise Malformed("a stack by a name that is not known", where=name, cure=DAMAGED)
-    # A factor of all experts is one leaf, so it is stored once, however many updates share it.
+        raise Malformed("the name of this stack of experts is unknown", where=name, cure=DAMAGED)
+    # Share one leaf among all experts, so that the factor is also stored only once when it is written.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
@@ -139,7 +139,7 @@ def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -
 
 
 class _OwnNames:
-    """The base's own names; Tinker's lack the prefix of a language model inside a larger one."""
+    """Map Tinker's names to the base's names, which may have the prefix of a language model inside a larger model."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         own = None if base is None else dict.fromkeys(modules_of(base.tensors))
@@ -161,7 +161,7 @@ class _Same(NameTable):
 
 def _unfit(target: Target, update: Pair) -> str:
     named = any(map(_Same().there, without_prefix(target.path)))
-    return unfit(target, update) if named else "no module of a language model"
+    return unfit(target, update) if named else "its module is not in a language model"
 
 
 def _spelled(pairs: Pairs) -> dict[str, Lazy]:
@@ -178,8 +178,10 @@ def _spelled(pairs: Pairs) -> dict[str, Lazy]:
             tensors |= {name + end: as_lazy(update.tensors[field]) for end, field in _SLOTS.items()}
     for name, found in stacks.items():
         if sorted(found) != list(range(len(found))):
-            items = [f"{name}: has experts {sorted(found)}"]
-            raise Unrepresentable("Tinker holds all experts in one stack", items=items, cure="Write another format")
+            items = [f"{name}: the adapter has experts {sorted(found)}"]
+            raise Unrepresentable(
+                "Tinker stores all experts of a module in one stack", items=items, cure="Write another format"
+            )
         for end, field in _SLOTS.items():
             key = f"{PREFIX}{name}{end}"
             leaves = [as_lazy(found[index].tensors[field]) for index in range(len(found))]

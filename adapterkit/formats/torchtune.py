@@ -1,6 +1,6 @@
-"""torchtune's own adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's names and Meta's row order.
+"""torchtune's adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's names and Meta's row order.
 
-The file does not state alpha; `torchtune.json` beside it does, or the `adapter_config.json` that torchtune writes.
+The file does not state alpha. It is read from `torchtune.json` next to it, or from torchtune's `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude
 
 
 class TorchtuneHints(Leftovers, total=False):
-    """Alpha, heads, and whether rows are in Meta's order."""
+    """Alpha, the heads, and whether rows are in Meta's order."""
 
     alpha: float
     heads: dict[str, int | bool]
@@ -44,7 +44,7 @@ class Torchtune(Format):
     """torchtune's adapter checkpoints."""
 
     url = "https://github.com/pytorch/torchtune"
-    description = "torchtune: adapter_model.pt in its own names, beside torchtune.json or adapter_config.json"
+    description = "torchtune: adapter_model.pt with its own names, and torchtune.json or adapter_config.json"
     models = "language"
     file = "adapter_model.pt"
     methods = frozenset({"lora", "dora"})
@@ -77,7 +77,7 @@ class Torchtune(Format):
         names, order = TableNames(table()), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:
-            return unfit(target, update) if names.there(target.path) else "no name in torchtune's table"
+            return unfit(target, update) if names.there(target.path) else "its module has no name in torchtune"
 
         pairs, lines = expressible(adapter, FORMAT, on_loss, why, (LoRA, DoRA))
         alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=hints.get("alpha"))
@@ -94,7 +94,7 @@ class Torchtune(Format):
 
 
 class _Order:
-    """The order of rows, by the base's family and heads."""
+    """Determines the order of rows from the base's family and heads."""
 
     def __init__(self, known: Mapping[str, Any], base: Checkpoint | None) -> None:
         self.known, self.base = dict(known), base
@@ -112,12 +112,14 @@ class _Order:
         if "turned" not in self.known:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
-                why = "the order of rows here depends on the base's family and heads"
-                raise UsageError(why, where=where, cure="Give the base, with its config.json, with base=/--base")
+                why = "the order of its rows depends on the base's family and heads"
+                raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")
             model = config.get("model_type")
             if model not in meta_order():
                 known = f"Known: {', '.join(meta_order())}"
-                raise Unsupported(f"bases of model_type {model!r}", where="config.json", cure=known)
+                raise Unsupported(
+                    f"the order of rows is unknown for model_type {model!r}", where="config.json", cure=known
+                )
             self.known["turned"] = meta_order()[model]
         return bool(self.known["turned"])
 

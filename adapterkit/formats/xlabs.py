@@ -1,7 +1,7 @@
-"""XLabs' LoRA for FLUX: in the processors of attentions, without an alpha.  https://github.com/XLabs-AI/x-flux
+"""XLabs' LoRA for FLUX, in the processors of attentions, without an alpha.  https://github.com/XLabs-AI/x-flux
 
-`qkv_lora1` and `proj_lora1` are of the image's stream, those with 2 of the text's. In a single block, `qkv_lora` adapts
-the first three sevenths of linear1, and `proj_lora` adapts linear2.
+`qkv_lora1` and `proj_lora1` adapt the image's stream, `qkv_lora2` and `proj_lora2` the text's. In a single block,
+`qkv_lora` adapts the first three sevenths of linear1, and `proj_lora` adapts linear2.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _PATH = re.compile(r"((?:double|single)_blocks\.\d+)\.(.+)")
 
 
 class Xlabs(ImageFormat):
-    """Files of x-flux."""
+    """Files from x-flux."""
 
     url = "https://github.com/XLabs-AI/x-flux"
-    description = "XLabs' LoRA for FLUX: in the processors of attentions, with no scaling"
+    description = "XLabs' LoRA for FLUX, in the processors of attentions, without a scaling"
     file = "lora.safetensors"
     methods = frozenset({"lora"})
     rules = Rules(slots=("down", "up"))
@@ -83,6 +83,6 @@ def _target(module: ImageModule) -> Target:
         return Target(path)
     down, up = module.need("down", "up")
     if len(down.shape) != 2 or up.shape[:1] != (3 * down.shape[1],):
-        why = f"{list(up.shape)} are not three times the {list(down.shape)[1:]} inputs"
+        why = f"the outputs {list(up.shape)} are not three times the inputs {list(down.shape)[1:]}"
         raise ShapeMismatch(why, where=module.where, cure=AGAIN)
     return Target(path, rows=(0, up.shape[0]))

@@ -1,6 +1,6 @@
-"""Which tools load an adapter file as it is, which after a conversion, and why the others do not.
+"""Find out which tools load an adapter file directly, which ones load it after a conversion, and why others do not.
 
-Each tool has a file of data in `spec/loaders`, most of it found by running the tool.
+Each tool has a data file in `spec/loaders`; most of its facts come from running the tool.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from ..naming.image import ImageFamily
 
 FORMAT = 1
-"""Version of the files' format that this code reads."""
+"""The version of the data files' format that this code reads."""
 
 
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One spelling of the modules of U-Nets and transformers; `spec/loaders/README.md` says what each field means."""
+    """One spelling of the modules of U-Nets and transformers; `spec/loaders/README.md` explains the fields."""
 
     prefix: str
     naming: str
@@ -56,7 +56,7 @@ class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Files(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A format that a tool loads as a whole."""
+    """A format whose files a tool loads completely."""
 
     format: str
     families: list[str] = []
@@ -65,7 +65,7 @@ class Files(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tool."""
+    """A tool that loads adapter files."""
 
     format: int
     title: str
@@ -86,14 +86,14 @@ class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The verdict on one tool and one file.
+    """The answer whether one tool loads one file.
 
     Attributes:
-        tool: the name of its file in `spec/loaders`.
-        title: the tool and the version that is known.
-        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`; `unknown`.
-        why: why it does not load all, and how its result differs.
-        convert: arguments of `adapterkit convert` after which it loads all; empty where none is known.
+        tool: the name of the tool's file in `spec/loaders`.
+        title: the tool, with the version that the data describes.
+        loads: `yes`; `part` if the tool loads some keys of the file and ignores others; `no`; `unknown`.
+        why: the reason why the tool does not load all keys, or how its result differs.
+        convert: the arguments of `adapterkit convert` after which the tool loads all keys; empty if none are known.
     """
 
     tool: str
@@ -105,65 +105,66 @@ class Answer:
 
 @cache
 def loaders() -> Mapping[str, Loader]:
-    """Name -> tool, in the order of their names.
+    """Return the tools by name, sorted.
 
     Raises:
-        Malformed: a file does not have the form of the README.
+        Malformed: a data file does not have the form that the README defines.
     """
     return {file.stem: load(file) for file in sorted(folder().glob("*.toml"))}
 
 
 def load(path: Path) -> Loader:
-    """Read one file and check it."""
+    """Read a tool's data file and check it."""
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=Loader)
     except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not a loader file ({error})", path=path, cure="Correct the file") from error
+        raise Malformed(f"this is not a valid loader file ({error})", path=path, cure="Correct the file") from error
     known = {family.name for family in families()}
     named = {name for keys in found.keys for name in (*keys.families, *keys.without, *keys.only)}
     named |= {name for files in found.files for name in files.families}
     formats = {*found.convert, *(files.format for files in found.files)}
     for names, there, word in ((named, known, "family"), (formats, FORMATS, "format")):
         if unknown := sorted(name for name in names if name not in there):
-            raise Malformed(f"no such {word}: {unknown[0]}", path=path, cure="Correct the file")
+            raise Malformed(f"unknown {word}: {unknown[0]}", path=path, cure="Correct the file")
     if found.format != FORMAT:
-        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+        why = f"the file has format {found.format}; this version reads format {FORMAT}"
+        raise Malformed(why, path=path, cure="Correct the file")
     return found
 
 
 @cache
 def folder() -> Path:
-    """Return the folder of the files: beside this module in an installed package, `spec/loaders` in a checkout."""
+    """Return the folder of the data files: next to this module if installed, `spec/loaders` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
 
 def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
-    """Say of every tool whether it loads a file.
+    """Return for each tool whether it loads a file.
 
     Args:
-        adapter: what was read.
-        format: the format in which it was read.
+        adapter: the adapter that was read from the file.
+        format: the format of the file.
         path: the file or folder.
-        convert: also try conversions for tools that do not load all of it; this may read values.
+        convert: whether to try conversions for tools that do not load everything; this may read values.
 
     Returns:
-        one answer a tool that is for this kind of model, in the order of their names.
+        one answer for each tool for this kind of model, in the order of the tools' names.
     """
     seen = _File.of(adapter, format, path)
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
-    """Return an adapter that is written with a format's usual keys, where the tool of that format needs these.
+    """Return an adapter that will be written with the usual keys of its format, if the format's tool needs them.
 
-    ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
-    conversion to the format in which a file was read would keep the keys. It holds some keys of other files, and the
-    rest only as this format usually spells them.
+    ComfyUI's format also reads files from fal and ACE-Step, whose keys ComfyUI does not know for some families; of
+    other files, ComfyUI knows only some keys. Writing an adapter in its source format would keep these keys, so they
+    are replaced with the keys that the format usually has.
 
     Args:
-        adapter: what was read.
-        format: the format in which it was read, and is to be written.
+        adapter: the adapter that was read from the file.
+        format: the format of the file, which is also the format to write.
         path: the file or folder.
     """
     tool, writer = loaders().get(format), FORMATS[format]()
@@ -172,7 +173,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # AnimateDiff's own names are read as diffusers' oldest keys, which hold no module of diffusers.
+    # Keep AnimateDiff's own names: they are read as diffusers' oldest keys, but name no module of diffusers.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
@@ -180,15 +181,15 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
-    # The keys that are forgotten here said which families fit.
+    # Record the families that fit, because the keys that showed them are forgotten here.
     told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), told | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
-    """Return an adapter without the keys of its file that a tool skips, where it holds the usual ones.
+    """Return an adapter without those keys of its file that the tool skips, if the tool knows the usual keys.
 
-    ComfyUI takes the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
+    ComfyUI loads the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
     """
     assert adapter.foreign is not None
     keys: Any = adapter.foreign.data.get("keys") or {}
@@ -248,9 +249,9 @@ def _answer(name: str, tool: Loader, seen: _File, convert: bool) -> Answer:
 
 
 def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Whether a tool loads a file, and why not."""
+    """Return whether a tool loads a file, and the reason if it does not."""
     if seen.container not in tool.containers:
-        return "no", f"it reads no {seen.container} files"
+        return "no", f"it does not read {seen.container} files"
     for files in tool.files:
         if files.format == seen.format:
             return _whole(files, seen)
@@ -262,7 +263,7 @@ def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
 
 def _whole(files: Files, seen: _File) -> tuple[str, str]:
     if files.families and not {family.name for family in seen.families} & {*files.families}:
-        return "no", f"it reads these files of {', '.join(files.families)} only"
+        return "no", f"it reads such files only for {', '.join(files.families)}"
     odd = next((u.method for _, u in seen.adapter if files.methods and u.method not in files.methods), "")
     if odd:
         return "no", f"it does not read {odd} in {files.format} files"
@@ -270,13 +271,13 @@ def _whole(files: Files, seen: _File) -> tuple[str, str]:
 
 
 def _profiled(files: Files, adapter: Adapter) -> tuple[str, str]:
-    """Whether a consumer of a part of a format takes a file as it is."""
+    """Return whether a consumer that supports part of a format loads a file unchanged, and the reason if not."""
     try:
         fitted, lines = FORMATS[files.format]().fit(adapter, str(files.profile))
     except AdapterkitError as error:
         return "no", "; ".join([error.why, *getattr(error, "items", ())][:2])
     same = not lines and _numbers(fitted) == _numbers(adapter)
-    return ("yes", "") if same else ("no", "; ".join(lines[:2]) or "its scalings and ranks are not one for all modules")
+    return ("yes", "") if same else ("no", "; ".join(lines[:2]) or "not all modules have the same scaling and rank")
 
 
 def _numbers(adapter: Adapter) -> list[Any]:
@@ -284,9 +285,9 @@ def _numbers(adapter: Adapter) -> list[Any]:
 
 
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
-    """Whether a tool holds every key of a file of an image model."""
+    """Return whether a tool knows every key of an image model's file, and the reason if not."""
     if not seen.families and denoiser_targets(seen.adapter.updates, ()):
-        return "unknown", "its modules are of no family that is known here, so that the names which it holds are not"
+        return "unknown", "the family of the file's modules is unknown, and with it the keys that the tool loads"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):
@@ -297,17 +298,17 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     lost = min(tried, key=len)
     if not lost:
         return "yes", ""
-    some = "none of its keys" if len(lost) == len(seen.keys) else f"{len(lost)} of {len(seen.keys)} keys not"
-    why = f"it holds {some}, such as {lost[0]}; it {tool.unread}"
+    some = "any of the keys" if len(lost) == len(seen.keys) else f"{len(lost)} of {len(seen.keys)} keys"
+    why = f"it does not know {some}, such as {lost[0]}; it {tool.unread}"
     refuses = tool.unread.startswith("refuses") or len(lost) == len(seen.keys)
     return ("no" if refuses else "part"), why
 
 
 def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
-    """List the keys that a tool does not hold; one block answers for all that are named alike."""
+    """List the keys that a tool does not know; only one of several keys that differ in block numbers is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    # The part of a pipeline may have a number, too: `transformer_2`.
+    return [key for key in keys if not _holds(tool, family, key)]
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
@@ -346,7 +347,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """Yield the part of a key before each slot that it may end with."""
+    """Yield the rest of a key before each slot that the key may end with."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -358,7 +359,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """Slots of a tool: those after a dot, the most words that one has, and those that follow without a dot."""
+    """A tool's slots: those after a dot, the largest number of words in one, and those that follow without a dot."""
 
     dotted: frozenset[str]
     words: int
@@ -391,7 +392,7 @@ def _holes(templates: tuple[str, ...]) -> frozenset[str]:
 
 
 def _conversion(tool: Loader, seen: _File) -> str:
-    """The arguments of `adapterkit convert` after which a tool loads all of an adapter; empty where none is found."""
+    """Return the arguments of `adapterkit convert` after which a tool loads all of an adapter; empty if none work."""
     for name in tool.convert:
         writer = FORMATS[name]()
         if isinstance(writer, ImageFormat):
@@ -405,7 +406,7 @@ def _conversion(tool: Loader, seen: _File) -> str:
 
 
 def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
-    """The file that a writer would write, keys alone; None where it refuses."""
+    """Return the file that a writer would write, with keys but without values; None if the writer refuses."""
     from ..formats._image.writing import encoded
 
     keys: list[str] = []
@@ -426,7 +427,7 @@ def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
 
 
 def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
-    """The conversion of an adapter of a language model, as far as its methods tell."""
+    """Return the conversion for a language model's adapter, judged only by its methods."""
     profile = next((files.profile for files in tool.files if files.profile is not None), None)
     words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
     updates = [update for _, update in seen.adapter]
@@ -449,5 +450,5 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
 
 
 def _promotable(update: Any) -> bool:
-    """Whether an update is a LoRA of exact factors."""
+    """Whether an update can become a LoRA with exact factors."""
     return isinstance(update, LoRA) or (isinstance(update, Additive) and type(update).pair is not Additive.pair)

@@ -1,1 +1,1 @@
-"""Names and layouts of bases, as data: how weights are stored where shapes cannot tell, and which heads are tied."""
+"""Names and layouts of bases, as data: how weights are stored where shapes do not show it, and which heads are tied."""

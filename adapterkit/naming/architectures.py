@@ -1,7 +1,7 @@
-"""Load architectures: what each tool calls the weights of a model family, and how the layouts relate.
+"""Load architectures: each tool's names for the weights of a model family, and how the tools' layouts are related.
 
-Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` has the format. A file
-is read when a base of its family is bound, and no other file is.
+Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` defines the format.
+Binding a base reads only the file of its family.
 """
 
 from __future__ import annotations
@@ -17,59 +17,61 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""The naming with every weight apart, under its name on a hub or else its key: how a GGUF file is seen."""
+"""The naming in which every weight is separate, under its hub name or else its key; GGUF files are read in it."""
 
 STORED_AS = "stored_as"
-"""Key of the config that a GGUF file's key-values become: `gguf` says that weights are seen under `WEIGHT`'s names."""
+"""A key in the config made from a GGUF file's key-values; its value `gguf` selects the names of `WEIGHT`."""
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Fields of configs that say how many experts a layer has."""
+"""Fields of configs that state the number of experts in a layer."""
 
 FORMAT = 1
-"""Version of the file format that this code reads."""
+"""The version of the file format that this code reads."""
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows by what a rotary embedding turns, in the heads that `SHARED` names."""
+"""Orders of rows that follow from rotary embeddings, for the heads that `SHARED` names."""
 
 SHARED = ("query", "kv", "vision")
-"""Which heads share the rows of a place: those that ask, those that answer, or those of the vision tower."""
+"""The heads to which the rows of a place belong: those of queries, of keys and values, or of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
-"""Orders of rows that follow from the heads of a linear attention."""
+"""Orders of rows that follow from the heads of linear attention."""
 
 SPLIT = ("latent", "linear_qkvz")
-"""Ways to divide the rows of one weight between two tensors."""
+"""Ways to divide the rows of a weight between two tensors."""
 
 QKV = ("query", "key", "value")
 """The weights in a fused projection, in the order of their rows."""
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The place of a weight in one naming.
+    """The name and the form under which one naming stores a weight.
 
     Attributes:
-        name: template of a module, or of a parameter, with holes such as `{n}` for numbers; `{e}` is an expert's.
-        stacked: all experts lie in one tensor, along its first axis.
-        part: the weight starts at this one of the tensor's `of` equal runs of rows; None if it is the whole tensor.
-        parts: how many of these runs the weight covers.
-        of: how many equal runs of rows the tensor has.
-        interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
-        qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
-            how many rows each has follows from the base's heads.
-        groups: only with `qkv`: rows stand group by group: the queries that share a key, then the key, then the value.
-        half: the experts of two weights share one row of numbers: this weight has the first half of them (0) or the
-            second (1).
-        flat: the tensor has one axis, the inputs; the weight then has one row.
-        transposed: the tensor is stored with inputs before outputs.
-        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
-            has all queries, then all keys, then all values of a fused weight that holds them group by group; the
-            README has the others.
-        heads: which heads share the rows, `query`, `kv` or those of the `vision` tower; only with `TURNED`.
-        columns: the order of the inputs, in the words of `rows`.
-        beside: template of a second tensor, which has the rows of the weight that the first one lacks.
-        ratio: the weight is this tensor only if the tensor has so many outputs per input. The last block's modulation
-            is narrower than that of the others, under the same name.
+        name: a template for the name of a module or parameter, with placeholders such as `{n}` for numbers; `{e}` is
+            an expert's number.
+        stacked: whether all experts are in one tensor, along its first axis.
+        part: the index of the run of rows at which the weight starts, of the tensor's `of` equal runs; None if the
+            weight is the whole tensor.
+        parts: the number of these runs that the weight covers.
+        of: the number of equal runs of rows in the tensor.
+        interleaved: whether the weight has every `of`-th row of the tensor, starting at row `part`, instead of runs.
+        qkv: `query`, `key` or `value` if the tensor has all queries, then all keys, then all values; the base's heads
+            determine the number of rows of each.
+        groups: whether the rows are ordered by groups: the queries that share a key, then this key, then its value.
+            Only with `qkv`.
+        half: 0 or 1 if two weights share the numbering of their experts: this weight has the first or the second half.
+        flat: whether the tensor has one axis, the inputs; the weight then has one row.
+        transposed: whether the tensor is stored with inputs before outputs.
+        rows: the order of the rows. `rope` is Meta's order, in which rotated pairs of rows are adjacent. `qkv` has all
+            queries, then all keys, then all values of a fused weight that has them group by group. The README lists
+            the others.
+        heads: the heads to which the rows belong: `query`, `kv`, or those of the `vision` tower; only with `TURNED`.
+        columns: the order of the inputs, with the same values as `rows`.
+        beside: a template for the name of a second tensor, which has the rows that the first one lacks.
+        ratio: outputs per input of the tensor, if this distinguishes two weights with one name: the last block's
+            modulation has fewer outputs than those of other blocks.
     """
 
     name: str
@@ -91,13 +93,13 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The bases of a family of which llama.cpp's converter makes files of one of its architectures.
+    """A condition on a base for which llama.cpp's converter writes one of the family's architectures.
 
     Attributes:
-        classes: the first of `architectures` in the base's config is one of these.
-        field: the base's config has this field.
-        only: field of the config -> the words that it lists, and no other; all fields must hold, and `zero` too.
-        zero: with `only`: the base's config lacks this field, or it is 0.
+        classes: the base meets the condition if the first of its config's `architectures` is in this list.
+        field: the base meets the condition if its config has this field.
+        only: for each field, the words that its list may contain. If given, all of these fields and `zero` must fit.
+        zero: with `only`, a field that the base's config must lack or have as 0.
     """
 
     classes: list[str] = []
@@ -121,9 +123,9 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
     Attributes:
-        kind: `clip`, `t5` or `llm`: the kind of model whose modules it has.
-        comfyui: its name in ComfyUI; empty if ComfyUI does not have it.
-        prefix: only for an `llm`: the prefix of `layers.` in diffusers' names.
+        kind: `clip`, `t5` or `llm`, the kind of model whose modules the encoder has.
+        comfyui: the encoder's name in ComfyUI; empty if ComfyUI does not have it.
+        prefix: for an `llm`, the prefix of `layers.` in diffusers' names.
     """
 
     kind: str
@@ -132,31 +134,31 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The facts of a family that is a part of a diffusers pipeline: its names, and how to recognise it.
+    """The facts about a family that is part of a diffusers pipeline: its names, and how to recognise it.
 
     Attributes:
-        component: the part: `unet`, `transformer` or `controlnet`.
+        component: the part of the pipeline: `unet`, `transformer` or `controlnet`.
         title: the family's name in messages; empty to use the name of its file.
-        classes: values of `_class_name` in the config of a diffusers model.
-        words: names of the family in files' metadata, letters and digits only: `flux1`.
-        sd_scripts: sd-scripts trains it; only such families have the OFT of sd-scripts.
-        kohya: the naming that sd-scripts and tools like it flatten into their keys.
-        distinctive: no language model has such names, so they identify the part without a prefix.
-        generic: the names allow any number of blocks; the family is chosen only if no other has all names.
-        unlikely: the family shares names with one that far more adapters are of; it is chosen only if no other has all
-            names, or if metadata, a base, or the width and the number of the blocks identify it.
-        no_inputs: sizes of inputs that no weight of the family has: those of other models' text encoders.
-        outputs: size of an input -> sizes of the outputs that weights with such inputs have in the published models.
-        widths: inputs of its blocks in the published models.
-        blocks: first word of a name -> how many blocks the largest published model has.
-        ratios: weight -> its outputs divided by its inputs; several, if published models of the `widths` differ.
-        encoders: diffusers' name of a text encoder -> what it is.
-        prefixes: part of the pipeline -> what kohya's keys of it begin with, if not `lora_unet` or `lora_te`.
-        beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
-        modules: part in `beside` -> templates of its modules, whose names kohya's keys flatten.
-        diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
-        header_alpha: an alpha in the header of a file without alphas counts for every module.
-        whole_norms: diffusers' loader takes whole scales of the norms of queries and keys.
+        classes: the values of `_class_name` in configs of diffusers.
+        words: names of the family in the metadata of files, only letters and digits: `flux1`.
+        sd_scripts: whether sd-scripts trains the family; only such families can have OFT from sd-scripts.
+        kohya: the naming that sd-scripts and similar tools flatten into their keys.
+        distinctive: whether no language model has such names, so that they identify the part without a prefix.
+        generic: whether the names allow any number of blocks; the family is then chosen only if no other fits.
+        unlikely: whether the family shares names with one that has far more adapters. It is then chosen only if no
+            other family fits, or if metadata, a base, or the width and the number of blocks identify it.
+        no_inputs: input sizes that no weight of the family has: those of other models' text encoders.
+        outputs: for each input size, the output sizes of weights with such inputs in the published models.
+        widths: input sizes of the blocks in the published models.
+        blocks: for the first word of names, the number of blocks in the largest published model.
+        ratios: for each weight, its outputs divided by its inputs; a list if published models of the `widths` differ.
+        encoders: the text encoders, by diffusers' names.
+        prefixes: for parts of the pipeline, the prefix of kohya's keys, if it is not `lora_unet` or `lora_te`.
+        beside: for a module, or a prefix of names, in another part of the pipeline, the name in ComfyUI.
+        modules: for each part in `beside`, templates of its modules, whose names kohya's keys flatten.
+        diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
+        header_alpha: whether an alpha in the header of a file without alphas counts for every module.
+        whole_norms: whether diffusers' loader accepts complete scales of the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -183,7 +185,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file. The README beside the files says what each field means."""
+    """The contents of one family's file. The README in the folder of these files explains the fields."""
 
     format: int
     family: str
@@ -203,7 +205,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of `namings`: a tool's names for the weights of families that have files of their own."""
+    """One file in `namings`: a tool's names for the weights of families that have their own files."""
 
     format: int
     naming: str
@@ -212,16 +214,16 @@ class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str] = []
 
     def places(self) -> dict[str, Place]:
-        """Return key of a weight -> its place."""
+        """Return the place of each weight, by the weight's key."""
         return {key: Place(place) if isinstance(place, str) else place for key, place in self.weights.items()}
 
 
 class Architecture:
-    """The namings of one family; looks up a name in any of them.
+    """The namings of one family; finds names in any of them.
 
     Args:
-        record: the content of its file.
-        apart: `WEIGHT` is one of its namings.
+        record: the contents of the family's file.
+        apart: whether `WEIGHT` is one of the namings.
     """
 
     def __init__(self, record: ArchitectureRecord, *, apart: bool = False) -> None:
@@ -231,13 +233,13 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """List the namings that the file has, in order of first use."""
+        """List the namings in the file, in the order of their first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
         own = [*self.record.keyed, *named, *self.record.extends]
         return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
-        """Find the place of a weight in a naming; None if the naming has no such weight."""
+        """Return the place of a weight in a naming; None if the naming does not have the weight."""
         if naming == WEIGHT:
             hub = self.place(weight, "hub")
             return hub if hub is not None and hub == Place(hub.name) else Place(weight)
@@ -251,7 +253,7 @@ class Architecture:
         return Place(found) if isinstance(found, str) else found
 
     def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
-        """Find the weights that a naming keeps under a name, each with its place and the numbers in the holes."""
+        """Return the weights that a naming stores under a name, each with its place and the placeholders' numbers."""
         found = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
             numbers = _numbers(words, name.split("."))
@@ -260,7 +262,7 @@ class Architecture:
         return found
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """List the namings that may have a concrete name, the family's own last."""
+        """List the namings that may have a concrete name; the family's own naming comes last."""
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))
@@ -268,7 +270,7 @@ class Architecture:
         return self._namings[shape]
 
     def templates(self, naming: str) -> Iterator[str]:
-        """Yield the names of a naming, with `#` in every hole."""
+        """Yield the names in a naming, with `#` for every placeholder."""
         return iter(self._index(naming))
 
     def _index(self, naming: str) -> Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]:
@@ -292,7 +294,7 @@ class Architecture:
 
 
 def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
-    """Load the architecture of a base by the `model_type` of its config; None if no file describes it.
+    """Load the architecture of a base from the `model_type` in its config; None if no file describes it.
 
     Raises:
         Malformed: the file is damaged.
@@ -305,13 +307,13 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
 
 
 def is_family(module: str) -> bool:
-    """Whether a word, such as `llama` or `blip_2`, is the name of a family that has a file."""
+    """Whether a word, such as `llama` or `blip_2`, is the name of a family with a file."""
     return module in _modules()
 
 
 @cache
 def _modules() -> frozenset[str]:
-    """List the families by the names of their files, with underscores for dashes."""
+    """Return the names of the families' files, with underscores for dashes."""
     return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml"))
 
 
@@ -321,7 +323,7 @@ def _of_type(model_type: str) -> Architecture | None:
     if own.exists():
         return load(own)
     for file in sorted(folder().glob("*.toml")):
-        # A family's name is mostly its first model type. Only the head of the other files is read to find the rest.
+        # Most families are named after their first model type. Search the others by reading only the start of files.
         listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
@@ -329,14 +331,14 @@ def _of_type(model_type: str) -> Architecture | None:
 
 
 def expert_count(config: Mapping[str, Any] | None) -> int:
-    """Return how many experts a layer of a base has, by its config; 0 if the config does not say."""
+    """Return the number of experts in a layer, from the base's config; 0 if the config does not state it."""
     config = config or {}
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
 
 
 def of_gguf(name: str) -> list[Architecture]:
-    """List the families that llama.cpp's converter writes under a `general.architecture`, sorted by name."""
+    """List the families whose files llama.cpp's converter gives this `general.architecture`, sorted by name."""
     quoted = f'"{name}"'
     return [
         _loaded(file)
@@ -346,7 +348,7 @@ def of_gguf(name: str) -> list[Architecture]:
 
 
 def gguf_architectures() -> list[str]:
-    """List every `general.architecture` that a family has, sorted."""
+    """List every `general.architecture` of the families, sorted."""
     found = (
         re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
     )
@@ -354,11 +356,11 @@ def gguf_architectures() -> list[str]:
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families in which one of these names is a stack of experts, whatever its prefix."""
+    """Yield the families in which one of these names, with any prefix, is a stack of experts."""
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
-        # Stacks that MLX-LM alone has, under names that other families' stacks have elsewhere, prove nothing.
+        # Ignore stacks that only MLX-LM has, because other families' stacks have the same names in other tools.
         namings = [naming for naming in architecture.namings if not (architecture.record.rare and naming == "mlx")]
         stacks = {
             _shape_of_place(place).rpartition(".#.")[2]
@@ -371,7 +373,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
-    """Yield the families that have one of these names in any naming, whatever its prefix.
+    """Yield the families that have one of these names, with any prefix, in any naming.
 
     Names are compared from their last number on: `mlp.experts.gate_up_proj`.
     """
@@ -390,7 +392,7 @@ def with_naming(naming: str) -> Iterator[Architecture]:
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The facts at the start of a file for a part of a pipeline, before its weights."""
+    """The facts at the start of a file for a part of a pipeline, before the weights."""
 
     family: str
     pipeline: Pipeline
@@ -399,8 +401,8 @@ class Head(msgspec.Struct, frozen=True):
 def of_pipelines() -> Iterator[tuple[Head, str]]:
     """Yield the families that are parts of diffusers pipelines: the head and the whole text of each file.
 
-    There are about thirty of these files, and parsing all takes longer than reading an adapter. The weights are
-    parsed when `named` asks for them.
+    There are about thirty such files, and parsing all of them takes longer than reading an adapter. The weights are
+    parsed only when `named` asks for them.
 
     Raises:
         Malformed: a file is damaged.
@@ -411,19 +413,21 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
             try:
                 yield msgspec.toml.decode(text.partition(b"\n[weights]\n")[0], type=Head), text.decode()
             except (ValueError, msgspec.MsgspecError) as error:
-                raise Malformed(f"not an architecture file ({error})", path=file, cure="Correct the file") from error
+                raise Malformed(
+                    f"the architecture file is damaged ({error})", path=file, cure="Correct the file"
+                ) from error
 
 
 @cache
 def texts_of_models() -> tuple[str, ...]:
-    """Return the files of all other families: language models, and other models of transformers."""
+    """Return the text of all other files: language models, and other models in transformers."""
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
 
 @cache
 def named(family: str) -> Architecture:
-    """Return the architecture of a family by the name of its file."""
+    """Return the architecture of a family, given the name of its file."""
     return _loaded(folder() / f"{family}.toml")
 
 
@@ -434,7 +438,7 @@ def _loaded(path: Path) -> Architecture:
 
 @cache
 def _head(file: Path) -> str:
-    """Read the start of a file, which holds its lists of names."""
+    """Return the start of a file, which has its lists of names."""
     with file.open("rb") as stream:
         return stream.read(1 << 12).decode("utf-8", "replace")
 
@@ -445,10 +449,10 @@ def _files_with_stacks() -> tuple[Path, ...]:
 
 
 def load(path: Path) -> Architecture:
-    """Read one file and check it.
+    """Read a family's file and check it.
 
     Raises:
-        Malformed: it does not have the form of the README, or a naming is not one to one.
+        Malformed: the file does not have the form that the README defines, or a naming is not one to one.
     """
     record = decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):
@@ -463,29 +467,29 @@ def load(path: Path) -> Architecture:
 
 @cache
 def namings(where: Path | None = None) -> tuple[Naming, ...]:
-    """Load the namings that are stored beside the families: those of tools that support several families.
+    """Load the namings that are stored in separate files: those of tools that support several families.
 
     Args:
-        where: their folder.
+        where: the folder of the files.
 
     Raises:
-        Malformed: a file does not have the form of the README.
+        Malformed: a file does not have the form that the README defines.
     """
     files = sorted((where or folder() / "namings").glob("*.toml"))
     return tuple(decoded(file, Naming) for file in files)
 
 
 def namings_of(name: str) -> tuple[Naming, ...]:
-    """Return the files of one tool's naming, each for other model types."""
+    """Return the files of one tool's naming; each file is for other model types."""
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
 class Versioned(Protocol):
-    """A record of a file that says the version of its form."""
+    """A record in a file that states the version of its format."""
 
     @property
     def format(self) -> int:
-        """The version."""
+        """Return the version."""
         ...
 
 
@@ -493,25 +497,25 @@ _T = TypeVar("_T", bound=Versioned)
 
 
 def decoded(path: Path, kind: type[_T]) -> _T:
-    """Read one of the files and check it.
+    """Read one of the data files and check its version.
 
     Raises:
-        Malformed: the file is damaged, or of another version of its form.
+        Malformed: the file is damaged, or has another version of the format.
     """
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=kind)
     except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not an architecture file ({error})", path=path, cure="Correct the file") from error
+        raise Malformed(f"the architecture file is damaged ({error})", path=path, cure="Correct the file") from error
     if found.format != FORMAT:
-        why = f"format {found.format}, and this version reads format {FORMAT}"
+        why = f"the file has format {found.format}; this version reads format {FORMAT}"
         raise Malformed(why, path=path, cure="Correct the file")
     return found
 
 
 def faults(record: ArchitectureRecord) -> Iterator[str]:
-    """Yield the faults of a file that its schema cannot show; every naming must be one to one with the weights."""
+    """Yield the faults of a file that its schema does not show; every naming must be one to one with the weights."""
     if record.format != FORMAT:
-        yield f"format {record.format}, and this version reads format {FORMAT}"
+        yield f"the file has format {record.format}; this version reads format {FORMAT}"
     architecture = Architecture(record)
     for naming in architecture.namings:
         taken: dict[tuple[str, int | str | None], str] = {}
@@ -545,34 +549,34 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
 def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
     own, there = set(HOLE.findall(weight)), set(HOLE.findall(place.name))
     if own - {"{e}"} != there - {"{e}"}:
-        yield f"{naming}: {place.name} does not have the holes of {weight}"
+        yield f"{naming}: {place.name} does not have the placeholders of {weight}"
     if ("{e}" in own) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
-        yield f"{naming}: {place.name} does not say where the experts of {weight} are"
+        yield f"{naming}: {place.name} does not state where the experts of {weight} are"
     first, of = place.part, place.of
     if (first is None) != (of is None) or (first is None and place.parts != 1):
-        yield f"{naming}: {place.name} needs both part and of, or neither"
+        yield f"{naming}: {place.name} must have both part and of, or neither"
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
     known = (None, "qkv", *TURNED, *LINEAR, *SPLIT)
     if place.rows not in known or (place.rows in TURNED) != (place.heads in SHARED):
-        yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+        yield f"{naming}: {place.name} cannot have rows {place.rows!r} with heads {place.heads!r}"
     if place.columns not in (None, "linear_value"):
-        yield f"{naming}: {place.name} has columns {place.columns!r}"
+        yield f"{naming}: {place.name} cannot have columns {place.columns!r}"
     if (place.beside is None) != (place.rows not in SPLIT) or set(HOLE.findall(place.beside or place.name)) != there:
-        yield f"{naming}: {place.name} has rows {place.rows!r} and {place.beside!r} beside it"
+        yield f"{naming}: {place.name} cannot have rows {place.rows!r} with beside {place.beside!r}"
     if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
-        yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
+        yield f"{naming}: {place.name} cannot have qkv {place.qkv!r} with of {place.of!r}"
     if place.groups and place.qkv is None:
-        yield f"{naming}: {place.name} has groups and no qkv"
+        yield f"{naming}: {place.name} has groups, but no qkv"
     if place.half is not None and (place.half not in (0, 1) or "{e}" not in there):
-        yield f"{naming}: {place.name} has half {place.half} and no experts one by one"
+        yield f"{naming}: {place.name} has half {place.half}, but does not list experts one by one"
     if place.interleaved and place.of is None:
-        yield f"{naming}: {place.name} is interleaved and has no part"
+        yield f"{naming}: {place.name} is interleaved, but has no part"
 
 
 @cache
 def folder() -> Path:
-    """Return the folder of the files: beside this module in an installed package, in `spec` in a checkout."""
+    """Return the folder of the data files: next to this module if installed, in `spec` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
 
@@ -582,17 +586,17 @@ def _shape_of_place(place: Place) -> str:
 
 
 def shape_of(name: str) -> str:
-    """Return a name with `#` for each number that is a word of its own."""
+    """Return a name with `#` for each word that is a number."""
     return _NUMBER.sub("#", name)
 
 
 def fill(template: str, numbers: Mapping[str, str]) -> str:
-    """Fill the holes of a template with numbers."""
+    """Replace the placeholders of a template with numbers."""
     return HOLE.sub(lambda hole: numbers[hole[0]], template)
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
-    """Read the number in each hole; None if a word that is not a hole differs."""
+    """Return the number for each placeholder; None if another word differs."""
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):
         if pattern.startswith("{"):

@@ -1,4 +1,4 @@
-"""Map names by the file of a base's family: every naming side by side, with fused, split and stacked weights."""
+"""Map names by the file of a base's family, which lists all namings, with fused, split and stacked weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tables import without_prefix
 
 
 def by_family(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
-    """Place targets by the file of the base's family; returns those that it gives no place.
+    """Map targets by the file of the base's family; return the targets that it does not map.
 
     Raises:
         TargetNotFound: two readings of a target's name fit.
@@ -31,7 +31,7 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
             placed.append((target, name, *next(iter(readings.items()))))
         else:
             rest.append((target, name))
-    # FLAVA has three encoders of the names that DPT has once. A prefix that is left out must not make two targets one.
+    # FLAVA has three encoders with names that DPT has once, so check that removed prefixes make no two targets one.
     uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
     uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
     for target, name, moves, used in placed:
@@ -47,12 +47,12 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
 
 
 def _spot(move: Move) -> tuple[str, PathPart | None, int | None]:
-    """Return the part of the base that a move writes to: path, rows, slice of a stack."""
+    """Return the part of the base that a move writes: path, rows, slice of a stack."""
     return move.path, move.into, move.slot
 
 
 def family_names(base: Names, architecture: Architecture) -> FamilyNames:
-    """Return the names of a family's file for a base; worked out once for each base and family."""
+    """Return the names of a family's file for a base; they are computed once for each base and family."""
     known = base.families.get(architecture.family)
     if not isinstance(known, FamilyNames) or known.architecture is not architecture:
         known = base.families[architecture.family] = FamilyNames(base, architecture)
@@ -60,7 +60,7 @@ def family_names(base: Names, architecture: Architecture) -> FamilyNames:
 
 
 class FamilyNames:
-    """The names that a family's file gives for a base, moved by the base's own prefix."""
+    """The names that a family's file implies for a base, with the base's own prefix."""
 
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
@@ -68,8 +68,8 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # A base with the exact names of one naming needs no prefix; a search for one could only mislead. But a class
-        # without a head may have another prefix in one part alone: Dots 3's text model beside its towers.
+        # Search no prefix if the base has the exact names of one naming, because a found prefix could be wrong. But in
+        # a class without a head, one part may have another prefix: Dots 3's text model next to its towers.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
@@ -77,10 +77,10 @@ class FamilyNames:
         }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Return every distinct way to place a name, with the namings that it goes from and to."""
+        """Return every distinct way to map a name, with its source and destination naming."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
-        # A base that is one part of a model lacks the prefix of that part, and so may an adapter of the same class.
+        # Add removed prefixes: a base that is one part of a model lacks the part's prefix; its adapter may have it.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
@@ -97,19 +97,19 @@ class FamilyNames:
 
     @cached_property
     def root(self) -> str:
-        """Return the module that the class without a head is inside the others: `vit` of a ViT; empty for `model`.
+        """Return the module that holds the headless class inside other classes: `vit` for a ViT; empty for `model`.
 
-        `AutoModel` gives that class, and an adapter of it has no such word: `layers.0.attention.q_proj`.
+        `AutoModel` loads the headless class, so its adapters' names lack this word: `layers.0.attention.q_proj`.
         """
         firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
         (word, count), *_ = firsts.most_common(1) or [("", 0)]
         return word if 2 * count > firsts.total() and is_family(word) else ""
 
     def loses_a_part(self, name: str, own: str) -> bool:
-        """Whether a name lost, with its prefix, the one word that says which part of a model it is in.
+        """Whether a name lost, with its prefix, the only word that says which part of a model it is in.
 
-        `model.vision_tower.blocks.0` of an ERNIE is not the `blocks.0` that Cosmos files have: that family calls the
-        part `visual`.
+        An ERNIE's `model.vision_tower.blocks.0` is not the `blocks.0` of Cosmos, whose family names the vision part
+        `visual`.
         """
         if not name.endswith(own):
             return False
@@ -122,15 +122,15 @@ class FamilyNames:
 
     @cached_property
     def text_alone(self) -> bool:
-        """Whether the family is a decoder of text: its file has a vocabulary and names no other part of a model.
+        """Whether the family is a text decoder: its file has a vocabulary, and names no other part of a model.
 
-        Gemma 3's text model has no vision tower, though the tower's layers have names that its own layers have, too.
+        Gemma 3's text model has no vision tower, although names of the tower's layers also occur in its own layers.
         """
         return bool(self.architecture.record.vocabulary) and not self.modalities and "encoder" not in self.words
 
     @cached_property
     def modalities(self) -> frozenset[str]:
-        """Which of vision, text and audio the family's words mention."""
+        """Return which of vision, text and audio the family's words mention."""
         return frozenset[str]().union(*(modalities_of(word) for word in self.words))
 
     @cached_property
@@ -140,12 +140,12 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one.
+        """Find the prefix that the base removed from a naming or added to it; saving without a head removes one.
 
         Args:
-            templates: the names of the naming.
-            in_part: the base has names of the family as they are; then a prefix must be one that no name of the base
-                has, and all the names of the naming with this prefix must have a place without it.
+            templates: the names in the naming.
+            in_part: whether the base has exact names of the family. A prefix must then be one that no name of the base
+                has, and all names in the naming with this prefix must exist in the base without it.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -158,7 +158,7 @@ class FamilyNames:
         return best
 
     def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
-        """Whether a whole part of a naming has its place in the base under another prefix, and none under its own."""
+        """Whether the base has a whole part of a naming under another prefix, and none of it under its own."""
         part = [template for template in templates if template.startswith(off)]
         return bool(off) and all(
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
@@ -177,7 +177,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """Return how many experts the weight has in the base; for a stack, the base's config tells it."""
+        """Return the number of the weight's experts in the base; for a stack, the base's config states it."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -190,7 +190,7 @@ class FamilyNames:
 
 
 Found = tuple[str, Place, dict[str, str]]
-"""(key of a weight, its place in the naming of the name, numbers in the holes)."""
+"""(key of a weight, its place in the naming of the name, the placeholders' numbers)."""
 
 
 def moves_to(
@@ -201,26 +201,26 @@ def moves_to(
     experts: Callable[[Place, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Find the places of one name's weights in another naming; None if that naming lacks one of them.
+    """Return the places of one name's weights in another naming; None if that naming lacks one of the weights.
 
     Args:
         architecture: the family.
         weights: the result of `Architecture.find` for the name.
         naming: the other naming.
-        path: returns a place's name with numbers in its holes.
-        experts: returns how many experts the weight of a place has.
-        orders: report rows that are in another order; False for a caller that handles orders itself.
+        path: returns a place's name, with numbers for its placeholders.
+        experts: returns the number of experts of a place's weight.
+        orders: whether to report rows in another order; False for callers that handle orders themselves.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
         theirs = architecture.place(weight, naming)
         if theirs is None or (orders and (ours.beside or theirs.beside)):
-            return None  # Rows that are spread over two tensors are not a part of one.
+            return None  # Rows that are divided between two tensors cannot be moved as a part.
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # The number counts the experts of two weights that share the rows; it belongs to one of the two.
+            # The number counts the experts of two weights together, so map it to an expert of one of the two.
             count = experts(theirs, numbers)
             own = int(numbers["{e}"]) - ours.half * count
             if not 0 <= own < count:
@@ -229,7 +229,7 @@ def moves_to(
         if ours.stacked and not theirs.stacked:
             count = experts(theirs, numbers)
             first = count * (theirs.half or 0)
-            # The other holes are filled once for all experts: a large model has tens of thousands of them.
+            # Replace the other placeholders once for all experts: a large model has tens of thousands of experts.
             each = path(theirs, {**numbers, "{e}": "{e}"})
             moves += [
                 Move(each.replace("{e}", str(first + expert)), take, into, expert=expert, turn=turn)
@@ -242,18 +242,18 @@ def moves_to(
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
-    """Find the place of a name in one of its family's namings, without a base; None if it has no place.
+    """Find the places of a name in one of its family's namings, without a base; None if the naming lacks it.
 
-    Rows keep their order, because formats put rows into the order of their files themselves.
+    The rows keep their order, because formats reorder rows for their files themselves.
 
     Args:
         name: the name of a target.
         architecture: the family.
-        naming: the naming to go to.
-        experts: how many experts a stack of this name has.
+        naming: the naming to translate to.
+        experts: the number of experts in a stack with this name.
 
     Raises:
-        TargetNotFound: two readings of the name lead to different places.
+        TargetNotFound: two readings of the name lead to different weights.
     """
     found: dict[tuple[Move, ...], None] = {}
     for own in variants(name):
@@ -272,7 +272,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
-    """Join moves of parts that are adjacent on both sides in one tensor."""
+    """Join moves of parts that are adjacent on both sides, in one tensor."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
     plain = all(move.turn is None for move in moves)
@@ -282,7 +282,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def variants(name: str) -> Iterator[str]:
-    """Yield a name, and its names under another head or none: without prefixes, then with `model.` added."""
+    """Yield a name, then its forms in a class with another head or none: without prefixes, or with `model.` added."""
     yield name
     words = name.split(".")
     for cut in range(1, min(len(words), 4)):
@@ -290,5 +290,6 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # A language model inside a larger one. Any other word may name a vision tower, whose layers have the same names.
+    # Also remove the prefixes of a language model inside a larger one. Other first words are kept, because they may
+    # name a vision tower, whose layers have the same names.
     yield from without_prefix(name)

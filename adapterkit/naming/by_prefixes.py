@@ -1,4 +1,4 @@
-"""Map names by a change of prefixes, proven because every target with the prefix finds a place by it."""
+"""Map names by a change of prefixes, which is proven if it maps every target with the prefix to the base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .parts import exchangeable, keeps_parts
 from .stored_names import Left, Names, swap, template_of
 
 Fits = Callable[[str, str], bool]
-"""(name in the adapter, name in the base) -> whether the shapes fit each other."""
+"""A function of a name in the adapter and a name in the base: whether their shapes fit each other."""
 
 
 def by_prefixes(
@@ -21,25 +21,26 @@ def by_prefixes(
     fits: Fits,
     loses_a_part: Callable[[str, str], bool] | None = None,
 ) -> Left:
-    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
+    """Map targets by changes of prefixes: one rule per prefix, which must map every target with this prefix.
 
-    If the base's family is known, its file lists the names of its parts, and `loses_a_part` tells whether a name loses
-    one. A word that only another family uses is then not the name of a part: `model.text_model.` of an Idefics is not
-    the `language_model.model.` of a LLaVA.
+    If the base's family is known, its file lists the names of its parts, and `loses_a_part` says whether a name loses
+    one. A word that only another family uses is then not the name of a part: an Idefics's `model.text_model.` is not a
+    LLaVA's `language_model.model.`.
 
     Args:
-        left: the targets without a place.
+        left: the targets that are not mapped yet.
         base: the names in the base.
-        resolution: gets the moves and the rules.
-        partial: allow targets without a place; the prefix that places most of them is then enough.
-        fits: whether the shapes of a target and of a place fit.
-        loses_a_part: (name, name after the change) -> whether it loses the word of a part; None without a family.
+        resolution: the result, to which moves and rules are added.
+        partial: whether unmapped targets are allowed; the prefix that maps most of them is then enough.
+        fits: whether the shapes of a target and of a name in the base fit.
+        loses_a_part: a function of (name, changed name): whether the change removes the word for a part of the model;
+            None if the family is unknown.
 
     Returns:
-        the targets that are still without a place.
+        the targets that are still not mapped.
 
     Raises:
-        TargetNotFound: several prefixes place all targets of a group.
+        TargetNotFound: several prefixes map all targets of a group.
     """
     templates = _trials(left, base)
     if loses_a_part is not None:
@@ -47,16 +48,16 @@ def by_prefixes(
             name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # The shortest prefix goes first: a longer common ending is better proof. `decoder.layers` is
-    # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
+    # Try the shortest prefix first, because a longer common ending is better proof. `decoder.layers` is
+    # `model.decoder.layers`, not `model.encoder.layers`, although the latter would fit, too.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
     )
-    # A place that another target already has is excluded: an encoder's layers are not the decoder's.
+    # Exclude names of the base that another target already has: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, found = left, True
     while rest and found:
-        # A rule that places targets can free a shorter prefix for the others: `model.` after `model.text.` is done.
+        # A rule that maps targets can free a shorter prefix for others: after `model.text.`, `model.` may fit.
         found = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -82,15 +83,15 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """Find the prefix that replaces `off` and gives every target of a group a place; None if there is none.
+    """Return the prefix that replaces `off` and maps every target of a group; None if there is none.
 
     Raises:
-        TargetNotFound: several prefixes do.
+        TargetNotFound: several prefixes map the whole group.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
-        # A change of a shorter prefix may place the group as well. VibeVoice has two towers of one shape:
-        # `model.acoustic.` is `acoustic.` by `model.` -> nothing, although `semantic.` has a place for every name, too.
+        # Also try a change of a shorter prefix. VibeVoice has two towers of one shape: `model.acoustic.` is `acoustic.`
+        # by `model.` -> nothing, although `semantic.` has all of its names, too.
         full += [
             on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
         ]
@@ -105,7 +106,7 @@ def _exchanged(
 
 
 def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]]) -> list[str]:
-    """List replacements of a prefix that change only its first words."""
+    """List replacements for a prefix that change only its first words."""
     ours = sorted({template_of(name) for _, name in group})
     changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
     return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
@@ -116,9 +117,9 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the candidate that only drops or adds words, if every other one loses a word of `off` that it keeps.
+    """Return the candidate that only drops or adds words, if it keeps words of `off` that every other candidate loses.
 
-    Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, and not `video_tower.`.
+    Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, not `video_tower.`.
     """
     words = off.split(".")[:-1]
     kept = {on: [word for word in words if word in on.split(".")] for on in candidates}
@@ -132,7 +133,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """Return each prefix to try in place of another -> how many targets of a group it places."""
+    """Return, for each possible replacement of a prefix, the number of a group's targets that it maps."""
     ours = sorted({template_of(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:
@@ -141,7 +142,7 @@ def _tried(
 
 
 def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
-    """Place a group's targets by a change of prefixes; returns those of `rest` that are left."""
+    """Map a group's targets by a change of prefixes; return the targets of `rest` that are still not mapped."""
     placed = 0
     for target, name in group:
         if _lands(target, name, off, on, base, taken):
@@ -154,7 +155,7 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
-    """Return template -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    """Return the changes of prefixes to try by template; a number in a prefix must be the same in all names."""
     names: dict[str, list[str]] = {}
     for _, name in left:
         names.setdefault(template_of(name), []).append(name)
@@ -175,10 +176,10 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 
 
 def ends(template: str, base: Names) -> set[tuple[str, str]]:
-    """Return the changes of prefixes that turn a template into one of the base and keep their longest common ending.
+    """Return the changes of prefixes that turn a template into one of the base, with the longest common ending.
 
-    A prefix that is exchanged has no layer's number in it, and keeps the word before the first number: only the
-    container of a model's layers is renamed, not the layers.
+    An exchanged prefix contains no layer number, and keeps the word before the first number: only the container of a
+    model's layers is renamed, not the layers.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
@@ -188,7 +189,7 @@ def ends(template: str, base: Names) -> set[tuple[str, str]]:
         for shape in base.endings.get(end, ()):
             on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
             off = "".join(f"{word}." for word in words[:cut])
-            # The base may be a part of a model, such as one layer; it then has no word before its own names.
+            # The base may be a part of a model, such as one layer, whose names then have no prefix.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
                 found.add((off, on))

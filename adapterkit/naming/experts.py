@@ -1,4 +1,4 @@
-"""Map names of single experts to a stack and back, for formats that stack experts the base stores one by one."""
+"""Map names of single experts to a stack and back, for formats that stack experts which the base stores one by one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .tables import PREFIXES
 
 
 class Experts:
-    """Own name of one expert's module <-> name of the stack and the expert's number.
+    """Maps our name for one expert's module to the stack's name and the expert's number, and back.
 
     Args:
-        pairs: own template with `{n}` and `{e}` -> template of the stack with `{n}`.
+        pairs: a map from our template with `{n}` and `{e}` to the stack's template with `{n}`.
     """
 
     def __init__(self, pairs: Mapping[str, str]) -> None:
@@ -20,14 +20,14 @@ class Experts:
         self._stacks = {_regex(stack): own for own, stack in pairs.items()}
 
     def there(self, own: str) -> tuple[str, int] | None:
-        """Return the stack's name and the expert's number; None if the name is not an expert's."""
+        """Return the stack's name and the expert's number; None if the name is not that of an expert."""
         for pattern, stack in self._own.items():
             if found := pattern.fullmatch(own):
                 return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
         return None
 
     def back(self, stack: str, count: int) -> list[str] | None:
-        """Return the own names of a stack's experts, by number; None if the name is not a stack's."""
+        """Return our names for a stack's experts, by number; None if the name is not that of a stack."""
         for pattern, own in self._stacks.items():
             if found := pattern.fullmatch(stack):
                 name = found["prefix"] + own.replace("{n}", found["n"])

@@ -1,7 +1,7 @@
-"""Find the family of a GGUF file, and map the order of its rows to the family's own weights.
+"""Find the family of a GGUF file, and map the order of the file's rows to the family's own weights.
 
-Names and orders of rows are data: the naming `gguf` of spec/architectures, which `tools/foreign/architectures` measures
-by converting tiny models with llama.cpp itself. A tensor without a place there is refused, never guessed.
+Names and orders of rows are data: the naming `gguf` in spec/architectures, which `tools/foreign/architectures` measures
+by converting tiny models with llama.cpp. A tensor without a place in this naming is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ ARCHITECTURE = "general.architecture"
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
     """Find the family of a model or adapter file.
 
-    Several families share one `general.architecture` (Llama, Mistral and Mixtral are all `llama`). The family that
-    knows most of the file's names is taken; among equals, the one with the fewest weights that GGUF lacks, and then the
-    one with the fewest names that the file lacks.
+    Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family with most
+    of the file's names is chosen; among equals, the one with the fewest weights that GGUF lacks, and then the one with
+    the fewest names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.
-        modules: names of its tensors without `.weight` and the like.
-        keys: names of its key-values.
+        modules: the names of the file's tensors, without endings such as `.weight`.
+        keys: the names of the file's key-values.
 
     Raises:
         Unsupported: no family has this architecture.
     """
     families = of_gguf(name)
     if not families:
-        known = f"Known: {', '.join(gguf_architectures())}. Or use the weights that it was converted from"
-        raise Unsupported(f"GGUF files of architecture {name!r}", where=ARCHITECTURE, cure=known)
+        known = f"Known: {', '.join(gguf_architectures())}. Or use the weights from which the file was converted"
+        raise Unsupported(f"GGUF files of the architecture {name!r} are not supported", where=ARCHITECTURE, cure=known)
     marked = [each for each in families if each.record.gguf_key and f"{name}.{each.record.gguf_key}" in keys]
     plain = [each for each in families if each.record.gguf_key is None]
     return min(marked or plain or families, key=lambda each: _rank(each, modules))
@@ -71,36 +71,36 @@ def is_projector(values: Mapping[str, Any]) -> bool:
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
-    """Return (key, place, numbers) of the one weight that a file's module is; None if it is none, or holds several."""
+    """Return (key, place, numbers) of a module's only weight; None if the family has none or several for it."""
     found = family.find(module, NAMING)
     return found[0] if len(found) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""Tensor -> the tensors that llama.cpp's converter joins into it with `--fuse-qkv` and `--fuse-gate-up-exps`, in order.
+"""A map from fused tensors to the parts that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` join, in order.
 
-The rows of each part are as in a tensor of its own; gate and up of experts are joined expert by expert.
+The rows of each part are as in a separate tensor; gate and up of experts are joined expert by expert.
 """
 
 
 def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
-    """Return `place_of` of each part of a tensor that the converter joined; empty for any other tensor."""
+    """Return `place_of` for each part of a tensor that the converter fused; empty for any other tensor."""
     stem, _, leaf = module.rpartition(".")
     found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
     return [each for each in found if each is not None] if None not in found else []
 
 
 def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> list[int]:
-    """Return how many rows each part of a joined tensor has.
+    """Return the number of rows of each part of a fused tensor.
 
     Args:
         module: the tensor, without `.weight`.
-        rows: the rows of the tensor, or of one expert in it.
+        rows: the number of rows of the tensor, or of one expert in it.
         values: the file's key-values.
-        name: its `general.architecture`.
+        name: the file's `general.architecture`.
 
     Raises:
-        Unsupported: the key-values do not state it, or state another number of rows.
+        Unsupported: the key-values do not state the numbers, or their sum differs.
     """
     if module.endswith("ffn_gate_up_exps"):
         return [rows // 2, rows // 2]
@@ -108,7 +108,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> 
     value = values.get(f"{name}.attention.value_length", heads.dim)
     found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
     if sum(found) != rows:
-        why = f"{rows} rows, but the heads have {found[0]} for queries, {found[1]} for keys and {found[2]} for values"
+        why = f"it has {rows} rows; the heads need {found[0]} (queries), {found[1]} (keys) and {found[2]} (values)"
         raise Unsupported(why, where=module, cure=_MERGE)
     return found
 
@@ -117,7 +117,7 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
     """Return the order in which row i of the file is row `order[i]` of the weight; None if both have the same order.
 
     Raises:
-        ShapeMismatch: the rows cannot be divided evenly among so many heads.
+        ShapeMismatch: the rows cannot be divided evenly among the heads.
         Unsupported: the rows are in two tensors, or the heads of a linear attention are unknown.
     """
     if place.rows is None:
@@ -126,11 +126,13 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
         return rope_pairs(rows, sharing(heads, place.heads, where), where)
     if place.rows == "rotary":
         if not heads.rotary:
-            why = "the number of rotary rows of a head is unknown, and the order of rows depends on it"
+            why = "the order of rows depends on the number of rotary rows of a head, which is unknown"
             raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
         return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
-        raise Unsupported(f"its rows lie in two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE)
+        raise Unsupported(
+            f"its rows are divided between two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE
+        )
     if place.rows == "linear_value":
         return by_value_head(rows, _linear(heads, where), where)
     if place.rows == "linear_qkv":
@@ -140,10 +142,10 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
 
 
 def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows | None:
-    """Return the order in which column i of the file is column `order[i]` of the weight; None if both are the same.
+    """Return the order in which column i of the file is column `order[i]` of the weight; None if the order is the same.
 
     Raises:
-        ShapeMismatch, Unsupported: as for `row_order`.
+        ShapeMismatch, Unsupported: see `row_order`.
     """
     return None if place.columns is None else by_value_head(columns, _linear(heads, where), where)
 
@@ -151,7 +153,7 @@ def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows |
 def rows_apart(
     place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """Return the rows of a weight that each of two tensors has, in the tensors' order.
+    """Return, for two tensors with the rows of one weight, which rows each has, in the tensors' order.
 
     Args:
         place: the place of the weight.
@@ -160,71 +162,71 @@ def rows_apart(
         where: the tensor, for errors.
 
     Returns:
-        the rows of both; whether the first tensor has its heads' matrices transposed; the width of a row.
+        the rows of both; whether the heads' matrices are transposed in the first tensor; the width of a row.
 
     Raises:
-        Unsupported: the two tensors do not go together.
-        ShapeMismatch: the rows cannot be divided evenly among so many heads.
+        Unsupported: the two tensors do not fit each other.
+        ShapeMismatch: the rows cannot be divided evenly among the heads.
     """
     first, second = shapes
     if place.rows == "latent" and len(first) == len(second) == 3 and (first[0], first[1]) == (second[0], second[2]):
         return latent(first[0], first[2], second[1]), True, first[1]
     if place.rows == "linear_qkvz" and len(first) == len(second) == 2 and first[1] == second[1]:
         return linear_qkvz(first[0] + second[0], _linear(heads(), where), where), False, first[1]
-    why = f"its rows lie in two tensors of shapes {list(first)} and {list(second)}"
+    why = f"its rows are divided between two tensors with shapes {list(first)} and {list(second)}"
     raise Unsupported(why, where=where, cure=_MERGE)
 
 
 def _linear(heads: Heads, where: str) -> LinearHeads:
     if heads.linear is None:
-        why = "the key and value heads of the linear attention are unknown, and the order of rows depends on it"
-        raise Unsupported(why, where=where, cure="Give the base, with its config.json, with base=/--base")
+        why = "the order of rows depends on the key and value heads of the linear attention, which are unknown"
+        raise Unsupported(why, where=where, cure="Give the base, with its config.json: --base (base=)")
     return heads.linear
 
 
 def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
-    """Return the heads that a model file's key-values state.
+    """Return the heads stated in a model file's key-values.
 
     Raises:
-        Unsupported: they do not state one number for all layers.
+        Unsupported: the key-values do not state one number for all layers.
     """
     query = _in_attention(values.get(f"{name}.attention.head_count"))
     kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
     if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
-        said = f"attention.head_count says {shown(query)} and head_count_kv {shown(kv)}"
-        why = f"{said}, and the order of rows depends on it"
+        said = f"attention.head_count is {shown(query)} and head_count_kv is {shown(kv)}"
+        why = f"the order of rows depends on the numbers of heads, but {said}"
         raise Unsupported(why, where=where, cure=_MERGE)
     width = values.get(f"{name}.embedding_length")
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
     linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
     if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
-        linear[3] //= linear[1]  # The key-value counts the rows of all value heads together.
+        linear[3] //= linear[1]  # Divide: the key-value counts the rows of all value heads together.
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def _in_attention(count: object) -> object:
-    """Return the heads of all layers that have any; hybrid models list a number a layer, 0 without attention."""
+    """Return the number of heads of all layers with attention; hybrid models list a number per layer, 0 without."""
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
 
 
 def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
-    """Return (general.architecture, family) of the GGUF file that llama.cpp makes of a base.
+    """Return (general.architecture, family) of the GGUF file that llama.cpp writes for a base.
 
     Args:
         config: the base's config.
 
     Raises:
-        UsageError: there is no config.
-        Unsupported: llama.cpp's converter is not known to support the family.
+        UsageError: the base has no config.
+        Unsupported: llama.cpp's converter does not support the family, as far as known.
     """
     from .architectures import architecture_of, named
 
     if config is None:
-        why = "the base's architecture decides on names and the order of rows in a GGUF file"
-        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json, with base=/--base")
+        why = "the names and the order of rows in a GGUF file depend on the base's architecture"
+        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json: --base (base=)")
     for each in (config, config.get("text_config")):
         found = architecture_of(each) if isinstance(each, dict) else None
         if found is not None and found.record.gguf:
@@ -232,8 +234,8 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
             other = found.record.gguf_as.get(name)
             return name, found if other is None else named(other)
     known = ", ".join(gguf_architectures())
-    why = f"bases of model_type {config.get('model_type')!r}"
-    raise Unsupported(why, where="config.json", cure=f"GGUF files of these architectures are known: {known}")
+    why = f"GGUF files of bases with model_type {config.get('model_type')!r} are not supported"
+    raise Unsupported(why, where="config.json", cure=f"Known architectures: {known}")
 
 
 def _chosen(family: Architecture, config: Mapping[str, Any]) -> str:
@@ -242,9 +244,9 @@ def _chosen(family: Architecture, config: Mapping[str, Any]) -> str:
         if name not in when or when[name].holds(config):
             return name
     classes = sorted({each for condition in when.values() for each in condition.classes})
-    why = f"architectures {shown(config.get('architectures'))} of a base of model_type {family.family}"
-    known = f"llama.cpp's converter writes files of other names for that class; known here: {', '.join(classes)}"
-    raise Unsupported(why, where="config.json", cure=f"{known}. Merge into the GGUF model")
+    why = f"{shown(config.get('architectures'))} is not supported for a base with model_type {family.family}"
+    known = f"llama.cpp's converter uses other names for that class; known: {', '.join(classes)}"
+    raise Unsupported(why, where="config.json", cure=f"{known}. Merge the adapter into the GGUF model")
 
 
-_MERGE = "Merge into the weights that it was converted from"
+_MERGE = "Merge the adapter into the weights from which the file was converted"

@@ -1,6 +1,7 @@
-"""Compute the orders in which formats store the rows that belong to attention heads.
+"""Compute the orders in which formats store rows that belong to attention heads.
 
-An order is a list of row numbers: row i of the format's tensor is row `order[i]` of the base's own. Rows are outputs:
+An order is a list of row numbers: row i of the format's tensor is row `order[i]` of the base's. Rows are outputs: the
+rows of B, of a magnitude, or of a bias.
 rows of B, of a magnitude, of a bias.
 """
 
@@ -22,12 +23,12 @@ _LARGEST = 1 << 24
 LINEAR_FIELDS = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
-"""Fields of a config that state the heads of a linear attention."""
+"""The config fields that state the heads of a linear attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearHeads:
-    """The heads of a linear attention: the numbers of keys and values, and the width of each."""
+    """The heads of a linear attention: the numbers of key and value heads, and their widths."""
 
     keys: int
     values: int
@@ -42,10 +43,10 @@ class Heads:
     Attributes:
         query: the number of query heads.
         kv: the number of key and value heads.
-        dim: rows of a head.
-        linear: the heads of a linear attention beside it.
-        rotary: rows of a head that a rotary embedding turns; 0 where that is not known.
-        vision: heads of the vision tower; 0 where there is none.
+        dim: the number of rows of a head.
+        linear: the heads of an additional linear attention, or None.
+        rotary: the number of a head's rows that a rotary embedding rotates; 0 if unknown.
+        vision: the number of heads of the vision tower; 0 if there is none.
     """
 
     query: int
@@ -62,29 +63,29 @@ class Heads:
 
 
 def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
-    """Return the heads of a base, by its config.
+    """Return the heads of a base, from its config.
 
     Args:
-        config: a config of transformers; for a config of several models, that of the language model is used.
-        where: the tensor or file that needs them, for messages.
+        config: a config from transformers; if it has configs of several models, the language model's is used.
+        where: the tensor or file that needs the heads, for messages.
 
     Raises:
         UsageError: there is no config, or it does not state the heads.
-        Malformed: a value is not a count.
+        Malformed: a value is not a valid number.
     """
     if config is None:
-        raise UsageError("the order of rows here depends on the base's number of heads", where=where, cure=_GIVE)
+        raise UsageError("the order of its rows depends on the base's number of heads", where=where, cure=_GIVE)
     inner = config.get("text_config")
     own = inner if isinstance(inner, dict) else config
     query = _count(own, ("num_attention_heads", "n_head", "n_heads"), where)
-    # Falcon's config says num_kv_heads = num_attention_heads even if its first generation shares one key among all.
+    # Check multi_query: Falcon's config has num_kv_heads = num_attention_heads even if one key is shared among all.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
     fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
     kv = 1 if one else _count(own, fields, where, _shared(own, query, where))
     width = _count(own, ("hidden_size", "n_embd", "d_model"), where, 0)
     dim = _count(own, ("head_dim",), where, width // query)
     if not dim:
-        raise UsageError("the base's config does not say how wide its heads are", where=where, cure=_GIVE)
+        raise UsageError("the base's config does not state the width of its heads", where=where, cure=_GIVE)
     parameters = own.get("rope_parameters")
     factor = (parameters if isinstance(parameters, dict) else own).get("partial_rotary_factor")
     rotary = int(dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
@@ -94,7 +95,7 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, Any], query: int, where: str) -> int:
-    """Return the key heads where the config says block by block how many query heads share one: Nemotron NAS.
+    """Return the number of key heads, from blocks that state how many query heads share one (Nemotron NAS).
 
     Raises:
         Unsupported: the blocks differ.
@@ -103,19 +104,19 @@ def _shared(config: Mapping[str, Any], query: int, where: str) -> int:
     attentions = [b.get("attention") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
     groups = {a.get("n_heads_in_group") for a in attentions if isinstance(a, dict)} - {None}
     if len(groups) > 1:
-        why = f"its blocks share keys among {', '.join(map(str, sorted(groups, key=str)))} query heads"
-        raise Unsupported(why, where=where, cure="Merge into the GGUF model that was converted from it")
+        why = f"its blocks differ: keys are shared among {', '.join(map(str, sorted(groups, key=str)))} query heads"
+        raise Unsupported(why, where=where, cure="Merge the adapter into the GGUF model of this base")
     group = groups.pop() if groups else 1
     return query // group if type(group) is int and 0 < group <= query else query
 
 
 def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
-    """Return the heads of a base's linear attention by its config; None for a base without one."""
+    """Return the heads of a base's linear attention, from its config; None if it has no linear attention."""
     return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
 
 
 def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
-    """Return the heads of a linear attention; None if these are not counts, or the values are not shared evenly."""
+    """Return the heads of a linear attention; None if the numbers are invalid, or values are not shared evenly."""
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
@@ -123,7 +124,7 @@ def linear_heads(keys: object, values: object, key_dim: object, value_dim: objec
 def _count(config: Any, names: tuple[str, ...], where: str, default: int | None = None) -> int:
     value = next((config[name] for name in names if config.get(name) is not None), default)
     if value is None:
-        raise UsageError(f"the base's config does not say {names[0]}", where=where, cure=_GIVE)
+        raise UsageError(f"the base's config does not state {names[0]}", where=where, cure=_GIVE)
     if type(value) is not int or not 0 < value <= _LARGEST:
         if value == 0 == default:
             return 0
@@ -134,50 +135,50 @@ def _count(config: Any, names: tuple[str, ...], where: str, default: int | None 
 
 
 def sharing(heads: Heads, which: str | None, where: str) -> int:
-    """How many heads share the rows of a projection: those that ask, those that answer, or a vision tower's.
+    """Return the number of heads to which a projection's rows belong: queries, keys and values, or the vision tower's.
 
     Raises:
-        UsageError: nothing tells how many heads the vision tower has.
+        UsageError: the number of the vision tower's heads is unknown.
     """
     if which == "query":
         return heads.query
     if which != "vision":
         return heads.kv
     if not heads.vision:
-        why = "the base's config does not say how many heads its vision tower has"
+        why = "the base's config does not state the number of its vision tower's heads"
         raise UsageError(why, where=where, cure=_GIVE)
     return heads.vision
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:
-    """Return Meta's order, in which the two rows that a rotary embedding turns together stand side by side.
+    """Return Meta's order, in which the two rows that a rotary embedding rotates together are adjacent.
 
-    transformers' order is the first halves of a head, then the second ones.
+    In transformers' order, the first halves of a head come before the second halves.
 
     Raises:
-        ShapeMismatch: the rows cannot be divided evenly among so many heads.
+        ShapeMismatch: the rows cannot be divided evenly among the heads.
     """
     import numpy as np
 
     if rows % (2 * heads):
-        why = f"{rows} rows are not shared evenly by {heads} heads of an even width"
+        why = f"the {rows} rows cannot be divided into {heads} heads of an even width"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
-    """Return the order in which llama.cpp keeps the queries and keys of M-RoPE models that turn adjacent rows.
+    """Return llama.cpp's order of queries and keys, for M-RoPE models whose rotation pairs adjacent rows.
 
-    Its kernel turns a row of the first half with one of the second half. So in each head the even ones of the turned
-    rows come first, then the odd ones, then those that are not turned.
+    llama.cpp's kernel rotates a row of the first half with a row of the second half. So in each head the even rotated
+    rows come first, then the odd ones, and then the rows that are not rotated.
 
     Raises:
-        ShapeMismatch: the rows cannot be divided evenly among so many heads.
+        ShapeMismatch: the rows cannot be divided evenly among the heads.
     """
     import numpy as np
 
     if rows % heads or rotary % 2 or not 0 < rotary <= rows // heads:
-        why = f"{rows} rows do not match {heads} heads with {rotary} rotary rows"
+        why = f"the {rows} rows do not match {heads} heads with {rotary} rotary rows"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     each = np.arange(rows // heads)
     one = np.concatenate([each[:rotary:2], each[1:rotary:2], each[rotary:]])
@@ -186,7 +187,7 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
 
 def by_group(heads: Heads) -> Rows:
-    """Return Megatron's order of q, k and v in one weight: for each group its queries, its key, its value."""
+    """Return Megatron's order of q, k and v in one weight: for each group its queries, then its key, then its value."""
     import numpy as np
 
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
@@ -197,8 +198,8 @@ def by_group(heads: Heads) -> Rows:
 def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
     """Return llama.cpp's order of the rows that belong to the value heads of a linear attention.
 
-    transformers stores the value heads that share a key side by side. llama.cpp stores the first value head of each
-    key, then the second ones, because ggml repeats keys that way (llama.cpp #19468).
+    In transformers, the value heads that share a key are adjacent. llama.cpp stores the first value head of each key,
+    then the second ones, and so on, because ggml repeats keys that way (llama.cpp #19468).
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the value heads.
@@ -206,39 +207,40 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
     import numpy as np
 
     if rows % heads.values:
-        why = f"{rows} rows are not shared evenly by {heads.values} value heads"
+        why = f"the {rows} rows cannot be divided into {heads.values} value heads"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     return np.arange(rows).reshape(heads.keys, heads.values // heads.keys, -1).swapaxes(0, 1).reshape(-1)
 
 
 def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of a linear attention's queries, keys and values: only the values are reordered."""
+    """Return llama.cpp's order of a linear attention's queries, keys and values; only the values are reordered."""
     import numpy as np
 
     values = heads.values * heads.value_dim
     if rows != 2 * heads.keys * heads.key_dim + values:
-        why = f"{rows} rows do not match {heads.keys} key and {heads.values} value heads"
+        why = f"the {rows} rows do not match {heads.keys} key and {heads.values} value heads"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     return np.concatenate([np.arange(rows - values), rows - values + by_value_head(values, heads, where)])
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Return the rows of queries, keys and values, and the rows of gates, in a weight that has them key by key.
+    """Return the rows of queries, keys and values, and the rows of gates, in a weight that is ordered by key heads.
 
-    transformers stores for each key head its query, its key, its values and their gates (Qwen3-Next's `in_proj_qkvz`).
+    For each key head, transformers stores its query, its key, its values and their gates (Qwen3-Next's
+    `in_proj_qkvz`).
     """
     import numpy as np
 
     each = heads.values // heads.keys * heads.value_dim
     if rows != heads.keys * 2 * (heads.key_dim + each):
-        why = f"{rows} rows do not match {heads.keys} key and {heads.values} value heads"
+        why = f"the {rows} rows do not match {heads.keys} key and {heads.values} value heads"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     parts = np.split(np.arange(rows).reshape(heads.keys, -1), np.cumsum([heads.key_dim, heads.key_dim, each]), axis=1)
     return np.concatenate([part.reshape(-1) for part in parts[:3]]), parts[3].reshape(-1)
 
 
 def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
-    """Return the rows of keys and the rows of values in a weight that has them head by head, as DeepSeek's MLA."""
+    """Return the rows of keys and the rows of values in a weight that is ordered by heads, as in DeepSeek's MLA."""
     import numpy as np
 
     rows = np.arange(heads * (keys + values)).reshape(heads, -1)
@@ -252,4 +254,4 @@ def undone(order: Rows) -> Rows:
     return np.argsort(order, kind="stable")
 
 
-_GIVE = "Give the base, with its config.json, with base=/--base"
+_GIVE = "Give the base, with its config.json: --base (base=)"

@@ -1,7 +1,7 @@
 """Translate names of image and video models between namings, and name the parts of their pipelines.
 
-The names are data, `spec/architectures/*.toml`. `diffusers` is the naming of diffusers. `native` is that of the model's
-authors as ComfyUI loads it (LDM, BFL, Stability). A file may have others.
+The names are data, `spec/architectures/*.toml`. `diffusers` is diffusers' naming. `native` is the naming of the model's
+authors as ComfyUI loads it (LDM, BFL, Stability). A file may have further namings.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from .pieces import Piece, Run, merged
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""Stands for the naming that sd-scripts flattens into its keys; the family's file says which one that is."""
+"""Means the naming that sd-scripts flattens into its keys; the family's file states which naming that is."""
 
 
 COMFYUI = "comfyui"
-"""The naming of ComfyUI's key maps: `native` in most families, else a naming of its own that extends it."""
+"""The naming of ComfyUI's key maps: `native` in most families, otherwise a separate naming that extends `native`."""
 
 FUSED = "diffusers_fused"
-"""The naming of diffusers after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight into it."""
+"""diffusers' naming after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight in this naming."""
 
 
 class ImageFamily:
-    """A family that is a part of a diffusers pipeline.
+    """A family that is part of a diffusers pipeline.
 
     Args:
-        head: the facts in its file.
-        text: the whole text of the file.
+        head: the facts at the start of its file.
+        text: the whole text of its file.
     """
 
     def __init__(self, head: Head, text: str) -> None:
@@ -51,7 +51,7 @@ class ImageFamily:
         return architectures.named(self.name)
 
     def __contains__(self, path: object) -> bool:
-        """Whether a module has this name in one of the namings."""
+        """Whether the family has a module with this name in one of its namings."""
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
@@ -62,22 +62,22 @@ class ImageFamily:
 
     @cached_property
     def literal(self) -> frozenset[str]:
-        """The numbers in its names that are no block's."""
+        """Return the numbers in the family's names that are not block numbers."""
         return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
-        """All names of a part of the pipeline that lies inside the authors' model."""
+        """Return all names of a part of the pipeline that lies inside the authors' model."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
         return self._names[part]
 
     def unflattened(self, flat: str, naming: str) -> list[str]:
-        """List the names of a naming that `flat`, with underscores for dots, can stand for."""
+        """List the names in a naming that `flat`, with underscores for dots, may mean."""
         return self.names(naming).unflattened(flat) if self.may_have(flat) else []
 
     def may_have(self, name: str) -> bool:
-        """Whether the file contains the words of a name, dotted or flattened; this spares parsing most files."""
-        # Numbers are no words, so that all blocks of a model share one answer.
+        """Whether the file contains the words of a name, dotted or flattened; this avoids parsing most files."""
+        # Replace numbers, so that all blocks of a model share one answer.
         wanted = shape(name)
         if wanted not in self._words:
             self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
@@ -88,7 +88,7 @@ class ImageFamily:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """Return the naming itself, or the one that `kohya` or `comfyui` stands for."""
+        """Return the naming itself, or the naming that `kohya` or `comfyui` means for this family."""
         if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
@@ -98,7 +98,7 @@ class ImageFamily:
         return f"{COMFYUI} = " in self.text and COMFYUI in self.namings
 
     def names(self, naming: str) -> PatternNames:
-        """Return all names of one naming; none if the family does not have it."""
+        """Return all names in one naming; no names if the family does not have the naming."""
         naming = self.wanted(naming)
         if naming not in self._names:
             places = (self.architecture.place(weight, naming) for weight in self.architecture.record.weights)
@@ -106,19 +106,19 @@ class ImageFamily:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """Find the naming that has all of these names, the preferred one first; empty if none has."""
+        """Find the naming that has all of these names, the preferred one first; empty if no naming has them."""
         preferred = self.wanted(preferred)
         order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Find the rows of a module in another naming; empty if not all rows have a place.
+        """Return the rows of a module in another naming; empty if that naming lacks some of the rows.
 
         Args:
-            path: the module.
-            ours: its naming.
-            theirs: the other one.
-            ratio: its outputs divided by its inputs, if that decides which weight it is.
+            path: the module's name.
+            ours: the naming of this name.
+            theirs: the other naming.
+            ratio: the module's outputs divided by its inputs, if several weights have this name.
         """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
@@ -133,8 +133,8 @@ class ImageFamily:
         return found if complete else ()
 
     def ratios(self, path: str) -> list[float]:
-        """List a module's possible outputs divided by its inputs; empty if the file does not say it."""
-        # Blocks are alike, and a file asks for each of them.
+        """List the possible ratios of a module's outputs to its inputs; empty if the file does not state them."""
+        # Cache the ratios by name without block numbers, because readers ask for every block.
         kind = alike(path, self.literal)
         if kind not in self._ratios:
             self._ratios[kind] = self._ratios_of(path)
@@ -151,7 +151,7 @@ class ImageFamily:
 
 
 def _pattern(template: str) -> str:
-    """Turn a template of an architecture into a pattern: `#` for its holes."""
+    """Turn a template of an architecture into a pattern, with `#` for its placeholders."""
     return architectures.HOLE.sub("#", template)
 
 
@@ -169,14 +169,15 @@ def families() -> tuple[ImageFamily, ...]:
 
 
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
-    """List the families that a whole U-Net or transformer can be of, by its tensors' names in whatever naming.
+    """List the families to which a whole U-Net or transformer may belong, given its tensors' names in any naming.
 
-    They have all of its modules, or more than every other family and more than half, and no other family has one of
-    the rest: published checkpoints hold learned tokens and small networks beside, which no file lists.
+    Such a family has all of its modules. Otherwise it has more than every other family and more than half of them, and
+    no other family has any of the rest: published checkpoints also have learned tokens and small networks, which no
+    file lists.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
-    # A checkpoint for ComfyUI holds text encoders and a VAE, too; its denoiser has a prefix of its own.
+    # Use only names with the denoiser's prefix: a checkpoint for ComfyUI also has text encoders and a VAE.
     inside = prefixed or [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in _DENOISERS]
     modules = {name.rpartition(".")[0] for name in inside if name.endswith((".weight", ".bias", ".scale"))}
     whole = [family for family in families() if modules and all(name in family for name in modules)]
@@ -193,10 +194,10 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether modules are named more like those of image, video and audio models than like those of other models.
+    """Whether modules' names look more like those of image, video and audio models than like those of other models.
 
     This is for models without a file. The last two words of each name, such as `attn.to_q`, are counted in the files
-    of pipelines and in all others, because the audio tower of a language model has a `to_q`, too.
+    of pipelines and in all other files, because the audio tower of a language model may have a `to_q`, too.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()
@@ -206,7 +207,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
 @cache
 def encoders() -> dict[str, PatternNames]:
-    """Return the names of the text encoders, which are the same everywhere."""
+    """Return the names of the text encoders' modules, which are the same in all pipelines."""
     llm = ("llama", "qwen3", "gemma2")
     blocks = {
         _pattern(weight).removeprefix("model.")
@@ -235,22 +236,22 @@ def encoders() -> dict[str, PatternNames]:
 
 
 LLM_PREFIXES = ("", "model.", "model.language_model.")
-"""Possible prefixes of `layers.` in a language model that is a text encoder: its backbone alone, or a whole model."""
+"""Possible prefixes of `layers.` in a language model used as a text encoder: its backbone, or the whole model."""
 
 
 def encoder_kind(rest: str) -> str:
-    """Return `clip`, `t5` or `llm`, the text encoder that has a module of this name; empty if none has."""
+    """Return the kind of text encoder that has a module with this name, `clip`, `t5` or `llm`; empty if none has."""
     return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
-"""Further names of tensors that the architecture files list under one name."""
+"""Second names of tensors that the architecture files list under only one name."""
 
 
 @lru_cache(maxsize=8)
 def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
-    """List the families that have all of these modules, in any naming; cached: several readers ask for one file."""
-    # Words first: a file that lacks one is not parsed.
+    """List the families that have all of these modules, in any naming; cached, because several readers ask for them."""
+    # Compare words first: a file that lacks a word need not be parsed.
     shapes = {shape(name) for name in names}
     likely = [family for family in families() if all(map(family.may_have, shapes))]
     return tuple(family for family in likely if family.has_all(names))
@@ -262,7 +263,7 @@ def families_with(names: Collection[str]) -> list[ImageFamily]:
 
 
 def families_of(path: str, naming: str) -> list[ImageFamily]:
-    """List the families in which a module of this naming is called `path`."""
+    """List the families that have a module with the name `path` in this naming."""
     return [family for family in families() if path in family and path in family.names(naming)]
 
 
@@ -289,7 +290,7 @@ ROOTS = {
         for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b", "byt5_small")
     },
 }
-"""Start of the names in a part of a pipeline -> the part; `denoiser` is the U-Net or the transformer."""
+"""A map from the first words of names to the part of the pipeline; `denoiser` is the U-Net or the transformer."""
 
 PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 """The parts of pipelines, by diffusers' names."""
@@ -297,25 +298,25 @@ PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 
 @cache
 def beside() -> dict[str, str]:
-    """Return ComfyUI's names of modules outside the denoiser, or prefixes of them -> the same in diffusers."""
+    """Map ComfyUI's names, or prefixes, of modules outside the denoiser to diffusers' names."""
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 
 def in_other_words(path: str, words: Mapping[str, str]) -> str:
-    """Replace the prefix of a path by `words`; empty if it has none of these prefixes."""
+    """Replace the prefix of a path by the map `words`; return an empty string if the path has none of its prefixes."""
     found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
     return words[found] + path[len(found) :] if found else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """Split a path into the part of a pipeline that it begins with, dot included or empty, and the name inside it."""
+    """Split a path into its pipeline part, with the dot or empty, and the name inside this part."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
 
 @lru_cache(maxsize=1 << 16)
 def component_of(path: str) -> str | None:
-    """Return the part of a pipeline that a dotted path is in, by its prefix or by the tables."""
+    """Return the pipeline part of a dotted path, from its prefix or the families' tables; None if unknown."""
     root, rest = rooted(path)
     if root:
         component = ROOTS[root[:-1]]
@@ -327,23 +328,23 @@ def component_of(path: str) -> str | None:
 
 
 def denoiser_of(paths: Iterable[str]) -> str:
-    """Return `unet` if one of the names is a U-Net's, else `transformer`."""
+    """Return `unet` if one of the names belongs to a U-Net, otherwise `transformer`."""
     unets = [family for family in families() if family.component == "unet" and not family.facts.generic]
     return "unet" if any(path in family for path in paths for family in unets) else "transformer"
 
 
 def is_xl(paths: Collection[str]) -> bool:
-    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
+    """Whether names of a U-Net's modules, in either naming, belong to Stable Diffusion XL."""
     return _only("sdxl", "sd", paths)
 
 
 def is_not_xl(paths: Collection[str]) -> bool:
-    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
+    """Whether names of a U-Net's modules, in either naming, belong to Stable Diffusion 1 or 2."""
     return _only("sd", "sdxl", paths)
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether a name belongs to one family, and none belongs only to the other."""
+    """Whether a name belongs only to one family, and none belongs only to the other."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     told = {(path in one, path in two) for path in paths}
     return (True, False) in told and (False, True) not in told

@@ -1,8 +1,8 @@
-"""Say which weights a base stores as [in, out], by the `model_type` of its config.
+"""List the weights that a base stores as [in, out], by the `model_type` of its config.
 
-Only facts that shapes cannot tell: a square weight looks the same both ways. Sources: `Conv1D` in transformers'
-modelling files of these families; for experts that are stored `[expert, in, out]`, the places that are `transposed`
-in spec/architectures.
+Only facts that shapes do not show are listed: a square weight looks the same in both layouts. Sources: `Conv1D` in
+transformers' modelling files of these families; for experts stored as `[expert, in, out]`, the places that are
+`transposed` in spec/architectures.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ IN_OUT = {
     "clvp": ("*.mlp.c_fc", "*.mlp.c_proj"),
     "clvp_decoder": _CONV1D,
 }
-"""model_type -> globs of targets stored with `in` before `out`."""
+"""Globs of targets that are stored as [in, out], by model_type."""
 
 
 def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
-    """Whether the base stores this target `in` first; None if the family is not known to do so anywhere."""
+    """Whether the base stores this target as [in, out]; None if the family is not known to do so anywhere."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
@@ -39,7 +39,7 @@ def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """Return the names of transposed tensors, each from a layer's number on."""
+    """Return the names of transposed tensors, each from the layer's number on."""
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

@@ -1,4 +1,4 @@
-"""litgpt's module names, from spec/architectures/namings, and the settings that turn LoRA on for each module."""
+"""litgpt's module names, from spec/architectures/namings, and the settings that enable LoRA for each module."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ QKV = "attn.qkv"
 
 @cache
 def parts() -> dict[str, str]:
-    """Return `lora_query`, `lora_key` and `lora_value` -> own template of the weight each turns on, in row order."""
+    """Return our template of the weight that each of `query`, `key` and `value` adapts, in the order of rows."""
     return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
 
 
 @cache
 def table() -> NameTable:
-    """Return own template -> litgpt's, for modules that are one weight and may have LoRA."""
+    """Return the table of our templates and litgpt's, for modules with one weight that may have LoRA."""
     places = namings_of("litgpt")[0].places()
     found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
     return NameTable(found | {"lm_head": "lm_head"})
 
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
-"""End of a module's name -> the setting that turns it on."""
+"""A map from the end of a module's name to the setting that enables its LoRA."""
 
 MLP = ("LLaMAMLP", "GemmaMLP")
 """Values of `mlp_class_name` that the table supports."""

@@ -1,4 +1,4 @@
-"""Names of Megatron's layers, and the weights of transformers that are fused in them.
+"""Names of Megatron's layers, and the weights of transformers that these layers fuse.
 
 Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's adapter_mixins.py.
 """
@@ -11,17 +11,17 @@ from functools import cache
 from .architectures import namings_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-"""By groups of heads: for each group its queries, its key, its value."""
+"""Rows are ordered by groups of heads: for each group its queries, its key, its value."""
 
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-"""Gate before up, in the order of a single tensor-parallel rank."""
+"""Gate comes before up, the order of a single tensor-parallel rank."""
 
 
 @cache
 def bridge() -> dict[str, tuple[str, ...]]:
-    """Megatron-Bridge and NeMo 2: module of an adapter below a layer -> own modules below a layer.
+    """Map adapter modules inside a layer to our modules inside a layer, for Megatron-Bridge and NeMo 2.
 
-    Canonical LoRA has one pair for each weight in a fused one, named after the first word of the weight's name.
+    Canonical LoRA has a pair for each weight in a fused one, named after the first word of the weight's name.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -46,9 +46,9 @@ NEMO = {
     _MLP + "lora_unfused_hto4h_adapter.up_adapter": GATE_UP[1:],
     _MLP + "lora_4htoh_adapter": ("mlp.down_proj",),
 }
-"""NeMo 1: module of an adapter below a layer -> own modules below a layer."""
+"""A map from adapter modules inside a layer to our modules inside a layer, for NeMo 1."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""A module's name; prefixes differ because each wrapper around a model adds one."""
+"""Matches a module's name; prefixes differ because each wrapper around a model adds one."""
 
 OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")

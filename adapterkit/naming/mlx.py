@@ -1,8 +1,7 @@
 """Translate names between MLX-LM's models and a hub: mostly experts, which MLX stores in one stack.
 
-The names are data, the naming `mlx` of spec/architectures. A folder of MLX-LM does not name its family. Without a base,
-all families that have a name are tried. Experts must have the same place in all of them; another name stays as it is
-where the families differ.
+The names are data, the naming `mlx` in spec/architectures. MLX-LM's folders do not name their family. Without a base,
+all families with a name are tried. They must agree on experts; another name stays unchanged if they differ.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find a target's parts in MLX-LM's model; None if the name is the same there as on a hub.
+    """Find a target's parts in MLX-LM's model; None if the name is the same as on a hub.
 
     Args:
         name: the target's name, in any naming of its family.
         config: the base's config, if known.
-        experts: how many experts a stack of this name has.
+        experts: the number of experts in a stack with this name.
 
     Raises:
-        UsageError: the families that have the name differ, and there is no config to tell which is meant.
+        UsageError: the families with this name differ, and no config shows which is meant.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
-    """Find the parts of a module of MLX-LM's model on a hub, expert after expert; arguments as in `to_mlx`."""
+    """Find a hub's parts of a module in MLX-LM's model, expert by expert; see `to_mlx` for the arguments."""
     return _translated(name, config, experts, WEIGHT)
 
 
@@ -46,25 +45,27 @@ def _translated(name: str, config: Mapping[str, Any] | None, experts: int, namin
         if naming == WEIGHT and not there:
             continue
         same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
-        # A hub may store the queries, keys and values of several weights in one tensor, as MLX-LM does.
+        # Keep the name if a hub fuses weights in the same tensor as MLX-LM, such as queries, keys and values.
         moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             found.setdefault(moves, each.family)
     if family is None and found and any(_keep(own) for own in variants(name)):
         found.setdefault((Move(name),), "other families")
     if len(found) > 1 and any(move.plain for moves in found for move in moves):
-        # `model.layers.0.self_attn.q_proj` has another prefix in MLX's vision-language models than in all others.
+        # Families disagree, so keep the name: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
+        # vision-language models than in all others.
         return None
     if len(found) > 1:
-        why = f"{' and '.join(found.values())} keep this in different places: {', '.join(m[0].path for m in found)}"
-        raise UsageError(why, where=name, cure="Pass --base (base=), which tells the family")
+        why = f"{' and '.join(found.values())} have different names for it: {', '.join(m[0].path for m in found)}"
+        raise UsageError(why, where=name, cure="Give the base, which shows the family: --base (base=)")
     return next(iter(found), None)
 
 
 def _candidates(name: str, naming: str) -> list[Architecture]:
-    """Return the families that may have a name, without those that MLX-LM calls as a hub does.
+    """Return the families that may have a name, without those in which MLX-LM and hubs use the same name.
 
-    From MLX's names on, those are left out that a hub stores in stacks: they have no names of single experts.
+    When translating from MLX's names, families whose experts a hub stacks are omitted, because they have no names for
+    single experts.
     """
     shapes = [shape_of(own) for own in variants(name)]
     found = [each for each, templates in _all() if any(shape in templates for shape in shapes)]
@@ -77,10 +78,10 @@ def _keep(name: str) -> bool:
 
 
 def is_absent(name: str, config: Mapping[str, Any] | None) -> bool:
-    """Whether every family that has a weight of this name says that MLX-LM's model lacks it.
+    """Whether every family with a weight of this name states that MLX-LM's model lacks the weight.
 
-    DeepSeek's `kv_b_proj` becomes two stacks of matrices, one a head, which MLX-LM's `load_adapters` cannot adapt. The
-    layers of Prism's packs are rotated, and Muse Spark's joined queries, keys, values and gates have unequal sizes.
+    DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. The
+    layers of Prism's packs are rotated. Muse Spark's fused queries, keys, values and gates have unequal sizes.
     """
     family = _family(config)
     found = [
@@ -94,7 +95,7 @@ def is_absent(name: str, config: Mapping[str, Any] | None) -> bool:
 
 
 def _on_hub(family: Architecture, name: str) -> bool:
-    """Whether a hub stores the weights of a module of MLX-LM's model under names of their own."""
+    """Whether a hub stores the weights of a module of MLX-LM's model under separate names."""
     places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
     return all(place is not None and place.of is None and not place.stacked for place in places)
 
@@ -108,13 +109,13 @@ def _family(config: Mapping[str, Any] | None) -> Architecture | None:
 
 
 def _common() -> Iterator[Architecture]:
-    """Yield the families of MLX-LM, save those whose experts have names that other families have elsewhere."""
+    """Yield MLX-LM's families, except those whose experts' names mean something else in other families."""
     return (each for each in with_naming(NAMING) if not each.record.rare)
 
 
 @cache
 def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
-    """List the families with the templates of all names that MLX-LM changes."""
+    """List the families, each with the templates of all names that MLX-LM changes."""
     found = []
     for each in _common():
         changed = [weight for weight, places in each.record.weights.items() if not _same(each, weight)]
@@ -125,7 +126,7 @@ def _all() -> tuple[tuple[Architecture, frozenset[str]], ...]:
 
 @cache
 def _kept() -> frozenset[str]:
-    """List the templates of the names that some family has in MLX-LM as on a hub."""
+    """List the templates of names that are the same in MLX-LM and on a hub for some family."""
     return frozenset(
         _shape(Place(weight)) if place is None else _shape(place)
         for each in _common()
@@ -136,7 +137,7 @@ def _kept() -> frozenset[str]:
 
 
 def _same(family: Architecture, weight: str) -> bool:
-    """Whether MLX-LM calls a weight as a hub does."""
+    """Whether MLX-LM and hubs have the same name for a weight."""
     return family.record.weights[weight].get(NAMING) is None
 
 

@@ -1,7 +1,7 @@
-"""Compare the model that an adapter names with the models of a base.
+"""Compare the model named by an adapter with the models in a base.
 
-PEFT names a module of transformers, such as `gemma3`, and a class in it; a base's config names model types, its own and
-those of its parts. `spec/architectures/model_types` says which module each model type is of.
+PEFT names a module of transformers, such as `gemma3`, and a class in it. A base's config names its own model type and
+those of its parts. `spec/architectures/model_types` states the module of each model type.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .gguf import ARCHITECTURE
 
 
 class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file.
+    """The contents of a model_types file.
 
     Attributes:
-        format: the version of the file's form.
-        modules: model type -> module.
-        parts: class -> its model types, for the classes that are of a part of their module's model.
+        format: the version of the file's format.
+        modules: the module of each model type.
+        parts: for each class that is only a part of its module's model, the model types of that part.
         sources: where the facts come from.
     """
 
@@ -34,7 +34,7 @@ class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def table() -> ModelTypeTable:
-    """Load what is known of transformers.
+    """Load the facts about transformers' models.
 
     Raises:
         Malformed: the file is damaged.
@@ -43,9 +43,9 @@ def table() -> ModelTypeTable:
 
 
 def module_of(name: str) -> str | None:
-    """Return the module of a model type, or of a module's own name; None if neither is known.
+    """Return the module of a model type, or of a module's own name; None if both are unknown.
 
-    A family that transformers does not have, such as one of a user's own file, is its own module.
+    A family that transformers does not have, for example from a user's own file, is its own module.
     """
     word = name.lower().replace("-", "_")
     found = table().modules.get(name) or _by_word().get(word)
@@ -64,7 +64,7 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts() -> frozenset[str]:
-    """List the model types of parts: those of parts' classes, and all beside the one that a module is called by."""
+    """List the model types of parts: those of parts' classes, and all that do not have their module's name."""
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
     beside = {name for name, module in modules.items() if module in whole and name.replace("-", "_") != module}
@@ -72,38 +72,39 @@ def _parts() -> frozenset[str]:
 
 
 def models_of(config: Mapping[str, Any]) -> dict[str, bool]:
-    """Return the model types of a base and of its parts, each with whether it is that of the whole base.
+    """Map the model types of a base and of its parts to whether each belongs to the whole base.
 
-    For a GGUF file they are all those that llama.cpp's converter writes under its `general.architecture`.
+    For a GGUF file, these are all model types that llama.cpp's converter writes with its `general.architecture`.
     """
     found: dict[str, bool] = {}
     if isinstance(config.get(ARCHITECTURE), str):
-        # DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
+        # One architecture may have several families: DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
         found |= {name: True for family in of_gguf(config[ARCHITECTURE]) for name in family.record.model_types}
     if isinstance(config.get("model_type"), str) and config["model_type"]:
         found[config["model_type"]] = True
     for part in config.values():
-        # Mostly `text_config` and its like; an encoder-decoder of two models has `encoder` and `decoder`.
+        # Parts are mostly in `text_config` and similar fields; an encoder-decoder has `encoder` and `decoder`.
         if isinstance(part, Mapping):
             found |= {name: False for name in models_of(part) if name not in found}
     return found
 
 
 def has_model(given: Mapping[str, bool], module: str, trained_class: str | None) -> bool:
-    """Whether a base has the model that an adapter was trained on, as far as names of models tell.
+    """Whether a base has the model on which an adapter was trained, as far as the names of models show it.
 
     Args:
-        given: the models of the base, as `models_of` returns them.
-        module: the module of the class that the adapter was trained on.
-        trained_class: that class, if the adapter names it.
+        given: the base's models, from `models_of`.
+        module: the module of the class on which the adapter was trained.
+        trained_class: this class, if the adapter names it.
     """
     types = table().parts.get(trained_class or "")
     there = {name: whole for name, whole in given.items() if module_of(name) == module}
     if trained_class is None:
         return bool(there)
     if types is None:
-        # MusicFlamingo has the audio encoder of AudioFlamingo 3: an adapter of that whole model is not one of its
-        # encoder. Gemma 3's text model alone can be meant by an adapter of the whole model.
+        # Ignore parts with their own classes: MusicFlamingo has AudioFlamingo 3's audio encoder, which an adapter of
+        # the whole AudioFlamingo 3 does not fit. But an adapter of the whole Gemma 3 may fit its text model alone.
         return any(whole or name not in _parts() for name, whole in there.items())
-    # A whole model has all parts of its module. Parakeet with one head is no part of Parakeet with another.
+    # Accept whole models, which have all parts of their module. Parakeets with different heads are not parts of each
+    # other.
     return any(name in types or (whole and name not in _parts()) for name, whole in there.items())

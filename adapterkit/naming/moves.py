@@ -1,4 +1,4 @@
-"""The result of mapping names: where each part of a target lies in a base, and by which rules it was found."""
+"""The result of mapping names: where a base has each part of a target, and the rules that found it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class PathPart(NamedTuple):
     """The rows of a fused weight that belong to one of its parts.
 
     Attributes:
-        number: the number of the part, from 0.
-        of: how many equal parts there are.
-        interleaved: the part has every `of`-th row from row `number` on; otherwise it is one run of rows.
-        heads: the parts are all queries, all keys and all values, with unequal sizes that follow from the base's heads.
-        groups: only with `heads`: rows stand group by group: the queries that share a key, the key, the value.
+        number: the number of the part, counted from 0.
+        of: the number of equal parts.
+        interleaved: whether the part has every `of`-th row, starting at row `number`, instead of one run of rows.
+        heads: whether the parts are all queries, all keys and all values, whose sizes depend on the base's heads.
+        groups: whether rows are ordered by groups: the queries that share a key, the key, the value. Only with `heads`.
     """
 
     number: int
@@ -30,15 +30,15 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The place of one part of a target in the base.
+    """The destination of one part of a target in the base.
 
     Attributes:
         path: the name in the base.
-        take: the part of the target's rows that goes there; None for all.
-        into: the part of the rows there that it becomes; None for all.
+        take: the part of the target's rows that is moved; None for all rows.
+        into: the part of the destination's rows that these rows become; None for all rows.
         expert: the slice of a target that is a stack; None for all of it.
         slot: the slice of a stack in the base; None for all of it.
-        turn: places, without their names, with the order of the rows in the adapter and in the base; None if both are
+        turn: two places, without names, with the order of rows in the adapter and in the base; None if the orders are
             the same.
     """
 
@@ -62,7 +62,7 @@ class Rule:
     Attributes:
         kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
         text: the rule in words; empty for `exact`.
-        targets: how many targets it placed.
+        targets: the number of targets that the rule mapped.
     """
 
     kind: str
@@ -78,8 +78,8 @@ class Resolution:
     """The map from an adapter to a base.
 
     Attributes:
-        moves: name in the adapter -> the places of its parts.
-        missing: names without a place.
+        moves: the destinations of a target's parts, by the name in the adapter.
+        missing: the names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
         prefixes: the changes of prefixes among them, as (removed, added).
     """
@@ -91,7 +91,7 @@ class Resolution:
 
 
 def part_of(place: Place) -> PathPart | None:
-    """Return the part of a tensor that a place is; None if it is the whole tensor."""
+    """Return the part of a tensor that a place describes; None for the whole tensor."""
     if place.qkv is not None:
         return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
@@ -100,9 +100,9 @@ def part_of(place: Place) -> PathPart | None:
 
 
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
-    """Return the error for a target with several readings; it names them and the option that decides."""
+    """Return the error for a target with several readings; it names them, and the option that decides."""
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
-        f"two readings fit: it could be {shown}", where=target,
-        cure=f"Say which with --rename '{target}={sorted(readings)[0]}' (rename=), or by a shorter prefix of both",
+        f"the name has several readings in the base: {shown}", where=target,
+        cure=f"Choose one with --rename '{target}={sorted(readings)[0]}' (rename=), or with a shorter prefix",
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Return modules in the order in which a model declares them, by the `model_type` of its config.
+"""Sort modules in the order in which a model declares them, by the `model_type` of its config.
 
-Checkpoints are sorted by name and do not record this order. Tools that number modules or draw random values module by
-module depend on it. Source: the modelling files of transformers.
+Checkpoints are sorted by name and do not record this order. Tools that number modules, or draw random values module by
+module, depend on it. Source: the modelling files of transformers.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
-    """List a base's tensors in the order in which its model declares them; empty if its files do not keep it."""
+    """List a base's tensors in the order in which its model declares them; empty if its files do not keep the order."""
     one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
     return tuple(base.tensors) if base is not None and one else ()
 
 
 TORCH = frozenset({".bin", ".pt", ".pth"})
-"""Endings of torch files, which keep a state dict in its order."""
+"""Suffixes of torch files, which keep the order of a state dict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Endings of modules' paths in order: before the layers, inside each layer, and after the layers."""
+    """The ends of modules' paths in order: before the layers, inside each layer, and after the layers."""
 
     before: tuple[str, ...]
     inside: tuple[str, ...]
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """Return the sort key of a path; None if it has none of these endings."""
+        """Return the sort key of a path; None if the path has none of these ends."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):
@@ -78,19 +78,19 @@ ORDERS = {
     ),
     "starcoder2": Order(("embed_tokens",), (*_ATTENTION, "mlp.c_fc", "mlp.c_proj")),
 }  # fmt: skip
-"""model_type -> the order of its modules."""
+"""The order of modules, by model_type."""
 
 
 def in_order(
     paths: Collection[str], config: Mapping[str, Any] | None, declared: Sequence[str] = ()
 ) -> list[str] | None:
-    """Sort paths in the order in which the base's model declares them; None if the order is not known.
+    """Sort paths in the order in which the base's model declares them; None if the order is unknown.
 
     Args:
-        paths: paths of modules.
-        config: the base's config; the table may have its family.
-        declared: names of the base's tensors in the order of a state dict, see `declared_by`; safetensors files do
-            not keep it.
+        paths: the paths of modules.
+        config: the base's config; its `model_type` may be in the table.
+        declared: the names of the base's tensors in the order of a state dict, see `declared_by`; empty for safetensors
+            files, which do not keep the order.
     """
     if len(paths) == 1:
         return list(paths)

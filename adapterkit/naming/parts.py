@@ -1,4 +1,4 @@
-"""The parts of models that prefixes name: a vision tower is not a language model, and an encoder not a decoder."""
+"""The parts of models that prefixes name, because a vision tower is not a language model, nor an encoder a decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""Parts of models that share shapes, and the words that name them in prefixes."""
+"""Parts of models that may have the same shapes, with the words that name them in prefixes."""
 
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
@@ -29,15 +29,15 @@ def modalities_of(name: str) -> set[str]:
 
 
 def parts_of(kind: str, name: str) -> set[str]:
-    """Return which parts of models, of one of `_KINDS`, a name mentions."""
+    """Return which parts of models, of one kind in `_KINDS`, a name mentions."""
     return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == kind}
 
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether one prefix may stand for another: their last words differ, and they do not name two different things.
+    """Whether one prefix may replace another: their last words differ, and they do not name two different things.
 
-    `roberta.` is not `bert.` under another name, a vision tower is not a language model, and an encoder not a decoder.
+    `roberta.` is not another name of `bert.`, a vision tower is not a language model, and an encoder is not a decoder.
     """
     ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
     if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
@@ -46,8 +46,8 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
-    # `model.vision_tower.encoder.` is not `model.`, which is the text of a model. Another word of a tower may stay:
-    # `model.video_tower.vision_model.` is `model.video_tower.`.
+    # `model.vision_tower.encoder.` is not `model.`, which is the text part. But a second word of a tower may be
+    # dropped: `model.video_tower.vision_model.` is `model.video_tower.`.
     kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
     if kinds[0] - {"text"} and not kinds[1] and not kept:
         return False

@@ -1,4 +1,4 @@
-"""Describe module names as dotted patterns, with `#` for a number, and find what a flattened name can mean.
+"""Describe module names as dotted patterns, with `#` for a number, and find the possible meanings of flattened names.
 
 kohya and LyCORIS write every dot as an underscore; only a list of the existing names can undo that.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
-"""A number that stands between separators; the 1 of `attn1` does not."""
+"""Matches a number between separators, not the 1 of `attn1`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +26,19 @@ class PatternNames:
         return isinstance(name, str) and bool(self.patterns_of(name))
 
     def patterns_of(self, name: str) -> list[str]:
-        """List the patterns that a dotted name fits."""
+        """List the patterns that fit a dotted name."""
         wanted = shape(name)
         candidates = self.by_dots.get(wanted, ())
-        # A pattern without numbers of its own has every name of its shape.
+        # A pattern without literal numbers fits every name with its shape.
         return [each for each in candidates if each == wanted or fill(each, numbers(each, name)) == name]
 
     @property
     def literal(self) -> set[str]:
-        """The numbers that are in the patterns themselves, such as the 0 of `to_out.0`."""
+        """Return the numbers in the patterns themselves, such as the 0 of `to_out.0`."""
         return {number for pattern in self.patterns for number in _NUMBER.findall(pattern)}
 
     def unflattened(self, flat: str) -> list[str]:
-        """List the dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
+        """List the dotted names that `flat`, with underscores for dots, may mean: none, one or several."""
         found: dict[str, None] = {}
         for pattern in self.by_underscores.get(shape(flat), ()):
             name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
@@ -62,16 +62,16 @@ def names_of(patterns: Iterable[str]) -> PatternNames:
 
 @lru_cache(maxsize=1 << 16)
 def shape(name: str) -> str:
-    """Replace numbers in a name by `#`; cached, because every family and naming is asked for the same names."""
+    """Replace numbers in a name with `#`; cached, because every family and naming is asked for the same names."""
     return _NUMBER.sub("#", name)
 
 
 def alike(name: str, literal: Collection[str]) -> str:
-    """Replace the numbers in a name by `#`, except these: names that come out the same fit the same patterns.
+    """Replace the numbers in a name with `#`, except `literal` ones; names with equal results fit the same patterns.
 
     Args:
         name: the name, dotted or flattened.
-        literal: the numbers that patterns have themselves.
+        literal: the numbers that patterns contain themselves.
     """
     return _NUMBER.sub(lambda found: found[0] if found[0] in literal else "#", name)
 
@@ -82,12 +82,12 @@ def flatten(name: str) -> str:
 
 
 def numbers(pattern: str, name: str) -> list[str]:
-    """Return the numbers in `name` at the places of `#` in `pattern`; the two must be equal otherwise."""
+    """Return the numbers in `name` at the positions of `#` in `pattern`; otherwise, both must be equal."""
     words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
 
 
 def fill(pattern: str, given: Iterable[str]) -> str:
-    """Fill the `#` of a pattern with numbers, in order."""
+    """Replace each `#` in a pattern with the next number."""
     values = iter(given)
     return re.sub("#", lambda _: next(values, "#"), pattern)

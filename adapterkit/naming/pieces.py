@@ -1,4 +1,4 @@
-"""Runs of rows: map the rows of one naming's weights to another's, in equal parts of a fused weight."""
+"""Map the rows of one naming's weights to another naming's, counted in equal parts of a fused weight."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Run:
     """Consecutive rows of a weight, counted in equal parts of all its rows.
 
     Attributes:
-        start: the first part.
-        stop: one past the last part.
-        of: how many parts the weight has.
+        start: the number of the first part.
+        stop: the number after the last part.
+        of: the number of parts in the weight.
     """
 
     start: int = 0
@@ -26,16 +26,16 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether the run is all rows of the weight."""
+        """Whether the run has all rows of the weight."""
         return self.parts == self.of
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a module in one naming, and the same rows in another naming.
+    """Some rows of a module in one naming, and the same rows in another naming.
 
     Attributes:
-        path: the other naming's module.
+        path: the module in the other naming.
         here: the rows in the first naming.
         there: the rows in the other naming.
     """
@@ -46,7 +46,7 @@ class Piece:
 
 
 def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Sort pieces by their rows, and join those that are adjacent on both sides."""
+    """Sort pieces by their rows, and join pieces that are adjacent in both namings."""
     found: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.here.start):
         last = found[-1] if found else None

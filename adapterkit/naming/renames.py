@@ -1,10 +1,10 @@
-"""Parse and apply the user's rules for names: `FROM=TO`, dotted names with holes such as `{n}` for numbers.
+"""Parse and apply the user's rules for names: `FROM=TO`, dotted names with placeholders such as `{n}` for numbers.
 
-Every verb takes the same rules. `@FILE` in place of a rule reads rules from a file, one a line; blank lines and lines
-that start with `#` are skipped.
+Every operation accepts the same rules. A rule `@FILE` reads rules from a file, one per line; blank lines and lines that
+start with `#` are skipped.
 
-`family:NAME` in place of a rule says which family's file to use, for bases whose config names no family. `rows:by_head`
-and `rows:by_part` say in which order a base has the rows of fused queries, keys and values, if it is not known.
+A rule `family:NAME` selects a family's file for a base whose config names no family. The rules `rows:by_head` and
+`rows:by_part` state how a base orders the rows of fused queries, keys and values, if that is unknown.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One rule. It renames a name that is FROM, or begins with it, whole words only; the rest of the name stays.
+    """One rule. It renames names that are equal to FROM or begin with it, by whole words; the rest of a name stays.
 
     Attributes:
         text: the rule as the user wrote it.
-        pattern: matches a name, with a group for each hole and one for the rest.
-        to: the replacement of FROM, with the holes in it.
-        family: for a rule that names the base's family and renames nothing: a model type; else empty.
-        rows: for a rule on the order of rows of fused queries, keys and values: `by_head` or `by_part`; else empty.
+        pattern: a regular expression for names, with a group for each placeholder and one for the rest.
+        to: the replacement for FROM, with placeholders.
+        family: the model type, if the rule only names the base's family; otherwise empty.
+        rows: `by_head` or `by_part`, if the rule only states the order of rows of fused projections; otherwise empty.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Rename:
     rows: str = ""
 
     def apply(self, name: str) -> str | None:
-        """Return the name after this rule; None if the rule does not match it."""
+        """Return the renamed name; None if the rule does not match."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
@@ -51,11 +51,11 @@ class Rename:
 
 
 def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
-    """Replace each `@FILE` among rules by the rules in that file; a single rule may be given without a list.
+    """Replace each `@FILE` among the rules with the rules in that file; a single rule needs no list.
 
     Raises:
         StorageError: a file cannot be read.
-        Malformed: a file is not text, or larger than a rules file can be.
+        Malformed: a file is not text, or is too large for a rules file.
     """
     found: list[str | Rename] = []
     for rule in [rename] if isinstance(rename, str) else rename:
@@ -67,7 +67,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """Return the rules as plain text, with those of files inlined; plans and records must not depend on a file.
+    """Return the rules as plain text, including those in files, because plans and records must not depend on a file.
 
     Raises:
         StorageError, Malformed: see `read_rules`.
@@ -80,12 +80,12 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
     Args:
         rename: one rule or several, each `FROM=TO`, `@FILE` or `family:NAME`. An empty FROM puts TO before every name;
-            an empty TO removes FROM. Parsed rules are passed through, and not looked for in `names`.
-        names: all names that the rules are for; None skips the check that every rule matches one of them.
+            an empty TO removes FROM. Parsed rules are returned unchanged, and not checked against `names`.
+        names: the names to rename; None skips the check that every rule matches one of them.
 
     Raises:
-        UsageError: a rule without `=`, with more than one, with characters that names do not have, or with a hole in
-            TO that FROM does not have; or a family that has no file.
+        UsageError: a rule has no `=` or more than one, characters that names cannot have, or a placeholder only in TO;
+            or a family has no file.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -100,13 +100,13 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
             and not any(rule.apply(name) is not None for name in known)
         ):
             near = nearest(rule.text.partition("=")[0], known)
-            cure = f"Correct --rename (rename=), or leave the rule out. {near}".rstrip(". ")
+            cure = f"Correct --rename (rename=), or omit the rule. {near}".rstrip(". ")
             raise TargetNotFound(f"the rule {rule.text!r} matches no target", where=known[0], cure=cure)
     return rules
 
 
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
-    """Return the name after the first rule that matches it, and that rule; if none matches, the name and None."""
+    """Return a name after the first rule that matches it, and this rule; the name and None if no rule matches."""
     for rule in rules:
         found = rule.apply(name)
         if found is not None:
@@ -115,7 +115,7 @@ def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
 
 
 def family_of(rules: Sequence[Rename]) -> Architecture | None:
-    """Return the family that the rules name for a base; None if they name none."""
+    """Return the base's family that the rules name; None if they name none."""
     return next((architecture_of({"model_type": rule.family}) for rule in rules if rule.family), None)
 
 
@@ -126,15 +126,21 @@ def _read(path: Path) -> list[str]:
     except OSError as error:
         raise storage_error(error, path) from error
     if len(data) > _LARGEST:
-        raise Malformed(f"more than {_LARGEST:,} bytes", path=path, cure="A rules file has one FROM=TO a line")
+        raise Malformed(
+            f"the file has more than {_LARGEST:,} bytes", path=path, cure="Give a rules file, with one FROM=TO per line"
+        )
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
-        raise Malformed("not UTF-8 text", path=path, cure="A rules file has one FROM=TO a line") from None
+        raise Malformed(
+            "the file is not valid UTF-8", path=path, cure="Give a rules file, with one FROM=TO per line"
+        ) from None
     rules = [line for line in lines if line and not line.startswith("#")]
     nested = next((rule for rule in rules if rule.startswith("@")), None)
     if nested is not None:
-        raise UsageError(f"{nested!r} in a rules file", path=path, cure="Give each file by --rename @FILE (rename=)")
+        raise UsageError(
+            f"a rules file cannot contain {nested!r}", path=path, cure="Give each file with --rename @FILE (rename=)"
+        )
     return rules
 
 
@@ -143,21 +149,21 @@ def _parse(rule: str) -> Rename:
         order = rule.removeprefix(_ROWS).strip()
         if order not in (BY_HEAD, BY_PART):
             cure = f"Write --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)"
-            raise UsageError(f"{rule!r}: there is no order {order!r}", where="rename", cure=cure)
+            raise UsageError(f"{rule!r} names an unknown order {order!r}", where="rename", cure=cure)
         return Rename(rule, _NOTHING, "", rows=order)
     if rule.startswith(_FAMILY) and "=" not in rule:
         family = rule.removeprefix(_FAMILY).strip()
         if architecture_of({"model_type": family}) is None:
             cure = "Write the model_type of a family in spec/architectures, such as --rename family:mixtral (rename=)"
-            raise UsageError(f"{rule!r}: there is no family {family!r}", where="rename", cure=cure)
+            raise UsageError(f"{rule!r} names an unknown family {family!r}", where="rename", cure=cure)
         return Rename(rule, _NOTHING, "", family)
     old, equals, new = rule.partition("=")
     old, new = old.strip().removesuffix("."), new.strip().removesuffix(".")
     if not equals or "=" in new or not (old or new) or not (_TEMPLATE.fullmatch(old) and _TEMPLATE.fullmatch(new)):
-        raise UsageError(f"{rule!r} is not a rule", where="rename", cure=_FORM)
+        raise UsageError(f"{rule!r} is not a valid rule", where="rename", cure=_FORM)
     missing = [hole for hole in _HOLE.findall(new) if hole not in _HOLE.findall(old)]
     if missing:
-        raise UsageError(f"{rule!r}: {{{missing[0]}}} is not in FROM", where="rename", cure=_FORM)
+        raise UsageError(f"{rule!r} has {{{missing[0]}}} in TO, but not in FROM", where="rename", cure=_FORM)
     seen: set[str] = set()
 
     def group(hole: re.Match[str]) -> str:
@@ -173,7 +179,7 @@ def _parse(rule: str) -> Rename:
 
 
 BY_HEAD, BY_PART = "by_head", "by_part"
-"""Orders of rows: each head's query, key and value side by side; all queries, then all keys, then all values."""
+"""Orders of rows: each head's query, key and value side by side; or all queries, then all keys, then all values."""
 
 _FAMILY, _ROWS = "family:", "rows:"
 _NOTHING = re.compile(r"(?!)")

@@ -1,8 +1,8 @@
-"""Map the names of an adapter to those of a base, proven by names and shapes, never guessed.
+"""Map the names of an adapter to those of a base; the map is proven by names and shapes, never guessed.
 
-For each target it tries, in this order: a rule of the user; the exact name; the name without words that wrappers such
-as FSDP insert; the architecture of the base's family; a change of prefixes that gives every target a place. Two
-readings that both fit are refused.
+For each target the resolver tries, in this order: a rule of the user; the exact name; the name without words that
+wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. It refuses a
+name if two readings fit.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def resolve(
     Args:
         targets: the names in the adapter.
         base: the names in the base.
-        architecture: the architecture of the base's family, if there is a file for it.
-        renames: the user's rules; the first that matches a name is used.
-        partial: allow targets without a place.
-        fits: whether the shapes of a target and of a place fit; called if names alone leave more than one reading.
+        architecture: the architecture of the base's family, if a file describes it.
+        renames: the user's rules; the first rule that matches a name is used.
+        partial: whether targets that the base does not have are allowed.
+        fits: whether the shapes of a target and of a name in the base fit; called if names leave several readings.
 
     Returns:
-        the moves of all targets that have a place.
+        the moves of all targets that the base has.
 
     Raises:
         TargetNotFound: two readings of a target's name fit.
@@ -64,7 +64,7 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
     if architecture is not None:
-        # Jev's files have the bias of its head as `proj.bias`, and its weight as `weight`.
+        # Map targets with only a bias by the family's file: Jev's heads have the bias `proj.bias`, the weight `weight`.
         halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
         left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
@@ -110,7 +110,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
-    """Remove wrappers' words; targets that then have a place are placed, and the others go on without those words."""
+    """Remove wrappers' words from names, and map the targets that the base then has."""
     perhaps = WRAPPERS | PERHAPS
     if not any(word in name for _, name in left for word in perhaps):
         return left
@@ -133,9 +133,9 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _of_modules(left: Left) -> Left:
-    """Name targets that are the weight of a module by the module, as the other rules and the families' files do.
+    """Replace the name of a module's weight with the module's name, which the other rules and the files use.
 
-    PEFT's `target_parameters=["mlp.gate.weight"]` is the weight of a router, which Mixtral's files keep in
-    `block_sparse_moe.gate`.
+    PEFT's `target_parameters=["mlp.gate.weight"]` means the weight of a router, which is `block_sparse_moe.gate` in
+    Mixtral's files.
     """
     return [(target, name.removesuffix(".weight")) for target, name in left]

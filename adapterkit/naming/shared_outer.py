@@ -1,4 +1,4 @@
-"""Recognise keys of adapters whose experts share their outer factors, as SGLang and Megatron-Bridge write them.
+"""Recognise keys of adapters whose experts share their outer factors, in the form of SGLang and Megatron-Bridge.
 
 Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
 export of such adapters (#5588, #6076).
@@ -19,15 +19,15 @@ OUTER = ("down_proj", "w2")
 """Modules that write the hidden states; their experts share B."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""A stack of all experts' factors."""
+"""Matches a stack with the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""One expert's module; a stack may hold the factor that it shares."""
+"""Matches one expert's module; the factor that it shares may be in a stack."""
 
 
 def is_shared_outer(entries: Mapping[str, Any]) -> bool:
-    """Whether a file's keys and shapes are of this layout: factors with three axes at experts."""
-    # Shapes first: they rule out nearly every file, and counting axes is faster than parsing 90,000 keys.
+    """Whether a file's keys and shapes have this layout: factors with three axes for experts."""
+    # Check shapes first: they exclude nearly every file, and counting axes is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)
 

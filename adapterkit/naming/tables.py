@@ -1,7 +1,7 @@
-"""Translate names both ways by tables of template pairs, never by guessing.
+"""Translate names in both directions by tables of template pairs, never by guessing.
 
-A template is a dotted name in which `{n}` stands for a whole number, as in `model.layers.{n}.self_attn.q_proj`, and
-`{e}` for the number of an expert. A table is one to one, so that each direction undoes the other.
+A template is a dotted name in which `{n}` stands for a number, as in `model.layers.{n}.self_attn.q_proj`, and `{e}` for
+the number of an expert. A table is one to one, so that each direction is the inverse of the other.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from functools import cached_property
 from ..errors import TargetNotFound, nearest
 
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
-"""Prefixes that bases with more than a language model put before its names."""
+"""Prefixes of a language model's names in bases with more than a language model."""
 
 
 class NameTable:
-    """A one-to-one table: own name <-> foreign name.
+    """A one-to-one table of our names and a tool's names.
 
     Args:
-        pairs: own template -> foreign template; both have the same numbers in them.
+        pairs: a map from our templates to the tool's templates; both have the same placeholders.
     """
 
     def __init__(self, pairs: Mapping[str, str]) -> None:
         self.pairs = dict(pairs)
-        assert len({*self.pairs.values()}) == len(self.pairs), "two names become one"
+        assert len({*self.pairs.values()}) == len(self.pairs), "two of our names have the same name in the tool"
 
     def there(self, own: str) -> str | None:
-        """Return the foreign name of an own one; None if the table has none."""
+        """Return the tool's name for our name; None if the table does not have it."""
         return _translate(own, self._there)
 
     def back(self, foreign: str) -> str | None:
-        """Return the own name of a foreign one; None if the table has none."""
+        """Return our name for a tool's name; None if the table does not have it."""
         return _translate(foreign, self._back)
 
     @cached_property
@@ -45,12 +45,12 @@ class NameTable:
 
 
 class TableNames:
-    """The names of one base in one format.
+    """The names of one base in one tool's format.
 
     Args:
         table: the table of the base's family.
-        modules: the base's own names, if its model is at hand. Then only names that it has are given, and a prefix
-            that the table lacks, such as `language_model.`, is found.
+        modules: the base's own names, if known. Then only names in the base are returned, and a prefix that the table
+            lacks, such as `language_model.`, is found.
     """
 
     def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
@@ -64,31 +64,31 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(own)
 
     def there(self, own: str) -> str | None:
-        """Return the foreign name of an own one, ignoring a prefix; None if there is none."""
+        """Return the tool's name for our name, ignoring a prefix; None if there is none."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
 
     def back(self, foreign: str) -> str:
-        """Return the own name of a foreign one.
+        """Return our name for a tool's name.
 
         Raises:
-            TargetNotFound: there is none, or more than one in the base.
+            TargetNotFound: there is no such name, or the base has several.
         """
         if self.walked is None:
             own = self.table.back(foreign)
             if own is None:
-                cure = nearest(foreign, self.table.pairs.values()) or "Pass base=/--base"
-                raise TargetNotFound("a name that the table of this family does not have", where=foreign, cure=cure)
+                cure = nearest(foreign, self.table.pairs.values()) or "Give the base with --base (base=)"
+                raise TargetNotFound("the family's table does not have this name", where=foreign, cure=cure)
             return own
         found = self.walked.get(foreign, [])
         if len(found) != 1:
-            why = f"{len(found)} places in the base have this name" + (f": {', '.join(found)}" if found else "")
+            why = f"exactly one module must have this name, but the base has {', '.join(found) or 'none'}"
             cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
             raise TargetNotFound(why, where=foreign, cure=cure)
         return found[0]
 
 
 def without_prefix(name: str) -> Iterable[str]:
-    """Yield the name, and the name without each prefix that may stand before a language model's names."""
+    """Yield the name, and the name without each prefix that a language model's names may have."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -99,7 +99,7 @@ def without_prefix(name: str) -> Iterable[str]:
 
 
 def modules_of(names: Iterable[str]) -> Iterable[str]:
-    """Yield stored tensors' names and those of their modules."""
+    """Yield the names of stored tensors, and those of their modules."""
     for name in names:
         yield name
         module, _, leaf = name.rpartition(".")

@@ -1,8 +1,8 @@
-"""Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
+"""Find tied weights: layers that use one stored tensor, such as an output head and the input embeddings.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes.
-`spec/architectures/ties` lists the ties of the classes of transformers; the names of its tensors tell those of a base
-whose config names no such class.
+`spec/architectures/ties` lists the ties of transformers' classes. If a base's config names no such class, the names of
+its tensors decide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
 )  # fmt: skip
 _ONLY_HEADS = tuple(name for name in HEADS if name != "output")
-"""Names of heads that no other layer has."""
+"""Names that only heads have."""
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
 
@@ -32,29 +32,29 @@ _HEAD_OF = {
     "gpt_neox": "embed_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
 }  # fmt: skip
-"""model_type -> its head, if that is not `lm_head`."""
+"""The name of the head, by model_type, if it is not `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-"""Endings of the classes that have a head over the vocabulary."""
+"""Endings of class names; classes with these names have a head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Endings of classes without such a head; their configs say `tie_word_embeddings`, too."""
+"""Endings of class names; classes with these names have no such head, but their configs have `tie_word_embeddings`."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
-"""Model types that multiply the head's input by `d_model ** -0.5`, unless the config says that it is not tied."""
+"""Model types that multiply the head's input by `d_model ** -0.5`, unless the config states that it is not tied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Layers that read one tensor.
+    """Layers that use one tensor.
 
     Attributes:
-        stored: the tensor's name on disk: the embedding's, or `shared`, which no layer of the model reads.
-        inputs: names of the input embeddings that read it: `(stored,)`, or those of an encoder and a decoder.
+        stored: the tensor's name on disk: the embedding's name, or `shared`, which no layer of the model has.
+        inputs: the names of the input embeddings that use it: `(stored,)`, or those of an encoder and a decoder.
         head: the name of the output head's weight.
-        apart: the head is on disk too, although the config ties it.
-        beside: further names that transformers ties while the config says so -> the stored tensor that they are: the
-            bias of BERT's head.
+        apart: whether the head is also on disk, although the config ties it.
+        beside: (name, stored name) of further tensors that transformers ties along with the head, such as the bias of
+            BERT's head.
     """
 
     stored: str
@@ -65,18 +65,18 @@ class Tie:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """List all names under which the tensor is read, the head's last."""
+        """Return all names of the tensor in the model; the head's name is last."""
         return (*self.inputs, self.head)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Return the names that are not on disk -> the one that is."""
+        """Return a map from each name that is not on disk to the name that is."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
 
 def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie | None:
-    """Find the tie between a head and the input embeddings of a base; None if nothing is tied.
+    """Find the tie between a base's head and its input embeddings; None if they are not tied.
 
     Args:
         names: the stored tensors.
@@ -90,15 +90,15 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
         if len(embeddings) != 1:
             return None
         stored = embeddings[0]
-    # Other layers are called `output`, too; only a head has the embedding's shape.
+    # Compare shapes, because other layers may be named `output`, too; only a head has the embedding's shape.
     shape = getattr(names[stored], "shape", None)
     heads = [
         name for name in names
         if (name == head or _is(name, HEADS)) and name != stored and getattr(names[name], "shape", None) == shape
     ]  # fmt: skip
-    # Llama 3.2 Vision has a head with fewer rows than its embedding, so it is a tensor of its own.
+    # Llama 3.2 Vision has a head with fewer rows than its embedding, so the head is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
-    # CSM ties the embeddings of its two decoders, and its config says so by the field of other models' heads.
+    # Ignore `tie_word_embeddings` of CSM, which means the embeddings of its two decoders, not a head.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
         return None
     if not _says_tied(config, apart, head is not None) or len(heads) > 1:
@@ -114,10 +114,10 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Return other names of a tied tensor -> its stored name; empty if nothing is tied.
+    """Return a map from other names of a tied tensor to its stored name; empty if nothing is tied.
 
-    The result is cached for each base. Callers ask for every target, and a search through all names each time would
-    take time that grows with the square of the base.
+    The result is cached for each base. Callers ask for every target, and searching all names for each of them would
+    take time that grows with the square of the base's size.
     """
     if base not in _ALIASES:
         tie = find_tie(base.tensors, base.config)
@@ -129,27 +129,27 @@ _ALIASES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 
 
 def says_untied(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config says explicitly that head and embeddings are two tensors."""
+    """Whether a config states explicitly that head and embeddings are two tensors."""
     return _explicit(config or {}) is False
 
 
 def says_tied(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config says explicitly that head and embeddings are one tensor."""
+    """Whether a config states explicitly that head and embeddings are one tensor."""
     return _explicit(config or {}) is True
 
 
 def ties_by_default(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that head and embeddings are one tensor, or else whether its model type does."""
+    """Whether head and embeddings are one tensor by a base's config, or else by the default of its model type."""
     explicit = _explicit(config)
     return config.get("model_type") in table().defaults if explicit is None else explicit is True
 
 
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
-    """Make the tie of layers that share their numbers in a live model or in a graph.
+    """Return the tie of layers that share their values in a live model or in a graph.
 
     Args:
         stored: the name of the embedding that an adapter names.
-        inputs: the names of the embeddings that share the numbers.
+        inputs: the names of the embeddings that share the values.
         head: the name of the head's weight.
     """
     return Tie(stored, tuple(inputs), head, apart=True)
@@ -161,12 +161,12 @@ def is_embedding(name: str) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a stored tensor has the name of an output head's weight; other layers may be called `output`, too."""
+    """Whether a stored tensor has the name of an output head's weight; other layers may be named `output`, too."""
     return _is(name, HEADS)
 
 
 def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the changes to a config whose head gets a tensor of its own."""
+    """Return the changes to a config whose head gets a separate tensor."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -177,15 +177,15 @@ def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def kept_tied(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the changes to a config whose head stays tied: none if it, or the default of its family, says so."""
+    """Return the changes to a config whose head stays tied; empty if the config or its family's default ties it."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
 def untied_scale(config: Mapping[str, Any] | None) -> float:
-    """Return the factor of an untied head's weight that makes the model compute the same as with the tied head.
+    """Return the factor on an untied head's weight with which the model computes the same as with the tied head.
 
-    T5 and its relatives scale the head's input only while their config says that it is tied.
+    T5 and similar models scale the head's input only if their config states that the head is tied.
     """
     width = (config or {}).get("d_model")
     if str((config or {}).get("model_type")) not in _SCALED or not isinstance(width, int) or width < 1:
@@ -194,7 +194,7 @@ def untied_scale(config: Mapping[str, Any] | None) -> float:
 
 
 def _inputs(stored: str) -> tuple[str, ...]:
-    """List the input embeddings that read a tensor: encoder-decoder models store one `shared` table for both halves."""
+    """List the input embeddings that use a tensor; encoder-decoder models share one `shared` table in both halves."""
     prefix, _, name = stored.removesuffix(".weight").rpartition(".")
     if name != "shared":
         return (stored,)
@@ -202,7 +202,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the input embeddings that read a tensor: those of both halves, which call no third, or it and one more."""
+    """List the weights that are one tensor: all `inputs` if there are several, otherwise the tensor and its input."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 
@@ -210,8 +210,8 @@ class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Classes that tie the same weights.
 
     Attributes:
-        pairs: second name of a parameter -> the parameter.
-        classes: names of the classes.
+        pairs: a map from the second name of a parameter to the parameter.
+        classes: the names of the classes.
     """
 
     pairs: dict[str, str]
@@ -222,9 +222,9 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The ties of one library's models.
 
     Attributes:
-        format: the version of the file's form.
-        defaults: model types that tie where config.json does not say.
-        ties: what each class ties.
+        format: the version of the file's format.
+        defaults: the model types that tie if config.json does not state it.
+        ties: the ties of each class.
         sources: where the facts come from.
     """
 
@@ -236,7 +236,7 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def table() -> TieTable:
-    """Load the ties of the classes of transformers.
+    """Load the ties of transformers' classes.
 
     Raises:
         Malformed: the file is damaged.
@@ -250,14 +250,14 @@ def _by_class() -> Mapping[str, dict[str, str]]:
 
 
 def _pairs_of(config: Mapping[str, Any] | None) -> Mapping[str, str]:
-    """Return the ties of a base's class, in the names of its live model; empty if its config names no such class."""
+    """Return the ties of a base's class, with names in the live model; empty if its config names no known class."""
     listed = (config or {}).get("architectures")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return next((_by_class()[name] for name in names if name in _by_class()), {})
 
 
 def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the pair of a head and the embedding that it reads, among all that a class ties."""
+    """Return the names of a head and of the embedding that it uses, from all pairs that a class ties."""
     found = []
     for one, other in pairs.items():
         if one.endswith(".weight") and (_is(other, HEADS) or _is(one, HEADS) or "embed" not in one):
@@ -266,7 +266,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _stored_as(name: str, names: Mapping[str, Any], config: Mapping[str, Any] | None) -> str | None:
-    """Return the stored name of a live model's weight; None if it is not among the base's names."""
+    """Return the stored name of a live model's weight; None if the base does not have it."""
     family = architecture_of(config)
     place = None
     if family is not None and name.removesuffix(".weight") in family.record.weights:
@@ -276,7 +276,7 @@ def _stored_as(name: str, names: Mapping[str, Any], config: Mapping[str, Any] | 
 
 
 def _says_tied(config: Mapping[str, Any] | None, has_head: bool, known: bool) -> bool:
-    """Whether the config, or else its family's default, ties; a class with a head but no weight for it must tie."""
+    """Whether the config, or else its family's default, ties; a class with a head but without its weight must tie."""
     if config is None:
         return False
     listed = config.get("architectures")
@@ -306,7 +306,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _of_another_shape(head: str, stored: str, names: Mapping[str, Any]) -> bool:
-    """Whether a base stores a head that is a matrix of another shape than its embeddings, with numbers as wide."""
+    """Whether a base stores a head that is a matrix with another shape than its embeddings, but the same dtype."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
     alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)

@@ -1,4 +1,4 @@
-"""Names in Tinker's adapters that differ from PEFT's.
+"""Names that differ between Tinker's adapters and PEFT's.
 
 Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
 """
@@ -12,7 +12,7 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
 }
-"""Own template of one expert's module -> Tinker's template of the stack."""
+"""A map from our template for one expert's module to Tinker's template for the stack."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 
@@ -21,9 +21,9 @@ _MARKS = tuple(
     for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
     for factor in "AB"
 )
-"""Endings of keys that only Tinker's files have."""
+"""Ends of keys that only Tinker's files have."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:
-    """Whether keys are in a form that only Tinker has."""
+    """Whether keys have a form that only Tinker uses."""
     return any(key.endswith(_MARKS) for key in keys)

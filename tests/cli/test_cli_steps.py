@@ -141,7 +141,7 @@ def test_extract_writes_what_peft_loads_unless_it_is_one_file() -> None:
         ("Pass the base: --base BASE (base=)", "Pass the base: --base BASE"),
         ("--strict-base (strict_base=True) refuses it", "--strict-base refuses it"),
         ("on_loss='fold'/--on-loss fold", "--on-loss fold"),
-        ("alpha: --alpha A (alpha=A in Python)", "alpha: --alpha A"),
+        ("alpha: --alpha A (alpha=A)", "alpha: --alpha A"),
         ("Write --rename 'FROM=TO' (rename=['FROM=TO']), such as a=b", "Write --rename 'FROM=TO', such as a=b"),
         ("or pass --overwrite (in Python overwrite=True)", "or pass --overwrite"),
         ("Give one of --key PUB.pem (key=) and --trust", "Give one of --key PUB.pem and --trust"),

@@ -398,10 +398,10 @@ def test_peft_gets_what_a_network_computes_where_that_is_asked_for(method, tmp_p
     model = fresh(grouped)
     adapter = ak.torch.create(model, method, rank=3)
     adapter = adapter.map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)))
-    with pytest.raises(Unrepresentable, match=rf"\(model\): the network of {method}; on_loss='fold'"):
+    with pytest.raises(Unrepresentable, match=rf"\(model\): PEFT cannot store the network of {method}; --on-loss fold"):
         ak.write(adapter, tmp_path / "out", "peft")
     lines = ak.write(adapter, tmp_path / "out", "peft", on_loss="fold")
-    assert lines == [f"(model): wrote what {method} computes, not its network"]
+    assert lines == [f"(model): wrote the output of {method}'s network, not the network"]
     ak.torch.inject(model, adapter)
     theirs = PeftModel.from_pretrained(fresh(grouped), str(tmp_path / "out")).eval()
     torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
@@ -584,7 +584,7 @@ REFUSED = {
         Unsupported,
         "does not apply to a Own, which takes no cache or past_key_values",
     ),
-    "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "no such part in the base"),
+    "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "the base does not have this part"),
     "no embedding": (llama, "lm_head", "textual_inversion", (2, 8), Unsupported, "new tokens in a Linear"),
     "new width": (llama, "model.embed_tokens", "textual_inversion", (2, 5), ShapeMismatch, "made for embeddings of 5"),
 }
@@ -664,12 +664,12 @@ def test_a_copied_model_keeps_its_context_apart():
 
 def test_configs_that_are_not_of_their_file_are_refused(saved, tmp_path):
     for case, changes, why in (
-        ("prompt of llama", {"num_virtual_tokens": 5}, r"\[4, 8\], where the config says \[5, 8\]"),
-        ("prompt of llama", {"num_transformer_submodules": 3}, "3 stacks of layers"),
-        ("prefix of llama", {"token_dim": 6}, "do not cut up"),
-        ("prefix of llama", {"num_layers": None}, "do not cut up"),
-        ("multitask", {"num_tasks": 2}, "where the config says"),
-        ("adaption prompt", {"adapter_len": 3}, "where the config says"),
+        ("prompt of llama", {"num_virtual_tokens": 5}, r"\[4, 8\].* the config states \[5, 8\]"),
+        ("prompt of llama", {"num_transformer_submodules": 3}, "the number of stacks of layers is 3"),
+        ("prefix of llama", {"token_dim": 6}, "do not divide"),
+        ("prefix of llama", {"num_layers": None}, "do not divide"),
+        ("multitask", {"num_tasks": 2}, "the config states"),
+        ("adaption prompt", {"adapter_len": 3}, "the config states"),
         ("prompt of llama", {"cpt_mask": [1]}, "does not know"),
     ):
         _, folder, _ = saved(case)

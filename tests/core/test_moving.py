@@ -115,17 +115,17 @@ def test_a_formula_of_all_outputs_together_is_not_cut(base):
 
 def test_another_number_of_experts_is_refused(base):
     opened = base(per_expert(), MIXTRAL)
-    with pytest.raises(ShapeMismatch, match="expert 2, and the update is for 2 experts"):
+    with pytest.raises(ShapeMismatch, match="expert 2, but the update is for 2 experts"):
         bind(Adapter({Target(f"{LIVE}down_proj", "e out *in"): (lora(H, F, lead=(2,)),)}), opened)
 
 
 def test_an_expert_that_the_stack_does_not_have_is_refused(base):
-    with pytest.raises(ShapeMismatch, match=r"updates of 4 experts; the base has \[3, 8, 5\]"):
+    with pytest.raises(ShapeMismatch, match=r"updates for 4 experts; the base's tensor has shape \[3, 8, 5\]"):
         bind(Adapter({Target(f"{STORED}3.w1"): (lora(F, H),)}), base(fused(), MIXTRAL))
 
 
 def test_a_stack_whose_parts_have_another_shape_is_refused(base):
-    with pytest.raises(ShapeMismatch, match="the base has"):
+    with pytest.raises(ShapeMismatch, match="the base's weight has shape"):
         bind(Adapter({Target(f"{STORED}1.w1"): (lora(F + 1, H),)}), base(fused(), MIXTRAL))
 
 
@@ -154,7 +154,9 @@ def test_shapes_tell_which_of_two_towers_is_meant_and_nothing_else_does(base):
     assert paths(bind(Adapter({Target("model.layers.0.q"): (lora(3, 5),)}), opened)) == ["vision.layers.0.q"]
     both = {"text.layers.0.k.weight": normal(3, 4), "vision.layers.0.k.weight": normal(3, 4)}
     other = Adapter({Target("model.layers.0.k"): (lora(3, 4),)})
-    with pytest.raises(TargetNotFound, match=r"two readings fit: it could be text\.layers\.0\.k or vision\.") as raised:
+    with pytest.raises(
+        TargetNotFound, match=r"the name has several readings in the base: text\.layers\.0\.k or vision\."
+    ) as raised:
         bind(other, both_of(both, opened))
     assert "--rename 'model.layers.0.k=text.layers.0.k' (rename=)" in raised.value.cure
     bound = bind(other, both_of(both, opened), rename=["model=vision"])
@@ -171,7 +173,7 @@ def test_two_targets_do_not_share_a_place(base):
     """A speech decoder has no place for the encoder of a text model, though the layers have the same shapes."""
     opened = base({"model.decoder.layers.0.q.weight": normal(3, 4)})
     given = Adapter({Target(f"model.{part}.layers.0.q"): (lora(3, 4),) for part in ("encoder", "decoder")})
-    with pytest.raises(TargetNotFound, match=r"1 of 2 targets not in the base: model\.encoder\.layers\.0\.q"):
+    with pytest.raises(TargetNotFound, match=r"1 of 2 targets are not in the base: model\.encoder\.layers\.0\.q"):
         bind(given, opened)
 
 

@@ -81,7 +81,7 @@ def test_a_transform_is_of_one_size_of_weight(method, base, tmp_path):
     turned = adapter.bind(tmp_path / "other.safetensors")
     assert turned.updates.keys() == {Target("q", "in out *k")}
     save_file({"q.weight": np.zeros((4, 5))}, tmp_path / "third.safetensors")
-    with pytest.raises(ShapeMismatch, match="made for out=4, in=6"):
+    with pytest.raises(ShapeMismatch, match="the update has out=4, in=6"):
         adapter.bind(tmp_path / "third.safetensors")
     for size in (0, -1):
         with pytest.raises(Malformed, match=f"outputs: {size} is below 1"):

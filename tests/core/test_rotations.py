@@ -214,7 +214,7 @@ def test_the_subspace_of_psoft_has_signs_which_a_stored_one_keeps():
     U, S, V = np.linalg.svd(W.float().double().numpy())
     np.testing.assert_allclose(B @ A, (U[:, :3] * S[:3]) @ V[:3], rtol=0, atol=1e-5)
     adapter = ak.Adapter({ak.Target("q"): (psoft(A=A, B=B),)})
-    with pytest.raises(Unrepresentable, match="A and B of its own"):
+    with pytest.raises(Unrepresentable, match="psoft stores A and B"):
         ak.write(adapter, "nowhere", "peft")
 
 
@@ -249,8 +249,8 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
     [
         (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "do not fill one side"),
         (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "columns=16, b=3"),
-        (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "made for columns=12"),
-        (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "made for out=12"),
+        (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "the update has columns=12"),
+        (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "the update has out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
@@ -300,26 +300,26 @@ FROD = {"peft_type": "FROD", "sparse_rate": 0.07}
 OSF = {"osf_svd_params.U_low": (6, 2), "osf_svd_params.S_low": (2,), "osf_svd_params.V_low": (2, 8)}
 PSOFT = {"peft_type": "PSOFT", "r": 3, "psoft_mag_a": False, "psoft_mag_b": False}
 BROKEN = [
-    (OFT | {"r": 2}, {"oft_R.weight": (2, 6)}, "one must be 0"),
-    (OFT | {"oft_block_size": 2}, {"oft_R.weight": (2, 6)}, "is not what r, oft_block_size and block_share say"),
-    (OFT | {"block_share": True}, {"oft_R.weight": (2, 6)}, "is not what r, oft_block_size and block_share say"),
-    (OFT, {"oft_R.weight": (2, 5)}, "is not what r, oft_block_size and block_share say"),
+    (OFT | {"r": 2}, {"oft_R.weight": (2, 6)}, "must be 0"),
+    (OFT | {"oft_block_size": 2}, {"oft_R.weight": (2, 6)}, "contradicts r, oft_block_size or block_share"),
+    (OFT | {"block_share": True}, {"oft_R.weight": (2, 6)}, "contradicts r, oft_block_size or block_share"),
+    (OFT, {"oft_R.weight": (2, 5)}, "contradicts r, oft_block_size or block_share"),
     (OFT, {"oft_R.weight": (2, 6), "oft_embedding_R.weight": (2, 6)}, "another form than its partners"),
-    (BOFT | {"boft_block_num": 2}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, "one must be 0"),
-    (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "is not what boft_block_size"),
-    (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "is not what boft_block_size"),
-    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "not a scale of outputs"),
-    (BOFT, {"boft_R": (1, 2, 4, 4)}, "partner is not in the file: boft_s"),
+    (BOFT | {"boft_block_num": 2}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, "must be 0"),
+    (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "contradicts boft_block_size"),
+    (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "contradicts boft_block_size"),
+    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "not that of a scale of outputs"),
+    (BOFT, {"boft_R": (1, 2, 4, 4)}, "lacks its partner: boft_s"),
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),
     ({"peft_type": "ROAD", "variant": "road_3"}, {"road_theta": (3,), "road_alpha": (3,)}, "road_3"),
     ({"peft_type": "ROAD", "group_size": 3}, {"road_theta": (3,), "road_alpha": (3,)}, "do not go in pairs"),
-    ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, where the config says that 5 stay"),
-    ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a regular expression"),
+    ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, but by the config 5 stay"),
+    ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a valid regular expression"),
     (PSOFT | {"psoft_orth": False}, {"psoft_R.weight": (3,)}, "rank 3"),
-    (PSOFT | {"psoft_mag_a": True}, {"psoft_R.weight": (3,)}, "partner is not in the file: psoft_R.vector_a"),
+    (PSOFT | {"psoft_mag_a": True}, {"psoft_R.weight": (3,)}, "lacks its partner: psoft_R.vector_a"),
     (FROD | {"save_projection": False}, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "not in the file"),
-    (FROD, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "partner is not in the file: frod_V.q"),
+    (FROD, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "lacks its partner: frod_V.q"),
 ]
 
 

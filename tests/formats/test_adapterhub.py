@@ -449,16 +449,16 @@ NO_ALPHA = next(
 GPT2 = "h__0__attn__c_attn"
 
 LOSSES = {
-    "method": (adapter(x=ak.METHODS["dense"](D=from_numpy(ONE))), "dense is not among the methods"),
-    "nowhere": (adapter(x__y=lora()), "not known which layers"),
-    "ambiguous": (adapter(layers__0__mlp__up_proj=lora()), "not known which layers"),
-    "ranks": (adapter(**{QUERY: lora(), QUERY.replace("0", "1"): lora(r=3)}), "another method, rank or scaling"),
-    "scaling": (adapter(**{QUERY: lora(r=3, scaling=NO_ALPHA)}), "no alpha gives its scaling"),
+    "method": (adapter(x=ak.METHODS["dense"](D=from_numpy(ONE))), "the library does not have the method dense"),
+    "nowhere": (adapter(x__y=lora()), "the kinds of these layers are unknown"),
+    "ambiguous": (adapter(layers__0__mlp__up_proj=lora()), "the kinds of these layers are unknown"),
+    "ranks": (adapter(**{QUERY: lora(), QUERY.replace("0", "1"): lora(r=3)}), "its method, rank or scaling differs"),
+    "scaling": (adapter(**{QUERY: lora(r=3, scaling=NO_ALPHA)}), "no alpha yields its exact scaling"),
     "whole_fused": (adapter(**{GPT2: lora(24)}), "all of a fused weight"),
     "direft": (ak.Adapter(ak.read(VECTORS / "direft_gpt2").updates), "DiReFT"),
-    "bottleneck": (ak.Adapter(ak.read(VECTORS / "pfeiffer_bert").updates), "only the base tells"),
-    "dora": (ak.Adapter(ak.read(VECTORS / "dora_llama", compat="formula").updates), "only the base tells"),
-    "two_kinds": (ak.Adapter(ak.read(VECTORS / "two_kinds_bert").updates), "only the base tells"),
+    "bottleneck": (ak.Adapter(ak.read(VECTORS / "pfeiffer_bert").updates), "only the base shows"),
+    "dora": (ak.Adapter(ak.read(VECTORS / "dora_llama", compat="formula").updates), "only the base shows"),
+    "two_kinds": (ak.Adapter(ak.read(VECTORS / "two_kinds_bert").updates), "only the base shows"),
 }
 
 
@@ -474,7 +474,7 @@ def test_what_a_folder_cannot_say_is_refused_item_by_item(case, tmp_path):
 def test_what_it_cannot_say_is_left_out_if_that_is_allowed(tmp_path):
     source = adapter(**{QUERY: lora(), "x": ak.METHODS["dense"](D=from_numpy(ONE))})
     lines = ak.write(source, tmp_path / "a", "adapterhub", on_loss="drop")
-    assert lines == ["left out x: dense is not among the methods that the library has"]
+    assert lines == ["left out x: the library does not have the method dense"]
     assert [str(target) for target in ak.read(tmp_path / "a").updates] == [QUERY.replace("__", ".")]
 
 
@@ -545,14 +545,14 @@ def test_a_decoder_of_other_heads_is_refused(tmp_path):
     shutil.copytree(VECTORS / "models" / "bart", base)
     config = json.loads((base / "config.json").read_text()) | {"encoder_attention_heads": 4}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ShapeMismatch, match="4 heads for a decoder of 2"):
+    with pytest.raises(ShapeMismatch, match="4 heads, but the decoder has 2"):
         ak.read(VECTORS / "prefix_bart", base=base)
 
 
 def test_a_dora_whose_bias_the_library_would_scale_is_not_written(tmp_path):
     source = ak.Adapter(ak.read(VECTORS / "dora_bert", compat="formula").updates)
     plain = source.replace(updates={t: (us[0].replace(scaling=1.0),) for t, us in source.updates.items()})
-    with pytest.raises(Unrepresentable, match="other than 1"):
+    with pytest.raises(Unrepresentable, match="the scaling of this dora is not 1"):
         ak.write(source, tmp_path / "a", "adapterhub", base=VECTORS / "models" / "bert")
-    with pytest.raises(Unrepresentable, match="with a bias"):
+    with pytest.raises(Unrepresentable, match="the layer has a bias"):
         ak.write(plain, tmp_path / "a", "adapterhub", base=VECTORS / "models" / "bert")

@@ -116,7 +116,7 @@ def test_arrow_computes_what_peft_computes(case, folders, tmp_path):
     ak.write(whole, tmp_path / "whole.safetensors")
     ak.torch.inject(mine, ak.read(tmp_path / "whole.safetensors"))
     close(mine(IDS).logits, got)
-    with pytest.raises(Unrepresentable, match="arrow with its experts"):
+    with pytest.raises(Unrepresentable, match="this arrow stores its experts"):
         ak.write(whole, tmp_path / "again", "peft")
 
 
@@ -191,7 +191,7 @@ def test_peft_saves_no_layer_of_a_classifier_that_is_called_like_an_expert(folde
     assert {key.rpartition(".")[0] for key in load_file(tmp_path / "adapter_model.safetensors")} == {
         f"base_model.{CLASSIFIER}.layers.3"
     }
-    with pytest.raises(Malformed, match="a layer of the classifier is not in the file") as raised:
+    with pytest.raises(Malformed, match="the file lacks a layer of the classifier") as raised:
         ak.read(tmp_path)
     assert raised.value.where == f"{CLASSIFIER}.layers.0.weight"
 

@@ -140,7 +140,7 @@ def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, w
     save_file(held, tmp_path / "a.safetensors", {"format": "pt", **word})
     adapter = ak.read(tmp_path / "a.safetensors")
     if family.component == "controlnet":
-        with pytest.raises(Unrepresentable, match="a module of a ControlNet"):
+        with pytest.raises(Unrepresentable, match="its module is in a ControlNet"):
             ak.write(adapter, tmp_path / "b.safetensors", way)
         return
     if way != "lycoris" and family.wanted({"kohya": KOHYA}.get(way, way)) not in family.namings:
@@ -220,7 +220,7 @@ def test_a_method_on_a_fused_weight_is_cut_into_its_parts_and_put_together_again
 def test_a_method_that_mixes_rows_of_several_parts_is_refused_by_name(case):
     update = of_shapes(*WHOLE[case])
     moved, lost = in_diffusers({ak.Target(QKV): (update,)}, (), Origin(families=("flux",)))
-    assert lost == [(ak.Target(QKV), f"{update.method} on a fused weight, which cannot be parted")]
+    assert lost == [(ak.Target(QKV), f"{update.method} on a fused weight cannot be split into the weight's parts")]
     assert list(moved) == [ak.Target(QKV)]
 
 
@@ -444,7 +444,7 @@ def test_a_family_that_is_not_known_or_lacks_a_module_is_refused(tmp_path):
     with pytest.raises(UsageError, match="unknown family 'fluxx'") as raised:
         ak.read(tmp_path / "a.safetensors", family="fluxx")
     assert "flux" in raised.value.cure
-    with pytest.raises(UsageError, match="wan has no such module") as raised:
+    with pytest.raises(UsageError, match="wan does not have this module") as raised:
         ak.read(tmp_path / "a.safetensors", family="wan")
     assert "attn.to_q" in str(raised.value)
 

@@ -220,7 +220,7 @@ def test_adapters_of_different_models_are_refused(other, tmp_path):
         lambda both: ak.ops.compare(*both),
         lambda both: ak.ops.combine(both, method="ties"),
     ):
-        with pytest.raises(UsageError, match="of different models: flux or hunyuan_video, and"):
+        with pytest.raises(UsageError, match="for different models: flux or hunyuan_video, and"):
             work([one, two])
     with pytest.raises(UsageError, match="different models"):
         ak.ops.add([one, two], disjoint=True)

@@ -329,7 +329,7 @@ def test_onetrainers_oft_of_a_convolution_is_refused_by_name(tmp_path):
     """It turns the weight of a convolution the other way round."""
     stem = "lora_unet_down_blocks_1_resnets_0_conv1"
     save_file({f"{stem}.oft_R.weight": np.zeros((6, 6), "f4")}, tmp_path / "given.safetensors")
-    with pytest.raises(Unsupported, match="OneTrainer's OFT of a convolution"):
+    with pytest.raises(Unsupported, match="OneTrainer's OFT on a convolution"):
         ak.read(tmp_path / "given.safetensors")
 
 

@@ -240,7 +240,7 @@ def test_ggla_is_read_as_it_was_trained(tmp_path):
 def test_ggla_rows_are_not_guessed(tmp_path):
     tensors, delta = legacy("blk.0.attn_q")
     path = ggla(tmp_path / "a.bin", tensors)
-    with pytest.raises(UsageError, match="who wrote the file"):
+    with pytest.raises(UsageError, match="the tool that wrote the file"):
         ak.read(path, base=BASE)
     read = ak.read(path, compat="convert-lora-to-ggml")
     assert np.abs(deltas(read)["model.layers.0.self_attn.q_proj"] - delta).max() < 1e-6

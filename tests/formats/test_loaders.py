@@ -171,10 +171,10 @@ def test_an_adapter_of_a_language_model_has_other_tools(tmp_path):
 
 
 FAULTS = {
-    "no such family": ('families = ["flux"]', 'families = ["fluxx"]'),
-    "no such format": ('convert = ["kohya"]', 'convert = ["koya"]'),
+    "unknown family": ('families = ["flux"]', 'families = ["fluxx"]'),
+    "unknown format": ('convert = ["kohya"]', 'convert = ["koya"]'),
     "format 2": ("format = 1", "format = 2"),
-    "not a loader file": ("format = 1", "format = 1\nwhat = 3"),
+    "not a valid loader file": ("format = 1", "format = 1\nwhat = 3"),
 }
 
 

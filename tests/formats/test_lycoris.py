@@ -101,7 +101,7 @@ def test_other_methods_at_a_padded_convolution_are_refused(tmp_path):
         DATA / "loha_dora_bypass-conv2d_k3.adapter.safetensors", base=base_of("loha_dora_bypass-conv2d_k3", tmp_path)
     )
     model.block.layer.padding_mode = "circular"
-    with pytest.raises(Unsupported, match=r"loha at a convolution with padding_mode='circular'") as raised:
+    with pytest.raises(Unsupported, match=r"loha on a convolution with padding_mode='circular'") as raised:
         ak.torch.inject(model, adapter)
     assert "--compat formula" in raised.value.cure
 
@@ -133,7 +133,7 @@ def test_a_bias_that_is_turned_is_not_written_where_no_option_says_so(tmp_path):
     case = "diag-oft_bypass-linear"
     base = base_of(case, tmp_path)
     adapter = ak.read(DATA / f"{case}.adapter.safetensors", base=base)
-    with pytest.raises(Unrepresentable, match="oft on the bias, without ss_network_args that have bypass_mode"):
+    with pytest.raises(Unrepresentable, match="oft changes the bias, but ss_network_args does not have bypass_mode"):
         ak.write(adapter.replace(foreign=None), tmp_path / "new.safetensors", "lycoris", base=base)
 
 
@@ -146,6 +146,6 @@ def test_dora_of_a_bypassed_convolution_is_refused(tmp_path):
     tensors = {f"{stem}.{slot}": torch.ones(shape) for slot, shape in shapes.items()}
     save_file({**tensors, f"{stem}.alpha": torch.tensor(2.0)}, path, metadata)
     base = base_of("lora-conv2d_reflect", tmp_path)
-    with pytest.raises(Unsupported, match="DoRA of a convolution, trained with bypass_mode") as raised:
+    with pytest.raises(Unsupported, match="DoRA on a convolution, trained with bypass_mode") as raised:
         ak.read(path, base=base)
     assert "--compat formula" in raised.value.cure

@@ -86,14 +86,14 @@ def test_without_alpha_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--alpha A \(alpha=A"):
         ak.read(tmp_path / "a")
     for rank in (1, 3):
-        with pytest.raises(ShapeMismatch, match=f"rank 2 in the file, not {rank}"):
+        with pytest.raises(ShapeMismatch, match=f"the file has rank 2, not {rank}"):
             ak.read(tmp_path / "a", alpha=6, rank=rank)
     read = ak.read(tmp_path / "a", alpha=6, rank=2)
     assert read.recipe[-1].args == {"format": "peft", "alpha": 6, "config": None}
     ak.write(read, tmp_path / "again", "peft")
     again = PeftModel.from_pretrained(wrapped.unload(), str(tmp_path / "again")).merge_and_unload().state_dict()
     assert all(torch.allclose(again[name], merged[name], atol=1e-6) for name in merged)
-    with pytest.raises(UsageError, match=r"adapter_config.json says lora_alpha 6"):
+    with pytest.raises(UsageError, match=r"adapter_config.json states lora_alpha 6"):
         ak.read(tmp_path / "again", alpha=5)
     assert ak.read(tmp_path / "again", alpha=6, rank=2).digest() == read.digest()
 
@@ -105,7 +105,7 @@ def test_the_metadata_or_tensors_may_tell_alpha(tmp_path: Path) -> None:
     for metadata in ({"lora_alpha": "6"}, {"ss_network_alpha": "6.0"}, {"lora_adapter_metadata": config}):
         save_file(state, tmp_path / "told.safetensors", metadata)
         check(ak.read(tmp_path / "told.safetensors"), merged, tmp_path)
-        with pytest.raises(UsageError, match="says alpha 6, --alpha"):
+        with pytest.raises(UsageError, match="states alpha 6, but --alpha"):
             ak.read(tmp_path / "told.safetensors", alpha=7)
     alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(6.0) for key in state if "lora_A" in key}
     save_file({**state, **alphas}, tmp_path / "told.safetensors")

@@ -26,16 +26,19 @@ def adapter(**updates):
     return ak.Adapter({ak.Target(path): u if isinstance(u, tuple) else (u,) for path, u in updates.items()})
 
 
+BOTH = "c: a PEFT file cannot have both"
 UNREPRESENTABLE = {
-    "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), "c: ia3 beside lora"),
-    "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), "c: dora beside lora"),
-    "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), "c: dense"),
-    "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: lora with a bias beside others without"),
+    "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), f"{BOTH} ia3 and lora"),
+    "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), f"{BOTH} dora and lora"),
+    "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), f"{BOTH} dense and lora"),
+    "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: this lora has a bias, but others have none"),
     "rows of a weight": (
-        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}), "c[0:4]: lora on some rows",
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}),
+        "c[0:4]: PEFT has no lora on some rows",
     ),
     "an unnamed embedding": (
-        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}), "c: nothing tells",
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}),
+        "c: its keys depend on whether",
     ),
 }  # fmt: skip
 
@@ -55,7 +58,7 @@ def test_what_peft_has_no_words_for(case, tmp_path):
 
 def test_two_of_a_kind_at_one_target(tmp_path):
     source = adapter(a=(lora(), lora(scaling=3.0)))
-    assert ak.write(source, tmp_path / "a", "peft") == ["joined 2 LoRAs of a to one of rank 4"]
+    assert ak.write(source, tmp_path / "a", "peft") == ["joined 2 LoRAs of a into one of rank 4"]
     ((_, joined),) = ak.read(tmp_path / "a")
     wanted = sum(update.scaling * load(update.B) @ load(update.A) for _, update in source)
     np.testing.assert_allclose(joined.scaling * load(joined.B) @ load(joined.A), wanted, rtol=1e-6, atol=1e-6)
@@ -74,7 +77,7 @@ def test_a_scaling_that_no_alpha_gives_is_folded_if_allowed(tmp_path):
         if not any(a / d == s for d in (3, math.sqrt(3)) for a in near(s * d))
     )  # fmt: skip
     source = adapter(a=lora(r=3, scaling=scaling), b=lora(r=3, scaling=2.0))
-    with pytest.raises(Unrepresentable, match="a: no alpha gives its scaling"):
+    with pytest.raises(Unrepresentable, match="a: no alpha yields its exact scaling"):
         ak.write(source, tmp_path / "a", "peft")
     assert ak.write(source, tmp_path / "a", "peft", on_loss="fold") == ["folded the scaling into B of a"]
     read = ak.read(tmp_path / "a")

@@ -83,7 +83,7 @@ def test_what_re_would_never_finish_is_answered(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", [r"(a+)+(?=b)", r"((a+)+)\1b", r"(?i:(a+)+b)", r"(?m:^(a+)+b)",
                                      r"(?>(a+)+b)c", r"((a)|b)+(?(2)c|d)"])  # fmt: skip
 def test_what_no_automaton_says_is_refused_where_it_could_take_hours(pattern: str) -> None:
-    with pytest.raises(Unsupported, match="could take hours") as raised:
+    with pytest.raises(Unsupported, match="may take hours") as raised:
         matches(pattern, "a" * 60)
     assert "list the names" in str(raised.value.cure)
 

@@ -75,7 +75,7 @@ def test_of_several_one_is_named(tmp_path: Path) -> None:
     two = run("combine", f"{tmp_path / 'peft'}#poet", f"{tmp_path / 'peft'}#pirate", "-o", str(tmp_path / "both"))
     assert two.exit_code == 0, two.stderr
     assert len(ak.read(tmp_path / "both").updates) == 2
-    with pytest.raises(StorageError, match=r"It holds: pirate, poet"):
+    with pytest.raises(StorageError, match=r"It has: pirate, poet"):
         ak.read(f"{tmp_path / 'peft'}#sailor")
 
 
@@ -88,7 +88,7 @@ def test_an_output_inside_a_named_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_more_than_the_adapter_is_not_taken_for_it(tmp_path: Path) -> None:
     saved(tmp_path / "peft", "pirate")
     save_file({"weight": torch.ones(2)}, tmp_path / "peft" / "model.safetensors")
-    with pytest.raises(UnknownFormat, match=r"beside other files.*#pirate"):
+    with pytest.raises(UnknownFormat, match=r"an adapter and other files.*#pirate"):
         ak.read(tmp_path / "peft")
 
 

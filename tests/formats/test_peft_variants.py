@@ -103,10 +103,10 @@ LOW = {"A": (2, 6), "B": (4, 2)}
 @pytest.mark.parametrize(
     ("adapter", "why"),
     [
-        (adapter_of(glora={"A": (4,), "B_c": (1,)}), "in different forms"),
-        (adapter_of(glora={"D": (4,), "E_c": (1,)}), "in different forms"),
-        (adapter_of(dense={"D": (4, 6)}), "but for a change of the bias"),
-        (adapter_of(dense={"d": (4,), "scaling": 2.0}), "but for a change of the bias"),
+        (adapter_of(glora={"A": (4,), "B_c": (1,)}), "have different forms"),
+        (adapter_of(glora={"D": (4,), "E_c": (1,)}), "have different forms"),
+        (adapter_of(dense={"D": (4, 6)}), "only a change of the bias"),
+        (adapter_of(dense={"d": (4,), "scaling": 2.0}), "only a change of the bias"),
         (adapter_of(kasa=LOW | {"diag": (2,)}, layout="in out *k"), "kasa on a weight stored"),
         (adapter_of(bdlora={"A_blocks": (2, 1, 3), "B": (4, 2)}, layout="in out *k"), "bdlora on a weight stored"),
         (adapter_of(pissa=LOW, layout="in out *k", path="a.emb"), "pissa on an embedding"),

@@ -251,7 +251,7 @@ REFUSED = {
     "infinite factor": (one(IA3(l=torch.full((300,), math.inf))), {}, "NaN or an infinity", 2),
     "nothing matches": (one(PLAIN, path="layer.0.q"), {}, "Nearest: layers.0.q", 2),
     "partial match": (PARTIAL, {}, "1 of 2 targets", 2),
-    "wrong base": (one(lora(300, 201)), {}, r"made for .*in=201", 2),
+    "wrong base": (one(lora(300, 201)), {}, r"the update has .*in=201", 2),
     "a bias that is not there": (one(Dense(d=rand(300))), {}, "does not have", 3),
     "integer weight": (one(Dense(D=rand(1)), path="count"), {}, "dtype I64", 3),
     "token out of range": (one(FAR, layout="in out *k"), {}, "token 300 of a base with 300", 2),

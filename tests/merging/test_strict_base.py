@@ -95,7 +95,7 @@ def test_without_a_base_there_is_nothing_to_be_strict_about(places):
 
 def test_adapters_that_were_read_are_compared_too(places):
     adapter = ak.read(places["adapter"])
-    with pytest.raises(CheckFailed, match="adapter 1 was made at a base with the fingerprint"):
+    with pytest.raises(CheckFailed, match="adapter 1 was made for a base with the fingerprint"):
         ak.ops.resize(adapter, 1, base=places["base"], strict_base=True)
     with pytest.raises(CheckFailed, match="adapter 2 was made"):
         ak.ops.combine(

@@ -117,7 +117,7 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
     [
         ("format = 1->format = 2", "format 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = "a.{n}" }', "are both"),
-        ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "holes"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "placeholders"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 2, of = 2 } }', "part 2 of 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 1, parts = 2, of = 2 } }', "part 1 of 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", parts = 2 } }', "both part and of"),
@@ -206,7 +206,8 @@ def test_every_weight_of_a_tools_naming_is_one_of_its_families():
     ("change", "why"),
     [
         ("format = 1->format = 2", "format 2"), ("naming = ->name = ", "naming"),
-        ('"query", groups->"queries", groups', "qkv 'queries'"), ('qkv = "query", groups->groups', "groups and no qkv"),
+        ('"query", groups->"queries", groups', "qkv 'queries'"),
+        ('qkv = "query", groups->groups', "has groups, but no qkv"),
         ('qkv = "query", groups = true->part = 0, of = 3', "divided in different ways"),
         ('"query", groups->"key", groups', "are both"),
     ],

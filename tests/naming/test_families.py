@@ -181,7 +181,7 @@ def test_the_family_travels_through_formats_and_combinations(tmp_path):
     assert model_types_of(ak.read(tmp_path / "native")) == model_types_of(both) == ("llama",)
     other = save_base(tmp_path / "base", {"model_type": "mistral"})
     for given in (tmp_path / "native", both):
-        with pytest.raises(TargetNotFound, match="of the family llama, and the base is of mistral"):
+        with pytest.raises(TargetNotFound, match="of the family llama, but the base is mistral"):
             ak.merge(other, given, tmp_path / "out")
 
 
@@ -192,7 +192,7 @@ def test_a_live_model_of_another_family_is_refused(tmp_path):
     )  # fmt: skip
     model = transformers.MistralForCausalLM(config)
     adapter = ak.read(save_adapter(tmp_path / "a", "llama"))
-    with pytest.raises(TargetNotFound, match="of the family llama, and the base is of mistral"):
+    with pytest.raises(TargetNotFound, match="of the family llama, but the base is mistral"):
         ak.torch.inject(model, adapter)
     ak.torch.inject(model, adapter, rename="model=model")
 

@@ -100,5 +100,5 @@ def test_shards_are_asked_about_and_a_rule_says_their_order(write, tmp_path):
 def test_an_unknown_order_is_refused(tmp_path):
     write_base(tmp_path / "base", sharded=True)
     fused(tmp_path / "lora.safetensors")
-    with pytest.raises(UsageError, match="there is no order 'by_row'"):
+    with pytest.raises(UsageError, match="names an unknown order 'by_row'"):
         ak.merge(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "out", rename="rows:by_row")

@@ -65,10 +65,10 @@ def test_a_base_that_is_walked_gives_its_own_names():
     table = NameTable({"model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up"})
     names = TableNames(table, ["model.language_model.layers.1.mlp.up_proj"])
     assert names.back("blk.1.ffn_up") == "model.language_model.layers.1.mlp.up_proj"
-    with pytest.raises(TargetNotFound, match="0 places"):
+    with pytest.raises(TargetNotFound, match="the base has none"):
         names.back("blk.0.ffn_up")
     twice = TableNames(table, ["model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"])
-    with pytest.raises(TargetNotFound, match="2 places"):
+    with pytest.raises(TargetNotFound, match=r"the base has model\.layers.*, language_model"):
         twice.back("blk.1.ffn_up")
     with pytest.raises(TargetNotFound):
         TableNames(table).back("blk.1.ffn_gate")

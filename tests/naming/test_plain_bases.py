@@ -129,7 +129,7 @@ def test_one_reading_of_stacks_is_proven_by_their_shape(tmp_path):
 
 def test_two_readings_are_asked_about_and_a_family_answers(tmp_path):
     weights, changes = shards(tmp_path / "base", transposed=True), one_by_one(tmp_path / "adapter")
-    with pytest.raises(TargetNotFound, match=r"two readings fit.*part 1 of 2 row by row as in gpt_oss") as error:
+    with pytest.raises(TargetNotFound, match=r"two families fit.*part 1 of 2 row by row as in gpt_oss") as error:
         ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert "--rename family:gpt_oss" in error.value.cure
     assert '"model_type"' in error.value.cure
@@ -150,7 +150,7 @@ def test_a_family_is_a_rule_about_a_base(tmp_path):
     one_by_one(tmp_path / "adapter")
     assert family_of(parse_renames(["a=b", "family:mixtral"], ["a"])).family == "mixtral"
     assert family_of(parse_renames("a=b")) is None
-    with pytest.raises(UsageError, match="there is no family 'mixtrall'"):
+    with pytest.raises(UsageError, match="names an unknown family 'mixtrall'"):
         parse_renames("family:mixtrall")
-    with pytest.raises(UsageError, match="says how a base is read"):
+    with pytest.raises(UsageError, match="concerns a base, but no base is read"):
         ak.ops.resize(ak.read(tmp_path / "adapter"), rank=1, rename="family:mixtral")

@@ -79,7 +79,7 @@ def test_without_the_towers_heads_nothing_tells_the_order():
     adapter = Adapter({Target("model.vision_tower.layers.0.attn.q_proj"): (lora,)})
     shapes = {"vision_tower.encoder.blocks.0.wqkv.weight": (24, 8)}
     config = {"model_type": "kimi_k25", "text_config": {"num_attention_heads": 2, "hidden_size": 8}}
-    with pytest.raises(UsageError, match="how many heads its vision tower has"):
+    with pytest.raises(UsageError, match="the number of its vision tower's heads"):
         find_sites(adapter, shapes, partial=False, config=config).sites[0].updates[0].B.numpy()
     config["vision_config"] = {"num_attention_heads": 2}
     assert find_sites(adapter, shapes, partial=False, config=config).sites[0].updates[0].B.numpy().shape == (8, 1)

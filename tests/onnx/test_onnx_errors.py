@@ -88,8 +88,8 @@ def test_sizes_that_make_no_sense(apart):
 
 def test_targets_and_shapes(plain, tmp_path):
     out = tmp_path / "out.onnx"
-    refused(TargetNotFound, "the target not in the base", plain, lora(path="q_proj"), out)
-    refused(ShapeMismatch, "made for out=8, in=12", plain, lora(into=12), out)
+    refused(TargetNotFound, "the target is not in the base", plain, lora(path="q_proj"), out)
+    refused(ShapeMismatch, "the update has out=8, in=12", plain, lora(into=12), out)
     experts = METHODS["lora"](A=torch.randn(3, 2, 16), B=torch.randn(3, 8, 2))
     refused(Unsupported, "stacked experts", plain, Adapter({Target("0", "e out *in"): (experts,)}), out)
     prompt = Adapter({Target(""): (METHODS["prompt"](P=torch.randn(2, 4)),)})

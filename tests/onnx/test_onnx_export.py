@@ -376,7 +376,7 @@ def test_what_export_refuses(tmp_path):
         (UsageError, "two adapters of the name", {"adapter": [lora(), lora()]}),
         (UsageError, "cannot name a file", {"adapter": {"../a": lora()}}),
         (TargetNotFound, "firs", {"adapter": lora(path="firsd")}),
-        (ShapeMismatch, "made for out=5", {"adapter": lora(5)}),
+        (ShapeMismatch, "the update has out=5", {"adapter": lora(5)}),
         (NotMergeable, "not a change of weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
         (Unsupported, "changes the context", {"adapter": prompt, "mode": "slots"}),
     ):

@@ -325,6 +325,6 @@ def test_what_is_refused(fixed, made, tmp_path):
     assert "--call attention_mask=seen" in raised.value.cure
     ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path), call={"attention_mask": "seen"})
     out.unlink()
-    with pytest.raises(TargetNotFound, match="2 of 2 targets not in the base"):
+    with pytest.raises(TargetNotFound, match="2 of 2 targets are not in the base"):
         ak.onnx.inject(fixed(gpt2), adapter, out)
     assert not out.exists()

@@ -258,7 +258,7 @@ def test_a_setup_lacks_nothing_when_it_is_written(tmp_path):
     for setup, given, error, words in (
         (Setup("Stack", ("a", "b")), {"a": a}, UsageError, "'b' is in the setup"),
         (Setup("Fuse", ("a", "a")), {"a": a}, UsageError, "'a,a' is in the setup"),
-        (Setup("Split", ("a",)), {"a": a}, UsageError, "not one of splits"),
+        (Setup("Split", ("a",)), {"a": a}, UsageError, "one number for each of 1 children"),
         (Setup("Stack", ("a.b",)), {"a.b": a}, UsageError, "not a valid adapter name"),
         (Setup("Stack", ("a",)), {"a": dora()}, Unrepresentable, "dora"),
     ):
@@ -323,7 +323,7 @@ def test_a_fusion_that_lacks_what_its_config_says_is_refused(tmp_path):
     shutil.copytree(HUB / "static", tmp_path / "f")
     config = json.loads((tmp_path / "f" / "adapter_fusion_config.json").read_text())
     for change, error, words in (
-        ({"value": True}, Malformed, "where the config says .*values"),
+        ({"value": True}, Malformed, "the config states .*values"),
         ({"heads": 2}, Malformed, "unknown field"),
     ):
         changed = config | {"config": config["config"] | change}

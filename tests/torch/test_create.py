@@ -304,14 +304,14 @@ def test_what_a_start_takes_from_the_base_is_written_as_lora_and_the_refusal_say
     model = nn.Sequential(nn.Linear(16, 8))
     made = ak.torch.create(model, "lora", targets="0", rank=2, alpha=4, init=init)
     with pytest.raises(
-        Unrepresentable, match=r"residual .*Write them in a wider method.*on_loss='promote'/--on-loss promote"
+        Unrepresentable, match=r"residual.*Write them in a wider method.*on_loss='promote'/--on-loss promote"
     ):
         ak.write(made, tmp_path / "out", format="peft")
     ak.write(made, tmp_path / "out", format="peft", on_loss="promote")
     given, written = (each.load().delta("0") for each in (made, ak.read(tmp_path / "out")))
     torch.testing.assert_close(torch.as_tensor(written), torch.as_tensor(given))
     doubled = ak.torch.create(model, "dora", targets="0", rank=2, alpha=4, init=init)
-    with pytest.raises(Unrepresentable, match=r"residual .*\. Drop them"):  # No LoRA is what a DoRA is.
+    with pytest.raises(Unrepresentable, match=r"residual.*\. Omit them"):  # No LoRA is what a DoRA is.
         ak.write(doubled, tmp_path / "dora", format="peft")
 
 

@@ -1,1 +1,1 @@
-"""Shared code of the formats of image models: one file of tensors whose keys are a module's name and a slot."""
+"""Shared code for image-model formats: one tensor file whose keys join a module's name and a slot."""

@@ -1,6 +1,6 @@
-"""Read network options that change the forward but are in no tensor: the header's `ss_network_args`.
+"""Read network options that change the forward but are not stored in a tensor: the header's `ss_network_args`.
 
-sd-scripts writes there, as JSON, the arguments of the network. LyCORIS reads every word except `false` as true.
+sd-scripts stores the network's arguments there, as JSON. LyCORIS reads every word except `false` as true.
 """
 
 from __future__ import annotations
@@ -13,42 +13,43 @@ from typing import Any
 from .._format import Departure
 
 FLUX = "networks.lora_flux"
-"""sd-scripts' network of LoRA for FLUX."""
+"""sd-scripts' LoRA network for FLUX."""
 
 OPTIONS = {
     "split_qkv": Departure(
-        "with split_qkv=True in ss_network_args of sd-scripts' networks.lora_flux, a LoRA of a double block's qkv "
-        "counts 3 times alpha / r, and one of a single block's linear1 4 times: its parts were trained apart",
-        "they count alpha / r times",
+        "with split_qkv=True in ss_network_args of sd-scripts' networks.lora_flux, a LoRA's scaling is 3 alpha / r "
+        "on a double block's qkv, and 4 alpha / r on a single block's linear1: their parts were trained separately",
+        "the scaling is alpha / r",
     ),
     "bypass_mode": Departure(
-        "with bypass_mode in ss_network_args of a network of LyCORIS, OFT, BOFT and IA3 of outputs act on the bias, "
-        "too, and a dora_scale has no effect",
-        "they act on the weight alone, and a dora_scale is DoRA's magnitude",
+        "with bypass_mode in ss_network_args of a LyCORIS network, OFT, BOFT and IA3 of outputs also change the bias, "
+        "and a dora_scale has no effect",
+        "they change only the weight, and a dora_scale is DoRA's magnitude",
     ),
     "rs_lora": Departure(
-        "with rs_lora in ss_network_args of a network of LyCORIS, GLoRA counts alpha / sqrt(r) times, and a LoKr of "
-        "two whole factors the cube root of alpha, which is sqrt(r)",
-        "GLoRA counts alpha / r times, and a LoKr of two whole factors once",
+        "with rs_lora in ss_network_args of a LyCORIS network, GLoRA's scaling is alpha / sqrt(r), and that of a "
+        "LoKr with two full factors is the cube root of alpha, which is sqrt(r)",
+        "GLoRA's scaling is alpha / r, and the scaling of a LoKr with two full factors is 1",
     ),
     "dylora": Departure(
-        "with algo=dylora in ss_network_args of a network of LyCORIS, all ranks together count "
-        "alpha / (r / block_size) times",
-        "they count alpha / r times",
+        "with algo=dylora in ss_network_args of a LyCORIS network, the scaling of all ranks together is "
+        "alpha / (r / block_size)",
+        "the scaling is alpha / r",
     ),
 }
-"""Departures of the forward of LyCORIS and sd-scripts from the meaning of their tensors."""
+"""Options that make the forward of LyCORIS or sd-scripts depart from the meaning of the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The options with which a network of LyCORIS was trained.
+    """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: modules changed their layer's output, its bias included; DoRA's magnitudes had no effect.
-        rs: scalings are alpha / sqrt(r).
-        unit: a LoRA counts this many times alpha / r: the ranks that DyLoRA trained at a time; 0 for once.
-        split: sd-scripts trained the parts of FLUX's fused weights apart, each with r ranks, and saved them as one.
+        bypass: whether modules changed their layer's output, including its bias; DoRA's magnitudes then had no effect.
+        rs: whether scalings are alpha / sqrt(r).
+        unit: a factor on a LoRA's alpha / r: the number of ranks that DyLoRA trained at a time; 0 for a factor of 1.
+        split: whether sd-scripts trained the parts of FLUX's fused weights separately, each with rank r, and saved
+            them as one LoRA.
     """
 
     bypass: bool = False
@@ -57,7 +58,7 @@ class Arguments:
     split: bool = False
 
     def at(self, stem: str) -> Arguments:
-        """Return the options at one module, by its name in the keys."""
+        """Return the options for one module, given its name in the keys."""
         if not self.split:
             return self
         fused = {"qkv": 3 if "double" in stem else 0, "linear1": 4 if "single" in stem else 0}
@@ -65,7 +66,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults if it names no such network, or has no such options."""
+    """Return the options in a header; the defaults if it names another network or has no such options."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()

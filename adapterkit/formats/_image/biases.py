@@ -1,4 +1,4 @@
-"""Check that a part of a file has biases at all of its LoRAs or at none: loaders have one switch for the whole part."""
+"""Check that all LoRAs in a part of a file have a bias, or none has: loaders have one setting for the whole part."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
     """Check the biases of a file's modules.
 
     Raises:
-        Malformed: a bias is missing.
+        Malformed: some LoRAs of a part have a bias, and others do not.
     """
     biased = {part_of(stem) for stem, module in modules.items() if "bias" in module.tensors}
     for stem, module in modules.items():
         if "up" in module.tensors and "bias" not in module.tensors and part_of(stem) in biased:
-            why = "its partner is not in the file: the bias, which other modules have"
+            why = "this module has no bias in the file, but other modules have one"
             raise Malformed(why, where=module.keys["up"], cure=AGAIN)
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """Yield the LoRAs of the smaller group, if some LoRAs of a part have a bias and others do not."""
+    """If only some LoRAs of a part have a bias, yield the smaller group."""
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, found in updates.items():
         for update in found:
@@ -39,4 +39,7 @@ def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> 
     for party in parties.values():
         if party[True] and party[False]:
             own = len(party[True]) <= len(party[False])
-            yield from ((target, f"lora {'with' if own else 'without'} a bias beside others") for target in party[own])
+            yield from (
+                (target, f"this lora {'has a' if own else 'has no'} bias, unlike others in its part")
+                for target in party[own]
+            )

@@ -1,7 +1,7 @@
-"""Read and write token embeddings in a file of LoRAs: `bundle_emb.<token>.<slot>`, of OneTrainer and AUTOMATIC1111.
+"""Read and write token embeddings in a LoRA file: `bundle_emb.<token>.<slot>`, from OneTrainer and AUTOMATIC1111.
 
-They are textual inversions beside the LoRAs. ComfyUI ignores such keys and diffusers refuses the whole file, so only
-kohya's and LyCORIS's files have them.
+The embeddings are textual inversions, stored together with the LoRAs. ComfyUI ignores such keys and diffusers refuses
+the whole file, so only kohya's and LyCORIS's formats write them.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ PREFIX = "bundle_emb."
 EMBEDDING = "text_model.embeddings.token_embedding"
 
 PLACES = {"clip": EMBEDDING, "t5": "shared", "llm": "model.embed_tokens"}
-"""Kind of a text encoder -> the path of its embedding."""
+"""A map from the kind of a text encoder to the path of its embedding."""
 
 SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
-"""OneTrainer's name of an encoder -> its kind."""
+"""A map from OneTrainer's name of an encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots of the one encoder of Stable Diffusion 1 and 2; the second is from AUTOMATIC1111's files of embeddings."""
+"""Slots for the only encoder of Stable Diffusion 1 and 2; the second is from AUTOMATIC1111's embedding files."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""OneTrainer's name -> diffusers' name of the encoder, unless the family has another."""
+"""A map from OneTrainer's to diffusers' name of an encoder, unless the model's family uses another name."""
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the tensors of LoRAs, and those of embeddings."""
+    """Return the tensors of the LoRAs, and the tensors of the embeddings."""
     bundled = {key: leaf for key, leaf in tensors.items() if key.startswith(PREFIX)}
     return {key: leaf for key, leaf in tensors.items() if key not in bundled}, bundled
 
 
 class ImageBundle:
-    """The embeddings of a file.
+    """The token embeddings in a file.
 
     Attributes:
-        updates: target -> embeddings of the tokens, in the file's order.
-        keys: key that `keyed` would choose -> key in the file.
-        shapes: key -> shape in the file, if that is not a matrix.
+        updates: the embeddings of the tokens by target, in the file's order.
+        keys: a map from the key that `keyed` would choose to the key in the file.
+        shapes: the shapes of tensors that are not matrices, by key.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
@@ -59,12 +59,12 @@ class ImageBundle:
 
         Args:
             tensors: the embeddings' tensors.
-            updates: the LoRAs' updates beside them; they tell the family.
+            updates: the updates of the LoRAs in the same file; they determine the family.
             origin: the known facts about the file.
 
         Raises:
-            Unsupported: an embedding is not an input of an encoder: OneTrainer adds some to an encoder's output.
-            Malformed: an embedding is not a matrix of rows, or is there twice.
+            Unsupported: an embedding is not an input of an encoder; OneTrainer adds some to an encoder's output.
+            Malformed: an embedding is not a matrix of rows, or a token has two embeddings for one encoder.
         """
         self.updates: dict[Target, tuple[Update, ...]] = {}
         self.keys: dict[str, str] = {}
@@ -75,12 +75,12 @@ class ImageBundle:
             token, _, slot = key.removeprefix(PREFIX).partition(".")
             target = _place(key, slot, words)
             if len(leaf.shape) not in (1, 2) or 0 in leaf.shape or not token:
-                raise Malformed(f"an embedding of shape {list(leaf.shape)}", where=key, cure=AGAIN)
+                raise Malformed(f"the embedding of {token!r} has shape {list(leaf.shape)}", where=key, cure=AGAIN)
             if len(leaf.shape) == 1:
                 self.shapes[key] = list(leaf.shape)
             found = self.updates.get(target, ())
             if any(update.attributes["token"] == token for update in found):
-                raise Malformed("a second embedding of the same token", where=key, cure=AGAIN)
+                raise Malformed("the token has a second embedding", where=key, cure=AGAIN)
             rows = leaf.reshape(-1, leaf.shape[-1])
             self.updates[target] = (*found, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
             default = slot if slot not in ALONE else "clip_l" if "clip_g" in slots else ALONE[0]
@@ -90,7 +90,7 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Return OneTrainer's name -> diffusers' name of each encoder, as far as all families that fit agree on it."""
+    """Map OneTrainer's to diffusers' name of each encoder, if all families that fit agree on the name."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}
@@ -107,20 +107,20 @@ def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
     part = words.get(slot, USUAL.get(slot, ""))
     if slot in SLOTS and part:
         return Target(f"{part}.{PLACES[SLOTS[slot]]}")
-    why = "an embedding that OneTrainer has put into the file, and that is no input of a text encoder known here"
-    cure = "Save the LoRA without its embeddings, take this key out of the file, or name the family: --family (family=)"
+    why = "OneTrainer put this embedding into the file, but it is not an input of a known text encoder"
+    cure = "Save the LoRA without embeddings, remove this key from the file, or name the family: --family (family=)"
     raise Unsupported(why, where=key, cure=cure)
 
 
 def is_bundled(target: Target, update: object) -> bool:
-    """Whether an update is an embedding that a file may have beside its LoRAs."""
+    """Whether an update is a token embedding that a file can store together with LoRAs."""
     part, _, rest = target.path.partition(".")
     there = part.startswith("text_encoder") and rest in PLACES.values()
     return there and isinstance(update, TextualInversion) and bool(update.token) and "." not in update.token
 
 
 def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
-    """Separate the embeddings, by key, from the other updates; without a LoRA beside them nothing is separated."""
+    """Separate the embeddings, by key, from the other updates; an adapter without other updates is not separated."""
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}
     rest = {t: tuple(u for u in each if not is_bundled(t, u)) for t, each in updates.items()}
@@ -140,7 +140,7 @@ def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates,
 
 
 def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
-    """Return OneTrainer's name of an embedding's encoder; empty for Stable Diffusion 1 and 2, which have only one."""
+    """Return OneTrainer's name for the encoder of an embedding, or its slot for Stable Diffusion 1 and 2."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":

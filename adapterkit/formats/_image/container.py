@@ -1,4 +1,4 @@
-"""Load and save files of tensors: safetensors with metadata, or torch files."""
+"""Load and save tensor files: safetensors with metadata, or torch files."""
 
 from __future__ import annotations
 
@@ -13,35 +13,40 @@ from ...io.lazy import Lazy, as_torch
 from ...io.torch_file import is_torch_file, read_torch_file
 
 TORCH = {".bin", ".ckpt", ".pt", ".pth"}
-"""Endings of torch files."""
+"""Suffixes of torch files."""
 
 NATIVE = "adapterkit"
 """The metadata key of adapterkit's own files, which these formats do not read."""
 
 Metadata = list[tuple[str, str]]
-"""Keys and values in the order of the file, because the libraries that write them do not sort them."""
+"""Keys and values in the file's order, because the libraries that write metadata do not sort it."""
 
 
 def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
     """Load the tensors and the metadata of a file.
 
     Raises:
-        Malformed: it is not a file of tensors.
-        StorageError: it cannot be read.
+        Malformed: the file is not a tensor file.
+        StorageError: the file cannot be read.
     """
     if path.is_dir():
-        raise UsageError("a folder where a file of tensors should be", path=path, cure="Name the file itself")
+        raise UsageError("this is a folder; a tensor file is expected here", path=path, cure="Name the file itself")
     if path.suffix in TORCH or is_torch_file(path):
         return read_torch_file(path), []
     header = safetensors.read_header(path)
     if NATIVE in header.metadata:
-        raise Malformed("an adapter of adapterkit's own", path=path, where="__metadata__", cure="Read it as adapterkit")
+        raise Malformed(
+            "this file is in adapterkit's format",
+            path=path,
+            where="__metadata__",
+            cure="Read it with --from adapterkit (format='adapterkit')",
+        )
     tensors = safetensors.handles(header)
     return tensors, list(header.metadata.items())
 
 
 def names(path: Path) -> list[str]:
-    """Return the keys of a file, for sniffing; none if it is not such a file."""
+    """Return the keys of a file, for detection; an empty list if it is not a tensor file."""
     try:
         if not path.is_file():
             return []
@@ -54,7 +59,7 @@ def names(path: Path) -> list[str]:
 
 
 def save(path: Path, tensors: Mapping[str, Lazy], metadata: Metadata) -> None:
-    """Write a file atomically: a torch file if its name has such an ending, else safetensors."""
+    """Write a file atomically: a torch file if its name has a torch suffix, otherwise safetensors."""
     if path.suffix not in TORCH:
         return safetensors.write(path, tensors, dict(metadata))
     import torch

@@ -1,7 +1,7 @@
-"""Decide which family the target names of an adapter belong to, from all names together, or refuse with the readings.
+"""Decide from all target names of an adapter to which family they belong, or refuse and name the possible families.
 
-A name that a family does not have is never copied into another naming: half of the names of a Qwen-Image LoRA are also
-FLUX's, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
+A name that a family does not have is never copied into another naming. The reason: half of the names of a Qwen-Image
+LoRA are also FLUX's, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
-"""Metadata key with the names of an adapter's possible families, for writers that know more than the names tell."""
+"""The metadata key that lists an adapter's possible families, for writers that know more than the names show."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""Format -> the families that its files can belong to."""
+"""The families that a format's files can belong to, for formats of certain families only."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""Format -> the naming of its files. kohya and LyCORIS accept any names, with underscores."""
+"""The naming of a format's files. kohya and LyCORIS are absent: they accept any names, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
-"""Parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
+"""The parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Prefixes that names of a U-Net or a transformer may have in files of ComfyUI's format; or none."""
+"""Optional prefixes of a U-Net's or transformer's names in files of ComfyUI's format."""
 
 CONTROLNET = "controlnet"
-"""The part of a pipeline that has copies of the first blocks of its model, under the same names."""
+"""A part of a pipeline with copies of its model's first blocks, under the same names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The known facts about the naming of an adapter's names.
+    """The known facts about the names of an adapter's targets.
 
     Attributes:
-        naming: `native`, `comfyui` or `diffusers`; empty if not known.
-        families: families that have all names of a base, if there is one.
-        inside: whether the targets are modules of that base.
-        unknown: the base's class in diffusers, if no family is known to have it.
+        naming: `native`, `comfyui` or `diffusers`; empty if unknown.
+        families: the families that have all names of the base, if there is a base.
+        inside: whether the targets are modules of the base.
+        unknown: the base's class in diffusers, if no known family has this class.
         metadata: the metadata of the file that the adapter was read from.
-        of_format: whether the families are those that the file's format is usually of.
-        bare: whether the names had no prefix in a file of ComfyUI's format: most of these files have diffusers' names.
+        bare: whether the names had no prefix in a file of ComfyUI's format; most of these files have diffusers' names.
+        of_format: whether `families` are the usual families of the file's format.
     """
 
     naming: str = ""
@@ -74,7 +74,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """Return the naming of the files that an adapter was read from, or of the base."""
+    """Return the facts about names that follow from an adapter's source files, or from the base."""
     from .underscores import modules_of
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -102,9 +102,9 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
 
 def _bare(adapter: Adapter, naming: str) -> bool:
-    """Whether the file's names begin with no word that says that they are ComfyUI's.
+    """Whether no name in the file begins with a prefix that marks it as ComfyUI's.
 
-    FLUX's names of attention in diffusers are also Qwen-Image's in ComfyUI, so nothing follows from the format then.
+    The naming is then open: diffusers' names of FLUX's attention are also ComfyUI's names of Qwen-Image.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     told = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -112,14 +112,14 @@ def _bare(adapter: Adapter, naming: str) -> bool:
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Return the metadata of the files that an adapter was made from."""
+    """Return the metadata of the files from which an adapter was made."""
     pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
     own = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
     return {**metadata_of(adapter), **own}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """List the families of a base: those of its class in diffusers, or those that have its denoiser's names."""
+    """List the families of a base: the families of its class in diffusers, or those that have its denoiser's names."""
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
@@ -127,7 +127,7 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
         return named
     found = families_of_model(base.tensors)
     if kind is not None:
-        # Another class of diffusers may share most of a family's names.
+        # Require all names of the base, because another class in diffusers may share most of a family's names.
         known = set(modules_of(base))
         found = [family for family in found if all(rooted(path)[1] in family for path in known)]
     return tuple(family.name for family in narrowed(found, lambda family: not family.facts.unlikely))
@@ -139,7 +139,7 @@ def families_of_class(name: str) -> list[ImageFamily]:
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
-    """List the families that have all of these modules; modules of text encoders are not considered."""
+    """List the families that have all of these modules; modules of text encoders are ignored."""
     split = map(rooted, paths)
     inside = [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in DENOISERS]
     fitting = [family for family in families() if all(path in family for path in inside)]
@@ -147,7 +147,7 @@ def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
-    """List the targets inside a U-Net or a transformer that are to be in another naming."""
+    """List the targets inside a U-Net or a transformer, except those in `stay`, which keep their names."""
     found = []
     for target in updates:
         root, rest = rooted(target.path)
@@ -160,46 +160,47 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 def decide(
     updates: Updates, targets: Collection[Target], naming: str, origin: Origin
 ) -> tuple[ImageFamily | None, str]:
-    """Choose the family by which targets are translated, or say why there is none.
+    """Choose the family whose names translate the targets, or return the reason why there is none.
 
     Args:
-        updates: all updates, whose shapes are evidence.
+        updates: all updates; their shapes are evidence.
         targets: the targets in the denoiser.
-        naming: the naming that is wanted.
-        origin: the known facts about the naming.
+        naming: the naming to translate to.
+        origin: the known facts about the names.
 
     Returns:
-        (family, ""), or (None, reason). Neither a family nor a reason if the names stay as they are.
+        (family, "") or (None, reason). (None, "") if the names stay unchanged.
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     if origin.unknown:
-        # Models share names: those of BRIA's attention are FLUX's, and no tool has FLUX's own names for them.
-        why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are not known"
+        # Refuse, because models share names: BRIA's attention has FLUX's names, and no tool has FLUX's native names for
+        # BRIA.
+        why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are unknown"
         return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
     if not fitting:
         return None, "" if origin.naming == naming else _unknown(paths, naming)
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names are those of {names}, which are translated differently"
+        return None, f"its names fit {names}, whose names are translated differently"
     if len({family.component == CONTROLNET for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names are those of {names}, and nothing says which of them it is"
+        return None, f"its names fit {names}, and nothing shows which of them is meant"
     return fitting[0], ""
 
 
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
-    """List the possible families of targets of a denoiser: those with all names, narrowed by the other evidence.
+    """List the possible families of a denoiser's targets: those with all names that also fit the other evidence.
 
     Args:
-        updates: all updates, whose shapes are evidence.
+        updates: all updates; their shapes are evidence.
         targets: the targets in the denoiser.
-        origin: the known facts about the naming.
+        origin: the known facts about the names.
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # The file says which part of the pipeline these modules are in, and it is no ControlNet.
+        # The file names the part of the pipeline with these modules, and the part is not a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
@@ -207,15 +208,15 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: _sized(family, extents))
     fitting = likely(fitting, paths, inputs, origin)
     if origin.of_format:
-        # Bare names of FLUX.2's double blocks are FLUX's in that format, but the shapes are not.
+        # Check the shapes, too: bare names of FLUX.2's double blocks are FLUX's in that format, but the shapes differ.
         fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
-        # The caller or the writer of the file named them: other evidence only chooses among the named families.
+        # The caller or the file's writer named these families, so other evidence only chooses among them.
         fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     told = any(said(family, origin.metadata) for family in denoisers)
-    # The rest of the evidence tells models apart, and a ControlNet is as its model.
+    # The remaining evidence distinguishes models; a ControlNet looks like its model, so it is not narrowed.
     nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
@@ -226,9 +227,9 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
 def _narrowed_on(
     fitting: list[ImageFamily], paths: Collection[str], parts: Mapping[str, str], origin: Origin
 ) -> list[ImageFamily]:
-    """Narrow families by the file's naming, words of metadata and the text encoders."""
+    """Narrow families by the file's naming, words in metadata and the text encoders."""
     if origin.naming and not origin.bare:
-        # Files with diffusers' names are read in ComfyUI's format, too; other names of some families are not known.
+        # Keep families known only by diffusers' names: files with these names are read in ComfyUI's format, too.
         fitting = narrowed(
             fitting,
             lambda family: (
@@ -240,13 +241,13 @@ def _narrowed_on(
 
 
 def module_of(path: str) -> str:
-    """Return the module of a path; whole norms of FLUX are named by their parameter, `scale`."""
+    """Return the module of a path; replaced norms of FLUX are named after their parameter, `scale`."""
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
-    """Return text encoder, by diffusers' name -> its kind, for the targets that are inside one."""
+    """Map each text encoder, by diffusers' name, to its kind, for targets inside a text encoder."""
     found = {}
     for target in updates:
         root, rest = rooted(target.path)
@@ -263,7 +264,7 @@ def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
 
 
 def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
-    """Check that the family which a file's metadata name can be that of the base.
+    """Check that the family named in a file's metadata is possible for the base.
 
     Half of a Qwen-Image adapter's names are also FLUX's, and their weights have the same shapes.
 
@@ -273,7 +274,7 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
         metadata: the file's metadata.
 
     Raises:
-        UsageError: the metadata name another family, which has all of these names, too.
+        UsageError: the metadata names another family, which has all of these names, too.
     """
     known = [family for family in families() if all(path in family for path in paths)]
     told = [family for family in known if said(family, metadata)]
@@ -282,29 +283,29 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
     held = families_in(base)
     there = [family for family in families() if family.name in held]
     meanings = {_outcome(family, paths, "native") for family in there}
-    # FLUX and Chroma call the same modules by the same names, so adapters of one are used with the other.
+    # FLUX and Chroma have the same names for the same modules, so accept an adapter of one for the other.
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
-        why = f"its metadata say that it is of {told[0].title}, and the base is of {there[0].title}"
+        why = f"its metadata names {told[0].title}, but the base is {there[0].title}"
         name = there[0].name
         cure = f"Name the base that it was trained on, or convert the file with --family {name} (family={name!r}) first"
         raise UsageError(why, where=paths[0], cure=cure)
 
 
 def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
-    """Keep the families that fit; all if none fits, because the evidence is then about another kind of model."""
+    """Keep the families that fit; keep all if none fits, because the evidence is then about another kind of model."""
     return [family for family in families if fits(family)] or families
 
 
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Leave out the unlikely families that nothing but their names speaks for, if another family is left.
+    """Remove unlikely families that only their names speak for, unless no other family is left.
 
     Args:
         fitting: the families that have all names.
         paths: the names, without the part of the pipeline.
-        inputs: the sizes of the adapted weights' inputs.
-        origin: the known facts about the naming; metadata and base families count.
+        inputs: the input sizes of the adapted weights.
+        origin: the known facts about the names; its metadata and the base's families count as evidence.
     """
     sizes = set(inputs)
 
@@ -316,28 +317,30 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Most adapters of U-Nets of Stable Diffusion have blocks on both sides, and fit other U-Nets as well.
+            # Require missing blocks: most adapters of Stable Diffusion's U-Nets have all first blocks and fit other
+            # U-Nets as well.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
         both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
         if not both <= _numbers(paths).keys():
-            # One kind of blocks alone was chosen: FLUX has as many single blocks as Bria FIBO.
+            # The adapter has only one kind of blocks, which proves nothing: FLUX and Bria FIBO have as many single
+            # blocks.
             return False
-        # All blocks from the first one on, but not as many as a rival has: the default of a trainer for another model.
-        # Chosen blocks are no evidence: FLUX's number 7 is the last one of Bria's.
+        # Accept all blocks from the first one on, if there are not as many as a rival has: a trainer's default for
+        # another model. Selected blocks are no evidence: FLUX's block number 7 is the last one of Bria's.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
 
 
 def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
-    """Whether modules without a part of a pipeline before their names can be those of a ControlNet.
+    """Whether modules whose names do not state a part of the pipeline may belong to a ControlNet.
 
     Args:
         paths: the names.
-        inputs: the sizes of the adapted weights' inputs.
+        inputs: the input sizes of the adapted weights.
         metadata: the file's metadata, which may name a family.
     """
     fitting = [family for family in families() if all(path in family for path in paths)]
@@ -347,23 +350,23 @@ def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata:
 
 
 def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names have several blocks in a row, from the first ones on, and none that the family lacks."""
+    """Whether names have several consecutive blocks from the first on, and no block that the family lacks."""
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # The first block of a U-Net of Stable Diffusion XL has no attention.
+    # Allow the second block as the first one, because the first block of SDXL's U-Net has no attention.
     rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
     return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
 
 
 def in_a_row(paths: Iterable[str]) -> bool:
-    """Whether there are numbers of blocks, without a gap from 0 on."""
+    """Whether names have block numbers, consecutive from 0 on."""
     numbers = _numbers(paths).values()
     return bool(numbers) and all(len(found) == max(found) + 1 for found in numbers)
 
 
 def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
-    """Return the first word of names -> the numbers of blocks behind it."""
+    """Map the first word of names to the block numbers that follow it."""
     found: dict[str, set[int]] = {}
     for path in paths:
         first, _, rest = path.partition(".")
@@ -381,7 +384,7 @@ def _naming(naming: str) -> str:
 def _unknown(paths: Iterable[str], naming: str) -> str:
     best = max(families(), key=lambda family: sum(path in family for path in paths))
     odd = next(path for path in paths if path not in best)
-    return f"{odd} is a module of no family that can be translated into {_naming(naming)}"
+    return f"no family that can be translated to {_naming(naming)} has the module {odd}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,9 +393,9 @@ class _Extent:
 
     Attributes:
         path: the module, without the part of the pipeline.
-        outputs: size of the weight's outputs, if the update tells it.
-        inputs: size of the weight's inputs, if the update tells it.
-        whole: whether it is the whole weight, and not some rows of it.
+        outputs: the number of the weight's outputs, if the update shows it.
+        inputs: the number of the weight's inputs, if the update shows it.
+        whole: whether the update changes the whole weight, not only some rows.
     """
 
     path: str
@@ -412,7 +415,7 @@ def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
 
 
 def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
-    """Whether the family has that many blocks and weights of these shapes."""
+    """Whether the family has enough blocks, and weights of these shapes."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
@@ -422,7 +425,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether metadata of a file name the family, and no longer word names another."""
+    """Whether a file's metadata names the family, and no longer word in it names another family."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -439,15 +442,15 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the last of the blocks that all published models have is there, and none after it."""
+    """Whether names include the last block that all published models have, and no block after it."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
-    """Whether the published models have weights of these sizes, as far as the family's file says that."""
-    # Blocks are alike: hundreds of modules have a few sizes.
+    """Whether the published models have weights of these sizes, as far as the family's file states sizes."""
+    # Test each size once: hundreds of modules in equal blocks have only a few sizes.
     for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
         if inputs in family.facts.no_inputs:
             return False

@@ -1,4 +1,4 @@
-"""The base class of the formats of image models: grammar of keys, rules of scalings, names of modules."""
+"""Define the base class of image-model formats: grammar of keys, rules for scalings, names of modules."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 ALPHAS = {
     "alpha_missing_or_zero": Departure(
-        "an alpha that is missing or 0 stands for the rank, so that the factor is 1",
-        "alpha / r: without an alpha the file is refused, and an alpha of 0 is the factor 0",
+        "an alpha that is missing or 0 means the rank, so that the scaling is 1",
+        "alpha / r: a file without an alpha is refused, and an alpha of 0 is a scaling of 0",
     )
 }
-"""The rule of the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
+"""The rule in the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as its trainer's forward computes it at a convolution that does not pad with zeros.
+    """Return the update as its trainer's forward computes it on a convolution that does not pad with zeros.
 
     Raises:
-        Unsupported: no method here computes that function.
+        Unsupported: no method computes that function.
     """
     if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
         return update
@@ -53,23 +53,23 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
 
 PADDING = {
     "convolution_padding": Departure(
-        "at a convolution whose padding_mode is not zeros, which only a live layer tells: the change reads zeros "
+        "on a convolution whose padding_mode is not zeros, which only a live layer shows: the change reads zeros "
         "around the input; methods other than LoRA are refused there",
-        "the change of the weight, with the padding of the layer, as it is merged",
+        "the change of the weight, with the layer's padding, as tools merge it",
         zero_padded,
     )
 }
-"""Trainers run a convolution of their own beside the base's forward; it copies only the layer's amount of padding."""
+"""Trainers add a separate convolution to the base's forward, and copy only the amount of the layer's padding."""
 
 
 class ImageFormat(Format, ABC):
-    """A format with one file of tensors; a subclass defines its keys and the names of its modules.
+    """A format with one tensor file; a subclass defines its keys and the names of its modules.
 
     Class attributes:
-        rules: its rules for scalings, and its slots.
-        naming: `native` or `diffusers` if its files use one naming; empty if they use any.
-        bundles: whether its files can have embeddings of tokens beside the LoRAs.
-        rows: whether its files can adapt some rows of a fused weight.
+        rules: the rules for scalings, and the slots.
+        naming: `native` or `diffusers` if all files use this naming; empty if files may use any.
+        bundles: whether files can store token embeddings together with LoRAs.
+        rows: whether files can adapt only some rows of a fused weight.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
@@ -83,24 +83,24 @@ class ImageFormat(Format, ABC):
     def name(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
-    # A subclass defines these methods.
+    # Subclasses define these methods.
 
     @abstractmethod
     def parse(self, key: str) -> ImageKey | None:
-        """Split a key into module name and slot; None if it is another format's."""
+        """Split a key into a module name and a slot; None if the key belongs to another format."""
 
     @abstractmethod
     def spell(self, stem: str, slot: str) -> str:
-        """Return the key of a slot, spelled as the writer spells it."""
+        """Return the key of a module's slot, as the writer spells it."""
 
     @abstractmethod
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        """Return stem -> target."""
+        """Return the target of each module, by the module's name in keys."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        """Return the name of a target in keys; None if it has none."""
+        """Return a target's module name in keys; None if the format cannot name it."""
         return target.path if target.rows is None else None
 
     def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
@@ -108,7 +108,7 @@ class ImageFormat(Format, ABC):
         return found
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Move updates into the naming of its files; return them and those that cannot move. Kept targets stay."""
+        """Move updates to the naming of this format's files, except `kept` targets; return the others as losses."""
         from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
 
@@ -117,33 +117,33 @@ class ImageFormat(Format, ABC):
         if not self.naming:
             return dict(updates), []
         if own := FAMILIES.get(self.name()):
-            # All files of this format are of these families, so other families are not meant.
+            # Ignore other families: files of this format belong only to these.
             origin = replace(origin, families=own)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
-        """Rewrite updates, without changing the function, into forms that only this format has."""
+        """Rewrite updates, without changing their function, into forms that only this format has."""
         return updates
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
-        """Say why its files cannot express an update at a target; empty if they can."""
+        """Return the reason why this format's files cannot express an update at a target; empty if they can."""
         from .encode import why_not
 
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """Return the metadata to write, and whether they state the scalings, so that alphas are left out."""
+        """Return the metadata to write, and whether it states the scalings, so that alphas are omitted."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
-        """Return the file to use if the path is a folder."""
+        """Return the file to read or write if the path is a folder; otherwise the path."""
         return path
 
     def rules_in(self, file: Path, hints: ImageHints) -> Rules:
-        """Return the rules for writing a file of this name."""
+        """Return the rules for writing a file with this name."""
         return self.rules
 
-    # These methods are the same for all subclasses.
+    # These methods are the same for all formats.
 
     def read(
         self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None
@@ -172,31 +172,31 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the part of a file in which all LoRAs have a bias, or none."""
+        """Return the part of the file that a module belongs to; in each part all LoRAs have a bias, or none has."""
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
-        """Return stem -> the tensors of one module.
+        """Group the tensors by module name.
 
         Raises:
-            Malformed: a key is another format's, or is there twice.
-            Unsupported: a key is of an embedding that belongs in another file.
+            Malformed: a key belongs to another format, or occurs twice.
+            Unsupported: a token embedding belongs in another file.
         """
         grouped: dict[str, dict[str, ImageKey]] = {}
         for text in tensors:
             key = self.parse(text)
             if key is None and text.startswith(PREFIX):
-                why = f"an embedding of a token, which {self.name()} has no place for in a file of LoRAs"
-                raise Unsupported(why, where=text, cure="Take the keys bundle_emb.* out into a file of their own")
+                why = f"{self.name()} cannot store a token embedding in a LoRA file"
+                raise Unsupported(why, where=text, cure="Move the keys bundle_emb.* to a separate file")
             if key is None:
-                cure = f"Take it out, or convert the file that it comes from; {self.name()} has no such keys"
-                raise Malformed("a key of no known slot", where=text, cure=cure)
+                cure = f"Remove it, or convert the file that it comes from; {self.name()} has no such keys"
+                raise Malformed("the key ends in no known slot", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
-                raise Malformed(f"the same as {slots[key.slot].text}", where=text, cure=AGAIN)
+                raise Malformed(f"this key means the same as {slots[key.slot].text}", where=text, cure=AGAIN)
             slots[key.slot] = key
         if not grouped:
-            raise Malformed("no tensors", cure=AGAIN)
+            raise Malformed("the file has no tensors", cure=AGAIN)
         return {
             stem: ImageModule(
                 stem, {s: tensors[k.text] for s, k in slots.items()}, {s: k.text for s, k in slots.items()}
@@ -206,14 +206,14 @@ class ImageFormat(Format, ABC):
 
 
 def folder_file(path: Path, names: Iterable[str]) -> Path:
-    """Return the file of one of these names in a folder; the path itself if it is not a folder.
+    """Return the first of these files that a folder has; the path itself if it is not a folder.
 
     Raises:
-        UsageError: the folder holds none.
+        UsageError: the folder has none of these files.
     """
     if not path.is_dir():
         return path
     found = next((path / name for name in names if (path / name).exists()), None)
     if found is None:
-        raise UsageError(f"no {' or '.join(names)} in this folder", path=path, cure="Name the file itself")
+        raise UsageError(f"this folder has no {' or '.join(names)}", path=path, cure="Name the file itself")
     return found

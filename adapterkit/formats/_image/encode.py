@@ -1,4 +1,4 @@
-"""Encode updates as slots, rewrite those that a format cannot express, and say why others have no slots."""
+"""Encode updates as slots, rewrite those that a format cannot express, and explain why others cannot be encoded."""
 
 from __future__ import annotations
 
@@ -28,49 +28,52 @@ _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
     BOFTOutputs: "rescale", WeightNorm: "dora", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
-"""Method -> a slot that a format must have to express it."""
+"""A map from each method to a slot that a format must have to express the method."""
 
 
 LARGEST = 1e290
-"""Keeps a scaling times a rank below 1e300, the largest number that readers accept."""
+"""The largest scaling; times a rank it stays below 1e300, the largest number that readers accept."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
-    """Say why a format cannot express an update; empty if it can."""
+    """Return the reason why a format cannot express an update; empty if it can."""
     slot = _SLOTS.get(type(update))
     if slot is None or slot not in rules.slots:
-        return f"{update.method} is not among its methods"
+        return f"the format does not have the method {update.method}"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
-        return "lora with a bias"
+        return "the format has no slot for the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST:
-        return "a scaling that no alpha holds"
+        return "its scaling is too large for an alpha"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
-        return "a scaling of 0, which it takes for the rank"
+        return "its scaling is 0, and the format's tools read an alpha of 0 as the rank"
     if isinstance(update, LoKr) and update.stacked:
-        return "lokr of a stack of matrices, as PEFT trains it on Conv1d"
+        return "the format cannot express a lokr on a stack of matrices, as PEFT trains it on Conv1d"
     if isinstance(update, (OFT, BOFTOutputs, IA3Weights)) and why_not_there(update, rules):
         return why_not_there(update, rules)
     if isinstance(update, OFT):
         return _why_not_oft(update, rules)
     if isinstance(update, WeightNorm):
         if rules.peft:
-            return "magnitudes that are not DoRA's"
-        return "" if update.eps == EPSILON else f"norms without an epsilon of {EPSILON}"
+            return "its magnitudes are not DoRA's"
+        return "" if update.eps == EPSILON else f"its norms do not have an epsilon of {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} {NO_SLOT_FOR_SCALING}"
     return ""
 
 
-NO_SLOT_FOR_SCALING = "with a scaling, for which it has no slot"
+NO_SLOT_FOR_SCALING = "has a scaling, for which the format has no slot"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Say why a file cannot express an update's effect on the bias: its header has one setting for all modules."""
+    """Return the reason why a file cannot express an update's effect on the bias; empty if it can.
+
+    The file's header has one setting for all modules.
+    """
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
         return ""
-    said = "beside ss_network_args with" if rules.trained.bypass else "without ss_network_args that have"
-    return f"{update.method} {'on' if update.on_output else 'beside'} the bias, {said} bypass_mode"
+    said = "but ss_network_args has" if rules.trained.bypass else "but ss_network_args does not have"
+    return f"{update.method} {'changes' if update.on_output else 'does not change'} the bias, {said} bypass_mode"
 
 
 def _rank_for_zero(rules: Rules) -> bool:
@@ -79,14 +82,16 @@ def _rank_for_zero(rules: Rules) -> bool:
 
 def _why_not_oft(update: OFT, rules: Rules) -> str:
     if update.square is None or update.side != "out" or update.terms or update.coft:
-        return "oft other than Cayley transforms of whole blocks on outputs"
+        return "the format can express only an oft with Cayley transforms of complete blocks of outputs"
     if update.rescale is not None and "rescale" not in rules.slots:
-        return "oft with a factor on outputs"
-    return "oft without a constraint" if not rules.oft_zero and update.constraint == 0 else ""
+        return "the format cannot express an oft with a factor on outputs"
+    return (
+        "the format cannot express an oft without a constraint" if not rules.oft_zero and update.constraint == 0 else ""
+    )
 
 
 def folded(update: Update, rules: Rules) -> Update:
-    """Return the same update with its scaling folded into a factor, in the factor's dtype; unchanged if it has none."""
+    """Fold an update's scaling into a factor, in the factor's dtype; the update is unchanged if it has no scaling."""
     field = _unscaled(update, rules)
     scaling = update.attributes.get("scaling", 1.0)
     if not field or scaling == 1:
@@ -96,7 +101,7 @@ def folded(update: Update, rules: Rules) -> Update:
 
 
 def _unscaled(update: Update, rules: Rules) -> str:
-    """Return the field that absorbs a scaling that has no slot; empty if there is a slot."""
+    """Return the field to fold a scaling into if the format has no slot for scalings; empty if it has one."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and rules.peft:
@@ -108,12 +113,12 @@ def _unscaled(update: Update, rules: Rules) -> str:
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
-    """Return the slots of an update that `why_not` accepts, its alpha last.
+    """Return the slots of an update that `why_not` accepts; its alpha is last.
 
     Args:
         update: the update.
         rules: the format's rules.
-        kernel: how many axes the weight's kernel has, for methods whose own tensors do not tell.
+        kernel: the number of kernel axes of the weight, for methods whose tensors do not show it.
     """
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, (LoRA, DoRA)):
@@ -124,7 +129,9 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
         return _lokr(update, leaves, rules)
     if isinstance(update, OFT | BOFTOutputs):
         if "pairs" in leaves:
-            return [StoredTensor("oft_R", leaves["pairs"], "pairs")]  # OneTrainer's, which is read only.
+            return [
+                StoredTensor("oft_R", leaves["pairs"], "pairs")
+            ]  # OneTrainer's slot, which is only read, not written.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (
@@ -206,7 +213,7 @@ def _turned(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """Leave out changes of zero that the format cannot express, and return a line for each.
+    """Omit zero changes that the format cannot express, and return a line for each.
 
     LoRAs extracted from Wan have such a `diff` for every norm.
     """
@@ -222,7 +229,7 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
 
 
 def _is_zero(update: Update) -> bool:
-    """Whether a dense change is known to be zero; one that is not computed yet is not known."""
+    """Whether a dense change is known to be zero; False for a change that is not computed yet."""
     try:
         return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
     except NotComputed:
@@ -230,7 +237,7 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings if that is needed and allowed, and return a line for each."""
+    """Fold scalings where this is needed and allowed, and return a line for each."""
     if on_loss not in ("fold", "promote"):
         return updates, []
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Represent one module of a file: its tensors by slot, the format's rules, and the updates they make."""
+"""Represent one module of a file: its tensors by slot, the format's rules, and the updates of the module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGAIN = "Write the file again with the tool that made it"
 
 @dataclass(frozen=True, slots=True)
 class ImageKey:
-    """A parsed key: the module's name as the format spells it, and the slot."""
+    """A parsed key: its text, the module's name as the format spells it, and the slot."""
 
     text: str
     stem: str
@@ -29,12 +29,12 @@ class ImageKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageModule:
-    """The tensors of one module of a file.
+    """The tensors of one module in a file.
 
     Attributes:
-        stem: its name in the keys.
-        tensors: slot -> tensor.
-        keys: slot -> key.
+        stem: the module's name in the keys.
+        tensors: the tensors by slot.
+        keys: the keys by slot.
     """
 
     stem: str
@@ -43,29 +43,33 @@ class ImageModule:
 
     @property
     def where(self) -> str:
-        """Return a key that stands for all, for errors."""
+        """Return one key of the module, to name the module in errors."""
         return next(iter(self.keys.values()))
 
     def need(self, *slots: str) -> list[Lazy]:
-        """Return the tensors of slots that belong together.
+        """Return the tensors of slots that are only valid together.
 
         Raises:
-            Malformed: one is missing.
+            Malformed: a slot is missing.
         """
         missing = next((slot for slot in slots if slot not in self.tensors), None)
         if missing is not None:
-            raise Malformed(f"its partner is not in the file: {missing}", where=self.where, cure=AGAIN)
+            raise Malformed(f"the file lacks its partner: {missing}", where=self.where, cure=AGAIN)
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:
-        """Return the one number that a slot holds.
+        """Return the number that a slot stores.
 
         Raises:
-            Malformed: it holds none, or more than one.
+            Malformed: the slot does not have exactly one finite number.
         """
         leaf = self.tensors[slot]
         if leaf.nbytes != leaf.dtype.itemsize:
-            raise Malformed(f"{list(leaf.shape)} is not one number", where=self.keys[slot], cure=AGAIN)
+            raise Malformed(
+                f"the tensor has shape {list(leaf.shape)}, but one number is expected",
+                where=self.keys[slot],
+                cure=AGAIN,
+            )
         value = value_of(leaf)
         if not -1e300 < value < 1e300:
             raise Malformed(f"{value} is not a finite number", where=self.keys[slot], cure=AGAIN)
@@ -77,13 +81,15 @@ class Rules:
     """A format's rules for scalings.
 
     Attributes:
-        alpha_needed: its trainers write an alpha for every module; a missing or zero alpha means the rank.
-        by_formula: as in the paper's formula, a missing alpha is an error and an alpha of 0 is a factor of 0; otherwise
-            both mean the rank, as in the forward of its tools.
-        oft_zero: meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
-        norms: changes of vectors use the slots of norms.
-        peft: DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] of a convolution; else [out, 1, ...].
-        slots: the slots that it has; a slot counts if it begins with one of these words.
+        alpha_needed: whether the format's trainers write an alpha for every module; a missing or zero alpha means the
+            rank.
+        by_formula: whether to follow the paper's formula, in which a missing alpha is an error and an alpha of 0 is a
+            scaling of 0. If false, both mean the rank, as in the tools' forward.
+        oft_zero: the meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
+        norms: whether changes of vectors use the slots of norms.
+        peft: whether DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] on a convolution, instead of
+            [out, 1, ...].
+        slots: the format's slots, or prefixes of slots.
         trained: the options of LyCORIS in the file's header.
     """
 
@@ -97,33 +103,39 @@ class Rules:
 
 
 def rules_at(rules: Rules, stem: str) -> Rules:
-    """Return the rules at one module, by its name in the keys."""
+    """Return the rules for one module, given its name in the keys."""
     there = rules.trained.at(stem)
     return rules if there is rules.trained else replace(rules, trained=there)
 
 
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
-    """Return the rules of a format in the selected reading, for a file with these metadata."""
+    """Return a format's rules for a file with this metadata, by the selected `compat`."""
     by_formula = compat == FORMULA
     return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageUpdate:
-    """An update made from slots: field -> slot; and slots that are only kept."""
+    """An update made from a module's slots.
+
+    Attributes:
+        update: the update.
+        fields: a map from each field of the update to its slot.
+        kept: slots that are only kept, not used.
+        derived: a map from each slot that is only kept to the field computed from it.
+        idle: slots that are only kept because they have no effect.
+    """
 
     update: Update
     fields: Mapping[str, str]
     kept: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
-    """Slot that is only kept -> the field computed from it."""
     idle: tuple[str, ...] = ()
-    """Slots that are only kept, because they have no effect."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write: its slot, and the field it holds; an alpha holds none."""
+    """A tensor to write: its slot, and the update's field that it stores; empty for an alpha."""
 
     slot: str
     leaf: Leaf
@@ -131,6 +143,6 @@ class StoredTensor:
 
 
 def inputs_of(modules: Iterable[ImageModule]) -> set[int]:
-    """Return the sizes of the inputs of the modules that have LoRA's A."""
+    """Return the input sizes of the modules that have LoRA's A."""
     downs = (module.tensors["down"].shape for module in modules if "down" in module.tensors)
     return {shape[1] for shape in downs if len(shape) > 1}

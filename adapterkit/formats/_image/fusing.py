@@ -1,6 +1,6 @@
 """Split updates of fused weights into updates of their parts, and join updates of parts.
 
-Values are computed only if scalings differ: rows are copied, and rows that no update changes are zero.
+Values are computed only if scalings differ; otherwise rows are copied. Rows without an update are zero.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return the update of each span of rows; None if its formula cannot be cut along outputs.
+    """Return the update of each span of rows; None if the update's formula cannot be split along outputs.
 
-    A LoRA that was joined from one for each span comes apart again; otherwise all share A.
+    A LoRA that was joined from one LoRA for each span is split into these again; other LoRAs share A in all spans.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -47,7 +47,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return the blocks of each span; None if a block crosses a span's end, or if all blocks share a constraint."""
+    """Return the blocks of each span; None if a block crosses a span's end, or if the blocks share a constraint."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -60,7 +60,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return rows of w1 for each span that ends with all rows of w2; None if a span ends between them."""
+    """Return w1's rows for each span; None if a span ends within the rows that one row of w1 covers."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -84,7 +84,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the ranks that only one span of rows uses, if B is block-diagonal and no block is zero; else nothing."""
+    """Return the range of ranks of each span if B is block-diagonal without zero blocks; otherwise an empty list."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -97,7 +97,7 @@ def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int,
 
 
 def outputs_of(update: Update) -> int | None:
-    """Return the outputs of the weight that an update is for; None if its tensors do not tell."""
+    """Return the number of outputs of an update's weight; None if the update's tensors do not show it."""
     dims = update.dims()
     if isinstance(update, OFT) and update.side == "out" and update.square is not None:
         return int(dims["n"]) * int(dims["b"])  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def outputs_of(update: Update) -> int | None:
 
 
 def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
-    """Return positions `start` to `stop` of an axis."""
+    """Return the slice `start:stop` of an axis."""
     tensor = as_lazy(leaf)
     shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
     return tensor.map(lambda array: array[(*[slice(None)] * axis, slice(start, stop))], shape)
@@ -113,31 +113,34 @@ def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedPart:
-    """An update of a run of rows of a fused weight."""
+    """An update of consecutive rows of a fused weight."""
 
     run: Run
     update: Update
 
     @property
     def unit(self) -> int:
-        """Return the rows of one part of the fused weight."""
+        """Return the number of rows of one part of the fused weight; 0 if the parts are unequal."""
         out = outputs_of(self.update) or 0
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
 def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, str]:
-    """Join updates into one update of the fused weight, or say why that is not possible.
+    """Join updates of row blocks into one update of the fused weight, or return the reason why they cannot be joined.
 
     Args:
-        parts: the updates, one for each piece.
-        fold: allow folding different scalings into B, with rounding.
+        parts: the updates, one for each row block.
+        fold: whether different scalings may be folded into B, with rounding.
     """
     unit, of = parts[0].unit, parts[0].run.of
     if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
         whole = _stacked([part.update for part in parts])
-        return whole, "" if whole is not None else f"{parts[0].update.method} that differs on parts of a fused weight"
+        return (
+            whole,
+            "" if whole is not None else f"{parts[0].update.method} differs between the parts of a fused weight",
+        )
     if not unit or any(part.unit != unit for part in parts):
-        return None, "its parts are of sizes that do not make up the fused weight"
+        return None, "the sizes of its parts do not add up to the fused weight"
     parts = sorted(parts, key=lambda part: part.run.start)
     rows = [(part.run.start * unit, part.run.stop * unit) for part in parts]
     updates: list[Any] = [part.update for part in parts]
@@ -146,25 +149,25 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
     shared = _shared(updates)
     if all(isinstance(update, DoRA) for update in updates):
         if not shared or sum(part.run.parts for part in parts) != of:
-            return None, "dora on parts of a fused weight that do not share A, or not on all of them"
+            return None, "dora does not have the same A on all parts of a fused weight"
         lengths = place([(row, None, u.magnitude) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), magnitude=lengths), ""
     if shared and all(isinstance(update, LoRA) and update.bias is not None for update in updates):
         if sum(part.run.parts for part in parts) != of:
-            return None, "lora with a bias on some parts of a fused weight"
+            return None, "lora has a bias on only some parts of a fused weight"
         bias = place([(row, None, u.bias) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), bias=bias), ""
     if not all(isinstance(update, LoRA) and update.bias is None for update in updates):
         if sum(part.run.parts for part in parts) == of and (whole := _stacked(updates)) is not None:
             return whole, ""
-        return None, f"{updates[0].method} on parts of a fused weight, which are not those of one update of it"
+        return None, f"{updates[0].method} on parts of a fused weight cannot be joined into one update of that weight"
     if shared:
         return updates[0].replace(B=_under(updates, rows, unit * of)), ""
     return _block_diagonal(updates, rows, unit * of, fold)
 
 
 def _stacked(updates: Sequence[Any]) -> Update | None:
-    """Make one update of all rows from updates that share every tensor without rows; None if they do not."""
+    """Stack the rows of updates that share all other tensors into one update; None if they do not share them."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -172,7 +175,7 @@ def _stacked(updates: Sequence[Any]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # Formulas on inputs alone act on every row in the same way.
+        # Updates of inputs only act on every row in the same way, so equal ones need no stacking.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -189,7 +192,7 @@ def _stacked(updates: Sequence[Any]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Return field -> the axis of the outputs, for updates that consist of independent rows."""
+    """Map each field with rows to the axis of its outputs, for updates that consist of independent rows."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":
@@ -208,7 +211,7 @@ def _alike(updates: Sequence[Any], names: Iterable[str]) -> bool:
 
 
 def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
-    """Stack the rows of every B."""
+    """Stack the rows of all B."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
@@ -230,9 +233,10 @@ def _block_diagonal(
     for update in updates:
         ratio = update.scaling / scaling if scaling else 0.0
         if not fold and not _power_of_two(ratio):
-            return None, "parts of a fused weight with scalings that differ"
+            return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts that share A share its rank: one fused LoRA of queries, keys and values, beside an MLP with its own.
+    # Parts with the same A share its ranks: queries, keys and values of one fused LoRA may stand next to an MLP with
+    # another A.
     ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -249,7 +253,7 @@ def _power_of_two(ratio: float) -> bool:
 
 
 def _shared(updates: Sequence[Any]) -> bool:
-    """Whether all have the same A and the same scaling."""
+    """Whether all updates have the same A and the same scaling."""
     first, *others = updates
     if not all(isinstance(u, (LoRA, DoRA)) and u.scaling == first.scaling for u in updates):
         return False
@@ -262,7 +266,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Place tensors at rows and columns of a zero tensor; in their dtype, or float32 if the dtypes differ."""
+    """Copy tensors to rows and columns of a zero tensor, in their dtype, or in float32 if the dtypes differ."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]

@@ -1,4 +1,4 @@
-"""Record the facts of a file that an adapter has no fields for, so that the writer can write the same file again."""
+"""Record facts of a file for which an adapter has no fields, so that the writer can write the same file again."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers.
+    """The leftovers of a file.
 
     Attributes:
-        metadata: keys and values of the header, in their order.
-        stems: target -> name of the module in the file's keys.
-        keys: key that the writer would choose -> key in the file.
-        shapes: key -> shape in the file, if the writer would choose another with as many elements.
-        without_alpha: modules that had no alpha.
-        derived: key of a tensor that is only kept -> fingerprint of the field that was computed from it.
-        idle: key of a tensor that is only kept because it has no effect -> its target.
-        compat: the reading that the caller selected.
+        metadata: the keys and values of the header, in their order.
+        stems: a map from each target to its module's name in the file's keys.
+        keys: a map from the key that the writer would choose to the key in the file.
+        shapes: the shapes of tensors by key, if the writer would choose another shape with as many elements.
+        without_alpha: the modules that had no alpha.
+        derived: a map from the key of a tensor that is only kept to the fingerprint of the field computed from it.
+        idle: a map from the key of a tensor that is only kept because it has no effect to its target.
+        compat: the `compat` that the caller selected.
     """
 
     metadata: list[tuple[str, str]] = []
@@ -48,27 +48,27 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter, format: str) -> ImageHints:  # noqa: A002 - the public contract's word
-    """Return the leftovers of an adapter that was read from this format; empty ones for any other.
+    """Return the leftovers of an adapter that was read from this format; empty leftovers for any other adapter.
 
     Raises:
-        Malformed: they are damaged.
+        Malformed: the leftovers are damaged.
     """
     return leftovers(adapter, format, ImageHints)
 
 
 def fingerprint(leaf: Leaf) -> str:
-    """Return the sha256 of a tensor's type, shape and bytes."""
+    """Return the sha256 of a tensor's dtype, shape and bytes."""
     tensor = as_lazy(leaf)
     head = f"{tensor.dtype.name} {list(tensor.shape)}\n"
     return hashlib.sha256(head.encode() + bytes(tensor.fetch())).hexdigest()
 
 
 Spell = Callable[[str, str], str]
-"""Module's name and slot -> key."""
+"""A function from a module's name and a slot to a key."""
 
 
 class ImageLeftovers:
-    """Collects the facts of a file that the writer could not know."""
+    """Collects the facts of a file that its writer could not know otherwise."""
 
     def __init__(self) -> None:
         self.stems: dict[str, str] = {}
@@ -119,11 +119,11 @@ class ImageLeftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether a kept alpha still states the scaling of the update."""
+    """Whether the alpha of the source file still states the scaling of the update."""
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
     value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # A scaling that contains sqrt(r) does not give the alpha back to the last bit.
+    # Allow rounding: alpha computed back from a scaling with sqrt(r) may differ in the last bits.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

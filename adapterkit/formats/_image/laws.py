@@ -1,6 +1,6 @@
-"""Decode slots to updates: the code that kohya, LyCORIS, ComfyUI and diffusers have in common.
+"""Decode slots to updates, with the formulas that kohya, LyCORIS, ComfyUI and diffusers share.
 
-Facts about the slots are in spec/formats/lycoris.toml. Shapes are taken from the tensors, never from metadata.
+The slots are described in spec/formats/lycoris.toml. Shapes are read from the tensors, never from metadata.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ OTHERS = {"alpha"}
 
 
 def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
-    """Return the updates that the slots of a module make up, in order of application.
+    """Return the updates that a module's slots encode, in order of application.
 
     Raises:
-        Malformed: a slot lacks its partner, or the module has methods that exclude each other.
+        Malformed: a slot lacks its partner, or the module has methods that cannot be combined.
         ShapeMismatch: the shapes are not those of the method.
         Unsupported: this version does not have the method.
     """
     laws, rules = _laws(tuple(module.tensors)), rules_at(rules, module.stem)
     if not laws:
-        raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
+        raise Malformed("the module has only an alpha", where=module.where, cure=AGAIN)
     found = [law(module, rules) for law in laws]
     if "dora" in module.tensors and isinstance(found[-1].update, (LoHa, LoKr, LoRA)):
         if rules.trained.bypass:
@@ -55,7 +55,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
-            "a tensor that has no place beside the others of its module", where=module.keys[left], cure=AGAIN
+            "this tensor cannot stand together with the module's other tensors", where=module.keys[left], cure=AGAIN
         )
     return found
 
@@ -66,22 +66,22 @@ def _laws(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], ImageUp
 
 
 def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
-    """Return alpha / rank; 1 if the alpha is missing or 0, unless the formula is selected.
+    """Return alpha / rank; without `by_formula`, a missing or zero alpha yields 1.
 
     Raises:
-        Malformed: with the formula, the alpha is missing in a format that always has one; or the alpha is 0, and the
-            format's tools do not read that as the rank.
+        Malformed: with `by_formula`, the alpha is missing in a format that always has one. Or the alpha is 0, and the
+            format's tools do not read a zero alpha as the rank.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
-            raise Malformed("it has no alpha", where=module.where, cure=_WITHOUT_ALPHA)
+            raise Malformed("the module has no alpha", where=module.where, cure=_WITHOUT_ALPHA)
         return 1.0
     alpha = module.number("alpha")
     if alpha == 0 and not (rules.alpha_needed or rules.by_formula):
-        why = "its alpha is 0, so the adapter would do nothing"
+        why = "the alpha is 0, so the adapter would have no effect"
         raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     if rank < 1:
-        raise ShapeMismatch("a rank of 0", where=module.where, cure=AGAIN)
+        raise ShapeMismatch("the rank is 0", where=module.where, cure=AGAIN)
     return alpha / rank if alpha or rules.by_formula else 1.0
 
 
@@ -100,31 +100,36 @@ def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
     if _is_dora(module) and not rules.trained.bypass:
         if "bias" in module.tensors:
-            raise Unsupported("DoRA with a bias of its own", where=module.keys["bias"], cure="Merge it with its tool")
+            raise Unsupported(
+                "DoRA cannot have a bias", where=module.keys["bias"], cure="Merge the adapter with its tool"
+            )
         leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
         return ImageUpdate(DoRA(**leaves), fields, tuple(derived), derived)
     return ImageUpdate(LoRA(**leaves), fields, tuple(derived), derived)
 
 
 def drawn(rank: int, unit: int) -> int:
-    """Return how many times alpha / r a LoRA counts.
+    """Return the factor by which the trained options multiply a LoRA's alpha / r.
 
-    LyCORIS's DyLoRA divides alpha by the number of blocks that it draws; FLUX's parts divide it by one part's rank.
+    LyCORIS's DyLoRA divides alpha by the number of blocks that it trains at a time. FLUX's parts divide alpha by the
+    rank of one part.
     """
     return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Multiply down by mid: the kernel that a Tucker form is equal to, in float32."""
+    """Multiply down by mid, in float32: the result is the kernel that the Tucker decomposition represents."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
     if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
-        why = f"{list(mid.shape)} and {list(down.shape)} are not a core and a factor of one rank"
+        why = f"the shapes {list(mid.shape)} and {list(down.shape)} are not those of a core and a factor with one rank"
         raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
-        raise Unsupported(f"a kernel of {list(shape)} behind its core", where=module.keys["mid"], cure=AGAIN)
+        raise Unsupported(
+            f"the kernel that its core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
+        )
 
     def fetch() -> bytes:
         import numpy as np
@@ -138,16 +143,16 @@ def _through(module: ImageModule) -> Lazy:
 
 
 LARGEST = 1 << 31
-"""Largest number of elements of a kernel that is computed from a core."""
+"""The largest number of elements of a kernel that is computed from a core."""
 
 
 def _is_dora(module: ImageModule) -> bool:
-    """Whether a LoRA has one magnitude an output, which is DoRA; one an input is a normalisation after it."""
+    """Whether a LoRA has one magnitude for each output, which makes it DoRA; magnitudes of inputs are a later norm."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
 def _per_output(module: ImageModule, out: int) -> bool:
-    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] as in PEFT's convolutions."""
+    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] as on PEFT's convolutions."""
     shape = module.tensors["dora"].shape
     if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
         return all(n == 1 for n in shape[2:])
@@ -159,16 +164,16 @@ def _magnitude(module: ImageModule) -> Lazy:
 
 
 def _normed(module: ImageModule, update: Any) -> ImageUpdate:
-    """Decode magnitudes after a LoHa, a LoKr or a LoRA: [out, 1, ...], or with wd_on_output=False [1, in, 1, ...]."""
+    """Decode the magnitudes of a LoHa, LoKr or LoRA: [out, 1, ...], or [1, in, 1, ...] with wd_on_output=False."""
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
-        why = f"magnitudes {list(shape)}, which are one for each output or input"
-        raise Unsupported(why.replace("which are", "which are not"), where=module.keys["dora"], cure=AGAIN)
+        why = f"the magnitudes {list(shape)} are not one for each output or input"
+        raise Unsupported(why, where=module.keys["dora"], cure=AGAIN)
     inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
     width = dims.get("in" if inputs else "out")
     if width not in (None, sizes[0] if sizes else 1):
-        why = f"magnitudes {list(shape)} of a module with {width} {'inputs' if inputs else 'outputs'}"
+        why = f"the magnitudes are {list(shape)}, but the module has {width} {'inputs' if inputs else 'outputs'}"
         raise ShapeMismatch(why, where=module.keys["dora"], cure=AGAIN)
     leaves: dict[str, Any] = {"into" if inputs else "out": _magnitude(module)}
     return ImageUpdate(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
@@ -177,15 +182,15 @@ def _normed(module: ImageModule, update: Any) -> ImageUpdate:
 def _check_bypassed(module: ImageModule, update: Update) -> None:
     if isinstance(update, LoRA) and len(update.A.shape) > 2:
         why = (
-            "DoRA of a convolution, trained with bypass_mode: LyCORIS leaves its magnitude out of account, but not at "
-            "convolutions in groups, and the file does not tell which they are"
+            "the module is DoRA on a convolution, trained with bypass_mode: LyCORIS ignores its magnitude, except on "
+            "grouped convolutions, and the file does not show which convolutions are grouped"
         )
-        cure = 'Read it with its magnitude: compat="formula", or --compat formula'
+        cure = 'Read it with its magnitude: --compat formula (compat="formula")'
         raise Unsupported(why, where=module.keys["dora"], cure=cure)
 
 
 EPSILON = 2.0**-23
-"""LyCORIS adds this, float32's epsilon, to a norm that it divides by."""
+"""float32's epsilon, which LyCORIS adds to a norm before dividing by it."""
 
 
 def _loha(module: ImageModule, rules: Rules) -> ImageUpdate:
@@ -214,9 +219,9 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # LyCORIS ignores the alpha of two whole factors, and writes any value.
+    # Ignore the alpha of two full factors, as LyCORIS does: it writes any value.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora the scaling of two whole factors is sqrt(r), and the saved alpha is r * sqrt(r).
+    # With rs_lora, compute sqrt(r) from alpha: the scaling of two full factors is sqrt(r), the saved alpha r * sqrt(r).
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -227,7 +232,9 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
     if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
-        raise ShapeMismatch(f"{list(blocks.shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+        raise ShapeMismatch(
+            f"the shape {list(blocks.shape)} is not that of square blocks", where=module.keys["oft_blocks"], cure=AGAIN
+        )
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
     if "rescale" in module.tensors:
@@ -240,17 +247,19 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT, which is PEFT's: blocks of inputs turn by the first five terms of a series.
+    """Read OneTrainer's OFT, which is like PEFT's: it rotates blocks of inputs by the first five terms of a series.
 
-    OneTrainer turns the weight of a convolution the other way round, and the file does not say what a layer is.
+    On convolutions OneTrainer uses the inverse rotation, and the file does not show which layers are convolutions.
     """
     _no_dora(module)
     (pairs,) = module.need("oft_R")
     if _CONVOLUTION.search(module.stem):
-        why = "OneTrainer's OFT of a convolution, which it turns the other way round"
-        raise Unsupported(why, where=module.keys["oft_R"], cure="Merge it with OneTrainer, and extract a LoRA")
+        why = "this is OneTrainer's OFT on a convolution, where it uses the inverse rotation"
+        raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
-        raise ShapeMismatch(f"{list(pairs.shape)} are not rows of pairs", where=module.keys["oft_R"], cure=AGAIN)
+        raise ShapeMismatch(
+            f"the shape {list(pairs.shape)} is not that of rows of pairs", where=module.keys["oft_R"], cure=AGAIN
+        )
     five: dict[str, Any] = {"terms": 5}
     if "oft_scaled" not in module.tensors:
         return ImageUpdate(OFT(pairs=cast("Any", pairs), **five), {"pairs": "oft_R"})
@@ -262,15 +271,15 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
 _CONVOLUTION = re.compile(
     r"conv|(?:down|up)samplers|proj_in$|proj_out$|patch|pos_embed|in_layers|out_layers|(?:^|_)op$"
 )
-"""Names of modules that are convolutions in some model."""
+"""A pattern for names of modules that are convolutions in some models."""
 
 
 def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
-        raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=AGAIN)
+        raise Malformed("the module has no alpha, which stores the constraint", where=module.where, cure=AGAIN)
     alpha = module.number("alpha")
     if alpha < 0 or (alpha == 0 and not rules.oft_zero):
-        why = f"a constraint of {alpha}, under which nothing turns"
+        why = f"the constraint is {alpha}, which allows no rotation"
         raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     return alpha
 
@@ -280,12 +289,14 @@ def _glora(module: ImageModule, rules: Rules) -> ImageUpdate:
     slots = ("a1", "a2", "b1", "b2")
     tensors = module.need(*slots)
     if "bm" in module.tensors:
-        raise Unsupported("GLoRA with a Tucker core", where=module.keys["bm"], cure="Merge it with LyCORIS")
+        raise Unsupported(
+            "GLoRA cannot have a Tucker core", where=module.keys["bm"], cure="Merge the adapter with LyCORIS"
+        )
     leaves: dict[str, Any] = dict(zip(("A1", "A2", "B1", "B2"), tensors, strict=True))
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    # Other modules save an alpha multiplied by sqrt(r); GLoRA saves the one that the user gave.
+    # Multiply by sqrt(r) here: other modules save an alpha multiplied by sqrt(r), GLoRA saves the user's alpha.
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return ImageUpdate(update, dict(zip(leaves, slots, strict=True)))
@@ -296,7 +307,7 @@ def _ia3(module: ImageModule, rules: Rules) -> ImageUpdate:
     module.need("weight", "on_input")
     on_input = module.number("on_input")
     if on_input not in (0, 1):
-        raise Malformed(f"{on_input} is neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
+        raise Malformed(f"on_input is {on_input}, neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
     field = "w_in" if on_input else "w"
     leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
     return ImageUpdate(
@@ -319,13 +330,15 @@ def _set(module: ImageModule, _: Rules) -> ImageUpdate:
 
 def _t_lora(module: ImageModule, _: Rules) -> ImageUpdate:
     slot = next(slot for slot in module.tensors if slot.startswith(T_LORA))
-    why = "T-LoRA changes a weight by the difference from its first factors, which the file does not hold"
-    raise Unsupported(why, where=module.keys[slot], cure="Merge it where it was trained, and extract a LoRA")
+    why = "T-LoRA changes a weight by the difference from its initial factors, which the file does not have"
+    raise Unsupported(
+        why, where=module.keys[slot], cure="Merge the adapter with the tool that trained it, and extract a LoRA"
+    )
 
 
 def _reshape(module: ImageModule, _: Rules) -> ImageUpdate:
     why = "it enlarges the weight that it adapts, so no base has that weight"
-    raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
+    raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge the adapter with ComfyUI")
 
 
 _NORM = {"D": "w_norm", "d": "b_norm"}
@@ -344,13 +357,13 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]]
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""Prefixes of the slots of each method -> its reader, in order of application."""
+"""A map from the prefixes of each method's slots to the method's decoder, in order of application."""
 
 
 def _no_dora(module: ImageModule) -> None:
     if "dora" in module.tensors:
-        why = "a magnitude on another method than LoRA"
-        raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS, and extract a LoRA")
+        why = "the module has a magnitude, which this method cannot have"
+        raise Unsupported(why, where=module.keys["dora"], cure="Merge the adapter with LyCORIS, and extract a LoRA")
 
 
 def _checked(update: LoKr, module: ImageModule) -> None:
@@ -361,22 +374,24 @@ def _checked(update: LoKr, module: ImageModule) -> None:
 
 
 def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
-    """Return a tensor without the axes of size 1 after its first."""
+    """Return a tensor without its axes of size 1 after the first `axes` axes."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
-        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", where=module.keys[slot], cure=AGAIN)
+        raise ShapeMismatch(
+            f"the shape {list(leaf.shape)} is not that of a factor", where=module.keys[slot], cure=AGAIN
+        )
     return leaf.reshape(*leaf.shape[:axes])
 
 
 def _turned(leaf: Lazy) -> Lazy:
     if len(leaf.shape) != 2:
-        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", cure=AGAIN)
+        raise ShapeMismatch(f"the shape {list(leaf.shape)} is not that of a factor", cure=AGAIN)
     return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
 
 
 def number(value: float) -> Lazy:
-    """Return one number as a tensor: float32 if that is exact, else float64."""
+    """Return a number as a tensor: float32 if that is exact, otherwise float64."""
     return number_of(float(value).hex())
 
 
-_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): its tools take the rank instead'
+_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): its tools then use the rank as alpha'

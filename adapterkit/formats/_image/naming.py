@@ -1,4 +1,4 @@
-"""Rename targets of image models to one naming, so that adapters of several tools can be compared and combined."""
+"""Translate targets of image models to one naming, so that adapters from several tools can be compared and combined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Prefix targets with the name of their part of a pipeline, as diffusers has it: `transformer.x_embedder`."""
+    """Prefix targets with diffusers' name for their part of the pipeline, such as `transformer.x_embedder`."""
     found: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -32,18 +32,18 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(
     updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
 ) -> dict[Target, tuple[Update, ...]]:
-    """Return targets in diffusers' naming, with the name of their part as prefix; updates of fused weights are split.
+    """Return targets in diffusers' naming, prefixed with their part of the pipeline; split updates of fused weights.
 
     Args:
         updates: the updates.
-        families: their possible families, if more than their own names tells that.
+        families: the possible families of the updates, if more is known than their names show.
         fuse: see `in_naming`.
     """
     return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' name of a module of the native naming, or of its parts; none if it is not such a module."""
+    """Return diffusers' names for a native module, or for its parts; an empty list for other modules."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -52,10 +52,10 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Put targets of several adapters into one naming; unchanged if their denoisers already have the same naming.
+    """Translate targets of several adapters to one naming; unchanged if their denoisers already have the same naming.
 
     Raises:
-        UsageError: they are of different families of image models.
+        UsageError: the adapters belong to different families of image models.
     """
     paths = [[target.path for target in denoiser_targets(updates, ())] for updates in adapters]
     every = [path for each in paths for path in each]
@@ -72,24 +72,22 @@ def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
 
 
 def _check_families(adapters: Sequence[Sequence[str]]) -> None:
-    """Check that one family has all names that are known.
+    """Check that one family has all known names.
 
     Raises:
-        UsageError: no family has them; the error names the families.
+        UsageError: no family has all names; the error names the families of the adapters.
     """
     known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
     for place, others in known[1:]:
         first = known[0][1]
         if not _alike(first, others):
             names = [_titles(each) or "an unknown family" for each in (first, others)]
-            why = f"the adapters are of different models: {names[0]}, and {names[1]}"
-            raise UsageError(
-                why, where=place, cure="Name adapters of one base; none of these changes what the others do"
-            )
+            why = f"the adapters are for different models: {names[0]}, and {names[1]}"
+            raise UsageError(why, where=place, cure="Give adapters for one base; these change no weights in common")
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether one family has all names of both; a generic family counts only if no other has all names of one."""
+    """Whether one family has all names of both adapters; generic families count only if no other family fits one."""
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]
@@ -97,7 +95,7 @@ def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
 
 
 def specific(families: Collection[str]) -> frozenset[str]:
-    """Return the families without the generic ones."""
+    """Return the families except the generic ones."""
     return frozenset(name for name in families if not _family(name).facts.generic)
 
 

@@ -1,4 +1,4 @@
-"""Rename targets to the names of a given base: its prefix, and its naming."""
+"""Translate targets to the names of a given base: to its prefix and its naming."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DENOISERS = ("unet", "transformer")
 
 
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """Return the updates at the modules of a base, in the base's naming.
+    """Translate the targets of updates to modules of a base, in the base's naming.
 
     Raises:
-        TargetNotFound: a target has no place in it; the error names the nearest.
+        TargetNotFound: the base does not have a target; the error names the nearest module.
     """
     known = set(modules_of(base))
     found: dict[Target, tuple[Update, ...]] = {}
@@ -41,16 +41,16 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
         if there and all(t.path in known for t in there):
             return {**{t: u for t, u in found.items() if t.path in known}, **there}
     cure = nearest(lost.path, known) or "Is this the base that the adapter was trained on?"
-    raise TargetNotFound("the base has no such module", where=str(lost), cure=cure)
+    raise TargetNotFound("the base does not have this module", where=str(lost), cure=cure)
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Return the target with the base's prefix; unchanged if that is not in the base."""
+    """Return the target with the base's prefix; unchanged if the base does not have such a module."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
-    # ComfyUI's `diffusion_model.` may be a U-Net or a transformer; the base decides.
+    # Try both parts, because ComfyUI's `diffusion_model.` may be a U-Net or a transformer.
     alike = {component, "denoiser", *(_DENOISERS if component in _DENOISERS else ())}
     same = [word for word, part in ROOTS.items() if part in alike]
     tries = [rest, *(f"{word}.{rest}" for word in same)]
@@ -59,7 +59,7 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
 
 
 def kernel_of(target: Target, base: Checkpoint | None) -> int:
-    """Return how many axes the kernel of a target's weight has in a base; 0 if that is not known."""
+    """Return the number of kernel axes of a target's weight in a base; 0 if unknown."""
     if base is None:
         return 0
     known = (base.tensors.get(f"{path}.weight") for path in (target.path, rooted(target.path)[1]))

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def decoded(
     dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
 ) -> Adapter:
-    """Return the adapter that a file's tensors and metadata make up.
+    """Return the adapter that a file's tensors and metadata describe.
 
     Raises:
-        Malformed: a key is another format's, or two keys mean the same.
+        Malformed: a key belongs to another format, or two keys mean the same.
     """
     tensors, metadata = _with_alphas(dialect, at_once(tensors), metadata)
     tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
@@ -67,7 +67,7 @@ def decoded(
 
 
 def _unwrapped(target: Target) -> Target:
-    """Return a target without the words that torch.compile, FSDP and activation checkpointing insert into paths."""
+    """Return a target without the words that torch.compile, FSDP and activation checkpointing add to paths."""
     words = target.path.split(".")
     if WRAPPERS.isdisjoint(words):
         return target
@@ -75,7 +75,7 @@ def _unwrapped(target: Target) -> Target:
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
-    """Add the family that the caller named to the metadata.
+    """Add the family given by the caller to the metadata.
 
     Raises:
         UsageError: no family has this name.
@@ -90,20 +90,20 @@ def of_family(metadata: Metadata, family: str | None) -> Metadata:
 
 
 def check_family(adapter: Adapter, family: str) -> None:
-    """Check that every module of a U-Net or a transformer belongs to the family that the caller named.
+    """Check that the family given by the caller has every module of the U-Net or the transformer.
 
     Raises:
-        UsageError: a module does not; the error names it.
+        UsageError: the family lacks a module; the error names the module.
     """
     own = next(each for each in families() if each.name == family)
     for target in denoiser_targets(adapter.updates, ()):
         if rooted(target.path)[1] not in own:
-            why = f"{own.title} has no such module"
-            raise UsageError(why, where=str(target), cure="Name another family, or leave --family (family=) out")
+            why = f"{own.title} does not have this module"
+            raise UsageError(why, where=str(target), cure="Name another family, or omit --family (family=)")
 
 
 def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
-    """Check shapes of tensors at once, because `Leftovers` compares them with what would be written."""
+    """Check the tensors' shapes now, because `ImageLeftovers` compares them with what the writer would write."""
     for each in found:
         try:
             each.update.dims()
@@ -115,11 +115,11 @@ def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
 def _check_apart(targets: Mapping[str, Target]) -> None:
     """Check that the file does not change both a fused weight and its parts.
 
-    Some trainers of Z-Image write the fused queries, keys and values beside the parts. diffusers then ignores the fused
-    one, and other tools add both.
+    Some trainers of Z-Image write both the fused queries, keys and values and their parts. diffusers then ignores the
+    fused ones, and other tools add both.
 
     Raises:
-        Malformed: a module is in the file twice.
+        Malformed: the file changes a module twice.
     """
     inside = {stem: rooted(t.path)[1] for stem, t in targets.items() if t.path.startswith("transformer.")}
     names = list(dict.fromkeys(inside.values()))
@@ -131,35 +131,35 @@ def _check_apart(targets: Mapping[str, Target]) -> None:
         family = fitting[0]
         for piece in family.moves(rest, family.naming_of([rest]), "diffusers"):
             if seen.setdefault(piece.path, stem) != stem:
-                why = f"it changes {piece.path}, as does {seen[piece.path]}"
-                raise Malformed(why, where=stem, cure="Take one of the two out of the file: they say the same twice")
+                why = f"this key and {seen[piece.path]} both change {piece.path}"
+                raise Malformed(why, where=stem, cure="Remove one of the two keys from the file")
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:
     seen: dict[Target, str] = {}
     for stem, target in targets.items():
         if target in seen:
-            why = f"it is the module {target}, as is {seen[target]}"
-            raise Malformed(why, where=stem, cure="Take one of the two out of the file")
+            why = f"this key and {seen[target]} both mean the module {target}"
+            raise Malformed(why, where=stem, cure="Remove one of the two from the file")
         seen[target] = stem
 
 
-# Some families' trainers write one alpha for all modules into the header.
+# Some families' trainers write one alpha for all modules into the header; the functions below apply it.
 
 ALPHA = "alpha"
-"""The header's key; a slot has the same name."""
+"""The header's key for alpha; the slot has the same name."""
 
 CONFIG = "lora_adapter_metadata"
-"""diffusers' config in the header; it states every scaling itself."""
+"""The header's key for diffusers' config, which states every scaling."""
 
 
 def _with_alphas(
     dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata
 ) -> tuple[dict[str, Lazy], Metadata]:
-    """Return the tensors with the header's alpha at each LoRA, and the metadata without it.
+    """Return the tensors with the header's alpha added to each LoRA, and the metadata without this alpha.
 
-    Most loaders ignore such an alpha; only a family whose `header_alpha` is true uses it. Alphas among the tensors, or
-    a config, take precedence over the header's alpha.
+    Most loaders ignore such an alpha, so it counts only for families whose `header_alpha` is true. Alphas among the
+    tensors, or a config, take precedence over the header's alpha.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
     parsed = [key for key in map(dialect.parse, tensors) if key is not None] if value else []
@@ -180,7 +180,7 @@ def _has_header_alpha(names: Collection[str]) -> bool:
 
 
 def _finite(text: str) -> float:
-    """Parse the number in a text; 0 if there is none."""
+    """Return the number in a text; 0 if the text is not a number."""
     try:
         value = float(text)
     except ValueError:

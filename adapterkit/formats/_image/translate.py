@@ -1,4 +1,4 @@
-"""Translate targets from one naming to another: rename modules, split fused weights, join their parts."""
+"""Translate targets from one naming to another: rename modules, split fused weights, join parts of fused weights."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def in_naming(
     updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
     fuse: bool = True, rows: bool = False,
 ) -> tuple[Changed, Losses]:  # fmt: skip
-    """Move updates at modules of a U-Net or a transformer to the modules of another naming.
+    """Translate updates of a U-Net's or transformer's modules to another naming.
 
     Args:
         updates: the updates.
-        naming: the naming to translate to; `kohya` stands for the family's naming that sd-scripts flattens.
-        kept: targets, as text, that stay as they are.
-        origin: the known facts about the naming of the targets.
-        fold: allow folding different scalings of parts into B.
-        fuse: move a LoKr of a fused weight to the module that diffusers fuses for it, instead of cutting it.
-        rows: keep updates of some rows of a fused weight; otherwise they become updates of all its rows.
+        naming: the naming to translate to; `kohya` means the family's naming that sd-scripts flattens.
+        kept: the targets, as text, that stay unchanged.
+        origin: the known facts about the targets' naming.
+        fold: whether different scalings of parts may be folded into B.
+        fuse: whether to move a LoKr of a fused weight to the module that diffusers fuses for it, or to split it.
+        rows: whether to keep updates of some rows of a fused weight; otherwise they become updates of all its rows.
 
     Returns:
-        the updates, and those that cannot be moved, with the reason; the latter stay where they were.
+        the updates, and (target, reason) for each update that cannot be translated; such updates keep their targets.
     """
-    # A norm's scale is the weight of a module in all namings except BFL's.
+    # Name a norm's scale by its module: in all namings except BFL's, the scale is the weight of a module.
     updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
@@ -52,7 +52,7 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # Names that both namings have are read in the requested one, unless the file said which it uses.
+        # Read names that both namings have in the requested naming, unless the file showed which naming it uses.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
         if target not in targets:
@@ -60,7 +60,7 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
             into.add(target, found, source)
         else:
-            # XLabs adapts the first three sevenths of linear1: its update is the parts, and zeros for the others.
+            # XLabs adapts the first three sevenths of linear1: split its update into parts, and add zeros for the rest.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -70,7 +70,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """Return the module of a norm's scale: BFL's norms hold a `scale`, those of diffusers a `weight`."""
+    """Return the module of a norm's scale, because BFL's norms have a `scale` and diffusers' have a `weight`."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target
@@ -78,7 +78,7 @@ def _module(target: Target, kept: Collection[str]) -> Target:
 
 @dataclass
 class _Member:
-    """A part of a fused weight of the requested naming: its source, its rows there, and its update."""
+    """An update for some rows of a fused weight in the requested naming, with its source target."""
 
     origin: Target
     run: Run
@@ -106,12 +106,12 @@ class _Into:
         self.keep(target, found)
 
     def add(self, target: Target, found: tuple[Update, ...], source: str) -> None:
-        """Move one target's updates, or collect them for the fused weight that they are a part of.
+        """Move one target's updates, or collect them for the fused weight to which they belong.
 
         Args:
             target: the target to move.
             found: the updates.
-            source: the naming of all targets; empty if they have several.
+            source: the naming of all targets; empty if the targets have several namings.
         """
         root, rest = rooted(target.path)
         if self.family.component == CONTROLNET and self.naming == "diffusers" and not root:
@@ -127,25 +127,27 @@ class _Into:
             words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
                 self.naming, f"the {self.naming}"
             )
-            return self.lose(target, found, f"{self.family.title}: {words} name of this module is not known")
+            return self.lose(target, found, f"{words} name of this module of {self.family.title} is unknown")
         first = pieces[0]
         if len(pieces) == 1 and first.here.whole and first.there.whole:
             return self.keep(replace(target, path=root + first.path), found)
         if _is_order(pieces):
             turned = [reordered(update, pieces) for update in found]
             if None in turned or target.rows is not None:
-                return self.lose(target, found, "its parts have another order there, and they cannot be told apart")
+                return self.lose(
+                    target, found, "its parts have another order there, and the update cannot be split into them"
+                )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
         return self._part(target, found, pieces, root, source)
 
     def _root(self, root: str) -> str:
-        """Return the part of the pipeline by diffusers' name, if that naming is requested."""
+        """Return diffusers' name for the part of the pipeline, if diffusers' naming is requested."""
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
-        """Return the module that diffusers fuses for a LoKr: diffusers loads Kronecker factors only as trained."""
+        """Return the module that diffusers fuses for a LoKr, because diffusers loads LoKr only in the trained form."""
         if (
             not self.fuse
             or self.naming != "diffusers"
@@ -173,14 +175,16 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # An update of inputs alone acts on every row in the same way.
+                # Give the same update to every part, because an update of inputs acts on all rows in the same way.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
             inside = [(span, piece) for span, piece in zip(spans, pieces, strict=True) if span is not None]
             cut = parted(update, [span for span, _ in inside]) if inside else None
             if cut is None:
-                return self.lose(target, found, f"{update.method} on a fused weight, which cannot be parted")
+                return self.lose(
+                    target, found, f"{update.method} on a fused weight cannot be split into the weight's parts"
+                )
             parts += [(piece, part) for (_, piece), part in zip(inside, cut, strict=True)]
         self.origins[target] = found
         for piece, update in parts:
@@ -204,9 +208,9 @@ class _Into:
     def _joined(self, path: str, members: list[_Member]) -> tuple[Update | None, str]:
         parts = [FusedPart(member.run, member.update) for member in members]
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
-            return None, "several updates on parts of a fused weight"
+            return None, "a part of a fused weight has several updates"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # A rotation of some rows does not reach the others; kohya stores each part's blocks separately.
+            # Keep each part's rotation separate: it does not affect other rows, and kohya stores each part's blocks.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
@@ -215,7 +219,7 @@ class _Into:
 
 
 def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
-    """Return outputs / inputs of the weight that updates are for; None if their shapes do not tell."""
+    """Return outputs / inputs of the weight that updates adapt; None if their shapes do not show it."""
     for update in found:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
@@ -225,20 +229,20 @@ def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether two namings have the same module with its parts in another order."""
+    """Whether two namings have the same module, but with its parts in another order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether rows are exactly those of a run, whatever the width of the fused weight."""
+    """Whether rows are exactly those of a run, for any width of the fused weight."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
 
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
-    """Return the rows of each piece as the update counts them; None for pieces that it does not reach."""
+    """Return the rows of each piece, counted from the update's first row; None for pieces outside the update."""
     dims = update.dims()
     out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
@@ -252,7 +256,7 @@ def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tu
 
 
 def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
-    """Return an update with the weight's equal parts in another order; None if its formula cannot be cut."""
+    """Return an update with the weight's equal parts in another order; None if its formula cannot be split."""
     out, of = outputs_of(update), pieces[0].here.of
     if out is None or out % of:
         return None

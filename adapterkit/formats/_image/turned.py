@@ -1,7 +1,7 @@
-"""Read kohya's OFT of FLUX: each part of a fused weight rotates alone, with its own blocks, `oft_blocks.0` and so on.
+"""Read kohya's OFT for FLUX: each part of a fused weight is rotated separately; its blocks are `oft_blocks.0` etc.
 
-Queries, keys and values are the first three parts; linear1 has the MLP as a fourth. Other weights have one part. All
-modules of a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
+Queries, keys and values are the first three parts; in linear1 the MLP is the fourth. Other weights have one part. All
+modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from .file import AGAIN, ImageModule
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}
-"""Last word of a fused weight's path -> how many parts it has."""
+"""A map from the last word of a fused weight's path to the number of its parts."""
 
 
 def parts(module: ImageModule) -> list[ImageModule]:
-    """Return a module for each part, named with `.` and the part's number; any other module unchanged.
+    """Split a module into one for each part, named with `.` and the part's number; other modules stay unchanged.
 
     Raises:
-        Malformed: a part is missing, or there are blocks without a number beside them.
+        Malformed: a part is missing, or the module has both numbered and unnumbered blocks.
     """
     numbered = {int(found[1]): slot for slot in module.tensors if (found := PART.fullmatch(slot))}
     if not numbered:
         return [module]
     lost = next((number for number in range(len(numbered)) if number not in numbered), None)
     if lost is not None or "oft_blocks" in module.tensors:
-        why = "blocks without a number beside it" if lost is None else f"its partner is not in the file: {lost}"
+        why = "it has blocks without a number, too" if lost is None else f"the file lacks its part {lost}"
         raise Malformed(why, where=module.where, cure=AGAIN)
     return [_part(module, number, numbered[number]) for number in range(len(numbered))]
 
@@ -43,10 +43,10 @@ def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
 
 
 def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
-    """Return name of a part -> its rows, if a weight has more than one part.
+    """Return the rows of each part by the part's name, for weights with more than one part.
 
     Raises:
-        ShapeMismatch: its blocks are not square blocks.
+        ShapeMismatch: a part does not have square blocks.
     """
     found: dict[str, tuple[int, int]] = {}
     for stem, module in modules.items():
@@ -55,14 +55,16 @@ def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
             continue
         shape = module.tensors["oft_blocks"].shape
         if len(shape) != 3:
-            raise ShapeMismatch(f"{list(shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+            raise ShapeMismatch(
+                f"the shape {list(shape)} is not that of square blocks", where=module.keys["oft_blocks"], cure=AGAIN
+            )
         start = 0 if number == "0" else found[f"{bare}.{int(number) - 1}"][1]
         found[stem] = (start, start + shape[0] * shape[1])
     return found
 
 
 def number_of(target: Target) -> int | None:
-    """Return which part of FLUX's weight a target is; None if it is not one, or is another model's."""
+    """Return the number of the part of FLUX's weight that a target names; None for other targets."""
     if not of_flux(target):
         return None
     count = _PARTS.get(target.path.rpartition(".")[2], 1)
@@ -75,13 +77,13 @@ def number_of(target: Target) -> int | None:
 
 
 def of_flux(target: Target) -> bool:
-    """Whether a target is in FLUX's transformer, by its authors' names."""
+    """Whether a target is in FLUX's transformer, by its native name."""
     rest = rooted(target.path)[1]
     return component_of(target.path) == "transformer" and any(f.name == "flux" for f in families_of(rest, "native"))
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Yield targets whose OFT sd-scripts reads differently: parts missing, other numbers of blocks or constraints."""
+    """Yield targets whose OFT sd-scripts would misread: parts are missing, or block counts or constraints differ."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:
@@ -90,9 +92,15 @@ def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
     for target in turned:
         count = _PARTS.get(target.path.rpartition(".")[2], 1) if of_flux(target) else 0
         if count and held[target.path] != set(range(count)):
-            yield target, f"oft of a fused weight, but for all its {count} parts apart" if count > 1 else "oft of rows"
+            yield (
+                target,
+                f"oft must adapt all {count} parts of a fused weight separately" if count > 1 else "oft of rows",
+            )
         elif said[target] != next(iter(said.values())):
-            yield target, "oft with another number of blocks or another constraint for its size than the others"
+            yield (
+                target,
+                "the number of blocks or the constraint of this oft, relative to its size, differs from the others",
+            )
 
 
 def _said(update: OFT) -> tuple[int, float]:

@@ -1,7 +1,7 @@
-"""Resolve module names with underscores for dots, as kohya and LyCORIS write them after the part of a pipeline.
+"""Resolve module names with underscores for dots, which kohya and LyCORIS write after the part of a pipeline.
 
-Names are resolved against the modules of a base, flattened the same way; without a base, against the tables of
-families. A name that fits no module, or several, is an error.
+Names are resolved against the modules of a base, flattened the same way. Without a base, they are resolved against the
+families' tables. A name that fits no module, or several, is an error.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ _PARTS = {
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
-"""Prefix of a stem -> the parts of a pipeline that it may mean."""
+"""A map from the prefix of a stem to the parts of a pipeline that the prefix may mean."""
 
 _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
-"""Prefixes of stems of the U-Net or the transformer."""
+"""Prefixes of stems in the U-Net or the transformer."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
-"""Prefix that only one family's own trainer writes -> the family."""
+"""A map from prefixes that only one family's trainer writes to that family."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""Word for the model in a file's metadata -> the part that is its T5."""
+"""A map from words for the model in a file's metadata to the part of the pipeline that is its T5."""
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
-    """Return stem -> dotted path.
+    """Return the dotted path of each stem.
 
     Args:
-        modules: stem -> its tensors.
+        modules: the modules by stem.
         metadata: the file's metadata.
-        base: the base whose names decide, if there is one.
+        base: the base against which names are resolved, or None.
 
     Raises:
-        TargetNotFound: a stem fits no module, or several; the error names the nearest.
+        TargetNotFound: a stem fits no module, or several; the error names the nearest module.
     """
     known = list(modules)
     walked = None if base is None else _walked(base)
@@ -87,17 +87,17 @@ def _together(
     rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
     of_base: Collection[str] | None, sizes: Collection[int],
 ) -> dict[str, str]:  # fmt: skip
-    """Return stem -> path for the denoiser's stems, if one family has all of them; empty if none has.
+    """Return the paths of the denoiser's stems if one family has all of these stems; otherwise an empty dict.
 
     Args:
         rest: the stems that are not resolved yet.
-        words: all stems; those of text encoders tell families apart.
+        words: all stems; those of text encoders distinguish families.
         metadata: the file's metadata.
-        of_base: the families of the base, if there is one.
-        sizes: inputs of the adapted weights of the denoiser.
+        of_base: the families of the base, or None.
+        sizes: the input sizes of the denoiser's adapted weights.
 
     Raises:
-        TargetNotFound: several families have them under different names, and nothing decides between them.
+        TargetNotFound: several families have all stems under different names, and nothing shows which is meant.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -120,25 +120,25 @@ def _together(
     fitting = narrowed(fitting, lambda family: said(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
-    # FLUX.2 and HunyuanVideo 1.5 have names of FLUX and of HunyuanVideo, and other widths.
+    # Compare widths, because FLUX.2 and HunyuanVideo 1.5 share names with FLUX and HunyuanVideo, but not widths.
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # With a base, its names are used instead of these, so only their names in diffusers matter.
+    # A base's names replace these names, so with a base only the names in diffusers must agree.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
         if odd is not None:
-            why = f"it can be {first[odd]} of {fitting[0].title}, or {readings[family][odd]} of {family.title}"
+            why = f"the name fits {first[odd]} of {fitting[0].title}, and {readings[family][odd]} of {family.title}"
             raise TargetNotFound(why, where=odd, cure=_DECIDE)
     return first
 
 
-_DECIDE = "Name the family by --family (family=), or give the base by --base (base=): its names decide"
+_DECIDE = "Name the family with --family (family=), or give the base, whose names decide, with --base (base=)"
 
 
 def _kind(flat: str) -> str:
-    """Return `clip`, `t5` or `llm`, the kind of encoder that a flattened name belongs to."""
+    """Return `clip`, `t5` or `llm`, the kind of text encoder to which a flattened name belongs, or an empty string."""
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
 
 
@@ -153,7 +153,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return stem -> path in the one naming of a family that has all stems; empty if no naming has."""
+    """Return the paths of all stems in the one naming of a family that has them; empty if no naming has them."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -166,15 +166,18 @@ def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # The trainer of Wan's Fun models writes lora_unet__blocks_0, an older one of FLUX lora_unet_..._to_q_.
+    # Strip underscores: the trainer of Wan's Fun models writes lora_unet__blocks_0, an old one for FLUX
+    # lora_unet_..._to_q_.
     return found[1], found[2].strip("_")
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
-    """Find the one module of the base that a stem means; empty if there is none."""
+    """Return the only module of the base that a stem fits; empty if there is no such module."""
     here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
     if len(here) > 1:
-        raise TargetNotFound(f"it can be any of {', '.join(here)}", where=stem, cure="Rename it in the file")
+        raise TargetNotFound(
+            f"the name fits several modules: {', '.join(here)}", where=stem, cure="Rename the key in the file"
+        )
     return here[0] if here else ""
 
 
@@ -183,11 +186,11 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
     if len(found) == 1:
         return found[0]
     if found:
-        raise TargetNotFound(f"it can be any of {', '.join(found)}", where=stem, cure=_DECIDE)
+        raise TargetNotFound(f"the name fits several modules: {', '.join(found)}", where=stem, cure=_DECIDE)
     if tag == "lora_te3" and encoders()["t5"].unflattened(flat):
-        why = "nothing in the file tells which text encoder lora_te3 is: FLUX's T5 is its second, SD 3's its third"
+        why = "the file does not show which text encoder lora_te3 is: the second, as FLUX's T5, or the third, as SD 3's"
         raise TargetNotFound(why, where=stem, cure=_DECIDE)
-    raise TargetNotFound("no module of a known model has this name", where=stem, cure=_near(flat, walked))
+    raise TargetNotFound("no known model has a module with this name", where=stem, cure=_near(flat, walked))
 
 
 def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
@@ -199,7 +202,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
-        # LyCORIS also trains language models, whose names are not those of a text encoder.
+        # Skip language models' names for LyCORIS, which trains whole language models under the same names.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
@@ -207,9 +210,9 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _beside(flat: str) -> list[str]:
-    """The modules of another part of a pipeline that `flat` is, where it lies inside the authors' denoiser.
+    """Return the modules of a part of the pipeline that lies inside the denoiser in the authors' naming.
 
-    Anima's adapter of its text encoder lies there.
+    Anima's adapter of its text encoder is such a part.
     """
     for family in families():
         for part in family.facts.modules:
@@ -220,7 +223,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the part that lora_te3 means: FLUX's T5 is its second encoder, SD 3's its third; empty if not known."""
+    """Return the part that lora_te3 means: FLUX's T5 is its second encoder, SD 3's its third; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     told = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -232,12 +235,12 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
 
 
 def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
-    """Whether one of a family's namings has all of these names."""
+    """Whether one naming of a family has all of these names."""
     return any(all(family.unflattened(flat, naming) for flat in flats) for naming in family.namings)
 
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    """Return flattened name of every module of the base, with and without its prefix -> (part, its path)."""
+    """Map each flattened module name of the base, with and without its prefix, to (part, path) pairs."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
         root, rest = rooted(path)
@@ -251,7 +254,7 @@ def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
 
 
 def modules_of(base: Checkpoint) -> list[str]:
-    """List the dotted paths of the modules that a base holds tensors of."""
+    """List the dotted paths of the modules whose tensors a base has."""
     names = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors)
     return [name for name in dict.fromkeys(names) if name]
 
@@ -262,17 +265,17 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Pass base=/--base, whose names are walked"
+    return f"{near}{'. ' if near else ''}Give the base, whose names decide: --base (base=)"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
-    """Return the stem of a path among others of one file; None if it is in no part of an image model.
+    """Return the stem of a target's path; None if the path is not in an image model.
 
     Args:
         path: the target's path.
-        paths: the paths of all targets.
-        tag: the prefix of stems of the denoiser.
-        lycoris: also give stems to modules of other models.
+        paths: the paths of all targets in the file.
+        tag: the prefix of stems in the denoiser.
+        lycoris: whether to return stems for modules of other models, too.
     """
     component, (_, rest) = component_of(path), rooted(path)
     own = prefixes_of(paths)
@@ -289,14 +292,14 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
 
 
 def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
-    """Part of a pipeline -> what its keys begin with, where the family of one of the paths has a prefix of its own."""
+    """Map each part of the pipeline to its prefix in keys, if the family of the paths has unusual prefixes."""
     unusual = [family for family in families() if family.facts.prefixes]
     inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
     return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
-    """Return kohya's name of a text encoder, with a number if there is more than one."""
+    """Return kohya's name for a text encoder, with a number if the model has several."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):

@@ -1,4 +1,4 @@
-"""Write a file of an image format: choose what it can express, and the keys and tensors of each update."""
+"""Write a file of an image format: select the updates that the format can express, and encode them as tensors."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 def encoded(
     dialect: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
-    """Return the tensors and the metadata of a file, and one line for each thing that was left out or rewritten.
+    """Return the tensors and the metadata of a file, and one line for each omission or rewriting.
 
     Raises:
-        Unrepresentable: the format cannot express it, and `on_loss` does not allow a rewriting.
+        Unrepresentable: the format cannot express an update, and `on_loss` does not allow rewriting it.
     """
     hints = hints_of(adapter, dialect.name())
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
@@ -66,7 +66,7 @@ def encoded(
                 ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates have the key {key}"
-                        raise Unrepresentable(why, cure="Write adapterkit's own format")
+                        raise Unrepresentable(why, cure="Write adapterkit's format: --to adapterkit")
                     tensors[key] = leaf
     written = {str(target) for target in updates}
     tensors |= {k: as_lazy(kept[k]) for k, target in hints.idle.items() if k in kept and target in written}
@@ -74,14 +74,14 @@ def encoded(
 
 
 def _family(updates: Updates, origin: Origin) -> Metadata:
-    """Return metadata with the adapter's possible families, for readers of the file."""
+    """Return metadata that states the adapter's possible families, for readers of the file."""
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
 
 
 def _ranks(updates: Updates) -> Metadata:
-    """Return what sd-scripts says of a network's rank and alpha: `Dynamic` where the modules have several."""
+    """Return sd-scripts' metadata for the network's rank and alpha; `Dynamic` if modules differ."""
     each = [update for found in updates.values() for update in found]
     pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
     if not pairs or len(pairs) < len(each):
@@ -103,7 +103,7 @@ def _stored(
     kept: Mapping[str, object],
     said: bool,
 ) -> dict[str, Lazy]:
-    """Return the keys and tensors of one slot; kept tensors are reused if they still mean the same."""
+    """Return the tensors of one slot by key; reuse tensors of the source file if they still mean the same."""
     default = dialect.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
     if stored.field:
@@ -125,7 +125,7 @@ def _stored(
 def _sources(
     dialect: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """Return the tensors from which a field was computed when it was read."""
+    """Return the tensors of the source file from which a field was computed."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (dialect.spell(stem, "down"), dialect.spell(stem, "mid"))]
@@ -146,14 +146,14 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tu
 def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """Return the updates that a file can express, and a line for each thing that was left out or rewritten."""
+    """Return the updates that a file can express, and a line for each omission or rewriting."""
     updates, idle = without_effect(updates, rules)
     updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Parts of a fused weight that cannot be joined as they are can be joined as LoRAs.
+    # Report these places, too: parts of a fused weight that cannot be joined unchanged can be joined as LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -161,28 +161,28 @@ def _expressible(
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
         cure = (
-            "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
+            "Omit them with --on-loss drop (on_loss='drop'), or write adapterkit's format: --to adapterkit"
             if named
             else _keeping(origin)
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
-            cure = f"Let it go into a factor, rounded once, with on_loss='fold'/--on-loss fold. Or: {cure}"
+            cure = f"Fold it into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
         why = f"{dialect.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
     kept = {target: found for target, found in updates.items() if target not in lost}
     if not kept:
-        why = f"nothing of this adapter fits a file of {dialect.name()}"
-        raise Unrepresentable(why, items=items, cure="Write adapterkit's own format")
+        why = f"a file of {dialect.name()} can express none of the adapter's updates"
+        raise Unrepresentable(why, items=items, cure="Write adapterkit's format: --to adapterkit")
     return kept, [*lines, *(f"left out {item}" for item in items)]
 
 
 def _keeping(origin: Origin) -> str:
-    """Return the flags to type if names cannot be translated."""
+    """Return the advice for names that cannot be translated, with the flags to type."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
-        f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
-        "--family (family=), or give the base by --base (base=): its names decide"
+        f"Write a format that keeps these names, --to {keeps}; or name the family when the adapter is read, "
+        "--family (family=), or give the base, whose names decide, with --base (base=)"
     )
 
 
@@ -200,28 +200,28 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
         for update in found:
             why = dialect.why_not(target, update, rules)
             if not why and target.stacked:
-                why = "a stack of experts"
+                why = "its target is a stack of experts"
             if not why and target.layout != "out *in":
-                why = f"{update.method} on a weight stored as {target.layout}"
+                why = f"the format has no {update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
-                why = "rows of a weight" if target.rows else "a module of no part of an image model"
+                why = "it changes only some rows" if target.rows else "its module is not in an image model"
                 if component_of(target.path) == CONTROLNET:
-                    why = "a module of a ControlNet, for which a file of this format has no prefix"
+                    why = "its module is in a ControlNet, for which this format has no prefix"
                 if component_of(target.path) == "transformer_2":
-                    why = "a second transformer, for which a file of this format has no prefix"
+                    why = "its module is in a second transformer, for which this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
-                why = "norms that are not behind a LoRA, a LoHa or a LoKr"
+                why = "its norms do not follow a LoRA, a LoHa or a LoKr"
             before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}
-                why = "several updates of one method on one module" if own & slots else ""
+                why = "a module has several updates with one method" if own & slots else ""
                 slots |= own
             if why:
                 yield target, why
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether two updates share an alpha, because they are parts of one module that are trained apart."""
+    """Whether two tensors are the same alpha, shared by separately trained parts of one module."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

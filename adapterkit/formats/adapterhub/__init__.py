@@ -1,7 +1,8 @@
 """Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-Keys contain the adapter's name, and the base's name in the class that saved it. The method follows from the tensors and
-the sub-dict `config`. One family an `architecture` converts keys to updates and back; see spec/formats/adapterhub.toml.
+Keys contain the adapter's name, and the name of the base inside the class that was saved. The method follows from the
+tensors and the sub-dict `config`. Each `architecture` has a family that converts keys to updates and back; see
+spec/formats/adapterhub.toml.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def _methods() -> frozenset[str]:
 
 
 class AdapterHub(Format):
-    """Folders of the `adapters` library, and of adapter-transformers before it."""
+    """Folders from the `adapters` library, and from its predecessor adapter-transformers."""
 
     url = "https://docs.adapterhub.ml/loading.html"
-    description = "AdapterHub's adapters: adapter_config.json beside pytorch_adapter.bin or adapter.safetensors"
+    description = "AdapterHub's adapters: adapter_config.json with pytorch_adapter.bin or adapter.safetensors"
     models = "language"
     methods = derived(_methods)
     departures: ClassVar[Mapping[str, Departure]] = DEPARTURES

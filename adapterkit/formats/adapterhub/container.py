@@ -1,4 +1,4 @@
-"""Load and save the folder: a config in JSON, one file of tensors, and optional files beside them."""
+"""Load and save the folder: a JSON config, one tensor file, and optional further files."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""Files of folders that contain no single adapter."""
+"""The files of folders that compose several adapters, with a phrase for messages."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys of the configs of PEFT and MLX, whose files have the same name."""
+"""Keys in configs of PEFT and MLX, whose config files have the same name."""
 
 MAX_SNIFF = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """The content of a folder.
+    """The contents of a folder.
 
     Attributes:
-        config: the whole of `adapter_config.json`.
-        tensors: key -> tensor.
-        file: name of the file of tensors.
-        interface: the plugin interface; it names the modules of models that the library does not know itself.
-        head: config of the prediction head that was saved with the adapter, if any.
-        head_tensors: the head's tensors, by key.
-        head_file: name of the head's file of tensors.
+        config: the contents of `adapter_config.json`.
+        tensors: the tensors by key.
+        file: the name of the tensor file.
+        interface: the plugin interface, which names the modules of models that the library does not know.
+        head: the config of the prediction head that was saved with the adapter, or None.
+        head_tensors: the head's tensors by key.
+        head_file: the name of the head's tensor file, or None.
     """
 
     config: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config of AdapterHub's is at or beside `path`, or a composition is."""
+    """Whether AdapterHub's config, or a composition of adapters, is in the folder of `path`."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -78,23 +78,28 @@ def load(path: Path) -> Content:
     """Load the content of a folder.
 
     Args:
-        path: the folder, its config or its file of tensors. In a folder, a safetensors file is preferred to a `.bin`.
+        path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
 
     Raises:
-        StorageError: the config or the file of tensors is missing.
-        Malformed: one of them is damaged, or the config is not AdapterHub's.
-        Unsupported: the folder holds a composition of adapters.
+        StorageError: the config or the tensor file is missing.
+        Malformed: one of the files is damaged, or the config is not AdapterHub's.
+        Unsupported: the folder has a composition of adapters.
     """
     folder = folder_of(path)
     _check_single(folder)
     weights = path if path.is_file() and path.name != CONFIG else _first(folder, (SAFETENSORS, TORCH))
     if weights is None:
-        why, cure = f"neither {SAFETENSORS} nor {TORCH}", "Fetch the file of tensors as well"
+        why, cure = f"the folder has neither {SAFETENSORS} nor {TORCH}", "Fetch the tensor file, too"
         raise StorageError(why, path=folder, cure=cure)
     config = read_json(folder / CONFIG, strict=True)
     if not _is_config(config):
-        why = "not a config of AdapterHub's: no sub-dict `config` without another tool's keys"
-        raise Malformed(why, path=folder / CONFIG, where="config", cure="Name its format, or let it be detected")
+        why = "this is not AdapterHub's config: it has no sub-dict `config`, or has another tool's keys"
+        raise Malformed(
+            why,
+            path=folder / CONFIG,
+            where="config",
+            cure="Name its format with --from (format=), or omit it to detect the format",
+        )
     head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
     return Content(
         config=config,
@@ -108,10 +113,10 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter.
+    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
 
     Raises:
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be created or written.
     """
     make_folder(folder)
     _write(folder / content.file, content.tensors)
@@ -133,10 +138,14 @@ def _check_single(folder: Path) -> None:
         return
     for name, what in COMPOSITIONS.items():
         if (folder / name).exists():
-            why = f"{what}, not one adapter"
-            cure = "Read the sub-folders of its adapters one by one, or load it by ak.torch.compose.load"
+            why = f"this is {what}, not one adapter"
+            cure = "Read the subfolders of its adapters one by one, or load it with ak.torch.compose.load"
             raise Unsupported(why, path=folder / name, cure=cure)
-    raise StorageError(f"no {CONFIG} beside the tensors", path=folder, cure="Fetch it: it says what the tensors are")
+    raise StorageError(
+        f"the folder of the tensors has no {CONFIG}",
+        path=folder,
+        cure="Fetch the config: it states what the tensors are",
+    )
 
 
 def _start(path: Path) -> str | None:

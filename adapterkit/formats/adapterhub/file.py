@@ -1,4 +1,4 @@
-"""Parse a file's keys, give each family its part, and spell the keys for a writer."""
+"""Parse a file's keys, select the keys of each family's config, and spell keys for a writer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""Word in a key -> the word that the library writes since adapter-transformers 2."""
+"""A map from words in keys to the words that the library writes since adapter-transformers 2."""
 
 _KEY = re.compile(
     rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
@@ -46,13 +46,13 @@ _KEY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class AdapterHubKey:
-    """One key of a file of tensors.
+    """One key of a tensor file.
 
     Attributes:
-        text: the key itself.
-        path: the module's path, empty for the model itself.
+        text: the complete key.
+        path: the module's path; empty for the model itself.
         kind: one of the values of `KINDS`.
-        slot: what follows the adapter's name.
+        slot: the rest of the key after the adapter's name.
     """
 
     text: str
@@ -62,10 +62,10 @@ class AdapterHubKey:
 
 
 def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[AdapterHubKey, Lazy]:
-    """Parse the keys, in file order.
+    """Parse the keys, in the file's order.
 
     Raises:
-        Malformed: a key is not one of an adapter of this name.
+        Malformed: a key does not belong to an adapter with this name.
     """
     return {parse_key(text, name): tensor for text, tensor in tensors.items()}
 
@@ -74,33 +74,33 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     """Parse one key.
 
     Raises:
-        Malformed: it is not a key of an adapter of this name.
+        Malformed: the key does not belong to an adapter with this name.
     """
     found = _KEY.fullmatch(text)
     if found is None:
-        why, cure = f"not a key of the adapter {name!r}", "Take the tensor out, or save the adapter again"
+        why, cure = f"this is not a key of the adapter {name!r}", "Remove the tensor, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if found["name"] != name:
-        why = f"of an adapter {found['name']!r}, but the config is of {name!r}"
-        raise Malformed(why, where=text, cure="Save one adapter a folder")
+        why = f"the key belongs to an adapter {found['name']!r}, but the config to {name!r}"
+        raise Malformed(why, where=text, cure="Save each adapter in its own folder")
     return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
-# Targets do not determine all of a key: it also has the adapter's name, and the path of the base in the saved model.
+# Targets do not determine a whole key: it also has the adapter's name, and the path of the base in the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""Beginnings of paths in a bare model."""
+"""First words of paths in a bare model."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterHubNaming:
-    """The names that one file uses.
+    """The names that the keys of one file use.
 
     Attributes:
         name: the adapter's name.
-        model_type: the family of the base, if known.
-        root: the path of the base model inside the saved model, empty for a bare one.
+        model_type: the model type of the base, or None.
+        root: the path of the base model inside the saved model; empty for a bare model.
     """
 
     name: str
@@ -108,7 +108,7 @@ class AdapterHubNaming:
     root: str = ""
 
     def key(self, path: str, kind: str, slot: str) -> str:
-        """Return the key of a slot at a module."""
+        """Return the key of a module's slot."""
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
@@ -117,26 +117,26 @@ class AdapterHubNaming:
 
 
 def root_of(paths: Iterable[str]) -> str:
-    """Return the path of the base model, by the beginnings of the targets' paths."""
+    """Return the path of the base model, from the first words of the targets' paths."""
     first = {path.partition(".")[0] for path in paths if path}
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# Part: the share of a file that belongs to one family's config, and functions that all families use to search it.
+# The part of a file that belongs to one family's config, and functions with which all families search it.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterHubPart:
-    """A file as one of its configs sees it: the whole file, except in a union.
+    """The part of a file that one of its configs describes: the whole file, except in a union.
 
     Attributes:
         settings: the settings of the whole config.
         own: the fields of this config.
-        tensors: parsed key -> tensor, in file order.
-        base: the base, if one was given.
-        compat: the reading that the caller selected, see `Format`.
-        at: the place of this config in the file's: `config`, or `config.configs[1]`.
-        heads: number of heads of a prefix's keys and values, if it is known without the base.
+        tensors: the tensors by parsed key, in the file's order.
+        base: the base, or None.
+        compat: the `compat` that the caller selected, see `Format`.
+        at: the place of this config in the file's config: `config`, or for example `config.configs[1]`.
+        heads: the number of heads of a prefix's keys and values, if known without the base.
     """
 
     settings: Settings
@@ -149,11 +149,11 @@ class AdapterHubPart:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to read the paper's formula if the library's forward departs from it."""
+        """Whether to apply the paper's formula where the library's forward departs from it."""
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
-        """Return module -> slot -> key, for the keys of a kind.
+        """Group the keys of a kind as module -> slot -> key.
 
         Raises:
             Malformed: two keys mean the same.
@@ -164,20 +164,20 @@ class AdapterHubPart:
                 continue
             slots = found.setdefault(key.path, {})
             if key.slot in slots:
-                why = f"says the same as {slots[key.slot].text}"
+                why = f"this key means the same as {slots[key.slot].text}"
                 raise Malformed(why, where=key.text, cure="Save the adapter again with one release of the library")
             slots[key.slot] = key
         return found
 
     def layout(self, path: str) -> str:
-        """Return the layout in which the family of the base stores the weight of a linear layer."""
+        """Return the layout in which the base's family stores the weight of a linear layer."""
         turned = stored_in_out(f".{path}", {"model_type": self.settings.model_type})
         return "in out *k" if turned else "out *in"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterHubUpdate:
-    """One update of a file, and the keys that it was made from."""
+    """One update in a file, and the keys of its tensors."""
 
     target: Target
     update: Update
@@ -186,7 +186,7 @@ class AdapterHubUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptKey:
-    """A key whose tensor does not affect the adapter's function, and is kept to be written back."""
+    """A key whose tensor does not affect the adapter's function and is only kept for writing."""
 
     key: AdapterHubKey
 
@@ -195,7 +195,7 @@ Findings = Iterator[AdapterHubUpdate | KeptKey]
 
 
 def joined(leaves: list[Lazy]) -> Lazy:
-    """Concatenate tensors of one type along the first axis."""
+    """Concatenate tensors of one dtype along the first axis."""
     first = leaves[0]
     if len(leaves) == 1:
         return first
@@ -204,19 +204,19 @@ def joined(leaves: list[Lazy]) -> Lazy:
 
 
 def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
-    """Return positions `start` to `stop` of the first axis; the leaf itself if that is all of it."""
+    """Return the slice `start:stop` of the first axis; the tensor itself if the slice covers it."""
     if (start, stop) == (0, leaf.shape[0]):
         return leaf
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
-    """Make an update of a method from tensors that are not read yet."""
+    """Create an update from a method's name and tensors that are not read yet."""
     return METHODS[method](**leaves, **attributes)
 
 
 def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mapping[str, str]) -> dict[str, Lazy]:
-    """Return field -> tensor, for a table of slot -> field.
+    """Return the tensors by field, for a map from slots to fields.
 
     Raises:
         Malformed: a slot is missing.
@@ -224,21 +224,21 @@ def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mappi
     missing = next((slot for slot in fields if slot not in slots), None)
     if missing is not None:
         where = next(iter(slots.values())).text
-        raise Malformed(f"its partner is not in the file: {missing}", where=where, cure=AGAIN)
+        raise Malformed(f"the file lacks its partner: {missing}", where=where, cure=AGAIN)
     return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
 
 
 def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -> None:
-    """Check that two keys hold the same values, because the library stores one tensor under both.
+    """Check that two keys have the same values, because the library stores one tensor under both.
 
     Raises:
-        Malformed: they differ.
+        Malformed: the values differ.
     """
     a, b = part.tensors[one], part.tensors[other]
     if a.span is not None and a.span == b.span:
         return
     if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
-        why = f"differs from {other.text}, which is the same tensor in the library"
+        why = f"the values differ from {other.text}, which is the same tensor in the library"
         raise Malformed(why, where=one.text, cure=AGAIN)
 
 

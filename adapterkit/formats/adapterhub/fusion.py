@@ -1,4 +1,4 @@
-"""Read AdapterFusion: `adapter_fusion_config.json` beside the weights of an attention at each layer.
+"""Read AdapterFusion: `adapter_fusion_config.json`, and the weights of an attention in each layer.
 
 Keys are `<module>.adapter_fusion_layer.<names, separated by commas>.<query|key|value>.<weight|bias>`.
 """
@@ -28,13 +28,13 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""End of a key -> field of the block."""
+"""A map from the end of a key to the block's field."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of a config's `config`; the last four only matter in training."""
+    """The fields of the config's `config`; the last four matter only in training."""
 
     key: bool = True
     query: bool = True
@@ -49,12 +49,12 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """Return the settings of a fusion, and path of a target -> its weights by field.
+    """Return the settings of a fusion, and the weights of each target by field.
 
     Raises:
         StorageError: a file is missing.
-        Malformed: a key is not of a fusion, or a layer lacks a tensor.
-        Unsupported: the table of layers does not have a place.
+        Malformed: a key does not belong to a fusion, or a layer lacks a tensor.
+        Unsupported: a layer's position in the model is unknown.
     """
     folder = Path(path)
     try:
@@ -65,7 +65,7 @@ def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, d
 
 def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
     if not (folder / CONFIG).exists():
-        raise StorageError(f"no {CONFIG}", cure="Pass the folder that save_adapter_fusion wrote")
+        raise StorageError(f"the folder has no {CONFIG}", cure="Give the folder that save_adapter_fusion wrote")
     config = read_json(folder / CONFIG, strict=True)
     try:
         own = msgspec.convert(config.get("config"), Fields)
@@ -73,12 +73,14 @@ def _read(folder: Path) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
         raise Malformed(str(error), where=f"{CONFIG}: config", cure=_AGAIN) from None
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
-        raise StorageError(f"neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Fetch the file of tensors as well")
+        raise StorageError(f"the folder has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", cure="Fetch the tensor file, too")
     wanted = {f for word, on in (("query", own.query), ("key", own.key), ("value", own.value)) for f in _of(word) if on}
     weights = _by_target(read_tensors(file), config.get("model_type"))
     for target, held in weights.items():
         if held.keys() != wanted:
-            why = f"it has {', '.join(sorted(held))}, where the config says {', '.join(sorted(wanted)) or 'none'}"
+            why = (
+                f"the layer has {', '.join(sorted(held))}, but the config states {', '.join(sorted(wanted)) or 'none'}"
+            )
             raise Malformed(why, where=target, cure=_AGAIN)
     said = ("query_before_ln", "residual_before", "value_before_softmax")
     return {name: getattr(own, name) for name in said}, weights
@@ -93,11 +95,11 @@ def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dic
     for text, tensor in tensors.items():
         key = _KEY.fullmatch(text)
         if key is None or key["slot"] not in FIELDS:
-            raise Malformed("not a key of a fusion with queries and keys", where=text, cure=_AGAIN)
+            raise Malformed("this is not a key of a fusion with queries and keys", where=text, cure=_AGAIN)
         place = standing(key["path"], model_type if isinstance(model_type, str) else None)
         if place is None:
-            why = f"where {key['path']} is in a model of type {model_type!r} is not known to this version"
-            raise Unsupported(why, where=text, cure="Run it with the adapters library")
+            why = f"this version does not know the position of {key['path']} in a model of type {model_type!r}"
+            raise Unsupported(why, where=text, cure="Run the fusion with the adapters library")
         found.setdefault(place[0], {})[FIELDS[key["slot"]]] = tensor
     return found
 

@@ -1,4 +1,4 @@
-"""Find which of a base's linear layers the library adapts, and write configs that name them."""
+"""Find the linear layers of a base that the library adapts, and write configs that name them."""
 
 from __future__ import annotations
 
@@ -76,23 +76,23 @@ ROLES: Mapping[str, Roles] = {
 }
 
 FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wqkv"}
-"""model_type -> name of the layer with queries, keys and values in one weight."""
+"""The name of the layer with queries, keys and values in one weight, by model_type."""
 
 
 def model_type_of(base: Checkpoint | None) -> str | None:
-    """Return the model type from a base's config; None without a base or a type."""
+    """Return the model type in a base's config; None without a base or a type."""
     found = (base.config or {}).get("model_type") if base is not None else None
     return found if isinstance(found, str) else None
 
 
 def role(path: str, model_type: str) -> str | None:
-    """Return the word of configs for the linear layer at a path; None if the library does not adapt it."""
+    """Return the config's word for the linear layer at a path; None if the library does not adapt it."""
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """Find a `model_type` in which the library adapts every path: the given one, or any if all agree on the roles."""
+    """Find a `model_type` in which the library adapts every path: the given one, or any if all agree on the words."""
     paths = list(paths)
     if model_type is not None:
         return model_type if model_type in ROLES else None
@@ -101,9 +101,9 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config of LoRA and similar methods names one formula for all layers, and kinds of layers by config words.
+# A new config for LoRA and similar methods states one formula for all layers, and kinds of layers by words.
 #
-# The library adds a fresh adapter, which changes nothing, to every other layer of the kinds that a config names.
+# The library adds a new adapter, which changes nothing, to every other layer of the kinds that a config names.
 
 
 QKV = ("q", "k", "v")
@@ -136,9 +136,9 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     first = _law(next(iter(updates.values()))[0])
     for target, found in updates.items():
         for position, update in enumerate(found):
-            why = _why_not(target, update, base) or ("" if position == 0 else "a second update of one module")
+            why = _why_not(target, update, base) or ("" if position == 0 else "the module has a second update")
             if not why and _law(update) != first:
-                why = "another method, rank or scaling than the others': a config has one of each"
+                why = "its method, rank or scaling differs from the others; a config states one of each"
             if why:
                 yield target, position, why
     yield from _unplaced(updates, base)
@@ -152,43 +152,46 @@ def _law(update: Any) -> tuple[object, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Return rank and alpha; `losses` has checked that there is an alpha. An unused alpha is written as the rank."""
+    """Return rank and alpha; `losses` has checked that an alpha exists. An unused alpha equals the rank."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
 
 def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
     if target.stacked:
-        return f"{update.method} on stacked experts"
+        return f"the library has no {update.method} on stacked experts"
     if update.method == "ia3":
-        return "" if update.l is not None else "ia3 on inputs"
+        return "" if update.l is not None else "the library has no ia3 on inputs"
     if len(update.A.shape) != 2:
-        return f"{update.method} on a convolution"
+        return f"the library has no {update.method} on a convolution"
     if 0 in update.A.shape:
-        return f"{update.method} of rank 0"
+        return f"its {update.method} has rank 0"
     if update.method == "lora" and update.bias is not None:
-        return "lora with a bias"
+        return "the library has no lora with a bias"
     scaling = float(update.attributes.get("scaling", 1.0))
     if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
-        return "no alpha gives its scaling exactly"
+        return "no alpha yields its exact scaling"
     if update.method == "dora_outputs":
-        return "dora on a weight stored [in, out]" if target.layout != "out *in" else ""
+        return "the library has no dora on a weight stored as [in, out]" if target.layout != "out *in" else ""
     return _why_not_dora(target, update, base) if update.method == "dora" else ""
 
 
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """Say why not. The library computes dora_outputs, which is equal if the scaling is 1 and the layer has no bias."""
+    """Return the reason why the library cannot express a DoRA; empty if it can.
+
+    The library computes dora_outputs, which is the same function if the scaling is 1 and the layer has no bias.
+    """
     if target.layout != "out *in":
-        return "dora on a weight stored [in, out]"
+        return "the library has no dora on a weight stored as [in, out]"
     if update.scaling != 1:
-        return "dora with a scaling other than 1, which the library leaves out of the norm"
+        return "the scaling of this dora is not 1, and the library omits it in the norm"
     if base is None:
-        return "dora, whose bias the library would scale: whether there is one only the base tells"
-    return "" if biasless(base, target.path) else "dora on a layer with a bias, which the library would scale"
+        return "the library's dora scales a bias, and only the base shows whether the layer has one"
+    return "" if biasless(base, target.path) else "the layer has a bias, which the library's dora would scale"
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
-    """Replace each DoRA that the library computes equally by the library's own form."""
+    """Replace each DoRA with the library's own form, if both compute the same function."""
     return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
 
 
@@ -199,7 +202,7 @@ def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """Return the config words for all adapted layers."""
+    """Return the config's words for all adapted layers."""
     model_type = base_family(updates, base) or ""
     words: set[str] = set()
     for target in updates:
@@ -210,23 +213,23 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """Return the family of the base: from its config, or by the targets' paths."""
+    """Return the model type of the base, from its config or from the targets' paths."""
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each target that a config cannot name: a config names kinds of modules, not single ones."""
+    """Yield each target that a config cannot name, because a config names kinds of modules, not single modules."""
     family = base_family(updates, base)
     for target, found in updates.items():
         word = role(target.path, family or "")
         if family is None:
-            why = "it is not known which layers of the base these are; pass the base"
+            why = "the kinds of these layers are unknown; give the base with --base (base=)"
         elif word is None:
-            why = f"not a layer of {family} that the library adapts"
+            why = f"the library does not adapt this layer of {family}"
         elif (word == "qkv") != (target.rows is not None):
-            why = "all of a fused weight" if target.rows is None else "some rows of a weight"
+            why = "it adapts all of a fused weight" if target.rows is None else "it adapts only some rows of a weight"
         elif target.rows is not None and not _third(target.rows):
-            why = "rows that are not a third of a fused weight"
+            why = "its rows are not a third of a fused weight"
         else:
             continue
         yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))

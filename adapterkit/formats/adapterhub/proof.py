@@ -1,4 +1,4 @@
-"""Check that a folder's content reads back as the updates that it was made from; only headers are compared."""
+"""Check that a folder's contents read back as the updates from which they were made; only headers are compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
-    """Whether the library's files would be read as these updates."""
+    """Whether these contents would be read as these updates."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
         read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))

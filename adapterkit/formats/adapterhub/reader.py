@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; every tensor must be accounted for."""
+"""Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""Prefix of a prediction head's tensors among the leftovers."""
+"""The prefix of a prediction head's tensors among the leftovers."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers.
+    """The leftovers of an AdapterHub folder.
 
     Attributes:
-        config: the whole config as it was read.
-        file: name of the file of tensors.
-        root: the path of the base model in its keys, if known.
-        keys: key that the writer would choose -> key in the file.
-        compat: the reading that the caller selected.
-        interface: the plugin interface beside it.
-        head: config of its prediction head.
-        head_file: name of the head's file of tensors.
+        config: the config that was read.
+        file: the name of the tensor file.
+        root: the path of the base model in the keys, if known.
+        keys: a map from the key that the writer would choose to the key in the file.
+        compat: the `compat` that the caller selected.
+        interface: the plugin interface in the folder, or None.
+        head: the config of the prediction head, or None.
+        head_file: the name of the head's tensor file, or None.
     """
 
     config: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def hints_of(adapter: Adapter) -> AdapterHubHints:
-    """Return the leftovers of an adapter that was read from such a folder; empty ones for any other.
+    """Return the leftovers of an adapter that was read from such a folder; empty leftovers for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.
@@ -64,14 +64,14 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Decoding turns a config and tensors into an `Adapter`; every tensor must be accounted for.
+# Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-    """Return the adapter that a folder's content makes up.
+    """Return the adapter that a folder's contents describe.
 
     Raises:
-        Malformed: a tensor is not accounted for, or the config belongs to another file.
+        Malformed: a tensor belongs to no update, or the config belongs to another file.
         Unsupported: the config needs a feature that this version does not have.
         ShapeMismatch: shapes contradict each other or the config.
     """
@@ -97,7 +97,7 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
-    """Return the updates by target, the keys that are only kept, and the settings; `heads` are those of a prefix."""
+    """Return the updates by target, the keys that are only kept, and the settings; `heads` is a prefix's head count."""
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
     found: list[AdapterHubUpdate] = []
@@ -117,13 +117,13 @@ def assemble(
 
 
 def spell(updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-    """Yield key and tensor of everything that the families of the updates write."""
+    """Yield (key, tensor) for everything that the families of the updates write."""
     for family, own in by_family(updates).items():
         yield from family.spell(own, naming)
 
 
 def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
-    """Group the updates by family; those of no family are left out."""
+    """Group the updates by family; updates without a family are omitted."""
     found: dict[type[AdapterHubFamily], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
@@ -136,19 +136,21 @@ def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
 def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubKey]) -> None:
     left = next((key for key in tensors if key not in used), None)
     if left is not None:
-        why = "a tensor that nothing in the config has a place for"
-        raise Malformed(why, where=left.text, cure=f"The config is not of this file; {AGAIN[0].lower()}{AGAIN[1:]}")
+        why = "no part of the config describes this tensor"
+        raise Malformed(
+            why, where=left.text, cure=f"The config does not belong to this file; {AGAIN[0].lower()}{AGAIN[1:]}"
+        )
 
 
 def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:
-    """Return the file's keys that differ from the writer's own choice."""
+    """Return the keys in the file that differ from the keys that the writer would choose."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
 
 
 def _root(keys: Iterable[AdapterHubKey]) -> str:
-    """Return the path of the base model, by a key of a tensor that the whole model shares; empty if there is none."""
+    """Return the path of the base model, from a key that the whole model shares; empty if there is no such key."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 

@@ -1,4 +1,4 @@
-"""The readings of a folder: departures of the library's forward from the papers, and facts that files do not state."""
+"""List the values of `compat`: the library's departures from the papers, and facts that files do not state."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from .._format import Departure
 
 DEPARTURES = {
     "dora_norm_and_bias": Departure(
-        "dora_outputs: the norm is of W + B @ A without the scaling, and the factor multiplies the layer's bias too",
-        "dora: the norm is of W + scaling * B @ A, and the bias stays",
+        "dora_outputs: the norm is that of W + B @ A without the scaling, and the factor multiplies the bias, too",
+        "dora: the norm is that of W + scaling * B @ A, and the bias is unchanged",
     ),
     "lora_before_1_1": Departure(
-        "LoRA of adapters before 1.1 has the factor 1, inside a union too",
+        "LoRA from adapters before 1.1 has the scaling 1, also inside a union",
         "alpha / r",
     ),
 }

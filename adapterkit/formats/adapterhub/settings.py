@@ -1,4 +1,4 @@
-"""The fields at the top of a config, and the releases that wrote it."""
+"""Define the top-level fields of a config, and the releases that wrote it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 import msgspec
 
 LIBRARY = "adapters."
-"""Start of `version` in configs since the library got this name; it was adapter-transformers before."""
+"""The beginning of `version` in configs since the library has this name; before, it was adapter-transformers."""
 
 RELEASE = "adapters.1.3.0"
-"""The release named in new configs."""
+"""The release that new configs name."""
 
 UNSCALED_UNTIL = ((1, 1, 0), True)
-"""Before this release the library trained LoRA without its scaling."""
+"""Before this release, the library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""(numbers, whether they are final): `1.1.0.dev0` comes before `1.1.0`."""
+"""(numbers, whether the release is final), so that `1.1.0.dev0` sorts before `1.1.0`."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields at the top of a config.
+    """The top-level fields of a config.
 
     Attributes:
-        name: the adapter's name; its keys contain it.
-        model_type: the family of the base, by its name in transformers.
+        name: the adapter's name, which the keys contain.
+        model_type: the base's model type in transformers.
         model_name: the base's name.
-        version: the library and release that wrote the file.
-        interface: the plugin interface beside it.
+        version: the library and the release that wrote the file.
+        interface: the plugin interface in the folder, or None.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether the library that trained it left out alpha / r, as `adapters` did before 1.1."""
+        """Whether the library trained the adapter without alpha / r, as `adapters` did before 1.1."""
         release = _release(self.version)
         return release is not None and release < UNSCALED_UNTIL
 
 
 def _release(version: str | None) -> Release | None:
-    """Parse a release of `adapters`; None for those of adapter-transformers, and if there is none."""
+    """Parse a release of `adapters`; return None for other texts, such as releases of adapter-transformers."""
     found = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Read and write compositions: `adapter_setup.json`, a tree of blocks, and a folder for each adapter and fusion."""
+"""Read and write compositions: `adapter_setup.json`, which is a tree of blocks, and a folder per adapter and fusion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""Block of the library -> its list with one number a child, if it has one."""
+"""A map from each kind of block in the library to its list with a number per child; empty if it has no such list."""
 
 MAX_DEPTH = 32
 
@@ -43,8 +43,8 @@ class Setup:
 
     Attributes:
         kind: one of `WORDS`.
-        children: names of adapters, and blocks.
-        numbers: one a child, for the kinds that have them: weights, or sizes.
+        children: names of adapters, and inner blocks.
+        numbers: one number per child, for kinds that have numbers: weights or sizes.
     """
 
     kind: str
@@ -52,12 +52,12 @@ class Setup:
     numbers: tuple[float, ...] = field(default=())
 
     def names(self) -> Iterator[str]:
-        """Yield the adapters, in order, each as often as the tree has it."""
+        """Yield the names of the adapters, in order, as often as they occur in the tree."""
         for child in self.children:
             yield from [child] if isinstance(child, str) else child.names()
 
     def fusions(self) -> Iterator[str]:
-        """Yield the folders of its fusions."""
+        """Yield the folder names of the fusions."""
         if self.kind == "Fuse":
             yield self.fusion
         for child in self.children:
@@ -65,20 +65,22 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """Return the library's name for a fusion: the last adapter of each child."""
+        """Return the library's name for a fusion: the last adapter of each child, joined."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
 def read_setup(folder: str | PathLike[str]) -> Setup:
-    """Read the composition that a folder describes.
+    """Read the composition in a folder.
 
     Raises:
-        StorageError: there is no `adapter_setup.json`.
-        Malformed: it is not one that the library writes.
+        StorageError: the folder has no `adapter_setup.json`.
+        Malformed: the file is not one that the library writes.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise StorageError(f"no {CONFIG}", path=folder, cure="Pass the folder that save_adapter_setup wrote")
+        raise StorageError(
+            f"the folder has no {CONFIG}", path=folder, cure="Give the folder that save_adapter_setup wrote"
+        )
     try:
         return _block(read_json(path, strict=True).get("adapter_setup"), "adapter_setup", 0)
     except Malformed as error:
@@ -89,17 +91,17 @@ def write_setup(
     folder: str | PathLike[str], setup: Setup, adapters: Mapping[str, Adapter], *,
     fusions: Mapping[str, str | PathLike[str]] | None = None, base: Checkpoint | None = None,
 ) -> None:  # fmt: skip
-    """Write a composition as `load_adapter_setup` reads it, its own file last.
+    """Write a composition that `load_adapter_setup` can read; the file that describes it is written last.
 
     Args:
         folder: the folder to write.
-        setup: the tree.
-        adapters: name in the tree -> adapter.
-        fusions: name in the tree -> folder of a fusion; the folders are copied.
+        setup: the tree of blocks.
+        adapters: the adapters by their name in the tree.
+        fusions: the folders of fusions by their name in the tree; the folders are copied.
         base: the base, for adapters whose config depends on it.
 
     Raises:
-        UsageError: an adapter or a fusion is missing, or the library does not have such a tree.
+        UsageError: an adapter or a fusion is missing, or the library does not allow such a tree.
         Unrepresentable: AdapterHub's format cannot express an adapter.
         StorageError: the folder cannot be written.
     """
@@ -107,7 +109,9 @@ def write_setup(
     for word, names, given in (("adapters", setup.names(), adapters), ("fusions", setup.fusions(), copied)):
         missing = next((name for name in names if name not in given), None)
         if missing is not None:
-            raise UsageError(f"{missing!r} is in the setup and not among them", where=word, cure="Pass all of them")
+            raise UsageError(
+                f"{missing!r} is in the setup, but not in {word}", where=word, cure=f"Give all {word} of the setup"
+            )
     written = {"adapter_setup": _written(setup), "head_setup": None, "version": RELEASE}
     try:
         _block(written["adapter_setup"], "setup", 0)
@@ -140,12 +144,14 @@ def _block(said: object, at: str, depth: int) -> Setup:
 
 
 def _numbers(said: Any, word: str, count: int, at: str) -> tuple[float, ...]:
-    """Parse the numbers that a block has beside its children."""
+    """Parse the numbers that a block has in addition to its children."""
     if not word:
         return ()
     numbers = said.get(word) if isinstance(said, dict) else None
     if not isinstance(numbers, list) or len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
-        raise Malformed(f"not one of {word} for each of {count} children", where=f"{at}.kwargs", cure=_BLOCKS)
+        raise Malformed(
+            f"{word} does not have one number for each of {count} children", where=f"{at}.kwargs", cure=_BLOCKS
+        )
     return tuple(numbers)
 
 
@@ -155,7 +161,9 @@ def _child(said: object, at: str, depth: int) -> Setup | str:
     names = said.get("children")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or not name or re.search(r"[./\\,\0]", name):
-        raise Malformed(f"{str(name)[:60]!r} is not a valid adapter name", where=at, cure="Save it under another name")
+        raise Malformed(
+            f"{str(name)[:60]!r} is not a valid adapter name", where=at, cure="Save the adapter under another name"
+        )
     return name
 
 
@@ -166,7 +174,7 @@ def _written(setup: Setup) -> dict[str, Any]:
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:
-    """Return the adapter under this name."""
+    """Return the adapter with this name."""
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter

@@ -1,7 +1,7 @@
-"""List the places of the library's bottleneck adapters by `model_type`, with the base's modules there.
+"""List where the library has bottleneck adapters, by `model_type`, and the base's modules at these positions.
 
 The library attaches an adapter to the block whose residual it takes over. A target is the module whose output is
-changed. If it does not add the residual itself, `residual` and `norm` name the modules that do, from its parent.
+changed. If this module does not add the residual itself, `residual` and `norm` name the modules that do.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from itertools import chain
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One kind of place; both endings follow the same path.
+    """One kind of position for adapters; both endings follow the same path.
 
     Attributes:
         models: values of `model_type`.
-        module: ending of the path of the library's module.
-        target: ending of the path of the target.
-        flag: the switch in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: from the target's parent, the module whose input is added to its output; empty if the target adds it.
-        norm: from the target's parent, the module that normalises the sum; empty if the target does.
-        within: a text that the path before the endings must contain.
+        module: the end of the path of the library's module.
+        target: the end of the path of the target.
+        flag: the field in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
+        residual: the name, in the target's parent, of the module whose input is added to its output; empty if the
+            target adds the residual.
+        norm: the name, in the target's parent, of the module that normalises the sum; empty if the target does.
+        within: a word that the path before the endings must contain.
     """
 
     models: tuple[str, ...]
@@ -69,7 +70,7 @@ RULES = (
         PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
     ),
 )  # fmt: skip
-"""More specific endings come first."""
+"""All rules; more specific endings come first."""
 
 MODELS = frozenset(chain.from_iterable(rule.models for rule in RULES))
 
@@ -78,17 +79,17 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA, "embed_tokens"),
     "gpt2": "drop",
 }
-"""model_type -> the module whose output invertible adapters change, and prompts are put before."""
+"""The module whose output invertible adapters change and to which prompts are prepended, by model_type."""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the target's path and the rule for a module of the library; None if the table has none."""
+    """Return the target's path and the rule for a module of the library; None if no rule fits."""
     found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if found is None else (path.removesuffix(found.module) + found.target, found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the path of the library's module and the rule for a target; None if the table has none."""
+    """Return the path of the library's module and the rule for a target; None if no rule fits."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
             return path.removesuffix(rule.target) + rule.module, rule

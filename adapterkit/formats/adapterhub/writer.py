@@ -1,6 +1,6 @@
-"""Encode an `Adapter` as a folder's content; everything that is written must read back as the same adapter.
+"""Encode an `Adapter` as a folder's contents, which must read back as the same adapter.
 
-A config that was read is written again unchanged if it still describes the adapter; otherwise a new one is made, in the
+The source config is written again unchanged if it still describes the adapter. Otherwise a new config is made, in the
 form of one release.
 """
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from ...io.lazy import Lazy
 
 NAME = "adapter"
-"""Name of an adapter that was not read from AdapterHub's format."""
+"""The name of an adapter that was not read from AdapterHub's format."""
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
-    """Return the content, and one line for each update that was left out.
+    """Return the contents, and one line for each omitted update.
 
     Raises:
-        Unrepresentable: such a folder cannot express an update, and `on_loss` does not allow leaving it out.
+        Unrepresentable: such a folder cannot express an update, and `on_loss` does not allow omitting it.
     """
     hints = hints_of(adapter)
     if hints.config and all(family_of(update) for _, update in adapter):
@@ -47,7 +47,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     )  # fmt: skip
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
-        cure = "Write adapterkit's own format"
+        cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
         raise Unrepresentable("AdapterHub's config cannot express this combination", items=lines, cure=cure)
     return content, lines
 
@@ -71,7 +71,7 @@ def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config:
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Return the tensors that are only kept: of the adapter's file, and of its prediction head's."""
+    """Return the tensors that are only kept: the adapter file's, and the prediction head's."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
@@ -100,7 +100,7 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
     for target, each in updates.items():
         for position, update in enumerate(each):
             if family_of(update) is None:
-                found[target, position] = f"{update.method} is not among the methods that the library has"
+                found[target, position] = f"the library does not have the method {update.method}"
     for family, own in by_family(updates).items():
         for target, position, why in family.losses(own, base):
             found.setdefault((target, _position(updates[target], own[target][position])), why)

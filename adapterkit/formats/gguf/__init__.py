@@ -1,7 +1,7 @@
-"""Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; old `ggla` files are read.
+"""Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; also read old `ggla` files.
 
-Names are those of the base's GGUF file, so the architecture's table translates them, both ways. If llama.cpp stores the
-rows of q and k in Meta's order, the base's config gives the heads.
+Names are those in the base's GGUF file, so the architecture's table translates them in both directions. If llama.cpp
+stores the rows of q and k in Meta's order, the base's config provides the heads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class GgufAdapter(Format):
-    """LoRA adapters of llama.cpp, and activated ones."""
+    """llama.cpp's LoRA adapters, including activated ones."""
 
     url = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
-    description = "llama.cpp: a GGUF file of type adapter; ggla files are read"
+    description = "llama.cpp: a GGUF file of type adapter; ggla files are only read"
     models = "language"
     file = "adapter.gguf"
     methods = frozenset({"alora", "lora"})

@@ -1,4 +1,4 @@
-"""Read `ggla` files, the format before GGUF: only Llama; A is stored transposed, and r and alpha are one for all."""
+"""Read `ggla` files, the format before GGUF: only Llama; A is transposed; all modules have one r and one alpha."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
-    """Read the adapter in a file; for `compat` see the format."""
+    """Read the adapter in a file; see the format for `compat`."""
     file = read_ggla(path)
     place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
@@ -33,7 +33,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         foreign = _modern(name)
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
         if check_factors(name, slots) != file.rank:
-            raise ShapeMismatch(f"a rank other than the file's {file.rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank is not the file's {file.rank}", where=name, cure=DAMAGED)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
         held[Target(foreign)] = (
@@ -41,7 +41,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
         )  # fmt: skip
     moves = moves_of(held, place.family, WEIGHT)
     if unknown := next((target.path for target in held if target.path not in moves), None):
-        raise TargetNotFound("no weight of a Llama", where=unknown, cure=DAMAGED)
+        raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=DAMAGED)
     updates = translated(held, moves)
     if base is not None:
         updates = dict(bind(Adapter(updates), base).adapter.updates)
@@ -49,15 +49,17 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Any:
-    """Return the order of rows: the converter of llama.cpp left PEFT's order, its own training has its base's."""
+    """Return the order of rows, or None: llama.cpp's converter kept PEFT's order, its training has its base's."""
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
         return None
     if name.startswith("layers.") and compat is None:
         return None
     if compat is None:
-        why = "who wrote the file decides on the order of these rows, and it does not say"
-        cure = "Pass compat=/--compat: convert-lora-to-ggml if it was PEFT's, finetune if llama.cpp trained it"
+        why = "the order of these rows depends on the tool that wrote the file, which the file does not state"
+        cure = (
+            "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
+        )
         raise UsageError(why, where=name, cure=cure)
     return place.order(foreign, rows)
 
@@ -69,7 +71,7 @@ _OLD = {
 
 
 def _modern(name: str) -> str:
-    """Return today's GGUF name for one of the older format."""
+    """Return today's GGUF name for a name in old files."""
     first, _, rest = name.partition(".")
     number, _, module = rest.partition(".")
     return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name

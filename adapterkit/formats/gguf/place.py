@@ -1,4 +1,4 @@
-"""Place an adapter in a GGUF file: names, the order of rows, stacks of experts."""
+"""Translate an adapter to a GGUF file: names, the order of rows, stacks of experts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EMBEDDING = "token_embd"
 
 @dataclass(slots=True, eq=False)
 class GgufPlace:
-    """The place of an adapter in a GGUF file.
+    """The names and orders that a GGUF file uses for an adapter.
 
     Attributes:
         name: the file's `general.architecture`.
         family: the family of this architecture.
-        config: the base's config, for its heads; None if there is no base.
-        known: the numbers of heads, `query`, `kv` and `LINEAR_FIELDS`, as far as the file that was read stated them.
-        experts: how many experts a stack has; 0 if not known.
+        config: the base's config, for the heads; None without a base.
+        known: the numbers of heads in the source file, as far as it stated them: `query`, `kv` and `LINEAR_FIELDS`.
+        experts: the number of experts in a stack; 0 if unknown.
     """
 
     name: str
@@ -47,22 +47,22 @@ class GgufPlace:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> GgufPlace:
-        """Make the place for writing, from the base's config.
+        """Create the place for writing from the base's config.
 
         Raises:
             UsageError: the base has no config.
-            Unsupported: llama.cpp is not known to support its family.
+            Unsupported: llama.cpp does not support the base's family, as far as known.
         """
         name, family = name_for(base.config)
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return the place of a module of the file; None if the family has no such weight."""
+        """Return where the base has the weight of a file's module; None if the family has no such weight."""
         found = place_of(self.family, foreign)
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Any:
-        """Return the order of the file's rows, if it is not the weight's own."""
+        """Return the order of the file's rows; None if it is the weight's own order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -72,14 +72,14 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Refuse rows that are no heads of the config's width: any number of heads gives an order, and one is right."""
+        """Refuse rows that do not form heads of the config's width, because the order of rows depends on the heads."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
-            why = f"{rows} rows, and the base's config says {count} heads of {dim}; the order of rows depends on it"
-            raise Unsupported(why, where=foreign, cure="Merge into the GGUF model")
+            why = f"the base's config states {count} heads of {dim}, not {rows} rows; the order of rows needs the heads"
+            raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Any:
-        """Return the order of the file's inputs, if it is not the weight's own."""
+        """Return the order of the file's inputs; None if it is the weight's own order."""
         where = self.where(foreign)
         return (
             None
@@ -88,10 +88,10 @@ class GgufPlace:
         )
 
     def heads(self, where: str) -> Heads:
-        """Return the base's heads.
+        """Return the numbers of heads of the base.
 
         Raises:
-            UsageError: there is no config of a base that states them.
+            UsageError: no config of a base states the heads.
         """
         if not {"query", "kv"} <= self.known.keys():
             found = heads_of(self.config, where)
@@ -103,46 +103,50 @@ class GgufPlace:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Any, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Return the moves of each target into the file; targets without a place are left out."""
+        """Return the moves of each target into the file; targets that a file cannot have are omitted."""
         return moves_of(updates, self.family, NAMING)
 
     def why_not(self, target: Target, update: Pair, moves: Mapping[str, tuple[Move, ...]]) -> str:
-        """Say why a file has no place for an update."""
+        """Return the reason why a file cannot have an update; empty if it can."""
         if target.path not in moves:
-            return f"no place for it is known in GGUF files of the architecture {self.name}"
+            return f"its name in GGUF files of the architecture {self.name} is unknown"
         place = self.where(moves[target.path][0].path)
         if place is None:
-            # Nomic's: of a tensor that holds several weights, an adapter file does not say which one is meant.
-            return "the tensor holds several weights of the family: merge into the GGUF model"
+            # Nomic: one tensor has several weights of the family, and adapter files do not state which is adapted.
+            return "its tensor has several weights of the family: merge the adapter into the GGUF model"
         if place.beside is not None:
-            return "llama.cpp keeps the weight in two tensors and takes no adapter there: merge into the GGUF model"
+            return (
+                "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
+            )
         if place.rows == "rotary":
-            # GLM-4 and GLM-4V have the same architecture in files, and nothing tells them apart.
-            return "an adapter file does not say in which of two orders its rows are: merge into the GGUF model"
+            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, and their orders of rows differ.
+            why = "an adapter file does not state which of two orders its rows have"
+            return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
-            # InternLM2: the rows of its queries are no single run in the base's tensor, so no target can name them.
-            return "the base has queries, keys and values group by group in one tensor: merge into the GGUF model"
+            # InternLM2: the rows of its queries are not contiguous in the base's tensor, so no target can name them.
+            why = "the base has queries, keys and values group by group in one tensor"
+            return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
-            return "an activated LoRA on an embedding, a Conv1D or an expert"
-        # Rows are parts of a fused weight, which GGUF stores separately; `placed` refuses any others.
+            return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
+        # Ignore rows here: they are parts of a fused weight, which GGUF stores separately; `placed` refuses others.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """Return the updates under the file's names, with experts in stacks.
+        """Return the updates with the file's names, with experts in stacks.
 
         Raises:
-            Unrepresentable: two updates belong to one tensor of the file.
+            Unrepresentable: two updates adapt one tensor of the file.
         """
         found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config)
         twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]
         if twice:
-            why = "a GGUF adapter has one pair of factors a tensor"
-            raise Unrepresentable(why, items=twice, cure="Combine them first, or write another format")
+            why = "a GGUF adapter has one pair of factors per tensor"
+            raise Unrepresentable(why, items=twice, cure="Combine the updates first, or write another format")
         return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """Return the two tensors of an update under the file's name, with rows in the file's order."""
+        """Return the two tensors of an update by key, with rows in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -154,5 +158,5 @@ class GgufPlace:
 
 
 def keys(foreign: str) -> list[str]:
-    """Return the keys of A and B."""
+    """Return the keys of A and B for a module in the file."""
     return [foreign + end for end in SLOTS]

@@ -39,13 +39,13 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
     Args:
         file: the file.
-        base: the base; its config gives the heads, which decide the order of rows.
-        outline: let values whose order only the base tells raise when they are loaded, not here.
+        base: the base; its config states the heads, which determine the order of rows.
+        outline: whether values whose order depends on the base raise an error only when they are loaded.
 
     Raises:
-        Malformed, Unsupported: it is not a LoRA of llama.cpp, or its architecture is not known.
-        TargetNotFound: a name has no place.
-        UsageError: the order of rows depends on heads, and there is no base that states them.
+        Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.
+        TargetNotFound: a name has no weight in the family or the base.
+        UsageError: the order of rows depends on the heads, and no base states them.
     """
     name = _text(file, ARCHITECTURE)
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
@@ -77,10 +77,10 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
 
 def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
-    """Refuse a base that has the family's names more than once, under different prefixes.
+    """Refuse a base that has the family's names several times, with different prefixes.
 
     Raises:
-        TargetNotFound: a name in the file has two places in the base.
+        TargetNotFound: a name in the file fits two modules of the base.
     """
     places: dict[str, list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
@@ -88,12 +88,12 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
             places.setdefault(bare, []).append(name)
     for target in updates:
         if len(found := places.get(target.path, ())) > 1:
-            why = f"{len(found)} places in the base have this name: {', '.join(found)}"
+            why = f"the base has {len(found)} modules with this name: {', '.join(found)}"
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
 
 
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
-    """Find the family of an adapter file; a base tells one that only a model's key-values tell, as Granite 4's."""
+    """Find the family of an adapter file; some families, such as Granite 4, can only be recognised from the base."""
     with suppress(Unsupported, UsageError):
         own, family = name_for(None if base is None else base.config)
         if own == name and family.record.gguf_key is not None:
@@ -102,17 +102,17 @@ def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Arc
 
 
 def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
-    """Make the update at one tensor, under the file's name for it, with rows in the weight's own order.
+    """Create the update of one tensor, with the file's name and with rows in the weight's own order.
 
     Raises:
-        TargetNotFound: the family has no such weight.
+        TargetNotFound: the family has no weight with this name.
         ShapeMismatch: the factors are not a pair.
     """
     where = place.where(foreign)
     if where is None:
-        why = f"no weight of {place.family.family} is known by this name"
+        why = f"{place.family.family} has no known weight with this name"
         raise TargetNotFound(
-            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge it with llama.cpp"
+            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge the adapter with llama.cpp"
         )
     if where.stacked:
         A, B = slots["A"], slots["B"]
@@ -137,7 +137,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update whose values cannot be loaded, for what its shapes tell."""
+    """Return an update with shapes, but whose values raise an error when they are loaded."""
 
     def order() -> NoReturn:
         raise error
@@ -146,7 +146,7 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
 
 
 def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None) -> dict[Target, Any]:
-    """Return the updates under the family's own names, in the layout in which the family stores each weight."""
+    """Return the updates with the family's own names, in the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     found: dict[Target, Any] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
@@ -160,5 +160,5 @@ def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: 
 def _text(file: Gguf, key: str) -> str:
     value = file.values.get(key)
     if value is None or value.type != "string":
-        raise Malformed("no such text", where=key, cure="This is not an adapter of llama.cpp")
+        raise Malformed("the file has no text under this key", where=key, cure="Give an adapter for llama.cpp")
     return str(value.value)

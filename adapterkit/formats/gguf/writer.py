@@ -32,7 +32,7 @@ METHODS = (LoRA, ALoRA)
 
 
 class GgufHints(Leftovers, total=False):
-    """Architecture, alpha and heads, key-values as (key, type, value), and block types of quantized tensors."""
+    """The architecture, alpha, heads, key-values as (key, type, value), and block types of quantized tensors."""
 
     architecture: str
     alpha: float
@@ -43,10 +43,10 @@ class GgufHints(Leftovers, total=False):
 
 
 def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Write the file, and return one line for each thing that was left out or rewritten.
+    """Write the file, and return one line for each omission or rewriting.
 
     Raises:
-        Unrepresentable: llama.cpp cannot express it, and `on_loss` does not allow a rewriting.
+        Unrepresentable: llama.cpp cannot express an update, and `on_loss` does not allow rewriting it.
     """
     hints = remembered(adapter, FORMAT, GgufHints)
     place = _place(hints, adapter, base)
@@ -75,10 +75,10 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 
 
 def _holds(kind: str, tensor: Lazy) -> bool:
-    """Whether a block type stores a tensor's values exactly, as it does for a file that was read and not changed.
+    """Whether a block type stores a tensor's values exactly, as it does for unchanged values from a file.
 
-    llama.cpp gives the largest number of a block 127 steps. Blocks of other tools, and values that were changed since,
-    would be rounded; such tensors are written in their own type.
+    llama.cpp divides the largest number of a block into 127 steps. Blocks from other tools and changed values would be
+    rounded, so such tensors are written in their own dtype.
     """
     import numpy as np
 
@@ -89,7 +89,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the place by the base's config, or by the file that was read."""
+    """Return the place for writing, from the base's config or from the file that was read."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
@@ -104,12 +104,12 @@ def _has(family: Architecture, path: str) -> bool:
 
 
 def _rank(update: Pair) -> int:
-    """Return the rank, of one update or of a stack of them."""
+    """Return the rank of an update or of a stack."""
     return int(update.B.shape[-1])
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """Return the f32 that llama.cpp divides by the rank to exactly this scaling; None if there is none."""
+    """Return the f32 alpha for which llama.cpp computes exactly this scaling; None if none exists."""
     import numpy as np
 
     with np.errstate(over="ignore"):

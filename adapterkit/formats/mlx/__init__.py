@@ -1,7 +1,7 @@
 """MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
 
-Names are those of MLX's models, which are mostly transformers' own. Factors of a linear layer are transposed compared
-with the papers; those of stacked experts are not. One scale serves all modules.
+Names are those of MLX's models, which are mostly equal to transformers' names. The factors of linear layers are
+transposed compared with the papers; those of stacked experts are not. All modules share one scale.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Mlx(Format):
-    """Folders of MLX-LM."""
+    """Folders from MLX-LM."""
 
     url = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md"
-    description = "MLX-LM: adapter_config.json beside adapters.safetensors"
+    description = "MLX-LM: adapter_config.json with adapters.safetensors"
     methods = frozenset({"lora", "dora", "replacement"})
     owns = frozenset({CONFIG, TENSORS})
 

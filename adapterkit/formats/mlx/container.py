@@ -1,4 +1,4 @@
-"""Recognise and save the folder: a config in JSON beside one file of tensors."""
+"""Recognise and save the folder: a JSON config and one tensor file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config with a field that only MLX-LM has is at or beside `path`; PEFT's config has the same name."""
+    """Whether the folder of `path` has a config with a field that only MLX-LM has; PEFT's config has the same name."""
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
     try:
@@ -32,19 +32,19 @@ def sniff(path: Path) -> bool:
 
 
 def tensors_of(path: Path) -> Path:
-    """Return the file of tensors, whether the path names the folder, the config or that file.
+    """Return the tensor file, given the folder, the config or this file.
 
     Raises:
-        StorageError: it is missing.
+        StorageError: the tensor file is missing.
     """
     tensors = folder_of(path) / TENSORS if path.is_dir() or path.name == CONFIG else path
     if not tensors.exists():
-        raise StorageError(f"no {TENSORS}", path=folder_of(path), cure="Fetch the file of tensors as well")
+        raise StorageError(f"the folder has no {TENSORS}", path=folder_of(path), cure="Fetch the tensor file, too")
     return tensors
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter."""
+    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

@@ -34,7 +34,7 @@ _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
 class Modules:
-    """The base's modules, if it is given; translates MLX's names to the base's."""
+    """Translates MLX's module names to the base's names; without a base, to a hub's names."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
@@ -47,10 +47,10 @@ class Modules:
                     self.own.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with experts as the base stores them; some bases store experts in stacks, too.
+        """Return the updates with experts as the base stores them, because some bases store stacks of experts, too.
 
         Raises:
-            TargetNotFound, ShapeMismatch: an expert has no place in the base.
+            TargetNotFound, ShapeMismatch: the base does not have an expert.
         """
         if self.base is None:
             return updates
@@ -62,10 +62,10 @@ class Modules:
         return {target: held for target, held in updates.items() if target not in lost} | dict(found)
 
     def named(self, name: str) -> str:
-        """Return the base's own name of a module; without a base, the hub's name.
+        """Return the base's name of a module; without a base, the hub's name.
 
         Raises:
-            TargetNotFound: the base has no such module, or several.
+            TargetNotFound: the base does not have the module, or has several with this name.
         """
         moves = from_mlx(name, self.config, 0)
         if moves is not None and len(moves) == 1 and moves[0].plain:
@@ -76,7 +76,7 @@ class Modules:
         found = next((self.own[each] for each in bare if each in self.own), [])
         exact = [own for own in found if own == name] or found
         if len(exact) != 1:
-            why = f"{len(exact)} modules of the base have this name"
+            why = f"exactly one module must have this name, but the base has {len(exact)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return exact[0]
 
@@ -85,12 +85,12 @@ def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -
     """Return the adapter in a folder.
 
     Raises:
-        Malformed, Unsupported, ShapeMismatch: the tensors do not match the config, or are of an unknown kind.
-        TargetNotFound: a name has no place in the base.
+        Malformed, Unsupported, ShapeMismatch: the tensors do not match the config, or their kind is unknown.
+        TargetNotFound: the base has no module with a name in the file.
     """
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
-        raise Unsupported(f"fine_tune_type {kind!r}", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
+        raise Unsupported(f"fine_tune_type {kind!r} is unknown", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
     header = safetensors.read_header(file)
     tensors = safetensors.handles(header)
     names: dict[str, str] = {}
@@ -98,7 +98,7 @@ def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in found:
         if target in updates:
-            raise TargetNotFound("two names lead here", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two names in the file mean this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {
@@ -117,7 +117,7 @@ def _pairs(
     scale = _scale(config)
     for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
         if ("magnitude" in slots) != (kind == "dora"):
-            why = f"fine_tune_type is {kind}, and there is {'a' if 'magnitude' in slots else 'no'} magnitude"
+            why = f"fine_tune_type is {kind}, but the module has {'a' if 'magnitude' in slots else 'no'} magnitude"
             raise Malformed(why, where=name, cure=DAMAGED)
         name, part, count = _listed(name, tensors)
         if count:
@@ -125,7 +125,7 @@ def _pairs(
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
         elif parts := _parts(name, modules):
-            # MLX-LM joins what a hub keeps apart, such as queries, keys and values: each part takes its rows of B.
+            # Split what MLX-LM fuses and hubs store separately, such as queries, keys and values, by rows of B.
             for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
                 names[target.path] = target.path
                 yield target, given[0]
@@ -141,7 +141,7 @@ def _one(name: str, slots: Slots, scale: float) -> Pair:
     own = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
     check_factors(name, own)
     if "magnitude" in own and (name.rpartition(".")[2] in EMBEDDINGS or own["magnitude"].shape != own["B"].shape[:1]):
-        why = "MLX takes the norm of an embedding's rows, one a token, where DoRA has one a dimension"
+        why = "MLX computes a norm for each token of an embedding, but DoRA one for each dimension"
         raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
     return pair(own, scale)
 
@@ -151,7 +151,7 @@ def _target(own: str) -> Target:
 
 
 def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
-    """Yield the updates of stacked experts: A `[e, r, in]`, B `[e, out, r]`, not transposed."""
+    """Yield the updates of stacked experts, with A `[e, r, in]` and B `[e, out, r]`, which are not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
@@ -162,32 +162,32 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """Return the hub's names of all experts of a stack, by number.
+    """Return the hub's names of all experts in a stack, by number.
 
     Raises:
-        TargetNotFound: no family has such a stack.
-        UsageError: several families have it, for different experts.
+        TargetNotFound: no family has this stack.
+        UsageError: several families have this stack, with different experts.
     """
     moves = from_mlx(name, modules.config, count)
     if moves is None or [move.expert for move in moves] != list(range(count)):
-        raise TargetNotFound("a stack of experts with an unknown name", where=name, cure="Report the model")
+        raise TargetNotFound("the name of this stack of experts is unknown", where=name, cure="Report the model")
     return [move.path for move in moves]
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the parts of a layer that MLX-LM made of several ones; nothing if it is one on a hub, too."""
+    """Return the parts of a layer that MLX-LM fused; an empty tuple if hubs store the layer as one, too."""
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
 
 def _is_stack(name: str, modules: Modules) -> bool:
-    """Whether a name is that of stacked experts; convolutions have three axes, too."""
+    """Whether a name belongs to stacked experts; three axes do not prove it, because convolutions have them, too."""
     moves = from_mlx(name, modules.config, 1)
     return moves is not None and moves[0].expert is not None
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Rename keys of a fused layer's lists, `lora_a.0`, to `#0.lora_a`, because each part is a pair of its own."""
+    """Rename keys in a fused layer's lists from `lora_a.0` to `#0.lora_a`, because each part is a separate pair."""
     changed = {}
     for key, tensor in tensors.items():
         stem, _, last = key.rpartition(".")
@@ -207,10 +207,10 @@ def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
 ) -> Found:  # fmt: skip
-    """Yield the update of one part of a fused weight: its rows follow those of the parts before it."""
+    """Yield the update of one part of a fused weight; its rows follow the rows of the parts before it."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
-        raise Malformed("a list of factors with gaps", where=name, cure=DAMAGED)
+        raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)
     start = sum(tensors[key].shape[1] for key in keys[:part])
     own = modules.named(name)
     names[own] = name
@@ -221,8 +221,10 @@ def _fused(
 def _scale(config: Mapping[str, JsonValue]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
-        cure = "Add lora_parameters.scale, which MLX-LM itself needs"
-        raise Malformed("no scale, so the strength of the adapter is unknown", where="lora_parameters", cure=cure)
+        cure = "Add lora_parameters.scale, which MLX-LM needs, too"
+        raise Malformed(
+            "the config has no scale, so the strength of the adapter is unknown", where="lora_parameters", cure=cure
+        )
     return finite(parameters["scale"], "lora_parameters.scale")
 
 
@@ -231,7 +233,7 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
     for key, tensor in tensors.items():
         module, _, field = key.rpartition(".")
         if field not in ("weight", "bias") or not module:
-            raise Malformed("neither a weight nor a bias", where=key, cure=DAMAGED)
+            raise Malformed("this is neither a weight nor a bias", where=key, cure=DAMAGED)
         held.setdefault(module, {})[field] = tensor
     for name, fields in held.items():
         if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):

@@ -35,7 +35,7 @@ METADATA = {"format": "mlx"}
 
 
 class MlxHints(Leftovers, total=False):
-    """The config and its text, the tensors' metadata, own names -> MLX's."""
+    """The config and its text, the metadata of the tensors, and a map from our names to MLX's."""
 
     config: dict[str, Any]
     text: str
@@ -46,10 +46,10 @@ class MlxHints(Leftovers, total=False):
 def written(
     adapter: Adapter, on_loss: str, base: Checkpoint | None = None
 ) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
-    """Return the config's text, the tensors, their metadata, and one line for each thing left out or rewritten.
+    """Return the config's text, the tensors, their metadata, and one line for each omission or rewriting.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express it, and `on_loss` does not allow a rewriting.
+        Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow rewriting it.
     """
     hints = remembered(adapter, FORMAT, MlxHints)
     config_of_base = None if base is None else base.config
@@ -64,28 +64,33 @@ def written(
 def _without_absent(
     adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter without the targets that MLX-LM's model lacks, and a line for each.
+    """Return the adapter without targets that MLX-LM's model lacks, and a line for each of them.
 
     Raises:
-        Unrepresentable: there are such targets and `on_loss` is not `drop`, or there are no others.
+        Unrepresentable: there are such targets and `on_loss` is not `drop`, or there are no other targets.
     """
     absent = [target for target in adapter.updates if is_absent(target.path, config)]
     if not absent:
         return adapter, []
-    items = [f"{target}: MLX-LM's model has no layer of this weight alone that takes an adapter" for target in absent]
+    items = [
+        f"{target}: MLX-LM's model has no separate layer for this weight that could have an adapter"
+        for target in absent
+    ]
     if on_loss != "drop" or len(absent) == len(adapter.updates):
-        cure = "Leave these out with on_loss='drop'/--on-loss drop, or merge into the base and convert that"
+        cure = (
+            "Omit these with --on-loss drop (on_loss='drop'), or merge the adapter into the base and convert the base"
+        )
         raise Unrepresentable("MLX-LM cannot express these updates", items=items, cure=cure)
     kept = {target: updates for target, updates in adapter.updates.items() if target not in absent}
     return adapter.replace(updates=kept), [f"left out {item}" for item in items]
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter with experts in the stacks of MLX-LM's model and parts in its fused weights, and their lines.
+    """Return the adapter with MLX-LM's stacks of experts and fused weights, and a line for each rewriting.
 
     Raises:
-        UsageError: the possible families store experts in different places, and there is no base to decide.
-        Unrepresentable: some experts have no updates, and there is no base that tells how many experts there are.
+        UsageError: the possible families store experts differently, and no base shows which is meant.
+        Unrepresentable: some experts have no updates, and no base shows the number of experts.
     """
     moves = {}
     for target, updates in adapter.updates.items():
@@ -99,7 +104,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
     _check_all(moves, experts)
     own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
     there = translated(adapter.updates, moves, experts)
-    # A part of a fused layer has rows of its own; only MLX-LM's FusedLinear has a LoRA for each of them.
+    # Join the parts of a fused layer: only MLX-LM's FusedLinear has a separate LoRA for each part.
     fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
     sizes = {
         target.path: fused[target.path] * (target.rows[1] - target.rows[0])
@@ -111,15 +116,17 @@ def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack with gaps if the number of its experts is not known."""
+    """Refuse a stack with gaps if the number of its experts is unknown."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:
             if move.slot is not None:
                 slots.setdefault(move.path, set()).add(move.slot)
-    gaps = [f"{name}: has experts {sorted(held)}" for name, held in slots.items() if len(held) <= max(held)]
+    gaps = [f"{name}: the adapter has experts {sorted(held)}" for name, held in slots.items() if len(held) <= max(held)]
     if gaps and not experts:
-        raise Unrepresentable("MLX-LM holds a LoRA of all experts in one stack", items=gaps, cure=_EXPERTS)
+        raise Unrepresentable(
+            "MLX-LM stores the LoRAs of all experts of a module in one stack", items=gaps, cure=_EXPERTS
+        )
 
 
 def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
@@ -129,17 +136,17 @@ def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
 def _encode(
     adapter: Adapter, hints: Mapping[str, Any], on_loss: str
 ) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """Return config, tensors and lines of an adapter of LoRA, or of DoRA, whichever is more frequent.
+    """Return the config, tensors and lines for an adapter of LoRA or of DoRA, whichever is more frequent.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express it.
+        Unrepresentable: MLX-LM cannot express an update.
     """
     kinds = Counter(type(update) for _, update in adapter if isinstance(update, LoRA | DoRA))
     dora = kinds[DoRA] > kinds[LoRA]
 
     def why(target: Target, update: Pair) -> str:
         if isinstance(update, DoRA) and target.layout != "out *in":
-            return "DoRA of an embedding or of stacked experts, for which MLX has another formula or none"
+            return "MLX has another formula, or none, for DoRA on an embedding or on stacked experts"
         return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
@@ -160,7 +167,7 @@ def _spelled(pairs: Pairs, hints: Mapping[str, Any]) -> dict[str, Lazy]:
             slices.setdefault(name, []).append((target.rows, update))
         else:
             ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
-            # Factors of stacked experts are not transposed: A is [e, r, in], B is [e, out, r].
+            # Transpose factors, except those of stacked experts: their A is [e, r, in], their B is [e, out, r].
             turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
             tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
     for name, parts in slices.items():
@@ -172,7 +179,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
     ends = [0, *(rows[1] for rows, _ in parts)]
     if [rows[0] for rows, _ in parts] != ends[:-1] or len(parts) < 2 or any(isinstance(u, DoRA) for _, u in parts):
         items = [f"{name}: rows {', '.join(f'{a} to {b}' for (a, b), _ in parts)}"]
-        raise Unrepresentable("MLX-LM holds a LoRA of all slices of a weight", items=items, cure=_EXPERTS)
+        raise Unrepresentable("MLX-LM needs a LoRA for every slice of a fused weight", items=items, cure=_EXPERTS)
     tensors: dict[str, Lazy] = {}
     for index, (_, update) in enumerate(parts):
         tensors |= {
@@ -183,7 +190,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: Mapping[str, Any], pairs: Pairs, scale: float, kind: str) -> dict[str, Any]:
-    """Return the config that was read if it still holds; else one with the fields that MLX-LM needs."""
+    """Return the source config if it is still valid; otherwise one with the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
@@ -205,21 +212,23 @@ def _same(hints: Mapping[str, Any], pairs: Pairs) -> bool:
 
 
 def _key(name: str) -> str:
-    """Return a module's name in MLX-LM's config: relative to its block, and the stack's name for an expert."""
+    """Return a module's name in MLX-LM's config: relative to its block; for an expert, the stack's name."""
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
 
 
 def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """Return config, tensors and lines of an adapter with only whole parameters.
+    """Return the config, tensors and lines for an adapter with only whole parameters.
 
     Raises:
-        Unrepresentable: MLX-LM cannot express it.
+        Unrepresentable: MLX-LM cannot express an update.
     """
     tensors: dict[str, Lazy] = {}
     for target, update in adapter:
         if target.rows is not None:
-            raise Unrepresentable("MLX-LM holds whole parameters", items=[str(target)], cure="Write another format")
+            raise Unrepresentable(
+                "MLX-LM cannot replace only some rows of a parameter", items=[str(target)], cure="Write another format"
+            )
         name = _name(target, hints)
         for field, leaf in update.tensors.items():
             stored = as_lazy(leaf)
@@ -235,12 +244,16 @@ def _name(target: Target, hints: Mapping[str, Any]) -> str:
 
 
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
-    """Return the text of the config that was read if it means the same; only the text keeps the order of keys."""
+    """Return the source config's text if it means the same, because only the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""
     except ValueError as error:
-        raise Malformed(f"leftovers of MLX-LM are damaged ({error})", where="foreign", cure="Drop them") from None
+        raise Malformed(
+            f"leftovers of MLX-LM are damaged ({error})",
+            where="foreign",
+            cure="Remove the leftovers: adapter.replace(foreign=None)",
+        ) from None
 
 
 _EXPERTS = "Train all of them, or write another format"

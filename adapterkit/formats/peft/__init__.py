@@ -1,7 +1,7 @@
 """PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
 
-The method follows from the file's tensors and a dozen fields of the config; `config` lists every field and says why it
-matters or does not. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
+The method follows from the file's tensors and about twelve fields of the config; `config` lists every field and its
+effect. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures, if these methods are in no family; the families are many files to import."""
+    """Return LoRA's departures if no method needs a family; otherwise None. The families are many files to import."""
     from .lora import DEPARTURES
     from .pairs import BESIDE
 
@@ -61,10 +61,10 @@ def _profiles() -> frozenset[str]:
 
 
 class Peft(Format):
-    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole modules, token rows, and what `families` lists."""
+    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole modules, token rows, and all of `families`."""
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
-    description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
+    description = "Hugging Face PEFT: adapter_config.json with adapter_model.safetensors or .bin"
     methods = derived(_methods)
     departures = derived(_departures)
     compat = frozenset({FORMULA})
@@ -93,12 +93,12 @@ class Peft(Format):
         """Read an adapter, lazily.
 
         Args:
-            path: as for `Format.read`; also a file of tensors without adapter_config.json, see `bare`.
-            compat: as for `Format.read`.
-            base: as for `Format.read`.
-            alpha: LoRA's alpha, if there is no config and the file does not state it.
-            rank: the expected rank; the shapes or the config have the rank, and a different one is an error.
-            strict: refuse every field of the config that PEFT does not have.
+            path: see `Format.read`; also a tensor file without adapter_config.json, see `bare`.
+            compat: see `Format.read`.
+            base: see `Format.read`.
+            alpha: LoRA's alpha, if neither a config nor the file states it.
+            rank: the expected rank; an error if the shapes or the config have another rank.
+            strict: whether to refuse every field of the config that PEFT does not define.
         """
         from . import bare
         from .reader import decode, without_config

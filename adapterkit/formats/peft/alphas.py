@@ -1,4 +1,4 @@
-"""Compute rank and alpha fields from ranks and scalings: the most common values, and patterns for the others."""
+"""Compute rank and alpha fields from ranks and scalings: the most common values, and patterns for all other values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Scale = tuple[int, float]
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields, with the `use_rslora` that leaves fewest modules without an alpha, and those modules."""
+    """Return the fields, with the `use_rslora` for which most scalings have an alpha, and the modules without one."""
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
@@ -31,10 +31,10 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
 
 
 def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
-    """Return the alpha that PEFT divides to exactly this scaling, whole if possible; None if there is none."""
+    """Return the alpha for which PEFT computes exactly this scaling, as an integer if possible; None if none exists."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # A scaling may be a whole number as large as any float; its product with a rank may overflow.
+    # Convert to float first: a scaling may be a large integer, and its product with a rank may overflow.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

@@ -1,8 +1,8 @@
 """Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
-Keys and shapes determine the method and the ranks, so a config is made from them. They do not determine alpha: it comes
-from the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models
-write such files too, and every loader of these assumes that a missing alpha is the rank.
+Keys and shapes determine the method and the ranks, so a config is built from them. They do not determine alpha, which
+comes from the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio
+models write such files, too. Every loader of these files uses the rank as alpha if alpha is missing.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""DeepSpeed's file of whole weights, up to ZeRO-2."""
+"""DeepSpeed's file with whole weights, up to ZeRO-2."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""DeepSpeed's file beside weights that ZeRO-3 has split over ranks."""
+"""The file that DeepSpeed writes in addition to weights that ZeRO-3 has split over ranks."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""In the header of diffusers' files: PEFT's config as JSON, with the name of the model's part before each field."""
+"""The header's key in diffusers' files for PEFT's config as JSON; each field begins with the name of the model part."""
 ASSUMED = "alpha_assumed"
-"""Field of a config that was made here: alpha was not stated, and the names are those of an image model."""
+"""A field of a config built here: alpha was not stated, and the names are those of an image model."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -52,9 +52,9 @@ _MAX_SCAN = 64 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether `path` has LoRA tensors in PEFT's names, and no config that says which tool wrote them."""
+    """Whether `path` has LoRA tensors with PEFT's names, but no config that shows which tool wrote them."""
     if not is_bare(path):
-        # A file of any name is accepted beside a config of PEFT's; other tools' configs have the same name.
+        # Accept a file with any name next to PEFT's config; check the content, as other tools' configs have this name.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
     try:
         folder = _tag(path) if path.is_dir() else path
@@ -71,30 +71,30 @@ def sniff(path: Path) -> bool:
 
 
 def is_bare(path: Path) -> bool:
-    """Whether no config is at or beside `path`."""
+    """Whether there is no config in the folder of `path`."""
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 
 def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, str]]:
-    """Return the config that the keys and shapes stand for, the tensors by key, and the header's strings.
+    """Return a config built from the keys and shapes, the tensors by key, and the strings in the header.
 
     Args:
-        path: a file of tensors, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
+        path: a tensor file, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
         alpha: LoRA's alpha, if the file does not state it.
-        rank: the rank that every module must have; None for any.
+        rank: the rank that every module must have, or None for any rank.
 
     Raises:
-        UsageError: the file does not state alpha, and `alpha` is None; or it states another.
-        ShapeMismatch: a module has another rank than `rank`.
+        UsageError: the file does not state alpha, and `alpha` is None; or the file states another alpha.
+        ShapeMismatch: a module's rank is not `rank`.
         Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
-        Malformed: the file has the base's weights too, and nothing shows which of them were trained.
+        Malformed: the file has the base's weights, too, and does not show which weights were trained.
     """
     folder = _tag(path) if path.is_dir() else path
     _refuse_split(folder)
     file = _file(folder)
     if file is None:
-        cure = "Fetch the file of tensors, and adapter_config.json beside it"
-        raise UsageError(f"neither {CONFIG} nor {SAFETENSORS} nor {TORCH}", path=path, cure=cure)
+        cure = "Fetch the tensor file and adapter_config.json"
+        raise UsageError(f"the folder has neither {CONFIG} nor {SAFETENSORS} nor {TORCH}", path=path, cure=cure)
     header = dict(safetensors.read_header(file).metadata) if file.suffix == ".safetensors" else {}
     tensors = _without_wrapper(_tensors(file))
     if is_sat(tensors):
@@ -120,7 +120,7 @@ def _config(
     _check_trained(keys)
     empty = next((key for key in keys if key.part.startswith("lora_") and not math.prod(tensors[key.text].shape)), None)
     if empty is not None:
-        why = "a tensor without elements: ZeRO-3 or FSDP held them on other ranks when the adapter was saved"
+        why = "the tensor has no elements: ZeRO-3 or FSDP kept them on other ranks when the adapter was saved"
         raise Malformed(why, where=empty.text, cure="Gather the parameters before save_pretrained")
     ranks = {
         key.module: tensors[key.text].shape[0]
@@ -128,8 +128,8 @@ def _config(
     }  # fmt: skip
     wrong = next((module for module, size in ranks.items() if rank is not None and size != rank), None)
     if wrong is not None:
-        cure = "Correct --rank (rank=), or leave it out: the shapes tell the rank"
-        raise ShapeMismatch(f"rank {ranks[wrong]} in the file, not {rank}", where=wrong, cure=cure)
+        cure = "Correct --rank (rank=), or omit it: the shapes state the rank"
+        raise ShapeMismatch(f"the file has rank {ranks[wrong]}, not {rank}", where=wrong, cure=cure)
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     config: dict[str, Any] = {"peft_type": "LORA", "r": usual}
     config["rank_pattern"] = {f"^{re.escape(name)}$": size for name, size in ranks.items() if size != usual}
@@ -143,7 +143,7 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return `lora_alpha` and related fields, from the file or from the caller; they must not contradict each other."""
+    """Return `lora_alpha` and related fields, from the file or the caller; both together must not contradict."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
         return {
@@ -160,22 +160,22 @@ def _scaling(
         pattern = {f"^{re.escape(name)}$": value for name, value in own.items() if value != usual}
         told = {"lora_alpha": usual, "alpha_pattern": pattern}
     if alpha is None and not told:
-        why = "without adapter_config.json nothing tells LoRA's alpha, which scales the whole adapter by alpha / rank"
+        why = "without adapter_config.json, LoRA's alpha is unknown; it scales the whole adapter by alpha / rank"
         cure = (
-            "Say it with --alpha A (alpha=A in Python), or put adapter_config.json beside the file. Loaders of image, "
-            f"video and audio models take the rank where nothing tells alpha: --alpha {rank} (alpha={rank})"
+            "State it with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, video "
+            f"and audio models use the rank if alpha is unknown: --alpha {rank} (alpha={rank})"
         )
         raise UsageError(why, cure=cure)
     if alpha is None:
         return told
     if told and told["lora_alpha"] != alpha:
-        why = f"the file says alpha {told['lora_alpha']:g}, --alpha (alpha=) {alpha:g}"
-        raise UsageError(why, cure="Leave --alpha (alpha=) out")
+        why = f"the file states alpha {told['lora_alpha']:g}, but --alpha (alpha=) is {alpha:g}"
+        raise UsageError(why, cure="Omit --alpha (alpha=)")
     return told or {"lora_alpha": alpha}
 
 
 def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the fields about scaling in the header of a safetensors file; empty if it does not state alpha."""
+    """Return the scaling fields in the header of a safetensors file; empty if the header does not state alpha."""
     for name in _ALPHA_FIELDS:
         try:
             value = float(header[name])
@@ -194,22 +194,24 @@ def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse the state dict of a whole model, because the base's weights and trained ones look the same."""
+    """Refuse the state dict of a whole model, because its base weights look like trained weights."""
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
     if whole is not None:
-        why = "the file holds the base's weights too, and does not tell which of them were trained"
-        cure = "Save get_peft_model_state_dict(model), or keep only the keys of what was trained"
+        why = "the file has the base's weights, too, and does not show which weights were trained"
+        cure = "Save get_peft_model_state_dict(model), or keep only the keys of trained weights"
         raise Malformed(why, where=f"{whole.stem}.base_layer.weight", cure=cure)
     stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
     if stacked is not None:
-        why = "stacked experts, whose parameter and number only adapter_config.json tells (target_parameters)"
-        raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} beside the file")
+        why = (
+            "these are stacked experts; only adapter_config.json states their parameter and number (target_parameters)"
+        )
+        raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} next to the file")
 
 
 def _file(path: Path) -> Path | None:
-    """Return the one file of tensors; None if there is none."""
+    """Return the only tensor file; None if there is none."""
     if not path.is_dir():
         return path if path.suffix in _SUFFIXES and path.is_file() else None
     for name in (SAFETENSORS, TORCH):
@@ -220,7 +222,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the folder of the newest step if this one has the file `latest` of a DeepSpeed checkpoint."""
+    """Return the folder of the newest step of a DeepSpeed checkpoint, named in the file `latest`; else the folder."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -233,7 +235,10 @@ def _is_zero3(folder: Path) -> bool:
 
 
 def _is_distributed(folder: Path) -> bool:
-    """Whether torch.distributed.checkpoint wrote LoRA tensors here; scans `.metadata`, a pickle, without loading it."""
+    """Whether torch.distributed.checkpoint wrote LoRA tensors here.
+
+    The function searches `.metadata`, a pickle, for a name without loading it.
+    """
     metadata = folder / ".metadata"
     if not metadata.is_file() or not any(file.suffix == ".distcp" for file in folder.iterdir()):
         return False
@@ -242,10 +247,10 @@ def _is_distributed(folder: Path) -> bool:
 
 
 def _refuse_split(path: Path) -> None:
-    """Refuse weights that are split over ranks, with the command that joins them.
+    """Refuse weights that are split over ranks; the error names the command that joins them.
 
     Raises:
-        Unsupported: they are split.
+        Unsupported: the weights are split.
     """
     try:
         zero3 = _is_zero3(path) if path.is_dir() else _ZERO3.fullmatch(path.name) is not None
@@ -254,14 +259,14 @@ def _refuse_split(path: Path) -> None:
     except OSError as error:
         raise storage_error(error, path) from error
     if distributed:
-        why = "a checkpoint of torch.distributed, whose index is a pickle that runs code when it is loaded"
+        why = "this is a checkpoint of torch.distributed; its index is a pickle that runs code when it is loaded"
         command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} adapter_model.bin"
         raise Unsupported(why, path=path, cure=f"If you trust it, convert it first: {command}")
     if zero3 or len(ranks) > 1:
         folder = path if path.is_dir() else path.parent
         what = "ZeRO-3" if zero3 else "tensor parallelism"
-        why = f"a DeepSpeed checkpoint whose weights {what} has split over ranks"
-        command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed put there"
+        why = f"this is a DeepSpeed checkpoint, and {what} has split its weights over ranks"
+        command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed wrote there"
         raise Unsupported(why, path=path, cure=f"If you trust it, join them first: {command}")
 
 
@@ -272,10 +277,10 @@ def _names(file: Path) -> Iterable[str]:
 
 
 def _tensors(file: Path) -> dict[str, Lazy]:
-    """Return the tensors of a file by key; of DeepSpeed's model states only the trained ones.
+    """Return the tensors of a file by key; for DeepSpeed's model states, only the trained tensors.
 
     Raises:
-        Malformed: it is not a state dict.
+        Malformed: the file is not a state dict.
     """
     if file.suffix == ".safetensors":
         return safetensors.read(file)
@@ -285,7 +290,7 @@ def _tensors(file: Path) -> dict[str, Lazy]:
     module = states.get("module") if isinstance(states, dict) else None
     if not isinstance(module, dict) or not all(isinstance(leaf, Lazy) for leaf in module.values()):
         raise Malformed(
-            "no dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"
+            "this is not a dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"
         )
     groups = states.get("param_shapes")
     groups = groups if isinstance(groups, list) else [groups]
@@ -294,7 +299,7 @@ def _tensors(file: Path) -> dict[str, Lazy]:
 
 
 def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Remove the `module.` that DistributedDataParallel puts before every key."""
+    """Remove the prefix `module.` that DistributedDataParallel adds to every key."""
     if tensors and all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): leaf for key, leaf in tensors.items()}
     return tensors

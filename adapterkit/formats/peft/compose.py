@@ -1,4 +1,4 @@
-"""Make the configs that could be written, nearest to the one that was read first."""
+"""Compose the configs that could be written; the ones most similar to the source config come first."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FRESH: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
-"""Config fields of an adapter that was not read from PEFT's format; fields that older PEFT lacks keep its defaults."""
+"""Config fields for adapters that were not read from PEFT's format; fields that older PEFT lacks keep its defaults."""
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""Fields with the dropout of a type's layers in training."""
+"""The fields with the dropout of each type's layers in training."""
 
 COMMON = {
     "auto_mapping": None,
@@ -38,10 +38,10 @@ COMMON = {
     "revision": None,
     "task_type": None,
 }
-"""Fields of every config; in a config of another type all but `inference_mode` are kept."""
+"""The fields of every config. If the type changes, all except `inference_mode` keep their values."""
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
-"""Fields that are written even if they are off."""
+"""Fields that are written even if they are empty."""
 
 
 def configs(
@@ -52,7 +52,7 @@ def configs(
     numbers: Mapping[str, object],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the config that was read, then with other ranks and alphas, then with other lists of modules as well."""
+    """Yield the source config, then one with new ranks and alphas, then one that also has new lists of modules."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)
@@ -81,12 +81,12 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
 
 
 def _over(config: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
-    """Return a config with changes; fields that are off are not added, because older releases of PEFT may lack them."""
+    """Return a config with changes; empty new fields are not added, because older releases of PEFT may lack them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
 def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
-    """Return the base's name, if it is not the one that was read."""
+    """Return the base's name, if it differs from the name in the source config."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
         return {}
@@ -101,7 +101,7 @@ def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> 
 
 
 def _stored_in_out(updates: Updates) -> bool:
-    """Whether linear layers among the targets are stored [in, out]."""
+    """Whether the linear layers among the targets are stored as [in, out]."""
     paths = lora_paths(updates)
     return any(
         target.layout == "in out *k"

@@ -1,4 +1,4 @@
-"""Load and save the folder: a config in JSON beside one file of tensors."""
+"""Load and save the folder: a JSON config and one tensor file."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Indexes of an adapter in several files. transformers 5.24 names an adapter's index like a base's, beside files
-`adapter_model-00001-of-00002.safetensors`, and cannot load them itself."""
+"""Indexes of an adapter in several files. transformers 5.24 names an adapter's index like a base's, for the files
+`adapter_model-00001-of-00002.safetensors`, and cannot load these files itself."""
 
 METADATA = {"format": "pt"}
-"""The only metadata that PEFT writes into a file."""
+"""The only metadata that PEFT writes."""
 
 MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config that names a `peft_type` is at or beside `path`; a config without one is not PEFT's."""
+    """Whether a config with a `peft_type` is in the folder of `path`; a config without one is not PEFT's."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG
@@ -43,7 +43,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Tinker and SGLang write PEFT's config beside tensors that PEFT does not know.
+        # Check the keys, because Tinker and SGLang write PEFT's config for tensors that PEFT does not know.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:
@@ -53,49 +53,51 @@ def sniff(path: Path) -> bool:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
-    """Load the config, and the tensors by key.
+    """Load the config and the tensors by key.
 
     Args:
-        path: the folder, its config or its file of tensors. In a folder, a safetensors file is preferred to a `.bin`.
+        path: the folder, its config or its tensor file. In a folder, a safetensors file takes precedence over `.bin`.
 
     Raises:
         StorageError: one of the two files is missing.
-        Malformed: one of them is damaged.
+        Malformed: one of the two files is damaged.
     """
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
-        raise StorageError(f"no {CONFIG} beside the tensors", path=folder, cure="Fetch it: it holds rank and alpha")
+        raise StorageError(
+            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config: it states rank and alpha"
+        )
     tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
     return read_json(folder / CONFIG, strict=True), tensors
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """Return the strings in the header of a folder's safetensors file. PEFT ignores them; other tools write notes."""
+    """Return the strings in the header of a folder's safetensors file. PEFT ignores them; other tools write some."""
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
 
 
 def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int | None) -> None:
-    """Check the caller's alpha and rank against the config, which has priority.
+    """Check the caller's alpha and rank against the config, which takes precedence.
 
     Raises:
-        UsageError: the config has another alpha or rank.
+        UsageError: the config states another alpha or rank.
     """
     for name, field, stated in (("alpha", "lora_alpha", alpha), ("rank", "r", rank)):
         if stated is not None and config.get(field) != stated:
-            why = f"{CONFIG} says {field} {config.get(field)}, --{name} ({name}=) {stated:g}"
-            raise UsageError(why, where=field, cure=f"Leave --{name} ({name}=) out: the config tells it")
+            why = f"{CONFIG} states {field} {config.get(field)}, but --{name} ({name}=) is {stated:g}"
+            raise UsageError(why, where=field, cure=f"Omit --{name} ({name}=): the config states it")
 
 
 def save(
     folder: Path, config: Mapping[str, JsonValue], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
-    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter.
+    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
 
     Raises:
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be created or written.
     """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     make_folder(folder)
@@ -110,4 +112,6 @@ def _weights(folder: Path) -> Path:
     for name in SHARDED:
         if (folder / name).exists() and any(folder.glob("adapter_model-*-of-*.safetensors")):
             return folder / name
-    raise StorageError(f"neither {SAFETENSORS} nor {TORCH}", path=folder, cure="Fetch the file of tensors as well")
+    raise StorageError(
+        f"the folder has neither {SAFETENSORS} nor {TORCH}", path=folder, cure="Fetch the tensor file, too"
+    )

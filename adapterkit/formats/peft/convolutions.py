@@ -1,8 +1,8 @@
-"""Read convolutions that PEFT trains by a function other than a change of their weight.
+"""Read adapters of convolutions that PEFT trains with a function other than a change of the weight.
 
-PEFT's LoRA makes `lora_A` with only the base's class, kernel, stride and padding. So it reads zeros around the input
-and is not dilated, even if the base is. Its other methods call `torch.nn.functional.conv2d` with the base's padding,
-which means zeros as well. OFT rotates the patches of the input.
+PEFT's LoRA builds `lora_A` with only the base's class, kernel, stride and padding. So lora_A reads zeros around the
+input and is not dilated, even if the base is. PEFT's other methods call `torch.nn.functional.conv2d` with the base's
+padding, which also pads with zeros. OFT rotates the patches of the input.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""Methods whose forward in PEFT calls the base layer, with its own padding."""
+"""The methods whose forward in PEFT calls the base layer, with the layer's own padding."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
-    """Whether PEFT's OFT rotates patches of the input at a weight of this shape: a Conv2d with a kernel."""
+    """Whether PEFT's OFT rotates patches of the input for a weight with this shape: a Conv2d with a kernel."""
     return len(shape) == 4 and math.prod(shape[2:]) > 1
 
 
 def on_patches(update: Update, layer: LayerFacts) -> Update:
-    """Return OFT as PEFT's forward computes it at this layer."""
+    """Return an OFT update as PEFT's forward computes it at this layer."""
     if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
         return update
     same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
@@ -40,10 +40,10 @@ def on_patches(update: Update, layer: LayerFacts) -> Update:
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as PEFT's forward computes it at a convolution that does not pad with zeros.
+    """Return the update as PEFT's forward computes it on a convolution that does not pad with zeros.
 
     Raises:
-        Unsupported: no method here computes PEFT's forward at this layer.
+        Unsupported: no method computes PEFT's forward at this layer.
     """
     if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
         return update

@@ -1,14 +1,16 @@
-"""LoRA on parameters, `target_parameters`: stacked experts, one pair of factors an expert, all pairs in two matrices.
+"""LoRA on parameters, `target_parameters`: stacked experts, with one pair of factors per expert in two matrices.
 
-A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, but not the parameter of each: PEFT wraps the module
-once a parameter, in the order in which the module declares them. The config has the names; shapes decide the rest.
+A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, which do not show the parameters: PEFT wraps the
+module once for each parameter, in the order in which the module declares them. The config lists the names, in any
+order; shapes show which pair belongs to which parameter.
 
 Files differ in two ways that their keys do not show:
 
 * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`, so
   lora_A has the outputs and lora_B the inputs (peft #3165).
-* Columns of lora_B: PEFT puts the expert fastest (`rank_major`). Unsloth's training read them expert slowest
-  (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232, #1269).
+* The order of lora_B's columns: in PEFT the expert varies fastest (`rank_major`). Unsloth's training used the order in
+  which the expert varies slowest (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232,
+  #1269).
 """
 
 from __future__ import annotations
@@ -38,34 +40,34 @@ if TYPE_CHECKING:
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
 ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
-"""Values of `experts_order`; the first two are also values of `lora_B_layout` in a config."""
+"""The values of `experts_order`; the first two are also values of `lora_B_layout` in a config."""
 
 SWAPPED_BEFORE = (0, 19)
-"""The first release of PEFT that reads the axes of a stack in the order in which the model uses them."""
+"""The first release of PEFT that reads the axes of a stack in the model's order."""
 
 OLD_VERSION = "0.18.1"
-"""The release in a config of which stacks are in the order of PEFT before 0.19."""
+"""The release to write into a config whose stacks are in the order of PEFT before 0.19."""
 
 MAX_NAMES = 6
-"""Limit on adapted parameters of one module; real ones have two."""
+"""The limit on the number of adapted parameters of one module; real modules have two."""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
-"""Parameters of the experts in transformers, in the order of declaration."""
+"""The parameters of the experts in transformers, in the order of their declaration."""
 
 
 def adapts_parameter(file: File, path: str) -> bool:
-    """Whether the factors at a module belong to a parameter of it; `target_modules` has priority, as in PEFT."""
+    """Whether the factors at a module belong to one of its parameters; `target_modules` has priority, as in PEFT."""
     return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
         file.settings.target_modules, path
     )
 
 
 def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
-    """Return the updates of parameters.
+    """Yield the updates of parameters.
 
     Raises:
-        UsageError: several parameters are possible, and the base would decide.
-        Unsupported: several parameters are possible, and nothing can decide.
+        UsageError: several parameters are possible, and only the base shows which is meant.
+        Unsupported: several parameters are possible, and nothing shows which is meant.
         ShapeMismatch: a rank differs from the config's.
     """
     modules: dict[str, list[PeftFactors]] = {}
@@ -82,12 +84,12 @@ def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
 
 
 def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
-    """Reorder PEFT's [out, r * e] to [e, out, r].
+    """Reorder lora_B from PEFT's [out, r * e] to [e, out, r].
 
     Args:
-        B: all experts' columns side by side.
+        B: the columns of all experts, side by side.
         experts: the number of experts.
-        order: `rank_major`, expert fastest, or `grouped_by_expert`, expert slowest.
+        order: the order of the columns: `rank_major`, expert fastest, or `grouped_by_expert`, expert slowest.
     """
     out, r = B.shape[0], B.shape[1] // experts
     if order == GROUPED:
@@ -96,13 +98,13 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
 
 
 def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
-    """Return [e, r, in] and [e, out, r] for factors that PEFT before 0.19 made for the transposed weight.
+    """Return A as [e, r, in] and B as [e, out, r], from factors that PEFT before 0.19 made for the transposed weight.
 
     Args:
-        A: [r * e, out], expert slowest.
-        B: [in, r * e].
+        A: the factor [r * e, out], expert slowest.
+        B: the factor [in, r * e].
         experts: the number of experts.
-        order: the order of b's columns, as in `stack`.
+        order: the order of B's columns, see `stack`.
     """
     (rows, out), in_ = A.shape, B.shape[0]
     r = rows // experts
@@ -119,7 +121,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> Lazy:
-    """Make a stack whose experts are scattered over a tensor; reading whole experts reorders only those."""
+    """Return a stack whose experts are scattered over a tensor; reading some experts reorders only those."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -132,27 +134,27 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> L
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> np.ndarray[Any, Any]:
-    """Read the numbers of a factor, cached for the next expert: one expert's columns are all over the file.
+    """Read the values of a factor, and cache them for the next expert: one expert's columns are all over the file.
 
-    A merge into a base with one tensor an expert reads slice after slice, from two parameters in turn.
+    A merge into a base with one tensor per expert reads slice after slice, alternating between two parameters.
     """
     return leaf.numpy()
 
 
 def unstack(B: Lazy) -> Lazy:
-    """Reorder [e, out, r] to [out, r * e], as PEFT stores it."""
+    """Reorder [e, out, r] to [out, r * e], PEFT's order."""
     experts, out, r = B.shape
     return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
 
 
 def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
-    """Return a factor of a stack in the order of a file; the inverse of `stack` and `stack_swapped`.
+    """Return a factor of a stack in the order of a file; this is the inverse of `stack` and `stack_swapped`.
 
     Args:
         order: `grouped_by_expert` or `peft_0.18`.
-        name: `A` or `B`, of the file.
-        target: the parameter; its layout says whether PEFT before 0.19 swaps its outputs and inputs.
-        update: its LoRA, A `[e, r, in]` and B `[e, out, r]`.
+        name: the factor's name in the file, `A` or `B`.
+        target: the parameter; its layout shows whether PEFT before 0.19 swaps its outputs and inputs.
+        update: the parameter's LoRA, A `[e, r, in]` and B `[e, out, r]`.
     """
     A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
     swaps = order == PEFT_0_18 and target.layout == "e out *in"
@@ -167,7 +169,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 
 
 def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, object]) -> dict[str, JsonValue]:
-    """Return a config that states the order of its stacks: by Unsloth's field, or by a release of PEFT that uses it."""
+    """Return a config that states the order of its stacks, by Unsloth's field or by a release of PEFT."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -192,13 +194,13 @@ def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) 
     }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
     if turned and shape is not None and shape[1] == shape[2]:
-        # A square shape fits both ways, so the family's table decides.
+        # A square matrix fits both ways, so ask the family's table.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
 def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
-    """Return the order of lora_B's columns.
+    """Return the order of lora_B's columns: `rank_major` or `grouped_by_expert`.
 
     Raises:
         UsageError: Unsloth wrote the file and did not state the order.
@@ -210,10 +212,10 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
         return settings.lora_B_layout
     if settings.unsloth and experts > 1 and rank > 1:
         raise UsageError(
-            f"Unsloth wrote this adapter without lora_B_layout: columns of {list(factors.B.shape)} are rank_major "
-            "(PEFT's order, and Unsloth's since September 2026) or grouped_by_expert (Unsloth's before)",
+            f"Unsloth wrote this adapter without lora_B_layout; the columns of {list(factors.B.shape)} are rank_major "
+            "(PEFT's order, and Unsloth's since September 2026) or grouped_by_expert (Unsloth's order before)",
             where=factors.keys["B"].text,
-            cure="Say which with --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
+            cure="Give the order: --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
         )
     return RANK_MAJOR
 
@@ -222,14 +224,14 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
     """Whether lora_A has the outputs and lora_B the inputs, as PEFT before 0.19 wrote them.
 
     Args:
-        file: the file.
+        file: the adapter's file.
         factors: the factors of one parameter.
-        path: the parameter.
+        path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the result of comparing the shapes of gate_up_proj and down_proj; None if they do not decide.
+        related: the answer of the shapes of gate_up_proj and down_proj; None if they do not decide.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote it, and only the base would decide.
+        UsageError: PEFT before 0.19 wrote the file, and only the base would decide.
     """
     if related is not None:
         return related
@@ -237,8 +239,8 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
     if shape is None:
         if old and file.compat is None:
             raise UsageError(
-                "PEFT before 0.19 wrote this: lora_A has the inputs if the model stores experts as [expert, in, out] "
-                "(gpt-oss), and the outputs if it stores them as [expert, out, in] (nearly all others)",
+                "PEFT before 0.19 wrote this file: lora_A has the inputs if the model stores experts as "
+                "[expert, in, out] (gpt-oss), and the outputs if it stores [expert, out, in] (nearly all others)",
                 where=factors.keys["A"].text,
                 cure="Pass --base (base=), or --experts-order rank_major for inputs in lora_A, peft_0.18 for outputs "
                 "(experts_order=)",
@@ -253,12 +255,12 @@ def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, rel
 def _check_matrices(factors: PeftFactors) -> None:
     for field in ("A", "B"):
         if len(factors.tensors[field].shape) != 2:
-            why = f"a factor of a parameter is a matrix, not {list(factors.tensors[field].shape)}"
+            why = f"a parameter's factor must be a matrix, but this one has shape {list(factors.tensors[field].shape)}"
             raise ShapeMismatch(why, where=factors.keys[field].text, cure="Write the adapter again with PEFT")
 
 
 def _names(file: File, path: str) -> list[str]:
-    """List the parameters of a module that `target_parameters` could mean."""
+    """List the parameters of a module that `target_parameters` may mean."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
@@ -266,7 +268,7 @@ def _names(file: File, path: str) -> list[str]:
 
 
 def _named(file: File, path: str) -> list[str]:
-    """List the parameters that `target_parameters` names together with this module: `gate.weight` at `mlp.gate`."""
+    """List the parameters that `target_parameters` names together with the module: `gate.weight` for `mlp.gate`."""
     path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
@@ -277,23 +279,25 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         return tuple(file.parameters[each.stem].rpartition(".")[2] for each in group)
     names = _names(file, path)
     if len(names) > MAX_NAMES or len(group) > len(names):
-        why = f"{len(group)} nested pairs for {len(names)} parameters of target_parameters"
-        raise Malformed(why, where=group[0].key.text, cure="The config is not of this file")
+        why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
+        raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # PEFT's "all-linear" lists `gate.weight` beside `down_proj`. A router has the first for certain, and one pair.
+    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. A router certainly has the first, and only one pair.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
     if len(options) == 1:
         return options[0]
     if not options:
-        why = f"no parameter of {', '.join(names)} has the shape for these factors"
-        raise Malformed(why, where=group[0].key.text, cure="The config or the base is not of this file")
+        why = f"none of the parameters {', '.join(names)} has a shape that fits these factors"
+        raise Malformed(why, where=group[0].key.text, cure="The config or the base does not belong to this file")
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
-        raise UsageError(f"the file does not say whether this adapts {which}", where=where, cure="Pass base=/--base")
-    why = f"it is not known whether this adapts {which}: both have the same shape"
-    raise Unsupported(why, where=where, cure="Merge it with PEFT itself")
+        raise UsageError(
+            f"the file does not show whether this adapts {which}", where=where, cure="Give the base with --base (base=)"
+        )
+    why = f"nothing shows whether this adapts {which}: both have the same shape"
+    raise Unsupported(why, where=where, cure="Merge the adapter with PEFT")
 
 
 def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[str]) -> bool:
@@ -302,13 +306,13 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # A base that has any of these parameters has all of them, so a file cannot mean a parameter that it lacks.
+        # Require that the base has the named parameters: a base with one of these parameters has all of them.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
 def _size(file: File, factors: PeftFactors, path: str) -> tuple[int, int, int] | None:
-    """Return (experts, out, in) if the factors have the parameter's rank."""
+    """Return (experts, out, in) if the factors fit the parameter's rank; otherwise None."""
     (rows, in_), (out, columns) = factors.A.shape, factors.B.shape
     experts, rest = divmod(rows, file.settings.rank(path))
     return None if rest or rows != columns else (experts, out, in_)
@@ -320,15 +324,15 @@ def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
 
 
 def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
-    """Whether gate and up together are twice as wide as down's input, and read as many values as down writes."""
+    """Whether gate_up's outputs are twice down's inputs, and gate_up's inputs equal down's outputs."""
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     return not gate_up or not down or _related(sizes) is not None
 
 
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
-    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj prove it; else None.
+    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj prove it; otherwise None.
 
-    No shapes fit both, because then a width would be twice itself.
+    No shapes fit both answers: a width would have to be four times itself.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:
@@ -345,7 +349,7 @@ def told_apart(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield parameter -> wrappers around it, for a module with these adapted parameters; the first is innermost."""
+    """Yield (parameter, number of wrappers around it) for a module's adapted parameters, the innermost first."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
@@ -353,7 +357,7 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
 def as_written(config: Mapping[str, Any]) -> dict[str, object]:
     """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
 
-    PEFT does not know `lora_B_layout`: with another order it would silently use the wrong experts.
+    PEFT does not know `lora_B_layout`, so with another order it would use the wrong experts without an error.
     """
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):

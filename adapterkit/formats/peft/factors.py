@@ -1,4 +1,4 @@
-"""Find the tensors of one LoRA or DoRA that belong together, and their rank and scaling from the config."""
+"""Group the tensors of each LoRA or DoRA, and find their rank and scaling in the config."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ FIELDS = {
     ("lora_magnitude_vector", "weight"): "magnitude",
     (LATENT, "weight"): "R",
 }
-"""(part, leaf) of a key -> field of the update."""
+"""A map from (part, leaf) of a key to the update's field."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PeftFactors:
-    """The tensors of one adapted module or parameter, as the file stores them.
+    """The tensors of one adapted module or parameter, as stored in the file.
 
     Attributes:
-        stem: the path in their keys, including wrappers.
-        keys: field of the update -> key.
-        tensors: field of the update -> tensor.
-        embedding: the keys are those of an embedding.
+        stem: the path in the keys, including wrappers.
+        keys: the keys by field of the update.
+        tensors: the tensors by field of the update.
+        embedding: whether the keys are those of an embedding.
     """
 
     stem: str
@@ -50,7 +50,7 @@ class PeftFactors:
 
     @property
     def key(self) -> Key:
-        """Return one key that stands for all, for errors."""
+        """Return one of the keys, to name the module in errors."""
         return self.keys["A"]
 
     @property
@@ -63,10 +63,10 @@ class PeftFactors:
 
 
 def find_factors(file: File) -> list[PeftFactors]:
-    """Find all of them, in file order.
+    """Find the factors of all modules, in the file's order.
 
     Raises:
-        Malformed: a tensor lacks its partner, or the config does not call for it.
+        Malformed: a tensor lacks its partner, or contradicts the config.
     """
     parts, settings = {part for part, _ in FIELDS}, file.settings
     groups: dict[str, dict[str, Key]] = {}
@@ -89,18 +89,19 @@ def find_factors(file: File) -> list[PeftFactors]:
 
 
 def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Check the rank in the config against the tensors; with groups, B has its share of the rank.
+    """Check the rank in the config against the tensors; in a grouped convolution, B has only a part of the rank.
 
     Raises:
-        ShapeMismatch: they differ.
+        ShapeMismatch: the ranks differ.
     """
     for field, axis, share in (("A", 0, 1), ("B", 1, groups)):
         size = factors.tensors[field].shape[axis] * share
         if size != rank * experts:
             each = f" for each of {experts} experts" if experts > 1 else ""
             raise ShapeMismatch(
-                f"rank {size} in {list(factors.tensors[field].shape)}; the config says {rank}{each}",
-                where=factors.keys[field].text, cure="The config is not of this file, or its rank_pattern is damaged",
+                f"the shape {list(factors.tensors[field].shape)} has rank {size}; the config states {rank}{each}",
+                where=factors.keys[field].text,
+                cure="The config does not belong to this file, or its rank_pattern is damaged",
             )  # fmt: skip
 
 
@@ -108,15 +109,15 @@ def adapt(
     settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
     *, embedding: bool = False, by_formula: bool = False,
 ) -> Update:  # fmt: skip
-    """Return the update of the module or parameter `name`, with the config's method and `times` its scaling.
+    """Return the update of the module or parameter `name`, with the config's method and scaling.
 
     Args:
-        settings: the config.
-        name: the name of the module or parameter, in the base.
-        tensors: field of the update -> tensor.
-        times: factor of the scaling.
-        embedding: the module is an embedding.
-        by_formula: use the paper's formula if PEFT's forward departs from it.
+        settings: the config's settings.
+        name: the name of the module or parameter in the base.
+        tensors: the tensors by field of the update.
+        times: a factor to multiply the scaling by.
+        embedding: whether the module is an embedding.
+        by_formula: whether to use the paper's formula where PEFT's forward departs from it.
     """
     method = _method(settings, tensors, embedding)
     if method == "alora":
@@ -138,18 +139,18 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return "bdlora"
     law = "alora" if settings.alora_invocation_tokens is not None else "arrow" if settings.arrow_config else None
     if law and (embedding or len(tensors["A"].shape) != 2):
-        why = f"{law} on an embedding or a convolution"
-        raise Unsupported(why, where=law, cure="Leave those modules out of target_modules")
+        why = f"{law} cannot adapt an embedding or a convolution"
+        raise Unsupported(why, where=law, cure="Remove these modules from target_modules")
     if law:
         return law
     if _in_groups(tensors):
         return "grouped_lora"
-    # For an embedding, PEFT subtracts nothing from the table.
+    # Use plain LoRA for an embedding: PEFT subtracts nothing from an embedding's table.
     return "lora" if embedding else settings.residual or "lora"
 
 
 def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Make Arrow's update from its file: the router's own pair, and the number of experts that it names."""
+    """Create Arrow's update from its file: the router's factors, which are not applied, and the number of experts."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -164,7 +165,7 @@ def _in_groups(tensors: Mapping[str, Lazy]) -> bool:
 
 @lru_cache(16)
 def _numbers(tokens: tuple[int, ...]) -> Lazy:
-    """Make the tensor of token numbers; equal numbers share one leaf."""
+    """Return the tensor of token numbers; equal numbers share one leaf."""
     import numpy as np
 
     return from_numpy(np.array(tokens, dtype=np.int64))
@@ -179,7 +180,7 @@ def _factors(
     for name in ("A", "B"):
         if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
-                f"a factor of shape {list(tensors[name].shape)}", where=keys[name].text,
+                f"a factor has shape {list(tensors[name].shape)}, not that of a matrix", where=keys[name].text,
                 cure="It was saved from one shard of a model: gather the shards first",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
@@ -187,22 +188,26 @@ def _factors(
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
-    """Check that the tensors of one module are those that the config calls for.
+    """Check that the tensors of one module are the tensors that the config requires.
 
     Args:
-        settings: the config.
-        keys: field of the update -> key.
-        needs: field -> whether the config calls for it.
+        settings: the config's settings.
+        keys: the keys by field of the update.
+        needs: whether the config requires each field.
         where: a key of the module, for errors.
     """
     for name, needed in needs.items():
         if needed and name not in keys:
-            raise Malformed(f"its partner is not in the file: {_WORDS[name]}", where=where, cure=_AGAIN)
+            raise Malformed(f"the file lacks its partner: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
-            why = f"{_WORDS[name]} where the config has none"
-            raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
+            why = f"the file has {_WORDS[name]}, but the config does not"
+            raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
-        raise Unsupported("LoRA-XS with another method or a bias", where=keys["R"].text, cure="Save it without them")
+        raise Unsupported(
+            "LoRA-XS cannot be combined with another method or a bias",
+            where=keys["R"].text,
+            cure="Save it without them",
+        )
 
 
 _WORDS = {

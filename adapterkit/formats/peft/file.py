@@ -1,4 +1,4 @@
-"""Shared by the families of tensors: keys, the parsed file that they read, and the updates that they find in it."""
+"""Define what all families share: keys, the parsed file that they read, and the updates that they find."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
 
 class Key(NamedTuple):
-    """One key of a file of tensors.
+    """One key of a tensor file.
 
     Attributes:
-        text: the key itself.
-        stem: the path before the part, including wrappers; for a parameter of the base its whole path; empty for a
+        text: the complete key.
+        stem: the path before the part, including wrappers; the whole path for a parameter of the base; empty for a
             tensor that all modules share.
         part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
         leaf: the end of the key after the part: `weight`, `bias` or nothing.
-        adapter: the adapter's name, if the key has it.
-        copy: `modules_to_save` or `original_module`, if the key is of that part of PEFT's wrapper.
+        adapter: the adapter's name, if the key includes it.
+        copy: `modules_to_save` or `original_module`, if the key belongs to that part of PEFT's wrapper.
     """
 
     text: str
@@ -45,22 +45,22 @@ class Key(NamedTuple):
 
     @property
     def word(self) -> str:
-        """Return the part with the end of the key after it: `lora_A.weight`."""
+        """Return the part and the end of the key: `lora_A.weight`."""
         return f"{self.part}.{self.leaf}" if self.leaf else self.part
 
     @property
     def path(self) -> str:
-        """Return the dotted path in the base's own names."""
+        """Return the dotted path in the base's names."""
         return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
 
     @property
     def wrapped(self) -> bool:
-        """Whether its path holds names of PEFT's wrappers."""
+        """Whether the path includes names of PEFT's wrappers."""
         return ".base_layer" in self.stem or ".token_adapter" in self.stem
 
     @property
     def depth(self) -> int:
-        """Count the adapted parameters of the same module that are wrapped outside this one."""
+        """Return the number of the module's adapted parameters whose wrappers are outside this one."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -68,7 +68,7 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost wrapped module; for an attention's output projection, the attention's."""
+        """Return the path of the outermost wrapped module; an attention's output projection yields the attention."""
         if not self.wrapped:
             return self.stem
         inside = _OUTERMOST.sub("", self.stem)
@@ -77,16 +77,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class File:
-    """A parsed file of tensors.
+    """A parsed tensor file.
 
     Attributes:
-        settings: the settings of its config.
-        tensors: key -> tensor, in file order.
+        settings: the settings in the config.
+        tensors: the tensors by key, in the file's order.
         base: the base, if the caller gave one.
-        compat: the reading that the caller selected, see `Format`.
-        parameters: stem -> parameter of the base, if the caller knows more than the file states.
-        known: path -> the update expected there, when a file is read to prove what was written.
-        omitted: word -> tensor that all modules share and the file leaves out, if the caller knows it.
+        compat: the `compat` that the caller selected, see `Format`.
+        parameters: a map from stems to parameters of the base, if the caller knows more than the file shows.
+        known: the expected update of each path, if a written file is read back for a check.
+        omitted: shared tensors that the file omits but the caller knows, by word.
     """
 
     settings: Settings
@@ -99,11 +99,11 @@ class File:
 
     @property
     def by_formula(self) -> bool:
-        """Whether to read the paper's formula if PEFT's forward departs from it."""
+        """Whether to apply the paper's formula where PEFT's forward departs from it."""
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
-        """Return stem -> (part, leaf) -> key, for the keys of these parts."""
+        """Group the keys of these parts as stem -> (part, leaf) -> key."""
         parts = frozenset(parts)
         found: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
@@ -115,7 +115,7 @@ class File:
         return found
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
-        """Return stem -> word -> key, for the keys whose words match these patterns; a star is one word."""
+        """Group the keys whose words match these patterns as stem -> word -> key; a star is one word."""
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         found: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
@@ -125,29 +125,29 @@ class File:
 
     @cached_property
     def shared(self) -> dict[str, Key]:
-        """Return word -> key, for tensors that all modules share."""
+        """Return the keys of tensors that all modules share, by word."""
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
-        """Return paths of the `nn.MultiheadAttention`s with an adapted output projection inside, as in PEFT."""
+        """Return the paths of each `nn.MultiheadAttention` whose output projection is adapted, as in PEFT."""
         wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """Return the shape of a tensor of the base, found by its name or by the one name that ends with it."""
+        """Return the shape of a tensor of the base, found by its name or by the only name that ends with it."""
         return None if self.base is None else base_shape(self.base, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """One update of a file.
+    """One update in a file.
 
     Attributes:
-        path: the path of its target.
-        update: the update, with tensors as the file has them except for their shapes.
-        keys: field of the update -> the key it came from.
-        layout: the layout of the target, as far as the file tells.
-        rows: the rows of the target.
+        path: the path of the update's target.
+        update: the update; its tensors are the file's tensors, maybe reshaped.
+        keys: the key of each field of the update.
+        layout: the layout of the target, as far as the file shows it.
+        rows: the rows of the target, or None for all rows.
     """
 
     path: str
@@ -159,15 +159,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor does not affect the adapter's function, and is kept to be written back."""
+    """A key whose tensor does not affect the adapter's function and is only kept for writing."""
 
     key: Key
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """Return the shape of a live model's tensor: by its name in a base, the one name that ends with it, or its family.
+    """Return the shape of a live model's tensor, by its name in a base, the only name that ends with it, or its family.
 
-    A base may store in parts what a live model has in one tensor; then the parts give its shape.
+    A base may store parts of a tensor that the live model has as one; then the shape is computed from the parts.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -182,7 +182,7 @@ def _ending(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Index a base's tensors by their last word, and by their last two; readers of stacks look up many shapes."""
+    """Index a base's tensors by their last word and last two words: readers of stacks look up many shapes."""
     found: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -195,5 +195,5 @@ Findings = Iterator[Found | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
-    """Make an update of a method from tensors that are not read yet."""
+    """Create an update from a method's name and tensors that are not read yet."""
     return METHODS[method](**leaves, **attributes)

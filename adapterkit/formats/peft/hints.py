@@ -1,4 +1,4 @@
-"""Record the facts of a PEFT file that an adapter has no fields for, so that it can be written again as it was."""
+"""Record facts of a PEFT file for which an adapter has no fields, so that the same file can be written again."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The leftovers.
+    """The leftovers of a PEFT file.
 
     Attributes:
-        config: the config as it was read.
-        targets: fingerprint of the targets that were read; if it is unchanged, the config's module lists still hold.
+        config: the config that was read.
+        targets: a fingerprint of the targets that were read; if it still matches, the config's module lists are valid.
         prefix: the prefix of all keys.
-        keys: key that the writer would choose -> key in the file, if the updates do not determine it.
-        compat: the reading that the caller selected; the written file must give the same adapter in the same reading.
-        experts_order: the layout of stacked experts' factors to write; None for the layout of today's PEFT.
-        shapes: key -> shape in the file, if the writer would choose another with as many elements.
+        compat: the `compat` that the caller selected; with it, the written file must yield the same adapter.
+        experts_order: the layout of stacked experts' factors to write; None for the current PEFT's layout.
+        keys: a map from the key that the writer would choose to the key in the file, if updates do not determine it.
+        shapes: the shape in the file by key, if the writer would choose another shape with as many elements.
     """
 
     config: dict[str, Any] = {}
@@ -40,7 +40,7 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter) -> PeftHints:
-    """Return the leftovers of an adapter that was read from a PEFT file; empty ones for any other.
+    """Return the leftovers of an adapter that was read from a PEFT file; empty leftovers for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.

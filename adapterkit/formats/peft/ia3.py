@@ -1,4 +1,4 @@
-"""IA3: `ia3_l` scales outputs, [out, 1], or in `feedforward_modules` inputs, [1, in]; for convolutions [1, n, 1]."""
+"""IA3: `ia3_l` scales outputs, [out, 1], or inputs in `feedforward_modules`, [1, in]; on convolutions [1, n, 1]."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PART = "ia3_l"
 
 
 def decode(file: File) -> Findings:
-    """Return all IA3 updates of a file.
+    """Yield all IA3 updates in a file.
 
     Raises:
-        ShapeMismatch: a vector does not have the shape of the kind in the config.
+        ShapeMismatch: a vector does not have the shape that the config implies.
     """
     for slots in file.groups({PART}).values():
         if (PART, "") not in slots:
@@ -39,13 +39,13 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
     fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
     if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
         kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
-        why = f"{list(shape)} do not scale {kind}, as feedforward_modules says"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        why = f"the shape is {list(shape)}, but by feedforward_modules it scales {kind}"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
     return inputs
 
 
 def feedforward(settings: Settings, path: str) -> bool | None:
-    """Whether a module's inputs are scaled, by endings as in PEFT, not whole names; None if the config does not say."""
+    """Whether a module's inputs are scaled; names match by endings, as in PEFT. None if the config has no list."""
     named = settings.feedforward_modules
     if named is None:
         return None

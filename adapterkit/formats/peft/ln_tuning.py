@@ -1,6 +1,6 @@
 """LN tuning: a trained copy of each module, `<m>.ln_tuning_layers.<parameter>`, which replaces the module.
 
-PEFT swaps the module for its copy, so every floating-point parameter and buffer in it is a replacement.
+PEFT replaces the module with its copy, so every floating-point parameter and buffer in the copy is a replacement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PART = "ln_tuning_layers"
 
 
 def decode(file: File) -> Findings:
-    """Return all copies of a file; tensors of other dtypes were not trained, and are only kept.
+    """Yield all copies in a file; tensors with other dtypes were not trained, and are only kept.
 
     Raises:
         Unsupported: a parameter is a single number.
@@ -30,15 +30,15 @@ def decode(file: File) -> Findings:
 
 
 def spelled(name: str) -> str:
-    """Return the key of a parameter of the base, without the prefix."""
+    """Return the key of a parameter of the base, without the file's prefix."""
     module, _, parameter = name.rpartition(".")
     return f"{module}.{PART}.{parameter}"
 
 
 def _name(key: Key) -> str:
-    """Return the parameter of the base; a child of the module is where other keys have an adapter's name."""
+    """Return the base's parameter of a key, in which a child module has the place of an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
-    if len(words) > 2 and words[0] == "default":  # PEFT leaves its own name in the keys of children.
+    if len(words) > 2 and words[0] == "default":  # PEFT keeps its adapter name in the keys of children; remove it.
         del words[0]
     return ".".join([key.path, *words])

@@ -1,8 +1,8 @@
 """Decode LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
 
-An embedding's factors see the table [vocabulary, dimension] transposed, which is the layout `in out *k`. PEFT adapts
-both projections of an `nn.MultiheadAttention` with one rank and one alpha, those of the attention's own name; its
-forward adds the change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
+An embedding's factors adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. PEFT adapts
+both projections of an `nn.MultiheadAttention` with the rank and alpha for the attention's name. Its forward adds the
+change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ if TYPE_CHECKING:
 
 DEPARTURES = {
     "attention_output_twice": Departure(
-        "the change of the output projection of nn.MultiheadAttention is added twice",
-        "it is added once",
+        "the change of nn.MultiheadAttention's output projection is added twice",
+        "the change is added once",
     ),
     "attention_input_bias": Departure(
-        "with lora_bias, the bias of the input projection of nn.MultiheadAttention has no effect",
-        "it is added to the projection's bias",
+        "with lora_bias, the bias of nn.MultiheadAttention's input projection has no effect",
+        "the bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
-        "DoRA at a convolution in groups divides by the norms of another matrix than the one that it computes with: "
-        "that of W and B @ A with the numbers of B read as [out / groups, r]",
-        "it divides by the norms of the kernels over all channels that it computes with",
+        "DoRA on a grouped convolution divides by the norms of another matrix than the one that it computes with: "
+        "those of W + B @ A with B's values read as [out / groups, r]",
+        "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
     "convolution_padding": Departure(
-        "at a convolution whose padding_mode is not zeros, or with a dilation and padding=same, which only a live "
-        "layer tells: lora_A reads zeros around the input and is not dilated; methods other than LoRA and DoRA are "
+        "on a convolution whose padding_mode is not zeros, or with a dilation and padding=same, which only a live "
+        "layer shows: lora_A reads zeros around the input and is not dilated; methods other than LoRA and DoRA are "
         "refused there",
-        "the change of the weight, with the padding and the dilation of the layer, as PEFT merges it",
+        "the change of the weight, with the layer's padding and dilation, as PEFT merges it",
         zero_padded,
     ),
 }
-"""Departures of PEFT's forward from the formulas of LoRA and its variants."""
+"""Differences between PEFT's forward and the formulas of LoRA and its variants."""
 
 TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
-"""First words of the parts that matter only in training."""
+"""The first words of parts that matter only in training."""
 
 
 def decode(file: File) -> Findings:
-    """Return all LoRA and DoRA updates of a file.
+    """Yield all LoRA and DoRA updates in a file.
 
     Raises:
-        Malformed: a tensor's partner is missing, or the config does not call for the tensor.
+        Malformed: a tensor's partner is missing, or the config does not require the tensor.
         ShapeMismatch: shapes contradict each other or the config's ranks.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
@@ -101,14 +101,14 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
 
 
 def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
-    """Decode a BD-LoRA; `factor` holds the n blocks of its diagonal, stacked."""
+    """Decode a BD-LoRA; `factor` names the block-diagonal factor, whose n blocks are stacked."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
     inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]
     flat = len(A.shape) == len(B.shape) == 2
     if not flat or (A.shape[0], B.shape[1]) != (rank, inner) or rank % n or rows % n:
-        why = f"{list(A.shape)} and {list(B.shape)}, where the config says rank {rank} and {n} blocks of {factor}"
-        raise ShapeMismatch(why, where=factors.keys[factor].text, cure="The config is not of this file")
+        why = f"A is {list(A.shape)} and B is {list(B.shape)}; the config states rank {rank} and {n} blocks of {factor}"
+        raise ShapeMismatch(why, where=factors.keys[factor].text, cure="The config does not belong to this file")
     tensors, keys = dict(factors.tensors), dict(factors.keys)
     tensors[f"{factor}_blocks"] = tensors.pop(factor).reshape(n, rows // n, factors.tensors[factor].shape[1])
     keys[f"{factor}_blocks"] = keys.pop(factor)
@@ -117,13 +117,13 @@ def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
 
 def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
-        why = "nested as for parameters, and target_parameters names none here"
-        raise Malformed(why, where=factors.key.text, cure="The config is not of this file")
+        why = "the key is nested like a parameter's, but target_parameters names none here"
+        raise Malformed(why, where=factors.key.text, cure="The config does not belong to this file")
     check_rank(factors, rank, groups=_groups(factors))
 
 
 def _groups(factors: PeftFactors) -> int:
-    """Return the number of groups of a pair's convolution: in PEFT, A reads all channels, B those of its group."""
+    """Return the number of groups of a convolution: in PEFT, A reads all channels, and B the channels of its group."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -136,10 +136,10 @@ def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> st
 
 
 def _flat_output(factors: PeftFactors) -> Lazy:
-    """Return B as [out, r]: a convolution's B mixes channels at one place, so all its other axes are 1."""
+    """Return B as [out, r]: a convolution's B has a kernel of size 1, so all further axes are 1."""
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
-        why = f"{list(B.shape)} does not go with {list(A.shape)}"
+        why = f"B {list(B.shape)} does not fit A {list(A.shape)}"
         raise ShapeMismatch(why, where=factors.keys["B"].text, cure="Save the adapter again with PEFT")
     return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
 
@@ -147,6 +147,6 @@ def _flat_output(factors: PeftFactors) -> Lazy:
 def _vector(factors: PeftFactors, field: str) -> Lazy:
     tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
     if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
-        why = f"{list(tensor.shape)} are not {out} values, as lora_B says"
+        why = f"the shape is {list(tensor.shape)}, but lora_B implies {out} values"
         raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)

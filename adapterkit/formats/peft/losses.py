@@ -1,4 +1,4 @@
-"""Find the updates that a PEFT file cannot express, before anything is written, one line for each update."""
+"""Find the updates that a PEFT file cannot express, before anything is written."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""Place of a context -> the method that stores it without a network."""
+"""A map from the place of context updates to the method that stores them without a network."""
 
 
 def has_encoder(update: Update) -> bool:
-    """Whether an update is context that PEFT's files can store only as the output of its network."""
+    """Whether an update is a context update whose network PEFT's files cannot store, only its output."""
     return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
 
 
 def without_encoders(
     updates: Mapping[Target, tuple[Update, ...]],
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Replace networks of context by their outputs, without changing the function; return a line for each."""
+    """Replace networks of context updates with their outputs, without changing the function; return a line for each."""
     lines = [
-        f"{t}: wrote what {u.method} computes, not its network"
+        f"{t}: wrote the output of {u.method}'s network, not the network"
         for t, us in updates.items()
         for u in us
         if has_encoder(u)
@@ -60,7 +60,7 @@ def _computed(update: Any) -> Update:
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
-    """Return every update that a PEFT file cannot express, each once; `by_formula` as for reading it."""
+    """Return each update that a PEFT file cannot express, once; `by_formula` as in reading."""
     found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
@@ -70,24 +70,24 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """Return the acting method that most updates have; None if there is none."""
+    """Return the acting method of most updates; None if no update acts."""
     count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
 
 def _may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file whose updates are mostly of `method`."""
+    """Whether an update may be in a file of mostly `method` updates."""
     family = family_of(update)
     return may_stand(update, method) or (family is not None and method in family.methods())
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a file can hold only one method of this kind."""
+    """Whether a file can have only one method of this kind."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
 def _rank(method: type[Update]) -> int:
-    """Return which of the acting methods has priority if equally many updates are of each."""
+    """Return the priority of an acting method, for methods with equally many updates."""
     return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
 
 
@@ -106,46 +106,48 @@ def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Itera
 
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
     if has_encoder(update):
-        return f"the network of {update.method}; on_loss='fold'/--on-loss fold writes what it computes"
+        return f"PEFT cannot store the network of {update.method}; --on-loss fold (on_loss='fold') writes its output"
     if not (type(update) in BESIDE or family_of(update)):
-        return f"{update.method} is not among the methods that are written to PEFT files"
+        return f"PEFT files cannot have the method {update.method}"
     if _acts(type(update)) and not _may_stand(update, method):
-        return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
+        return f"a PEFT file cannot have both {update.method} and {_name(method)}"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
-        return f"token rows beside {_name(method)}: its config has no field for them"
+        return f"the config of {_name(method)} has no field for token rows"
     if target.rows is not None:
-        return f"{update.method} on some rows of a fused weight"
+        return f"PEFT has no {update.method} on some rows of a fused weight"
     return ""
 
 
 def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None, by_formula: bool) -> str:
     adapts = isinstance(update, PAIRS)
     if target.stacked and not (isinstance(update, LoRA) and update.bias is None and "." in target.path):
-        return f"{update.method} on stacked experts, but for plain LoRA on a module's parameter"
+        return f"PEFT adapts stacked experts only by plain LoRA on a module's parameter, not by {update.method}"
     if adapts and 0 in next(iter(update.tensors.values())).shape:
-        return f"{update.method} of rank 0"
+        return f"its {update.method} has rank 0"
     if isinstance(update, AcrossGroups) and (len(update.A.shape) < 3 or update.groups == 1):
-        return f"{update.method} of one group, which is a plain {update.method.removeprefix('grouped_')}"
+        return f"{update.method} with one group is a plain {update.method.removeprefix('grouped_')}"
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
         norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
-        return f"{update.method} with the norms {norms}, which a file read as this one is does not mean"
+        return f"{update.method} divides by the norms {norms}, but a file read like this one uses the other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
-        return f"{update.method} on a transposed convolution"
+        return f"PEFT has no {update.method} on a transposed convolution"
     apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
-        return f"{update.method} on a parameter or an attention"
+        return f"PEFT has no {update.method} on a parameter or an attention"
     if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):
-        return f"{update.method} on an embedding"
+        return f"PEFT has no {update.method} on an embedding"
     if why := why_not_there(target, update):
         return why
     if family := family_of(update):
         if not family.empty and _empty(update):
-            return f"{update.method} of a tensor without elements"
+            return f"its {update.method} has a tensor without elements"
         return (
-            f"{update.method} on a parameter" if is_parameter(target, paths, base) else family.why_not(target, update)
+            f"PEFT has no {update.method} on a parameter"
+            if is_parameter(target, paths, base)
+            else family.why_not(target, update)
         )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
-        return "token rows on a module that is adapted as well, or is not an embedding"
+        return "the module with token rows is adapted, too, or is not an embedding"
     return ""
 
 
@@ -153,22 +155,28 @@ def _together(updates: Updates) -> Iterator[Loss]:
     seen: dict[str, Target] = {}
     for target, found in updates.items():
         if seen.setdefault(target.path, target) != target and target.rows is None:
-            yield from ((target, position, "a second view of one weight") for position in range(len(found)))
+            yield from (
+                (target, position, "a weight has two targets with different layouts") for position in range(len(found))
+            )
         ranks = [_order(type(update)) for update in found]
         for position in range(1, len(found)):
             if ranks[position] <= max(ranks[:position]):
-                yield target, position, f"{found[position].method} after {found[position - 1].method} on one module"
+                yield (
+                    target,
+                    position,
+                    f"PEFT cannot apply {found[position].method} after {found[position - 1].method} on one module",
+                )
 
 
 def _order(method: type[Update]) -> int:
-    """Return the order in which PEFT applies updates at one module: replacements, acting methods, token rows."""
+    """Return a number that sorts methods as PEFT applies them at a module: replacements, acting methods, token rows."""
     return 2 if method is Rows else int(_acts(method))
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """Yield the smaller of two groups, because `lora_bias` is one switch for all LoRAs of a file.
+    """Yield the smaller group of LoRAs with or without a bias, because `lora_bias` is one setting for a whole file.
 
-    PEFT's forward ignores the bias of an attention's input projection, so one without a bias fits both groups.
+    PEFT's forward ignores the bias of an attention's input projection, so a projection without one fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -180,9 +188,10 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                 if input_projection and not has:
                     continue
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
-                own, others = ("with", "without") if has else ("without", "with")
-                why = f"{update.method} {own} a bias beside others {others}"
-                parties[has].append((target, position, f"{update.method} with a bias there" if has and where else why))
+                own, others = ("has a", "have none") if has else ("has no", "have one")
+                why = f"this {update.method} {own} bias, but others {others}"
+                mine = f"PEFT has no {update.method} with a bias there" if has and where else why
+                parties[has].append((target, position, mine))
     if parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
     yield from (loss for loss in parties[True] if loss[2].endswith("there"))
@@ -193,24 +202,24 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """Yield misfits: the two projections of an attention share one rank."""
+    """Yield updates whose rank differs from the rank of their attention's other projection."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, found in updates.items():
         for position, update in enumerate(found):
             if isinstance(update, LoRA):
                 rank = int(update.A.shape[-2 if target.stacked else 0])
                 if first.setdefault(config_name(target, paths), rank) != rank:
-                    yield target, position, "another rank than the attention's other projection"
+                    yield target, position, "its rank differs from the attention's other projection"
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield misfits with the fields that the config of a family states once for all of its modules."""
+    """Yield updates that contradict the fields that a family's config states once for all modules."""
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()
     own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
-        return  # These are lost in any case; the next call checks the others without them.
+        return  # Updates with empty tensors are losses in any case; the next call checks the others.
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why

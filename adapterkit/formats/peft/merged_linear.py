@@ -1,7 +1,7 @@
-"""Decode LoRA on equal blocks of a fused weight, `enable_lora`: written by PEFT 0.1 and 0.2, and nothing since.
+"""Decode LoRA on equal blocks of a fused weight, `enable_lora`: only PEFT 0.1 and 0.2 wrote it.
 
-A weight has n equal blocks of outputs, and the enabled ones are adapted; B has their rows, block after block. The pair
-is a grouped convolution, so each group of B's rows reads its own share of A's.
+A weight has n equal blocks of outputs, and the enabled blocks are adapted; B has the rows of these blocks in order. The
+pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def decode(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
-    """Yield one LoRA for each run of rows that are neighbours in the weight and share a group.
+    """Yield one LoRA for each run of rows that are adjacent in the weight and belong to one group.
 
     Raises:
-        ShapeMismatch: the tensors do not have these blocks and this rank.
+        ShapeMismatch: the tensors do not have these blocks or this rank.
     """
     enabled = [block for block, on in enumerate(settings.enable_lora or ()) if on]
     groups = _groups(settings, factors, len(enabled))
@@ -39,20 +39,20 @@ def decode(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
 
 
 def _groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
-    """Return how many groups share A and B."""
+    """Return the number of groups of A and B."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0
     whole = groups and rows == inner * groups and outputs % groups == 0 and blocks and outputs % blocks == 0
     if not whole or last != 1 or rows != settings.r * blocks:
         raise ShapeMismatch(
-            f"{list(factors.B.shape)} and {list(factors.A.shape)} are not of {blocks} blocks of rank {settings.r}",
-            where=factors.key.text, cure="The config is not of this file",
+            f"B {list(factors.B.shape)} and A {list(factors.A.shape)} do not form {blocks} blocks of rank {settings.r}",
+            where=factors.key.text, cure="The config does not belong to this file",
         )  # fmt: skip
     return groups
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """Cut B's rows at the end of each block and of each group."""
+    """Split B's rows at the end of each block and of each group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 

@@ -1,4 +1,4 @@
-"""Make the lists of names in a config, so that PEFT finds exactly the modules that a file has tensors for."""
+"""Create the lists of names in a config, so that PEFT finds exactly the modules with tensors in the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .families import Family
 
 NO_MODULE = "dummy-target-modules"
-"""PEFT's word for a LoRA config that adapts no module."""
+"""PEFT's value of `target_modules` for a LoRA config that adapts no module."""
 
 
 def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Return the fields for the modules of an IA3 file, and for those that scale their inputs."""
+    """Return the fields for the modules of an IA3 file, and for the modules whose inputs are scaled."""
     found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in found.items() if update.l_in is not None)
     loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
@@ -54,7 +54,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
-    """Return the fields for the modules of a file of one of the `families`."""
+    """Return the fields for the modules of a file that belongs to one of the `families`."""
     paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
@@ -68,7 +68,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Return the fields for the modules that an LN_TUNING file has copies of."""
+    """Return the fields for the modules that an LN_TUNING file copies."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates
@@ -92,12 +92,12 @@ def token_numbers(target: Target, updates: Updates) -> list[int]:
 
 
 def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
-    """Return a list of whole paths; a pattern if another module of the base has one of them as its ending."""
+    """Return a list of full paths; a pattern if another module's name in the base ends with one of them."""
     return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """Return `modules_to_save`: modules replaced whole, which PEFT wraps; it loads other parameters by name."""
+    """Return `modules_to_save`: completely replaced modules, which PEFT wraps; it loads other parameters by name."""
     whole = [
         target.path
         for target, found in updates.items()
@@ -109,7 +109,7 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
 
 
 def _is_whole(path: str, found: tuple[Any, ...], base: Checkpoint | None) -> bool:
-    """Whether a module of this path has exactly these tensors, and no other module of the base has this ending."""
+    """Whether a module has exactly these tensors, and no other module's name in the base ends with its path."""
     if base is None:
         return True
     held = {name for name in base.tensors if name.startswith(f"{path}.")}
@@ -122,7 +122,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     last = {name.rpartition(".")[2] for name in named}
     held: set[str] = set()
     for name in () if base is None else base.tensors:
-        # Modules inside the same module lead to it again and again; the check visits each once.
+        # Visit each parent only once: modules inside the same parent lead to it again and again.
         while (name := name.rpartition(".")[0]) and name not in held:
             held.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
@@ -131,7 +131,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """Yield the rest of a name after each of its dots."""
+    """Yield the rest of a name after each dot."""
     while rest := name.partition(".")[2]:
         yield (name := rest)
 

@@ -1,4 +1,4 @@
-"""List the methods whose files hold `lora_A` and `lora_B`; all have the peft_type LORA."""
+"""List the methods whose files have `lora_A` and `lora_B`; all have the peft_type LORA."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
-"""Methods that store a pair of factors."""
+"""The methods that store a pair of factors."""
 
 BESIDE = (*PAIRS, IA3, Replacement, Rows)
-"""All methods that belong to none of the `families`."""
+"""All methods that belong to no family."""
 
 LINEAR = (KaSA, BDLoRA)
-"""Methods that PEFT supports only for linear layers."""
+"""The methods that PEFT supports only for linear layers."""
 
 ROUTED = (ALoRA, Arrow)
-"""Methods that PEFT supports only for linear layers and Conv1D."""
+"""The methods that PEFT supports only for linear layers and Conv1D."""
 
 BIASED = (LoRA, ALoRA, GroupedLoRA)
-"""Methods that may have a bias."""
+"""The methods that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
-"""Methods that record what PEFT subtracts from the base, for linear layers and Conv1D."""
+"""The methods that record the values that PEFT subtracts from the base, for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
-"""How often PEFT's forward adds the change of an attention's output projection."""
+"""The number of times that PEFT's forward adds the change of an attention's output projection."""
 
 TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, BDLoRA),
@@ -53,14 +53,14 @@ TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, GroupedLoRA),
     (DoRA, GroupedDoRA),
 )
-"""Groups of methods that one file can hold together."""
+"""Groups of methods that one file can have together."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}
-"""PEFT's default weights of the terms that KaSA adds to the loss."""
+"""PEFT's default weights for the terms that KaSA adds to the loss."""
 
 
 def rank_of(update: Any, stacked: bool = False) -> int:
-    """Return the inner size of a pair."""
+    """Return the rank of a pair."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
@@ -69,17 +69,17 @@ def rank_of(update: Any, stacked: bool = False) -> int:
 
 
 def from_blocks(leaf: Lazy) -> Lazy:
-    """Reshape [n, rows, columns] to [n * rows, columns], as PEFT stores it."""
+    """Reshape [n, rows, columns] to [n * rows, columns], PEFT's form."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
 def may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file whose updates are mostly of `method`."""
+    """Whether an update may be in a file of mostly `method` updates."""
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
 def law_fields(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the fields that select the formula of the pairs at these paths; they replace those of `before`."""
+    """Return the fields that select the formula of these pairs; they replace the fields of `before`."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -95,7 +95,7 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict
 
 
 def _invocation(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the tokens that activate; PEFT looks for them only in causal models."""
+    """Return the field with the tokens that activate aLoRA; PEFT looks for them only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}
@@ -104,7 +104,7 @@ def _invocation(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dic
 
 
 def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, JsonValue] | None:
-    """Return the settings by which Arrow chooses, with PEFT's names for as many experts as it has."""
+    """Return the settings of Arrow's router, with PEFT's names for the experts."""
     some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
     if some is None:
         return None
@@ -128,9 +128,9 @@ def _blocks(updates: dict[str, Any]) -> dict[str, JsonValue]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Say why a file cannot express a pair at this target, for methods only for linear layers; empty if it can."""
+    """Return the reason why a file cannot have a pair at this target; empty if no special rule forbids it."""
     if isinstance(update, LINEAR) and target.layout != "out *in":
-        return f"{update.method} on a weight stored [in, out]"
+        return f"PEFT has no {update.method} on a weight stored as [in, out]"
     if isinstance(update, Arrow) and not update.lacks_experts:
-        return "arrow with its experts: PEFT has them in folders of their own"
+        return "this arrow stores its experts, but PEFT has them in separate folders"
     return ""

@@ -1,4 +1,4 @@
-"""Match names against the regular expressions of a config, in bounded time."""
+"""Match names against the regular expressions in a config, in bounded time."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from ...errors import Malformed, Unsupported
 from ...naming.stored_names import WRAPPERS
 
 SURE = 2_000_000
-"""Steps that `re` may take at most for one name: a few milliseconds."""
+"""The number of steps that `re` may always take for one name: a few milliseconds."""
 
 PATIENT = 200_000_000
-"""Steps that `re` may take at most if no automaton can be made of the pattern: about a second."""
+"""The number of steps that `re` may take if a pattern cannot become an automaton: about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
-"""States that may be visited for one pattern, for all names together; results are cached."""
+"""The number of states that may be visited for one pattern and all names together; results are cached."""
 
 MAX_REMEMBERED = 20_000
 
 _NEVER = float("inf")
 
 _INSIDE = "base_model.model."
-"""Behind it are the base's own names; DistributedDataParallel and TRL's value heads put words before it."""
+"""The prefix before the base's names; DistributedDataParallel and TRL's value heads add words in front of it."""
 
 
 class TooSlow(Exception):
-    """The time for a pattern cannot be bounded."""
+    """Raised if the time for a pattern cannot be bounded."""
 
 
 def fits(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern fits a name, as `re.match`, `re.fullmatch` or `re.search` would find.
+    """Whether a pattern fits a name, with the result of `re.match`, `re.fullmatch` or `re.search`.
 
     Args:
         pattern: a valid regular expression.
-        name: the text.
+        name: the text to match.
         kind: `match`, `fullmatch` or `search`.
 
     Raises:
-        TooSlow: it might take too long.
+        TooSlow: matching may take too long.
         re.error: the pattern is not a regular expression.
     """
     compiled = _compiled(pattern)
-    # Lengths are rounded up to a power of two, so that steps are computed for few lengths.
+    # Round lengths up to a power of two, so that steps are computed only for a few lengths.
     steps = _steps(pattern, 1 << max(len(name), 1).bit_length())
     if steps > SURE:
         automaton = _automaton(pattern)
@@ -63,13 +63,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1 << 12)
 def _parsed(pattern: str) -> Any:
-    # `re` has no public access to its parser; the module is the same from Python 3.11 on.
+    # Use the private parser, because `re` has no public one; the module is the same since Python 3.11.
     return re._parser.parse(pattern)  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1 << 14)
 def _steps(pattern: str, length: int) -> float:
-    """Return an upper bound of the steps that backtracking takes."""
+    """Return an upper bound for the number of steps of backtracking."""
     try:
         return _ways(_parsed(pattern), length) * length
     except RecursionError:
@@ -77,7 +77,7 @@ def _steps(pattern: str, length: int) -> float:
 
 
 def _ways(items: Iterable[Any], length: int) -> float:
-    """Return an upper bound of the ways in which a sequence can fit from one place on."""
+    """Return an upper bound for the number of ways in which a sequence can match from one position on."""
     ways = 1.0
     for code, value in items:
         ways *= _ways_of(str(code), value, length)
@@ -98,7 +98,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If a body can itself fit in several ways, these multiply with each repetition.
+        # If the body itself can match in several ways, their number multiplies with each repetition.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -109,7 +109,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
 
 
 class _Unsupported(Exception):
-    """The automaton does not support part of a pattern: a reference to a group, or a look-ahead."""
+    """Raised if an automaton cannot express part of a pattern: a reference to a group, or a look-ahead."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -121,7 +121,7 @@ def _automaton(pattern: str) -> Automaton | None:
 
 
 class Automaton:
-    """Follows all ways of a pattern at once (K. Thompson 1968); visited sets of states are cached.
+    """Follows all alternatives of a pattern at once (K. Thompson 1968); visited sets of states are cached.
 
     A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`.
     """
@@ -135,7 +135,7 @@ class Automaton:
         self.reached: dict[Any, frozenset[int]] = {}
 
     def fits(self, name: str, kind: str) -> bool:
-        """Whether the pattern fits; see `fits`.
+        """Whether the pattern fits; see the function `fits`.
 
         Raises:
             TooSlow: too many states were visited.
@@ -165,7 +165,7 @@ class Automaton:
         return self.steps[key]
 
     def _closure(self, states: frozenset[int], place: _Place) -> frozenset[int]:
-        """Return the states that are reached without a character."""
+        """Return the states that can be reached without reading a character."""
         key = states, place
         if key not in self.reached:
             found, open_ = set(states), list(states)
@@ -196,7 +196,7 @@ class Automaton:
         return len(self.states) - 1
 
     def _sequence(self, items: Any, following: int, flags: int) -> int:
-        """Return the state at which a sequence begins that continues at `following`."""
+        """Return the first state of a sequence that continues at the state `following`."""
         for code, value in reversed(list(items)):
             following = self._item(str(code), value, following, flags)
         return following
@@ -230,7 +230,7 @@ class Automaton:
 
 
 _Place = tuple[bool, bool, bool, str, str]
-"""A place between characters: whether it is the start, the end, before a last newline; and the characters beside it."""
+"""A position between characters: whether it is the start, the end, before a last newline; and the two neighbours."""
 
 
 def _place(name: str, at: int) -> _Place:
@@ -286,10 +286,10 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that fits `name`, whole or after a dot, else of the one equal to `name`.
+    """Return the value of the first pattern that fits `name`, whole or after a dot, or else of the one equal to `name`.
 
-    Words that wrappers put into the name do not count: PEFT reads the patterns before FSDP or torch.compile wrap a
-    model, and files saved inside them have such words in their keys.
+    Words that wrappers add to the name are ignored: PEFT reads the patterns before FSDP or torch.compile wrap a model,
+    and files saved inside these wrappers have such words in their keys.
     """
     if not patterns:
         return default
@@ -298,17 +298,17 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    # Patterns that adapterkit wrote have the words of the keys beside them.
+    # Try the name with wrappers' words, too, because patterns that adapterkit wrote include them.
     tried = {name, unwrapped(name)}
     if "module." in name:
-        # DistributedDataParallel's word, or one of the model's own; a pattern that starts with `^` tells them apart.
+        # `module` may be DistributedDataParallel's word or the model's own; patterns that start with `^` decide.
         tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
     positions = [position for each in tried if (position := known.first(each)) is not None]
     return known.values[min(positions)] if positions else patterns.get(name, default)
 
 
 def unwrapped(name: str) -> str:
-    """Return the path of a module inside PEFT's base model, without the words that wrappers put into it."""
+    """Return the path of a module inside PEFT's base model, without the words that wrappers add to paths."""
     name = name.rpartition(_INSIDE)[2]
     if not any(word in name for word in WRAPPERS):
         return name
@@ -316,10 +316,10 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """Index of patterns for fast look-up: PEFT's EVA, and `exactly`, write one for each of 10^4 modules.
+    """An index for finding patterns fast: PEFT's EVA, and `exactly`, write one pattern for each of 10^4 modules.
 
     Args:
-        patterns: pattern -> value, in the order in which they are tried.
+        patterns: a map from patterns to values, in the order in which they are tried.
     """
 
     def __init__(self, patterns: Mapping[str, T]) -> None:
@@ -332,8 +332,8 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # The pattern is a plain name, except that its dots fit any character. Patterns with dots at the same
-                # places are compared by one look-up; names of modules have a few dozen such forms.
+                # The pattern is a plain name in which dots fit any character. Compare all patterns with dots at the
+                # same positions by one look-up; names of modules have a few dozen such forms.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)
@@ -342,7 +342,7 @@ class _Index(Generic[T]):
 
     def first(self, name: str) -> int | None:
         """Return the position of the first pattern that fits a name, whole or after a dot."""
-        if "\n" in name:  # A dot and `$` treat a newline unlike other characters.
+        if "\n" in name:  # Try all patterns: a dot and `$` treat a newline specially.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
         found = [self._exact[name]] if name in self._exact else []
@@ -360,7 +360,7 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the position of the one of these patterns, all of one length and dots, that fits the end of a name."""
+    """Return the position of the pattern, among those with one length and the same dots, that fits a name's end."""
     length, dots = form
     start = len(name) - length
     if start < 0 or (start and name[start - 1] != "."):
@@ -374,30 +374,30 @@ def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int
 _INDEXES: dict[int, _Index[Any]] = {}
 _MOST_INDEXES = 8
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-"""Patterns in which all characters except dots stand for themselves."""
+"""Matches patterns in which all characters except dots stand for themselves."""
 
 
 def exactly(name: str) -> str:
-    """Return the pattern that fits only this name; for PEFT, a plain name fits endings, and a dot fits anything."""
+    """Return the pattern that fits only this name; in PEFT, a plain name also fits endings, and dots fit anything."""
     return f"^{re.escape(name)}$"
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression of a config fits `name` from its start, or all of it.
+    """Whether a regular expression in a config fits `name` from its start, or all of it.
 
     Raises:
-        Malformed: it is not a regular expression.
-        Unsupported: it could take hours.
+        Malformed: the pattern is not a regular expression.
+        Unsupported: matching may take hours.
     """
     return _fits(pattern, name, "fullmatch" if whole else "match")
 
 
 def finds(pattern: str, name: str) -> bool:
-    """Whether a regular expression of a config fits anywhere in `name`.
+    """Whether a regular expression in a config fits anywhere in `name`.
 
     Raises:
-        Malformed: it is not a regular expression.
-        Unsupported: it could take hours.
+        Malformed: the pattern is not a regular expression.
+        Unsupported: matching may take hours.
     """
     literal = _literal(pattern)
     return literal == name if literal else _fits(pattern, name, "search")
@@ -407,16 +407,18 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
     try:
         return fits(pattern, name, kind)
     except TooSlow:
-        why = "a regular expression that could take hours to match"
+        why = "matching this regular expression may take hours"
         cure = "Write it without repetitions inside repetitions, or list the names of the modules"
         raise Unsupported(why, where=pattern[:80], cure=cure) from None
     except (re.error, OverflowError, RecursionError) as error:
-        raise Malformed(f"not a regular expression ({error})", where=pattern[:80], cure=_REWRITE) from None
+        raise Malformed(
+            f"this is not a valid regular expression ({error})", where=pattern[:80], cure=_REWRITE
+        ) from None
 
 
 @lru_cache(maxsize=1 << 14)
 def _literal(pattern: str) -> str:
-    """Return the only name that the pattern can fit, if `exactly` made it; configs hold hundreds of these."""
+    """Return the only name that the pattern fits, if `exactly` made it; configs have hundreds of such patterns."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 

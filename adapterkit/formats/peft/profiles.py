@@ -1,8 +1,8 @@
-"""Adapt adapters to consumers of PEFT's folders that read only a part of the config, and can run only some methods.
+"""Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
 
-All of them use one rank and one alpha for all modules, whatever `rank_pattern` and `alpha_pattern` say, and some ignore
-`use_rslora`, or alpha. So ranks are padded with zeros to one rank, and scalings that differ, or all, go into B. The
-limits of each are data, `spec/profiles`.
+All of them use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
+`use_rslora` or alpha, too. So ranks are padded with zeros to one rank, and scalings that differ, or all scalings, are
+folded into B. `spec/profiles` states the limits of each consumer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERSION = 1
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The capabilities of one consumer; `spec/profiles/README.md` says what each field means."""
+    """The capabilities of one consumer; `spec/profiles/README.md` explains each field."""
 
     format: int
     title: str
@@ -79,14 +79,14 @@ def _load(path: Path) -> Profile:
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
-    """Rewrite an adapter for a consumer: LoRA of one rank and one alpha; return it and a line for each change.
+    """Rewrite an adapter for a consumer: LoRA with one rank and one alpha; return it and a line for each change.
 
-    Stacks of experts are taken apart if the base tells the family; vLLM reads PEFT's own stacks for models whose files
-    store their experts in stacks.
+    Stacks of experts are split if the base shows the family. vLLM reads PEFT's own stacks for models whose files store
+    experts in stacks.
 
     Raises:
-        Unrepresentable: it has an update that the consumer cannot run, and `on_loss` is not `drop`; its rank or its
-            file is too large for the consumer.
+        Unrepresentable: the consumer cannot run an update, and `on_loss` is not `drop`; or the rank or the file is too
+            large for the consumer.
         UsageError: the consumer reads the base's model type, and no base is given.
     """
     own = profiles()[profile]
@@ -107,12 +107,12 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(own, updates)
     more = {"model_type": _model_type(own, base)} if own.model_type else {}
-    # The rest of a config that was read, its patterns first of all, would mislead this consumer.
+    # Replace the source config completely, because its other fields, above all its patterns, would mislead consumers.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
 def _rank_for(profile: Profile, rank: int) -> int:
-    """Return the rank to write, wider where the consumer takes no smaller one."""
+    """Return the rank to write: the least rank that the consumer accepts and that is not below `rank`."""
     if profile.ranks is None:
         return rank
     least, most = profile.ranks
@@ -124,7 +124,7 @@ def _rank_for(profile: Profile, rank: int) -> int:
 
 
 def _folded(pairs: Pairs) -> tuple[Pairs, list[str]]:
-    """Return the updates with scaling 1, the scale multiplied into B, and a line for each that had another."""
+    """Multiply every scaling into B; return the updates, and a line for each that had another scaling than 1."""
     held = {}
     for target, update in pairs.items():
         B = update.B if update.scaling == 1 else times(as_lazy(update.B), update.scaling)
@@ -150,13 +150,13 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return the leftovers with other hints; tensors that are only kept stay."""
+    """Return the leftovers with other hints; tensors that are only kept stay in them."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
-    """Return the config to write; some consumers know modules only by the last word of their names."""
+    """Return the config to write; it names modules by their last word, because some consumers know only that."""
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
         "modules_to_save": None,
@@ -171,7 +171,7 @@ def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """Return the adapter with one LoRA an expert, under a hub's names, if the consumer reads experts that way."""
+    """Return the adapter with one LoRA per expert, in a hub's names, if the consumer reads experts that way."""
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
@@ -187,28 +187,36 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
-    """Whether a parameter's experts are in one tensor on a hub, too."""
+    """Whether hubs also store a parameter's experts in one tensor."""
     keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
     places = [family.place(key, "hub") for key in keys]
     return bool(places) and all(place is not None and place.stacked for place in places)
 
 
 def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
-    """Say why a consumer cannot run an update; `told`: it reads stacks, and the base says that these are such."""
+    """Return the reason why a consumer cannot run an update; empty if it can.
+
+    Args:
+        profile: the consumer.
+        target: the update's target.
+        update: the update.
+        told: whether the consumer reads stacks, and the base shows that the model's files have them.
+    """
     if target.stacked and not told:
         return (
-            "stacked experts, and it reads one LoRA an expert: give the base by --base (base=), which tells their "
-            "names, or convert with --match-base and --base BASE (bind(base)), where BASE stores them one by one"
+            "it has stacked experts, but the consumer reads one LoRA per expert: give the base, which shows the "
+            "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
+            "BASE that stores experts one by one"
         )
     if reason := unfit(target, update, stacked=True):
         return reason
     words = target.path.split(".")
     if profile.modules and words[-1] not in profile.modules and ".".join(words[-2:]) not in profile.modules:
-        return f"no module that {profile.title} runs"
+        return f"{profile.title} does not adapt this module"
     if not profile.experts and "experts" in words:
-        return "experts"
+        return f"{profile.title} does not adapt experts"
     if not profile.embeddings and target.layout == "in out *k":
-        return "an embedding, or a weight stored [in, out]"
+        return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return "a module no wider than the rank, of which it would take the wrong side for the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would read the wrong side as the rank"
     return ""

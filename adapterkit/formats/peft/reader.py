@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; every tensor must be accounted for."""
+"""Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ BUILT_IN = {
     "LORA": (replacement.decode, lora.decode, rows.decode),
     "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
 }
-"""peft_type -> decoders of its files, in the order in which PEFT applies updates; `families` has the other types."""
+"""The decoders of each peft_type, in the order in which PEFT applies updates; `families` has the other types."""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
-"""target -> for each of its updates, field -> key."""
+"""For each target and each of its updates, a map from fields to keys."""
 
 
 def decode(
@@ -48,13 +48,13 @@ def decode(
     base: Checkpoint | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """Return the adapter that a config and tensors make up.
+    """Return the adapter that a config and tensors describe.
 
     Raises:
-        Malformed: a tensor is not accounted for, or the config belongs to another file.
+        Malformed: a tensor belongs to no update, or the config belongs to another file.
         Unsupported: the config needs a feature that this version does not have.
         ShapeMismatch: shapes contradict each other or the config.
-        UsageError: the file does not say which parameters it adapts, and there is no base.
+        UsageError: the file does not show which parameters it adapts, and no base is given.
     """
     settings = fields.parse(config, strict=strict)
     prefix, parsed = parse_keys(tensors, prefix_of(settings.peft_type))
@@ -62,7 +62,7 @@ def decode(
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
-        compat = None  # The writer uses PEFT's own order and says so in the config.
+        compat = None  # Forget it: the writer uses PEFT's order and states it in the config.
     hints = PeftHints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
@@ -75,14 +75,14 @@ def decode(
 
 
 def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
-    """Return the same adapter, read with a generated config: its lineage says so, and the config is not written back.
+    """Return an adapter that was read with a generated config, which its lineage records and no writer writes back.
 
     Args:
         adapter: the adapter that was read.
         config: the generated config.
-        assumed: alpha was not stated, so it is assumed to be each module's rank.
+        assumed: whether alpha was not stated and is assumed to be each module's rank.
 
-    PEFT loads only configs that list the modules, so the writer composes one as for an adapter of any other format.
+    PEFT loads only configs that list the modules, so the writer composes a config as for an adapter of another format.
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
@@ -92,7 +92,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
-    """Return the updates by target, the keys that their tensors came from, and the keys that are only kept."""
+    """Return the updates by target, the keys of their tensors, and the keys that are only kept."""
     found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
     kept: list[str] = []
     used: set[Key] = set()
@@ -122,8 +122,8 @@ def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
 def _check_all_used(file: File, used: set[Key]) -> None:
     if not used.issuperset(file.tensors):
         left = next(key for key in file.tensors if key not in used)
-        why = f"a tensor that {file.settings.peft_type} has no place for"
-        raise Malformed(why, where=left.text, cure="Save the adapter again, or take the tensor out")
+        why = f"{file.settings.peft_type} has no tensor with this name"
+        raise Malformed(why, where=left.text, cure="Save the adapter again, or remove the tensor")
 
 
 def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[Any, list[Found]]]:
@@ -138,7 +138,7 @@ def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[A
 
 
 def _layout(findings: Sequence[Found]) -> str:
-    """Return the layout that the acting update declares, unless a whole weight beside it disproves it."""
+    """Return the layout that the acting update declares, unless a replaced weight of the same target contradicts it."""
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
@@ -165,7 +165,7 @@ def _in_layout(finding: Found, target: Target) -> Update:
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Return the file's keys and shapes that differ from the writer's own choice."""
+    """Return the keys and shapes in the file that differ from those that the writer would choose."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     if peft_type == "LORA" and are_plain(updates):

@@ -1,7 +1,7 @@
-"""Decode parameters of the base, saved whole under their own names: `modules_to_save`, trained biases, embeddings.
+"""Decode parameters that are stored whole under the base's names: `modules_to_save`, trained biases, embeddings.
 
-PEFT loads every tensor with the name of a parameter into the model, so each is a replacement. PEFT also saves a copy of
-an adapted embedding beside its factors; it is a replacement, too, and comes before them.
+PEFT loads each tensor with the name of a parameter into the model, so each such tensor is a replacement. PEFT also
+saves a copy of an adapted embedding next to its factors; the copy is a replacement, too, and is applied before them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .file import File, Findings, Found, Kept, Key, make
 
 
 def decode(file: File) -> Findings:
-    """Return all whole parameters of a file; tensors of other dtypes than floats were not trained, and are only kept.
+    """Yield all whole parameters in a file; tensors without floating-point values were not trained, and are only kept.
 
     Raises:
         Unsupported: a parameter is a single number.
@@ -34,7 +34,7 @@ def decode(file: File) -> Findings:
 
 
 def _unread(file: File) -> Iterator[Key]:
-    """Yield the copies of a module that PEFT does not use after it loads the file.
+    """Yield the copies of a module that PEFT ignores when it loads the file.
 
     With `save_embedding_layers` PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
     `NAME.modules_to_save.weight` and `NAME.original_module.weight`. It loads the trained module from the first.
@@ -47,7 +47,7 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
-    """Make the update of a module's parameters; [in, out] only if the bias is as long as the second axis alone."""
+    """Create the update of a module's parameters; its layout is [in, out] only if the bias fits the second axis."""
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
@@ -55,9 +55,9 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """Return (target, field) of a parameter: for a weight and a bias, the module and its field."""
+    """Return (target, field) of a parameter; for a weight or bias, these are the module and its field."""
     if not axes:
-        raise Unsupported("a single number cannot be replaced", where=name, cure="Leave it out of modules_to_save")
+        raise Unsupported("a single number cannot be replaced", where=name, cure="Remove it from modules_to_save")
     module, _, field = name.rpartition(".")
     if module and (field == "weight" or (field == "bias" and axes == 1)):
         return module, field

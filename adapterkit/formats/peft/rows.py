@@ -1,4 +1,4 @@
-"""Decode trainable tokens: `trainable_tokens_delta` holds whole new rows, despite its name; the config has numbers."""
+"""Decode trainable tokens: despite its name, `trainable_tokens_delta` has complete new rows; the config has numbers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .settings import Settings
 
 PART = "trainable_tokens_delta"
 ORIGINAL = "trainable_tokens_original"
-"""A copy of the base's own rows."""
+"""The part of keys for a copy of the base's rows."""
 
 
 def decode(file: File) -> Findings:
-    """Return all token rows of a file.
+    """Yield all token rows in a file.
 
     Raises:
-        Malformed: the config has no token numbers for them.
-        ShapeMismatch: there are more or fewer numbers than rows.
+        Malformed: the config has no token numbers for the rows.
+        ShapeMismatch: the number of token numbers and of rows differ.
     """
     yield from (Kept(key) for key in file.tensors if key.part == ORIGINAL)
     keys = [slots[PART, ""] for slots in file.groups({PART}).values() if (PART, "") in slots]
@@ -26,8 +26,8 @@ def decode(file: File) -> Findings:
         if index is None:
             raise Malformed("the config has no token numbers for these rows", where=key.text, cure=_AGAIN)
         if values.shape[:1] != (len(index),) or len(values.shape) != 2:
-            why = f"{list(values.shape)} are not the rows of {len(index)} tokens"
-            raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+            why = f"the shape {list(values.shape)} is not that of rows for {len(index)} tokens"
+            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         update = make("rows", {"index": integers(index), "values": values})
         yield Found(key.path, update, {"values": key}, "in out *k")
 
@@ -38,17 +38,17 @@ def integers(values: list[int]) -> Lazy:
 
 
 def _index(settings: Settings, path: str) -> list[int] | None:
-    """Return the token numbers of the rows at a module; None if the config does not state them."""
+    """Return the token numbers for the rows of a module; None if the config does not state them."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices
     if not isinstance(named, dict):
-        # PEFT attaches one list to the input embeddings and to every layer that is tied to them.
+        # PEFT uses one list for the input embeddings and for every layer tied to them.
         return named
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
     if not fitting and len(named) == 1:
-        # A head that is tied to the one embedding has no entry of its own.
+        # Use the only entry for a head that is tied to the embedding, because the head has no entry.
         return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 

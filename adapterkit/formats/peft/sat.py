@@ -1,7 +1,7 @@
-"""SwissArmyTransformer's LoRA of CogVideoX: `matrix_A.N` and `matrix_B.N` of part N of a fused weight, beside the base.
+"""SwissArmyTransformer's LoRA for CogVideoX: `matrix_A.N` and `matrix_B.N` for part N of a fused weight.
 
-SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. Everything but these
-matrices is frozen: its configs say `not_trainable_prefixes: ['all']`, from which it leaves them out by their names.
+SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. Everything except these
+matrices is frozen: SAT's configs have `not_trainable_prefixes: ['all']`, and exempt LoRA's matrices by their names.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
 OF_FAMILY = "adapterkit.family"
-"""Metadata key that names an adapter's family for writers."""
+"""The metadata key that states an adapter's family for writers."""
 
 FAMILY = "cogvideox"
-"""The family whose names are known; SAT has other models, too."""
+"""The only family whose names are known; SAT has other models, too."""
 
 
 def is_sat(keys: Mapping[str, object]) -> bool:
-    """Whether the keys are of a model with SAT's LoRA."""
+    """Whether the keys belong to a model with SAT's LoRA."""
     return any(map(_KEY.fullmatch, keys))
 
 
 def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str, Lazy]:
-    """Return SAT's matrices under PEFT's keys, with diffusers' names of the modules.
+    """Return SAT's matrices under PEFT's keys, with diffusers' names for the modules.
 
     Args:
         tensors: the tensors of the file by key.
-        alpha: LoRA's alpha; only the training config tells it.
+        alpha: LoRA's alpha, which only the training config states.
 
     Raises:
         UsageError: `alpha` is None.
         Unsupported: a module is not CogVideoX's attention.
     """
     if alpha is None:
-        why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, and saves neither"
-        cure = "Say the training config's lora_alpha with --alpha A (alpha=A); it is 1 where the config has none"
+        why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"
+        cure = "State the training config's lora_alpha with --alpha A (alpha=A); it is 1 if the config has none"
         raise UsageError(why, cure=cure)
     family = next(each for each in families() if each.name == FAMILY)
     found = {}
@@ -53,9 +53,9 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
         path, part = rooted(match[1])[1], int(match[3])
         pieces = family.moves(path, "native", "diffusers") if path in family.names("native") else ()
         if part >= len(pieces):
-            why = f"SwissArmyTransformer's LoRA of a module that {family.title} does not have"
+            why = f"SwissArmyTransformer's LoRA adapts a module that {family.title} does not have"
             raise Unsupported(
-                why, where=key, cure="Export it with the tool that trained it, to PEFT's or diffusers' keys"
+                why, where=key, cure="Export it with the tool that trained it, with PEFT's or diffusers' keys"
             )
         found[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
     return found

@@ -1,7 +1,7 @@
-"""Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for the others.
+"""Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for all others.
 
-PEFT stores no scaling: it divides an alpha by the rank or its root. The writer looks for an alpha that gives exactly
-the scaling; if there is none, the scaling goes into B, if the caller allows it.
+PEFT stores no scaling: it divides an alpha by the rank or its square root. The writer looks for an alpha that yields
+the exact scaling. If there is none, the scaling is folded into B, if the caller allows it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
-    """Return the fields for ranks and scalings; a scaling that no alpha gives is folded into B, if allowed."""
+    """Return the fields for ranks and scalings; fold a scaling that no alpha yields into B, if this is allowed."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
@@ -40,10 +40,12 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
     if not inexact:
         return updates, numbers, []
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
-    items = [f"{target}: no alpha gives its scaling exactly" for target in needy]
+    items = [f"{target}: no alpha yields its exact scaling" for target in needy]
     if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
         raise Unrepresentable(
-            "PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'/--on-loss fold"
+            "PEFT states a scaling as alpha / r",
+            items=items,
+            cure="Allow folding it into B with --on-loss fold (on_loss='fold')",
         )
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
@@ -54,16 +56,18 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
 
 
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
-    """Fold scalings that a family's config cannot state into the field that can absorb them."""
+    """Fold scalings that a family's config cannot state into a tensor of the family."""
     method = acting_method(updates)
     family = family_of_method(method)
     needy = family.inexact(updates) if family else []
     if family is None or not needy:
         return updates, []
-    items = [f"{path}: no alpha gives its scaling exactly" for path in needy]
+    items = [f"{path}: no alpha yields its exact scaling" for path in needy]
     if on_loss not in ("fold", "promote"):
         raise Unrepresentable(
-            "PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'/--on-loss fold"
+            "PEFT states a scaling as alpha / r",
+            items=items,
+            cure="Allow folding it into a factor with --on-loss fold (on_loss='fold')",
         )
 
     def folded(update: Update) -> Update:
@@ -78,7 +82,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return config name -> rank and scaling, and the names whose projections need different alphas."""
+    """Return rank and scaling by name in the config, and the names of attentions that would need two alphas."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, found in updates.items():
         for update in (update for update in found if isinstance(update, PAIRS)):
@@ -90,13 +94,13 @@ def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
 
 
 def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
-    """Return how often PEFT's forward adds the change at a target; `once` for the paper's formula."""
+    """Return how many times PEFT's forward adds the change of a target; `once` is for the paper's formula."""
     inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
     return OUTPUT_TIMES if inside and not once else 1.0
 
 
 def _folded(update: Update, scaling: float) -> Update:
-    """Give an update another scaling without changing its function, rounded once to the factors' own type."""
+    """Give an update another scaling without changing its function; the factors are rounded once, to their dtype."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}

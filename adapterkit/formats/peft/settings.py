@@ -1,4 +1,4 @@
-"""The fields of a config that decide what its tensors mean, typed, with PEFT's defaults."""
+"""Define the typed config fields that determine the meaning of tensors, with PEFT's defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations that subtract from the base a value that can be computed from it exactly; methods of these names."""
+"""Initialisations, and methods with these names, that subtract a value that can be computed exactly from the base."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -25,7 +25,7 @@ Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
 
 
 class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kasa_config`: weights of the terms that KaSA adds to the loss in training."""
+    """`kasa_config`: the weights of the terms that KaSA adds to the loss in training."""
 
     beta: float = 1e-4
     gamma: float = 1e-3
@@ -40,19 +40,19 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     match_strict: bool = True
 
     def factor(self, name: str) -> str:
-        """Return A or B, whichever is block-diagonal at the module `name`; empty for neither."""
+        """Return A or B if that factor is block-diagonal in the module `name`; otherwise empty."""
         named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
         if len(found) > 1:
-            why = "target_modules_bd_a and target_modules_bd_b both name it"
+            why = "both target_modules_bd_a and target_modules_bd_b name this module"
             raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
         return found[0] if found else ""
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arrow_config`: how Arrow chooses experts, and their names; the experts themselves are not loaded.
+    """`arrow_config`: how Arrow selects experts, and their names; the experts themselves are not loaded.
 
-    The seed is for PEFT's randomised search for the router's vectors; the experts' factors give the same without it.
+    PEFT uses the seed in a randomised search for the router's vectors; here they are computed without random numbers.
     """
 
     top_k: Rank = 3
@@ -64,7 +64,7 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a config that this format reads, with PEFT's defaults; `own` has those of a family."""
+    """The config fields that this format reads, with PEFT's defaults; `own` has the fields of a family."""
 
     peft_type: str
     r: Rank = 8
@@ -102,21 +102,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def before(self, release: tuple[int, int]) -> bool:
-        """Whether the file was written by PEFT before this release; False if the config does not say."""
+        """Whether PEFT wrote the file before this release; False if the config does not state the release."""
         return parse_version(self.peft_version) < release
 
     @property
     def residual(self) -> str:
-        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; else empty."""
+        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; otherwise empty."""
         word = self.init_lora_weights
         return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
 
     def rank(self, name: str) -> int:
-        """Return the rank at the module or parameter `name`."""
+        """Return the rank of the module or parameter `name`."""
         return first_match(self.rank_pattern or {}, name, self.r)
 
     def scaling(self, name: str) -> float:
-        """Return the factor on B @ A at the module or parameter `name`."""
+        """Return the scaling of B @ A for the module or parameter `name`."""
         alpha, rank = first_match(self.alpha_pattern or {}, name, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -129,13 +129,13 @@ def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
 
 
 def parse_version(version: str | None) -> tuple[int, ...]:
-    """Return the first two numbers of a release of PEFT, such as (0, 18); a very large one if it is not stated."""
+    """Return the first two numbers of a PEFT release, such as (0, 18); a very large number if it is not stated."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else (1 << 30,)
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
-    """Whether PEFT's `target_modules` names a module: a string is a pattern, the items of a list are whole endings."""
+    """Whether `target_modules` names a module: a string is a pattern, list items match whole words at the end."""
     path = unwrapped(path)
     if isinstance(target_modules, str):
         return matches(target_modules, path, whole=True)

@@ -1,4 +1,4 @@
-"""Turn updates into keys and stored tensors: the inverse of `keys`."""
+"""Turn updates into keys and stored tensors; this is the inverse of `keys`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
-"""Globs of paths of embeddings, among targets that are stored [in, out]."""
+"""Globs for paths of embeddings, among targets that are stored as [in, out]."""
 
 
 Part = tuple[str, str, Lazy, bool]
@@ -38,10 +38,10 @@ class Spelled:
     """One tensor as PEFT stores it.
 
     Attributes:
-        place: target, position among its updates, field.
-        key: its key.
-        leaf: its bytes.
-        guessed: the key is uncertain: an embedding could be a Conv1D, or the order of two parameters is not known.
+        place: the target, the index of the update among the target's updates, and the field.
+        key: the tensor's key.
+        leaf: the tensor.
+        guessed: whether the key is uncertain: an embedding may be a Conv1D, or the order of parameters is unknown.
     """
 
     place: tuple[Target, int, str]
@@ -55,11 +55,11 @@ class PeftNames:
     """PEFT's names for the modules and parameters of one set of updates.
 
     Attributes:
-        paths: paths of the targets of pairs, see `pairs`.
-        wrappers: module -> the words that its wrappers insert between its path and the paths inside it.
-        depths: parameter -> how many wrappers of its module are inside its own.
-        guessed: parameters whose depth is a guess.
-        base: the base, if known.
+        paths: the paths of the targets of pairs, see `pairs`.
+        wrappers: a map from modules to the words that their wrappers insert after the module's path.
+        depths: a map from parameters to the number of wrappers of the same module inside the parameter's wrapper.
+        guessed: the parameters whose depth is uncertain.
+        base: the base, or None.
     """
 
     paths: Collection[str]
@@ -68,10 +68,10 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """Module -> its path with all wrappers, including its own, for modules that contain others."""
+    """A map from modules that contain others to their paths with all wrappers, including their own."""
 
     def inside(self, name: str) -> str:
-        """Return a dotted path with the wrappers of the modules on the way, without its own."""
+        """Return a dotted path with the wrappers of all parent modules, but without the module's own."""
         module, dot, last = name.rpartition(".")
         if not dot:
             return last
@@ -84,7 +84,7 @@ class PeftNames:
 def spell(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[Spelled]:
-    """Yield every tensor of the updates with its key; slices of fused weights have none."""
+    """Yield every tensor of the updates with its key; slices of fused weights have no keys."""
     for target, position, parts in spell_updates(updates, peft_type, prefix, base):
         for name, key, leaf, guessed in parts:
             yield Spelled((target, position, name), key, leaf, guessed)
@@ -93,7 +93,7 @@ def spell(
 def spell_updates(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[tuple[Target, int, list[Part]]]:
-    """Yield for every update its target, its position there, and its tensors with their keys."""
+    """Yield each update's target, its index among the target's updates, and its tensors with their keys."""
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, found in updates.items():
@@ -116,10 +116,10 @@ def spell_updates(
 
 
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-    """Whether all updates are LoRA at linear modules, none of them inside another: no key holds a wrapper's word.
+    """Whether all updates are LoRA on linear modules that are not inside each other, so that keys have no wrappers.
 
-    Then the key of a factor is `<prefix><path>.lora_A.weight`. An adapter of a mixture of experts has 10^5 keys;
-    spelling each by all rules took a fifth of the time in which such a file is read.
+    The key of a factor is then `<prefix><path>.lora_A.weight`. An adapter for a mixture of experts has 10^5 keys;
+    spelling each of them by all rules took a fifth of the time for reading such a file.
     """
     paths: set[str] = set()
     for target, found in updates.items():
@@ -138,7 +138,7 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """Transpose a whole weight from the view of a layout to the order in which it is stored, or back."""
+    """Transpose a whole weight from the view of a layout to its stored order, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf
@@ -148,14 +148,14 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 
 
 def config_name(target: Target, paths: Collection[str]) -> str:
-    """Return the config's name for the module or parameter of a target: for an attention's two projections, its own."""
+    """Return the config's name for a target: its path, or the attention's path for an attention's two projections."""
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
     return module if module and other and f"{module}.{other}" in paths else target.path
 
 
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
-    """Whether a LoRA's target is a parameter, except in an attention, rather than a module."""
+    """Whether a LoRA adapts a parameter rather than a module; False for the parameters of an attention."""
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
@@ -169,7 +169,7 @@ def is_embedding(target: Target) -> bool | None:
 
 
 def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
-    """Return paths of the targets of LoRA, or of another method of pairs."""
+    """Return the paths of targets with LoRA or another method of pairs."""
     return {target.path for target, found in updates.items() if any(isinstance(u, PAIRS) for u in found)}
 
 
@@ -201,7 +201,7 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
         guessed = embedding is None or target.path in names.guessed
         for name, leaf in update.tensors.items():
             if name == "invocation":
-                continue  # it is in the config
+                continue  # The config stores the invocation tokens.
             key = f"{stem}.{_part(name, embedding or False)}"
             yield name, key, _factor(name, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
@@ -233,7 +233,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: PeftNames) -> str:
-    """Return the path in the keys of a LoRA, including its own module's wrappers."""
+    """Return the path in the keys of a LoRA, including its module's wrappers."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -271,7 +271,7 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
 
 
 def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
-    """Return the parameter of the base that a replacement replaces."""
+    """Return the name of the base's parameter that a replacement replaces."""
     if not _names_parameter(path, base):
         return f"{path}.{field}"
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
@@ -279,4 +279,4 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""Text between a module and its token rows: beside a LoRA, and without one."""
+"""The words between a module and its token rows: with a LoRA on the module, and without."""

@@ -1,4 +1,4 @@
-"""Encode an `Adapter` as a config and tensors; everything that is written must read back as the same updates."""
+"""Encode an `Adapter` as a config and tensors that read back as the same updates."""
 
 from __future__ import annotations
 
@@ -49,9 +49,16 @@ def says(
     omitted: Collection[str] = (),
     compat: str | None = None,
 ) -> bool:
-    """Whether PEFT would find these updates in a file of these tensors, sorted as when written, with this config.
+    """Whether PEFT would read these updates from a file with this config and these tensors.
 
-    The tensors of the keys `omitted` are not in the file; `compat` is the reading.
+    Args:
+        config: the config.
+        tensors: the tensors by key, including omitted ones.
+        spelled: the tensors with their targets and keys.
+        updates: the expected updates.
+        base: the base, or None.
+        omitted: the keys of tensors that are not in the file.
+        compat: the `compat` with which the file is read.
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
@@ -69,7 +76,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Return (path, position) -> the fields that come from keys of their own, or from the only shared key."""
+    """Return, for each (path, index of an update), the fields with a key of their own or with the only shared key."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}
@@ -82,10 +89,10 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
 
 
 def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
-    """Return everything that a wrong config could change: places, methods, values, shapes, numbers of tokens.
+    """Return everything that a wrong config could change: targets, methods, values, shapes, token numbers.
 
-    A float tensor under its own key is represented by its type alone. Tensors that the reader makes, or chooses among
-    several shared ones, are represented by their values.
+    A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or selects
+    from several shared tensors, are represented by their values.
     """
     return {
         (target.path, target.rows, target.stacked): [
@@ -113,10 +120,10 @@ def _values(leaf: Lazy, own: bool) -> Any:
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """Return the config, the tensors by key, and one line for each thing left out or rewritten.
+    """Return the config, the tensors by key, and one line for each omission or rewriting.
 
     Raises:
-        Unrepresentable: a PEFT file cannot express it, and `on_loss` does not allow a rewriting.
+        Unrepresentable: a PEFT file cannot express an update, and `on_loss` does not allow rewriting it.
     """
     hints = hints_of(adapter)
     by_formula = hints.compat == FORMULA
@@ -141,12 +148,12 @@ def encode(
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
             return config, kept | written, computed + joined + lines + folded
     places = [(target, position) for target, found in updates.items() for position in range(len(found))]
-    cure = "Write adapterkit's own format"
+    cure = "Write adapterkit's format: --to adapterkit (format='adapterkit')"
     raise Unrepresentable("PEFT's config cannot express this combination", cure=cure, places=places)
 
 
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Return the same updates, with replacements in the order in which the base stores them."""
+    """Return the same updates, with replacements in the base's stored order."""
     changed: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in found):
@@ -167,8 +174,8 @@ def _guesses(updates: Updates, hints: PeftHints, base: Checkpoint | None) -> Ite
         return
     spelled = spell(updates, "LORA", hints.prefix, base)
     for target, position in dict.fromkeys(s.place[:2] for s in spelled if s.guessed and s.key not in hints.keys):
-        why = "order of this module's parameters" if target.stacked else "whether this is an embedding or a Conv1D"
-        yield target, position, f"nothing tells the {why}, on which its keys depend"
+        why = "the order of this module's parameters" if target.stacked else "whether this is an embedding or a Conv1D"
+        yield target, position, f"its keys depend on {why}, which is unknown"
 
 
 def _peft_type(updates: Updates, hints: PeftHints) -> str:
@@ -176,7 +183,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
     if method is not None:
         own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # Several types have one method: the one that was read is kept, else the one named after the method.
+        # If several types have one method, prefer the type that was read, and then the type named after the method.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
         return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
@@ -188,7 +195,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
 
 
 def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
-    """Return every tensor as PEFT stores it, under the key and in the shape that it was read with, if known."""
+    """Return every tensor as PEFT stores it, with the key and the shape in the source file, if known."""
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
         key = hints.keys.get(each.key, each.key)
@@ -202,29 +209,29 @@ def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint 
 
 
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
-    """Return key -> tensor; a tensor that several updates share is written once, and must be equal for all of them."""
+    """Return the tensors by key; a tensor shared by several updates is written once, and must be equal in all."""
     first: dict[str, Any] = {}
     tensors: dict[str, Lazy] = {}
     for each in spelled:
         target, position, field = each.place
         leaf = updates[target][position].tensors[field.partition(".")[0]]
         if first.setdefault(each.key, leaf) is not leaf and tensors[each.key].fetch() != each.leaf.fetch():
-            cure = "Write adapterkit's own format, which has one tensor for each"
-            why = "a PEFT file shares one tensor over its modules"
+            cure = "Write adapterkit's format, which stores a tensor for each: --to adapterkit (format='adapterkit')"
+            why = "a PEFT file shares this tensor among all modules"
             raise Unrepresentable(why, items=[each.key], cure=cure, places=[(target, position)])
         tensors.setdefault(each.key, each.leaf)
     return tensors
 
 
 def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
-    """Return the keys that a file with this config leaves out."""
+    """Return the keys that a file with this config omits."""
     family = family_of_type(peft_type)
     left_out = family.omitted(config, updates) if family else ()
     return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
-    """Return tensors that are only kept, if the module that they belong to is still there."""
+    """Return the tensors that are only kept, if their module still has a target."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)

@@ -1,8 +1,8 @@
-"""Experts that share their outer factors: PEFT's folder, in which a stack has one A, or one B, for all experts.
+"""Experts that share their outer factors: PEFT's folder with stacks in which all experts have one A or one B.
 
-SGLang serves it with `--experts-shared-outer-loras`, Megatron-Bridge trains it. A of gate and up, which read the hidden
-states, and B of down, which writes them, have the shape `[1, ...]`; their partners have one slice an expert. A stack
-without shared factors has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
+SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The A of gate and up,
+which read the hidden states, and the B of down, which writes them, have the shape `[1, ...]`. Their partners have one
+slice per expert. A stack without shared factors has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class SharedOuter(Format):
     """Folders of adapters whose experts share their outer factors."""
 
     url = "https://github.com/sgl-project/sglang/pull/21466"
-    description = "SGLang, Megatron-Bridge: PEFT's folder with experts in stacks that share A of gate and up, B of down"
+    description = (
+        "SGLang, Megatron-Bridge: PEFT's folder with stacked experts that share A of gate and up, and B of down"
+    )
     methods = frozenset({"lora"})
     owns = frozenset({CONFIG, SAFETENSORS})
 

@@ -27,7 +27,7 @@ FORMAT = "shared_outer"
 PREFIX = "base_model.model."
 SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's config that would change the meaning of the tensors."""
+"""Fields of PEFT's config that would change the meaning of the tensors, so they must be off."""
 
 
 def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
@@ -35,7 +35,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
 
     Raises:
         Malformed, ShapeMismatch, Unsupported: the tensors do not have this layout.
-        UsageError: the number of experts is not known.
+        UsageError: the number of experts is unknown.
     """
     try:
         config, tensors = load(path)
@@ -54,7 +54,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
 def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
-        why = f"{wrong} is {config[wrong]!r} beside stacks that share factors"
+        why = f"{wrong} is {config[wrong]!r}, which cannot be combined with stacks that share factors"
         raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without it")
     return whole_rank(config.get("r"), f"{CONFIG}: r"), finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
 
@@ -66,7 +66,11 @@ def _decode(
     for key, leaf in tensors.items():
         end = next((end for end in SLOTS if key.endswith(end)), None)
         if end is None or not key.startswith(PREFIX):
-            raise Malformed(f"does not begin with {PREFIX} or end in {' or '.join(SLOTS)}", where=key, cure=DAMAGED)
+            raise Malformed(
+                f"the key does not begin with {PREFIX}, or does not end in {' or '.join(SLOTS)}",
+                where=key,
+                cure=DAMAGED,
+            )
         modules.setdefault(key.removeprefix(PREFIX).removesuffix(end), {})[SLOTS[end]] = leaf
     stacks = {name: slots for name, slots in modules.items() if any(len(leaf.shape) == 3 for leaf in slots.values())}
     partners: dict[str, dict[int, str]] = {}
@@ -81,9 +85,9 @@ def _decode(
     for name in (name for name in modules if name in alone):
         slots = modules[name]
         if set(slots) != {"A", "B"}:
-            raise Malformed("a factor without its partner", where=name, cure=DAMAGED)
+            raise Malformed("this module has only one of the two factors", where=name, cure=DAMAGED)
         if check_factors(name, slots) != rank:
-            raise ShapeMismatch(f"a rank other than the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank is not the config's {rank}", where=name, cure=DAMAGED)
         yield (
             Target(name, "in out *k" if is_embedding(f"{name}.weight") else "out *in"),
             (LoRA(**slots, scaling=alpha / rank),),
@@ -93,24 +97,26 @@ def _decode(
 def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    """Yield the updates of one stack; its second factor may be in keys of single experts."""
+    """Yield the updates of one stack; its second factor may be stored in keys of single experts."""
     found = STACK.fullmatch(name)
     if found is None:
-        raise Malformed("a factor with three axes at no experts", where=name, cure=DAMAGED)
+        raise Malformed(
+            "this factor has three axes, but its module is not a stack of experts", where=name, cure=DAMAGED
+        )
     shapes = {field: leaf.shape for field, leaf in slots.items()}
-    # An axis of size 0 takes no bytes, so a small file could claim any number of experts.
+    # Refuse axes of size 0: they take no bytes, so a small file could claim any number of experts.
     if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
-        raise ShapeMismatch(f"factors of {shapes}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"the factors' shapes {shapes} are not those of a stack", where=name, cure=DAMAGED)
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
     count = max(counts)
     if counts - {1, count}:
-        raise ShapeMismatch(f"factors of {shapes}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"the factors' shapes {shapes} have different numbers of experts", where=name, cure=DAMAGED)
     if count == 1:
         count = expert_count(None if base is None else base.config)
         if not count:
-            why = "one A and one B for all experts, and the number of experts is not known"
-            raise UsageError(why, where=name, cure="Give the base with base=/--base")
-    # A factor of all experts is one leaf, so it is stored once, however many updates share it.
+            why = "all experts share one A and one B, and the number of experts is unknown"
+            raise UsageError(why, where=name, cure="Give the base with --base (base=)")
+    # Share one leaf among all experts, so that the factor is also stored only once when it is written.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = found["leaf"] == "gate_up_proj"
     factors = []
@@ -120,7 +126,7 @@ def _experts(
         if set(one) != {"A", "B"}:
             raise Malformed(f"expert {e} has no {'B' if 'A' in one else 'A'}", where=name, cure=DAMAGED)
         if check_factors(f"{name}: expert {e}", one) != rank:
-            raise ShapeMismatch(f"a rank other than the config's {rank}", where=name, cure=DAMAGED)
+            raise ShapeMismatch(f"the rank is not the config's {rank}", where=name, cure=DAMAGED)
         factors.append(one)
     if stacked:
         whole: Slots = {field: arrange.stacked([one[field] for one in factors]) for field in ("A", "B")}
@@ -131,7 +137,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[LoRA, ...]], base: Checkpoint) -> dict[Target, Any]:
-    """Return the updates at the base's places; a target that the base has under the same name stays."""
+    """Return the updates with the base's targets; a target that the base has under the same name stays."""
     own = set(modules_of(base.tensors))
     lost = {target: found for target, found in updates.items() if target.path not in own}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 class SharedOuterHints(Leftovers, total=False):
-    """The config."""
+    """The config of the folder that was read."""
 
     config: dict[str, Any]
 
 
 def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Write an adapter, and return one line for each thing that was rewritten.
+    """Write an adapter, and return one line for each rewriting.
 
     Raises:
-        Unrepresentable: experts have outer factors of their own and `on_loss` is not `promote`; or it is not LoRA.
-        UsageError: experts are in a stack, and there is no base whose config names the family.
+        Unrepresentable: experts have separate outer factors and `on_loss` is not `promote`; or a method is not LoRA.
+        UsageError: experts are in a stack, and no base names the family.
     """
     hints = remembered(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
@@ -45,7 +45,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
     )  # fmt: skip
     config_of_base = None if base is None else base.config
     tensors, rank, promoted = _spelled(pairs, expert_count(config_of_base), on_loss == "promote")
-    # If a promotion raised the rank, alpha grows by the same factor, so that the scaling, alpha / r, is unchanged.
+    # If a promotion raised the rank, multiply alpha by the same factor, so that the scaling alpha / r is unchanged.
     alpha *= rank / rank_of(next(iter(pairs.values())))
     base_id = adapter.base.id if adapter.base else None
     modules = sorted({target.path.rpartition(".")[2] for target in pairs})
@@ -58,20 +58,18 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
 
 def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return the adapter with one LoRA an expert, under the names of a hub.
+    """Return the adapter with one LoRA per expert, in a hub's names.
 
     Raises:
-        UsageError: experts are in a stack, and there is no base whose config names the family.
+        UsageError: experts are in a stack, and no base names the family.
     """
     stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
     if not stacks:
         return adapter
     family = architecture_of(None if base is None else base.config)
     if family is None:
-        why = "experts in a stack, and the family tells which of its rows are gate and up"
-        raise UsageError(
-            why, where=str(next(iter(stacks))), cure="Give the base, with its config.json, with base=/--base"
-        )
+        why = "the experts are in a stack, and only the family shows which of its rows are gate and up"
+        raise UsageError(why, where=str(next(iter(stacks))), cure="Give the base, with its config.json: --base (base=)")
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
     for target, found in adapter.updates.items():
@@ -80,7 +78,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 
 def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy], int, list[str]]:
-    """Return key -> tensor, the rank of all, and a line for each stack that was promoted."""
+    """Return the tensors by key, the common rank, and a line for each promoted stack."""
     plain: Pairs = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
@@ -94,10 +92,10 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
     _check_all(stacks, counts, experts)
     apart = [name for name, held in stacks.items() if _shared(name, held) is None]
     if apart and not promote:
-        items = [f"{name}: its experts have {'B' if _writes(name) else 'A'} of their own" for name in apart]
+        items = [f"{name}: each of its experts has a separate {'B' if _writes(name) else 'A'}" for name in apart]
         cure = (
-            "Allow ranks to grow with on_loss='promote'/--on-loss promote, which is exact, or write peft with "
-            "--profile sglang"
+            "Allow ranks to grow, which is exact, with --on-loss promote (on_loss='promote'), or write --to peft "
+            "--profile sglang (format='peft', profile='sglang')"
         )
         raise Unrepresentable("this layout has one outer factor for all experts", items=items, cure=cure)
     wide = rank * max([counts[name] for name in apart], default=1)
@@ -112,32 +110,34 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
 
 
 def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, int], experts: int) -> None:
-    gaps = [f"{name}: has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]]
+    gaps = [
+        f"{name}: the adapter has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]
+    ]
     if gaps and not experts:
-        why = "all experts are in one stack, and their number is not known"
-        raise Unrepresentable(why, items=gaps, cure="Give the base with base=/--base")
+        why = "all experts of a module are in one stack, and their number is unknown"
+        raise Unrepresentable(why, items=gaps, cure="Give the base with --base (base=)")
 
 
 def _writes(name: str) -> bool:
-    """Whether the module writes the hidden states, so that its experts share B."""
+    """Whether a module writes the hidden states, so that its experts share B."""
     return name.rpartition(".")[2] in OUTER
 
 
 def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
-    """Return the outer factor of all experts; None if each has its own."""
+    """Return the outer factor that all experts share; None if they have separate ones."""
     leaves = [as_lazy(each.B if _writes(name) else each.A) for each in held.values()]
     alike = all(leaf.shape == leaves[0].shape and arrange.equal(leaf, leaves[0]) for leaf in leaves[1:])
     return leaves[0] if alike else None
 
 
 def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
-    """Return the two tensors of a stack.
+    """Return the two tensors of a stack, by key.
 
-    Experts with outer factors of their own get one factor that holds all of them, side by side; the inner factor of an
-    expert is zero except at its own place.
+    If experts have separate outer factors, these are concatenated into one. The inner factor of each expert is then
+    zero except at the ranks of the expert's own outer factor.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # Axis of the rank in the outer factor; the inner one has the other.
+    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has it at the other axis.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

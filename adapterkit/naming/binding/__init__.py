@@ -1,7 +1,7 @@
 """Bind an adapter to a base: find where each target is stored, and check that its shapes fit.
 
-`naming.resolver` maps the names; `moving` cuts and joins updates if the base stores weights in other parts. Storage
-layouts are proven by shapes, then by the family's table, then by the layout that the adapter declares.
+`naming.resolver` maps the names; `moving` splits and joins updates if the base stores weights in other parts. The
+storage layout of a target follows from shapes, or else from the family's table, or else from the adapter.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Binding:
 
     Attributes:
         adapter: the adapter, with its targets in the base's names and layouts.
-        sites: one site an entry, in the adapter's order; context updates have none.
-        missing: targets without a place, if partial binding was allowed.
-        renamed: the prefix that was (taken off, added), if any.
-        rules: the rules by which the adapter's names became the base's.
-        origins: for each site, the target of the adapter as it was given.
+        sites: one site per entry, in the adapter's order; context updates have no site.
+        missing: the targets that the base does not have, if partial binding was allowed.
+        renamed: the prefix as (removed, added), or None.
+        rules: the rules that turned the adapter's names into the base's.
+        origins: the adapter's original target for each site.
     """
 
     adapter: Adapter
@@ -87,17 +87,18 @@ def bind(
 
     Args:
         adapter: the adapter.
-        base: an open checkpoint or the path of one.
-        partial: leave out targets without a place instead of refusing; at least one must have a place.
-        aliases: further names of stored tensors (a tied head), alias -> stored name.
-        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used. Also
+        base: an open checkpoint, or its path.
+        partial: whether to omit targets that the base does not have, instead of refusing; at least one must remain.
+        aliases: further names of stored tensors, such as a tied head, as alias -> stored name.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used. Also
             `family:NAME` for a base whose config names no family, and `rows:by_head` or `rows:by_part` for a base whose
-            fused queries, keys and values may be in either order.
-        distinct: check that positions do not repeat; a merge checks it later, when it reads all values.
-        resize: called with the sites and all shapes before shapes are checked; returns the sites and shapes to use.
+            fused queries, keys and values may have either order.
+        resize: a function of the sites and all shapes, which returns the sites and shapes to use; it is called before
+            shapes are checked.
+        distinct: whether to check that positions do not repeat; a merge checks that later, when it reads all values.
 
     Raises:
-        TargetNotFound: there are targets without a place; the error names the nearest.
+        TargetNotFound: the base does not have a target; the error names the nearest module.
         ShapeMismatch: a shape does not fit, or the layout of a square weight is ambiguous.
     """
     base = opened(base)
@@ -109,7 +110,7 @@ def bind(
     given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # One object for all sites of one form: tens of thousands of targets have a few dozen of them.
+    # Share one object among sites with the same form: tens of thousands of targets have only a few dozen forms.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, found.config, forms)
@@ -132,18 +133,18 @@ def bind(
 
 
 def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: bool = True) -> None:
-    """Check a site's updates against the stored shapes there.
+    """Check a site's updates against the stored shapes.
 
     Args:
         site: the site of the target.
-        shapes: name of a stored tensor -> its shape.
-        distinct: check that positions do not repeat.
-        biasless: accept a change to a bias that the base lacks; a live layer adds it to its output.
+        shapes: the shapes of stored tensors, by name.
+        biasless: whether to accept a change of a bias that the base lacks; a live layer adds it to its output.
+        distinct: whether to check that positions do not repeat.
 
     Raises:
-        TargetNotFound: the base has only a bias there.
+        TargetNotFound: the base has only a bias at this target.
         ShapeMismatch: a shape does not fit.
-        NotMergeable: there is no bias to change.
+        NotMergeable: the base has no bias to change.
     """
     for update in site.updates:
         try:
@@ -151,41 +152,46 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
             if distinct:
                 update.check_distinct()
         except AdapterkitError as error:
-            # The specification gives one place for every misfit (R-13.3); the message names the tensor.
+            # Name the target as the place of every misfit, which the specification requires (R-13.3).
             error.where = f"{site.target}: {update.method}"
             raise error from None
 
 
 def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) -> None:
     if update.changes_weight and site.weight is None:
-        raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
+        raise TargetNotFound("the base has only a bias for this target, no weight", cure=_WRONG_BASE)
     if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
         dims = update.dims(site.target.stacked)
         made_for = ", ".join(
             f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
         )
-        raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
+        why = f"the update has {made_for}, but the base's weight has shape {list(shapes[site.weight])}"
+        raise ShapeMismatch(why, cure=_WRONG_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
     shape: tuple[int, ...] | None = None
     if seen is not None:
         out, *rest = seen[int(site.target.stacked) :]
         rows = site.target.rows
         if rows is not None and rows[1] > out:
-            raise ShapeMismatch(f"rows {rows[0]} to {rows[1]} of a weight that has {out}", cure=_WRONG_BASE)
+            raise ShapeMismatch(
+                f"the update changes rows {rows[0]} to {rows[1]}, but the weight has {out} rows", cure=_WRONG_BASE
+            )
         shape = (out if rows is None else rows[1] - rows[0], *rest)
         update.check_axes(shape)
     if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
-        raise NotMergeable("changes a bias that the base does not have", cure=_NO_BIAS)
+        raise NotMergeable("the update changes a bias that the base does not have", cure=_NO_BIAS)
     held = None if site.bias is None else shapes[site.bias]
     if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
         outs = update.dims(site.target.stacked).get("out", "the weight's")
-        raise ShapeMismatch(f"made for {outs} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
+        raise ShapeMismatch(
+            f"the update has {outs} outputs, but the base's bias has shape {list(held)}", cure=_WRONG_BASE
+        )
     if shape is not None:
         update.check_against(shape)
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Whether a bias `[out]`, or `[e, out]` of experts, fits the update and the weight, or has room for its rows."""
+    """Whether a bias, `[out]` or `[e, out]` for experts, fits the update and the weight, or has room for its rows."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
@@ -196,8 +202,8 @@ def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: t
 
 _NO_BIAS = (
     "Inject it instead of merging (adapterkit.torch.inject), or merge into a copy of the base that has biases: "
-    "from_pretrained(base, attention_bias=True) and save_pretrained, where its config has attention_bias, or mlp_bias"
+    "from_pretrained(base, attention_bias=True) and save_pretrained, if its config has attention_bias or mlp_bias"
 )
-"""PEFT's merge refuses this too. Transformers fills fresh biases with zeros, which leave the outputs alone."""
+"""PEFT's merge refuses this, too. Transformers fills new biases with zeros, which leave the outputs unchanged."""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

@@ -1,4 +1,4 @@
-"""Check whether a base is the one an adapter was made for: by its name, its config and a fingerprint of its weights."""
+"""Check whether a base is the one for which an adapter was made, by its name, config and weights' fingerprint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 _CACHED = re.compile(r"models--(.+)")
-"""The cache of huggingface_hub names a repository's folder `models--org--name`."""
+"""Matches a repository's folder in huggingface_hub's cache: `models--org--name`."""
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
-    """Return the adapter's statements about its base that this base contradicts, a sentence each.
+    """Return a sentence for each statement of the adapter about its base that this base contradicts.
 
     Args:
         name: the adapter's name, for the sentences.
@@ -37,7 +37,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     if fingerprint is not None and known and fingerprint not in known:
         how = relation(base, shapes_of(adapter))
         found.append(
-            f"{name} was made at a base with the fingerprint {', '.join(known)}; this one has {fingerprint}"
+            f"{name} was made for a base with the fingerprint {', '.join(known)}; this base has {fingerprint}"
             + (f" ({how})" if how else "")
         )  # fmt: skip
     wanted = adapter.base
@@ -47,18 +47,18 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    # The config of a GGUF file is built from its key-values, so no other tool could state its hash.
+    # Skip GGUF files: their config is built from key-values, so no other tool could state its hash.
     if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
         given = config_hash(base.config)
         if given != wanted.config_hash:
             found.append(
-                f"{name} was made for a base whose config has the hash {wanted.config_hash}; here it is {given}"
+                f"{name} was made for a base whose config has the hash {wanted.config_hash}; this config has {given}"
             )
     return found
 
 
 def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
-    """Return how a base of another fingerprint relates to the recorded ones; empty if their shapes are not recorded.
+    """Return how a base with another fingerprint differs from the recorded base; empty if no shapes are recorded.
 
     Args:
         base: the base.
@@ -71,7 +71,7 @@ def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
 
 
 def identity_of(base: Checkpoint) -> dict[str, str]:
-    """Return the arguments of a lineage step that identify a base: a fingerprint of its weights, and their shapes.
+    """Return a fingerprint of a base's weights and a digest of its shapes, as arguments of a lineage step.
 
     This reads 16 MiB of the base, spread over all tensors.
     """
@@ -81,7 +81,7 @@ def identity_of(base: Checkpoint) -> dict[str, str]:
 
 
 def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict[str, str]:
-    """Return `identity_of` for an adapter without a fingerprint; nothing for one whose own base is known."""
+    """Return `identity_of` for an adapter without a recorded fingerprint; otherwise an empty dict."""
     from ...io.checkpoint import opened
 
     return {} if fingerprints_of(adapter) else identity_of(opened(base))
@@ -93,17 +93,17 @@ def check_bases(
     """Return the warnings of `mismatches` for all adapters.
 
     Args:
-        adapters: (name, adapter) of each.
+        adapters: (name, adapter) pairs.
         base: the base.
         fingerprint: the fingerprint of the base's weights; None if it was not computed.
-        strict: raise instead of returning warnings.
+        strict: whether to raise an error instead of returning warnings.
 
     Raises:
         CheckFailed: there are warnings, and `strict` is set.
     """
     found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if found and strict:
-        cure = "Give the base that the adapter was made for, or leave out --strict-base (strict_base=True)"
+        cure = "Give the base that the adapter was made for, or omit --strict-base (strict_base=True)"
         raise CheckFailed("; ".join(found), path=base.root, cure=cure)
     return tuple(dict.fromkeys(found))
 
@@ -111,21 +111,21 @@ def check_bases(
 def check_base(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
 ) -> tuple[str, ...]:
-    """Call `check_bases` with the fingerprint of the base, computed only if an adapter records one.
+    """Call `check_bases` with the fingerprint of the base, which is computed only if an adapter records one.
 
-    All checks that an adapter fits its base come through here: `formats.read` with a base calls it, and so does every
-    function that takes adapters already read. Without a base there is nothing to compare.
+    Every check that an adapter belongs to its base uses this function: `formats.read` with a base calls it, and so does
+    every function that accepts adapters that are already read. Without a base there is nothing to compare.
 
     Raises:
         CheckFailed: see `check_bases`.
-        UsageError: `strict` without a base.
+        UsageError: `strict` is set, but no base is given.
     """
     from ...io.checkpoint import fingerprint, opened
 
     if base is None:
         if strict:
-            cure = "Give the base by --base (base=), or leave --strict-base (strict_base=True) out"
-            raise UsageError("no base to compare with what the adapters name", cure=cure)
+            cure = "Give the base with --base (base=), or omit --strict-base (strict_base=True)"
+            raise UsageError("without a base, the adapters' recorded bases cannot be checked", cure=cure)
         return ()
     checkpoint = opened(base)
     taken = fingerprint(checkpoint) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
@@ -133,7 +133,7 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning if a merge's own record says that the tuned weights were made from another base.
+    """Return a warning if a merge's own record states that the tuned weights were made from another base.
 
     Raises:
         CheckFailed: there is a warning, and `strict` is set.
@@ -144,16 +144,16 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
     if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):
         return ()
     how = relation(base, [str(merge_record(tuned).get(SHAPES))])
-    why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this one has {given}"
+    why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this base has {given}"
     why += f" ({how})" if how else ""
     if strict:
-        cure = "Give the base that it was merged from, or leave out --strict-base (strict_base=True)"
+        cure = "Give the base that the weights were merged from, or omit --strict-base (strict_base=True)"
         raise CheckFailed(why, path=base.root, cure=cure)
     return (why,)
 
 
 def merge_record(merged: Checkpoint) -> dict[str, Any]:
-    """Return the record that a merge by this library wrote; empty for other tools' output."""
+    """Return the record that a merge by adapterkit wrote; empty for other tools' output."""
     from ...io.checkpoint import read_json
 
     try:
@@ -163,7 +163,7 @@ def merge_record(merged: Checkpoint) -> dict[str, Any]:
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:
-    """List the repositories that a base names: in the note of a pull, by its cache folder, or in its config."""
+    """List the repositories that a base names: in a pull's record, in its cache folder's name, or in its config."""
     names = []
     source = source_of(base.folder)
     if source is not None:

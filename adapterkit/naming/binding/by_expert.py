@@ -1,7 +1,7 @@
-"""Match two adapters of one mixture of experts without its base: one adapts stacks, the other single experts.
+"""Match two adapters for one mixture of experts without its base: one adapts stacks, the other single experts.
 
-The second adapter's names and shapes stand in for a base that stores its experts one by one. Every family whose file
-has both namings is tried; they must agree.
+The second adapter's names and shapes replace a base that stores its experts one by one. Every family whose file has
+both namings is tried, and all that fit must agree.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Moves = dict[str, tuple[Move, ...]]
 
 
 def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Put adapters of stacked experts into the names of one that adapts the experts one by one.
+    """Translate adapters of stacked experts to the names of an adapter that adapts the experts one by one.
 
     Args:
-        adapters: adapters of the same unknown base.
+        adapters: adapters for the same unknown base.
 
     Returns:
         the adapters in the same order. An adapter is unchanged if no family file maps its stacks to the names of the
-        first adapter of single experts, or if there is no such adapter.
+        first adapter of single experts, or if no adapter has single experts.
 
     Raises:
-        UsageError: two families place a stack differently.
+        UsageError: two families map a stack to different names.
     """
     reference = next((adapter for adapter in adapters if _has_single_experts(adapter)), None)
     if reference is None:
@@ -45,14 +45,14 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Cut updates of whole weights where another adapter has one update a part, such as gate and up.
+    """Split updates of whole weights if another adapter has separate updates for parts, such as gate and up.
 
     Args:
-        adapters: adapters of one base, in its names.
+        adapters: adapters for one base, in its names.
 
     Returns:
-        the adapters in the same order. A weight stays whole if the parts of the others do not cover all of its rows, or
-        if its formula cannot be cut.
+        the adapters in the same order. A weight stays whole if the others' parts do not cover all of its rows, or if
+        its formula cannot be split.
     """
     spans: dict[str, set[tuple[int, int]]] = {}
     for adapter in adapters:
@@ -92,7 +92,7 @@ def _has_stacks(adapter: Adapter) -> bool:
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return the weights that an adapter is for, with their shapes `[out, in]` as far as its updates tell them."""
+    """Return the weights that an adapter changes, with their shapes `[out, in]` as far as its updates show them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, updates in adapter.updates.items():
         dims = updates[0].dims(target.stacked)
@@ -103,7 +103,7 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
-    """Take the stacks of one adapter apart, if exactly one way to do so fits."""
+    """Split the stacks of one adapter into single experts, if exactly one way of splitting fits."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
     found: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]
@@ -119,8 +119,10 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     if not found:
         return adapter
     if len(found) > 1:
-        why = f"{' and '.join(found.values())} place the experts differently"
-        raise UsageError(why, where=str(next(iter(stacks))), cure="Pass --base (base=), which tells the family")
+        why = f"the families {' and '.join(found.values())} split the experts differently"
+        raise UsageError(
+            why, where=str(next(iter(stacks))), cure="Give the base, which shows the family: --base (base=)"
+        )
     (only,) = found
     parts: dict[Target, list[Placed]] = {}
     for each in moved(stacks, dict(only), shapes):
@@ -133,7 +135,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Whether the moves cover a whole stack: every equal part of every expert."""
+    """Whether the moves cover a whole stack: every part of every expert."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)
@@ -142,5 +144,5 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
 
 
 def _fit(placed: Sequence[Placed], shapes: Shapes) -> bool:
-    """Whether every part has the shape of its place."""
+    """Whether every part has the shape of the weight that it is moved to."""
     return all(fits(there, updates, shapes[f"{there.path}.weight"]) for _, there, updates in placed)

@@ -1,7 +1,7 @@
-"""Deduce the family of a base without a config: every family's file is tried, and names and shapes decide.
+"""Deduce the family of a base without a config: try every family's file, and compare names and shapes.
 
 A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
-families; that is no problem as long as all of them place an adapter's parts alike.
+families. That is no problem if all of them map an adapter's targets to the same weights.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Reading = tuple[tuple[str, tuple[Move, ...]], ...]
 
 
 def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
-    """Find the family by whose file targets have places of the right shapes.
+    """Find the family whose file maps the targets to weights with fitting shapes.
 
     Args:
-        updates: the targets without a place so far, with their updates.
+        updates: the targets that are not found yet, with their updates.
         names: the base's names.
-        shapes: name of a tensor of the base -> its shape.
-        families: model types that the adapter says its base may have. If empty, all families are tried.
+        shapes: the shapes of the base's tensors, by name.
+        families: the base's possible model types that the adapter states; if empty, all families are tried.
 
     Returns:
-        the family that places the most targets; the first, if several place them alike. None if none places any.
+        the family that maps the most targets; the first one if several map them alike; None if none maps any.
 
     Raises:
-        TargetNotFound: two families place the targets differently, and shapes fit both.
-        UsageError: the only family that fits divides a fused projection by heads, which a config would tell.
+        TargetNotFound: two families map the targets differently, and shapes fit both.
+        UsageError: the only family that fits divides a fused projection by heads, whose numbers only a config states.
     """
     some = _one_of_each_form(updates)
     readings: dict[Reading, list[Architecture]] = {}
@@ -54,7 +54,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
             continue
         except AdapterkitError:
             continue
-        # Any family's file can be read with the base's prefixes. That must not place an encoder in a decoder.
+        # Check encoders and decoders: with the base's prefixes, a family's file could map an encoder to a decoder.
         if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
             readings.setdefault(reading, []).append(architecture)
     most = max(map(len, readings), default=0)
@@ -70,7 +70,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep one target for each name without its numbers: layers and experts are alike, and there are ten thousands."""
+    """Keep one target for each name without numbers, because layers and experts are alike and very many."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -78,18 +78,18 @@ def _one_of_each_form(updates: Updates) -> Updates:
 
 
 def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
-    """Place targets by a family's file, as far as it can; empty if a shape does not fit."""
+    """Return the moves that a family's file implies for the targets that it knows; empty if a shape does not fit."""
     paths = [target.path for target in updates]
     moves = resolve(paths, names, architecture=architecture, partial=True).moves
     placed = moved(updates, moves, shapes)
-    # A family that stores stacks as [expert, in, out] is ruled out by a base whose stack is [expert, out, in].
+    # Check the family's own layout: one that stores [expert, in, out] cannot fit a base with [expert, out, in].
     config = {"model_type": architecture.record.model_types[0]}
     fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
     return tuple(sorted(moves.items())) if fit else ()
 
 
 def _may_be(name: str, place: str) -> bool:
-    """Whether two names may mean one module, judged by the words before their common ending."""
+    """Whether two names may mean the same module, judged by the words before their common ending."""
     ours, theirs = name.split("."), place.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -105,7 +105,7 @@ def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: b
 
 
 def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
-    """Make the error for two readings: it names the first target that they place differently, and both places."""
+    """Return the error for two readings; it names the first target that they map differently, and both results."""
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
@@ -113,14 +113,14 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
         for reading, known in ((one, first), (other, second))
     ]
     return TargetNotFound(
-        f"the base has no config.json that names its family, and two readings fit: {' or '.join(texts)}", where=target,
-        cure=f"Say which with --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
-        'put a config.json with its "model_type" beside the shards',
+        f"the base has no config.json that names its family, and two families fit: {' or '.join(texts)}", where=target,
+        cure=f"Name it with --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
+        'put a config.json with its "model_type" next to the shards',
     )  # fmt: skip
 
 
 def _said(moves: Sequence[Move]) -> str:
-    """Describe the places of the first parts."""
+    """Return a phrase that names the destinations of the first parts."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
 

@@ -1,4 +1,4 @@
-"""Compute the whole change that an adapter makes to one weight; for looking and checking, not for merging."""
+"""Compute the whole change that an adapter makes to one weight, for inspection and checks, not for merging."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     _one_view(path, [site.target for site in sites])
     weight = sites[0].weight
     if weight is None:
-        raise NotMergeable("changes a bias only", where=path, cure="There is no weight difference to return")
+        raise NotMergeable("the update changes only a bias", where=path, cure="There is no weight difference to return")
     W = view(as_torch(checkpoint.tensors[weight], dtype=torch.float64), sites[0].target)
     return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
 
@@ -50,7 +50,7 @@ def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) ->
 
 
 def view(W: torch.Tensor, target: Target) -> torch.Tensor:
-    """View a stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
+    """Return a stored weight in the view of its target's updates, `[out, in, *k]` or `[e, out, in, *k]`; no copy."""
     if target.layout == "in out *k":
         W = W.swapaxes(0, 1)
     elif target.layout == "e in out *k":
@@ -75,10 +75,10 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
 
 
 def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
-    """Return the shape of the weight in the target's view, as far as the updates alone tell it.
+    """Return the shape of the weight in the target's view, as far as the updates alone show it.
 
     Raises:
-        UsageError: the updates do not tell all of it.
+        UsageError: the updates do not show the whole shape.
     """
     dims: dict[str, Any] = {}
     for update in updates:
@@ -89,7 +89,7 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
         return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["columns"])
     if "out" not in dims or "in" not in dims:
         raise UsageError(
-            "the shape of its weight is known to the base only", where=str(target), cure="Pass base=/--base"
+            "only the base shows the shape of this weight", where=str(target), cure="Give the base with --base (base=)"
         )
     return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
 
@@ -97,10 +97,10 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
 def weight_shape(
     target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
 ) -> tuple[int, ...] | None:
-    """Return the shape of one weight at a target: from the base if given, else as far as the updates tell it.
+    """Return the shape of one weight of a target, from the base if given, or else from the updates.
 
     Returns:
-        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if it is not known.
+        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if unknown.
     """
     if base is not None:
         checkpoint = opened(base)
@@ -113,7 +113,7 @@ def weight_shape(
             shape = seen[int(target.stacked) :]
             return shape if rows is None else (rows[1] - rows[0], *shape[1:])
     if not any(update.changes_weight for update in updates):
-        # Output and context updates have no axis `out`.
+        # Use `get`, because output and context updates have no axis `out`.
         out = updates[0].dims(target.stacked).get("out")
         return None if out is None else (int(out),)  # type: ignore[arg-type]
     try:
@@ -128,7 +128,8 @@ def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     (target, updates), *_ = found.items()
     needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
-        raise UsageError(f"the formula of {needy.method} needs the weight", where=target.path, cure="Pass base=/--base")
+        why = f"the formula of {needy.method} needs the weight"
+        raise UsageError(why, where=target.path, cure="Give the base with --base (base=)")
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
     return fold([u for us in found.values() for u in us], zero, target.stacked)
 
@@ -136,4 +137,6 @@ def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
 def _one_view(path: str, targets: Iterable[Target]) -> None:
     views = {(target.layout, target.rows) for target in targets}
     if len(views) > 1:
-        raise UsageError("updates here see the weight in different layouts", where=path, cure="Merge them instead")
+        raise UsageError(
+            "the updates have different layouts or rows of this weight", where=path, cure="Merge them instead"
+        )

@@ -1,4 +1,4 @@
-"""Check whether a stored shape is one that updates were made for."""
+"""Check whether updates fit a stored shape."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Names of stored tensors -> their shapes."""
+"""The shapes of stored tensors, by name."""
 
 
 def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a stored weight of `shape` is one that the updates were made for, in the target's layout."""
+    """Whether the updates fit a stored weight with shape `shape`, in the target's layout."""
     seen = viewed(shape, target)
     if seen is None:
         return False
@@ -43,11 +43,11 @@ def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) ->
 
 
 def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
-    """Return a stored shape as the target's updates see it, `[out, in, *k]`; None if it has too few axes."""
+    """Return a stored shape in the view of the target's updates, `[out, in, *k]`; None if it has too few axes."""
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # A weight with one axis has no inputs, whatever the layout.
+    # Return it unchanged: a weight with one axis has no inputs, in any layout.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -67,28 +67,28 @@ def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop a kernel's trailing ones: some tools write a kernel of one axis as one of two."""
+    """Drop a kernel's trailing ones, because some tools write a one-dimensional kernel as a two-dimensional one."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
 
 
 def paths_of(names: Iterable[str]) -> set[str]:
-    """Return the paths that a target may have: modules with a weight or a bias, and tensors."""
+    """Return the possible paths of targets: modules with a weight or a bias, and tensors."""
     paths = set(names)
     paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
     return paths
 
 
 def biasless(base: Checkpoint, path: str) -> bool:
-    """Whether a base has the weight of a module and no bias beside it; False if the weight is not found by name."""
+    """Whether a base has a module's weight but no bias; False if the weight is not found by its name."""
     weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
     return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a live model's tensor that a base stores in parts or as a part; None if no family has it."""
-    # A reader asks for each stack of experts several times, and an answer looks at every expert of the base.
+    """Return the shape of a live model's tensor that a base stores otherwise, split or fused; None if unknown."""
+    # Cache the answers: a reader asks for each stack several times, and an answer looks at every expert of the base.
     known = _LIVE_SHAPES.setdefault(base, {})
     if name not in known:
         known[name] = _live_shape(base, name)
@@ -104,14 +104,14 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
     if names_family(base.config):
         return None
-    # A folder of plain shards: the families that know the name must agree.
+    # The base is a folder of plain shards: try all families that have the name; they must agree.
     path = name.removesuffix(".weight")
     found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return found.pop() if len(found) == 1 else None
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
-    """Return the share of a fused weight's rows that a part has: (own, all)."""
+    """Return the fraction of a fused weight's rows that a part has, as (part, whole)."""
     if not part.heads:
         return 1, part.of
     heads = heads_of(base.config, str(base.root))
@@ -127,7 +127,7 @@ def names_family(config: Mapping[str, Any] | None) -> bool:
 def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[int, ...] | None:
     try:
         moves = resolve([path], _names_of(base), architecture=architecture, partial=True).moves.get(path)
-    except TargetNotFound:  # Two readings.
+    except TargetNotFound:  # Two readings of the name fit.
         return None
     if not moves:
         return None
@@ -139,7 +139,7 @@ def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[
     try:
         whole = _share(first.take, base) if first.take else (1, 1)
         part = _share(first.into, base) if first.into else (1, 1)
-    except AdapterkitError:  # The base's config does not say how many heads the parts have.
+    except AdapterkitError:  # The base's config does not state the numbers of heads.
         return None
     out = shape[lead] * whole[1] * part[0] // (whole[0] * part[1])
     experts = () if first.expert is None else (len({move.expert for move in moves}),)

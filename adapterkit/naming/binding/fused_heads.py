@@ -1,8 +1,8 @@
-"""Reorder fused queries, keys and values for bases that store them head by head; shapes cannot tell the order.
+"""Reorder fused queries, keys and values for bases that store them head by head; shapes do not show the order.
 
-MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model use the
-same names with all queries, then all keys, then all values; so do all adapters as they are read. diffusers takes an
-argument for it (`qkv_layout`), because names, shapes and metadata are the same.
+MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have the
+same names, but all queries, then all keys, then all values; adapters always have this order after reading. Names,
+shapes and metadata are the same in both orders, so diffusers takes the order as an argument (`qkv_layout`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
-    """Put updates of fused projections into the order of the base's rows.
+    """Reorder updates of fused projections to the order of the base's rows.
 
     Args:
         base: the base. Published single files have all queries first; shards may have either order.
         sites: the sites of the updates.
-        shapes: name of a tensor of the base -> its shape.
-        rules: the user's rules; one may say the order.
+        shapes: the shapes of the base's tensors, by name.
+        rules: the user's rules; one of them may state the order.
 
     Raises:
-        UsageError: the base is sharded, and no rule says its order.
+        UsageError: the base is sharded, and no rule states its order.
         NotMergeable: an update's rows cannot be reordered.
-        ShapeMismatch: the rows are not those of whole heads.
+        ShapeMismatch: the rows do not form whole heads.
     """
     if base.config is not None and "model_type" in base.config:
         return list(sites)
@@ -52,14 +52,14 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
             "the base is sharded, and the rows of its fused queries, keys and values may be ordered by part (all "
             "queries, all keys, all values, as in the published single files) or by head (as in MiniMaxAI's shards)",
             where=str(first), path=base.root,
-            cure=f"Say which with --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)",
+            cure=f"State the order with --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)",
         )  # fmt: skip
     return [_by_head(site, shapes, fused[at]) if at in fused else site for at, site in enumerate(sites)]
 
 
 @cache
 def _fused() -> dict[str, int]:
-    """Return end of a fused projection's name -> rows of one head, for families whose bases come in both orders."""
+    """Map the end of a fused projection's name to the rows of a head, for families with bases in both orders."""
     found = {}
     for head, _ in of_pipelines():
         family = named(head.family) if head.pipeline.diffsynth_head else None
@@ -71,14 +71,14 @@ def _fused() -> dict[str, int]:
 
 
 def _tail(path: str) -> str:
-    """Return the end of a name from its last number on."""
+    """Return the end of a name after its last number."""
     return shape_of(path).rpartition("#.")[2]
 
 
 def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
     rows = shapes[site.weight][0] if site.weight is not None else 0
     if not rows or rows % (3 * size):
-        why = f"{rows} rows are not queries, keys and values of heads of {size}"
+        why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
         raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
     target = replace(site.target, rows=None)
     updates = tuple(_reordered(update, site, rows, size) for update in site.updates)
@@ -86,20 +86,20 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """Put an update of all rows into the base's order; an update of one part gets zeros in the other parts' rows."""
+    """Reorder an update of all rows to the base's order; give an update of one part zeros in all other rows."""
     if site.target.rows is not None:
         if update.method != "lora":
-            why = f"{update.method} on one part of rows that stand by heads"
-            raise NotMergeable(why, where=str(site.target), cure="Train it on the fused weight, or use LoRA")
+            why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
+            raise NotMergeable(why, where=str(site.target), cure="Train the adapter on the fused weight, or use LoRA")
         update = update.replace(B=_within(update.tensors["B"], rows, site.target.rows))
     elif not update.cuts("out"):
-        why = f"{update.method} changes all outputs of a weight together, and the base has them in another order"
-        raise NotMergeable(why, where=str(site.target), cure="Inject it into a live model instead")
+        why = f"{update.method} changes all outputs of a weight together, but the base has them in another order"
+        raise NotMergeable(why, where=str(site.target), cure="Inject the adapter into a live model instead")
     return ungrouped(update, lambda: _order(rows, size), site.target.stacked)
 
 
 def _within(leaf: Any, rows: int, part: tuple[int, int]) -> Any:
-    """Place a factor's rows among `rows` rows of zeros."""
+    """Place a factor's rows in a tensor with `rows` rows that is otherwise zero."""
     tensor = as_lazy(leaf)
 
     def spread(array: Any) -> Any:

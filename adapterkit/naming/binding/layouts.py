@@ -1,4 +1,4 @@
-"""Find how a base stores each weight: by shapes, then by the family's table, then as the adapter declares."""
+"""Find how a base stores each weight: from shapes, or else the family's table, or else the adapter's layout."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def with_layouts(
 
     Args:
         sites: the sites.
-        shapes: the base's stored tensors.
+        shapes: the shapes of the base's stored tensors, by name.
         config: the base's config.
-        forms: the form of each site, if the caller has them already.
+        forms: the form of each site, if the caller already computed the forms.
 
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
     """
-    # Only forms and shapes decide what fits, and tens of thousands of targets have a few dozen of them.
+    # Compute the fitting layouts once per form: tens of thousands of targets have only a few dozen forms.
     known: dict[Hashable, list[str]] = {}
     fitting = []
     for site, form in zip(sites, forms or [site.form(shapes) for site in sites], strict=True):
@@ -49,16 +49,18 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
         return [site.target.layout]
     stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
     if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
-        stacked = [site.target.layout]  # A product of axes does not prove that a kernel's weight is stored [in, out].
+        stacked = [
+            site.target.layout
+        ]  # The product of a kernel's axes does not prove that a weight is stored as [in, out].
     if len(shapes[site.weight]) == 1 + site.target.stacked:
-        stacked = stacked[:1]  # A weight without inputs has one form; see the spec's section 8.
+        stacked = stacked[:1]  # A weight without inputs has only one layout; see the spec's section 8.
     return [
         layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
     ]
 
 
 def _product_alone(site: Site) -> bool:
-    """Whether the updates tell only the number of inputs, the kernel's axes included, and not the axes themselves."""
+    """Whether the updates show only the product of the input size and the kernel's axes, not the single sizes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
@@ -69,7 +71,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return fits[0] if fits else declared
     if declared in fits and _whole_only(site):
         return declared
-    # GGUF files hold all weights as [out, in], whatever the family's own files do.
+    # Ignore the family's table for GGUF files: they store all weights as [out, in].
     gguf = (config or {}).get(STORED_AS) == "gguf"
     in_out = not gguf and stored_in_out(site.target.path, config)
     if in_out:
@@ -78,7 +80,8 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return next(layout for layout in fits if layout in ("out *in", "e out *in"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(
-            "a square weight, stored [out, in] or [in, out], and the adapter's layout is wrong for other weights",
+            "the weight is square and may be stored as [out, in] or [in, out], and the adapter's layout is wrong for "
+            "other weights",
             where=str(site.target),
             cure="Add the model_type of a known family to the base's config",
         )
@@ -86,6 +89,6 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Whether the updates hold whole weights only; the declared layout is then the order of their own axes."""
+    """Whether the updates are only whole weights, so that the declared layout is the order of their own axes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -1,7 +1,7 @@
 """Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 
-An update that goes to several places is cut into one update a place: rows of its outputs, or one expert's slice.
-Updates of one expert each that go to one stack become one update of the stack.
+An update with several destinations is split into one update for each: rows of its outputs, or one expert's slice.
+Updates of single experts whose destination is one stack become one update of the stack.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any] | None
 
 Placed = tuple[Target, Target, tuple[Update, ...]]
-"""(the adapter's target, the base's target, the updates there)."""
+"""(the adapter's target, the base's target, the updates of the base's target)."""
 
 _LAYOUT_OF_ONE = {"e out *in": "out *in", "e in out *k": "in out *k"}
 _LAYOUT_OF_STACK = {"out *in": "e out *in", "in out *k": "e in out *k"}
@@ -41,16 +41,16 @@ def moved(
     """Apply moves to an adapter's updates.
 
     Args:
-        updates: target -> updates.
-        moves: path of a target -> the places of its parts; targets without moves are left out.
-        shapes: name of a tensor of the base -> its shape.
-        config: the base's config, for its heads: they decide orders of rows, and how a fused projection is divided.
+        updates: the updates by target.
+        moves: the destinations of each target's parts, by the target's path; targets without moves are omitted.
+        shapes: the shapes of the base's tensors, by name.
+        config: the base's config; its heads determine orders of rows, and how a fused projection is divided.
 
     Raises:
         UsageError: the heads are needed, and the config does not state them.
-        NotMergeable: the formula of an update cannot be cut into rows.
+        NotMergeable: the formula of an update cannot be split along rows.
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
-        Unsupported: updates of single experts cannot be put into one stack.
+        Unsupported: updates of single experts cannot be joined into one stack.
     """
     placed: list[Placed | tuple[str, PathPart | None]] = []
     stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
@@ -70,16 +70,16 @@ def moved(
                 stacks[key] = {}
                 placed.append(key)
             if move.slot in stacks[key]:
-                raise Unsupported("two targets are the same expert", where=str(target), cure="Take one of them out")
+                raise Unsupported("two targets mean the same expert", where=str(target), cure="Remove one of them")
             stacks[key][move.slot] = there, part
     return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """Turn a target of some rows that are one part of its weight into a target of all rows of that part, with its move.
+    """Turn a target that names the rows of one part of its weight into a target of that part, with the part's moves.
 
     Raises:
-        Unsupported: the rows do not make up one of the parts.
+        Unsupported: the rows do not equal one of the parts.
     """
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
@@ -92,9 +92,9 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
             if start * own == before * (stop - start):
                 found.append(replace(move, take=None))
                 parts.add(move.take.number)
-    if len(parts) != 1:  # Each expert of a stack's part has a place of its own.
+    if len(parts) != 1:  # A part of a stack has several moves, one per expert.
         raise Unsupported(
-            "updates of some rows of a weight that the base stores in parts", where=str(target),
+            "the update changes some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
         )  # fmt: skip
     return replace(target, rows=None), tuple(found)
@@ -103,9 +103,9 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config, slices: dict[int, tuple[Update, ...]]
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return the part of a target that one move takes, with the layout that remains of the target's.
+    """Return the part of a target that one move takes, with the rest of the target's layout.
 
-    `slices` keeps the updates of each expert of this target, for the other parts of it: gate and up are cut from one.
+    `slices` caches this target's updates by expert, for its other moves: gate and up of one expert are cut from one.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -114,7 +114,7 @@ def _taken(
         if move.expert not in slices:
             count = updates[0].dims(stack).get("e") if stack else 0
             if not isinstance(count, int) or move.expert >= count:
-                why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
+                why = f"the base has an expert {move.expert}, but the update is for {count or 'no'} experts"
                 raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
             slices[move.expert] = tuple(
                 [update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates]
@@ -129,7 +129,7 @@ def _taken(
 
 
 def _whole_stack(updates: tuple[Update, ...]) -> bool:
-    """Whether updates hold whole weights of three axes: PEFT's `modules_to_save=["experts"]` does not say `stacked`."""
+    """Whether updates are whole weights with three axes: PEFT's `modules_to_save=["experts"]` is not marked stacked."""
     dims = [update.dims() for update in updates]
     return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ def _slice(leaf: Any, index: int) -> Any:
 
 
 def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
-    """Return an update with its outputs in another order of rows."""
+    """Return an update with its rows of outputs in another order."""
     rows = _outputs(update, stack, target)
     heads = heads_of(config, str(target))
     changes: dict[str, Any] = {}
@@ -156,13 +156,13 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both orders are relative to the family's own: first out of the adapter's order, then into the base's.
+    # Both orders are relative to the family's own: undo the adapter's order, then apply the base's.
     own = plain if ours is None else undone(ours)
     return own[plain if theirs is None else theirs]
 
 
 def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: Config) -> Update:
-    """Return one of several parts of an update's outputs."""
+    """Return one of several parts of an update's rows of outputs."""
     size = _outputs(update, stack, target)
     if part.groups:
         update = ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
@@ -170,7 +170,7 @@ def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: C
 
 
 def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
-    """Return an update with its outputs in the order: all queries, then all keys, then all values."""
+    """Return an update with its outputs reordered to all queries, then all keys, then all values."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -180,7 +180,7 @@ def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
-    """Return an update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
+    """Return an update of some of the rows; `update.cuts("out")` says whether its formula allows that."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -194,16 +194,16 @@ def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> U
 
 
 def _outputs(update: Update, stack: bool, target: Target) -> int:
-    """Return how many outputs an update has, if its formula can be cut along them."""
+    """Return the number of outputs of an update whose formula can be split along them; refuse other updates."""
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
-        why = f"{update.method} changes all outputs of a weight together, and the base stores it in parts"
-        raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+        why = f"{update.method} changes all outputs of a weight together, but the base stores the weight in parts"
+        raise NotMergeable(why, where=str(target), cure="Inject the adapter into a live model instead")
     return out
 
 
 def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | None:
-    """Return the axis of a tensor's outputs; None if it has none."""
+    """Return the axis of a tensor's outputs; None if the tensor has no outputs."""
     axis = update.tensor_fields()[name].metadata["axes"].index("out")
     if axis is None:
         return None
@@ -215,25 +215,27 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
     if part.heads:
         shares = _shares(config, target)
         if size % sum(shares):
-            why = f"{size} outputs do not match {shares[0]} query and {shares[1]} key and value heads"
+            why = f"the {size} outputs do not match {shares[0]} query heads and {shares[1]} key and value heads"
             raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
         unit = size // sum(shares)
         return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
     if size % part.of:
-        raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
+        raise ShapeMismatch(
+            f"the {size} outputs cannot be divided into {part.of} equal parts", where=str(target), cure=_WRONG_BASE
+        )
     if part.interleaved:
         return part.number, size, part.of
     return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Any:
-    """Return the order that ungroups rows: all queries, then all keys, then all values."""
+    """Return the order that turns rows ordered by groups into all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 
 
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
-    """Return how queries, keys and values share the rows of a fused projection."""
+    """Return the proportions of queries, keys and values in the rows of a fused projection."""
     heads = heads_of(config, str(target))
     return heads.query, heads.kv, heads.kv
 
@@ -243,14 +245,14 @@ def _into(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the target that names the rows of the base's weight, with its updates.
 
-    A target has one run of rows. If a part has every second row, its updates are written for the whole weight, with
-    zeros in the rows of the other parts: exact for an additive formula of factors.
+    A target can name only one run of rows. If a part has every second row, its updates are written for the whole
+    weight, with zeros in all other rows, which is exact for additive formulas with factors.
     """
     if move.into is None:
         return there, updates
     if move.into.groups:
-        why = "a part of a projection whose queries, keys and values are stored group by group"
-        raise Unsupported(why, where=str(there), cure="Convert the base to the names and layout of transformers first")
+        why = "the base stores the queries, keys and values of this projection group by group"
+        raise Unsupported(why, where=str(there), cure="First convert the base to transformers' names and layout")
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
     whole, own = move.into.of, 1
@@ -260,7 +262,8 @@ def _into(
     sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
         kind = "parts by heads" if move.into.heads else "equal parts"
-        why = f"made for {sorted(outs)} outputs, one of {move.into.of} {kind}; the base has {list(shape)}"
+        found = ", ".join(map(str, sorted(outs)))
+        why = f"one of {move.into.of} {kind} has {found} outputs, but the base's weight has shape {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
     size = sizes.pop()
     start, stop, step = _steps(size, move.into, there, config)
@@ -270,10 +273,12 @@ def _into(
 
 
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
-    """Turn an update of every `step`-th row into one of all rows of the weight."""
+    """Turn an update of every `step`-th row into an update of all rows of the weight."""
     if update.method != "lora":
-        why = f"{update.method} on every {step}th row of a weight: the base stores gate and up interleaved"
-        raise NotMergeable(why, where=str(target), cure="Train it on the weight as the base stores it, or use LoRA")
+        why = f"{update.method} adapts every {step}th row of a weight, because the base stores gate and up interleaved"
+        raise NotMergeable(
+            why, where=str(target), cure="Train the adapter on the weight that the base stores, or use LoRA"
+        )
     changes = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, target.stacked)
@@ -285,16 +290,16 @@ def _spread(update: Update, size: int, start: int, step: int, target: Target) ->
 def _stacked(
     key: tuple[str, PathPart | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
 ) -> Placed:
-    """Join updates of single experts into updates of the stack that they belong to."""
+    """Join updates of single experts into updates of their stack."""
     path, into = key
     shape = next(shapes[name] for name in (path, f"{path}.weight") if name in shapes)
     first, *_ = slots.values()
     if len(shape) < 3 or max(slots) >= shape[0]:
-        why = f"updates of {max(slots) + 1} experts; the base has {list(shape)}"
+        why = f"the adapter has updates for {max(slots) + 1} experts; the base's tensor has shape {list(shape)}"
         raise ShapeMismatch(why, where=str(first[0]), cure=_WRONG_BASE)
     counts = {len(updates) for _, updates in slots.values()}
     if len(counts) > 1:
-        raise Unsupported("experts with different numbers of updates", where=str(first[0]), cure=_ALIKE)
+        raise Unsupported("the experts have different numbers of updates", where=str(first[0]), cure=_ALIKE)
     columns = [[slots[e][1][n] if e in slots else None for e in range(shape[0])] for n in range(counts.pop())]
     layout = _LAYOUT_OF_STACK[first[0].layout]
     updates = tuple(_one(column, first[0]) for column in columns)
@@ -303,19 +308,19 @@ def _stacked(
 
 
 def _one(updates: list[Update | None], target: Target) -> Update:
-    """Make one update of a stack from one of each expert; an expert without one gets a change of zero."""
+    """Join one update per expert into one update of a stack; an expert without an update gets a zero change."""
     given = [update for update in updates if update is not None]
     first = given[0]
     kinds = {type(update) for update in given}
     scalings = {update.attributes.get("scaling") for update in given}
     others = [{k: v for k, v in update.attributes.items() if k != "scaling"} for update in given]
     if len(kinds) > 1 or any(other != others[0] for other in others):
-        raise Unsupported("experts with updates of different methods or settings", where=str(target), cure=_ALIKE)
+        raise Unsupported("the experts' updates have different methods or settings", where=str(target), cure=_ALIKE)
     if first.method == "lora":
         return _one_lora(updates, first, scalings)
     shapes = {tuple((name, leaf.shape) for name, leaf in update.tensors.items()) for update in given}
     if len(given) < len(updates) or len(shapes) > 1 or len(scalings) > 1:
-        why = f"{first.method} of {len(given)} of {len(updates)} experts, of {len(shapes)} shapes"
+        why = f"{first.method} adapts {len(given)} of {len(updates)} experts, with {len(shapes)} shapes"
         raise Unsupported(why, where=str(target), cure=_ALIKE)
     return first.replace(
         **{name: arrange.stacked([as_lazy(update.tensors[name]) for update in given]) for name in first.tensors}
@@ -323,7 +328,7 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 
 
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any]) -> Update:
-    """Make a stack of pairs of factors. Ranks are padded with zeros, and unequal scalings go into B."""
+    """Join pairs of factors into a stack: pad ranks with zeros, and fold different scalings into B."""
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
     scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
@@ -338,7 +343,7 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # Experts with different scalings share one stack: the ratio goes into the factor, in float32 at least.
+                # Multiply by the ratio of the scalings, in float32 or wider, because a stack has only one scaling.
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)

@@ -24,19 +24,19 @@ from .moving import moved
 
 
 def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
-    """Refuse a base of another family than the adapter names.
+    """Refuse a base whose family differs from the one that the adapter names.
 
-    A part of a base counts: an adapter of a Llama fits a LLaVA whose language model is a Llama. Models that neither
-    transformers nor a file of this version knows are not compared.
+    The family may also be a part of the base: an adapter for a Llama fits a LLaVA whose language model is a Llama.
+    Models that neither transformers nor a file of this version knows are not compared.
 
-    The user's rules for names come first: an adapter that they renamed is not compared.
+    The user's rules for names take precedence: an adapter that they renamed is not compared.
 
     Args:
         adapter: the adapter, whose lineage may name a family.
-        config: the base's config; if None, nothing is compared.
+        config: the base's config; None skips the comparison.
 
     Raises:
-        TargetNotFound: both name families, and they differ.
+        TargetNotFound: both name a family, and the families differ.
     """
     if any(step.op == "rename" for step in adapter.recipe):
         return
@@ -45,15 +45,15 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # EXAONE is a Llama under another model_type in transformers 5: the class shows that both are one model.
+    # Accept an equal class: EXAONE is a Llama with another model_type in transformers 5.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
         cure = (
-            f"Give a base of the family {other}; to use this one all the same, give a rule for names, such as "
+            f"Give a base of the family {other}; to use this base anyway, give a rule for names, such as "
             "--rename 'model=model' (rename=['model=model'])"
         )
-        why = f"the adapter was trained on a model of the family {other}, and the base is of {' with '.join(given)}"
+        why = f"the adapter was trained on a model of the family {other}, but the base is {' with '.join(given)}"
         raise TargetNotFound(why, where=next((target.path for target in adapter.updates), None), cure=cure)
 
 
@@ -63,7 +63,7 @@ Prefix = tuple[str, str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A target in a base: `weight` and `bias` name stored tensors, None if the base has none."""
+    """A target in a base; `weight` and `bias` name stored tensors, or are None."""
 
     target: Target
     updates: tuple[Update, ...]
@@ -71,14 +71,14 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """Return everything except tensor values that decides whether the updates fit here; see `Update.form`."""
+        """Return everything, except tensor values, that determines whether the updates fit; see `Update.form`."""
         weight = None if self.weight is None else shapes[self.weight]
         bias = None if self.bias is None else shapes[self.bias]
         return self.target.layout, self.target.rows, weight, bias, tuple([update.form for update in self.updates])
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Divide an adapter into updates of weights and outputs, which have stored tensors, and context updates."""
+    """Split an adapter into updates of weights and outputs, which have stored tensors, and context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -87,16 +87,16 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
 def find_parts(
     adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
 ) -> dict[Target, tuple[Update, ...]]:
-    """Name the parts of the base that context updates belong to; the model itself has no name.
+    """Find the parts of the base to which context updates belong; the model itself has an empty name.
 
     Args:
-        adapter: the context updates.
-        shapes: the base's stored tensors.
-        renamed: the change of prefixes that placed the other updates, if any.
-        rules: the user's rules.
+        adapter: an adapter with only the context updates.
+        shapes: the shapes of the base's stored tensors, by name.
+        renamed: the change of prefixes that mapped the other updates, if any.
+        rules: the user's rules for names.
 
     Raises:
-        TargetNotFound: the base has no such part; the error names the nearest.
+        TargetNotFound: the base does not have a part; the error names the nearest.
     """
     found: dict[Target, tuple[Update, ...]] = {}
     if not adapter.updates:
@@ -108,13 +108,13 @@ def find_parts(
             path = _rename(path, *(renamed or _part_change(path, modules)))
         if path and path not in modules:
             cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
-            raise TargetNotFound("no such part in the base", where=str(target), cure=cure)
+            raise TargetNotFound("the base does not have this part", where=str(target), cure=cure)
         found[replace(target, path=path)] = updates
     return found
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Find the only change of prefixes that gives a part a place; none if there are several."""
+    """Return the only change of prefixes that maps a part to the base; an empty change if there are several."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -128,11 +128,11 @@ class Bound:
 
     Attributes:
         sites: one or more sites for each target, in the adapter's order.
-        origins: for each site, the adapter's target that it comes from; for a stack, the first one.
-        missing: targets without a place.
+        origins: the adapter's target for each site; for a stack, the first of its targets.
+        missing: the targets that the base does not have.
         rules: the rules that were used.
-        renamed: the first change of prefixes among them, as (removed, added).
-        config: the base's config; if it names no family, with the family found by a rule or by names and shapes.
+        renamed: the first of the used changes of prefixes, as (removed, added).
+        config: the base's config; if it names no family, a family that a rule, or names and shapes, showed is added.
     """
 
     sites: list[Site]
@@ -154,20 +154,20 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target that has only output updates may be any module: one above stored tensors, or one of `modules`.
+    A target with only output updates may be any module: one with stored tensors inside it, or one of `modules`.
 
     Args:
         adapter: the adapter.
-        shapes: the base's stored tensors.
-        partial: leave out targets that have no place.
+        shapes: the shapes of the base's stored tensors, by name.
+        partial: whether to omit targets that the base does not have.
         modules: further modules of the base.
         config: the base's config, for its `model_type`.
         rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
-        TargetNotFound: some targets have no place and `partial` is off, or none has a place; two readings of a name
-            fit; or the base is of another family than the adapter names, and there are no rules.
-        ShapeMismatch, NotMergeable, Unsupported: a target cannot be cut or joined as the base stores it.
+        TargetNotFound: the base lacks some targets and `partial` is false, or lacks all; two readings of a name fit; or
+            the base's family is not the one that the adapter names, and there are no rules.
+        ShapeMismatch, NotMergeable, Unsupported: a target cannot be split or joined in the way the base stores it.
     """
     if not adapter.updates:
         return Bound([], [], [])
@@ -223,9 +223,9 @@ def find_sites(
 
 
 def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, Any], fits: Fits) -> None:
-    """Place targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
+    """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
 
-    TrOCR's published models are a `vision-encoder-decoder` of a ViT, whose layers have other names in transformers 5.
+    TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
     """
     for key, part in config.items():
         architecture = architecture_of(part) if isinstance(part, Mapping) else None
@@ -269,13 +269,13 @@ _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
     stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in names.paths)
     modules = {*stored, *(names.outer if names.anywhere else ())}
-    count = f"{len(missing)} of {len(adapter.updates)} targets" if len(adapter.updates) > 1 else "the target"
+    count = f"{len(missing)} of {len(adapter.updates)} targets are" if len(adapter.updates) > 1 else "the target is"
     shown = ", ".join(str(target) for target in missing[:3]) + (", ..." if len(missing) > 3 else "")
     partly = "" if len(missing) == len(adapter.updates) else _PARTLY
-    near = nearest(missing[0].path, modules) or "Nothing in the base has a similar name: is it the right base?"
+    near = nearest(missing[0].path, modules) or "No name in the base is similar: is this the right base?"
     if modules and all(_FACTOR.search(module) for module in modules):
         near = "This base is an adapter itself: name the model that it was trained on as the base"
     return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
 
 
-_PARTLY = "; allow a partial match to leave them out: --allow-partial (allow_partial=True)"
+_PARTLY = "; to omit missing targets, allow a partial match: --allow-partial (allow_partial=True)"

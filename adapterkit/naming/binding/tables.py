@@ -1,4 +1,4 @@
-"""List how an adapter's names map to a base's, as a table for people and as plain data."""
+"""List how an adapter's names map to a base's, as plain data for tables."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def name_map(
     rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
-    """Say where an adapter's targets lie in a base, and by which rules.
+    """Return where an adapter's targets are in a base, and the rules that map them.
 
     Args:
-        base: an open checkpoint or the path of one.
-        adapter: the adapter; without one, the base's own names are listed with what other tools call them.
+        base: an open checkpoint, or its path.
+        adapter: the adapter; without one, the base's own names are listed, with their names in other tools.
         rename: rules for names, each `FROM=TO` or `@FILE`.
-        partial: list targets that have no place instead of refusing.
+        partial: whether to list targets that the base does not have, instead of refusing them.
 
     Returns:
         `model_type`; `family`, the architecture file of the base, or None; and either `targets`, `rules` and `missing`,
-        or `weights`: one record for each stored name, numbers left out, with its name in each naming.
+        or `weights`: one record for each stored name without numbers, with its name in each naming.
 
     Raises:
-        TargetNotFound: a target has no place, or two.
-        ShapeMismatch: a target has a place whose shape does not fit.
+        TargetNotFound: the base does not have a target, or has it twice.
+        ShapeMismatch: the shape of a target's weight does not fit.
     """
     base = opened(base)
     architecture = architecture_of(base.config)
@@ -61,7 +61,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[dict[str, Any]]:
-    """List the base's modules with numbers left out, each with its name in every naming of the family's file."""
+    """List the base's module names without numbers, each with its name in every naming of the family's file."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors

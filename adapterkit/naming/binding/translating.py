@@ -1,4 +1,4 @@
-"""Translate an adapter into the names and parts of a naming of its family, without a base; for writers of files."""
+"""Translate an adapter to a naming of its family, without a base; for writers of files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .moving import moved
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Find the places of each target's parts in a naming; targets without a place there are left out.
+    """Find the destinations of each target's parts in a naming; targets that the naming does not have are omitted.
 
     Raises:
-        TargetNotFound: two readings of a name lead to different places.
+        TargetNotFound: two readings of a name lead to different weights.
     """
     found = {}
     for target, given in updates.items():
@@ -36,20 +36,20 @@ def translated(
     experts: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> dict[Target, tuple[Update, ...]]:
-    """Apply the moves of `moves_of` to updates: cut at fused weights, put into or taken out of stacks.
+    """Apply the moves of `moves_of` to updates: split at fused weights, join into stacks or split stacks.
 
     Args:
-        updates: target -> updates; those without moves are left out.
-        moves: path of a target -> the places of its parts.
-        experts: how many experts a stack has; 0 for as many as the updates need.
-        config: the base's config, for its heads: they divide a fused projection.
+        updates: the updates by target; updates without moves are omitted.
+        moves: the destinations of each target's parts, by the target's path.
+        experts: the number of experts in a stack; 0 for as many as the updates need.
+        config: the base's config; its heads determine how a fused projection is divided.
 
     Raises:
-        NotMergeable, ShapeMismatch, Unsupported: an update cannot be cut or joined.
+        NotMergeable, ShapeMismatch, Unsupported: an update cannot be split or joined.
     """
     found: dict[Target, tuple[Update, ...]] = {}
     for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
-        # Some families store stacks as [in, out]; no other naming stores experts this way.
+        # Use the layout [out, in] for stacks: only some families' own naming stores experts as [in, out].
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there
         found[there] = (*found.get(there, ()), *given)
@@ -64,7 +64,7 @@ def _experts(target: Target, updates: tuple[Update, ...]) -> int:
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape `[e, out, in]` or `[out, in]` of each destination weight, as far as the updates tell it."""
+    """Return the shape `[e, out, in]` or `[out, in]` of each destination, as far as the updates show it."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for target, given in updates.items():

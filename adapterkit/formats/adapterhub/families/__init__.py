@@ -1,4 +1,4 @@
-"""Find the family of an `architecture`: one module each; configs of bottleneck adapters name no architecture."""
+"""Find the family of an `architecture`; each family has a module. Bottleneck adapters' configs omit the field."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FAMILIES: Registry[type[AdapterHubFamily]] = Registry(
 
 
 def family_of(update: Update) -> type[AdapterHubFamily] | None:
-    """Return the family that writes an update; None if there is none."""
+    """Return the family that writes an update; None if no family writes it."""
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
 def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
-    """Return the family that an `architecture` names; None if there is none."""
+    """Return the family of an `architecture`; None if there is none."""
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":

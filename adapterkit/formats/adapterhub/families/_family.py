@@ -1,4 +1,4 @@
-"""Define a family: the fields of one `architecture`, and functions between its keys and updates."""
+"""Define a family: the fields of one `architecture`, and functions that convert between keys and updates."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a config that a family reads, with the library's defaults."""
+    """The config fields that a family reads, with the library's defaults."""
 
 
 class AdapterHubFamily(ABC):
-    """One `architecture`. Subclass it in a module of its own; the module's name is the architecture's.
+    """One `architecture`. Each subclass has its own module; the module's name is the architecture's name.
 
     Class attributes:
-        methods: names of the methods that it reads and writes.
-        fields: the fields of its config that change what its tensors mean.
-        read: those fields -> their effect.
-        harmless: fields without an effect -> the reason.
-        fresh: the config of an adapter that was not read from AdapterHub's format.
+        methods: the names of the methods that the family reads and writes.
+        fields: the config fields that change what the tensors mean.
+        read: the effects of these fields.
+        harmless: the reasons why other fields have no effect.
+        fresh: the config for an adapter that was not read from AdapterHub's format.
     """
 
     methods: ClassVar[frozenset[str]]
@@ -43,36 +43,36 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: Settings) -> Any:
-        """Return the fields with the meaning that they had in the release that wrote them."""
+        """Return the fields, with their meaning in the release that wrote them."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
-        """Return all its updates in a file.
+        """Yield the updates of this family in a file.
 
         Raises:
             Malformed: a tensor lacks its partners.
             ShapeMismatch: shapes contradict the config.
-            Unsupported: it needs a feature that this version does not have.
+            Unsupported: the file needs a feature that this version does not have.
         """
 
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        """Yield key and tensor of everything that a file stores of these updates, all of this family."""
+        """Yield (key, tensor) for everything that a file stores of these updates, all of this family."""
 
     @classmethod
     @abstractmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
-        """Return the config fields that express these updates, except those that `fresh` has already."""
+        """Return the config fields that express these updates, except the fields in `fresh`."""
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        """Yield target, position among its updates and reason for each update that a file cannot express."""
+        """Yield (target, index of the update, reason) for each update that a file cannot express."""
         return iter(())
 
     @classmethod
     def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        """Yield keys of kept tensors that no longer belong to these updates."""
+        """Yield the keys of kept tensors that no longer belong to these updates."""
         return iter(())

@@ -1,7 +1,7 @@
 """Read and write bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-`sublayers` has the places of adapters in each model type. This module has the rest, in this order: the slots of keys,
-the configs of new files, and the family itself.
+`sublayers` lists where each model type has adapters. This module has, in this order, the slots of keys, the configs of
+new files, and the family itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""Slot of a Compacter layer -> field, both without their prefix `down_` or `up_`."""
+"""A map from slots of a Compacter layer to fields, both without their prefix `down_` or `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -46,14 +46,14 @@ COUPLING = {
     for position, way in ((0, "down"), (2, "up"))
     for leaf in ("weight", "bias")
 }
-"""Slot of an invertible adapter -> field."""
+"""A map from slots of an invertible adapter to fields."""
 
 Words = Mapping[str, Any]
-"""Fields of a config."""
+"""The fields of a config."""
 
 
 def own_slots(words: Words) -> dict[str, str]:
-    """Return slot -> field, for tensors that each adapter has for itself."""
+    """Map slots to fields, for tensors that each adapter stores separately."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
         names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
@@ -72,7 +72,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Return slot -> the fields that it fills in every adapter, for tensors that the whole model shares."""
+    """Map slots of tensors that the whole model shares to the fields that each tensor fills in every adapter."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -84,7 +84,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
-    """Return the config fields that say which tensors these updates have; all updates have the same."""
+    """Return the config fields that state which tensors these updates have; all of them have the same tensors."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -104,7 +104,7 @@ def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
 
 
 def _one_rule(updates: Sequence[Any]) -> bool:
-    """Whether the rules of all updates, down and up, are the same tensors."""
+    """Whether all updates have the same rule tensors, down and up."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
@@ -126,10 +126,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config of bottleneck adapters describes one form for all of them, and the layers of the base without any.
+# A new config for bottleneck adapters describes one form for all adapters, and the base's layers without adapters.
 #
-# A config names kinds of places and the layers that are left out. The library fills every other place with a fresh
-# adapter, which changes the model. So all must be there, and the base must tell how many layers there are.
+# A config lists kinds of positions and the omitted layers. The library creates a new adapter at every other position,
+# which changes the model. So adapters at all these positions are required, and the base must show the number of layers.
 
 
 FRESH = {
@@ -142,10 +142,10 @@ FRESH = {
     "phm_init_range": 0.0001,
     "stochastic_depth": 0.0,
 }
-"""Fields of the config of an adapter that was not read from AdapterHub's format."""
+"""Config fields of an adapter that was not read from AdapterHub's format."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""Attributes that have the same name in a config."""
+"""The attributes of an update that have the same name in a config."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -159,7 +159,7 @@ def placed(updates: Updates) -> list[tuple[Target, Any]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
-    """Group these adapters by the tensors they hold, because a union may have two configs."""
+    """Group these adapters by their method and tensors, because a union may have two configs."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -194,21 +194,21 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     for target, found in updates.items():
         for position, update in enumerate(found):
             if update.method == "invertible":
-                why = _why_no_coupling(target, update, model_type) if first else "without adapters in the layers"
+                why = _why_no_coupling(target, update, model_type) if first else "the layers have no adapters"
             elif model_type not in MODELS or not _layers(base):
-                why = "the library fills layers that are left out, and which there are only the base tells"
+                why = "the library adds adapters to all other layers, and only the base shows which layers there are"
             elif target not in rules:
-                why = f"no place where the library puts adapters in a {model_type}"
+                why = f"the library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "another form, size or method than the others': a config has one of each"
+                why = "its form, size or method differs from the others; a config states one of each"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
-                why = "layers or a gate without a bias"
+                why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:
                 why = "its layer lacks an adapter that other layers have"
             elif _layer(target, base) in uneven:
                 why = "its layer has adapters of several sizes"
             else:
-                why = "a second adapter at one place" if position else ""
+                why = "the position has a second adapter" if position else ""
             if why:
                 yield target, position, f"{update.method}: {why}"
 
@@ -220,7 +220,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return layers that lack a kind of adapter that another has; encoders have none after cross-attention."""
+    """Return layers that lack a kind of adapter that other layers have; encoders need none after cross-attention."""
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
         kinds.setdefault((_layer(target, base), _in_decoder(target)), set()).add(rule.flag)
@@ -231,7 +231,7 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
 
 
 def _coupling(updates: Updates) -> dict[str, JsonValue]:
-    """Return the fields that create an invertible adapter."""
+    """Return the fields that make the library create an invertible adapter."""
     found = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not found:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
@@ -242,21 +242,21 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
 def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
     (a, second), (b, first) = update.F_down.shape, update.G_down.shape
     if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "not behind the embeddings, or it is not known; pass the base"
+        return "it does not follow the embeddings, or the base is unknown; give it with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
-        return "halves of sizes that no reduction factor gives"
+        return "no reduction factor yields the sizes of its halves"
     return ""
 
 
 def _form(update: Any) -> tuple[Any, ...]:
-    """Return everything that a config states once: all but the place and, layer by layer, the size."""
+    """Return everything that a config states once: all settings except the position, and the size of each layer."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
 def _unbiased(update: Any) -> tuple[str, ...]:
-    """Return which of a Compacter's layers lack a bias; the config has one setting for both."""
+    """Return the layers of a Compacter that lack a bias; the config has one setting for both."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -266,13 +266,13 @@ def _bare_gate(update: Any) -> bool:
 
 
 def _stack_factors(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> float | dict[str, float]:
-    """Return the reduction factor: one for all, or one a layer."""
+    """Return the reduction factor: one for all layers, or one for each layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
 
 def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[int]:
-    """Return layers whose adapters have several sizes."""
+    """Return the layers whose adapters differ in size."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
@@ -280,13 +280,13 @@ def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[
 
 
 def _sizes(update: Any) -> tuple[int, int]:
-    """Return the sizes of the block and of the bottleneck."""
+    """Return the sizes of the block and the bottleneck."""
     dims = update.dims()
     return int(dims["hidden"]), int(dims["d"])
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the factor by which the library divides one size to get the other; it rounds down."""
+    """Return the factor by which the library divides one size, rounding down, to get the other."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -297,7 +297,7 @@ def _rule_size(update: Any) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Count the layers, a decoder's after an encoder's; 0 if not known."""
+    """Return the number of layers, a decoder's in addition to an encoder's; 0 if unknown."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -306,7 +306,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer, counted as in the library if the base is given."""
+    """Return the number of a target's layer, counted like in the library if the base is given."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0
@@ -319,14 +319,14 @@ def _in_decoder(target: Target) -> bool:
 KIND, INVERTIBLE, SHARED = "adapters", "invertible_adapters", "shared_parameters"
 
 OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""Activations as configs without a version call them -> their names in the library since."""
+"""A map from names of activations in configs without a version to the library's later names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""Second names of the tensors of a norm before the adapter; `adapter_down` holds the same tensors."""
+"""Second names of the tensors of a norm before the adapter; `adapter_down` has the same tensors."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of tensors and their places."""
+    """The config fields that determine the meaning of tensors and the positions of adapters."""
 
     non_linearity: str
     mh_adapter: bool = False
@@ -351,45 +351,45 @@ class BottleneckFields(Fields, frozen=True, kw_only=True):
 
 
 class BottleneckFamily(AdapterHubFamily):
-    """The family of configs that name no `architecture`."""
+    """The family of configs without an `architecture`."""
 
     methods = frozenset({"bottleneck", "compacter", "invertible"})
     fields = BottleneckFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapter_residual_before_ln": "the adapter's own residual is added before its last norm",
-        "cross_adapter": "it stands behind attention to an encoder",
-        "factorized_phm_W": "Compacter: a factor is a product of two",
-        "factorized_phm_rule": "Compacter: a rule is a product of two",
-        "inv_adapter": "nice: a coupling block behind the embeddings; glow: refused",
-        "is_parallel": "the adapter reads the residual and is added to the output",
-        "ln_after": "a norm behind the adapter",
-        "ln_before": "a norm before the adapter",
-        "mh_adapter": "it stands behind the attention",
+        "adapter_residual_before_ln": "whether the adapter's own residual is added before its last norm",
+        "cross_adapter": "whether adapters follow the attention to an encoder",
+        "factorized_phm_W": "whether each factor is a product of two (Compacter)",
+        "factorized_phm_rule": "whether each rule is a product of two (Compacter)",
+        "inv_adapter": "nice: a coupling block follows the embeddings; glow: refused",
+        "is_parallel": "whether the adapter reads the residual and is added to the output",
+        "ln_after": "whether a norm follows the adapter",
+        "ln_before": "whether a norm precedes the adapter",
+        "mh_adapter": "whether adapters follow the attention",
         "non_linearity": "the activation",
-        "original_ln_after": "the block's residual and norm follow",
-        "original_ln_before": "the block's residual and norm come first",
-        "output_adapter": "it stands behind the feed-forward layers",
-        "phm_bias": "Compacter: layers have a bias",
-        "phm_layer": "the layers are Compacter's",
+        "original_ln_after": "whether the block's residual and norm follow",
+        "original_ln_before": "whether the block's residual and norm come first",
+        "output_adapter": "whether adapters follow the feed-forward layers",
+        "phm_bias": "Compacter: whether layers have a bias",
+        "phm_layer": "whether the layers are Compacter's",
         "residual_before_ln": "where the adapter's own residual begins: true, false or post_add",
         "scaling": "a number, learned or channel",
-        "shared_W_phm": "Compacter: all layers share their factors",
-        "shared_phm_rule": "Compacter: all layers share one rule",
-        "use_gating": "a gate weights the change",
+        "shared_W_phm": "Compacter: whether all layers share their factors",
+        "shared_phm_rule": "Compacter: whether all layers share one rule",
+        "use_gating": "whether a gate weights the change",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
         "hypercomplex_nonlinearity": "initial values",
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
-        "inv_adapter_reduction_factor": "sizes; the tensors say them",
+        "inv_adapter_reduction_factor": "a size; the tensors show it",
         "learn_phm": "training only",
-        "leave_out": "which layers have tensors; the keys say so",
+        "leave_out": "which layers have no tensors; the keys show it",
         "phm_c_init": "initial values",
-        "phm_dim": "sizes; the tensors say them",
+        "phm_dim": "a size; the tensors show it",
         "phm_init_range": "initial values",
-        "phm_rank": "sizes; the tensors say them",
-        "reduction_factor": "sizes; the tensors say them",
+        "phm_rank": "a size; the tensors show it",
+        "reduction_factor": "a size; the tensors show it",
         "stochastic_depth": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = FRESH
@@ -408,7 +408,7 @@ class BottleneckFamily(AdapterHubFamily):
         for path, slots in part.groups(KIND).items():
             found = standing(path, part.settings.model_type) if part.settings.model_type in MODELS else None
             if found is None:
-                why = f"where an adapter at {path} of a {part.settings.model_type} stands is not known to this version"
+                why = f"this version does not know the position of an adapter at {path} of a {part.settings.model_type}"
                 known = f"Known: {', '.join(sorted(MODELS))}"
                 raise Unsupported(why, where=next(iter(slots.values())).text, cure=known)
             target, rule = found
@@ -455,7 +455,7 @@ def _check_words(part: AdapterHubPart) -> None:
     }
     for field, (word, words) in known.items():
         if word not in words:
-            why = f"an unknown {field} {word[:60]!r}"
+            why = f"{field} has an unknown value {word[:60]!r}"
             raise Unsupported(why, where=f"{part.at}.{field}", cure=f"Known: {', '.join(words)}")
 
 
@@ -474,13 +474,13 @@ def _own(
 
 
 def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
-    """Return the tensors, by field, that all adapters of the model share, and their keys."""
+    """Return the tensors that all adapters of the model share, by field, and their keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
     if missing:
-        why = f"the shared {', '.join(missing)} are not in the file: saving from a model without a head drops them"
-        raise Malformed(why, where=SHARED, cure="Save it again from a model with a head, where it was trained")
+        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits them"
+        raise Malformed(why, where=SHARED, cure="Save the adapter again, from the trained model with a head")
     keys = [groups[0][slot] for slot in fields]
     tensors = {field: part.tensors[key] for key, slot in zip(keys, fields, strict=True) for field in fields[slot]}
     return tensors, keys
@@ -503,7 +503,7 @@ def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:
-            why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
+            why = f"this version does not know where the embeddings of a {part.settings.model_type} end"
             raise Unsupported(
                 why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}"
             )

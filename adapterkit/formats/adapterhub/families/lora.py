@@ -1,8 +1,8 @@
-"""LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight` and IA3's `lora_B` [out, 1].
+"""LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
 
-A layer with queries, keys and values in one weight has one pair of factors a group, for those of the three that
-`attn_matrices` names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group after group. Each group becomes an
-update of its own rows.
+A layer with queries, keys and values in one weight has one pair of factors for each of the three that `attn_matrices`
+names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group after group. Each group becomes an update of the rows
+of its third.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KIND, SHARED = "loras", "shared_parameters"
 
 
 class LoraFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of tensors."""
+    """The config fields that determine the meaning of tensors."""
 
     r: Size = 8
     alpha: Number = 8
@@ -46,24 +46,24 @@ class LoraFamily(AdapterHubFamily):
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r; 1 in files of adapters before 1.1, which were trained so",
-        "attn_matrices": "which of q, k, v a fused weight's groups are of",
+        "alpha": "scaling = alpha / r; 1 in files from before adapters 1.1, which trained with 1",
+        "attn_matrices": "which of q, k, v the groups of a fused weight adapt",
         "composition_mode": "add: LoRA; scale: IA3",
         "r": "rank",
-        "use_dora": "the law is DoRA's",
-        "use_gating": "a gate on the input stands in the place of the scaling",
-        "vera_b": "a float: the law is VeRA's",
-        "vera_d": "a float: the law is VeRA's",
+        "use_dora": "the method is DoRA",
+        "use_gating": "whether a gate on the input replaces the scaling",
+        "vera_b": "a float: the method is VeRA",
+        "vera_d": "a float: the method is VeRA",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "of the tensors, which say it themselves",
+        "dtype": "the tensors' dtype, which they state themselves",
         "init_weights": "initial values",
         "init_weights_seed": "initial values",
-        "intermediate_lora": "which modules have tensors; the keys say so",
-        "leave_out": "which layers have tensors; the keys say so",
-        "output_lora": "which modules have tensors; the keys say so",
-        "selfattn_lora": "which modules have tensors; the keys say so",
+        "intermediate_lora": "which modules have tensors; the keys show it",
+        "leave_out": "which layers have no tensors; the keys show it",
+        "output_lora": "which modules have tensors; the keys show it",
+        "selfattn_lora": "which modules have tensors; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "lora",
@@ -104,14 +104,14 @@ class LoraFamily(AdapterHubFamily):
 
 
 def _kind(part: AdapterHubPart) -> str:
-    """Return the method that the fields select.
+    """Return the name of the method that the fields select.
 
     Raises:
-        Unsupported: they select a combination that is not a method here.
+        Unsupported: the fields select a combination that no method computes.
     """
     own = part.own
     if own.composition_mode not in ("add", "scale"):
-        why = f"an unknown composition_mode {own.composition_mode[:60]!r}"
+        why = f"the composition_mode {own.composition_mode[:60]!r} is unknown"
         raise Unsupported(why, where=f"{part.at}.composition_mode", cure="Known: add, scale")
     on = {
         "ia3": own.composition_mode == "scale",
@@ -121,8 +121,8 @@ def _kind(part: AdapterHubPart) -> str:
     }
     named = [method for method, is_on in on.items() if is_on]
     if len(named) > 1:
-        why = f"{' and '.join(named)} in one adapter are not known to this version"
-        raise Unsupported(why, where=part.at, cure="Run it with the adapters library")
+        why = f"this version does not support {' and '.join(named)} in one adapter"
+        raise Unsupported(why, where=part.at, cure="Run the adapter with the adapters library")
     return named[0] if named else "lora"
 
 
@@ -132,7 +132,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""Method -> slot -> field, for slots beside A and B."""
+"""A map from each method to its slots in addition to A and B, with their fields."""
 
 
 def _lora(
@@ -168,11 +168,11 @@ def _check_place(
 ) -> None:
     where = slots["lora_A"].text
     if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
-        why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
-        raise Unsupported(why, where=where, cure="Leave those layers out, or use LoRA there")
+        why = "the base stores this weight as [in, out]; the library then computes DoRA's norms over the wrong axis"
+        raise Unsupported(why, where=where, cure="Omit such layers, or use LoRA in them")
     if method == "gated_lora" and fused:
-        why = "gates of their own for the thirds of a fused weight are not known to this version"
-        raise Unsupported(why, where=where, cure="Run it with the adapters library")
+        why = "this version does not support separate gates for the thirds of a fused weight"
+        raise Unsupported(why, where=where, cure="Run the adapter with the adapters library")
 
 
 def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -> AdapterHubUpdate:
@@ -181,9 +181,9 @@ def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -
     groups = [*part.groups(SHARED).values()]
     shared = {"lora_A": "A", "lora_B": "B"}
     if not groups or any(slot not in groups[0] for slot in shared):
-        why = "the shared lora_A and lora_B are not in the file: saving from a model without a head drops them"
+        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits them"
         raise Malformed(
-            why, where=slots["vera_D"].text, cure="Save it again from a model with a head, where it was trained"
+            why, where=slots["vera_D"].text, cure="Save the adapter again, from the trained model with a head"
         )
     tensors |= take(part, groups[0], shared)
     keys = (*(slots[slot] for slot in fields), *(groups[0][slot] for slot in shared))
@@ -195,15 +195,17 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
     key = slots["lora_B"] if "lora_B" in slots else next(iter(slots.values()))
     B = take(part, slots, {"lora_B": "B"})["B"]
     if _scaling(part) * part.own.r != 1:
-        why = f"IA3 times alpha = {part.own.alpha}: the vectors alone are not the formula"
-        raise Unsupported(why, where=f"{part.at}.alpha", cure="Multiply lora_B by it, and set it to 1")
+        why = f"IA3's vectors are multiplied by alpha = {part.own.alpha}; only alpha = 1 is supported"
+        raise Unsupported(why, where=f"{part.at}.alpha", cure="Multiply lora_B by alpha, and set alpha to 1")
     vector = _column(B, B.shape[0] if B.shape else 0, key)
     blocks = _blocks(part, path, 1)
     if blocks is None:
         yield AdapterHubUpdate(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
     if vector.shape[0] % len(blocks):
-        raise ShapeMismatch(f"{list(B.shape)} are not {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER)
+        raise ShapeMismatch(
+            f"the shape {list(B.shape)} does not fit {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER
+        )
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
         update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
@@ -211,17 +213,17 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
 
 
 def _scaling(part: AdapterHubPart) -> float:
-    """Return alpha / r, or 1 if it was trained without. The library forgets that when it loads a union."""
+    """Return alpha / r, or 1 if training did not scale. The library forgets the latter when it loads a union."""
     return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 
 def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
-    """Return which thirds of a fused weight the groups belong to; None for a plain layer."""
+    """Return which thirds of a fused weight the groups adapt; None for a plain layer."""
     enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
     if fused and not enabled:
-        why = "none of q, k and v, where the file has factors of a weight that holds them"
+        why = "attn_matrices names none of q, k and v, but the file has factors for a weight that contains them"
         raise Malformed(why, where=f"{part.at}.attn_matrices", cure=_OTHER)
     return enabled if fused or (groups == len(enabled) > 1) else None
 
@@ -234,21 +236,23 @@ def _rows(outputs: int, blocks: list[int]) -> list[tuple[int, int]]:
 def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: Lazy, B: Lazy, groups: int) -> None:
     r = part.own.r
     if len(A.shape) != 2 or A.shape[0] != r * groups:
-        why = f"{list(A.shape)}, where the config says rank {r}" + (f" and {groups} groups" if groups > 1 else "")
+        why = f"the shape is {list(A.shape)}; the config states rank {r}" + (
+            f" and {groups} groups" if groups > 1 else ""
+        )
         raise ShapeMismatch(why, where=slots["lora_A"].text, cure=_OTHER)
     if len(B.shape) != 2 or B.shape[1] != r or B.shape[0] % groups:
-        raise ShapeMismatch(f"{list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=_OTHER)
+        raise ShapeMismatch(f"the shape {list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=_OTHER)
 
 
 def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
     if tensor.shape != (size, 1):
-        why = f"{list(tensor.shape)} is not a column of {size} values"
+        why = f"the shape {list(tensor.shape)} is not that of a column with {size} values"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
     return tensor.reshape(size)
 
 
 def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
-    """Return path -> its updates, in the order of their rows."""
+    """Return the updates of each path, in the order of their rows."""
     found: dict[str, list[tuple[Target, Update]]] = {}
     for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
         found.setdefault(target.path, []).extend((target, update) for update in updates[target])
@@ -267,4 +271,4 @@ def _slots(update: Any) -> dict[str, Lazy]:
     return slots
 
 
-_OTHER = "The config is not of this file"
+_OTHER = "The config does not belong to this file"

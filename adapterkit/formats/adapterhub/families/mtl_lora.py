@@ -1,4 +1,4 @@
-"""MTL-LoRA: `lora_A` [r, in], `lora_B` [n, out, r], `weights` [n] and `task_specific.values` [r] of one task."""
+"""MTL-LoRA: `lora_A` [r, in], `lora_B` [n, out, r], `weights` [n] and `task_specific.values` [r] for one task."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 KIND = "loras"
 FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weights": "weights"}
-"""Slot -> field."""
+"""A map from slots to fields."""
 
 
 class MtlFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of tensors."""
+    """The config fields that determine the meaning of tensors."""
 
     r: Size = 8
     alpha: Number = 8
@@ -44,19 +44,19 @@ class MtlLoraFamily(AdapterHubFamily):
     fields = MtlFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
-        "composition_mode": "add",
-        "n_up_projection": "how many B there are",
+        "composition_mode": "add, the only supported value",
+        "n_up_projection": "number of B factors",
         "r": "rank",
         "task_specific_matrix_type": "singular_values: a diagonal; linear: refused",
         "use_dora": "refused",
         "use_gating": "refused",
-        "weights_sharpness": "temperature of the shares",
+        "weights_sharpness": "temperature of the weights of the B factors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         **LoraFamily.harmless,
-        "attn_matrices": "which modules have tensors; the keys say so",
-        "vera_b": "of no use to MTL-LoRA",
-        "vera_d": "of no use to MTL-LoRA",
+        "attn_matrices": "which modules have tensors; the keys show it",
+        "vera_b": "MTL-LoRA does not use it",
+        "vera_d": "MTL-LoRA does not use it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         **LoraFamily.fresh,
@@ -77,14 +77,14 @@ class MtlLoraFamily(AdapterHubFamily):
         words["task_specific_matrix_type"] = "singular_values"
         for name, known in words.items():
             if (getattr(own, name) or False) != known:
-                why = f"MTL-LoRA with {name} = {str(getattr(own, name))[:60]!r} is not known to this version"
+                why = f"this version does not support MTL-LoRA with {name} = {str(getattr(own, name))[:60]!r}"
                 raise Unsupported(why, where=f"{part.at}.{name}", cure=f"Known: {known}")
         for path, slots in part.groups(KIND).items():
             tensors = take(part, slots, FIELDS)
             shape = tensors["B"].shape
             if len(shape) != 3 or (shape[0], shape[2]) != (own.n_up_projection, own.r):
-                why = f"{list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
-                raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config is not of this file")
+                why = f"the shape {list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
+                raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config does not belong to this file")
             update = make("mtl_lora", tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
             yield AdapterHubUpdate(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
 
@@ -117,13 +117,13 @@ class MtlLoraFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if target.stacked or target.rows is not None:
-                    why = "on experts or some rows of a weight"
+                    why = "the library does not adapt experts or some rows of a weight"
                 elif role(target.path, family) in (None, "qkv"):
-                    why = "not a layer that the library is known to adapt; the base tells"
+                    why = "the library does not adapt this layer, as far as known; give the base with --base (base=)"
                 elif exact_alpha((_law(update)[0], _law(update)[2]), rslora=False) is None:
-                    why = "no alpha gives its scaling exactly"
+                    why = "no alpha yields its exact scaling"
                 else:
-                    why = "" if _law(update) == first and not position else "another form than the others'"
+                    why = "" if _law(update) == first and not position else "its form differs from the others"
                 if why:
                     yield target, position, f"{update.method}: {why}"
 

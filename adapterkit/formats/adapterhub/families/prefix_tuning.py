@@ -1,4 +1,4 @@
-"""Prefix tuning: one network, or one flat tensor, for all attentions of a kind."""
+"""Prefix tuning: all attentions of a kind share one network or one flat tensor."""
 
 from __future__ import annotations
 
@@ -30,37 +30,41 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""model_type -> the attentions whose prefixes a new folder can store."""
+"""The attentions whose prefixes a new folder can store, by model_type."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Group -> the config fields that state the number of its layers, for models with an encoder and a decoder."""
+"""The config fields that state the number of layers in each group, for models with an encoder and a decoder."""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
-    """Say why a new config cannot express it; the library fills all attentions of the layers that are not left out."""
+    """Return the reason why a new config cannot express an update; empty if it can.
+
+    The library adds prefixes to all attentions of all layers that the config does not omit.
+    """
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
-        return "the library fills attentions that are left out, and which there are only the base tells"
+        return "the library adds prefixes to all other attentions, and only the base shows which there are"
     if not target.path.endswith(endings):
-        return f"not an attention where the library puts prefixes in a {model_type}"
+        return f"the library has no prefixes at this attention of a {model_type}"
     if "P" in update.tensors:
         return (
             ""
             if update.P.shape[0] == 1 and update.attributes.get("step", 1) == 1
-            else "keys and values of several layers"
+            else "it has keys and values for several layers"
         )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
+    return "" if shared and update.b2.shape[0] == 1 else "it has a separate network, but the library has one for all"
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Say why a group of an encoder-decoder model is incomplete; there the library cannot leave a layer out.
+    """Return the reason why a group of an encoder-decoder model is incomplete; empty if it is complete.
 
-    The base's tensors are counted, because a config may omit a depth that is its family's default.
+    In such a model the library cannot omit a layer. The base's tensors are counted, because a config may omit a depth
+    that is its family's default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -70,12 +74,12 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
     for name in sorted({group, "self_prefix"}):
         depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
-            return f"{counts.get(name, 0)} of {depth} attentions of the library's {name}, which it fills all"
+            return f"it has {counts.get(name, 0)} of {depth} attentions in {name}; the library adds prefixes to all"
     return ""
 
 
 def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
-    """Return group -> how many attentions of it the base has."""
+    """Return the number of attentions that the base has in each group."""
     found: dict[str, set[str]] = {}
     for name in base.tensors:
         for ending in ATTENTIONS.get(model_type, ()):
@@ -86,10 +90,10 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Say how an update differs from the first one in form or size; empty if it does not."""
+    """Return how an update's form or size differs from the first update's; empty if it does not differ."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "another form or size than the others': a config has one of each"
+    return "" if same else "its form or size differs from the others; a config states one of each"
 
 
 def group_of(path: str, model_type: str | None) -> str:
@@ -101,15 +105,15 @@ def group_of(path: str, model_type: str | None) -> str:
 
 
 def layer_of(path: str) -> int:
-    """Return the first number in a path, -1 if there is none."""
+    """Return the first number in a path, or -1."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
     return int(found[1]) if found else -1
 
 
-# Prefix tuning: one network, or one flat tensor, for all attentions of a kind; `encoder_`, `cross_` and `self_prefix`.
+# Prefix tuning: all attentions of a kind, `encoder_`, `cross_` and `self_prefix`, share one network or flat tensor.
 #
-# The library keeps it once and lists it under every attention, so a file holds it many times. Each attention is a
-# target here: it attends to its own share of the keys and values first, and positions are counted as without them.
+# The library has the network once but lists it under every attention, so a file has it many times. Here each attention
+# is a target: it attends to its share of the keys and values first, and positions are counted without them.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -123,7 +127,7 @@ METHODS = {
     (True, True): "gated_prefix",
     (False, True): "gated_prefix_mlp",
 }
-"""(flat, use_gating) -> method."""
+"""The method for each (flat, use_gating)."""
 NETWORK = {
     "wte.weight": "E",
     "control_trans.0.weight": "W1",
@@ -131,14 +135,14 @@ NETWORK = {
     "control_trans.2.weight": "W2",
     "control_trans.2.bias": "b2",
 }
-"""Slot of a group -> field; the last two slots hold all layers."""
+"""A map from slots of a group to fields; the last two slots have the values of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""Config fields for the heads of keys and values; the library uses the encoder's for the decoder, too."""
+"""The config fields with the number of heads of keys and values; the library uses the encoder's in the decoder, too."""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of tensors."""
+    """The config fields that determine the meaning of tensors."""
 
     flat: bool = False
     prefix_length: Size = 30
@@ -154,18 +158,18 @@ class PrefixTuningFamily(AdapterHubFamily):
     methods = frozenset(METHODS.values())
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
-        "flat": "the keys and values themselves, without the network",
-        "leave_out": "layers that have none, though they list those of the others",
-        "non_linearity": "of the network: tanh",
-        "prefix_length": "how many",
-        "shared_gating": "one gate for keys and values, not one each",
-        "use_gating": "gates on what enters an attention weight its keys and values",
+        "flat": "whether the file has keys and values instead of the network",
+        "leave_out": "layers without prefixes, although the file lists the prefixes of others under them",
+        "non_linearity": "the network's activation: tanh",
+        "prefix_length": "number of virtual tokens",
+        "shared_gating": "whether keys and values share one gate",
+        "use_gating": "whether gates on an attention's input weight its keys and values",
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "bottleneck_size": "sizes; the tensors say them",
-        "cross_prefix": "which attentions have any; the keys say so",
+        "bottleneck_size": "a size; the tensors show it",
+        "cross_prefix": "which attentions have prefixes; the keys show it",
         "dropout": "training only",
-        "encoder_prefix": "which attentions have any; the keys say so",
+        "encoder_prefix": "which attentions have prefixes; the keys show it",
         "init_weights_seed": "initial values",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -186,7 +190,7 @@ class PrefixTuningFamily(AdapterHubFamily):
         names = list(dict.fromkeys(slot.partition(".")[0] for slot in whole))
         for name in names:
             if name not in GROUPS:
-                why = f"a group {name[:60]!r} of attentions is not known to this version"
+                why = f"this version does not know the group {name[:60]!r} of attentions"
                 raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
             own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
             yield from _group_updates(part, name, own, whole)
@@ -199,7 +203,9 @@ class PrefixTuningFamily(AdapterHubFamily):
         for path, slots in found.items():
             for slot, key in slots.items():
                 if slot not in whole:
-                    raise Malformed("not in the whole model's own prefix", where=key.text, cure=AGAIN)
+                    raise Malformed(
+                        "the prefix of the whole model does not have this tensor", where=key.text, cure=AGAIN
+                    )
                 check_same(part, key, whole[slot])
                 if path not in used:
                     yield KeptKey(key)
@@ -248,24 +254,28 @@ class PrefixTuningFamily(AdapterHubFamily):
             for position, update in enumerate(found):
                 some = first.setdefault(group, update)
                 why = lacking(counts, group, base) or why_not(target, update, some, model_type)
-                why = why or unlike(update, next(iter(first.values()))) or ("a second one" if position else "")
+                why = (
+                    why
+                    or unlike(update, next(iter(first.values())))
+                    or ("the attention has a second update" if position else "")
+                )
                 if why:
                     yield target, position, f"{update.method}: {why}"
 
 
 def _check(part: AdapterHubPart) -> None:
     if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
-        why = f"a network with {part.own.non_linearity[:60]!r} is not known to this version"
+        why = f"this version does not support a network with {part.own.non_linearity[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
     if part.own.leave_out and part.settings.model_type in ENCODER_DECODER:
-        why = "layers of an encoder and a decoder that are left out are not known to this version"
+        why = "this version does not support omitted layers in a model with an encoder and a decoder"
         raise Unsupported(why, where=f"{part.at}.leave_out", cure="Known: []")
 
 
 def _group_updates(
     part: AdapterHubPart, name: str, paths: Sequence[str], whole: Mapping[str, AdapterHubKey]
 ) -> Iterator[AdapterHubUpdate]:
-    """Yield the updates of the attentions of one kind that are not left out."""
+    """Yield the updates for the attentions of one kind, except omitted ones."""
     prefix = name if part.own.flat else f"{name}."
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
     tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
@@ -274,12 +284,12 @@ def _group_updates(
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     own_heads = (part.base.config or {}).get("decoder_attention_heads", heads) if part.base is not None else heads
     if name != "encoder_prefix" and own_heads != heads:
-        why = f"keys and values of {heads} heads for a decoder of {own_heads}: the library itself cannot run it"
+        why = f"the keys and values have {heads} heads, but the decoder has {own_heads}; the library cannot run that"
         raise ShapeMismatch(
-            why, where=keys[0].text, cure="Give the base that the adapter was trained on by --base (base=)"
+            why, where=keys[0].text, cure="Give the base that the adapter was trained on with --base (base=)"
         )
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
-        why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
+        why = f"the shape {list(tensors['W2'].shape)} does not fit a bias {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
     method = METHODS[part.own.flat, part.own.use_gating]
     for position, path in enumerate(placed):
@@ -299,22 +309,23 @@ def _group_updates(
 
 
 def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, AdapterHubKey]:
-    """Return slot -> key of an attention's gate; empty if the config has no gate.
+    """Return the keys of an attention's gate by slot; empty if the config has no gate.
 
     Raises:
-        Malformed: the gate is not in the file.
-        ShapeMismatch: it has more or fewer values than the config says.
+        Malformed: the file lacks the gate.
+        ShapeMismatch: the number of the gate's values contradicts the config.
     """
     if not part.own.use_gating:
         return {}
     slots = part.groups(GATES).get(f"{path}.{LAYER}", {})
     if slots.keys() != GATE.keys():
-        raise Malformed(f"the gate of {path} is not in the file", where=where.text, cure=AGAIN)
+        raise Malformed(f"the file lacks the gate of {path}", where=where.text, cure=AGAIN)
     shape = part.tensors[slots["weight"]].shape
     if shape[:1] != ((1,) if part.own.shared_gating else (2,)):
-        said = "one gate" if part.own.shared_gating else "one each"
-        why = f"{list(shape)}, where the config says {said} for keys and values"
-        raise ShapeMismatch(why, where=slots["weight"].text, cure="The config is not of this file")
+        said = "one gate" if part.own.shared_gating else "a gate each"
+        why = f"the shape is {list(shape)}, but the config states {said} for keys and values"
+        cure = "The config does not belong to this file"
+        raise ShapeMismatch(why, where=slots["weight"].text, cure=cure)
     return slots
 
 
@@ -322,8 +333,8 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
     """Return the number of heads, and the total width of a layer's keys.
 
     Raises:
-        UsageError: there is no base to tell the heads.
-        ShapeMismatch: the tensors do not have so many layers and heads.
+        UsageError: neither the file nor a base shows the number of heads.
+        ShapeMismatch: the tensors do not fit the numbers of layers and heads.
     """
     last = tensors["P"] if part.own.flat else tensors["b2"]
     total = last.shape[0] if len(last.shape) == 1 else 0
@@ -331,16 +342,16 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
     config = {} if part.base is None else part.base.config or {}
     heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
     if heads < 1:
-        why = "the file does not say how many heads the keys and values are of"
-        raise UsageError(why, where=key.text, cure="Pass base=/--base, with its config.json")
+        why = "the file does not state the number of heads of keys and values"
+        raise UsageError(why, where=key.text, cure="Give the base, with its config.json: --base (base=)")
     if not rows or total % (rows * heads) or not total:
-        why = f"{list(last.shape)} are not the keys and values of {layers} layers with {heads} heads"
-        raise ShapeMismatch(why, where=key.text, cure="The config or the base is not of this file")
+        why = f"the shape {list(last.shape)} is not that of keys and values for {layers} layers with {heads} heads"
+        raise ShapeMismatch(why, where=key.text, cure="The config or the base does not belong to this file")
     return heads, total // rows
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """Cut one layer's `[1, 2, heads, length, d]` out of the flat tensor `[length, layers, 2, heads, d]`."""
+    """Return one layer's `[1, 2, heads, length, d]` of the flat tensor `[length, layers, 2, heads, d]`."""
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)
     return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)
@@ -359,7 +370,7 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
 
 
 def _gates(update: Any) -> int:
-    """Return how many gates weight an attention's keys and values."""
+    """Return the number of gates that weight an attention's keys and values."""
     return int(update.gate.shape[0]) if "gate" in update.tensors else 0
 
 
@@ -368,5 +379,5 @@ def _group(path: str, part: AdapterHubPart) -> str:
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders layers by their numbers, not by their digits."""
+    """Return a sort key that orders layers by number, not by text."""
     return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]

@@ -1,4 +1,4 @@
-"""Prompt tuning: `prompt_embedding.weight` [n, dim], put before the output of the embeddings."""
+"""Prompt tuning: `prompt_embedding.weight` [n, dim], prepended to the output of the embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
 
 
 class PromptFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of the tensor."""
+    """The config fields that determine the meaning of the tensor."""
 
     prompt_length: Size = 10
     combine: str = "prefix"
@@ -33,8 +33,8 @@ class PromptTuningFamily(AdapterHubFamily):
     methods = frozenset({"prompt"})
     fields = PromptFields
     read: ClassVar[Mapping[str, str]] = {
-        "combine": "prefix: in front; prefix_after_bos: behind the first token, refused",
-        "prompt_length": "how many rows",
+        "combine": "prefix: before all tokens; prefix_after_bos: after the first token, refused",
+        "prompt_length": "number of rows",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "init_weights_seed": "initial values",
@@ -52,16 +52,16 @@ class PromptTuningFamily(AdapterHubFamily):
     @classmethod
     def decode(cls, part: AdapterHubPart) -> Findings:
         if part.own.combine != "prefix":
-            why = f"a prompt that is combined as {part.own.combine[:60]!r} is not known to this version"
+            why = f"this version does not support a prompt with combine = {part.own.combine[:60]!r}"
             raise Unsupported(why, where=f"{part.at}.combine", cure="Known: prefix")
         for path, slots in part.groups(KIND).items():
             tensors = take(part, slots, {SLOT: "P"})
             if tensors["P"].shape[:1] != (part.own.prompt_length,):
-                why = f"{list(tensors['P'].shape)}, where the config says {part.own.prompt_length} tokens"
-                raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config is not of this file")
+                why = f"the shape is {list(tensors['P'].shape)}, but the config states {part.own.prompt_length} tokens"
+                raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config does not belong to this file")
             name = EMBEDDINGS.get(part.settings.model_type or "")
             if name is None:
-                why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
+                why = f"this version does not know where the embeddings of a {part.settings.model_type} end"
                 raise Unsupported(why, where=slots[SLOT].text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
             yield AdapterHubUpdate(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
 
@@ -82,8 +82,12 @@ class PromptTuningFamily(AdapterHubFamily):
             (target, position, update) for target, found in updates.items() for position, update in enumerate(found)
         ):
             if number:
-                yield target, position, "a second prompt"
+                yield target, position, "the adapter has a second prompt"
             elif not target.path.endswith(tuple(EMBEDDINGS.values())):
-                yield target, position, "a prompt in front of the model's input: the library's is behind the embeddings"
+                yield (
+                    target,
+                    position,
+                    "the prompt precedes the model's input, but the library's prompts follow the embeddings",
+                )
             elif update.attributes["used"]:
-                yield target, position, "a prompt of which only some rows are used"
+                yield target, position, "only some rows of the prompt are used"

@@ -1,4 +1,4 @@
-"""ReFT: `units.0` for the first positions, `units.1` for the last, or one unit for both."""
+"""ReFT: `units.0` for the first positions and `units.1` for the last positions, or one unit for both."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
-"""Slot of a unit -> field; fields of the second unit begin with `suffix_`."""
+"""A map from slots of a unit to fields; fields of the second unit begin with `suffix_`."""
 
 
 class ReftFields(Fields, frozen=True, kw_only=True):
-    """The fields of a config that decide the meaning of tensors."""
+    """The config fields that determine the meaning of tensors."""
 
     prefix_positions: int
     suffix_positions: int
@@ -45,20 +45,20 @@ class ReftFamily(AdapterHubFamily):
     methods = frozenset({"reft"})
     fields = ReftFields
     read: ClassVar[Mapping[str, str]] = {
-        "non_linearity": "the activation; null: none",
-        "orthogonality": "the projection is parametrized by Householder vectors",
-        "prefix_positions": "how many positions are changed at the beginning",
+        "non_linearity": "the activation; null for none",
+        "orthogonality": "whether Householder vectors parametrize the projection",
+        "prefix_positions": "number of changed positions at the beginning",
         "r": "rank",
-        "subtract_projection": "the projection of the input is subtracted; releases up to 1.3 never write it",
-        "suffix_positions": "how many positions are changed at the end",
-        "tied_weights": "one unit for both",
+        "subtract_projection": "whether the input's projection is subtracted; releases up to 1.3 never write the field",
+        "suffix_positions": "number of changed positions at the end",
+        "tied_weights": "whether both have the same unit",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
-        "dtype": "of the tensors, which say it themselves",
+        "dtype": "the tensors' dtype, which they state themselves",
         "init_weights_seed": "initial values",
-        "layers": "which layers have tensors; the keys say so",
-        "output_reft": "which modules have tensors; the keys say so",
+        "layers": "which layers have tensors; the keys show it",
+        "output_reft": "which modules have tensors; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "reft",
@@ -110,16 +110,16 @@ class ReftFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if _form(update) != first:
-                    why = "another form or size than the others': a config has one of each"
+                    why = "its form or size differs from the others; a config states one of each"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
-                    why = "a source without a bias"
+                    why = "its source has no bias"
                 elif not update.attributes["subtract_projection"]:
-                    why = "without subtract_projection (DiReFT), which the library reads back as NoReFT"
+                    why = "it has no subtract_projection (DiReFT), and the library would read it as NoReFT"
                 elif _layer(target.path) is None:
-                    why = "not behind one of the base's layers"
+                    why = "it does not follow one of the base's layers"
                 else:
-                    why = "a second update of one module" if position else ""
+                    why = "the module has a second update" if position else ""
                 if why:
                     yield target, position, f"{update.method}: {why}"
 
@@ -138,13 +138,13 @@ class ReftFamily(AdapterHubFamily):
 def _check(part: AdapterHubPart) -> None:
     word = part.own.non_linearity
     if word is not None and word.lower() not in ACTIVATIONS:
-        why = f"an unknown non_linearity {word[:60]!r}"
+        why = f"the non_linearity {word[:60]!r} is unknown"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
     if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
-        why = "NoReFT and DiReFT cannot be told apart: the library does not write whether the projection is subtracted"
+        why = "the adapter may be NoReFT or DiReFT: the library does not write whether the projection is subtracted"
         cure = (
-            "Say which it is: --compat noreft or --compat direft, compat= in Python; or write subtract_projection into "
-            "`config`, true for NoReFT, false for DiReFT"
+            "State the method with --compat noreft or --compat direft (compat=), or write subtract_projection into "
+            "`config`: true for NoReFT, false for DiReFT"
         )
         raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
 
@@ -173,15 +173,15 @@ def _unit(
         tensors["projection"] = composed(**halves)
     for field in ("source", "projection"):
         if tensors[field].shape[:1] != (part.own.r,):
-            why = f"{list(tensors[field].shape)}, where the config says rank {part.own.r}"
-            raise ShapeMismatch(why, where=keys[0].text, cure="The config is not of this file")
+            why = f"the shape is {list(tensors[field].shape)}, but the config states rank {part.own.r}"
+            raise ShapeMismatch(why, where=keys[0].text, cure="The config does not belong to this file")
     return tensors, keys
 
 
 def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
     n = original.shape[-1] if original.shape else 0
     if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
-        why = f"{list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"
+        why = f"the shapes {list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
 
 
@@ -205,16 +205,16 @@ def _layer(path: str) -> int | None:
 
 # torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, signs from a diagonal.
 #
-# `original` [r, n], transposed, holds the Householder vectors below its diagonal; their first entry is 1. The diagonal
-# has the signs; `base` is [n, n]. Formula: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
+# `original` [r, n], transposed, has the Householder vectors below its diagonal; their first entry is 1. The diagonal
+# has the signs; `base` is [n, n]. Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 
 NEAR = 1e-6
-"""Largest difference between two evaluations in single precision."""
+"""The largest difference between two evaluations in single precision."""
 
 
 def composed(original: Lazy, base: Lazy) -> Lazy:
-    """Compute the parametrized matrix [r, n], in the type of `original`."""
+    """Compute the parametrized matrix [r, n], in the dtype of `original`."""
 
     def fetch() -> bytes:
         return bytes(_rows(original, base).astype(original.dtype.array).tobytes())
@@ -223,7 +223,7 @@ def composed(original: Lazy, base: Lazy) -> Lazy:
 
 
 def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
-    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as the parametrization chooses them."""
+    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as torch's parametrization does."""
     r, n = matrix.shape
 
     def minus_one() -> bytes:
@@ -243,7 +243,7 @@ def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
 
 
 def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
-    """Whether the parametrization of these two equals a matrix, except for rounding."""
+    """Whether the parametrization with these two tensors equals a matrix, up to rounding."""
     import numpy as np
 
     near = np.abs(_rows(original, base) - as_array(matrix).astype(np.float64)) <= NEAR

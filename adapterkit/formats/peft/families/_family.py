@@ -1,4 +1,4 @@
-"""Define a family: the config words of one `peft_type`, and two functions between its keys and a method's fields."""
+"""Define a family: the config fields of one `peft_type`, and two functions that convert between keys and updates."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 Parts = dict[str, "tuple[str, Lazy]"]
-"""Field -> part of the key, and tensor as PEFT stores it."""
+"""A map from fields of an update to the part of the key, and the tensor as PEFT stores it."""
 
 
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields of a config that only one family reads."""
+    """The config fields that only one family reads."""
 
 
 class Family(ABC):
-    """One `peft_type`. Subclass it in a module of its own, or with a `name` in a module of families that are alike.
+    """One `peft_type`. Each subclass has its own module, or a `name` if a module has several similar families.
 
     Class attributes:
-        name: its name here; needed only where its module has several families.
-        peft_type: its name in the config.
-        method: the class of its updates, or of most of them.
-        others: further classes of its updates, which a file may mix.
-        parts: the ends of its keys after a module's path, including `.weight` or `.bias`; a star stands for one word.
-        shared: keys of tensors that all modules share; they follow `shared_prefix`.
-        shared_prefix: the prefix that is written before a shared key; read with and without `base_model.`.
-        prefix: the prefix that is written before the base's own names.
-        names_modules: whether its config lists the modules that have tensors.
-        own: the fields that no other type has, with PEFT's defaults.
-        read: fields that change what its tensors mean -> their effect; without the fields of all types.
-        harmless: its own fields without an effect -> the reason.
-        fresh: the config of an adapter that was not read from PEFT.
-        departures: departures of PEFT's forward from the paper's formula, see `Format`.
-        empty: tensors of its updates may have no elements.
+        name: the family's name; needed only if its module has several families.
+        peft_type: the value of `peft_type` in the config.
+        method: the class of most or all of its updates.
+        others: further classes of updates, which a file may mix.
+        parts: the ends of its keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
+        shared: the keys of tensors that all modules share, without `shared_prefix`.
+        shared_prefix: the prefix to write before a shared key; reading accepts keys with and without `base_model.`.
+        prefix: the prefix to write before the base's names.
+        names_modules: whether the config lists the modules that have tensors.
+        own: the config fields that no other type has, with PEFT's defaults.
+        read: the effects of the fields that change what the tensors mean, except fields that all types have.
+        harmless: the reasons why other fields of this type have no effect.
+        fresh: the config for an adapter that was not read from PEFT.
+        departures: differences between PEFT's forward and the paper's formula, see `Format`.
+        empty: whether tensors of its updates may have no elements.
         folds: tensor fields; the first that is present absorbs a scaling that the config cannot express.
     """
 
@@ -75,12 +75,12 @@ class Family(ABC):
 
     @classmethod
     def methods(cls) -> tuple[type[Update], ...]:
-        """Return all classes of its updates."""
+        """Return all classes of the family's updates."""
         return (cls.method, *cls.others)
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        """Return all its updates in a file.
+        """Yield the updates of this family in a file.
 
         Raises:
             Malformed: a tensor lacks its partners.
@@ -98,29 +98,31 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Return field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
+        """Return (part or shared key, tensor as PEFT stores it) for each field, or for `field.0`, `field.1`, ...
 
-        A part that begins with a dot is the module's own, even if a shared key has the same name.
+        A part that begins with a dot belongs to the module, even if a shared key has the same name.
         """
 
     @classmethod
     def encode_at(cls, update: Any, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
-        """Encode an update at a module; `shape` is its weight's shape as stored, if the base is known."""
+        """Encode an update of a module; `shape` is the stored shape of the module's weight, if the base is known."""
         return cls.encode(update)
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        """Say why a file cannot express an update at its target; empty if it can."""
-        return "" if target.layout == "out *in" else f"{update.method} on a weight stored [in, out]"
+        """Return the reason why a file cannot express an update of its target; empty if it can."""
+        return (
+            "" if target.layout == "out *in" else f"a file cannot have {update.method} on a weight stored as [in, out]"
+        )
 
     @classmethod
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """Return the fields that tensors do not determine: ranks, scalings, forms."""
+        """Return the config fields that the tensors do not determine: ranks, scalings, forms."""
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        """Encode every update of this family, in order; for families whose keys depend on the other updates too."""
+        """Encode all updates of this family, in order; families override it if keys depend on other updates."""
         for target, found in updates.items():
             weight = None if base is None else base.tensors.get(f"{target.path}.weight")
             for update in (update for update in found if type(update) in cls.methods()):
@@ -128,78 +130,78 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether it is not known which of two keys a target has: an embedding's, or a Conv1D's."""
+        """Whether a target's keys are ambiguous: an embedding and a Conv1D have different keys."""
         return False
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
-        """Return the fields of `numbers`, for families that also need shapes of the base."""
+        """Return the fields of `numbers`; families override it if they also need the base's shapes."""
         return cls.numbers(updates)
 
     @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield targets whose update cannot be in one file with the others, and the reason."""
+        """Yield targets whose update cannot be in one file together with the others, and the reason."""
         yield from ()
 
     @classmethod
     def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Return fields whose tensors this config makes unnecessary, because it determines them."""
+        """Return fields whose tensors need not be written, because this config determines them."""
         return frozenset()
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        """Return paths of the updates whose scaling no alpha gives exactly."""
+        """Return the paths of updates whose scaling no alpha yields exactly."""
         return []
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """Return path -> its update, for the updates of this family.
+        """Return the updates of this family by path.
 
-        Stacked experts are left out: PEFT has files of them only for LoRA, and the writer refuses the others.
+        Stacked experts are omitted: PEFT's files have them only for LoRA, and the writer refuses others.
         """
         whole = {target: found for target, found in updates.items() if not target.stacked}
         return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-        """Whether weights among its targets are stored [in, out]: `fan_in_fan_out`."""
+        """Whether some weights among the family's targets are stored as [in, out]: `fan_in_fan_out`."""
         own = (target for target, found in updates.items() if any(type(update) in cls.methods() for update in found))
         return any(target.layout == "in out *k" for target in own)
 
 
 class Scaled(Own, frozen=True, kw_only=True):
-    """Fields of a family whose scaling is alpha / r."""
+    """The fields of a family whose scaling is alpha / r."""
 
     alpha: float = 8
 
     def scaling(self, settings: Settings, name: str) -> float:
-        """Return the factor on the change at the module `name`."""
+        """Return the scaling of the module `name`."""
         return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
 
 
 def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonValue]:
-    """Return rank and alpha fields for the rank and scaling of each module."""
+    """Return the rank and alpha fields for the ranks and scalings of modules."""
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
     return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
 
 
 def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
-    """Return the modules whose scaling no alpha / r gives exactly."""
+    """Return the modules whose scaling no alpha / r yields exactly."""
     return number_fields(scales, (False,))[1]
 
 
 def minority(said: Mapping[Target, object]) -> list[Target]:
-    """Return the targets whose value is not the most common one; of equally common ones, the first counts."""
+    """Return the targets whose value is not the most common one; if several are, the first of them counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in said.items() if value != most]
 
 
 def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
-    """Return how many inputs the weight of a linear layer has, if the base tells."""
+    """Return the number of inputs of a linear layer's weight; None if the base does not show it."""
     weight = None if base is None else base.tensors.get(f"{target.path}.weight")
     if weight is None or len(weight.shape) != 2:
         return None
@@ -210,36 +212,37 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     """Check that a module has exactly these parts.
 
     Raises:
-        Malformed: one is missing, or there is another.
+        Malformed: a part is missing, or the module has another part.
     """
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
     if missing:
-        raise Malformed(f"its partner is not in the file: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks its partner: {missing}", where=some.text, cure=_AGAIN)
     extra = next((key for part, key in keys.items() if part not in wanted), None)
     if extra:
-        raise Malformed("a tensor of another form than its partners'", where=extra.text, cure=_AGAIN)
+        raise Malformed("this tensor has another form than its partners", where=extra.text, cure=_AGAIN)
 
 
 def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
     """Check one axis of a factor against the rank in the config.
 
     Raises:
-        ShapeMismatch: they differ, or there is no such axis.
+        ShapeMismatch: the rank differs, or the factor lacks this axis.
     """
     if len(tensor.shape) < 2 or tensor.shape[axis] != rank:
-        why = f"{list(tensor.shape)}, where the config says rank {rank}"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file, or its rank_pattern is damaged")
+        why = f"the shape is {list(tensor.shape)}, but the config states rank {rank}"
+        cure = "The config does not belong to this file, or its rank_pattern is damaged"
+        raise ShapeMismatch(why, where=key.text, cure=cure)
 
 
 def check_stem(stem: str, key: Key) -> None:
-    """Check that a module is adapted once.
+    """Check that only one adapter adapts a module.
 
     Raises:
-        Malformed: it is inside another adapter's wrapper.
+        Malformed: the module is inside another adapter's wrapper.
     """
     if stem.endswith(".base_layer"):
-        raise Malformed("nested in another adapter", where=key.text, cure=_AGAIN)
+        raise Malformed("this adapter is nested in another adapter", where=key.text, cure=_AGAIN)
 
 
 _AGAIN = "Save the adapter again with PEFT"

@@ -1,4 +1,4 @@
-"""Draw positions that files leave out from a seed, as PEFT draws them."""
+"""Draw positions that files omit, from a seed and in the same way as PEFT."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ if TYPE_CHECKING:
 
 
 LARGEST = 1 << 34
-"""Limit on the elements of a weight, against hostile files."""
+"""The limit on the elements of a weight, against hostile files."""
 
 
 def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
-    """Return rows and columns of the first `count` of all positions in random order, `[2, count]`; drawn when read.
+    """Return rows and columns of the first `count` positions in random order, `[2, count]`; drawn when they are read.
 
     Raises:
-        Malformed: there is no seed to draw from.
-        ShapeMismatch: the weight has fewer elements.
+        Malformed: there is no valid seed.
+        ShapeMismatch: the weight has too few elements.
     """
     if seed is None or not -(1 << 63) <= seed < 1 << 64:
-        raise Malformed(f"no seed of torch's: {seed}", where="random_loc_seed", cure="Save the adapter again with PEFT")
+        raise Malformed(
+            f"{seed} is not a seed for torch", where="random_loc_seed", cure="Save the adapter again with PEFT"
+        )
     if not count <= out * in_ <= LARGEST:
-        why = f"{count} coefficients of a weight with {out * in_} elements"
+        why = f"the file has {count} coefficients for a weight with {out * in_} elements"
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     return _drawn(seed, out, in_, count)
 
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """Return one tensor for all weights of a size; drawing it shuffles as many numbers as the weight has elements."""
+    """Return one tensor for all weights of a size, because drawing it shuffles as many numbers as a weight has."""
 
     @cache
     def fetch() -> bytes:
@@ -53,7 +55,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
-    """Return `scaling` and `fan_in_fan_out`, which a config states once."""
+    """Return the fields `scaling` and `fan_in_fan_out`, which a config states once for all modules."""
     own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}

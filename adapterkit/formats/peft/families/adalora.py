@@ -1,4 +1,4 @@
-"""AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1], without the rows that training dropped."""
+"""AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1], without the ranks that training removed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 EPSILON = 1e-5
-"""Value that PEFT adds to the rank before it divides by it."""
+"""PEFT adds this value to the rank before dividing by it."""
 
 
 class AdaLoRAFields(Own, frozen=True, kw_only=True):
-    """The rank before training, and the rank that training left."""
+    """The rank before training, and the ranks that remained after training."""
 
     init_r: Rank = 12
     lora_alpha: float = 8
@@ -41,7 +41,7 @@ class AdaloraFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = AdaLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "init_r": "scaling = lora_alpha / (init_r + 0.00001), also where rank was dropped",
+        "init_r": "scaling = lora_alpha / (init_r + 0.00001), also for modules with a reduced rank",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "beta1": "training only",
@@ -72,8 +72,8 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # With an alpha of 0, PEFT trains with init_r instead. When it loads a pruned module, it uses the remaining rank
-        # instead: a fault of loading that changes the trained function.
+        # With an alpha of 0, PEFT trains with init_r instead, so use init_r. When PEFT loads a pruned module, it uses
+        # the remaining rank, which changes the trained function; that fault is not copied.
         alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
         update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -117,20 +117,20 @@ class AdaloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: u.scaling for t, found in updates.items() for u in found if isinstance(u, AdaLoRA)}
         for target in minority(said):
-            yield target, "adalora of another scaling than the others: the config has one for all"
+            yield target, "the scaling of this adalora differs from the others; the config states one for all"
 
 
 def _left(own: AdaLoRAFields, key: Key) -> int:
-    """Return the rank that the config gives a module."""
+    """Return the rank that the config states for a module."""
     kept = (own.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != own.init_r:
-        why = f"{len(kept)} entries where init_r is {own.init_r}"
+        why = f"it has {len(kept)} entries, but init_r is {own.init_r}"
         raise Malformed(why, where=f"rank_pattern: {key.path}.lora_E", cure="Save the adapter again with PEFT")
     return own.init_r if kept is None else sum(kept)
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
-    """Yield (init_r, lora_alpha) that give exactly a scaling, for a rank of at least this."""
+    """Yield (init_r, lora_alpha) that yield exactly this scaling, with an init_r of at least `rank`."""
     for init_r in range(rank, rank + 9):
         guess = scaling * (init_r + EPSILON)
         if not math.isfinite(guess) or guess <= 0:

@@ -1,8 +1,8 @@
-"""AdaMSS: `adamss_A.<i>` [r_i, r] and `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in, or in + 1].
+"""AdaMSS: `adamss_A.<i>` [r_i, r], `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in] or [r, in + 1].
 
-The file does not have the rows of each group. PEFT computes them again whenever it loads the file: k-means with a fixed
-seed over the left singular vectors of the base's weight, which `torch.svd_lowrank` computes from `random_seed`. So they
-are computed here from the base; the right singular vectors in the file and the sizes of the groups verify them.
+The file does not list the rows of each group. PEFT computes them whenever it loads the file, by k-means with a fixed
+seed over the left singular vectors of the base's weight, which `torch.svd_lowrank` computes from `random_seed`. This
+module computes them from the base, too; the right singular vectors in the file and the group sizes verify the result.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
-"""Arguments that PEFT passes to scikit-learn's KMeans, `max_iter` and `random_state`, and to `svd_lowrank`, `niter`."""
+"""The arguments that PEFT passes: KMeans' `max_iter` and `random_state` (scikit-learn), and svd_lowrank's `niter`."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""Allowed difference of the file's singular vectors from the base's, by dtype; the vectors have length 1."""
+"""The allowed difference between the singular vectors of file and base, by dtype; the vectors have length 1."""
 
 
 class AdaMSSFields(Own, frozen=True, kw_only=True):
-    """Sizes, and the seed."""
+    """The sizes and the seed."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
     num_subspaces: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 5
@@ -48,8 +48,8 @@ class AdamssFamily(Family):
     parts = ("adamss_A.*", "adamss_B.*", "adamss_newB")
     own: ClassVar[type[Own]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_subspaces": "groups of rows of each module",
-        "random_seed": "seed of torch.svd_lowrank on the CPU, whose vectors k-means makes groups of",
+        "num_subspaces": "number of groups of rows in each module",
+        "random_seed": "seed of torch.svd_lowrank on the CPU; k-means groups its vectors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "asa_importance_beta": "training only",
@@ -59,10 +59,10 @@ class AdamssFamily(Family):
         "final_warmup": "training only",
         "init_warmup": "training only",
         "mask_interval": "training only",
-        "subspace_rank": "the tensors tell the ranks",
-        "svd_threshold": "the tensors tell the ranks",
+        "subspace_rank": "the tensors show the ranks",
+        "svd_threshold": "the tensors show the ranks",
         "use_asa": "training only",
-        "use_dynamic_rank": "the tensors tell the ranks",
+        "use_dynamic_rank": "the tensors show the ranks",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": True}
 
@@ -106,11 +106,11 @@ class AdamssFamily(Family):
         for target, found in updates.items():
             for update in found:
                 if isinstance(update, AdaMSS) and target.stacked:
-                    yield target, "adamss on a stack of experts"
+                    yield target, "PEFT has no adamss on a stack of experts"
                 elif isinstance(update, AdaMSS):
                     why = _unproven(own, target.path, update, base)
                     if update.seed != own.random_seed:
-                        why = "another seed than the others': a config has one for all modules"
+                        why = "its seed differs from the others; the config states one for all modules"
                     if why:
                         yield target, why
 
@@ -126,70 +126,73 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Say why PEFT would not find the groups of an update again; empty if it would."""
+    """Return the reason why PEFT would not find an update's groups again; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
         weight, bias = _base(base, path)
         found = _groups(own, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)])
     except AdapterkitError as error:
-        return f"adamss whose groups PEFT would not find: {error.why}"
-    return "" if (found == group).all() else "adamss with other groups than PEFT finds in this base"
+        return f"PEFT would not find the groups of this adamss: {error.why}"
+    return "" if (found == group).all() else "PEFT finds other groups in this base than this adamss has"
 
 
 def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], basis.shape[:1]) != (b.shape[1], a.shape[1:]):
-            why = f"{list(a.shape)} and {list(b.shape)} over {list(basis.shape)}"
+            why = f"the shapes {list(a.shape)}, {list(b.shape)} and {list(basis.shape)} do not fit each other"
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
         if len({a.dtype, b.dtype, basis.dtype, A[0].dtype}) > 1:
-            why = f"{a.dtype.name}, {b.dtype.name} and {basis.dtype.name} beside each other"
+            why = f"the dtypes {a.dtype.name}, {b.dtype.name} and {basis.dtype.name} differ"
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
 
 
 def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
-    """Return the weight `[out, in]` and the bias of a module of the base, in float32.
+    """Return the weight `[out, in]` and the bias of a module in the base, in float32.
 
     Raises:
-        UsageError: there is no base.
-        ShapeMismatch: the base has no such linear layer of floats.
+        UsageError: no base is given.
+        ShapeMismatch: the base does not have this linear layer, with floating-point values.
     """
     import numpy as np
 
     if base is None:
-        raise UsageError(f"{_WHY}, which the file does not hold", where=path, cure="Pass base=/--base")
+        raise UsageError(f"{_WHY}, and no base is given", where=path, cure="Give the base with --base (base=)")
     tensors = base.tensors
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
         found = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
-        why = f"{_WHY}: the base has {found} where a linear layer's weight belongs"
-        raise ShapeMismatch(why, where=path, cure="Give the base that it was trained on, with plain weights")
+        why = f"{_WHY}: the base has {found} instead of a linear layer's weight"
+        raise ShapeMismatch(
+            why, where=path, cure="Give the base that the adapter was trained on, with weights that are not quantized"
+        )
     bias = tensors.get(f"{path}.bias")
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
 
 
 def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
-    """Return the group of each row of the weight.
+    """Return the group number of each row of the weight.
 
     Raises:
         ShapeMismatch: the file belongs to another base.
-        Unsupported: the base's singular vectors differ from the file's, or rounding decides the groups.
+        Unsupported: the singular vectors of base and file differ, or the groups depend on rounding.
     """
     import numpy as np
 
     W = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
     rank, count = min(own.r, *W.shape), min(own.num_subspaces, len(W))
     if basis.shape != (rank, W.shape[1]) or len(sizes) != count or sum(sizes) != len(W):
-        why = f"{list(basis.shape)} and groups of {sizes} rows, for a weight of {list(W.shape)} in {count} groups"
+        why = f"a basis {list(basis.shape)} and groups of {sizes} rows do not fit {list(W.shape)} in {count} groups"
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
     held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
-    # Signs, and the order of equal singular values, differ between machines; k-means does not depend on them.
+    # Compare the spanned spaces: signs, and the order of equal singular values, differ between machines, and k-means
+    # does not depend on them.
     apart = float(np.abs(held - (held @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
-            f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, are {apart:.1e} off those "
-            "in the file. It was trained on an accelerator, which draws other numbers, or on another base"
+            f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
+            "from those in the file. It was trained on an accelerator, which draws other numbers, or on another base"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     try:
@@ -198,13 +201,13 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Any, bias: Any, si
         raise Unsupported(f"{_WHY}: {error.why}", where=key.text, cure=_CURE) from None
     found = np.bincount(group, minlength=count).tolist()
     if found != sizes:
-        why = f"{_WHY}: k-means of the base's singular vectors gives groups of {found} rows, the file has {sizes}"
+        why = f"{_WHY}: k-means of the base's singular vectors yields groups with {found} rows, the file has {sizes}"
         raise Unsupported(why, where=key.text, cure=_CURE)
     return group
 
 
 def _precision(basis: Lazy) -> str:
-    """Return the dtype to which PEFT rounded the vectors: the base's, even if they are saved in float32."""
+    """Return the dtype to which PEFT rounded the vectors: the base's dtype, even if they are saved in float32."""
     import numpy as np
 
     if basis.dtype.name != "F32":
@@ -214,7 +217,7 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Any, inputs: int, seed: int) -> AdaMSS:
-    """Make the update: factors are padded with zeros to one rank, and B is in the order of the weight's rows."""
+    """Create the update: pad factors with zeros to one rank, and order B by the weight's rows."""
     import numpy as np
 
     ranks = [a.shape[0] for a in A]
@@ -269,5 +272,5 @@ def _joined(basis: Lazy, bias: Any) -> Lazy:
     return basis.map(join, (basis.shape[0], basis.shape[1] + 1))
 
 
-_WHY = "which rows each group has follows from the base's weights"
-_CURE = "Run it with PEFT itself, where it was trained"
+_WHY = "the rows of each group depend on the base's weights"
+_CURE = "Run the adapter with PEFT, on the machine where it was trained"

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] at the attentions of the last layers."""
+"""LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] in the last layers' attentions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
 
 GPT2 = "attn"
-"""The name of GPT-2's attentions; PEFT adds to their outputs, to others before the heads are mixed."""
+"""The name of GPT-2's attentions. PEFT adds to their outputs; in other models it adds before the heads are mixed."""
 
 
 class AdaptionPromptFields(Own, frozen=True, kw_only=True):
-    """The number of tokens, and of the last layers that have them."""
+    """The number of virtual tokens, and the number of the last layers that have them."""
 
     adapter_len: int | None = None
     adapter_layers: int | None = None
@@ -37,7 +37,7 @@ class AdaptionPromptFamily(Family):
     names_modules = False
     own: ClassVar[type[Own]] = AdaptionPromptFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapter_layers": "number of the last layers that have tensors",
+        "adapter_layers": "number of the last layers, which have tensors",
         "adapter_len": "number of virtual tokens",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
@@ -48,8 +48,8 @@ class AdaptionPromptFamily(Family):
         prompt, gate = keys["adaption_prompt"], keys["adaption_gate"]
         tensor, count = file.tensors[prompt], file.settings.own.adapter_len
         if len(tensor.shape) != 3 or tensor.shape[0] != 1 or count not in (None, tensor.shape[1]):
-            why = f"{list(tensor.shape)}, where the config says [1, {count}, width]"
-            raise ShapeMismatch(why, where=prompt.text, cure="The config is not of this file")
+            why = f"the shape is {list(tensor.shape)}, but the config states [1, {count}, width]"
+            raise ShapeMismatch(why, where=prompt.text, cure="The config does not belong to this file")
         tensors = {"P": tensor.reshape(*tensor.shape[1:]), "gate": file.tensors[gate]}
         projected = prompt.path.rpartition(".")[2] != GPT2
         update = make("adaption_prompt", tensors, projected=projected)
@@ -69,14 +69,15 @@ class AdaptionPromptFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         if update.gate.shape[0] != 1:
-            return "a gate for each head"
+            return "it has a gate for each head, but PEFT has one for all"
         name = target.path.rpartition(".")[2]
         if update.projected == (name == GPT2):
-            return f"an attention {name!r} {'with' if update.projected else 'without'} the projection of what is added"
-        return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "an attention outside of numbered layers"
+            side = "after" if update.projected else "before"
+            return f"PEFT adds to the attention {name!r} {side} the output projection, unlike this update"
+        return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 
 def _length(found: Mapping[str, Any]) -> int | None:
-    """Return the one number of virtual tokens; None if there are several, which a config cannot state."""
+    """Return the number of virtual tokens; None if modules differ, which a config cannot state."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

@@ -1,4 +1,4 @@
-"""BOFT: `boft_R` [factors, blocks, b, b], `boft_s` [out, 1], of a convolution [1, out]."""
+"""BOFT: `boft_R` [factors, blocks, b, b], and `boft_s` [out, 1], or [1, out] for a convolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class BOFTFields(Own, frozen=True, kw_only=True):
-    """Blocks and factors."""
+    """The sizes and numbers of blocks and factors."""
 
     boft_block_size: int = 4
     boft_block_num: int = 0
@@ -33,9 +33,9 @@ class BoftFamily(Family):
     parts = ("boft_R", "boft_s")
     own: ClassVar[type[Own]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "boft_block_num": "number of blocks; 0 where boft_block_size says it",
-        "boft_block_size": "size of blocks; 0 where boft_block_num says it",
-        "boft_n_butterfly_factor": "number of factors; one where PEFT ran without its CUDA extension",
+        "boft_block_num": "number of blocks; 0 if boft_block_size states it",
+        "boft_block_size": "size of blocks; 0 if boft_block_num states it",
+        "boft_n_butterfly_factor": "number of factors; one if PEFT ran without its CUDA extension",
     }
     harmless: ClassVar[Mapping[str, str]] = {"boft_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -48,7 +48,9 @@ class BoftFamily(Family):
         R, s, own = file.tensors[keys["boft_R"]], file.tensors[keys["boft_s"]], file.settings.own
         _check(own, keys["boft_R"], R)
         if len(s.shape) != 2 or 1 not in s.shape:
-            raise ShapeMismatch(f"{list(s.shape)} is not a scale of outputs", where=keys["boft_s"].text, cure=_OTHER)
+            raise ShapeMismatch(
+                f"the shape {list(s.shape)} is not that of a scale of outputs", where=keys["boft_s"].text, cure=_OTHER
+            )
         update = make("boft", {"R": R, "s": s.reshape(-1)})
         return Found(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
 
@@ -75,13 +77,13 @@ class BoftFamily(Family):
 
 def _check(own: BOFTFields, key: Key, R: Lazy) -> None:
     if (own.boft_block_size > 0) == (own.boft_block_num > 0):
-        why = "boft_block_size and boft_block_num, of which one must be 0"
+        why = "exactly one of boft_block_size and boft_block_num must be 0"
         raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")
     factors, blocks, size = R.shape[:3] if len(R.shape) == 4 else (0, 0, 0)
     fits = size == own.boft_block_size if own.boft_block_size else blocks == own.boft_block_num
     if not fits or not own.boft_n_butterfly_factor or factors not in (1, own.boft_n_butterfly_factor):
-        why = f"{list(R.shape)} is not what boft_block_size, boft_block_num and boft_n_butterfly_factor say"
+        why = f"the shape {list(R.shape)} contradicts boft_block_size, boft_block_num or boft_n_butterfly_factor"
         raise ShapeMismatch(why, where=key.text, cure=_OTHER)
 
 
-_OTHER = "The config is not of this file"
+_OTHER = "The config does not belong to this file"

@@ -21,7 +21,7 @@ PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
 class DEFTFields(Own, frozen=True, kw_only=True):
-    """Rank, scaling and formula."""
+    """The rank, the scaling and the formula."""
 
     r: int = 8
     alpha: float | None = None
@@ -37,9 +37,9 @@ class DeftFamily(Family):
     parts = tuple(PARTS)
     own: ClassVar[type[Own]] = DEFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "alpha": "scaling = alpha / r, of the r that a module has; 1 without it",
-        "decomposition_method": "qr: Q is made orthonormal; relu: it is P itself",
-        "para": "there is no R",
+        "alpha": "scaling = alpha / r, with the module's own r; 1 without alpha",
+        "decomposition_method": "qr: P is made orthonormal; relu: P is used unchanged",
+        "para": "whether the module has no R",
     }
     harmless: ClassVar[Mapping[str, str]] = {"deft_dropout": "training only", "init_scale": "initial values"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "deft_dropout": 0.0, "init_scale": 1.0, "init_weights": True}

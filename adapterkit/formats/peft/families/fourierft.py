@@ -1,4 +1,4 @@
-"""FourierFT: `fourierft_spectrum` [n]; positions follow from `random_loc_seed` and the size of the weight."""
+"""FourierFT: `fourierft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PART = "fourierft_spectrum"
 
 
 class FourierFTFields(Own, frozen=True, kw_only=True):
-    """The number of coefficients, their positions, and the factor on the change."""
+    """The number of coefficients, their positions, and the scaling."""
 
     n_frequency: int = 1000
     n_frequency_pattern: dict[str, int] | None = None
@@ -38,8 +38,8 @@ class FourierFTFamily(Family):
     folds = ("spectrum",)
     own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "n_frequency": "how many coefficients there are",
-        "n_frequency_pattern": "the same of the modules it matches behind a dot, or names whole",
+        "n_frequency": "number of coefficients",
+        "n_frequency_pattern": "the number for modules that a pattern matches after a dot, or equals",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
     }

@@ -1,6 +1,6 @@
 """FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and tensors that all modules of a kind share.
 
-They are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
+The shared tensors are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, (in, in).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""Field, or part of one -> shared key without the kind of module."""
+"""A map from a field, or a part of it, to the shared key without the kind of module."""
 
 
 class FRoDFields(Own, frozen=True, kw_only=True):
-    """The number of places, and whether the basis is in the file."""
+    """The fraction of positions, and whether the basis is in the file."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
 
     def places(self, size: int) -> int:
-        """Return how many numbers PEFT trains off the diagonal of a matrix."""
+        """Return how many off-diagonal values of a matrix PEFT trains."""
         count = min(int(size * size * self.sparse_rate), size * size - size)
         return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
 
@@ -49,15 +49,15 @@ class FrodFamily(Family):
     own: ClassVar[type[Own]] = FRoDFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
-        "save_projection": "whether the basis is in the file; refused without it",
-        "sparse_rate": "which share of the places off the diagonal is trained",
+        "save_projection": "whether the basis is in the file; a file without it is refused",
+        "sparse_rate": "the fraction of off-diagonal positions that is trained",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "frod_dropout": "training only",
-        "progressbar": "setting of one process",
-        "projection_prng_key": "seed of places that are in the file",
-        "regularization_alpha": "setting of a basis that is in the file",
-        "runtime_offload_base_weight": "setting of one process",
+        "progressbar": "a setting of one process",
+        "projection_prng_key": "the seed for positions that are in the file",
+        "regularization_alpha": "a setting for a basis that is in the file",
+        "runtime_offload_base_weight": "a setting of one process",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "bias": "none", "fan_in_fan_out": False, "frod_dropout": 0.0, "init_weights": True, "save_projection": True,
@@ -72,8 +72,8 @@ class FrodFamily(Family):
         update = make("frod", {field: file.tensors[key] for field, key in own.items() if field != "index.size"})
         dims: Any = update.dims()
         if dims["n"] != file.settings.own.places(dims["in"]):
-            why = f"{dims['n']} numbers off the diagonal of {dims['in']}, which is not what sparse_rate says"
-            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
+            why = f"the file has {dims['n']} off-diagonal values for {dims['in']} inputs, which contradicts sparse_rate"
+            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         return Found(some.path, update, own, "in out *k" if file.settings.fan_in_fan_out else "out *in")
 
     @classmethod
@@ -102,7 +102,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return the name of modules that share a basis in several layers: the last words of their paths, no numbers."""
+    """Return the name of modules that share a basis across layers: the last words of their paths, without numbers."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]
@@ -115,14 +115,14 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
     words = {field: f"{word}.{kind(some.path)}" for field, word in SHARED.items()}
     if not file.settings.own.save_projection:
         why = "the basis is not in the file: PEFT computes it from all adapted weights of its base"
-        raise Unsupported(why, where="save_projection", cure="Save it again with save_projection=True")
+        raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
-        raise Malformed(f"its partner is not in the file: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks its partner: {missing}", where=some.text, cure=_AGAIN)
     found = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
-        raise ShapeMismatch("is not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
+        raise ShapeMismatch("the values are not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
     return found
 
 

@@ -1,4 +1,4 @@
-"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support; the same for B to E."""
+"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` without this support; also for B to E."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from ....core.updates import Update
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
-"""Word in the config -> ends of the fields."""
+"""A map from the form's name in the config to the endings of the update's fields."""
 
 
 LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
 class GLoRAFields(Own, frozen=True, kw_only=True):
-    """Rank, and the form of each support."""
+    """The rank, and the form of each support."""
 
     r: int = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
@@ -44,8 +44,8 @@ class GloraFamily(Family):
     own: ClassVar[type[Own]] = GLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "config_A_B": "form of A and B",
-        "config_C": "form of C, where the module has a bias",
-        "config_D_E": "form of D and E, where the module has a bias",
+        "config_C": "form of C, if the module has a bias",
+        "config_D_E": "form of D and E, if the module has a bias",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True}
 
@@ -81,7 +81,7 @@ class GloraFamily(Family):
     def why_not(cls, target: Target, update: GLoRA) -> str:
         forms = {s: {name[1:] for name in update.tensors if name[0] == s} for s in "ABCDE"}
         if forms["A"] != forms["B"] or forms["D"] != forms["E"]:
-            return "glora with A and B, or D and E, in different forms"
+            return "A and B, or D and E, of this glora have different forms"
         return super().why_not(target, update)
 
     @classmethod
@@ -93,7 +93,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield field -> key of one support; none if it is absent, whether it is saved as zeros or not at all."""
+    """Yield (field, key) of one support; nothing if the module lacks the support, or has zeros instead of it."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.own.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
@@ -101,11 +101,13 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
         return
     if leaves.keys() == {"zeros"}:
         if as_array(file.tensors[leaves["zeros"]]).any():
-            raise Malformed("values where there is no support", where=leaves["zeros"].text, cure=_AGAIN)
+            raise Malformed(
+                "the tensor should be all zeros, but has other values", where=leaves["zeros"].text, cure=_AGAIN
+            )
     elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
         some = next(iter(leaves.values()), next(iter(keys.values())))
-        why = f"glora_{support} is not there in the form that the config says, {form}"
-        raise Malformed(why, where=some.text, cure="The config is not of this file")
+        why = f"glora_{support} does not have the form that the config states, {form}"
+        raise Malformed(why, where=some.text, cure="The config does not belong to this file")
     elif form == "lora":
         check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)
         yield from ((f"{support}_d", leaves["Xd"]), (f"{support}_u", leaves["Xu"]))
@@ -118,8 +120,8 @@ def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple
 def _check_vector(field: str, key: Key, tensor: Lazy) -> None:
     column = field in ("A", "B", "C")
     if len(tensor.shape) != 1 + column or (column and tensor.shape[1] != 1):
-        why = f"{list(tensor.shape)} is no {'column' if column else 'vector'}"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        why = f"the shape {list(tensor.shape)} is not that of a {'column' if column else 'vector'}"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
 def _flat(field: str, tensor: Lazy) -> Lazy:
@@ -152,6 +154,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""Support -> axes of the zeros that PEFT saves instead."""
+"""The axes of the zeros that PEFT saves instead of each support."""
 
 _AGAIN = "Save the adapter again with PEFT"

@@ -1,4 +1,4 @@
-"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; a hybrid has `gralora_A_general` and B's, too."""
+"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; hybrids have `gralora_A_general` and B's, too."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class GraLoRAFields(Own, frozen=True, kw_only=True):
-    """Ranks, blocks, and the parts of the scaling."""
+    """The ranks, the number of blocks, and alpha."""
 
     alpha: float = 64
     gralora_k: int = 2
@@ -40,8 +40,8 @@ class GraLoRAFamily(Family):
     own: ClassVar[type[Own]] = GraLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / (r + hybrid_r)",
-        "gralora_k": "blocks along each axis",
-        "hybrid_r": "rank of the LoRA beside the blocks; 0 for none",
+        "gralora_k": "number of blocks along each axis",
+        "hybrid_r": "rank of the LoRA in addition to the blocks; 0 for none",
     }
     harmless: ClassVar[Mapping[str, str]] = {"gralora_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "gralora_dropout": 0.0, "init_weights": True}

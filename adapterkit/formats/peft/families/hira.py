@@ -1,4 +1,4 @@
-"""HiRA: `hira_A` [r, in, *k], `hira_B` [out, r] and a 1 for each axis of the kernel; `hira_embedding_A`, `_B`."""
+"""HiRA: `hira_A` [r, in, *k], `hira_B` [out, r, 1, ...] with a 1 per kernel axis; `hira_embedding_A` and `_B`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PLAIN = {"A": "hira_A", "B": "hira_B"}
 EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
-"""Field -> part."""
+"""A map from the update's field to the part of a key."""
 
 
 class HiraFamily(Family):
@@ -40,7 +40,7 @@ class HiraFamily(Family):
         A, B = (file.tensors[own[field]] for field in ("A", "B"))
         _check_rank(file, own["A"], A)
         if math.prod(B.shape[:2]) != math.prod(B.shape):
-            why = f"{list(B.shape)} mixes more than channels"
+            why = f"the shape {list(B.shape)} has a kernel; B must only mix channels"
             raise ShapeMismatch(why, where=own["B"].text, cure="Save the adapter again with PEFT")
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
@@ -68,7 +68,9 @@ class HiraFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: HiRA) -> str:
-        return "hira on a transposed convolution" if target.layout == "in out *k" and _kernel(update) else ""
+        return (
+            "PEFT has no hira on a transposed convolution" if target.layout == "in out *k" and _kernel(update) else ""
+        )
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class HiraFamily(Family):
 
 
 def _check_rank(file: File, key: Key, A: Lazy) -> None:
-    """Allow the rank that all modules have, or a pattern's: PEFT's second adapter of a model uses a pattern."""
+    """Accept the common rank or a pattern's rank, because a second adapter of a model in PEFT uses a pattern."""
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

@@ -1,7 +1,7 @@
 """Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules of one shape that the same word of `target_modules` names share B, and every `stride_A` of them share A; a file
-repeats these for each module. Here each is one tensor of several updates.
+Modules with the same shape and the same matching word in `target_modules` share B, and each `stride_A` of them share A.
+A file repeats the shared tensors for each module; after reading, several updates share each of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class LilyFields(Own, frozen=True, kw_only=True):
-    """Sizes, and which tensors modules share."""
+    """The sizes, and the number of modules that share A."""
 
     r: Rank = 32
     num_B: Rank = 2
@@ -48,9 +48,9 @@ class LilyFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_B": "number of factors on the side of the outputs",
+        "num_B": "number of factors B, the ones with outputs",
         "scaling": "the factor on the change",
-        "stride_A": "how many neighbours have A in common",
+        "stride_A": "number of neighbouring modules that share A",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
 
@@ -70,8 +70,10 @@ class LilyFamily(Family):
         check_rank(keys["lily_B.weight"], tensors["B"], own.r * own.num_B)
         tensors["B"] = tensors["B"].reshape(own.num_B, own.r, tensors["B"].shape[1])
         if tensors["router"].shape != (own.num_B, own.r):
-            why = f"{list(tensors['router'].shape)} is not [{own.num_B}, {own.r}], as the config says"
-            raise ShapeMismatch(why, where=keys["lily_router.weight"].text, cure="The config is not of this file")
+            why = f"the shape is {list(tensors['router'].shape)}, but the config states [{own.num_B}, {own.r}]"
+            raise ShapeMismatch(
+                why, where=keys["lily_router.weight"].text, cure="The config does not belong to this file"
+            )
         path = keys["lily_A.weight"].path
         return Found(
             path, make("lily", tensors, scaling=own.scaling), {FIELDS[part]: key for part, key in keys.items()}
@@ -94,14 +96,14 @@ class LilyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: (u.scaling, *u.router.shape) for t, found in updates.items() for u in found if isinstance(u, Lily)}
         for target in minority(said):
-            yield target, "lily of another rank, scaling or number of experts than the others"
+            yield target, "the rank, the scaling or the number of experts of this lily differs from the others"
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
-    """Return the same updates, with one tensor for those that they share.
+    """Yield the same updates, but with one tensor object for each shared tensor.
 
     Raises:
-        Malformed: modules that share a tensor in PEFT have different ones; PEFT would load only the last.
+        Malformed: modules that share a tensor in PEFT have different values; PEFT would load only the last.
     """
     groups: dict[Any, list[Found]] = defaultdict(list)
     for each in found:
@@ -116,13 +118,13 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"another {field} than its neighbours', which the config lets it share ({group[0]})"
+                    why = f"its {field} differs from its neighbours', but by the config they share it ({group[0]})"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 
 
 def _word(path: str, settings: Settings) -> str:
-    """Return the word of the config that names a module; the last one that matches, as in PEFT."""
+    """Return the word in the config that matches a module; the last one that matches, as in PEFT."""
     words = settings.target_modules
     if isinstance(words, str):
         return words

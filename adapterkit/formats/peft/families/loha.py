@@ -1,4 +1,4 @@
-"""LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`, [r, out] and [r, in]; the same for 2."""
+"""LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]; also for 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class LohaFamily(Family):
@@ -31,7 +31,7 @@ class LohaFamily(Family):
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
         "rank_dropout": "training only",
-        "use_effective_conv2d": "whether kernels have a core; the keys say so",
+        "use_effective_conv2d": "whether kernels have a core; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     folds = ("w1_a",)
@@ -62,13 +62,13 @@ class LohaFamily(Family):
 
     @classmethod
     def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
-        """Return path -> rank and scaling."""
+        """Return the rank and scaling of each update, by path."""
         found = cls.of_it(updates)
         return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
 
 
 def _turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """Transpose [out, r] to [r, out] or back, if there is a core; any other tensor is unchanged."""
+    """Transpose [out, r] to [r, out] or back, if there is a core; return other tensors unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])

@@ -1,7 +1,7 @@
-"""LoKr: `lokr_w1` [a, c] or `lokr_w1_a`, `lokr_w1_b`; the same for `lokr_w2` [b, d, *k], with a core `lokr_t2`.
+"""LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
 
-PEFT's config does not state the four sizes: PEFT splits a weight's sides by `decompose_factor`, and decomposes a factor
-if the rank is small. A file that PEFT can load has exactly those shapes.
+PEFT's config does not state the four sizes. PEFT splits a weight's sides by `decompose_factor`, and decomposes a factor
+if the rank is small. A file that PEFT can load has exactly these shapes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""Part -> field of the update, for the forms of each factor; the first form of which any part exists is used."""
+"""Maps from key parts to fields, for the forms of each factor; the first form with a part in the file is used."""
 
 
 class LoKrFields(Scaled, frozen=True, kw_only=True):
-    """The way in which PEFT splits sides."""
+    """The settings for splitting a weight's sides."""
 
     decompose_factor: int = -1
     decompose_both: bool = False
@@ -47,22 +47,22 @@ class LokrFamily(Family):
     own: ClassVar[type[Own]] = LoKrFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
-        "decompose_both": "whether the first factor is taken apart where the rank is small; as in the tensors",
-        "decompose_factor": "how a side is split in two; as in the tensors",
+        "decompose_both": "whether the first factor is decomposed if the rank is small; the tensors show it",
+        "decompose_factor": "how a side is split in two; the tensors show it",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
         "rank_dropout": "training only",
         "rank_dropout_scale": "training only",
-        "use_effective_conv2d": "whether kernels have a core; the keys say so",
+        "use_effective_conv2d": "whether kernels have a core; the keys show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     folds = ("w1", "w1_a")
     departures: ClassVar[Mapping[str, Departure]] = {
         "lokr_kernel_of_one_axis": Departure(
-            "a whole lokr_w2 [b, d, k] of nn.Conv1d is a stack of b matrices [d, k]: torch.kron multiplies "
-            "lokr_w1 with each of them, and the numbers of the result are read in the shape of the weight",
-            "each place of the kernel is the Kronecker product of lokr_w1 and that place of lokr_w2",
+            "a full lokr_w2 [b, d, k] on nn.Conv1d is a stack of b matrices [d, k]: torch.kron multiplies "
+            "lokr_w1 with each of them, and the result is reshaped to the shape of the weight",
+            "each kernel position is the Kronecker product of lokr_w1 and lokr_w2 at this position",
         )
     }
 
@@ -113,24 +113,24 @@ class LokrFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         found = cls.of_it(updates)
         if found and next(_splits(found, base), None) is None:
-            why = "lokr of factors that PEFT does not make for weights of this size, by any decompose_factor for all"
+            why = "no common decompose_factor yields the sizes of these lokr factors in PEFT"
             yield from ((target, why) for target in updates if target.path in found)
             return
         cored = any(update.t2 is not None for update in found.values())
         for target in updates if cored else ():
             kernel = _kernel(base, target.path)
             if target.path in found and found[target.path].w2_b is not None and kernel > 1:
-                yield target, "lokr with a whole kernel beside others with cores: one switch for all"
+                yield target, "this lokr has a full kernel and others have cores; the config has one setting for all"
 
 
 class LokrSizes:
-    """The shapes that PEFT makes for one weight. If the places of its kernel are unknown, its inputs may be, too.
+    """The shapes that PEFT creates for one weight. If the kernel size is unknown, the input size may be unknown, too.
 
     Attributes:
-        sides: (size of a side, the part of it that is w1's) for outputs and inputs.
+        sides: (size of a side, w1's part of it) for outputs and inputs.
         first: whether w1 is decomposed, and the larger of its sizes.
         second: whether w2 is decomposed, and the larger of its sizes.
-        rank: the rank of the decomposed factors; None if both are whole.
+        rank: the rank of the decomposed factors; None if neither is decomposed.
     """
 
     def __init__(self, update: LoKr, kernel: int | None) -> None:
@@ -147,12 +147,12 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank at which the whole factors stay whole."""
+        """Return the smallest rank at which PEFT decomposes none of the full factors."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
     def made_by(self, factor: int, both: bool, rank: int) -> bool:
-        """Whether PEFT makes these shapes."""
+        """Whether PEFT creates these shapes with these settings."""
         apart = (both and rank < self.first[1] / 2, rank < self.second[1] / 2)
         split = all(even_split(size, factor)[0] == part for size, part in self.sides)
         return split and apart == (self.first[0], self.second[0])
@@ -163,7 +163,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """Transpose [b, r] to [r, b] or back, if there is a core; any other tensor is unchanged."""
+    """Transpose [b, r] to [r, b] or back, if there is a core; return other tensors unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -173,11 +173,11 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     own, rank = file.settings.own, file.settings.rank(key.path)
     update.dims()
     if any(0 in leaf.shape for leaf in update.tensors.values()):
-        raise ShapeMismatch("a factor without elements", where=key.text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch("this factor has no elements", where=key.text, cure="Save the adapter again with PEFT")
     sizes = LokrSizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(own.decompose_factor, own.decompose_both, rank):
-        why = f"factors that PEFT does not make with rank {rank}, decompose_factor {own.decompose_factor}"
-        cure = "The config is not of this file, or its rank_pattern is damaged"
+        why = f"PEFT does not create these factors with rank {rank}, decompose_factor {own.decompose_factor}"
+        cure = "The config does not belong to this file, or its rank_pattern is damaged"
         raise ShapeMismatch(f"{why} and decompose_both {own.decompose_both}", where=key.text, cure=cure)
 
 
@@ -187,9 +187,9 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """Yield the decompose_factor and decompose_both by which PEFT makes all these shapes.
+    """Yield each (decompose_factor, decompose_both) with which PEFT creates all these shapes.
 
-    Without a base the weights are assumed to be linear layers, or, if that is impossible, to have unknown inputs.
+    Without a base, weights are assumed to be linear layers or, if that is impossible, to have unknown inputs.
     """
     yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
@@ -207,6 +207,6 @@ def _splits_of(made: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
 
 
 def _kernel(base: Checkpoint | None, path: str) -> int:
-    """Return the number of places of a kernel, as far as the base tells; 1 for a linear layer."""
+    """Return the number of kernel positions, as far as the base shows it; 1 for a linear layer."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])

@@ -1,4 +1,4 @@
-"""MiSS: `miss_block` [r, out]; [r, mini_r] if `init_weights` is "mini", [out / r, r, r] if it is "bat"."""
+"""MiSS: `miss_block` [r, out]; [r, mini_r] if `init_weights` is "mini", and [out / r, r, r] if it is "bat"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PART = "miss_block"
 
 
 class MiSSFields(Own, frozen=True, kw_only=True):
-    """Rank, and the form of the block."""
+    """The rank, and the form of the block."""
 
     r: int = 64
     mini_r: int = 1
@@ -38,7 +38,7 @@ class MissFamily(Family):
     parts = (PART,)
     own: ClassVar[type[Own]] = MiSSFields
     read: ClassVar[Mapping[str, str]] = {
-        "init_weights": "mini: the block repeats over the outputs; bat: it is a matrix for each r outputs",
+        "init_weights": "mini: the block repeats over the outputs; bat: the block has a matrix for each r outputs",
         "mini_r": "width of a mini block",
     }
     harmless: ClassVar[Mapping[str, str]] = {"miss_dropout": "training only"}
@@ -50,13 +50,13 @@ class MissFamily(Family):
         tensor, mini = file.tensors[key], own.init_weights == "mini"
         if own.init_weights == "bat":
             if len(tensor.shape) != 3 or tensor.shape[1:] != (own.r, own.r):
-                why = f"{list(tensor.shape)} are not the blocks of {own.r} x {own.r} that init_weights and r say"
-                raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+                why = f"the shape is {list(tensor.shape)}, but init_weights and r state blocks of {own.r} x {own.r}"
+                raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
             return Found(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, own.r)
         if len(tensor.shape) != 2 or (mini and tensor.shape[1] != own.mini_r):
-            why = f"{list(tensor.shape)} is not the block that init_weights and mini_r say"
-            raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+            why = f"the shape {list(tensor.shape)} contradicts init_weights and mini_r"
+            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         field = "mini" if mini else "D"
         return Found(key.path, make("miss", {field: tensor}), {field: key})
 
@@ -72,7 +72,7 @@ class MissFamily(Family):
             t: _form(update) for t, found in updates.items() for update in found if isinstance(update, cls.methods())
         }
         for target in minority(said):
-            yield target, "miss of another rank or form than the others: the config has one for all"
+            yield target, "the rank or form of this miss differs from the others; the config states one for all"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class MissFamily(Family):
 
 
 def _form(update: Any) -> tuple[str, tuple[int, ...]]:
-    """Return the form, and the sizes that the config states for it."""
+    """Return the form's name, and the sizes that the config states for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     if update.mini is not None:

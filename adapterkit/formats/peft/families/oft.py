@@ -1,4 +1,4 @@
-"""OFT: `oft_R.weight` [blocks, b * (b - 1) / 2]; `oft_embedding_R.weight` of an embedding, whose outputs it rotates."""
+"""OFT: `oft_R.weight` [blocks, b * (b - 1) / 2]; `oft_embedding_R.weight` rotates an embedding's outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 class OFTFields(Own, frozen=True, kw_only=True):
-    """Sizes of blocks, the series, and the limit on the rotation."""
+    """The sizes of blocks, the terms of the series, and the limit on the rotation."""
 
     r: int = 0
     oft_block_size: int = 32
@@ -49,23 +49,23 @@ class OftFamily(Family):
     empty = True
     departures: ClassVar[Mapping[str, Departure]] = {
         "oft_series_before_0_18": Departure(
-            "in files before PEFT 0.18 the last term of use_cayley_neumann's series is taken twice, as the others are",
-            "the last term is taken once, as PEFT computes such files since",
+            "in files from before PEFT 0.18, the last term of use_cayley_neumann's series counts twice, as others do",
+            "the last term counts once, as newer PEFT releases compute such files",
         ),
         "oft_of_overlapping_patches": Departure(
-            "oft_patches at a convolution with a kernel, which only the base or the live layer tells: the input's "
-            "patches are turned and added up, so that no weight does the same",
-            "oft: the weight is turned, as PEFT merges it",
+            "oft_patches on a convolution with a kernel, which only the base or the live layer shows: the input's "
+            "patches are rotated and added up, so no change of the weight is equivalent",
+            "oft: the weight is rotated, as PEFT merges it",
             on_patches,
         ),
     }
     read: ClassVar[Mapping[str, str]] = {
-        "block_share": "one block serves for all",
-        "coft": "each block's Q is held within eps",
-        "eps": "what coft allows all blocks together",
-        "num_cayley_neumann_terms": "how many terms of the series",
-        "oft_block_size": "size of the blocks, or the nearest that divides the layer's width; 0 where r says it",
-        "use_cayley_neumann": "the first terms of a series, which before 0.18 ended otherwise",
+        "block_share": "whether all blocks are the same",
+        "coft": "whether each block's Q is limited by eps",
+        "eps": "the limit of coft for all blocks together",
+        "num_cayley_neumann_terms": "number of terms of the series",
+        "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r states it",
+        "use_cayley_neumann": "whether to use the first terms of a series, whose last term changed in 0.18",
     }
     harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -99,11 +99,15 @@ class OftFamily(Family):
         if isinstance(update, OFTPatches):
             return super().why_not(target, update)
         if update.pairs is None or update.rescale is not None or update.constraint:
-            return "oft in LyCORIS's form"
+            return "this oft has LyCORIS's form, which PEFT lacks"
         if update.doubled and not update.terms:
-            return "oft of a doubled term without a series"
+            return "this oft doubles a term, but has no series"
         stored = "in out *k" if update.side == "out" else "out *in"
-        return "" if target.layout == stored else "oft but on the inputs of a layer or the outputs of an embedding"
+        return (
+            ""
+            if target.layout == stored
+            else "PEFT has oft only on the inputs of a layer or the outputs of an embedding"
+        )
 
     @classmethod
     def apart(
@@ -111,7 +115,10 @@ class OftFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         for target, found in updates.items() if base is None else ():
             if any(isinstance(update, OFTPatches) for update in found):
-                yield target, "oft_patches: that it is a convolution only the base tells; pass base=, or --base"
+                yield (
+                    target,
+                    "only the base shows that oft_patches adapts a convolution; give the base with --base (base=)",
+                )
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -127,7 +134,7 @@ class OftFamily(Family):
 
 
 def _of_patches(file: File, key: Key) -> bool:
-    """Whether the module is a convolution with a kernel, as far as the base tells."""
+    """Whether the module is a convolution with a kernel, as far as the base shows it."""
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
@@ -136,13 +143,13 @@ def _of_patches(file: File, key: Key) -> bool:
 
 def _check(own: OFTFields, key: Key, tensor: Lazy) -> None:
     if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
-        raise Malformed("r and oft_block_size, of which one must be 0", where="oft_block_size", cure=_AGAIN)
+        raise Malformed("exactly one of r and oft_block_size must be 0", where="oft_block_size", cure=_AGAIN)
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
     width = n * size
     shared = n == 1 and own.block_share
     if not width or (own.block_share and n > 1) or not (shared or (n, size) == _expected(own, width)):
-        why = f"{list(tensor.shape)} is not what r, oft_block_size and block_share say"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        why = f"the shape {list(tensor.shape)} contradicts r, oft_block_size or block_share"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
 def _before_018(version: str | None) -> bool:
@@ -151,13 +158,13 @@ def _before_018(version: str | None) -> bool:
 
 
 def _expected(own: OFTFields, width: int) -> tuple[int, int]:
-    """Return number and size of the blocks that PEFT makes for a width."""
+    """Return the number and the size of the blocks that PEFT creates for a width."""
     divisor = nearest_divisor(width, own.oft_block_size or own.r)
     return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
-    """Return the divisor of a width nearest to a number; the smaller one if two are equally near."""
+    """Return the divisor of a width that is nearest to a number; if two are equally near, the smaller one."""
     if wanted >= width:
         return width
     steps = range(wanted)
@@ -165,7 +172,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
-    """Return the config fields for these numbers and sizes of blocks."""
+    """Return the config fields for layers with these numbers and sizes of blocks."""
     if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
     size, number = _fitting(found, 1), _fitting(found, 0)
@@ -175,7 +182,7 @@ def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
-    """Return a number or size of blocks that PEFT rounds to the one that each layer has; None if there is none."""
+    """Return one number or size of blocks that PEFT rounds to each layer's own value; None if there is none."""
     tried = sorted({each[which] for each in found}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in found]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)

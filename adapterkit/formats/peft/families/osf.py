@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from ....core.updates import Update
 
 FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 Rank = int | float | None
 
 
 class OSFFields(Own, frozen=True, kw_only=True):
-    """The number of singular values that stay, or a fraction of all."""
+    """The number or the fraction of singular values that stay frozen."""
 
     effective_rank: Rank = None
     rank_pattern: dict[str, int | float] | None = None
 
     def kept(self, name: str, all_: int) -> int:
-        """Return how many of a module's singular values stay."""
+        """Return how many of a module's singular values stay frozen."""
         patterns = self.rank_pattern or {}
         value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
         if value is None:
@@ -47,9 +47,9 @@ class OsfFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
-        "effective_rank": "how many singular values stay, or which share, else half; rank_pattern says it by module",
+        "effective_rank": "number or fraction of singular values that stay frozen, half by default; or rank_pattern",
     }
-    harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT makes no use of it"}
+    harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT does not use it"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
@@ -61,8 +61,8 @@ class OsfFamily(Family):
         all_, key = min(dims["out"], dims["in"]), fields["S"]
         kept = file.settings.own.kept(key.path, all_)
         if kept + dims["r"] != all_ or not kept:
-            why = f"{dims['r']} of {all_} singular values, where the config says that {kept} stay"
-            raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+            why = f"the file has {dims['r']} of {all_} singular values, but by the config {kept} stay in the base"
+            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         return Found(key.path, update, fields)
 
     @classmethod
@@ -72,8 +72,10 @@ class OsfFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: OSF) -> str:
         if update.S_own is not None:
-            return "osf with a part of its own to take off: PEFT computes it from its base"
-        return super().why_not(target, update) or ("" if _kept(update) else "osf of all singular values")
+            return "this osf stores the part to subtract, but PEFT computes it from the base"
+        return super().why_not(target, update) or (
+            "" if _kept(update) else "this osf has all singular values; PEFT keeps some in the base"
+        )
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PEANuTFields(Own, frozen=True, kw_only=True):
-    """Rank, depth, scaling and activation."""
+    """The rank, depth, scaling and activation."""
 
     r: int = 32
     depth: int = 0
@@ -35,7 +35,7 @@ class PeanutFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "act_fn": "the activation",
         "depth": "number of encoders and of decoders",
-        "scaling": "the factor on the change",
+        "scaling": "factor on the change",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
@@ -44,8 +44,8 @@ class PeanutFamily(Family):
         own = file.settings.own
         if not 0 <= own.depth <= len(keys):
             some = next(iter(keys.values()))
-            why = f"{len(keys)} tensors where the config's depth says {own.depth} encoders"
-            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
+            why = f"the module has {len(keys)} tensors, but the config's depth states {own.depth} encoders"
+            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(own.depth)}
         parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
         check_parts(keys, parts.values())
@@ -77,7 +77,7 @@ def _stacked(keys: list[Key], file: File) -> Lazy:
     first = file.tensors[keys[0]]
     for key in keys:
         if (file.tensors[key].shape, file.tensors[key].dtype) != (first.shape, first.dtype):
-            why = f"{list(file.tensors[key].shape)} beside {list(first.shape)}"
+            why = f"the shape {list(file.tensors[key].shape)} differs from {list(first.shape)}, or the dtypes differ"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
 
 FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class PolyFields(Own, frozen=True, kw_only=True):
-    """All sizes except the module's own."""
+    """The sizes, except those of the module."""
 
     r: Rank = 8
     n_tasks: Rank = 1
@@ -39,10 +39,10 @@ class PolyFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = PolyFields
     read: ClassVar[Mapping[str, str]] = {
-        "n_skills": "number of pairs of factors in a split",
-        "n_splits": "number of blocks of channels that are mixed apart",
+        "n_skills": "number of pairs of factors in each split",
+        "n_splits": "number of blocks of channels that are mixed separately",
         "n_tasks": "number of tasks",
-        "poly_type": "poly; no other is known",
+        "poly_type": "poly, the only known value",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "poly_type": "poly", "task_type": "CAUSAL_LM"}
 
@@ -51,12 +51,12 @@ class PolyFamily(Family):
         check_parts(keys, FIELDS)
         own, some = file.settings.own, keys["poly_lora_A"]
         if own.poly_type != "poly":
-            why = f"a router {own.poly_type[:60]!r} is not known to this version"
-            raise Unsupported(why, where="poly_type", cure="Run it with PEFT itself")
+            why = f"this version does not know the router {own.poly_type[:60]!r}"
+            raise Unsupported(why, where="poly_type", cure="Run the adapter with PEFT")
         update: Any = make("poly", {FIELDS[part]: file.tensors[key] for part, key in keys.items()})
         if (told := _sizes(update)) != (own.r, own.n_tasks, own.n_skills, own.n_splits):
-            why = f"r, tasks, skills and splits are {told}, and others in the config"
-            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
+            why = f"r, tasks, skills and splits are {told} in the tensors, but not in the config"
+            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
         return Found(some.path, update, {FIELDS[part]: key for part, key in keys.items()})
 
     @classmethod
@@ -74,11 +74,11 @@ class PolyFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         said = {t: _sizes(u) for t, found in updates.items() for u in found if isinstance(u, Poly)}
         for target in minority(said):
-            yield target, "poly of another rank, or another number of tasks, skills or splits than the others"
+            yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others"
 
 
 def _sizes(update: Any) -> tuple[int, int, int, int]:
-    """Return r, tasks, skills, splits.
+    """Return r, and the numbers of tasks, skills and splits.
 
     Raises:
         ShapeMismatch: the tensors contradict each other.

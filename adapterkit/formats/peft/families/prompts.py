@@ -1,4 +1,4 @@
-"""Families of virtual tokens: prompt tuning, P-tuning, CPT, multitask prompts, prefix tuning and cartridges.
+"""Define families of virtual tokens: prompt tuning, P-tuning, CPT, multitask prompts, prefix tuning and cartridges.
 
 Their tensors belong to no module, and their sizes are in the config.
 """
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 EMBEDDINGS = "prompt_embeddings"
 
 SIZES = {
-    "num_attention_heads": "heads of keys and values, for prefixes",
-    "num_layers": "layers, for prefixes",
-    "num_transformer_submodules": "2: of a model with an encoder and a decoder",
+    "num_attention_heads": "for prefixes: number of heads of keys and values",
+    "num_layers": "for prefixes: number of layers",
+    "num_transformer_submodules": "2 for a model with an encoder and a decoder",
     "num_virtual_tokens": "number of virtual tokens",
-    "token_dim": "width of an embedding; of all keys of a layer, for prefixes",
+    "token_dim": "width of an embedding; for prefixes, of all keys of a layer",
 }
 
 
 class Sizes(Own, frozen=True, kw_only=True):
-    """Sizes of virtual tokens; if one is missing, PEFT takes it from the model."""
+    """The sizes of virtual tokens; PEFT reads missing sizes from the model."""
 
     num_attention_heads: int | None = None
     num_layers: int | None = None
@@ -46,12 +46,12 @@ class Sizes(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> int:
-        """Return how many stacks of layers the model has."""
+        """Return the number of stacks of layers in the model."""
         return 1 if self.num_transformer_submodules is None else self.num_transformer_submodules
 
 
 class ContextFamily(Family):
-    """A family of virtual tokens."""
+    """The base class of families of virtual tokens."""
 
     shared: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
     shared_prefix = ""
@@ -64,20 +64,20 @@ class ContextFamily(Family):
     def decode(cls, file: File) -> Findings:
         keys = {word: key for word, key in file.shared.items() if word in cls.shared}
         if not keys:
-            raise Malformed("no virtual tokens in the file", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
+            raise Malformed("the file has no virtual tokens", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
         check_parts(keys, cls.shared)
         if file.settings.own.parts not in (1, 2):
-            why = f"{file.settings.own.parts} stacks of layers"
+            why = f"the number of stacks of layers is {file.settings.own.parts}, not 1 or 2"
             raise Malformed(why, where="num_transformer_submodules", cure="Save the adapter again with PEFT")
         yield cls.found(file, keys)
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"{update.method} for a part of a model" if target.path else ""
+        return f"PEFT has {update.method} only for a whole model" if target.path else ""
 
 
 class PromptLike(ContextFamily):
-    """`prompt_embeddings` [tokens, dim]; with a decoder twice as many rows, of which PEFT ignores the second half."""
+    """`prompt_embeddings` [tokens, dim]; models with a decoder have 2 x tokens rows, but PEFT uses the first half."""
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -102,7 +102,7 @@ class PromptLike(ContextFamily):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         if update.used and 2 * update.used != update.P.shape[0]:
-            return f"{update.used} of {update.P.shape[0]} rows, where PEFT uses all or the first half"
+            return f"it uses {update.used} of {update.P.shape[0]} rows, but PEFT uses all or the first half"
         return super().why_not(target, update)
 
 
@@ -115,7 +115,7 @@ class PrefixLike(ContextFamily):
         tensor = file.tensors[key]
         layers, heads, width = own.num_layers, own.num_attention_heads, own.token_dim
         if not (layers and heads and width) or min(layers, heads, width) < 1 or width % heads:
-            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not cut up the tensor"
+            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not divide the tensor"
             raise Malformed(why, where="token_dim", cure="Save the adapter again with PEFT")
         check_sizes(key, tensor, own.num_virtual_tokens, layers * 2 * width)
         shape = (tensor.shape[0], layers, 2, heads, width // heads)
@@ -138,30 +138,34 @@ class PrefixLike(ContextFamily):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"a step of {update.step}" if update.step > 2 else super().why_not(target, update)
+        return (
+            f"its step is {update.step}, but PEFT's is at most 2"
+            if update.step > 2
+            else super().why_not(target, update)
+        )
 
 
 def stacks(parts: int) -> dict[str, Any]:
-    """Return the config fields for a model with so many stacks of layers; two need a class of model with two."""
+    """Return the config fields for a model with `parts` stacks of layers; two stacks also need a fitting task type."""
     return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
 def rows(own: Any) -> int | None:
-    """Return how many rows a tensor of embeddings has, by the config."""
+    """Return the number of rows of a tensor of embeddings, from the config."""
     return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
-    """Check a tensor's shape against the sizes that the config states.
+    """Check a tensor's shape against the sizes in the config.
 
     Raises:
-        ShapeMismatch: they differ.
+        ShapeMismatch: the shapes differ.
     """
     shape = tensor.shape
     if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
         said = ", ".join("any" if size is None else str(size) for size in wanted)
-        why = f"{list(shape)}, where the config says [{said}]"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        why = f"the shape is {list(shape)}, but the config states [{said}]"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
 
 
 class PromptFamily(PromptLike):
@@ -187,9 +191,9 @@ class PTuningFamily(PromptLike):
     method = Prompt
     harmless: ClassVar[Mapping[str, str]] = {
         "encoder_dropout": "training only",
-        "encoder_hidden_size": "of the encoder, which the file is without",
-        "encoder_num_layers": "of the encoder, which the file is without",
-        "encoder_reparameterization_type": "of the encoder, which the file is without",
+        "encoder_hidden_size": "a setting of the encoder, which the file omits",
+        "encoder_num_layers": "a setting of the encoder, which the file omits",
+        "encoder_reparameterization_type": "a setting of the encoder, which the file omits",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 
@@ -214,11 +218,11 @@ class CptFamily(PromptLike):
 
 
 FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
-"""Key -> field of the update."""
+"""A map from keys to the update's fields."""
 
 
 class Tasks(Sizes, frozen=True, kw_only=True):
-    """Sizes, and the number of tasks and their rank."""
+    """The sizes, the number of tasks, and their rank."""
 
     num_ranks: int | None = 1
     num_tasks: int | None = 1
@@ -227,7 +231,7 @@ class Tasks(Sizes, frozen=True, kw_only=True):
 class MultitaskPromptFamily(ContextFamily):
     """Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
 
-    If the model has a decoder beside its encoder, the second half of n is the decoder's.
+    If the model has an encoder and a decoder, the second half of n belongs to the decoder.
     """
 
     name = "multitask_prompt"
@@ -237,7 +241,7 @@ class MultitaskPromptFamily(ContextFamily):
     own: ClassVar[type[Own]] = Tasks
     read: ClassVar[Mapping[str, str]] = {
         **SIZES,
-        "num_ranks": "rank of a task's change",
+        "num_ranks": "rank of each task's change",
         "num_tasks": "number of tasks",
     }
     harmless: ClassVar[Mapping[str, str]] = {
@@ -279,7 +283,11 @@ class MultitaskPromptFamily(ContextFamily):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return "a chosen task: PEFT's callers choose it" if update.task else super().why_not(target, update)
+        return (
+            "it has a selected task, but in PEFT the caller selects the task"
+            if update.task
+            else super().why_not(target, update)
+        )
 
 
 class PrefixFamily(PrefixLike):
@@ -289,9 +297,9 @@ class PrefixFamily(PrefixLike):
     peft_type = "PREFIX_TUNING"
     method = Prefix
     harmless: ClassVar[Mapping[str, str]] = {
-        "encoder_hidden_size": "of the encoder, which the file is without",
+        "encoder_hidden_size": "a setting of the encoder, which the file omits",
         "init_weights": "initial values",
-        "prefix_projection": "an encoder computed the prefix, which the file holds",
+        "prefix_projection": "an encoder computed the prefix, and the file has the result",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"prefix_projection": False, "task_type": "CAUSAL_LM"}
 

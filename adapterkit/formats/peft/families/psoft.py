@@ -1,4 +1,4 @@
-"""PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] for a rotation or [r, r]; `psoft_R.vector_a` and `vector_b` [r]."""
+"""PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] for a rotation, or [r, r]; `psoft_R.vector_a` and `vector_b` [r]."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vect
 
 
 class PSOFTFields(Own, frozen=True, kw_only=True):
-    """Rank, the form of R, and how A and B follow from the base."""
+    """The rank, the form of R, and how A and B are computed from the base."""
 
     r: int = 32
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
@@ -39,7 +39,7 @@ class PSOFTFields(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the parts of its keys."""
+        """Return the parts of the module's keys."""
         return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
 
 
@@ -52,19 +52,19 @@ class PsoftFamily(Family):
     own: ClassVar[type[Own]] = PSOFTFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
-        "ab_svd_init": "psoft_init: the singular values go to B; pissa_init: to both factors by their roots",
-        "cayley_neumann_eps": "how long Q may be, beside use_cayley_neumann",
-        "num_cayley_neumann_terms": "how many terms of the series",
-        "psoft_mag_a": "there is a vector_a",
-        "psoft_mag_b": "there is a vector_b",
-        "psoft_orth": "R is a rotation; without it a free matrix",
-        "psoft_svd": "lowrank: A and B come from torch.svd_lowrank on the CPU",
-        "psoft_svd_lowrank_niter": "lowrank: its niter",
-        "random_seed": "lowrank: the seed of its random numbers",
-        "use_cayley_neumann": "the first terms of a series instead of the exact transform",
+        "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: both factors get their square roots",
+        "cayley_neumann_eps": "the limit on Q's norm with use_cayley_neumann",
+        "num_cayley_neumann_terms": "number of terms of the series",
+        "psoft_mag_a": "whether there is a vector_a",
+        "psoft_mag_b": "whether there is a vector_b",
+        "psoft_orth": "whether R is a rotation; otherwise R is any matrix",
+        "psoft_svd": "lowrank: torch.svd_lowrank on the CPU computes A and B",
+        "psoft_svd_lowrank_niter": "lowrank: the argument niter",
+        "random_seed": "lowrank: the seed of the random numbers",
+        "use_cayley_neumann": "whether to use the first terms of a series instead of the exact transform",
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "psoft_alpha": "B is divided by the factor that it makes",
+        "psoft_alpha": "no effect: B is divided by the factor that it sets",
         "psoft_dropout": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -99,11 +99,13 @@ class PsoftFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: PSOFT) -> str:
         if update.A is not None:
-            return "psoft with A and B of its own: PEFT takes them from its base, with the signs of that machine"
+            return (
+                "this psoft stores A and B, but PEFT computes them from the base, with signs that depend on the machine"
+            )
         if update.seed and not update.steps:
-            return "psoft with a seed beside the exact decomposition"
+            return "this psoft has a seed, but an exact decomposition"
         if update.eps and not update.terms:
-            return "psoft with a limit on Q beside the exact transform"
+            return "this psoft has a limit on Q, but an exact transform"
         return super().why_not(target, update)
 
     @classmethod
@@ -127,5 +129,5 @@ class PsoftFamily(Family):
 def _check(own: PSOFTFields, key: Key, weight: Lazy) -> None:
     wanted = (own.r * (own.r - 1) // 2,) if own.psoft_orth else (own.r, own.r)
     if weight.shape != wanted:
-        why = f"{list(weight.shape)}, where the config says rank {own.r}"
-        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        why = f"the shape is {list(weight.shape)}, but the config states rank {own.r}"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")

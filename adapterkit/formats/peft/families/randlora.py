@@ -1,4 +1,4 @@
-"""RandLoRA: `randlora_lambda` [r, n], `randlora_gamma` [n, short]; bases for all modules, and a copy in each module."""
+"""RandLoRA: `randlora_lambda` [r, n] and `randlora_gamma` [n, short] per module; bases for all, copied per module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class RandLoRAFields(Own, frozen=True, kw_only=True):
-    """Rank and scaling, and the place of the bases."""
+    """The rank and the scaling, and whether the file has the bases."""
 
     r: Rank = 32
     randlora_alpha: float = 640
@@ -41,7 +41,7 @@ class RandloraFamily(Family):
     own: ClassVar[type[Own]] = RandLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "randlora_alpha": "scaling = randlora_alpha / r",
-        "save_projection": "whether the bases are in the file; must be on",
+        "save_projection": "whether the bases are in the file; must be true",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "projection_prng_key": "the seed of the bases, which are in the file",
@@ -61,11 +61,11 @@ class RandloraFamily(Family):
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
         if not own.save_projection:
-            why = "RandLoRA's bases are not in the file: PEFT draws them in whichever half precision the machine has"
-            raise Unsupported(why, where="save_projection", cure="Save it from PEFT with save_projection=True")
+            why = "RandLoRA's bases are not in the file, and PEFT draws them in a machine-dependent precision"
+            raise Unsupported(why, where="save_projection", cure="Save the adapter from PEFT with save_projection=True")
         missing = next((word for word in SHARED if word not in file.shared), None)
         if missing is not None:
-            raise Malformed(f"the bases are not in the file: {missing}", where="save_projection", cure=_AGAIN)
+            raise Malformed(f"the file lacks a shared basis: {missing}", where="save_projection", cure=_AGAIN)
         copies = {part: key for part, key in keys.items() if part in SHARED}
         check_parts({part: key for part, key in keys.items() if part not in copies}, OWN)
         for part, key in copies.items():
@@ -107,24 +107,30 @@ class RandloraFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield misfits: PEFT has one rank and scaling, bases as large as the largest module, as many as r needs."""
+        """Yield targets that do not fit the others.
+
+        PEFT has one rank and one scaling. Its bases are as large as the largest module, and as many as r needs.
+        """
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
         said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
         odd = minority(said)
-        yield from ((target, "randlora of another scaling or other bases than the others'") for target in odd)
+        yield from ((target, "the scaling or the bases of this randlora differ from the others") for target in odd)
         kept = {target: update for target, update in own.items() if target not in odd}
         for target, update in kept.items():
             n, short = update.gamma.shape
             if n != -(-short // update.lam.shape[0]):
-                yield target, "randlora of fewer or more terms than PEFT has for a weight of this size"
+                yield target, "the number of terms of this randlora differs from PEFT's for a weight of this size"
         for longs, bases, r, shorts in {(*u.B.shape, u.A.shape[-1]) for u in kept.values()}:
             needed = _needed(base, kept)
             if bases != -(-shorts // r) or (needed is not None and (shorts, longs) != needed):
-                yield from ((target, "bases of other sizes than PEFT makes for these weights") for target in kept)
+                yield from (
+                    (target, "the sizes of its bases differ from those that PEFT creates for these weights")
+                    for target in kept
+                )
 
 
 def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the shorter and the longer of the largest numbers of outputs and of inputs, if the base tells them."""
+    """Return the largest number of outputs and of inputs, the smaller of them first; None if the base is unknown."""
     widths = {target: stored_inputs(base, target) for target in own}
     if base is None or None in widths.values():
         return None
@@ -134,11 +140,11 @@ def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[in
 
 
 def _check_copy(file: File, copy: Key, original: Key) -> None:
-    """Check that a module's copy of a base is equal to it, because PEFT loads all copies into the same tensor."""
+    """Check that a module's copy of a basis equals the original: PEFT loads all copies into the same tensor."""
     one, other = file.tensors[copy], file.tensors[original]
     same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:
-        raise Malformed(f"is not the same as {original.text}", where=copy.text, cure=_AGAIN)
+        raise Malformed(f"this copy differs from {original.text}", where=copy.text, cure=_AGAIN)
 
 
 _AGAIN = "Save the adapter again with PEFT"

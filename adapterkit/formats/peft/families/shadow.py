@@ -1,7 +1,7 @@
-"""Shadow: `shadow_down.<name>.weight` and more at each block, `shadow_backbone.<name>.<tensor>` for the whole model.
+"""Shadow: `shadow_down.<name>.weight` etc. in each block, `shadow_backbone.<name>.<tensor>` for the whole model.
 
-PEFT writes `default` as the name, whatever the adapter is called. A block's two small networks are `nn.Sequential`s
-with linear layers at 0 and 2. The head with which a classifier's network was trained is kept; nothing else reads it.
+PEFT always writes `default` as the name. A block's two small networks are `nn.Sequential`s with linear layers at 0 and
+2. The head with which a classifier's network was trained is only kept, because nothing uses it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class ShadowFields(Own, frozen=True, kw_only=True):
-    """Sizes of the network and of the blocks' shares."""
+    """The sizes of the network and of the blocks' own tensors."""
 
     r: Rank = 8
     shadow_alpha: float = 0.1
@@ -54,18 +54,18 @@ class ShadowFamily(Family):
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # In a pattern a star is one word of a key; in a key to write it stands for any end.
+    # `*` is one word of a key in a pattern to read; in a key to write, it stands for any ending.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     own: ClassVar[type[Own]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
-        "share_embeddings": "the network reads the base's embeddings, where it is as wide",
-        "shadow_alpha": "the factor on what is added to a block's input",
-        "shadow_hidden_size": "the network's width, where it is not the base's",
-        "shadow_intermediate_size": "the network's inner width, where it is not the base's",
-        "shadow_model": "mirror: the network is of the base's class; any other is refused",
-        "shadow_num_attention_heads": "the network's heads, where they are not as many as the base's",
-        "shadow_num_hidden_layers": "the network's layers, one unless said",
-        "update_hidden_size": "inner width of a block's two small networks, r unless said",
+        "share_embeddings": "whether the network uses the base's embeddings, if their width is the same",
+        "shadow_alpha": "factor on the value that is added to a block's input",
+        "shadow_hidden_size": "the network's width; the base's by default",
+        "shadow_intermediate_size": "the network's inner width; the base's by default",
+        "shadow_model": "mirror: the network has the base's class; other values are refused",
+        "shadow_num_attention_heads": "the network's number of heads; the base's by default",
+        "shadow_num_hidden_layers": "the network's number of layers; one by default",
+        "update_hidden_size": "inner width of a block's two small networks; r by default",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "auxiliary_loss_weight": "training only",
@@ -76,8 +76,8 @@ class ShadowFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.own.shadow_model != "mirror":
-            why = "a network of another class than the base's, which the file does not tell"
-            raise Unsupported(why, where="shadow_model", cure="Train it with shadow_model='mirror'")
+            why = "the class of the network is not the base's, and the file does not state it"
+            raise Unsupported(why, where="shadow_model", cure="Train the adapter with shadow_model='mirror'")
         yield from (Kept(key) for word, key in file.shared.items() if _of(HEAD, word))
         network = _network(file)
         for stem, keys in file.modules(tuple(FIELDS)).items():
@@ -87,7 +87,7 @@ class ShadowFamily(Family):
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        """Return a block's own share; the network is the same for all."""
+        """Return a block's own tensors; all blocks share the network."""
         own = file.settings.own
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
@@ -132,18 +132,18 @@ class ShadowFamily(Family):
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, Shadow)}
         sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in own.items()}
         for target in minority({t: repr((u.attributes, sizes[t])) for t, u in own.items()}):
-            yield target, "shadow of another network, or of other sizes, than the other blocks"
+            yield target, "the network or the sizes of this shadow differ from the other blocks"
 
 
 def _named(part: str) -> str:
-    """Return a block's part as PEFT spells it: with the adapter's name after its first word."""
+    """Return the part of a block's key as PEFT spells it, with the adapter's name after the first word."""
     word, _, rest = part.partition(".")
     return f".{word}.default.{rest}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """The fields that all blocks share, and the keys of those that are tensors."""
+    """The fields that all blocks share, and the keys of the fields that are tensors."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]
@@ -176,10 +176,14 @@ def _of(part: str, word: str) -> bool:
 
 
 def _joined(tensors: list[Lazy], key: Key) -> Lazy:
-    """Concatenate the network's tensors to one vector."""
+    """Concatenate the network's tensors into one vector."""
     kinds = sorted({tensor.dtype.name for tensor in tensors})
     if len(kinds) > 1:
-        raise ShapeMismatch(f"a network of {' and '.join(kinds)}", where=key.text, cure="Save it in one type")
+        raise ShapeMismatch(
+            f"the network's tensors have several dtypes: {' and '.join(kinds)}",
+            where=key.text,
+            cure="Save them in one dtype",
+        )
     size = sum(math.prod(tensor.shape) for tensor in tensors)
     return Lazy((size,), tensors[0].dtype, lambda: b"".join(bytes(tensor.fetch()) for tensor in tensors))
 

@@ -1,4 +1,4 @@
-"""SHiRA: `shira_indices` [2, n], rows and columns, and `shira_weight` [n]."""
+"""SHiRA: `shira_indices` [2, n], which are rows and columns, and `shira_weight` [n]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class SHiRAFamily(Family):
@@ -27,8 +27,8 @@ class SHiRAFamily(Family):
     method = SHiRA
     parts = tuple(FIELDS)
     harmless: ClassVar[Mapping[str, str]] = {
-        "mask_type": "which positions were chosen; they are in the file",
-        "random_seed": "which positions were chosen; they are in the file",
+        "mask_type": "which positions were selected; they are in the file",
+        "random_seed": "which positions were selected; they are in the file",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
@@ -48,12 +48,14 @@ class SHiRAFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        raise AssertionError("the base tells")
+        raise AssertionError("numbers_at replaces this method, because r depends on the base")
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, object]:
         path, update = next(iter(cls.of_it(updates).items()))
-        return {"r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r counts a weight's sides"))}
+        return {
+            "r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r depends on the sizes of a weight"))
+        }
 
 
 def _whole_numbers(indices: Lazy) -> Lazy:

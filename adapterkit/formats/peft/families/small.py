@@ -1,4 +1,4 @@
-"""Families of one or two kinds of tensors a module: BEFT, C3A, DeLoRA, HRA and RoAd."""
+"""Define families with one or two kinds of tensors per module: BEFT, C3A, DeLoRA, HRA and RoAd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BeftFamily(Family):
-    """BEFT: `beft_bias` [1, out], added to the bias."""
+    """BEFT: `beft_bias` [1, out], which is added to the bias."""
 
     name = "beft"
     peft_type = "BEFT"
@@ -36,7 +36,11 @@ class BeftFamily(Family):
         (key,) = keys.values()
         tensor = file.tensors[key]
         if len(tensor.shape) != 2 or tensor.shape[0] != 1:
-            raise ShapeMismatch(f"{list(tensor.shape)} is not [1, out]", where=key.text, cure="Save it again with PEFT")
+            raise ShapeMismatch(
+                f"the shape {list(tensor.shape)} is not [1, out]",
+                where=key.text,
+                cure="Save the adapter again with PEFT",
+            )
         return Found(key.path, make("dense", {"d": tensor.reshape(tensor.shape[1])}), {"d": key})
 
     @classmethod
@@ -46,7 +50,7 @@ class BeftFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Dense) -> str:
         if update.D is not None or update.scaling != 1:
-            return "dense, but for a change of the bias with a scaling of 1"
+            return "BEFT expresses only a change of the bias with a scaling of 1"
         return super().why_not(target, update)
 
     @classmethod
@@ -58,7 +62,7 @@ class Renamed(Family):
     """A family whose tensors are the fields of its method under other names.
 
     Class attributes:
-        fields: part -> field of the update.
+        fields: a map from a word in the keys to the update's field.
     """
 
     fields: ClassVar[Mapping[str, str]]
@@ -77,12 +81,12 @@ class Renamed(Family):
         """Check the shapes of a module's tensors against the config.
 
         Raises:
-            ShapeMismatch: they differ.
+            ShapeMismatch: the shapes differ.
         """
 
     @classmethod
     def attributes(cls, own: Any) -> dict[str, Any]:
-        """Return the attributes of an update that the config states."""
+        """Return the update's attributes that the config states."""
         return {}
 
     @classmethod
@@ -91,7 +95,7 @@ class Renamed(Family):
 
 
 class C3AFields(Own, frozen=True, kw_only=True):
-    """Size of the blocks."""
+    """The size of the blocks."""
 
     block_size: int = 256
     block_size_pattern: dict[str, int] | None = None
@@ -107,8 +111,8 @@ class C3AFamily(Renamed):
     parts = tuple(fields)
     own: ClassVar[type[Own]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
-        "block_size": "rows and columns of a block",
-        "block_size_pattern": "the same of the modules it matches behind a dot, or names whole",
+        "block_size": "number of rows and columns of a block",
+        "block_size_pattern": "the size for modules that a pattern matches after a dot, or equals",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
 
@@ -168,7 +172,7 @@ class HraFamily(Renamed):
     fields: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
     parts = tuple(fields)
     own: ClassVar[type[Own]] = HRAFields
-    read: ClassVar[Mapping[str, str]] = {"apply_GS": "the directions are made orthogonal first"}
+    read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether the directions are made orthogonal first"}
     fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
 
     @classmethod
@@ -203,8 +207,8 @@ class RoadFamily(Renamed):
     parts = tuple(fields)
     own: ClassVar[type[Own]] = RoAdFields
     read: ClassVar[Mapping[str, str]] = {
-        "group_size": "how many outputs make a group",
-        "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share angle and scale",
+        "group_size": "number of outputs in a group",
+        "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share an angle and a scale",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 

@@ -1,4 +1,4 @@
-"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; a hybrid also has the A and B of a LoRA."""
+"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; hybrids also have A and B of a LoRA."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class SupertuningFields(Own, frozen=True, kw_only=True):
-    """The number of elements, and the rank and alpha of a LoRA beside them."""
+    """The fraction of elements, and the rank and alpha of an additional LoRA."""
 
     sparsity: float = 0.99
     r: int | None = None
@@ -41,18 +41,22 @@ class SuperTuningFamily(Family):
     folds = ("B",)
     own: ClassVar[type[Own]] = SupertuningFields
     read: ClassVar[Mapping[str, str]] = {
-        "save_precomputed_indices": "false: the positions are left out, refused",
+        "save_precomputed_indices": "whether the file has the positions; a file without them is refused",
         "sparsity": "int(out * in * (1 - sparsity)) elements",
     }
-    harmless: ClassVar[Mapping[str, str]] = {"select_top": "which positions were chosen; they are in the file"}
+    harmless: ClassVar[Mapping[str, str]] = {"select_top": "which positions were selected; they are in the file"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "lora_dropout": 0.0, "save_precomputed_indices": True}
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
         if own.save_precomputed_indices is False:
-            why = "the file leaves the positions out: the base's largest elements, of which some may be equally large"
-            raise Unsupported(why, where="save_precomputed_indices", cure="Save it from PEFT with that set to true")
+            why = "the file omits the positions of the base's largest elements, and several may be equally large"
+            raise Unsupported(
+                why,
+                where="save_precomputed_indices",
+                cure="Save the adapter from PEFT with save_precomputed_indices=True",
+            )
         fields = SPARSE if own.r is None else HYBRID
         check_parts(keys, fields)
         key = keys["supertuning_values"]
@@ -91,7 +95,7 @@ class SuperTuningFamily(Family):
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
         counts = {}
         for path, update in cls.of_it(updates).items():
-            rows, columns = weight_in(base, path, "Super-Tuning's sparsity counts a weight's elements")
+            rows, columns = weight_in(base, path, "Super-Tuning's sparsity depends on the size of a weight")
             counts[path] = int(update.values.shape[0]), rows * columns
         return {**cls.numbers(updates), "sparsity": _sparsity(counts)}
 
@@ -101,10 +105,10 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """Return the sparsity that leaves every weight as many elements as it has.
+    """Return a sparsity that yields each weight's number of elements.
 
     Raises:
-        Unrepresentable: there is none.
+        Unrepresentable: no sparsity yields all of these numbers.
     """
     lower = max(1 - (count + 1) / size for count, size in counts.values())
     upper = min(1 - count / size for count, size in counts.values())
@@ -112,4 +116,6 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
         if sparsity >= 0 and all(_count(size, sparsity) == count for count, size in counts.values()):
             return sparsity
     items = [f"{path}: {count} of {size} elements" for path, (count, size) in counts.items()]
-    raise Unrepresentable("no one sparsity gives these numbers", items=items, cure="Write adapterkit's own format")
+    raise Unrepresentable(
+        "no single sparsity yields these numbers", items=items, cure="Write adapterkit's format: --to adapterkit"
+    )

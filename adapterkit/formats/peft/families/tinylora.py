@@ -1,7 +1,7 @@
-"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` for each module, and `tinylora_v.<group>` for a group of modules.
+"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` per module, and `tinylora_v.<group>` per group of modules.
 
-A group is a run of modules in the order in which the model declares them. The keys do not state a module's number, but
-its random P does, because PEFT draws P from `projection_seed` plus that number.
+A group consists of modules that the model declares one after another. The keys do not state a module's number, but its
+random P shows it, because PEFT draws P from `projection_seed` plus this number.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 SEED = 42
 
 
 class TinyLoRAFields(Own, frozen=True, kw_only=True):
-    """Sizes, the number of groups that share a v, and the seed of P."""
+    """The sizes, the tying of v, and the seed of P."""
 
     r: int = 2
     u: int = 64
@@ -49,9 +49,9 @@ class TinyLoRAFamily(Family):
     shared = ("tinylora_v.*",)
     own: ClassVar[type[Own]] = TinyLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "projection_seed": "P of module i is drawn from this plus i, by torch's generator on the CPU",
-        "save_projection": "whether the file has P; else the base's model_type tells the order of the modules",
-        "u": "numbers of a v",
+        "projection_seed": "P of module i is drawn with the seed projection_seed + i, by torch's generator on the CPU",
+        "save_projection": "whether the file has P; otherwise the base's model_type shows the order of the modules",
+        "u": "number of values in a v",
         "weight_tying": "round(modules * (1 - weight_tying)) groups, at least one",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_v_bound": "initial values", "tinylora_dropout": "training only"}
@@ -79,7 +79,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # TinyLoRAFields that are still None are filled in once all modules are known.
+        # Leave missing fields None until all modules are known; `_completed` fills them in.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
@@ -108,7 +108,7 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return "" if target.layout in ("out *in", "in out *k") else f"{update.method} on stacked experts"
+        return "" if target.layout in ("out *in", "in out *k") else f"PEFT has no {update.method} on stacked experts"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
-    """Return every module's number in the model; None if they are not known."""
+    """Return every module's number in the model, by path; None if the numbers are unknown."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
     held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
@@ -136,7 +136,7 @@ def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
 
 
 def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """Return the number from which each P was drawn; None unless all are known and differ."""
+    """Return the number from which each P was drawn; None if a number is unknown or occurs twice."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in held.values():
         kind = tensor.shape, tensor.dtype.name
@@ -148,7 +148,7 @@ def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """Return P `[u, r, r]` as PEFT draws it; drawn when it is read."""
+    """Return P `[u, r, r]` as PEFT draws it; it is drawn when it is read."""
     kind = DTYPES[dtype]
 
     def fetch() -> Any:
@@ -162,35 +162,37 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
 
 
 def _completed(file: File, found: Found, number: int | None, count: int) -> Found:
-    """Return a module's update with its v, and with its P if the file leaves it out.
+    """Return a module's update with its v, and with its P if the file omits P.
 
     Raises:
-        UsageError: the module's number in the model depends on the base, and there is none.
-        Unsupported: the base does not tell either.
-        Malformed: the v of its group is missing.
+        UsageError: the module's number in the model depends on the base, and no base is given.
+        Unsupported: the base does not show the number, either.
+        Malformed: the v of the module's group is missing.
     """
     own, update = file.settings.own, found.update
     groups = max(1, round(count * (1 - own.weight_tying)))
     if number is None and (groups > 1 or update.tensors.get("P") is None):
-        why = "the file does not tell the module's number in the model, on which its v or P depends"
+        why = "the file does not show the module's number in the model, on which v or P depends"
         if file.base is None:
-            raise UsageError(why, where=found.path, cure="Pass base=/--base")
-        cure = "Save it from PEFT with save_projection=True, or give the base's config its model_type"
-        raise Unsupported(f"{why}, nor does the base", where=found.path, cure=cure)
+            raise UsageError(why, where=found.path, cure="Give the base with --base (base=)")
+        cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
+        raise Unsupported(f"{why}; the base does not show it, either", where=found.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:
-        raise Malformed(f"tinylora_v.{group} is not in the file", where=found.path, cure="Save it again with PEFT")
+        raise Malformed(f"the file lacks tinylora_v.{group}", where=found.path, cure="Save the adapter again with PEFT")
     v = file.tensors[key]
     check_size(key, side(v, 0, 1), own.u, "u")
     changes: dict[str, Any] = {"v": v}
     if update.tensors.get("P") is None:
         rank = update.tensors["A"].shape[0]
         if own.u * rank * rank > LARGEST:
-            raise ShapeMismatch(f"a projection of {own.u} times {rank} x {rank}", where=key.text, cure="Correct u")
+            raise ShapeMismatch(
+                f"a projection [{own.u}, {rank}, {rank}] is too large", where=key.text, cure="Correct u"
+            )
         changes["P"] = _drawn(own.projection_seed + (number or 0), (own.u, rank, rank), "F32")
     return Found(found.path, update.replace(**changes), {**found.keys, "v": key}, found.layout)
 
 
 LARGEST = 1 << 33
-"""Limit on the elements of a projection, against hostile files."""
+"""The limit on the elements of a projection, against hostile files."""

@@ -1,6 +1,6 @@
-"""Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices` each module's `unilora_indices_A`, `unilora_scales_A`, ...
+"""Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices`, also `unilora_indices_A`, `unilora_scales_A` etc.
 
-Without it, the positions are drawn again for all modules at once, in the order in which the model declares them.
+Without `save_indices`, the positions are drawn for all modules together, in the order in which the model declares them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class UniLoRAFields(Own, frozen=True, kw_only=True):
-    """Sizes, the seed of the positions, and the fields that say which modules there are."""
+    """The sizes, the seed of the positions, and the fields that select modules."""
 
     r: int = 4
     theta_d_length: int = 256
@@ -52,9 +52,9 @@ class UniLoRAFamily(Family):
     shared = (THETA,)
     own: ClassVar[type[Own]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "proj_seed": "positions: numpy's default_rng shuffles them for all modules together",
-        "save_indices": "whether the file has the positions; else the base's model_type or torch file tells the order",
-        "theta_d_length": "numbers that are trained",
+        "proj_seed": "seed with which numpy's default_rng shuffles the positions of all modules together",
+        "save_indices": "whether the file has the positions; if not, the base's model_type or torch file decides",
+        "theta_d_length": "number of trained values",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "unilora_dropout": 0.0}
@@ -62,7 +62,7 @@ class UniLoRAFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if THETA not in file.shared:
-            raise Malformed(f"{THETA} is not in the file", where=THETA, cure="Save the adapter again with PEFT")
+            raise Malformed(f"the file lacks {THETA}", where=THETA, cure="Save the adapter again with PEFT")
         theta = file.shared[THETA]
         check_size(theta, side(file.tensors[theta], 0, 1), file.settings.own.theta_d_length, "theta_d_length")
         yield from super().decode(file) if file.settings.own.save_indices else _regenerated(file)
@@ -99,12 +99,14 @@ class UniLoRAFamily(Family):
 
 
 def _regenerated(file: File) -> Findings:
-    """Yield every module's update, with positions and scales that are computed when they are read."""
+    """Yield the updates of all modules, with positions and scales that are computed when they are read."""
     theta, own = file.shared[THETA], file.settings.own
     shapes = {path: weight_shape(file, Key(path, path), _WHY) for path in _modules(file)}
     total = own.r * sum(out + in_ for out, in_ in shapes.values())
     if not 0 < own.r <= LARGEST or total > LARGEST:
-        raise ShapeMismatch(f"factors of {total} elements", where="r", cure="The config is not of this base")
+        raise ShapeMismatch(
+            f"the factors would have {total} elements", where="r", cure="The config does not belong to this base"
+        )
     drawn, start = _drawn(total, own.theta_d_length, own.proj_seed), 0
     for path, (out, in_) in shapes.items():
         scale = _scale_dtype(file, path)
@@ -118,26 +120,26 @@ def _regenerated(file: File) -> Findings:
 
 
 def _modules(file: File) -> list[str]:
-    """Return paths of the adapted modules, in the order in which the model declares them.
+    """Return the paths of the adapted modules, in the order in which the model declares them.
 
     Raises:
-        UsageError: there is no base.
-        Unsupported: the order is not known, or the config selects modules by more than `target_modules`.
+        UsageError: no base is given.
+        Unsupported: the order is unknown, or other fields than `target_modules` select modules.
     """
     if file.known:
         return list(file.known)
     settings, base = file.settings, file.base
     if base is None:
-        raise UsageError(f"{_WHY}, and the file holds neither", where=THETA, cure="Pass base=/--base")
+        raise UsageError(f"{_WHY}, and no base is given", where=THETA, cure="Give the base with --base (base=)")
     if settings.own.exclude_modules or settings.own.layers_to_transform is not None:
-        why = "which modules are adapted is said by more than target_modules"
-        raise Unsupported(why, where=THETA, cure="Save it from PEFT with save_indices=True")
+        why = "other fields than target_modules select the adapted modules"
+        raise Unsupported(why, where=THETA, cure="Save the adapter from PEFT with save_indices=True")
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
     named = [path for path in paths if names_module(settings.target_modules, path)]
     ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
-        why = "the file leaves the positions out, and the order of the modules is not known"
+        why = "the file omits the positions, and the order of the modules is unknown"
         cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
         cure += "save the adapter from PEFT with save_indices=True"
         raise Unsupported(why, where=THETA, cure=cure)
@@ -145,7 +147,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """Return the dtype of the base's weight; PEFT holds the scales in it."""
+    """Return the dtype of the base's weight, in which PEFT keeps the scales."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
@@ -155,7 +157,7 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Any:
-    """Return a function that returns the positions in theta of all elements, and how often each is used."""
+    """Return a function that returns every element's position in theta, and the number of uses of each position."""
 
     @cache
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,5 +190,5 @@ def _part(drawn: Any, dtype: str, start: int, stop: int, shape: tuple[int, int])
 
 
 LARGEST = 1 << 33
-"""Limit on the elements of all factors together, against hostile files."""
+"""The limit on the elements of all factors together, against hostile files."""
 _WHY = "Uni-LoRA's positions depend on the order and sizes of the base's weights"

@@ -1,7 +1,7 @@
 """VB-LoRA: `vblora_logits_A` [r, in / b, n], `vblora_logits_B` [out / b, r, n], and one `vblora_vector_bank` [n, b].
 
 With `save_only_topk_weights`, the file has `_topk_indices` and `_topk_weights` instead of logits. The last weight is
-left out, because all sum to 1.
+omitted, because the weights sum to 1.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHOSEN = {
     "vblora_logits_B_topk_indices": "indices_B",
     "vblora_logits_B_topk_weights": "weights_B",
 }
-"""Part -> field of the update."""
+"""A map from a word in the keys to the update's field."""
 
 
 class VBLoRAFields(Own, frozen=True, kw_only=True):
-    """Sizes of the bank, how many vectors are mixed, and the form of the file."""
+    """The sizes of the bank, the number of mixed vectors, and the form of the file."""
 
     num_vectors: int = 256
     vector_length: int = 256
@@ -49,10 +49,10 @@ class VBLoRAFamily(Family):
     shared = (BANK,)
     own: ClassVar[type[Own]] = VBLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "num_vectors": "vectors of the bank",
-        "save_only_topk_weights": "whether the file has indices and weights in the place of logits",
-        "topk": "how many vectors are mixed",
-        "vector_length": "numbers of a vector",
+        "num_vectors": "number of vectors in the bank",
+        "save_only_topk_weights": "whether the file has indices and weights instead of logits",
+        "topk": "number of vectors that are mixed",
+        "vector_length": "number of values in a vector",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "init_logits_std": "initial values",
@@ -67,7 +67,7 @@ class VBLoRAFamily(Family):
         check_parts(keys, fields)
         if BANK not in file.shared:
             some = next(iter(keys.values()))
-            raise Malformed(f"{BANK} is not in the file", where=some.text, cure="Save the adapter again with PEFT")
+            raise Malformed(f"the file lacks {BANK}", where=some.text, cure="Save the adapter again with PEFT")
         bank = file.shared[BANK]
         _check_sizes(file, keys, bank)
         tensors = {fields[part]: _whole(part, file.tensors[key]) for part, key in keys.items()}
@@ -86,7 +86,7 @@ class VBLoRAFamily(Family):
     def why_not(cls, target: Target, update: Any) -> str:
         weights = [leaf for field, leaf in update.tensors.items() if field.startswith("weights")]
         if not all(_sums_to_one(as_lazy(leaf)) for leaf in weights):
-            return "vblora with weights that do not sum to 1"
+            return "the weights of this vblora do not sum to 1"
         return not_linear(target, update.method)
 
     @classmethod
@@ -115,7 +115,7 @@ def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:
-    """Add the last weight, 1 minus the others; any other tensor is unchanged."""
+    """Append the last weight, 1 minus the sum of the others; return other tensors unchanged."""
     if not part.endswith("weights"):
         return tensor
 

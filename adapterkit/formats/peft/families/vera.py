@@ -1,4 +1,4 @@
-"""VeRA and PVeRA: vectors for each module, and two projections that all modules share, in the file or drawn again."""
+"""VeRA and PVeRA: vectors for each module, and two projections shared by all, in the file or drawn from a seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class ProjectionFields(Own, frozen=True, kw_only=True):
-    """Rank, and the place of the projections."""
+    """The rank, the seed, and whether the file has the projections."""
 
     r: Rank = 256
     projection_prng_key: Seed = 0
@@ -39,12 +39,12 @@ class ProjectionFields(Own, frozen=True, kw_only=True):
 
 
 class Projections(Family):
-    """VeRA's config and keys: `parts` are those of b and d, `shared` those of A and B; A has `halves` times r rows."""
+    """VeRA's config and keys: `parts` are the keys of b and d, `shared` those of A and B; A has `halves` * r rows."""
 
     halves: ClassVar[int] = 1
     own: ClassVar[type[Own]] = ProjectionFields
     read: ClassVar[Mapping[str, str]] = {
-        "projection_prng_key": "the seed from which the projections are drawn, where they are not in the file",
+        "projection_prng_key": "seed from which the projections are drawn if they are not in the file",
         "save_projection": "whether the projections are in the file",
     }
 
@@ -85,13 +85,13 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Leave projections out of a file that had none, if they are still those of its seed."""
+        """Omit projections from a file that had none, if they still equal those drawn from its seed."""
         if config.get("save_projection", True):
             return frozenset()
         try:
             seed = msgspec.convert(dict(config), ProjectionFields).projection_prng_key
         except msgspec.ValidationError:
-            return frozenset()  # The reader of the config reports its faults.
+            return frozenset()  # Reading the config reports the error.
         some = next(iter(cls.of_it(updates).values()))
         held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
         drawn = _draw(seed, (held[0].shape, held[1].shape))
@@ -104,23 +104,26 @@ class Projections(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Yield misfits: PEFT makes projections exactly as large as the largest module, and loads no others."""
+        """Yield targets that do not fit the others.
+
+        PEFT creates projections exactly as large as the largest module, and loads no other sizes.
+        """
         own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
-        yield from ((target, "projections of other sizes than the others'") for target in odd)
+        yield from ((target, "the sizes of its projections differ from the others") for target in odd)
         kept = {target: update for target, update in own.items() if target not in odd}
         for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
             widths = [stored_inputs(base, target) for target in kept]
             other = outs != max(update.b.shape[0] for update in kept.values())
             if other or (None not in widths and ins != max(width for width in widths if width is not None)):
-                why = "projections of another size than PEFT makes for the largest of these weights"
+                why = "the size of its projections differs from PEFT's for the largest of these weights"
                 yield from ((target, why) for target in kept)
 
     @classmethod
     def _given(cls, file: File) -> tuple[Lazy, Lazy]:
         missing = next((word for word in cls.shared if word not in file.shared), None)
         if missing is not None:
-            why = f"the config says that the file holds the projections, and it does not: {missing}"
+            why = f"the config states that the file has the projections, but the file lacks {missing}"
             raise Malformed(why, where="save_projection", cure="Save the adapter again with PEFT")
         A, B = (file.tensors[file.shared[word]] for word in cls.shared)
         return A, B
@@ -131,8 +134,8 @@ class Projections(Family):
             A, B = (file.omitted[word] for word in cls.shared)
             return A, B
         if file.shared:
-            why = "the config says that the file does not hold the projections, and it does"
-            cure = "Set save_projection to true, to take those of the file"
+            why = "the config states that the file does not have the projections, but it has them"
+            cure = "Set save_projection to true to use the projections in the file"
             raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
         outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
         ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
@@ -144,34 +147,38 @@ class Projections(Family):
 def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
     d, r, out = file.tensors[keys["d"]], file.settings.own.r, _outputs(file, keys["b"])
     if d.shape != (halves * r,):
-        why = f"{list(d.shape)}, where the config says rank {r}"
-        raise ShapeMismatch(why, where=keys["d"].text, cure="The config is not of this file")
+        why = f"the shape is {list(d.shape)}, but the config states rank {r}"
+        raise ShapeMismatch(why, where=keys["d"].text, cure="The config does not belong to this file")
     if len(B.shape) != 2 or B.shape[0] < out:
-        why = f"{out} outputs, where the projection for all modules is {list(B.shape)}"
+        why = f"the module has {out} outputs, but the shared projection is {list(B.shape)}"
         raise ShapeMismatch(why, where=keys["b"].text, cure="Save the adapter again with PEFT")
 
 
 def _outputs(file: File, key: Key) -> int:
     shape = file.tensors[key].shape
     if len(shape) != 1:
-        raise ShapeMismatch(f"{list(shape)} is not a vector", where=key.text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(
+            f"the shape {list(shape)} is not that of a vector", where=key.text, cure="Save the adapter again with PEFT"
+        )
     return shape[0]
 
 
 def _inputs(file: File, path: str, out: int) -> int:
-    """Return the inputs of a module, which only the base tells."""
+    """Return the number of inputs of a module, from the base."""
     shape = file.base_shape(f"{path}.weight")
     if shape is None:
-        why = "the projections are not in the file, and how large they are is known to the base only"
-        raise UsageError(why, where=path, cure="Pass base=/--base")
+        why = "the projections are not in the file, and only the base shows their sizes"
+        raise UsageError(why, where=path, cure="Give the base with --base (base=)")
     if len(shape) != 2 or out not in shape:
-        raise ShapeMismatch(f"made for {out} outputs; the base has {list(shape)}", where=path, cure=_WRONG_BASE)
+        raise ShapeMismatch(
+            f"the module has {out} outputs; the base's weight has shape {list(shape)}", where=path, cure=_WRONG_BASE
+        )
     turned = shape[1] == out and (file.settings.fan_in_fan_out or shape[0] != out)
     return shape[0] if turned else shape[1]
 
 
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
-    """Draw A and B, one after the other, uniformly, with torch's generator on the CPU."""
+    """Draw A and then B uniformly, with torch's generator on the CPU."""
 
     def fetch(position: int) -> bytes:
         import torch
@@ -190,7 +197,7 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class VeraFamily(Projections):
-    """VeRA: `vera_lambda_b` [out], `vera_lambda_d` [r]; for all modules `vera_A` [r, inputs], `vera_B` [outputs, r]."""
+    """VeRA: `vera_lambda_b` [out] and `vera_lambda_d` [r]; shared: `vera_A` [r, inputs] and `vera_B` [outputs, r]."""
 
     name = "vera"
     peft_type = "VERA"
@@ -208,13 +215,13 @@ class VeraFamily(Projections):
 
 
 class Drawing(ProjectionFields, frozen=True, kw_only=True):
-    """Whether the model also draws random values outside of training."""
+    """Whether the model also draws random values in inference."""
 
     sample_at_inference: bool = False
 
 
 class PveraFamily(Projections):
-    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: the mean's half, then the variance's."""
+    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: first the mean's half, then the variance's."""
 
     name = "pvera"
     peft_type = "PVERA"
@@ -225,11 +232,11 @@ class PveraFamily(Projections):
     own: ClassVar[type[Own]] = Drawing
     read: ClassVar[Mapping[str, str]] = {
         **Projections.read,
-        "sample_at_inference": "must be off: with it, each forward pass draws another change",
+        "sample_at_inference": "must be false: otherwise each forward pass draws another change",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "d_initial": "initial values",
-        "generator_seed": "of what training draws",
+        "generator_seed": "training only",
         "pvera_dropout": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -243,6 +250,6 @@ class PveraFamily(Projections):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.own.sample_at_inference:
-            why = "PVeRA that draws at random in each forward pass has no fixed formula"
-            raise Unsupported(why, where="sample_at_inference", cure="Set it to false, to take the mean")
+            why = "PVeRA with random draws in each forward pass has no fixed formula"
+            raise Unsupported(why, where="sample_at_inference", cure="Set it to false to use the mean")
         yield from super().decode(file)

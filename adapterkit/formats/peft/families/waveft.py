@@ -1,8 +1,8 @@
-"""WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; a wavelet by name.
+"""WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; the wavelet has a name.
 
-The filters are low-pass, for reconstruction: the numbers that Daubechies published (Ten Lectures on Wavelets,
-https://doi.org/10.1137/1.9781611970104) with PEFT's digits: orthonormal, with N vanishing moments (dbN, symN) or 2 N
-(coifN).
+The filters are the low-pass filters for reconstruction that Daubechies published (Ten Lectures on Wavelets,
+https://doi.org/10.1137/1.9781611970104), with PEFT's digits. They are orthonormal, with N vanishing moments (dbN, symN)
+or 2 N (coifN).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 FAULTY = "coif4"
-"""PEFT's numbers for this name are not a wavelet's. Its forward computes with them; `RIGHT` are the Coiflet's."""
+"""The name for which PEFT has numbers that form no wavelet. Its forward uses them; `RIGHT` has the Coiflet's."""
 
 RIGHT = (
     0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
@@ -157,12 +157,12 @@ FILTERS: dict[str, tuple[float, ...]] = {
         -2.2414246658720156e-06, -1.5895026298510706e-06,
     ),
 }  # fmt: skip
-"""Name -> taps."""
+"""The taps of each wavelet's filter, by name."""
 
 
 @cache
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
-    """Return a wavelet's filter, one tensor for all that use it; `right` is for the one with wrong numbers in PEFT."""
+    """Return a wavelet's filter, one tensor for all users; `right` corrects the filter that is wrong in PEFT."""
     import numpy as np
 
     kind = DTYPES[dtype]
@@ -171,7 +171,7 @@ def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
 
 
 def name_of(taps: Lazy) -> str | None:
-    """Return the wavelet that has these taps and that a file can name; None if there is none."""
+    """Return the name of the wavelet with these taps; None if a file cannot name it."""
     held, dtype = bytes(taps.fetch()), taps.dtype.name
     fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
     named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == held)
@@ -182,7 +182,7 @@ PART = "waveft_spectrum"
 
 
 class WaveFTFields(Own, frozen=True, kw_only=True):
-    """The number of coefficients, their positions, their transform, and the factor on the change."""
+    """The number of coefficients, their positions, their transform, and the scaling."""
 
     n_frequency: int = 2592
     n_frequency_pattern: dict[str, int] | None = None
@@ -201,17 +201,17 @@ class WaveFTFamily(Family):
     parts = (PART,)
     folds = ("spectrum",)
     departures: ClassVar[Mapping[str, Departure]] = {
-        "waveft_coif4": Departure("PEFT's numbers for coif4, which are no wavelet's", "the Coiflet's numbers")
+        "waveft_coif4": Departure("PEFT's numbers for coif4, which do not form a wavelet", "the Coiflet's numbers")
     }
     own: ClassVar[type[Own]] = WaveFTFields
     read: ClassVar[Mapping[str, str]] = {
-        "n_frequency": "how many coefficients there are",
-        "n_frequency_pattern": "the same of the modules it matches",
-        "proportional_parameters": "coefficients by the share of each weight; the tensors say how many",
+        "n_frequency": "number of coefficients",
+        "n_frequency_pattern": "number of coefficients for modules that a pattern matches",
+        "proportional_parameters": "whether the number depends on a weight's size; the tensors show it",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
-        "use_idwt": "whether the coefficients are of a wavelet transform, or elements",
-        "wavelet_family": "whose filter",
+        "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements",
+        "wavelet_family": "name of the wavelet whose filter is used",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "bias": "none",
@@ -241,7 +241,7 @@ class WaveFTFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
-        return "waveft of a wavelet that PEFT has no name for" if unknown else not_linear(target, update.method)
+        return "PEFT has no name for the wavelet of this waveft" if unknown else not_linear(target, update.method)
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
@@ -260,12 +260,12 @@ class WaveFTFamily(Family):
 
 
 def _dtype(file: File, path: str) -> str:
-    """Return the element type of a filter: the one of the update to write, if there is one."""
+    """Return the element type of a filter: the type in the update to write, or F64."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 
 
 def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
     if name not in FILTERS:
-        raise Unsupported(f"the wavelet {name}", where="wavelet_family", cure=f"Known: {', '.join(FILTERS)}")
+        raise Unsupported(f"the wavelet {name} is unknown", where="wavelet_family", cure=f"Known: {', '.join(FILTERS)}")
     return filter_of(name, dtype, by_formula)

@@ -1,6 +1,6 @@
-"""X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; activations and dropouts count in the numbers, too.
+"""X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; i also counts activations and dropouts.
 
-The experts are adapters of their own; the config has their paths. The paths are kept as text and never opened.
+The experts are separate adapters. The config has their paths, which are kept as text and never opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYERS = "internal_xlora_classifier.layers"
 
 
 class XLoRAFields(Own, frozen=True, kw_only=True):
-    """The fields that decide the meaning of the classifier's tensors."""
+    """The fields that determine the meaning of the classifier's tensors."""
 
     hidden_size: Rank = 4096
     adapters: dict[str, str] | None = None
@@ -47,21 +47,21 @@ class XloraFamily(Family):
     names_modules = False
     own: ClassVar[type[Own]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapters": "the experts' names, 0 and on, and paths, which are not followed",
-        "enable_softmax": "shares are a softmax of the logits",
-        "enable_softmax_topk": "a softmax over the shares that are not 0",
-        "global_scaling_weight": "a factor on the change",
-        "hidden_size": "what the classifier reads",
-        "layerwise_scalings": "logits for each layer",
-        "scaling_pass_value": "0; else the first pass has experts in it, which is refused",
-        "softmax_temperature": "divides the logits",
-        "top_k_lora": "how many shares are kept",
+        "adapters": "names of the experts, counted from 0, and their paths, which are not followed",
+        "enable_softmax": "whether the weights are a softmax of the logits",
+        "enable_softmax_topk": "whether a softmax is applied to the nonzero weights",
+        "global_scaling_weight": "factor on the change",
+        "hidden_size": "width of the classifier's input",
+        "layerwise_scalings": "whether each layer has its own logits",
+        "scaling_pass_value": "0; other values use the experts in the first pass, and are refused",
+        "softmax_temperature": "divisor of the logits",
+        "top_k_lora": "number of weights that are kept",
         "xlora_depth": "number of the classifier's layers",
-        "xlora_dropout_p": "above 0 a layer's number counts one dropout more for each before it",
+        "xlora_dropout_p": "above 0, a layer's number also counts the dropouts before it",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "use_trainable_adapters": "training only",
-        "xlora_size": "width of the classifier; the tensors say so",
+        "xlora_size": "width of the classifier; the tensors show it",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"xlora_dropout_p": 0.0, "task_type": "CAUSAL_LM"}
 
@@ -69,13 +69,15 @@ class XloraFamily(Family):
     def decode(cls, file: File) -> Findings:
         own = file.settings.own
         if own.scaling_pass_value:
-            why = "a first pass with the experts in it is not known to this version"
-            raise Unsupported(why, where="scaling_pass_value", cure="Run it with PEFT itself")
+            why = "this version does not support experts in the first pass"
+            raise Unsupported(why, where="scaling_pass_value", cure="Run the adapter with PEFT")
         words = [f"{LAYERS}.{number}" for number in _numbers(own.xlora_depth, own.xlora_dropout_p > 0)]
         lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
         if lost:
-            why = "a layer of the classifier is not in the file: some releases take its number for an expert's name"
-            raise Malformed(why, where=f"{lost}.weight", cure="Save the model's state dict where it was trained")
+            why = "the file lacks a layer of the classifier: some releases mistake its number for an expert's name"
+            raise Malformed(
+                why, where=f"{lost}.weight", cure="Save the model's state dict with the release that trained it"
+            )
         check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
         yield cls.found(file, {word: file.shared[f"{word}.weight"] for word in words})
 
@@ -115,8 +117,8 @@ class XloraFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         if update.A is not None:
-            return "xlora with its experts: PEFT has them in folders of their own"
-        return "" if not target.path else "xlora of a part of the model"
+            return "this xlora stores its experts, but PEFT has them in separate folders"
+        return "" if not target.path else "PEFT has xlora only for a whole model"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -135,29 +137,33 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Number the classifier's layers: each but the last is followed by an activation, and a dropout if there is one."""
+    """Return the numbers of the classifier's layers: an activation, maybe a dropout follow all but the last."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
 def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
     reads = tensors.get("first", tensors["last"])
     if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
-        why = f"{list(reads.shape)}, where the config says that {own.hidden_size} numbers are read"
-        raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config is not of this file")
+        why = f"the shape is {list(reads.shape)}, but the config states {own.hidden_size} inputs"
+        raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config does not belong to this file")
     last = tensors["last"]
     if len(last.shape) != 2:
-        raise ShapeMismatch(f"{list(last.shape)} is no matrix", where=pairs[-1][0].text, cure="Save it again with PEFT")
+        raise ShapeMismatch(
+            f"the shape {list(last.shape)} is not that of a matrix",
+            where=pairs[-1][0].text,
+            cure="Save it again with PEFT",
+        )
     experts, logits = len(own.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):
-        why = f"{logits} logits for {experts} experts"
-        raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config is not of this file")
+        why = f"the file has {logits} logits, but the config has {experts} experts"
+        raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config does not belong to this file")
 
 
 def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
     first = tensors[0]
     for tensor, key in zip(tensors, keys, strict=True):
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
-            why = f"{list(tensor.shape)} beside {list(first.shape)}"
+            why = f"the shape {list(tensor.shape)} differs from {list(first.shape)}, or the dtypes differ"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 
