@@ -67,7 +67,7 @@ MERGED = [
     (
         "model.attn",
         METHODS["adaption_prompt"](P=from_numpy(np.ones((2, 4))), gate=from_numpy(np.ones(1))),
-        "what the attention attends to",
+        "the keys and values of the attention",
     ),
     ("model.emb", METHODS["textual_inversion"](P=from_numpy(np.ones((2, 4)))), "the vocabulary of the model"),
 ]

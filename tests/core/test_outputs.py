@@ -375,8 +375,8 @@ def test_a_closing_module_is_compiled_whole_and_exported():
 
 
 REFUSED = [
-    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for other channels.*hidden=6"),
-    ("m.dense", {"parallel": True}, Unsupported, "stands parallel"),
+    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for another number of channels.*hidden=6"),
+    ("m.dense", {"parallel": True}, Unsupported, "runs parallel"),
     ("m.dense", {"residual": "firts"}, TargetNotFound, "no module 'firts'"),
     ("m.dense", {"norm": "last", "original_ln_after": False}, Unsupported, "cannot be left out"),
     ("m.dense", {"non_linearity": "snake"}, Unsupported, "unknown word 'snake'"),

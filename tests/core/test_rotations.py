@@ -180,7 +180,7 @@ def test_reflections_that_cannot_start_from_nothing_are_refused(rank, options):
         ("psoft", nn.Conv1d(4, 6, 3), "out, in. only"),
         ("osf", nn.Conv1d(4, 6, 3), "out, in. only"),
         ("frod", nn.Conv1d(4, 6, 3), "out, in. only"),
-        ("road", nn.Linear(4, 5), "do not go in pairs"),
+        ("road", nn.Linear(4, 5), "do not form pairs"),
     ],
 )
 def test_layers_that_a_method_cannot_begin_at(method, layer, why):
@@ -247,14 +247,14 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
 @pytest.mark.parametrize(
     ("update", "shape", "why"),
     [
-        (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "do not fill one side"),
+        (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "its length is not b"),
         (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "columns=16, b=3"),
         (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "made for columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "made for out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
-        (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "no rotation"),
+        (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "its length is not r"),
         (METHODS["psoft"](R=torch.zeros(9, 9)), (8, 16), "r=9"),
         (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "r=9"),
         (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "group=6"),
@@ -262,7 +262,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (
             METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4),
             (8, 16),
-            "angles are not those of whole pairs",
+            "number of angles does not fit whole pairs",
         ),
     ],
 )
@@ -313,7 +313,11 @@ BROKEN = [
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),
     ({"peft_type": "ROAD", "variant": "road_3"}, {"road_theta": (3,), "road_alpha": (3,)}, "road_3"),
-    ({"peft_type": "ROAD", "group_size": 3}, {"road_theta": (3,), "road_alpha": (3,)}, "do not go in pairs"),
+    (
+        {"peft_type": "ROAD", "group_size": 3},
+        {"road_theta": (3,), "road_alpha": (3,)},
+        "a group has an odd number of outputs",
+    ),
     ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, where the config says that 5 stay"),
     ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a regular expression"),
     (PSOFT | {"psoft_orth": False}, {"psoft_R.weight": (3,)}, "rank 3"),

@@ -254,7 +254,7 @@ REFUSED = {
     "wrong base": (one(lora(300, 201)), {}, r"made for .*in=201", 2),
     "a bias that is not there": (one(Dense(d=rand(300))), {}, "does not have", 3),
     "integer weight": (one(Dense(D=rand(1)), path="count"), {}, "dtype I64", 3),
-    "token out of range": (one(FAR, layout="in out *k"), {}, "token 300 of a base with 300", 2),
+    "token out of range": (one(FAR, layout="in out *k"), {}, "token 300; the base has 300", 2),
     "no adapters": ([], {}, "no adapter", 2),
     "weights do not match": (one(PLAIN), {"weights": [1, 2]}, "2 weights", 2),
     "weight that is no number": (one(PLAIN), {"weights": [math.nan]}, "not all finite", 2),
