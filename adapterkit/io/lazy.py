@@ -493,7 +493,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
-        why = f"the number at {list(position)} is NaN or infinite"
+        why = f"the tensor holds a NaN or an infinity at {list(position)}"
         cure = "The training diverged, or the file is damaged; use an earlier checkpoint"
         raise Malformed(why, path=tensor.file, where=where, cure=cure)
 

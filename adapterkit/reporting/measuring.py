@@ -50,8 +50,8 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Quantiles of the elements' values that are kept."""
 
 INTRUDING, INTRUDER_COSINE = 10, 0.6
-"""Number of a tuned weight's first singular vectors that are checked, and the largest cosine of an intruder. A vector is
-an intruder if its cosine with each singular vector of the base is lower: Shuttleworth et al. 2024, arXiv:2410.21228."""
+"""Number of a tuned weight's first singular vectors that are checked, and the largest cosine of an intruder: a vector
+whose cosine with each singular vector of the base is lower (Shuttleworth et al. 2024, arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
 """Limit for the sum of (smaller side squared x larger side) over the weights that are decomposed to find intruders. It
@@ -657,7 +657,7 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """Return the first left singular vectors by the smaller Gram matrix, in 1/6 of the time of a whole decomposition."""
+    """Return the first left singular vectors by the smaller Gram matrix, in 1/6 of a full decomposition's time."""
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)

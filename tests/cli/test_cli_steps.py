@@ -78,7 +78,7 @@ def test_arguments_in_the_other_order() -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_text_file_is_no_weight_file() -> None:
     done = run("inspect", "base/config.json")
-    assert (done.exit_code, "a text file, not weights" in done.stderr) == (2, True)
+    assert (done.exit_code, "the file is text, not weights" in done.stderr) == (2, True)
     Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "git lfs pull" in run("inspect", "pointer.safetensors").stderr
 

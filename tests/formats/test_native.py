@@ -284,7 +284,7 @@ def test_updates_that_disagree_at_one_target_are_refused():
         IA3(l_in=from_numpy(np.ones(3))),
         lora(A=from_numpy(np.ones((2, 5)))),
     ):
-        with pytest.raises(ak.AdapterkitError, match="in its target's rows or the update before it"):
+        with pytest.raises(ak.AdapterkitError, match="in the target's rows or its previous update"):
             Adapter({Target("q"): (lora(), second)}).validate()
     dense = METHODS["dense"](D=from_numpy(np.ones((3, 5))))
     with pytest.raises(ak.AdapterkitError, match="in=5 here, in=4"):

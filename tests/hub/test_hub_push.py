@@ -204,7 +204,7 @@ def test_a_tag_that_is_on_something_else_stays_there(hub: HubServer, lora: Path,
     assert ak.hub.push(lora, "org/new", tag="v1").tag == "v1", "the same again is no change"
     other = lay(tmp_path / "other", peft_files("org/another"))
     answer = record("push", other, "org/new", "--overwrite", "--tag", "v1", code=6)["error"]
-    assert (answer["why"], answer["cure"]) == ("the tag is there, on something else", "Choose another tag")
+    assert (answer["why"], answer["cure"]) == ("the tag exists and points to another commit", "Choose another tag")
     assert hub.repos["org/new"].tags["v1"] == first.commit
 
 

@@ -274,7 +274,7 @@ def test_no_file_that_is_read_is_replaced(case: str, tmp_path: Path) -> None:
 def test_python_does_not_replace_what_an_adapter_still_reads(tmp_path: Path) -> None:
     adapter = ak.read(save_peft(tmp_path / "adapter"))
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match="which is read"):
+    with pytest.raises(UsageError, match="replace its input"):
         ak.write(adapter, tmp_path / "adapter", "peft")
     assert tree(tmp_path) == before
 
