@@ -40,7 +40,7 @@ EXPLAINED = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Original(Checkpoint):
-    """The 16-bit weights that are merged into instead of a quantized base.
+    """The 16-bit weights that are used instead of a quantized base.
 
     Attributes:
         scheme: the quantization scheme of the base.
@@ -54,7 +54,7 @@ class Original(Checkpoint):
 def as_merged(
     base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None
 ) -> Checkpoint:
-    """Return the base as the merge reads it: as it is, dequantized, or the 16-bit weights that it was made from.
+    """Return the base as the merge reads it: unchanged, dequantized, or the 16-bit weights from which it was made.
 
     Args:
         base: the base.
@@ -63,21 +63,21 @@ def as_merged(
         dtype: the type of the output's matrices, if base and output are GGUF files.
 
     Raises:
-        TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
+        TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
-        UsageError: an unknown choice, or `onto` without `original`.
+        UsageError: the choice is unknown, or `onto` is given without `original`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
         raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(WHY)}")
     if (onto is None) == (quantized == "original"):
-        why = "the 16-bit weights that are merged into are not said" if onto is None else f"onto is of no {quantized}"
+        why = "the 16-bit weights to merge into are missing" if onto is None else f"onto does not apply to {quantized}"
         raise UsageError(
-            why, cure="Choose quantized=/--quantized original and give them by onto=/--onto, or do neither"
+            why, cure="Choose --quantized original (quantized=) and give the weights by --onto (onto=), or omit both"
         )
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
-    # The default for GGUF bases: llama.cpp, which they are made for, loads nothing else.
+    # Requantize GGUF bases by default: they are made for llama.cpp, which loads nothing else.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
         quantized = "requantize"
     if quantized is None:
@@ -91,7 +91,7 @@ def as_merged(
 
 
 def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` must have read it: dequantized, or to be quantized again."""
+    """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again."""
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
@@ -105,7 +105,9 @@ def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
     if is_quantized(onto):
-        raise Unsupported(f"it is quantized itself ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights")
+        raise Unsupported(
+            f"the weights are themselves quantized ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights"
+        )
     _check_same(base.tensors, onto)
     held = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
     return Original(**held, scheme=base.scheme, weights=len(base.packed))
@@ -117,15 +119,15 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
     for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
         lost = sorted(set(one) - set(other))
         if lost:
-            raise TargetNotFound(f"not in {where}: {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
+            raise TargetNotFound(f"{where} lacks {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
     for name, tensor in tensors.items():
         if onto.tensors[name].shape != tensor.shape:
-            why = f"of shape {list(onto.tensors[name].shape)}, not {list(tensor.shape)} as in the quantized base"
+            why = f"the shape is {list(onto.tensors[name].shape)}, but {list(tensor.shape)} in the quantized base"
             raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json`: the quantization is removed unless the output is quantized again."""
+    """Return the changes of `config.json`: the quantization is removed, unless the output is quantized again."""
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")

@@ -366,7 +366,7 @@ class Distribution(Remote):
         there = Distribution(uri, self.token)
         now = there._now()
         if now not in (None, commit):
-            raise StorageError("the tag is there, on something else", path=str(uri), cure="Choose another tag")
+            raise StorageError("the tag exists and points to another commit", path=str(uri), cure="Choose another tag")
         body, _ = self.call(Distribution(self.uri.at(commit), self.token)._manifest)
         there._set(tag, body)
 
