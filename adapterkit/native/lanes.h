@@ -1,4 +1,4 @@
-/* Eight float32 numbers at a time, by the vector types of GCC and Clang, and their conversions from and to 16 bits. */
+/* Vectors of eight float32 numbers, with the vector types of GCC and Clang, and conversions from and to 16 bits. */
 
 #pragma once
 
@@ -29,7 +29,7 @@ typedef halves loose_halves __attribute__((aligned(2), may_alias));
 
 enum { LANES = 8 };
 
-/* Element types, by the numbers of `native/__init__.py`. */
+/* Element types; `native/__init__.py` uses the same numbers. */
 enum { BF16, F16, F32 };
 
 INLINE floats widened(int kind, const void *from) {
@@ -51,7 +51,7 @@ INLINE floats widened(int kind, const void *from) {
 #endif
 }
 
-/* Rounds to nearest. Ties of bfloat16 go away from zero: `settled` never asks for a tie. */
+/* Rounds to nearest. Ties of bfloat16 go away from zero, which does not matter: `settled` never passes a tie. */
 INLINE halves narrowed(int kind, floats values) {
 #if defined(__x86_64__)
   if (kind == F16) return (halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
