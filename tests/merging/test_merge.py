@@ -259,7 +259,7 @@ REFUSED = {
     "weights do not match": (one(PLAIN), {"weights": [1, 2]}, "2 weights", 2),
     "weight that is no number": (one(PLAIN), {"weights": [math.nan]}, "not all finite", 2),
     "unknown dtype": (one(PLAIN), {"dtype": "int8"}, "cannot be cast", 2),
-    "unknown tied": (one(PLAIN), {"tied": "x"}, "unknown choice", 2),
+    "unknown tied": (one(PLAIN), {"tied": "x"}, "is unknown", 2),
     "unknown engine": (one(PLAIN), {"engine": "x"}, "unknown engine", 3),
     "unknown device": (one(PLAIN), {"device": "cuda:77"}, "the device .cuda:77. does not exist", 2),
     "shard size": (one(PLAIN), {"shard_size": 0}, "shard size", 2),
