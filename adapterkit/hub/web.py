@@ -78,7 +78,7 @@ def answered(
                 raise Passing(f"the hub answered {response.status_code}", wait)
             yield response
             return
-    raise NetworkError("redirected too often", path=place, cure=_ELSEWHERE)
+    raise NetworkError("the hub redirected too often", path=place, cure=_ELSEWHERE)
 
 
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:

@@ -55,7 +55,7 @@ def _read(file: BinaryIO, path: str, size: int) -> Ggla:
         return struct.unpack(f"<{count}i", data)
 
     if file.read(4) != GGLA:
-        raise damaged("not a ggla file")
+        raise damaged("this is not a ggla file")
     version, rank, alpha = numbers(3)
     if version != 1:
         raise Unsupported(f"the file has ggla version {version}", path=path, cure="Convert the adapter to GGUF")

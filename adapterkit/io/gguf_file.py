@@ -449,7 +449,9 @@ def write_gguf(
         try:
             head += _string(key) + _encoded(value)
         except (KeyError, TypeError, AttributeError, struct.error):
-            raise Malformed(f"{value.value!r} is no {value.type}", where=key, cure="Correct the value") from None
+            raise Malformed(
+                f"{value.value!r} is not of type {value.type}", where=key, cure="Correct the value"
+            ) from None
     offset = 0
     for name, tensor in tensors.items():
         number = _type_number(name, tensor, types)

@@ -76,7 +76,7 @@ def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
         root = buffer.table(buffer.forward(0))
         version = buffer.integer(root, 0)
         if version != VERSION:
-            why = f"format_version {version}"
+            why = f"the file has format_version {version}"
             raise Unsupported(why, path=path, where="format_version", cure="Write it with onnxruntime 1.20 or newer")
         tensors: dict[str, Lazy] = {}
         for table in buffer.tables(root, 3):

@@ -151,7 +151,7 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
         return
     order = file.at(_data_offset(file, info, size), min(info.file_size, 16))
     if order != b"little":
-        raise refused(f"byte order {short(order.decode('latin-1'))}", "byteorder")
+        raise refused(f"the byte order is {short(order.decode('latin-1'))}", "byteorder")
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:

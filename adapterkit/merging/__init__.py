@@ -335,7 +335,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
     if engine not in ("local", "ray"):
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
     if address is not None and engine != "ray":
-        raise UsageError("an address without a cluster", cure="Choose engine ray")
+        raise UsageError("an address is given, but no cluster is used", cure="Choose --engine ray (engine=)")
     if stream and engine == "ray":
         raise UsageError(
             "the nodes of a cluster cannot see a streamed base",

@@ -18,23 +18,22 @@ if TYPE_CHECKING:
     Onto = Checkpoint | str | PathLike[str]
 
 WHY = {
-    "dequantize": "the change is folded into the dequantized weights, which the adapter was trained on, and written in "
-    "16 bits; the output is no longer quantized",
-    "requantize": "the change is folded into the dequantized weights, which the adapter was trained on, and the result "
+    "dequantize": "the change is added to the dequantized weights, on which the adapter was trained, and written in "
+    "16 bits; the output is not quantized",
+    "requantize": "the change is added to the dequantized weights, on which the adapter was trained, and the result "
     "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
-    "may be lost, and how much of it is left is measured for each target; untouched weights keep their bytes",
-    "original": "the change is folded into the 16-bit weights that the base was quantized from, which are closer to "
-    "the first model, but not what the adapter was trained on: what it learnt to make up for the "
-    "quantization comes along",
+    "may be lost, and the remaining part is measured for each target; unchanged weights keep their bytes",
+    "original": "the change is added to the 16-bit weights from which the base was quantized. They are closer to "
+    "the first model, but the adapter was not trained on them: its corrections of the quantization are added too",
 }
 """Choice -> its effect and the reason to choose it, for the output's record."""
 
 EXPLAINED = (
-    "Choose one: (1) quantized=/--quantized dequantize: fold into the dequantized weights, which the adapter was "
-    "trained on, and write 16 bits; (2) requantize: merge so, and quantize the result again "
-    "in the same scheme, which rounds the change as coarsely as the weights and says how much of it is left; (3) "
-    "original, with onto=/--onto DIR: fold into the 16-bit weights that the base was made from, which are "
-    "closer to the first model but not what the adapter was trained on"
+    "Choose one: (1) quantized=/--quantized dequantize: merge into the dequantized weights, on which the adapter was "
+    "trained, and write 16 bits; (2) requantize: do the same, but quantize the result again in the same scheme, which "
+    "rounds the change as coarsely as the weights, and report how much of the change remains; (3) original, with "
+    "onto=/--onto DIR: merge into the 16-bit weights from which the base was made, which are closer to the first "
+    "model, but on which the adapter was not trained"
 )
 
 

@@ -62,7 +62,8 @@ class OFTPatches(OutputUpdate):
         # In an exported graph the size may be unknown; in every torch model it is an integer.
         if isinstance(given, int) and given != channels:
             cure = "Merge it into the weight as method oft, which PEFT's own merge does, or remove this layer"
-            raise Unsupported(f"patches of {given} channels at a convolution with groups of {channels}", cure=cure)
+            why = f"the patches have {given} channels, but the convolution's groups have {channels}"
+            raise Unsupported(why, cure=cure)
         if high * wide == 1:
             return layer(layer.mix(x, self._mix(channels, 1)))
         places = [(i, j) for i in range(high) for j in range(wide)]

@@ -85,7 +85,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         raise Malformed(why, path=base.root, where=word, cure=DAMAGED)
     for key in ("view_as_float", "quant_scale", "quant_zero"):
         if f"{module}.{key}" in base.tensors and bytes(base.tensors[f"{module}.{key}"].read(0, 1)) != b"\0":
-            raise Unsupported(f"stored with {key}", path=base.root, where=word, cure=NO_PACKING)
+            raise Unsupported(f"the weight is stored with {key}", path=base.root, where=word, cure=NO_PACKING)
     groups = math.prod(shape) // size
     form, beside = ((groups, size), (groups, 1)) if axis == 1 else ((size, groups), (1, groups))
     stored = part_of(base, name, word, ("I32",) if bits == 3 else ("U8",))

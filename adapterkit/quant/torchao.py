@@ -101,7 +101,7 @@ def _weight(base: Checkpoint, name: str, said: dict[str, Any]) -> Packed:
         raise Unsupported(f"the weight has torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
     prefix = _prefix(name)
     if f"{prefix}act_pre_scale" in base.tensors or f"{prefix}act_quant_scale" in base.tensors:
-        raise Unsupported("scales of activations", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported("the weight has scales for activations", path=base.root, where=name, cure=ORIGINAL)
     members = tuple(n for part in ("qdata", "scale", "zero_point") if (n := prefix + part) in base.tensors)
     stored = part_of(base, name, f"{prefix}qdata", DTYPES if kind == "Float8Tensor" else ("I8",))
     part_of(base, name, f"{prefix}scale", ("F32", "BF16", "F16"))
@@ -127,7 +127,8 @@ def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], 
         why = f"blocks of {block!r} with scales {list(scale.shape)} do not fit a weight {list(stored.shape)}"
         raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if zero is not None and (zero.shape != scale.shape or zero.dtype.name != "I8"):
-        raise ShapeMismatch(f"of {zero.dtype} {list(zero.shape)}", path=base.root, where=of_zero[0], cure=DAMAGED)
+        why = f"the zero points are {zero.dtype} {list(zero.shape)}, not I8 {list(scale.shape)}"
+        raise ShapeMismatch(why, path=base.root, where=of_zero[0], cure=DAMAGED)
     word = str(target.get("_data", "int8")) if isinstance(target, dict) else ""
     bits = int(word[3:]) if word in {f"int{n}" for n in range(1, 9)} else 0
     if not bits:
@@ -140,5 +141,5 @@ def _dtype(base: Checkpoint, name: str, data: dict[str, Any]) -> Any:
     said = data.get("dtype")
     found = BY_TORCH.get(str(said.get("_data"))) if isinstance(said, dict) else None
     if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"dtype {said!r}", path=base.root, where=name, cure=DAMAGED)
+        raise Malformed(f"the dtype is {said!r}", path=base.root, where=name, cure=DAMAGED)
     return found

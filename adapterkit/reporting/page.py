@@ -103,7 +103,7 @@ def _lead(report: AdapterReport) -> str:
     if bases:
         told.append(f"made for {', '.join(map(escape, bases))}")
     if report.base:
-        told.append(f"held against {escape(report.base)}")
+        told.append(f"compared with {escape(report.base)}")
     if report.merged:
         told.append(f"and the merged model {escape(report.merged)}")
     return ", ".join(told) + "."

@@ -83,4 +83,4 @@ def _trial(found: Any, path: Path, at: int) -> Trial:
             None if found["loss"] is None else float(found["loss"]), found["refused"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Malformed("no trial", path=path, where=f"line {at}", cure="Delete this file") from None
+        raise Malformed("the line is not a trial", path=path, where=f"line {at}", cure="Delete this file") from None

@@ -195,7 +195,7 @@ class Jobs:
         """
         found = self.jobs.get(number)
         if found is None:
-            raise UsageError(f"no job {number}", cure="Reload the page")
+            raise UsageError(f"job {number} does not exist", cure="Reload the page")
         return found
 
     def records(self) -> list[dict[str, JsonValue]]:

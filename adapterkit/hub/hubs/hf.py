@@ -213,7 +213,7 @@ class HuggingFace(Remote):
         if status == 403:
             cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
             known = "with this token" if self.token else "without a token"
-            return AccessDenied(f"not allowed {known}", path=place, cure=cure)
+            return AccessDenied(f"the hub forbids this {known}", path=place, cure=cure)
         if self.token:
             cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
             return AccessDenied("the hub does not know this token", path=place, cure=cure)

@@ -74,7 +74,9 @@ class ModelScope(Listing):
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
         if status == 404 or type(error).__name__ == "NotExistError":
-            return RemoteNotFound("no such repository, revision or file", path=place, cure="Check the spelling")
+            return RemoteNotFound(
+                "the repository, revision or file does not exist", path=place, cure="Check the spelling"
+            )
         return NetworkError(f"the hub cannot be read ({type(error).__name__})", path=place, cure="Try again")
 
 

@@ -135,9 +135,9 @@ def _file(layer: Any, where: str, place: str) -> RemoteFile:
     notes = notes if isinstance(notes, dict) else {}
     name = next((notes[key] for key in NAMES if isinstance(notes.get(key), str)), None)
     if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
-        raise Malformed("no sha256 digest", path=place, where=where, cure=_ANOTHER)
+        raise Malformed("the layer has no sha256 digest", path=place, where=where, cure=_ANOTHER)
     if type(size) is not int or size < 0:
-        raise Malformed("no size", path=place, where=where, cure=_ANOTHER)
+        raise Malformed("the layer has no size", path=place, where=where, cure=_ANOTHER)
     if notes.get(FOLDER) == "true" or (kind.startswith("application/vnd.cncf.model.") and ".tar" in kind):
         cure = "Fetch and unpack it with the tool that pushed it"
         raise Unsupported(
@@ -317,7 +317,9 @@ class Distribution(Remote):
             return AccessDenied(f"the registry denies access {known}", path=place, cure=login)
         if error.status == 403:
             cure = "Use an account that has the right to do this (to write, for a push)"
-            return AccessDenied(f"not allowed {known}", path=place, cure=cure if self.admission.known else login)
+            return AccessDenied(
+                f"the registry forbids this {known}", path=place, cure=cure if self.admission.known else login
+            )
         if error.status == 404:
             named = "no such repository" if error.code == "NAME_UNKNOWN" else f"no tag {self.uri.revision!r}"
             why = "a blob is missing: the artifact is incomplete" if error.code == "BLOB_UNKNOWN" else named
