@@ -256,7 +256,7 @@ def test_what_a_call_lacks_is_named(made):
         UsageError, match=r"needs task_ids, which no call of the model brought\. Call .* with task_ids="
     ):
         model(IDS)
-    with pytest.raises(ShapeMismatch, match="one number of a task for each row"):
+    with pytest.raises(ShapeMismatch, match="one task number for each row"):
         model(IDS, task_ids=torch.tensor([0]))
     model(IDS, **TASKS)
     with pytest.raises(UsageError, match="task_ids") as raised:

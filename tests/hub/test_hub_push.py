@@ -222,7 +222,7 @@ def test_somebody_who_pushed_meanwhile_is_not_overwritten(
         return found
 
     monkeypatch.setattr(_committing, "head_of", head)
-    with pytest.raises(NetworkError, match="meanwhile"):
+    with pytest.raises(NetworkError, match="in the meantime"):
         ak.hub.push(lora, "org/lora")
     assert hub.files("org/lora") == {"theirs": b"2"}
 
