@@ -26,7 +26,7 @@ Part = tuple[str, Licence]
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a family of licences requires; see the head of `spec/licences.toml`."""
+    """The requirements of a family of licences; see the head of `spec/licences.toml`."""
 
     asks: str
     commercial: bool = True

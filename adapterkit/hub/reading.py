@@ -96,7 +96,7 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 def headers(name: str) -> Iterator[Path]:
     """Yield a folder (or file) with real headers and sparse data, for code that reads headers only.
 
-    JSON files are downloaded whole and verified. Of safetensors files, the header and any data that is read later are
+    JSON files are downloaded whole and verified. The headers of safetensors files, and any data that is read later, are
     fetched by range requests, which cannot be verified. Repositories without safetensors files are downloaded whole.
 
     Raises:

@@ -350,7 +350,9 @@ def _opened_base(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoi
         yield opened(base), None
         return
     if isinstance(base, Checkpoint):
-        raise UsageError("an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit stream=")
+        raise UsageError(
+            "an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit --stream (stream=)"
+        )
     with streamed(base, out) as shards:
         yield opened(shards.path), shards
 

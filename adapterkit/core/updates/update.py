@@ -38,7 +38,7 @@ class Update:
         rules: conditions on the axes, attributes and tensors beyond shape strings, in order.
         fits: conditions on the weight. In them, `out`, `in` and `columns` are the weight's sizes, and `kernel` is the
             number of its kernel axes.
-        forms: groups of optional tensors. Of each group, exactly one set must be present; `()` means no tensor at all.
+        forms: groups of optional tensors. Exactly one set of each group must be present; `()` means no tensor at all.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
             never trained.
