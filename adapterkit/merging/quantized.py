@@ -68,7 +68,7 @@ def as_merged(
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
-        raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(WHY)}")
+        raise UsageError(f"the choice {quantized!r} for quantized bases is unknown", cure=f"Known: {', '.join(WHY)}")
     if (onto is None) == (quantized == "original"):
         why = "the 16-bit weights to merge into are missing" if onto is None else f"onto does not apply to {quantized}"
         raise UsageError(

@@ -69,7 +69,7 @@ def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_arguments_in_the_other_order() -> None:
     done = run("merge", "lora", "base", "-o", "out")
     assert done.exit_code == 2
-    assert "lora is an adapter, and base is none" in done.stderr
+    assert "lora is an adapter, and base is not" in done.stderr
     assert "BASE comes first" in done.stderr
     with pytest.raises(UsageError, match="is an adapter"):
         ak.plan("lora", ["base"])

@@ -343,5 +343,5 @@ def test_the_tokenizer_comes_along_on_the_command_line(tmp_path: Path) -> None:
 def test_unknown_choice(tmp_path: Path) -> None:
     base = saved_base("tied", tmp_path / "base")
     trained(base, tmp_path / "a", CONFIGS["plain"]("embed_tokens", "q_proj"))
-    with pytest.raises(UsageError, match="unknown choice 'shrink'"):
+    with pytest.raises(UsageError, match="choice 'shrink' for the vocabulary is unknown"):
         ak.merge(base, tmp_path / "a", tmp_path / "out", vocab="shrink")
