@@ -1,7 +1,7 @@
-"""adapterkit: one typed `Adapter` for every adapter format, and everything else a function of it.
+"""adapterkit: one typed `Adapter` for all adapter formats, and functions that take and return it.
 
-Importing this package is cheap: names are loaded from their modules on first use, and neither torch nor onnx is
-imported before values must change.
+Importing this package is cheap: names are loaded from their modules on first use. torch and onnx are imported only when
+tensor values are needed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _HOME = {
     "verify": "merging",
     "write": "writing",
 }
-"""Public name -> the module that it is loaded from, and its name there where that is another."""
+"""Public name -> the module that defines it; with the name in that module, if it differs."""
 
 __all__ = [
     "FORMATS",
@@ -126,11 +126,11 @@ __all__ = [
 
 
 _MODULES = ("hub", "onnx", "ops", "provenance", "torch")
-"""Parts of the package that are reached as such."""
+"""Subpackages that are public, as `adapterkit.hub`."""
 
 
 def _hub() -> _resolving.Hub:
-    """Return the hubs, imported at the first name on one of them."""
+    """Return the hub package; it is imported at the first use of a name on a hub."""
     from . import hub
 
     return hub

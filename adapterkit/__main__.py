@@ -1,4 +1,4 @@
-"""`python -m adapterkit`: the same command line."""
+"""Run the command line: `python -m adapterkit`."""
 
 from .cli import main
 

@@ -1,7 +1,7 @@
-"""The edge: functions that take names of files and hubs where the modules below take what is opened already.
+"""Functions that take names of files and hubs; the modules below them take objects that are already open.
 
-`adapterkit.names` is a function, so the package that it is about is called `adapterkit.naming`: a module and a function
-of one name would replace each other, depending on what is imported first.
+`adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function with
+the same name would replace each other, depending on which is imported first.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ def convert(
     made_from: str | None = None,
     **reading: Unpack[ReadOptions],
 ) -> WriteResult:
-    """Write an adapter in another format, here or on a hub.
+    """Write an adapter in another format, to a local path or a hub.
 
     Args:
         src: the adapter: a path or an address such as `hf://org/repo`.
         dst: the file, the folder or the address to write.
         to: the format to write; `FORMATS` lists them.
-        format: the format of `src`; found from its headers if absent.
-        base: the base, for formats that need one to resolve names or order rows. For `onnx_adapter`, a graph with
-            slots (`.onnx`): the file then has the names, types and layout of its slots.
-        compat: another reading of `src`; see `read`.
-        on_loss: what to do with what the format cannot say: refuse, fold, promote or drop; see `write`.
-        max_error: with `on_loss="promote"`, the relative error that a change may have.
-        profile: a consumer that takes only a part of the format, such as `"vllm"`.
-        match_base: write the targets in the names and parts that `base` stores.
+        format: the format of `src`; detected from its headers if absent.
+        base: the base, for formats that need it to resolve names or to order rows. For `onnx_adapter`, it may be a
+            graph with slots (`.onnx`): the file then has the names, types and layout of the slots.
+        compat: another interpretation of `src`; see `read`.
+        on_loss: what to do with updates that the format cannot express: refuse, fold, promote or drop; see `write`.
+        max_error: with `on_loss="promote"`, the largest relative error of a change.
+        profile: a consumer that supports only a part of the format, such as `"vllm"`.
+        match_base: write the targets with the names and parts that `base` stores.
         rename: rules for names, each `FROM=TO` or `@FILE`.
-        overwrite: replace what is at `dst`.
-        made_from: a digest of what decides the output, kept with it; see `write`.
+        overwrite: replace an existing output at `dst`.
+        made_from: a digest of everything that decides the output, stored with it; see `write`.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        what was written, with a line for each loss and each warning.
+        The result: what was written, with a line for each loss and each warning.
 
     Raises:
-        UsageError: `dst` is `src`, or `match_base` without a base.
-        StorageError: something is at `dst`, and `overwrite` is not set.
-        AdapterkitError: see `read` and `write`.
+        UsageError: `dst` is `src`, or `match_base` is set without a base.
+        StorageError: `dst` exists, and `overwrite` is not set.
+        AdapterkitError: as for `read` and `write`.
 
     Example:
         >>> adapterkit.convert("lora", "lora.gguf", to="gguf", base="base")  # doctest: +SKIP
     """
     if match_base and base is None:
-        cure = "Pass base=/--base, or leave match_base=/--match-base out"
+        cure = "Pass --base (base=), or omit --match-base (match_base=)"
         raise UsageError("--match-base requires --base", cure=cure)
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
@@ -88,8 +88,8 @@ def convert(
         given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
         for name, value in given.items():
             if value is not None:
-                why = f"{name}={value}, where a file is written for the slots of a graph"
-                cure = f"Leave out --{name.replace('_', '-')} ({name}=): the slots decide what the file holds"
+                why = f"{name} is {value}, but the slots of a graph decide what the file holds"
+                cure = f"Omit --{name.replace('_', '-')} ({name}=)"
                 raise UsageError(why, where=name, cure=cure)
         adapter = read(source, format or detect(source), compat=compat, **reading)
         return _for_slots(adapter, source, out, base, rename, overwrite, made_from)
@@ -124,8 +124,8 @@ def _for_slots(
 
     path = Path(out)
     if is_address(out):
-        why = "a file for the slots of a graph is written to this disk"
-        raise UsageError(why, path=out, cure="Name a path, and push it by adapterkit push")
+        why = "a file for the slots of a graph can only be written to a local path"
+        raise UsageError(why, path=out, cure="Name a path, and push the file with adapterkit push")
     destination = Destination(out, [source], overwrite, format="onnx_adapter", inputs=[str(graph)])
     destination.check()
     with staged(path, overwrite=overwrite, inputs=destination.files, made_from=made_from) as scratch:
@@ -134,7 +134,7 @@ def _for_slots(
 
 
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
-    """Warnings about a base that is not the one that an adapter names; none without a base."""
+    """Return warnings if the base differs from the one that an adapter names; none without a base."""
     if base is None:
         return []
     found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
@@ -156,26 +156,26 @@ def inspect(
     base_weights: str | PathLike[str] | None = None,
     **reading: Unpack[ReadOptions],
 ) -> Inspection:
-    """Say what an adapter, a base or a graph holds; only headers are read, but with `layers`.
+    """Describe an adapter, a base or a graph; without `layers`, only headers are read.
 
     Args:
         src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
             checkpoint.
-        base: the base of an adapter; the result then says whether it fits.
-        format: the format of an adapter; found from its headers if absent.
-        compat: another reading of an adapter; see `read`.
+        base: the base of an adapter; the result then says whether the two fit.
+        format: the format of an adapter; detected from its headers if absent.
+        compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
         rename: rules for names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: weights of a graph's base, to find layers by their numbers.
+        base_weights: weights of a graph's base, used to find layers by their numbers.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        what was found; `record()` is plain data, and notebooks show a table.
+        The description; `record()` returns plain data, and notebooks show a table.
 
     Raises:
-        UsageError: an option that does not fit what is there.
-        UnknownFormat: neither an adapter nor a base.
-        AdapterkitError: see `read`.
+        UsageError: an option does not fit the content of `src`.
+        UnknownFormat: `src` is neither an adapter nor a base.
+        AdapterkitError: as for `read`.
 
     Example:
         >>> adapterkit.inspect("lora").totals["targets"]  # doctest: +SKIP
@@ -204,27 +204,28 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Say where an adapter's targets lie in a base, and by which rules; headers alone are read.
+    """Say where an adapter's targets are in a base, and by which rules; only headers are read.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
-        adapter: the adapter, or where it is; without one, the base's own names are listed with what other tools call
-            them.
-        rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        allow_partial: list targets that have no place under `missing` instead of refusing.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
+        adapter: the adapter, or its path. If absent, the base's own names are listed with the names that other tools
+            use.
+        rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
+        allow_partial: list targets that match nothing under `missing` instead of refusing.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
 
     Returns:
-        `base`, `model_type`, `family` (the architecture file that is for the base, or None), and with an adapter
-        `targets`, a list of records with `target` (the adapter's name), `path` (the base's), `rows` and `layout` and
-        `tensor`; `rules`, each with the number of targets that it placed; and `missing`. Without an adapter `weights`:
-        one record for each stored name, with `#` for numbers, the number of such modules, and `names` by naming.
+        A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter, it
+        also has `targets`, a list of records with `target` (the adapter's name), `path` (the base's), `rows`, `layout`
+        and `tensor`; `rules`, each with the number of targets that it resolved; and `missing`. Without an adapter, it
+        has `weights`: one record per stored name, with `#` for numbers, the number of such modules, and `names` by
+        naming.
 
     Raises:
-        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
-        TargetNotFound: a target has no place, or two readings of its name fit.
+        CheckFailed: `strict_base` is set, and the base is not the one that the adapter names.
+        TargetNotFound: a target matches nothing, or two readings of its name fit.
         ShapeMismatch: a shape does not fit.
-        UsageError: a rule that cannot be read.
+        UsageError: a rule is not readable.
     """
     checkpoint = opened(base)
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
@@ -260,7 +261,7 @@ def report(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
-    """Measure adapters and tell what stands out, in numbers, sentences and pictures; notebooks show the result.
+    """Measure adapters and report what stands out, in numbers, sentences and pictures; notebooks show the result.
 
     Args:
         adapters: one adapter or several, each an `Adapter` or where it is.
@@ -274,13 +275,13 @@ def report(
         progress: called with what is done and all there is to do, in units of work.
 
     Returns:
-        the report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
+        The report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
 
     Raises:
-        UsageError: no adapter, or `merged` without `base`.
-        StorageError: something is at `out`.
-        Unsupported: the package that draws charts is not installed; raised where `out` is given.
-        AdapterkitError: adapters that cannot be read, or are of different models.
+        UsageError: no adapter is given, or `merged` without `base`.
+        StorageError: `out` exists.
+        Unsupported: the package that draws charts is not installed; raised only if `out` is given.
+        AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
     from pathlib import Path
 
@@ -314,7 +315,7 @@ def report(
 
 
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
-    """The adapter, read with the base if it fits that: a report tells of one that does not."""
+    """Return the adapter, read with the base if the two fit; the report says so if they do not."""
     if base is None:
         return read(path)
     try:
@@ -324,7 +325,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """A short name for each adapter, all different: the end of its path, with more of the path where that is shared."""
+    """Return a short, unique name for each adapter: the end of its path, longer if several paths end alike."""
     from os import fspath
 
     parts = [

@@ -1,7 +1,7 @@
 """Run a reader of adapterkit files against the vectors of the specification (spec/README.md, section 16).
 
-Any program takes part that gets a verb and paths and prints one line of JSON a path. Nothing of this package's own
-reader of adapters is used to judge it: expectations are in the vectors.
+Any program can take part: it gets a verb and paths, and prints one line of JSON per path. This package's own reader of
+adapters is not used to judge a program, because the expected results are in the vectors.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 BATCH = 100
-"""Paths that a program gets at once."""
+"""Number of paths that a program gets at once."""
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
 """Names of a path's outputs, which `compute` prints; all other tensors of a base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb whose answer is a list of texts -> the answer's field, and the field of a case that has what is expected."""
+"""Verb whose answer is a list of texts -> (the field of the answer, the field of a case with the expected text)."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types with a negative zero."""
+"""Types that have a negative zero."""
 
 SECONDS = 300
-"""Time that a program has for a batch."""
+"""Time limit of a program for one batch, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class CaseOutcome:
 
     Attributes:
         case: its name in the index.
-        conformance_class: what kind of program it is for: reader, validator, base reader, merger, runtime or writer.
-        requirements: what it tests.
-        verb: what the program was asked.
-        passed: whether the program did what was expected; None where it has no formula for the case.
-        why: how it differs; empty where it passed.
+        conformance_class: the kind of program that it tests: reader, validator, base reader, merger, runtime or writer.
+        requirements: the requirements that it tests.
+        verb: the verb that the program was called with.
+        passed: whether the program gave the expected result; None if it has no formula for the case.
+        why: how the result differs; empty if it passed.
     """
 
     case: str
@@ -63,21 +63,21 @@ class CaseOutcome:
 
 
 Ask = Callable[[str, Sequence[Path]], Iterable[dict[str, Any]]]
-"""Gives the program's line for each path of a verb; for `compute` and `merge`, one line for both paths."""
+"""Returns the program's line for each path of a verb; for `compute` and `merge`, one line for both paths."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
-    """Run a program against all cases that a program can be asked, and return what became of each.
+    """Run a program on all cases, and return the outcome of each.
 
     Args:
-        command: the program and its first arguments, to which a verb and paths are added; or a function that is given
-            the verb and the paths, for a reader that is no program.
-        suite: the folder `vectors` of the specification, or the archive of it that a release has; the folder of this
-            checkout when not given.
+        command: the program and its first arguments, to which a verb and paths are appended. Or, for a reader that is
+            not a program, a function that takes the verb and the paths.
+        suite: the folder `vectors` of the specification, or its archive from a release; by default the folder of this
+            checkout.
 
     Raises:
-        UsageError: there is no index of vectors.
-        Corrupt: a vector is not the one that the index lists.
+        UsageError: the folder has no index of vectors.
+        Corrupt: a vector differs from the one that the index lists.
 
     Example:
         >>> from adapterkit.conformance import conformance
@@ -90,11 +90,13 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
         cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
-        raise UsageError("no index.json of vectors", path=root, cure=cure)
+        raise UsageError("the folder has no index.json of vectors", path=root, cure=cure)
     cases = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
         if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
-            raise Corrupt("not the vector that index.json lists", path=root / name, cure="Fetch the suite again")
+            raise Corrupt(
+                "the file is not the vector that index.json lists", path=root / name, cure="Fetch the suite again"
+            )
     ask: Ask = command if callable(command) else partial(_lines, command)
     found = []
     known: set[str] = set()
@@ -105,14 +107,14 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
         known |= {name for case, line in zip(own, lines, strict=True) if line.get("ok") for name in _methods(case)}
         for case, path, line in zip(own, paths, lines, strict=True):
             if _foreign(case, line, known):
-                found.append(_outcome(case, None, "a method that it does not know"))
+                found.append(_outcome(case, None, "the program does not know the method"))
             else:
                 found.append(_rewritten(case, line, path) if verb in TEXTS else _judged(case, line))
     for case in (case for case in cases if case["verb"] in ("compute", "merge")):
         adapter, base, *merged = (root / name for name in case["inputs"])
         (line,) = ask(case["verb"], [adapter, base])
         if _foreign(case, line, known):
-            found.append(_outcome(case, None, "a method that it does not know"))
+            found.append(_outcome(case, None, "the program does not know the method"))
         elif case["verb"] == "compute":
             found.append(_computed(case, line, base))
         else:
@@ -125,11 +127,11 @@ def _methods(case: Mapping[str, Any]) -> list[str]:
 
 
 def _foreign(case: Mapping[str, Any], line: Mapping[str, Any], known: set[str]) -> bool:
-    """Whether a program that knows some methods only refuses a case for one that it does not know (R-7.1)."""
+    """Whether a program that knows only some methods refuses a case because it does not know its method (R-7.1)."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # `updates[0] (q)` names the target too, which is the place that a refused computation has.
+    # Accept `updates[0] (q)` too: a refused computation also names the target, which is its location.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted["where"] in where
     return not right and not known.issuperset(_methods(case))
@@ -139,7 +141,7 @@ def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable
     for start in range(0, len(paths), BATCH):
         batch = paths[start : start + BATCH]
         done = subprocess.run([*command, verb, *map(str, batch)], capture_output=True, timeout=SECONDS, check=False)
-        # Not splitlines(): JSON may hold U+2028, which ends a line for Python and not for JSON.
+        # Do not use splitlines(): JSON may contain U+2028, which Python takes as the end of a line.
         lines = done.stdout.split(b"\n")
         for number in range(1 if verb in ("compute", "merge") else len(batch)):
             try:
@@ -157,38 +159,38 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
-            why = f"accepted, and it is {wanted['error']}"
+            why = f"the program accepted it, but it is {wanted['error']}"
         elif line.get("error") != wanted["error"]:
             why = f"{line.get('error')} instead of {wanted['error']}"
         elif wanted.get("exact") and line.get("where") != wanted["where"]:
-            why = f"place {line.get('where')!r} is not {wanted['where']!r}"
+            why = f"the location {line.get('where')!r} is not {wanted['where']!r}"
         elif wanted["where"] not in str(line.get("where")):
-            why = f"place {line.get('where')!r} does not name {wanted['where']!r}"
+            why = f"the location {line.get('where')!r} does not contain {wanted['where']!r}"
     elif not line.get("ok"):
-        why = f"refused: {line.get('error')} at {line.get('where')!r}"
+        why = f"the program refused it: {line.get('error')} at {line.get('where')!r}"
     elif "tensors" in wanted and line.get("tensors") != wanted["tensors"]:
-        why = f"tensors {line.get('tensors')} instead of {wanted['tensors']}"
+        why = f"the tensors are {line.get('tensors')} instead of {wanted['tensors']}"
     elif line.get("digest") != wanted.get("digest", line.get("digest")):
-        why = f"digest {line.get('digest')} instead of {wanted['digest']}"
+        why = f"the digest is {line.get('digest')} instead of {wanted['digest']}"
     return _outcome(case, not why, why)
 
 
 def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> CaseOutcome:
-    """Compare canonical JSON, text by text."""
+    """Compare canonical JSON, one text at a time."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
     if line.get("error") == "Unsupported":
         return _outcome(case, None, f"no verb {case['verb']}")
     got = line.get(answers)
     if not line.get("ok") or not isinstance(got, list) or len(got) != len(wanted):
-        return _outcome(case, False, f"{line.get('error', 'not one text for each')}")
+        return _outcome(case, False, f"{line.get('error', 'the answer does not have one text for each')}")
     pairs = enumerate(zip(got, wanted, strict=True))
     why = next((f"number {at}: {one!r} instead of {other!r}" for at, (one, other) in pairs if one != other), "")
     return _outcome(case, not why, why)
 
 
 def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> CaseOutcome:
-    """Compare all bytes of a merged base; without one the merge must be refused."""
+    """Compare all bytes of a merged base; if the case has no result, the program must refuse the merge."""
     from .io import safetensors
 
     judged = _judged(case, line) if expected is None else None
@@ -204,20 +206,20 @@ def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | N
     }
     got = line.get("tensors")
     if not isinstance(got, dict) or got.keys() != wanted.keys():
-        return _outcome(case, False, "other tensors than the base's")
+        return _outcome(case, False, "the tensors differ from the base's")
     why = next((f"{name} differs" for name in wanted if not _same(got[name], wanted[name])), "")
     return _outcome(case, not why, why)
 
 
 def _same(got: object, wanted: list[Any]) -> bool:
-    """Whether a tensor has the bytes that a vector has; the sign of a zero is free (R-10.4)."""
+    """Whether a tensor has the bytes of a vector; the sign of a zero does not matter (R-10.4)."""
     if not isinstance(got, list) or got[:2] != wanted[:2] or len(got) != len(wanted) or not isinstance(got[2], str):
         return False
     return _without_negative_zeros(*got) == _without_negative_zeros(*wanted)
 
 
 def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list[str]:
-    """Return the elements in hexadecimal, little-endian, a negative zero as 0."""
+    """Return the elements in hexadecimal, little-endian, with a negative zero as 0."""
     width = max(2, len(text) // max(1, math.prod(shape)))
     elements = [text[at : at + width] for at in range(0, len(text), width)]
     negative = "80".rjust(width, "0")
@@ -227,8 +229,8 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
-    A program may have no formula for a path, and says Unsupported there. The case is then counted apart if all other
-    paths are right.
+    A program may have no formula for a path, and answers Unsupported there. If all other paths are right, the case is
+    counted separately.
     """
     import numpy as np
 
@@ -265,13 +267,13 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
         wanted = leaf.numpy()
         values = np.asarray(got["values"], dtype="f8")
         if list(got["shape"]) != list(wanted.shape):
-            why = f"{name} has shape {got['shape']}, not {list(wanted.shape)}"
+            why = f"{name} has the shape {got['shape']}, not {list(wanted.shape)}"
             return _outcome(case, False, why)
         far = np.abs(values - wanted.reshape(-1)) > tolerance * np.maximum(1, np.abs(wanted.reshape(-1)))
         if far.any() or not np.isfinite(values).all():
             return _outcome(case, False, f"{name} differs at {int(far.argmax())}")
     if extra:
-        return _outcome(case, False, f"{min(extra)} is there, and nothing says what it is")
+        return _outcome(case, False, f"the answer has {min(extra)}, which the case does not define")
     if without:
-        return _outcome(case, None, f"no formula for {', '.join(sorted(without))}")
+        return _outcome(case, None, f"the program has no formula for {', '.join(sorted(without))}")
     return _outcome(case, True)

@@ -1,4 +1,4 @@
-"""Write an adapter to a local path or a hub, checked before any work is done."""
+"""Write an adapter to a local path or a hub; the destination is checked before any work is done."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class WriteResult:
         format: the written format.
         targets: the number of targets.
         updates: the number of updates.
-        losses: what was left out or rewritten, one line each; see `on_loss`.
-        warnings: further notes for the caller, such as a base that is not the adapter's own.
-        already_done: True if the same output existed before, so that nothing was written.
+        losses: one line for each omitted or rewritten update; see `on_loss`.
+        warnings: further notes for the caller, such as a base that the adapter was not made for.
+        already_done: True if the same output already existed, so that nothing was written.
     """
 
     out: str
@@ -66,11 +66,11 @@ class Destination:
 
     Args:
         out: the path or the uri.
-        sources: the adapters to read; a licence that all their model cards name is passed on to a hub.
+        sources: the adapters to read; if all their model cards name the same licence, a card on a hub does too.
         overwrite: replace an existing output.
         format: the format to write.
         base: the base, which is also read.
-        inputs: other files that are read.
+        inputs: other files to read.
 
     Raises:
         UsageError: the destination is one of the sources.
@@ -94,7 +94,7 @@ class Destination:
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that exists, or whose files would replace a source; a hub checks this when it is written to.
+        """Refuse a path that exists, or whose files would replace a source. A hub is checked when it is written to.
 
         Raises:
             UsageError: the destination is one of the sources.
@@ -117,12 +117,12 @@ class Destination:
 
         Args:
             adapter: the adapter.
-            on_loss: what to do with what the format cannot express; see `adapterkit.write`.
+            on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
             profile: a consumer that accepts only a part of the format.
-            max_error: with `on_loss="promote"`, the relative error that a change may have.
+            max_error: with `on_loss="promote"`, the largest relative error of a change.
             base: the base, if it is already open.
             made_from: a digest of everything that decides the output, stored with it.
-            warnings: passed on in the result.
+            warnings: warnings to include in the result.
         """
         unchanged: list[bool] = []
         with self._path(lambda: unchanged.append(True)) as path:
@@ -146,7 +146,7 @@ class Destination:
             return
         options: Any = {"overwrite": self.overwrite, "sources": self.sources, "unchanged": unchanged}
         with outgoing(self.out, **options) as folder:
-            # An interrupted command may have left another format here, so the folder is written from scratch.
+            # Start with an empty folder: an interrupted command may have left another format here.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             yield folder / FORMATS[self.format].file

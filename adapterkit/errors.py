@@ -1,6 +1,6 @@
-"""Every error that adapterkit raises on purpose: one root, few leaves, each with a place, a cure and a stable code.
+"""Every error that adapterkit raises on purpose: one root class, few subclasses, each error with a location and a cure.
 
-The library never prints, exits or asks. The command line turns an error into one line and an exit code.
+The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""Longest line of an error in characters. Names and values quoted from files once made errors of 70,000 characters."""
+"""Longest line of an error, in characters. Names and values quoted from files once made errors of 70,000 characters."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""Longest error of many lines in characters, about a terminal's screen; further lines are only counted."""
+"""Longest error of many lines, in characters, about a terminal's screen; further lines are only counted."""
 
 MAX_PATH = 4096
 """Longest path in characters, the limit of Linux."""
@@ -30,12 +30,12 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
 """A url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not match."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""User name and password before a host. `host:5000/name@sha256:...` has none."""
+"""User name and password before a host. `host:5000/name@sha256:...` has neither, and does not match."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""A secret in a part of a url, such as the path of a file on a hub whose uri has a query."""
+"""A secret in part of a url, such as the path of a file on a hub whose uri has a query."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -43,9 +43,9 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 def public(text: str) -> str:
     """Return the text with all secrets in urls replaced by `...`.
 
-    This is the only place that removes secrets. Errors, lineage, notes, reports and all output of the command line pass
-    through it. It removes user names and passwords before the host, and the whole query (`?token=`, `X-Amz-Signature`,
-    ...), since no list could name all secret parameters.
+    This is the only function that removes secrets. Errors, lineage, origin files, reports and all output of the command
+    line pass through it. It removes user names and passwords before the host, and the whole query (`?token=`,
+    `X-Amz-Signature`, ...), because no list could name all secret parameters.
     """
     if ":/" in text:
         text = _ADDRESS.sub(_without_secrets, text)
@@ -62,8 +62,8 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 
 def brief(text: str) -> str:
-    """Cut long lines in the middle, and leave out the lines beyond `MAX_LINES` or `MAX_TEXT`."""
-    if not text.isascii():  # Lone surrogates, which JSON can hold, cannot be printed.
+    """Cut long lines in the middle, and omit the lines beyond `MAX_LINES` or `MAX_TEXT`."""
+    if not text.isascii():  # Escape lone surrogates, which JSON can hold and no terminal can print.
         text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
         return text
@@ -94,10 +94,10 @@ class AdapterkitError(Exception):
 
     Attributes:
         why: what is wrong, in one sentence without a full stop.
-        path: the file or folder with the fault, if any.
-        where: the place inside it: a tensor, a key, a target, a byte offset.
+        path: the faulty file or folder, or None.
+        where: the location inside it: a tensor, a key, a target, a byte offset.
         cure: what the reader of the message can do.
-        code: stable machine-readable name of the kind of error.
+        code: a stable machine-readable name for the kind of error.
         exit_code: the exit code of the command line.
     """
 
@@ -127,7 +127,7 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Fill in the place if it is missing, and return the same error."""
+        """Fill in the path and location if they are missing, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self
@@ -148,7 +148,7 @@ class UsageError(AdapterkitError):
 
 
 class Malformed(AdapterkitError):
-    """A file breaks the rules of its own container or format."""
+    """A file violates the rules of its own container or format."""
 
     code = "malformed"
 
@@ -166,7 +166,7 @@ class ShapeMismatch(AdapterkitError):
 
 
 class TargetNotFound(AdapterkitError):
-    """A target has no place in the base, or more than one."""
+    """A target matches nothing in the base, or several things."""
 
     code = "target-not-found"
 
@@ -179,7 +179,7 @@ class Unsupported(AdapterkitError):
 
 
 class NotMergeable(AdapterkitError):
-    """An update cannot be folded into weights."""
+    """An update cannot be added to weights."""
 
     code = "not-mergeable"
     exit_code = 3
@@ -206,34 +206,34 @@ class Unrepresentable(AdapterkitError):
 
 
 class CheckFailed(AdapterkitError):
-    """A verification ran to its end and found a difference."""
+    """A verification ran to completion and found a difference."""
 
     code = "check-failed"
     exit_code = 1
 
 
 class Miswritten(CheckFailed):
-    """A format's writer wrote something else: read back, it is a different adapter."""
+    """A format's writer made an error: read back, the files are a different adapter."""
 
     code = "miswritten"
 
 
 class Corrupt(AdapterkitError):
-    """Bytes are not the expected ones: a digest, a length or a journal disagrees."""
+    """Bytes differ from the expected ones: a digest, a length or a journal does not match."""
 
     code = "corrupt"
     exit_code = 4
 
 
 class StorageError(AdapterkitError):
-    """The file system refused: no space, no permission, read-only, missing, or already there."""
+    """The file system refused: the disk is full, access is denied, or the path is read-only, missing, or exists."""
 
     code = "storage"
     exit_code = 6
 
 
 class NetworkError(AdapterkitError):
-    """A hub could not be reached, refused, or sent an invalid reply."""
+    """A hub is not reachable, refused, or sent an invalid reply."""
 
     code = "network"
     exit_code = 5
@@ -246,7 +246,7 @@ class AccessDenied(NetworkError):
 
 
 class RemoteNotFound(NetworkError):
-    """A hub has no such repository, revision or file."""
+    """A hub does not have the repository, revision or file."""
 
     code = "remote-not-found"
 
@@ -256,8 +256,8 @@ _CURES = {
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
     errno.EACCES: "Check the owner and the mode of that path",
     errno.EPERM: "Check the owner and the mode of that path",
-    errno.EEXIST: "A file is in the way of a folder",
-    errno.ENOTDIR: "A file is in the way of a folder",
+    errno.EEXIST: "A file has the name of a folder that is needed",
+    errno.ENOTDIR: "A file has the name of a folder that is needed",
     errno.ENOENT: "Check the spelling of the path",
     errno.EISDIR: "Name a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
@@ -275,10 +275,10 @@ R = TypeVar("R")
 
 
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function of a file so that its errors name that file.
+    """Decorate a function that works on a file, so that its errors name the file.
 
     The first argument is the file: a path, or an object with a `root`. An error that already names a file keeps it. A
-    `UsageError` is about the call, not about a file, and is left unchanged.
+    `UsageError` is about the call, not about a file, and stays unchanged.
     """
     name = next(iter(signature(function).parameters))
 
@@ -318,18 +318,18 @@ _SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message; the error's type if it has no message."""
+    """Return the first line of another library's error message, or the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, among: Iterable[str], count: int = 3, *, before: str = "") -> str:
-    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if none is close.
+    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if no name is close.
 
     Args:
         name: the name that was not found.
         among: names that exist.
-        count: how many are told at most.
-        before: text to put before each.
+        count: the largest number of names.
+        before: text to put before each name.
     """
     import difflib
 

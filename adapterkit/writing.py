@@ -1,9 +1,10 @@
-"""Write an adapter in any format; on request, updates that the format cannot express become a wider method that it has.
+"""Write an adapter in any format; on request, rewrite updates in a method that the format supports.
 
 A writer refuses before it writes anything, and says which updates it cannot express (`Unrepresentable.places`).
-Promotion rewrites these and asks the writer again. Low-rank changes become the LoRA of exactly their factors, with a
-larger rank: no decomposition. Others become a difference of weights if the format has that, and the nearest LoRA only
-if the caller accepts an error. This computes, so it stands above `ops`, and the writers below in `formats`.
+Promotion rewrites these updates and asks the writer again. Low-rank changes become a LoRA with exactly their factors,
+of a larger rank, without a decomposition. Other changes become a difference of weights if the format has that, and the
+nearest LoRA only if the caller accepts an error. Promotion computes, so this module is above `ops`, and the writers
+below it in `formats`.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ ACCEPT = "Accept an error by max_error=/--max-error, give the base to formulas t
 
 _REPORT = "Nothing was written. Report it, or write adapterkit's own format"
 _SLACK = 1e-4
-"""Relative tolerance of a stated error. If none is stated, a hundredth of it covers rounding to float32."""
+"""Relative tolerance for a stated error. If no error is stated, a hundredth of it allows rounding to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
 Made = tuple["Target", "Update", str]
-"""(target, the update that replaces all updates there, a line that reports it)."""
+"""(target, the update that replaces all updates at the target, a line that reports the change)."""
 
 
 def write(
@@ -60,39 +61,39 @@ def write(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter; see `Format.write`. Validate it first, and return what was left out or rewritten.
+    """Validate and write an adapter; return one line for each omitted or rewritten update. See `Format.write`.
 
-    The output is staged beside `path` and renamed into place when it is complete, in every format: after an error
-    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
+    In every format, the output is staged next to `path` and renamed into place when it is complete: after an error,
+    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced, and all
     others stay.
 
-    Before the rename, the output is read back and compared with the adapter. If the writer wrote anything else, in
-    whatever format, that is an error.
+    Before the rename, the output is read back and compared with the adapter. If they differ, in any format, that is an
+    error.
 
     Args:
         adapter: the adapter to write.
         path: file or folder.
         format: the format to write.
-        base: the base, for formats that need one to resolve names or order rows.
+        base: the base, for formats that need it to resolve names or to order rows.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
         profile: a consumer that supports only a part of the format, such as `"vllm"`. Scalings and ranks that it
-            ignores are folded for it; updates that it cannot run are refused.
+            ignores are folded into the tensors; updates that it cannot run are refused.
         max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
             approximate by a low rank; None allows no error.
-        overwrite: replace what is at `path`; False refuses if something is there.
-        made_from: a digest of all inputs of the output, kept with it for a later run; see `adapterkit.io.staging`.
+        overwrite: replace an existing file or folder at `path`; if False, refuse.
+        made_from: a digest of all inputs of the output, stored for a later run; see `adapterkit.io.staging`.
 
     Raises:
-        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
-            disk is full.
+        StorageError: `path` exists, is neither a file nor a folder, is being written by another process, or the disk is
+            full.
         Miswritten: the written files do not mean the same as the adapter; the error names target and field.
-        UsageError: the format needs the base to be read back, and no base was given.
+        UsageError: the format needs the base to read the files back, but no base was given.
         AdapterkitError: see `Format.write`.
     """
     check_adapter(adapter)
     if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
         raise UsageError(
-            f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'/--on-loss promote"
+            f"max_error is {max_error}", cure="Pass a number between 0 and 1, with on_loss='promote'/--on-loss promote"
         )
     below = None if base is None else opened(base)
 
@@ -111,15 +112,15 @@ def write(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promotion:
-    """The ways in which updates may be rewritten.
+    """The allowed ways to rewrite updates.
 
     Attributes:
         lora: whether the format has LoRA.
         dense: whether the format has differences of weights.
         identities: whether a difference of weights may become a LoRA of full rank.
-        whole: whether the format has whole parameters; the base's with a difference added may then be written.
-        max_error: the accepted relative Frobenius error of each change; None accepts none.
-        base: the base whose weights formulas are applied to, if they see the weight.
+        whole: whether the format has whole parameters; then the base's parameter plus a difference may be written.
+        max_error: the accepted relative Frobenius error of each change; None accepts no error.
+        base: the base whose weights are passed to formulas that need them.
     """
 
     lora: bool
@@ -135,7 +136,7 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Write; if that is refused, rewrite the updates that can be promoted and write again. One line for each.
+        """Write the adapter; while that is refused, promote the refused updates and retry. Return one line for each.
 
         Raises:
             Unrepresentable: no refused update can be promoted further.
@@ -148,7 +149,7 @@ class Promotion:
                 refused = {target for target, _ in refusal.places}
                 changed, said = self._promoted(adapter, refused)
                 if not said:
-                    # The writer may refuse a LoRA that conflicts with the others, so try to promote all targets.
+                    # Try to promote all targets: the writer may refuse a LoRA because it conflicts with the others.
                     changed, said = self._promoted(adapter, {*adapter.updates} if refused else set())
                 if not said:
                     if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
@@ -157,15 +158,15 @@ class Promotion:
                 adapter, lines = changed, lines + said
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
-        """Put promotion first in a refusal's cure, if it can write all refused updates without any loss."""
+        """Put promotion first in a refusal's cure, if it can write all refused updates without loss."""
         refused = {target for target, _ in refusal.places}
         found = [adapter.updates.get(target, ()) for target in refused]
         if found and all(self._is_exact(each) for each in found):
-            promote = "Write them in a wider method, which loses nothing, with on_loss='promote'/--on-loss promote"
+            promote = "Write them in another method without loss, with on_loss='promote'/--on-loss promote"
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, found: Sequence[Update]) -> bool:
-        """Whether updates can be combined into one LoRA or one difference of weights, and are not one already."""
+        """Whether the updates are not yet one LoRA or one difference of weights, but can be combined into one."""
         if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
             return False
         if len(found) == 1 and isinstance(found[0], Dense):
@@ -184,7 +185,7 @@ class Promotion:
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
     def _one(self, adapter: Adapter, target: Target) -> Made | None:
-        """Return one update that replaces all of a target; None if there is none, or they are as wide as possible."""
+        """Return one update that replaces all updates of a target; None if it has none, or they cannot be widened."""
         found = adapter.updates[target]
         said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
         if len(found) == 1 and isinstance(found[0], LoRA):
@@ -214,11 +215,11 @@ class Promotion:
             weight = _weight_at(target, update, self.base)
             if weight is not None:
                 total = _when_read(lambda: Replacement(weight=_sum(weight, update), bias=None))  # type: ignore[arg-type]
-                return target, total, f"{said} the whole weight, at the base's"
+                return target, total, f"{said} the whole weight, computed from the base's weight"
         return None
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
-        """Return the LoRA of the smallest rank within the accepted error."""
+        """Return the LoRA with the smallest rank within the accepted error."""
         from .ops import promote
 
         cuts: list[Any] = []
@@ -228,7 +229,7 @@ class Promotion:
             return None
         lost = cuts[0].error / cuts[0].norm if cuts[0].norm else 0.0
         if lost > error * (1 + _SLACK) + _SLACK * 1e-2:
-            why = f"its error is {lost:.1e} of the change, and {error:.1e} is accepted"
+            why = f"its error is {lost:.1e} of the change, but only {error:.1e} is accepted"
             raise _mispromoted(target, next(iter(alone.updates.values())), why)
         _check_error(alone, target, found[0], lost, self.base)
         return target, found[0], f"{said} a LoRA of rank {_rank(found[0], target)}, relative error {lost:.1e}"
@@ -240,12 +241,12 @@ def _is_vector(found: Sequence[Update]) -> bool:
 
 
 def _is_matrix(update: Dense) -> bool:
-    """Whether a difference is of a weight with inputs and outputs."""
+    """Whether a difference belongs to a weight with inputs and outputs."""
     return update.D is not None and len(update.D.shape) > 1
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
-    """Write a difference as a LoRA of full rank: the identity times D, or D times the identity for fewer inputs.
+    """Write a difference as a LoRA of full rank: the identity times D, or D times the identity, the smaller of both.
 
     A difference of the bias alone gets two zero factors of rank 1; diffusers converts the `diff` of Wan's head so.
     """
@@ -274,7 +275,7 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
-    """Return the base's parameter at a target, as it is stored; None if the base has none of this name and shape."""
+    """Return the base's parameter at a target, as stored; None if the base has no parameter of this name and shape."""
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]
     except AdapterkitError:
@@ -284,12 +285,12 @@ def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
 
 
 def _sum(weight: Lazy, update: Dense) -> Lazy:
-    """Add a difference to a weight, rounded once to the weight's dtype."""
+    """Add a difference to a weight; round the sum once to the weight's dtype."""
     return held(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
 
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
-    """Return the LoRA of the factors of all updates together; None if one has no factors, or no known shape."""
+    """Return the LoRA with the factors of all updates together; None if an update has no factors or no known shape."""
     from .ops.building import low_rank
     from .ops.lowering import Change
 
@@ -302,14 +303,14 @@ def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None
     def made() -> LoRA | None:
         deltas = [*change.deltas()]
         if any(delta.rest is not None for delta in deltas):
-            return None  # A low-rank method may have no factors at this weight, as LoKr in convolutions.
+            return None  # A low-rank method may have no factors for this weight, as LoKr in convolutions.
         return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
     return _when_read(made)
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A, with rank 1 at least, because formats have no pair of rank 0."""
+    """Return B and A of rank 1 or more, because formats have no pairs of rank 0."""
     import numpy as np
 
     out, columns = delta.shape
@@ -317,7 +318,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
-    """Return everything that all updates add to the weight, as one difference."""
+    """Return the sum of all updates' changes to the weight, as one difference."""
     from .ops.alignment import places
     from .ops.building import dense
 
@@ -336,12 +337,12 @@ def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | No
 
 
 def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
-    """Check by random inputs that the promoted update is the sum of the given ones.
+    """Check with random inputs that the promoted update is the sum of the given ones.
 
     Raises:
-        Miswritten: it is not the sum.
+        Miswritten: the promoted update is not the sum.
     """
-    # The promoted update comes first: rounding is judged by its element type, not by the given updates' narrower one.
+    # Pass the promoted update first, so that its dtype decides the rounding error, not the given updates' narrower one.
     if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
         raise _mispromoted(target, found, why)
 
@@ -375,7 +376,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
 
 
 def _shaped(alone: Adapter) -> bool:
-    """Whether the updates tell the shape of their weight without a base."""
+    """Whether the updates determine the shape of their weight without a base."""
     try:
         return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
     except UsageError:
@@ -394,9 +395,9 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Make an update with known shapes whose values are computed at each access, so no adapter is held in memory.
+    """Create an update whose shapes are known and whose values are computed at each access, which saves memory.
 
-    None if `make` returns None.
+    Returns None if `make` returns None.
     """
     first = make()
     if first is None:

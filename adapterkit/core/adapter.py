@@ -1,4 +1,4 @@
-"""`Adapter`: the one type that every format is read into, and that all other functions take."""
+"""`Adapter`: the type into which every format is read, and which all other functions take."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Target:
-    """One place in a base.
+    """One location in a base: a weight with its bias, a slice of one, or the whole model.
 
     Attributes:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
             the whole model, which takes context updates only.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`.
-            A leading `e` means one such weight per expert; each tensor of an update then has a leading `e` too.
+            A leading `e` means one such weight per expert; then each tensor of an update has a leading `e` too.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -68,13 +68,13 @@ class Target:
 
 
 Updates = Mapping[Target, tuple[Update, ...]]
-"""Target -> its updates in order of application."""
+"""Target -> its updates, in the order in which they apply."""
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether targets of one adapter at one weight share rows, and one of them is no plain sum.
+    """Whether the order of targets at one weight matters: two of them share rows, and one is not a plain sum.
 
-    Otherwise what each does to the base adds up, which is how several adapters are merged.
+    If the order does not matter, the changes add up. Several adapters are merged in the same way.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -96,8 +96,8 @@ class BaseRef:
     """The base that an adapter was made for.
 
     Attributes:
-        id: a hub id or a path, as the source format names it.
-        revision: branch, tag or commit, if known.
+        id: a hub id or a path, as in the source format.
+        revision: the branch, tag or commit, if known.
         config_hash: sha256 of the canonical JSON of the base's config, if known.
     """
 
@@ -110,7 +110,7 @@ class BaseRef:
 class Step:
     """One step of an adapter's lineage: an operation and its plain arguments.
 
-    Lineage is stored in files, so secrets are removed from urls in the arguments.
+    Lineage is stored in files, so secrets in the arguments' urls are removed.
     """
 
     op: str
@@ -130,7 +130,7 @@ def _public(value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """Content of a source format that `Adapter` has no field for, kept so that writing the format again is lossless."""
+    """Content of a source format that has no field in `Adapter`; it is kept so that writing the format is lossless."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -149,13 +149,13 @@ class AdapterChanges(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """Typed updates by target.
+    """Typed updates, by target.
 
     Attributes:
-        updates: target -> updates in order of application.
-        base: the base it belongs to, as far as known.
-        recipe: its lineage, oldest step first.
-        foreign: further content of the format it was read from.
+        updates: target -> its updates, in the order in which they apply.
+        base: the base that the adapter was made for, as far as known.
+        recipe: the adapter's lineage, oldest step first.
+        foreign: further content of the source format.
         extensions: optional fields of a newer minor version of the spec, kept unchanged.
     """
 
@@ -184,12 +184,12 @@ class Adapter:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of its updates' methods, sorted."""
+        """The names of the updates' methods, sorted."""
         return tuple(sorted({update.method for _, update in self}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of its updates, sorted; updates without a rank do not count."""
+        """The ranks of the updates, sorted; updates without a rank are skipped."""
         found = {update.dims(target.stacked).get("r") for target, update in self}
         return tuple(sorted(rank for rank in found if isinstance(rank, int)))
 
@@ -221,16 +221,17 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Check every update against its shape strings and its method's rules, and updates of one target together.
+        """Check each update against its shape strings and its method's rules, and the updates of each target together.
 
-        It also checks that lineage, base and foreign content are plain JSON, so that every adapter can be written in
+        The method also checks that lineage, base and foreign content are plain JSON. So every adapter can be written in
         the native format and has a digest.
 
         Raises:
-            AdapterkitError: at the first fault; names the target or the field.
+            AdapterkitError: something is wrong; the message names the target or the field of the first error.
         """
         if not self.updates:
-            raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
+            cure = "Was it saved before training, or were all of its keys renamed?"
+            raise UsageError("the adapter holds no updates", cure=cure)
         passed = set[Hashable]()
         for target, updates in self.updates.items():
             form = _form(target, updates)
@@ -255,10 +256,10 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Read every tensor, one at a time, and check what shapes do not show: NaN, infinities, indices.
+        """Read every tensor, one at a time, and check its values: NaN, infinities, and indices out of range.
 
         Raises:
-            Malformed: at the first fault; names target, field and position.
+            Malformed: a value is wrong; the message names the first target, field and position.
         """
         with files_kept_open():
             for target, update in self:
@@ -271,16 +272,16 @@ class Adapter:
         """Return the entries at a dotted path.
 
         Raises:
-            TargetNotFound: there are none; names the nearest.
+            TargetNotFound: the path has no update; the message suggests the most similar path.
         """
         found = {target: updates for target, updates in self.updates.items() if target.path == path}
         if not found:
             cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
-            raise TargetNotFound(f"no update at {path!r}", where=path, cure=cure)
+            raise TargetNotFound(f"no update changes {path!r}", where=path, cure=cure)
         return found
 
     def digest(self) -> str:
-        """Return the sha256 of targets, methods, values and tensor bytes: equal digests mean the same function."""
+        """Return the sha256 of targets, methods, values and tensor bytes. Equal digests mean the same function."""
         digest = hashlib.sha256()
         with files_kept_open():
             for target, update in sorted(self, key=lambda pair: str(pair[0])):
@@ -297,17 +298,17 @@ class Adapter:
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
         """Translate the targets into the names and layouts of `base`, and check every shape against it.
 
-        Updates are split and joined if the base stores weights in other parts. For example, an adapter of a live model
-        of transformers 5 becomes one of the base as stored on a hub, or the reverse. The lineage records the rules that
-        changed names, and the fingerprint of the base if it holds none.
+        If the base stores weights in other parts, updates are split or joined. For example, an adapter of a live model
+        in transformers 5 becomes an adapter of the base as stored on a hub, or the reverse. The lineage records the
+        rules that changed names. It also records the fingerprint of the base, if it holds none.
 
         Args:
             base: an open checkpoint or the path of one.
-            rename: rules for names, each `FROM=TO` or `@FILE`; the first one that matches a target's name is used.
+            rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
 
         Raises:
-            TargetNotFound: a target has no place in the base, or two.
-            ShapeMismatch: a shape does not fit.
+            TargetNotFound: a target matches nothing in the base, or two things.
+            ShapeMismatch: the shape of an update does not fit the weight.
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
         from ..naming.binding import bind
@@ -323,15 +324,15 @@ class Adapter:
 
         Args:
             path: the target's dotted path.
-            base: the source of W, for formulas that need it.
+            base: the source of W, for formulas that read it.
 
         Returns:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
 
         Raises:
-            TargetNotFound: no update applies there.
-            NotMergeable: the update does not change weights only.
-            UsageError: the formula needs W and no base was given.
+            TargetNotFound: no update applies at the path.
+            NotMergeable: the update changes more than weights.
+            UsageError: the formula reads W, but no base was given.
         """
         from ..naming.binding import delta
 
@@ -358,8 +359,8 @@ def canonical(value: object) -> str:
         text = _ENCODER.encode(value)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        why = f"a value that JSON cannot say ({first_line(error)})"
-        raise Malformed(why, where="lineage, or what its source format holds beside the updates", cure=_PLAIN) from None
+        why = f"JSON cannot express a value ({first_line(error)})"
+        raise Malformed(why, where="lineage, or other content of the source format", cure=_PLAIN) from None
     return text
 
 
@@ -375,17 +376,17 @@ DEEPEST = 100
 """Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes become billions."""
+"""Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes can mean billions."""
 
 TOO_LARGE = 10**4300
-"""The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
+"""The first integer of more than 4300 decimal digits, the limit up to which Python prints and reads integers."""
 
 
 def check_json(value: object, where: str) -> None:
     """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
 
     Raises:
-        Malformed: it is not; names the place inside it.
+        Malformed: the value is not plain JSON; the message says where.
     """
     left = [MOST_VALUES]
     _check_json(value, where, 0, left)
@@ -394,11 +395,15 @@ def check_json(value: object, where: str) -> None:
 def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
     left[0] -= 1
     if depth > DEEPEST or left[0] < 0:
-        why = f"nested more than {DEEPEST} levels deep" if depth > DEEPEST else f"more than {MOST_VALUES} values"
+        why = (
+            f"values are nested more than {DEEPEST} deep"
+            if depth > DEEPEST
+            else f"there are more than {MOST_VALUES} values"
+        )
         raise Malformed(why, where=where, cure=_CORRECT)
     if isinstance(value, str):
         if not value.isascii() and not _encodes(value):
-            raise Malformed(f"text with half of a surrogate pair: {value!a}", where=where, cure=_CORRECT)
+            raise Malformed(f"the text {value!a} contains half of a surrogate pair", where=where, cure=_CORRECT)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or not (key.isascii() or _encodes(key)):
@@ -408,7 +413,7 @@ def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
         for number, inner in enumerate(value):
             _check_json(inner, where if isinstance(inner, str) else f"{where}[{number}]", depth + 1, left)
     elif not _plain_number(value):
-        raise Malformed(f"{shown(value)} has no form in JSON", where=where, cure=_CORRECT)
+        raise Malformed(f"JSON cannot express {shown(value)}", where=where, cure=_CORRECT)
 
 
 def _plain_number(value: object) -> bool:
@@ -440,12 +445,12 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     context = [update.kind == "context" for update in updates]
     whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
     if not target.path and not all(whole):
-        raise Malformed("a target without a path", where="path", cure=_REWRITE)
+        raise Malformed("a target has no path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
-        raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+        raise Malformed("a context update has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
     kinds = [update.kind for update in updates]
     if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
-        why = "an update of the weight after one of the output"
+        why = "an update of the weight follows an update of the output"
         raise Malformed(
             why, where=str(target), cure="Put updates of the weight first: the output is computed with them"
         )
@@ -453,7 +458,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
     if target.rows is not None and not 0 <= target.rows[0] < target.rows[1]:
-        raise Malformed("rows are not a start before a stop", where=f"{target}: rows", cure=_REWRITE)
+        raise Malformed("rows must be a start and a larger stop", where=f"{target}: rows", cure=_REWRITE)
 
 
 def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
@@ -462,14 +467,14 @@ def _check_update(target: Target, update: Update, together: dict[str, Any]) -> N
         dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
-                why = f"{axis}={size} here, {axis}={together[axis]} in its target's rows or the update before it"
+                why = f"{axis} is {size} here, but {together[axis]} in the target's rows or its previous update"
                 raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
         raise _placed(error, target, update) from None
 
 
 def _shared(dims: Mapping[str, Any]) -> dict[str, object]:
-    """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in` of others."""
+    """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in`."""
     inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
     return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
 
@@ -483,11 +488,11 @@ def check_adapter(value: object) -> None:
     """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
 
     Raises:
-        UsageError: it is of another type.
+        UsageError: the value has another type.
     """
     if not isinstance(value, Adapter):
         cure = "Pass what adapterkit.read returns; is the order of the arguments right?"
-        raise UsageError(f"{shown(value)} of type {type(value).__name__} where an adapter belongs", cure=cure)
+        raise UsageError(f"{shown(value)} of type {type(value).__name__} is not an adapter", cure=cure)
 
 
 def _row(update: Update, stacked: bool) -> tuple[object, ...]:
@@ -498,4 +503,4 @@ def _row(update: Update, stacked: bool) -> tuple[object, ...]:
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"
 _REWRITE = "Write the adapter again with the tool that made it"
-_PLAIN = "Correct the file that it was read from: text, finite numbers, and keys that are text"
+_PLAIN = "Correct the source file: it may hold strings, finite numbers, and keys that are strings"

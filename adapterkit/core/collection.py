@@ -1,4 +1,4 @@
-"""Garbage collection, switched off while many objects are made that live on."""
+"""Switch garbage collection off while many long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def collection_off() -> Iterator[None]:
     """Switch garbage collection off inside the block, if it is on.
 
-    Collecting goes through all objects again and again while they become more. With tens of thousands of targets that
-    took a third of the time, and finds nothing: what is made is kept.
+    The collector scans all objects again and again while their number grows. With tens of thousands of targets this
+    took a third of the time, and freed nothing, because all new objects are kept.
     """
     was = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Composition: a layer after an update is a layer again, which the next update of the same target sees.
+"""Composition: a layer plus an update is again a layer, on which the next update of the same target acts.
 
 A layer is a backend's view of one target, with the interface of `torch/layers.py`.
 """

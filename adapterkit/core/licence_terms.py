@@ -1,4 +1,4 @@
-"""Tell what licences ask of a model that is made from several parts, and where they contradict each other.
+"""Say what licences require of a model that is made from several parts, and where they contradict each other.
 
 The licences are data, `spec/licences.toml`. A card may name a wrong licence, and whether a change of weights is an
 adapted work is for lawyers, so all of it is for warnings, unless a caller asks for a refusal (`check_licences`).
@@ -22,11 +22,11 @@ BASE = "the base"
 """Name of the base among the parts of a merged model."""
 
 Part = tuple[str, Licence]
-"""A name (`BASE`, or an adapter's), and the licence that its card names."""
+"""The name of a part (`BASE`, or an adapter's), and the licence in its card."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Terms that a family of licences asks; see the head of `spec/licences.toml`."""
+    """The requirements of a family of licences; see the head of `spec/licences.toml`."""
 
     asks: str
     commercial: bool = True
@@ -36,7 +36,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def plain(self) -> bool:
-        """Whether it asks for no more than notices."""
+        """Whether the licence requires no more than notices."""
         return self.commercial and self.changes and not self.whole and not self.restricts
 
 
@@ -59,39 +59,40 @@ def _table() -> _Table:
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "licences.toml"
     found = msgspec.toml.decode(read_input(path), type=_Table)
     if found.format != FORMAT:
-        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+        why = f"the table has format {found.format}, but this version reads format {FORMAT}"
+        raise Malformed(why, path=path, cure="Correct it")
     return found
 
 
 def family_of(licence: Licence) -> str | None:
-    """Return the family of a licence, such as `permissive` or `llama`; None for one that is not in the table."""
+    """Return the family of a licence, such as `permissive` or `llama`; None if the table lacks the licence."""
     entry = _table().licences.get(_id(licence))
     return entry.family if entry is not None else _table().names.get(licence.get("license_name", "").lower())
 
 
 def terms_of(licence: Licence) -> Terms | None:
-    """Return what a licence asks; None for one that is not in the table."""
+    """Return what a licence requires; None if the table lacks the licence."""
     family = family_of(licence)
     return None if family is None else _table().families[family]
 
 
 def spdx_of(licence: Licence) -> str | None:
-    """Return the SPDX identifier of a licence; None where SPDX has none, as for most community licences."""
+    """Return the SPDX identifier of a licence; None if it has none, like most community licences."""
     entry = _table().licences.get(_id(licence))
     return None if entry is None else entry.spdx
 
 
 def called(licence: Licence) -> str:
-    """Return the licence's name for messages: `apache-2.0`, or the `license_name` of one that is `other`."""
+    """Return the licence's name for messages: `apache-2.0`, or the `license_name` if the identifier is `other`."""
     told = licence.get("license", "")
     return licence.get("license_name", told) if told == "other" else told
 
 
 def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return what the licences of a model's parts say against each other, a sentence each.
+    """Return the contradictions between the licences of a model's parts, one sentence each.
 
     Args:
-        parts: base and adapters, in order. Parts without a licence, and licences that are not in the table, are silent.
+        parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
     """
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
@@ -106,9 +107,9 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                found.append(f"{pair}: each asks for the whole to be under it")
+                found.append(f"{pair}: each requires that the whole is under it")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
-                found.append(f"{pair}: one asks for the whole to be under it, the other adds limits that it forbids")
+                found.append(f"{pair}: one requires that the whole is under it, the other adds limits that it forbids")
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
                 found.append(f"{pair}: the result allows no commercial use, because of {strict}")
@@ -116,16 +117,16 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether a licence that must cover the whole, and forbids further limits, meets one that passes on its limits."""
+    """Whether the first licence must cover the whole and forbids further limits, and the other passes on limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 
 def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return what a result's own licence leaves out of what its parts ask, a sentence each.
+    """Return the requirements of the parts' licences that a result's own licence omits, one sentence each.
 
     Args:
-        stated: the licence that the result's card names.
-        parts: what it was made from.
+        stated: the licence in the result's card.
+        parts: the parts that the result was made from.
     """
     own = terms_of(stated)
     if own is None:
@@ -171,11 +172,11 @@ def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | s
 
 
 def parts_of(record: Mapping[str, object]) -> list[Part]:
-    """Return the parts that a merge's record names, each with the licence of its card."""
+    """Return the parts that a merge's record lists, each with the licence in its card."""
     told = record.get("licences")
     pairs = told.items() if isinstance(told, Mapping) else ()
     found = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
-    # Records are written with sorted keys.
+    # Put the base first: records are written with sorted keys.
     return sorted(found, key=lambda part: part[0] != BASE)
 
 
@@ -188,7 +189,7 @@ def _cited(name: str, licence: Licence) -> str:
 
 
 def _reached(licence: Licence) -> set[str]:
-    """Return the identifiers that a whole with this licence in it may be under, by any number of steps."""
+    """Return the identifiers that a whole containing this licence may be under, by any number of steps."""
     found: set[str] = set()
     left = [_id(licence)]
     while left:

@@ -12,19 +12,19 @@ from ..io.inputs import open_input
 from ..io.strict_yaml import load_yaml
 
 Licence = Mapping[str, str]
-"""`license`: an identifier; if it is `other`, `license_name` and `license_link` say which one. Empty for none."""
+"""`license` is an identifier; if it is `other`, `license_name` and `license_link` say which licence. May be empty."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """Return a licence given by its identifier, such as `apache-2.0`, or as a card's metadata."""
+    """Return a licence given by its identifier, such as `apache-2.0`, or by a card's metadata."""
     return {"license": name} if isinstance(name, str) else name or {}
 
 
 def licence_of(card: str) -> Licence:
-    """Return the licence that a card's metadata names; empty if the value is not a plausible identifier."""
+    """Return the licence in a card's metadata; empty if the value is not a plausible identifier."""
     told = metadata(card)
     found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
     if not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", found.get("license", "")):
@@ -33,7 +33,7 @@ def licence_of(card: str) -> Licence:
 
 
 def licence_at(path: Path) -> Licence:
-    """Return the licence that the card in a folder, or beside a file, names."""
+    """Return the licence in the card in a folder, or next to a file."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         with open_input(card) as file:

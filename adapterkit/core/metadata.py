@@ -1,6 +1,6 @@
 """Text metadata of adapters: trigger words, training settings, and the fingerprint of the base.
 
-It is stored in `Adapter.foreign`, and after an operation in the lineage.
+The metadata is stored in `Adapter.foreign`, and after an operation in the lineage.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ METADATA = "metadata"
 """Argument of a lineage step that holds the strings from the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""Argument of a lineage step that holds the fingerprint of the base used in it."""
+"""Argument of a lineage step that holds the fingerprint of the base that the step used."""
 
 SHAPES = "base_shapes"
-"""Argument of a lineage step that holds the digest of names and shapes of the base used in it."""
+"""Argument of a lineage step that holds the digest of tensor names and shapes of the base that the step used."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
 """Argument of a lineage step -> key in the metadata of files whose format has no lineage, such as PEFT's."""
 
 MODEL_TYPE = "model_type"
-"""Argument of a lineage step that holds the base's `model_type`, as transformers names it."""
+"""Argument of a lineage step that holds the base's `model_type` in transformers."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
@@ -47,8 +47,8 @@ _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigg
 def metadata_of(adapter: Adapter) -> dict[str, str]:
     """Return the strings from an adapter's files: trigger words, `ss_*`, `modelspec.*` and others.
 
-    Keys that describe the tensors of one file (its rank, hashes of its bytes) are left out, because they would be wrong
-    for another file.
+    The result omits keys that describe the tensors of one file (its rank, hashes of its bytes), because they would be
+    wrong for another file.
     """
     found: dict[str, str] = {}
     for step in adapter.recipe:
@@ -70,8 +70,8 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """Return the pairs for a file's header, followed by the strings from the adapter's files.
 
     Args:
-        pairs: what the format itself writes, or what the file contained when it was read.
-        adapter: the adapter. If it was changed after reading, ranks and hashes of the old file are left out.
+        pairs: the format's own pairs, or the pairs that the file contained when it was read.
+        adapter: the adapter. If it was changed after reading, ranks and hashes of the old file are omitted.
     """
     changed = bool(adapter.recipe) and adapter.recipe[-1].op != "read"
     kept = {key: value for key, value in pairs if not (changed and key in _OF_ONE_FILE)}
@@ -84,11 +84,11 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
 def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
     """Merge the strings of several adapters.
 
-    A key with one common value keeps it. Trigger words are joined. Any other key is split into one per adapter, with
-    the adapter's name in brackets: `ss_tag_frequency (style)`.
+    If all adapters agree on a key's value, the key is kept. Trigger words are joined. Any other key is split into one
+    key per adapter, with the adapter's name in brackets: `ss_tag_frequency (style)`.
 
     Args:
-        adapters: in order.
+        adapters: the adapters, in order.
         names: their names; by default the `ss_output_name` or `modelspec.title` of each, or its number.
     """
     each = [metadata_of(adapter) for adapter in adapters]
@@ -128,7 +128,7 @@ def shapes_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
-    """Return what lineage says by an argument of its steps, and metadata by a key of its own."""
+    """Return the values of an argument in the lineage's steps, and of the matching key in the file's metadata."""
     texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
     if adapter.foreign is not None:
         texts.append(_strings(adapter.foreign.data.get(METADATA)))
@@ -137,9 +137,10 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the model types of bases that an adapter's lineage and source file name, each once.
+    """Return the base's model types that an adapter's lineage and source file give, each once.
 
-    For models without a task type, PEFT's configs name the module of the base's class. AdapterHub's name `model_type`.
+    For models without a task type, PEFT's configs contain the module of the base's class. AdapterHub's configs contain
+    `model_type`.
     """
     found = [*_arguments(adapter.recipe, MODEL_TYPE)]
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
@@ -152,7 +153,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the class of the base that PEFT trained an adapter on, and its module; empty where no config names it."""
+    """Return the class and module of the base that PEFT trained an adapter on; both empty if no config has them."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     found = mapping if isinstance(mapping, Mapping) else {}
@@ -171,7 +172,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(found: object) -> dict[str, str]:
-    """Return the text entries of a mapping or a list of pairs, the two forms that formats keep; {} otherwise."""
+    """Return the text entries of a mapping or a list of pairs, the two forms that formats store; {} otherwise."""
     pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
     return {
         pair[0]: pair[1]

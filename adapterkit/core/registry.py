@@ -1,8 +1,9 @@
-"""The registry: an entry is a module and has its name. Listing imports nothing; getting imports that one module.
+"""The registry: each entry is a module, and the module's name is the key.
 
-A registry of many small entries may have several in a module; then listing imports all of them.
+Listing imports nothing; getting an entry imports its module only. In a registry of many small entries, a module may
+define several; then listing imports all modules.
 
-Third parties add entries by entry points of the registry's group, named after the entry's module. They cannot replace a
+Third parties add entries as entry points in the registry's group, named like the entry's module. They cannot replace a
 built-in entry.
 """
 
@@ -31,10 +32,10 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         noun: the word for an entry in messages.
-        package: the package whose modules are the built-in entries; names with a leading underscore are private.
+        package: the package whose modules are the built-in entries; modules with a leading underscore are private.
         group: the entry point group for third parties.
         root: the class that entries derive from.
-        several: whether a module may have several entries, the classes in it that say their own `name`.
+        several: whether a module may define several entries; each of these classes then sets `name`.
     """
 
     def __init__(self, noun: str, package: str, group: str, root: type, several: bool = False) -> None:
@@ -45,7 +46,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return the entry.
 
         Raises:
-            Unsupported: there is none of that name.
+            Unsupported: the registry has no entry with that name.
         """
         if not isinstance(name, str):
             raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
@@ -90,24 +91,25 @@ class Registry(Mapping[str, T], Generic[T]):
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
     def _foreign(self, name: str, entry: object) -> T:
-        """Check a third party's entry: its name must be that of its module, because files store the module's name."""
+        """Check a third party's entry: it must have its module's name, because files store that name."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
-            raise TypeError(f"{self.group}: {name} must be a {self.root.__name__} in a module so called, not {entry}")
+            why = f"{self.group}: {name} must be a {self.root.__name__} in a module of that name, not {entry}"
+            raise TypeError(why)
         return cast(T, entry)
 
     def _entry(self, module: Any) -> T:
         found = self._classes(module)
         if len(found) != 1:
-            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, has {len(found)}")
+            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, but has {len(found)}")
         return cast(T, found[0])
 
     def _add_all(self, name: str, module: Any) -> None:
-        """Add the entries of a module: its only class, or each class that says its own name."""
+        """Add the entries of a module: its only class, or each class that sets `name`."""
         found = self._classes(module)
         named = {name: found[0]} if len(found) == 1 else {vars(c)["name"]: c for c in found if "name" in vars(c)}
         if not named or self._loaded.keys() & named.keys():
-            raise TypeError(f"{module.__name__} must define a {self.root.__name__} with a name of its own")
+            raise TypeError(f"{module.__name__} must define a {self.root.__name__} that sets `name`")
         self._loaded.update(cast("dict[str, T]", named))
 
     def _classes(self, module: Any) -> list[type]:
@@ -119,15 +121,15 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Return the entry points of all installed packages, unparsed; None if only the import system can tell.
+    """Return the entry points of all installed packages, unparsed; None if only the import system can find them.
 
-    `importlib.metadata` parses all metadata of the packages, which takes as long as a short command.
+    `importlib.metadata` would parse all metadata of the packages, which takes as long as a short command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # An archive instead of a folder.
+    except OSError:  # The path is an archive instead of a folder.
         return None
 
 
@@ -141,5 +143,5 @@ def _entry_points_of(package: str) -> bytes:
     try:
         with open(f"{package}{os.sep}entry_points.txt", "rb", buffering=0) as file:
             return file.readall()
-    except (FileNotFoundError, NotADirectoryError):  # It has no entry points. An old .egg-info may also be a file.
+    except (FileNotFoundError, NotADirectoryError):  # The package has no entry points, or is an old .egg-info file.
         return b""

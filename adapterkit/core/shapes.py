@@ -1,7 +1,7 @@
 """Shape strings: `"r in *k"` on a field is its validation, its documentation and its test example.
 
-A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or quotient of those
-(`out/b`, `r*n`), or, at most once, `*name` for any number of axes. Binding shapes to their strings solves for the
+A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or a quotient of these
+(`out/b`, `r*n`). At most one axis is `*name`, for any number of axes. Binding shapes to their strings solves for the
 names.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ShapeMismatch
 
 Dims = dict[str, int | tuple[int, ...]]
-"""Axis name -> size; a starred name -> the sizes it stands for."""
+"""Axis name -> size; starred name -> the sizes of its axes."""
 
 _AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 
@@ -30,7 +30,7 @@ class Axes:
     text: str
     axes: tuple[str, ...]
     star: int | None
-    """Position of the starred axis, if there is one."""
+    """Position of the starred axis, or None."""
 
     @staticmethod
     def parse(text: str) -> Axes:
@@ -38,18 +38,18 @@ class Axes:
 
     @property
     def plain(self) -> bool:
-        """Whether no axis is a product or a quotient."""
+        """Whether all axes are integers or names, without products and quotients."""
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the position of a plain axis, counted from the front, or from the back (negative) after a star."""
+        """Return the position of a plain axis, counted from the front; after a star, from the back (negative)."""
         if axis not in self.axes:
             return None
         position = self.axes.index(axis)
         return position - len(self.axes) if self.star is not None and position > self.star else position
 
     def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
-        """Add what `shape` tells about the axes to `dims`.
+        """Add the sizes that follow from `shape` to `dims`.
 
         Raises:
             ShapeMismatch: the shape does not match this string, given the sizes in `dims`.
@@ -71,7 +71,7 @@ class Axes:
                 raise _mismatch(self, shape, dims, what)
 
     def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the shape for given sizes of the names."""
+        """Return the shape for the given sizes of the names."""
         shape: list[int] = []
         for axis in self.axes:
             if axis.startswith("*"):
@@ -87,20 +87,20 @@ def _parse(text: str) -> Axes:
     axes = tuple(text.split())
     bad = next((axis for axis in axes if not _AXIS.fullmatch(axis)), None)
     if bad is not None or sum(axis.startswith("*") for axis in axes) > 1:
-        raise ValueError(f"bad shape string {text!r}")
+        raise ValueError(f"the shape string {text!r} is not valid")
     return Axes(text, axes, next((i for i, axis in enumerate(axes) if axis.startswith("*")), None))
 
 
 def tensor(
     shape: str, *, optional: bool = False, integer: bool = False, below: str = "", distinct: bool = False
 ) -> Any:
-    """Declare a dataclass field for a tensor with the given shape string.
+    """Declare a dataclass field for a tensor with a shape string.
 
     Args:
         shape: the shape string.
         optional: the tensor may be missing (None).
         integer: the tensor holds indices instead of real numbers.
-        below: the axis, or product of axes, that those index; two axes for the two rows of a list of pairs.
+        below: the axis, or product of axes, that the indices refer to; two axes for the two rows of a list of pairs.
         distinct: no position may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
@@ -132,7 +132,7 @@ def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
 
 @cache
 def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """The names and numbers that an axis multiplies, and those by which it divides."""
+    """Return the names and numbers that an axis multiplies, and those that it divides by."""
     found: dict[str, list[str | int]] = {"*": [], "/": []}
     for operator, part in re.findall(r"([*/])(\w+)", "*" + axis):
         found[operator].append(int(part) if part.isdigit() else part)
@@ -156,4 +156,4 @@ def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
     known = ", ".join(f"{name}={size}" for name, size in dims.items())
     why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
-    return ShapeMismatch(why, where=what, cure="Its partner tensors or the file's rank disagree with it")
+    return ShapeMismatch(why, where=what, cure="The other tensors of the update, or the file's rank, contradict it")

@@ -1,4 +1,4 @@
-"""Tables for notebooks: what `_repr_html_` of results returns."""
+"""HTML tables for notebooks, which the `_repr_html_` of results returns."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 MOST_ROWS = 60
-"""Rows that are shown; a notebook with tens of thousands of rows cannot be scrolled."""
+"""Most rows in a table; a notebook with tens of thousands of rows cannot be scrolled."""
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table as HTML, its text escaped: names come from files that nobody has checked.
+    """Return a table as HTML with escaped text, because names come from files that nobody has checked.
 
     Args:
-        title: shown above the table.
-        columns: names of the columns.
-        rows: cells; rows beyond `MOST_ROWS` are counted.
+        title: the text above the table.
+        columns: the names of the columns.
+        rows: the cells; rows beyond `MOST_ROWS` are only counted.
     """
     every = list(rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
@@ -32,7 +32,7 @@ def _cell(value: object) -> str:
 
 
 def counts(names: Iterable[str]) -> str:
-    """Each name with how often it occurs, the most frequent first: `14 lora, 2 ia3`."""
+    """Return the frequency of each name, the most frequent first: `14 lora, 2 ia3`."""
     found: dict[str, int] = {}
     for name in names:
         found[name] = found.get(name, 0) + 1

@@ -1,4 +1,4 @@
-"""The demo: real adapters for changed tasks, merged into a small real model, verified and scored; no network needed."""
+"""The demo: merge real adapters for changed tasks into a small real model, verify and score the result; no network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 def run(progress: Progress | None = None) -> dict[str, Any]:
-    """Merges each of the demo's adapters into its base and measures the result on held-out handwritten digits.
+    """Merge each of the demo's adapters into its base, and measure the result on held-out handwritten digits.
 
     Args:
-        progress: called with (bytes merged, bytes in all).
+        progress: a function that is called with (bytes merged, total bytes).
 
     Returns:
-        plain data: `plain`, the base's accuracy on what it was trained for, and a row a task with its method, the
-        accuracy (0 to 1) of the base and of the merged model on it, whether the merge was verified, and seconds.
+        Plain data: `plain`, the base's accuracy on its original task, and one row per changed task. A row has the
+        method, the accuracy (0 to 1) of the base and of the merged model on the task, whether the merge was verified,
+        and the seconds.
     """
     from .model import DATA, TASKS, accuracy, build, held_out
 
@@ -61,7 +62,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _shifted(progress: Progress | None, position: int, count: int) -> Callable[[int, int], None] | None:
-    """One task's progress as its part of the whole."""
+    """Return a progress function that shows one task's progress as part of the whole."""
     if progress is None:
         return None
     return lambda done, total: progress(position * total + done, count * total)

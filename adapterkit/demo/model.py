@@ -1,13 +1,13 @@
-"""A small transformer that reads 8x8 handwritten digits, the tasks its adapters were trained for, and the score.
+"""A small transformer that reads 8x8 handwritten digits, the tasks that its adapters were trained for, and the score.
 
 Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
-2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains with this very module.
+2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.
 
 Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
-Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that scikit-learn carries.
+Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that is part of scikit-learn.
 """
 
-# The layers below are subclasses of torch's; only the code that runs the demo imports this module.
+# The layers are subclasses of torch's, so only the code that runs the demo may import this module.
 from __future__ import annotations
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def _split_heads(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Two linears with a GELU between them, on each token by itself: `[n, 16, d]` to `[n, 16, d]`."""
+    """Two linear layers with a GELU between them, applied to each token: `[n, 16, d]` to `[n, 16, d]`."""
 
     def __init__(self, d: int, hidden: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class DemoLayer(nn.Module):
 
 
 class DigitTransformer(nn.Module):
-    """Images uint8 `[n, 8, 8]` to logits float32 `[n, 10]`."""
+    """The model: images uint8 `[n, 8, 8]` to logits float32 `[n, 10]`."""
 
     def __init__(self, *, d: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -94,17 +94,17 @@ class DigitTransformer(nn.Module):
 
 
 def _patches(images: Tensor) -> Tensor:
-    """Images uint8 `[n, 8, 8]` as float32 `[n, 16, 4]` between -1 (paper) and 1 (ink)."""
+    """Return images uint8 `[n, 8, 8]` as float32 `[n, 16, 4]` between -1 (paper) and 1 (ink)."""
     pixels = images.float() * (2 / INK) - 1
     return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)
 
 
 def build(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A `DigitTransformer` that holds `weights`, of any float dtype, as float32; its sizes are read off their shapes.
+    """Return a `DigitTransformer` with `weights`, of any float dtype, as float32; their shapes give its sizes.
 
     Raises:
         KeyError: the first layer's `mlp.up_proj`, which gives the sizes, is missing.
-        RuntimeError: any other is missing, left over, or of another shape (torch's `load_state_dict` lists them).
+        RuntimeError: another weight is missing, unknown, or has a wrong shape (torch's `load_state_dict` lists them).
     """
     hidden, d = weights["layers.0.mlp.up_proj.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
@@ -115,12 +115,12 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The fraction, 0 to 1, of images uint8 `[n, 8, 8]` to which the model gives their label (integers `[n]`)."""
+    """Return the fraction, 0 to 1, of images uint8 `[n, 8, 8]` that the model labels correctly (integers `[n]`)."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 
 def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
-    """The images uint8 `[n, 8, 8]` and labels uint8 `[n]` that neither the base nor any adapter was trained on."""
+    """Return images (uint8, `[n, 8, 8]`) and labels (uint8, `[n]`) that neither the base nor any adapter trained on."""
     from safetensors.torch import load_file
 
     test = load_file(folder / "test.safetensors")
@@ -128,21 +128,21 @@ def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
 
 
 def rotated(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The digits lie on their side: a quarter turn, counter-clockwise."""
+    """Turn the digits on their side, by a quarter turn counter-clockwise."""
     return images.rot90(1, (1, 2)), labels
 
 
 def negative(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Ink becomes paper and paper becomes ink."""
+    """Swap ink and paper."""
     return INK - images, labels
 
 
 def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer asked for is the next digit: 1 for a 0, 0 for a 9."""
+    """Ask for the next digit: 1 for a 0, 0 for a 9."""
     return images, (labels + 1) % CLASSES
 
 
-# By the name of the adapter's folder: how its task differs from what the base was trained on.
+# Name of the adapter's folder -> the function that turns the base's task into the adapter's.
 TASKS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rotated": rotated,
     "negative": negative,

@@ -1,4 +1,4 @@
-"""Local folders for hub files: the cache, scratch folders, and locks on folders that a command is writing."""
+"""Local folders for hub files: the cache, scratch folders, and locks on folders that a command writes to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(stage: Path) -> Iterator[None]:
-    """Create a folder if needed and hold its lock for the length of the block.
+    """Create a folder if needed, and hold its lock until the block ends.
 
     Raises:
         StorageError: another process holds the lock.
@@ -39,17 +39,17 @@ def locked(stage: Path) -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     """Yield an empty folder in the cache and remove it afterwards.
 
-    Folders that killed processes left behind are removed first.
+    Folders left by killed processes are removed first.
 
     Raises:
-        StorageError: the cache cannot be written.
+        StorageError: the cache folder is not writable.
     """
     root, name = cache_folder() / "scratch", secrets.token_hex(8)
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # The gate is held between creating a lock file and locking it. Without the gate, another process could
-            # sweep the new file in between, because nobody holds its lock yet.
+            # Hold the gate between creating a lock file and locking it. Otherwise another process could sweep the new
+            # file in between, because nobody holds its lock yet.
             with open(root / "lock", "wb") as gate:
                 _held(gate, wait=True)
                 _sweep(root)
@@ -63,7 +63,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders of dead processes: those whose lock nobody holds. Without `flock`, remove nothing."""
+    """Remove the folders of dead processes, whose lock nobody holds. Without `flock`, remove nothing."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):
@@ -82,9 +82,9 @@ def _has_locks() -> bool:
 
 
 def _held(file: BinaryIO, *, wait: bool = False) -> bool:
-    """Lock an open file for this process until it is closed; return False if another process holds it."""
+    """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     if not _has_locks():
-        # Windows has no flock. Renaming a folder with open files fails there, which protects it equally well.
+        # Report success on Windows, which has no flock: there, renaming a folder with open files fails instead.
         return True
     import fcntl
 

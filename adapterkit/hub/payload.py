@@ -25,7 +25,7 @@ from .uris import Uri, check_names
 
 
 def is_of_the_base(folder: Path) -> bool:
-    """Whether the card in a folder is the base's, copied by a merge and not edited since."""
+    """Whether the card in a folder is the base's card, copied by a merge and not edited since."""
     card = folder / CARD
     if not card.is_file():
         return False
@@ -37,7 +37,7 @@ def model_at(path: Path) -> CardModel:
     """Return the known facts about the model at a path.
 
     Raises:
-        UnknownFormat: there is no model.
+        UnknownFormat: the path is not a model.
     """
     from ..io.checkpoint import open_checkpoint
 
@@ -45,7 +45,7 @@ def model_at(path: Path) -> CardModel:
         found = open_checkpoint(path)
     except UsageError as error:
         cure = "Name an adapter, or a folder of weights"
-        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
+        raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
     record = record_at(found.folder)
     adapters = _adapters(record)
     base, revision = _base_of(record, found.folder, adapters)
@@ -53,7 +53,7 @@ def model_at(path: Path) -> CardModel:
 
 
 def record_at(folder: Path) -> Mapping[str, object]:
-    """Return the report that a merge wrote into a folder; empty if there is none."""
+    """Return the report that a merge wrote into a folder; empty if it has none."""
     from ..io.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
@@ -67,7 +67,7 @@ def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, Any], ...]
 ) -> tuple[str | None, str | None]:
-    """Return the base's name and commit: its download source, else the base that all adapters name."""
+    """Return the base's name and commit: from its download source, else from the adapters if all of them agree."""
     told = record.get("base_uri")
     if isinstance(told, str):
         uri = parse(told)
@@ -108,7 +108,7 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Yield the folder of the files to push, and the files by name. Converted files are in a scratch folder.
+    """Yield the folder with the files to push, and the files by name. Converted files are in a scratch folder.
 
     Args:
         path: an adapter or a model.
@@ -137,7 +137,7 @@ def prepared(
 
 def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence: Licence) -> Payload:
     """Return the files, with a generated card for the repository's root if they include none."""
-    # A merge copies its base's card along. That card describes the base, so a new one is generated instead.
+    # Generate a new card if the only one is the base's, which a merge copied along.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(own)
     text, target = _card(source, remote.uri, licence), remote.uri
@@ -156,7 +156,8 @@ def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
     try:
         return read_range(remote, file, 0, file.size).decode()
     except (RemoteNotFound, ValueError):
-        # A new branch lists the files of the main one, and an S3 list may name files that were never uploaded.
+        # The card may not exist: a new branch lists the files of the main branch, and an S3 list may name files that
+        # were never uploaded.
         return ""
 
 
@@ -166,7 +167,7 @@ def _card_name(remote: Remote) -> str:
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """Return the files to push from a file or a folder; hidden names and links to folders are left out."""
+    """Return the files to push from a file or a folder; hidden names and links to folders are omitted."""
     check_exists(source)
     if source.is_file():
         return {source.name: source}
@@ -202,7 +203,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
-    # A merge without adapters copies the tensors unchanged and writes shards of the given size.
+    # Merge without adapters: this copies the tensors unchanged and writes shards of the given size.
     plan = make_plan(base, [], MergeOptions(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
@@ -223,11 +224,11 @@ def _check_model(source: Path) -> None:
         found = detect(source)
     except UnknownFormat:
         return
-    raise UsageError(f"an adapter ({found}) cannot be split into shards", path=source, cure=_WHOLE)
+    raise UsageError(f"the adapter ({found}) cannot be split into shards", path=source, cure=_WHOLE)
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """Return a merge's report without its checksums: they are those of the files before resharding."""
+    """Return a merge's report without its checksums, which belong to the files before resharding."""
     from ..merging.checksums import KEY
 
     record = record_at(source)
@@ -239,7 +240,7 @@ def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
 
 
 def _card(source: Path, target: Uri, licence: Licence) -> str:
-    """Return the card. Reading the source for it also proves that it is an adapter or a base, and nothing else."""
+    """Return the card. Reading the source for it also proves that the source is an adapter or a base."""
     from ..formats import detect, read
 
     name = (target.path or target.repo).rpartition("/")[2]
@@ -250,4 +251,4 @@ def _card(source: Path, target: Uri, licence: Licence) -> str:
     return adapter_card(read(source, source_format), name, source_format, target, licence)
 
 
-_WHOLE = "Leave out --shard-size (shard_size=): no tool reads an adapter in several files"
+_WHOLE = "Omit --shard-size (shard_size=): no tool reads an adapter in several files"

@@ -1,7 +1,7 @@
 """Pull a repository, or a folder or file of it: verified and complete, or not at all. Interrupted pulls continue.
 
-During a pull, files are in `.NAME.pulling` beside the target: `parts/` by digest while they are incomplete, `out/` by
-name when they are done. A rename puts them at the target when all of them are there.
+During a pull, files are in `.NAME.pulling` next to the target: incomplete files in `parts/` by digest, complete ones in
+`out/` by name. When all files are complete, a rename moves them to the target.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free beyond the files themselves, for folders and the source note."""
+"""Bytes that must be free in addition to the files' sizes, for folders and the source file."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -41,12 +41,12 @@ class Pulled:
     """The result of a pull, or of a dry run.
 
     Attributes:
-        uri: the uri that was asked for, pinned to the commit.
+        uri: the requested uri, pinned to the commit.
         out: the folder.
         files: name in the folder -> (bytes, digest).
-        fetched: bytes that were downloaded, without those that an interrupted run had left.
+        fetched: the number of downloaded bytes, without bytes that an interrupted run had left.
         dry: True if nothing was written.
-        already: True if an earlier pull had put the same files there, and they are unchanged.
+        already: True if an earlier pull wrote the same files to the folder, and they are unchanged.
     """
 
     uri: str
@@ -57,7 +57,7 @@ class Pulled:
     already: bool = False
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the same as plain data."""
+        """Return the result as plain data."""
         files: list[JsonValue] = [
             {"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()
         ]
@@ -84,24 +84,24 @@ def pull(
 ) -> Pulled:
     """Download a repository, or a folder or file of it, into the folder `dest`.
 
-    Every file is verified against the digest that the hub lists, if it lists one, and downloaded again if it is wrong.
-    The folder appears complete, by a rename. The same call continues an interrupted pull. A note in the folder records
-    the commit, and `adapterkit.read` adds it to the adapter's lineage.
+    Every file is verified against the digest that the hub lists, if any, and is downloaded again if it is wrong. The
+    complete folder appears by a rename. The same call continues an interrupted pull. A file in the folder records the
+    commit, and `adapterkit.read` adds the commit to the adapter's lineage.
 
     Args:
         uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
-        dest: the folder to write; it must be missing, empty, or hold an earlier pull of the same.
-        include: patterns such as `*.safetensors`; only files whose name matches one are downloaded.
+        dest: the folder to write; it must not exist, be empty, or hold an earlier pull of the same uri.
+        include: patterns such as `*.safetensors`; only files whose name matches a pattern are downloaded.
         overwrite: replace the content of `dest`.
         dry_run: list the files, and write nothing.
-        progress: called with (bytes done, bytes in all) from the calling thread.
-        token: a token; if absent, the one that the hub's own tools use.
+        progress: a function that is called with (bytes done, total bytes) in the calling thread.
+        token: a token; if absent, the token that the hub's own tools use.
 
     Raises:
-        NetworkError: no such repository, revision or file; no access; or the hub cannot be reached.
-        Malformed: the repository has file names that would leave the folder.
-        Corrupt: the bytes do not have the listed digest, however often they are downloaded.
-        StorageError: no space, no permission, or `dest` is taken.
+        NetworkError: the repository, revision or file does not exist, access is denied, or the hub is not reachable.
+        Malformed: the repository has file names that would lead outside the folder.
+        Corrupt: the bytes do not have the listed digest, even after several downloads.
+        StorageError: the disk is full, writing is not permitted, or `dest` holds something else.
     """
     remote = remote_at(uri if isinstance(uri, Uri) else parse(path_text(uri)), token)
     target = Path(path_text(dest))
@@ -119,12 +119,12 @@ def pull(
 
 
 def source_at(remote: Remote) -> Source:
-    """Return the source note of a remote, pinned to its commit."""
+    """Return the origin of a remote's files, pinned to its commit."""
     return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
-    """Return the files that a uri names, by their names inside the folder to write.
+    """Return the files that a uri covers, by their names inside the folder to write.
 
     Raises:
         RemoteNotFound: no file matches.
@@ -137,8 +137,8 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
     if include:
         found = {n: file for n, file in found.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
     if not found:
-        cure = f"There are: {', '.join(file.path for file in files[:5])}"
-        raise RemoteNotFound("no file is left to fetch", path=str(remote.uri), cure=cure)
+        cure = f"Its files are: {', '.join(file.path for file in files[:5])}"
+        raise RemoteNotFound("the repository has no matching file to fetch", path=str(remote.uri), cure=cure)
     return found
 
 
@@ -146,7 +146,7 @@ def bring(
     remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None,
     *, overwrite: bool = True,
 ) -> int:  # fmt: skip
-    """Download files through a staging folder and rename it to `target`; return how many bytes were downloaded."""
+    """Download files into a staging folder and rename it to `target`; return the number of downloaded bytes."""
     stage = Staging(target, SUFFIX)
     with stage.locked():
         check_free(stage.target, overwrite)
@@ -166,14 +166,14 @@ def bring(
 
 
 class _Transfer:
-    """Downloads over several connections; the calling thread reports progress and stops them when one fails."""
+    """Downloads over several connections; the calling thread reports progress, and stops all if one fails."""
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
     ) -> None:
         self.remote, self.stage, self.progress = remote, stage, progress
         self.names: dict[str, list[str]] = {}
-        # Files of equal content are downloaded once and copied.
+        # Download files with equal content once, and copy them.
         for name, file in wanted.items():
             self.names.setdefault(file.digest, []).append(name)
         self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
@@ -181,14 +181,14 @@ class _Transfer:
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self) -> int:
-        """Download all missing files; return how many bytes were downloaded."""
+        """Download all missing files; return the number of downloaded bytes."""
         missing = [file for file in self.files if not self._finished(file)]
         self.asked = ASKED // max(1, min(CONNECTIONS, len(missing)))
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
                 self._watch({pool.submit(self._one, file) for file in missing})
             finally:
-                # Workers check `stop` at each chunk. Without it, leaving the pool would wait for whole files.
+                # Set `stop`, which workers check at each chunk; otherwise leaving the pool would wait for whole files.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
         return self.done - self.found
@@ -213,7 +213,7 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
-            # A part that is longer than the file is wrong and will be downloaded again.
+            # Do not count a part that is longer than the file: it is wrong and will be downloaded again.
             self.found += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -232,7 +232,7 @@ class _Transfer:
 
 
 def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    """Prepare the stage; remove what an earlier run left there that is not wanted now."""
+    """Prepare the stage; remove files of an earlier run that are not wanted now."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
     plan, told = stage / "plan", "\n".join(sorted(names))
     same = plan.exists() and plan.read_text("utf-8") == told
@@ -244,22 +244,22 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Atomic, because a half-written plan would not match on the next run, which would then delete all its files.
+        # Write atomically: the next run would not recognise a half-written plan, and would delete all its files.
         write_bytes(plan, told.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    # Bytes of an interrupted run already occupy their space.
+    # Subtract the bytes that an interrupted run left: their space is already used.
     held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
     needed = sum(file.size for file in wanted.values()) - held + HEADROOM
     free = shutil.disk_usage(stage).free
     if needed > free:
         cure = "Free some space, write elsewhere, or fetch less with --include"
-        raise StorageError(f"needs {needed:,} bytes more, {free:,} are free", path=stage.parent, cure=cure)
+        raise StorageError(f"the pull needs {needed:,} bytes more, but {free:,} are free", path=stage.parent, cure=cure)
 
 
 def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether an earlier pull of the same commit is at the target, with every file unchanged."""
+    """Whether the target holds an earlier pull of the same commit, with every file unchanged."""
     from .transfer import same
 
     if not target.is_dir() or source_of(target) != source:

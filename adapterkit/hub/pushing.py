@@ -41,7 +41,7 @@ class Pushed:
         card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
         dry: True if nothing was written.
-        warnings: what the licence of the card leaves out of those of the base and the adapters.
+        warnings: requirements of the base's and the adapters' licences that the card's licence omits.
     """
 
     uri: str
@@ -57,7 +57,7 @@ class Pushed:
     warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the same as plain data."""
+        """Return the result as plain data."""
         return {
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),
             "replaced": list(self.replaced), "unchanged": list(self.unchanged), "removed": list(self.removed),
@@ -85,19 +85,19 @@ def push(
 ) -> Pushed:
     """Push an adapter, or a folder of weights, in one commit.
 
-    If somebody else pushes at the same time, the push fails instead of mixing both. A missing repository or branch is
-    created.
+    If somebody else pushes at the same time, the push fails instead of mixing both pushes. A missing repository or
+    branch is created.
 
-    A model card is generated if there is no README.md, neither locally nor on the hub. Two kinds of README.md do not
+    A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md do not
     count: the base's card that a merge copied along, and a generated card on the hub whose files are replaced now.
 
     Args:
         path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
         uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or a uri of another hub.
         format: convert the adapter to this format; if absent, push its files unchanged.
-        base: the base, if writing that format needs one.
+        base: the base, if writing that format needs it.
         on_loss: as for `adapterkit.write`.
-        shard_size: largest weight file of a model, in bytes; larger ones are split during the push. If absent, the
+        shard_size: largest weight file of a model, in bytes; larger files are split during the push. If absent, the
             files are pushed unchanged.
         private: create a missing repository as private.
         tag: set this tag on the commit.
@@ -108,11 +108,11 @@ def push(
             contradict each other, and parts whose licence is not known; the former are warnings otherwise.
         overwrite: replace existing files of other content; without it they are an error.
         dry_run: compare, and write nothing.
-        token: a token; if absent, the one that the hub's own tools use.
+        token: a token; if absent, the token that the hub's own tools use.
 
     Raises:
-        NetworkError: no access, somebody else pushed, or the hub cannot be reached.
-        StorageError: the hub has files of those names with other content.
+        NetworkError: access is denied, somebody else pushed, or the hub is not reachable.
+        StorageError: the hub has files with these names and other content.
         UnknownFormat: `path` is neither an adapter nor a base.
         UsageError: `shard_size` is given for an adapter, which is one file.
         Corrupt: the hub does not list what was pushed.
@@ -145,7 +145,7 @@ def _licences(
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
     """Return the parts of an output, the licence that its readers will see, and where these contradict each other.
 
-    A merged model without a licence of its own shows the base's card until it is pushed, so the base's counts then.
+    A merged model without its own licence has the base's card until it is pushed, so then the base's licence counts.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -160,7 +160,7 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
-        # Look it up with a new remote, because this one has cached the listing from before the push.
+        # Use a new remote for this check: `remote` has cached the listing from before the push.
         check_listed(remote_at(remote.uri.at(commit), remote.token), payload.digests())
     else:
         commit = remote.kept()
@@ -172,7 +172,7 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
     """Return what a push would do.
 
-    An existing card is kept, since people edit it. A generated one is replaced when the files that it describes are.
+    An existing card is kept, because people edit it. A generated card is replaced whenever the files it describes are.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -199,7 +199,7 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
     if lost and not overwrite:
         names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
         cure = "Push to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
-        raise StorageError(f"there already, with other content: {names}", path=pushed.uri, cure=cure)
+        raise StorageError(f"the hub already has these files with other content: {names}", path=pushed.uri, cure=cure)
 
 
 # Write to a hub: build the output in a local folder, push it when it is complete, then delete the folder.
@@ -214,13 +214,13 @@ def outgoing(
 ) -> Iterator[Path]:
     """Yield a local path to write to; push its content when the block ends without an error.
 
-    After an error the folder stays, and the same command continues with it.
+    After an error, the folder stays, and the same command continues with it.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the inputs of the output; a licence that all their cards name is passed on.
-        unchanged: called if the hub already had everything, so that nothing was pushed.
+        sources: the inputs of the output; if all their cards name the same licence, the output's card does too.
+        unchanged: a function to call if the hub already had everything, so that nothing was pushed.
 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
@@ -228,9 +228,9 @@ def outgoing(
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # Look at the target now: a refusal should come before the work, not after hours of it.
+    # Look at the target now, so that a refusal comes before the work, not after hours of it.
     _ = remote.there()
-    # Derived from the uri, so that the same command finds what an interrupted one left.
+    # Derive the name from the uri, so that the same command finds the folder of an interrupted run.
     folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def outgoing(
         pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
-            # The hub holds other content. Continuing from this folder would only meet the same error.
+            # Remove the folder: the hub holds other content, and continuing from here would meet the same error again.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
@@ -251,6 +251,6 @@ def outgoing(
 
 
 def _licence(sources: Sequence[Path]) -> Licence:
-    """Return the licence of all sources; empty if one has none or they differ, because a person must choose then."""
+    """Return the licence of all sources; empty if one has none or they differ, because then a person must choose."""
     found = [licence_at(source) for source in sources]
     return found[0] if found and all(licence == found[0] for licence in found) else {}

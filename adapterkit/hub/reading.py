@@ -33,11 +33,11 @@ from .transfer import fetch, read_range
 from .uris import Uri
 
 OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
-"""Weights in other formats; not downloaded if there are safetensors files."""
+"""Weights in other formats; they are not downloaded if the repository has safetensors files."""
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""Files required beside a single downloaded file: without its config, a weight file cannot be read as a model."""
+"""Files that are downloaded with any single file: without its config, a weight file cannot be read as a model."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
@@ -48,11 +48,11 @@ _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
 def fetched(name: str) -> Path:
-    """Return a local path of something on a hub, downloading and verifying it if it is not in the cache.
+    """Return a local path of something on a hub; download and verify it if it is not in the cache.
 
-    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and is keyed by commit. Weights in
-    other formats beside safetensors files are not downloaded, nor are weights in subfolders if the folder itself has
-    some. In offline mode, a branch stands for the commit of its last look-up.
+    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and is keyed by commit. If a folder
+    has safetensors files, weights in other formats are not downloaded. If a folder has weights, those in its subfolders
+    are not downloaded. In offline mode, a branch means the commit of its last look-up.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -61,7 +61,7 @@ def fetched(name: str) -> Path:
     commit = _commit(uri)
     folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
-    # `bring` renames the complete folder into place, so the note proves that all files are there.
+    # Check for the origin file only: `bring` renames the complete folder into place, so all other files exist too.
     if not (folder / NOTE).is_file():
         remote = remote_of(uri)
         bring(remote, source_at(remote), needed(remote), folder, None)
@@ -69,7 +69,7 @@ def fetched(name: str) -> Path:
 
 
 def needed(remote: Remote) -> dict[str, RemoteFile]:
-    """Return the files that are needed to read what a uri names."""
+    """Return the files that are needed to read what a uri refers to."""
     found = choose(remote)
     path = remote.uri.path
     if len(found) == 1 and path and next(iter(found.values())).path == path:
@@ -85,7 +85,7 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """Return the files that may hold an ONNX graph's external data: files beside it whose names start with its own."""
+    """Return the files that may hold an ONNX graph's external data: their names start with the graph's name."""
     if graph.suffix != ".onnx":
         return {}
     near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
@@ -96,8 +96,8 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 def headers(name: str) -> Iterator[Path]:
     """Yield a folder (or file) with real headers and sparse data, for code that reads headers only.
 
-    JSON files are downloaded whole and verified. From safetensors files, the header and any data that is read later are
-    fetched by ranges, which cannot be verified. Repositories without safetensors files are downloaded whole.
+    JSON files are downloaded whole and verified. The headers of safetensors files, and any data that is read later, are
+    fetched by range requests, which cannot be verified. Repositories without safetensors files are downloaded whole.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -123,7 +123,7 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             outline(remote, file, target)
-        # Other files, such as tokenizers, are not needed to read headers.
+        # Skip other files, such as tokenizers: they are not needed to read headers.
         elif name.endswith(".json") and file.size <= MAX_SMALL:
             fetch(remote, file, target, lambda _: None)
     source_at(remote).save(folder)
@@ -133,7 +133,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
     """Write a sparse file with a real header; its data is fetched from the hub on each read.
 
     The file's modification time is derived from its digest. A plan that identifies its inputs by size and time can then
-    be resumed with the same content only.
+    be resumed only with the same content.
 
     Returns:
         The first bytes of the file: the header, and any data that came in the same request.
@@ -141,7 +141,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
     start = read_range(remote, file, 0, min(FIRST_READ, file.size))
     length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
     if length > min(file.size, MAX_HEADER + 8):
-        why = f"the header claims {length - 8} bytes of a file of {file.size}"
+        why = f"the header claims {length - 8} bytes, but the file has {file.size}"
         raise Malformed(why, path=str(remote.uri), where=file.path, cure="Tell the repository's owner")
     if length > len(start):
         start += read_range(remote, file, len(start), length - len(start))
@@ -162,12 +162,12 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """Return the repository at the commit of its first look-up within the last minute."""
+    """Return the repository at its commit, which is looked up at most once a minute."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
         remote = remote_at(uri)
-        # Resolve the commit before the remote is cached, so that a failure is not.
+        # Resolve the commit before caching the remote, so that a failure is not cached.
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote
@@ -183,7 +183,7 @@ def _commit(uri: Uri) -> str:
             return reference.read_text("utf-8").strip()
         except OSError:
             cure = "Unset HF_HUB_OFFLINE, or name a local path"
-            raise NetworkError("offline mode is on, and it is not in the cache", path=str(uri), cure=cure) from None
+            raise NetworkError("offline mode is on, and the cache does not have it", path=str(uri), cure=cure) from None
     commit = remote_of(uri).commit
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def _commit(uri: Uri) -> str:
 def _cache(uri: Uri) -> Path:
     """Return the cache folder of a repository.
 
-    Names of other schemes get a digest, because different names can become equal when `:` and `/` are replaced.
+    For schemes other than `hf`, a digest is added: replacing `:` and `/` can make different names equal.
     """
     told = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
     apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
@@ -206,7 +206,7 @@ def _cache(uri: Uri) -> Path:
 # Stream a base from a hub: fetch headers first, then each weight file when it is needed, verified.
 
 
-NOT_STREAMED = "Leave --stream out: it is fetched whole first"
+NOT_STREAMED = "Omit --stream (stream=): the base is then fetched whole first"
 
 
 class Shards:
@@ -214,7 +214,7 @@ class Shards:
 
     Attributes:
         path: the base's local path.
-        begun: True if the download of a weight file was started; a later run can continue with it.
+        begun: True if the download of a weight file was started; then a later run can continue with it.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -231,7 +231,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
-        # The sparse files are cheap to write again. Only `parts` are worth keeping from an interrupted run.
+        # Write the sparse files again, which is cheap. Only `parts` are worth keeping from an interrupted run.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -245,11 +245,11 @@ class Shards:
         source_at(self.remote).save(self.folder / "base")
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download the given weight files unless they are there; bytes that came with the header are reused.
+        """Download the given weight files if they are missing; bytes that came with the header are reused.
 
         Raises:
             Corrupt: the bytes do not have the listed digest, or their header differs from the one fetched first.
-            NetworkError: the hub cannot be reached or refuses.
+            NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:
             if path in ELSEWHERE:
@@ -263,19 +263,19 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
-            # The plan was made from a header that came by a range request, which has no digest. Compare it with the
-            # header of the verified file.
+            # Compare the header of the verified file with the one that the plan was made from: that one came by a range
+            # request, and was not verified.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header
-            # Keep the sketch's times: plans and resumed merges identify their inputs by size and time.
+            # Keep the sparse file's times: plans and resumed merges identify their inputs by size and time.
             stamp = os.stat(path)
             os.utime(part, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
             os.replace(part, path)
         except OSError as error:
             raise storage_error(error, error.filename or part) from error
         if not same:
-            why = "its header came damaged, and what was planned by it is wrong"
+            why = "the header was damaged in the first transfer, so the plan made from it is wrong"
             raise Corrupt(why, path=str(self.remote.uri), where=file.path, cure="Run the same command again")
         del ELSEWHERE[path]
 
@@ -292,9 +292,9 @@ class Shards:
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """Yield the shards of a base on a hub for the length of a merge; they are in a hidden folder beside `out`.
+    """Yield the shards of a base on a hub for the duration of a merge; they are in a hidden folder next to `out`.
 
-    A shard that an interrupted run had downloaded in part is continued.
+    The download of a shard that an interrupted run had begun is continued.
 
     Raises:
         UsageError: `name` is a local path.
@@ -313,12 +313,12 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # The output is blocked and nothing was downloaded: nothing is worth keeping.
+                if not shards.begun:  # The output is refused and nothing was downloaded, so nothing is worth keeping.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:
                 shards.close()
-    # A later run can continue after these errors, so the downloaded parts are kept.
+    # Keep the downloaded parts: a later run can continue after these errors.
     except (NetworkError, StorageError):
         raise
     except AdapterkitError:

@@ -31,9 +31,9 @@ class RemoteFile:
 
     Attributes:
         path: the path inside the repository.
-        size: bytes.
+        size: the size in bytes.
         digest: `sha256:...` or `md5:...` of the content, or `git:...`, git's sha1 of a small file. If the hub lists
-            none of them, `unknown:...` with a hash of whatever changes with the content there.
+            none of them, `unknown:...` with a hash of values that change with the content.
     """
 
     path: str
@@ -51,17 +51,17 @@ class Remote(ABC):
 
     Args:
         uri: the repository and its revision.
-        token: a token; if absent, the one that the hub's own tools use.
+        token: a token; if absent, the token that the hub's own tools use.
     """
 
     form: ClassVar[str]
-    """How names of this hub are written, for messages."""
+    """The forms of names on this hub, for messages."""
 
     whole: ClassVar[bool] = False
     """True if a push replaces the whole artifact, so that older files are removed."""
 
     cards_below: ClassVar[bool] = False
-    """True if each folder is a place of its own, with its own model card."""
+    """True if each folder has its own model card."""
 
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         self.uri, self.token = uri, token
@@ -77,7 +77,7 @@ class Remote(ABC):
         """The permanent identifier of the state that the revision points to now.
 
         Raises:
-            NetworkError: there is no such repository or revision, access is denied, or the hub cannot be reached.
+            NetworkError: the repository or revision does not exist, access is denied, or the hub is not reachable.
         """
 
     @abstractmethod
@@ -91,13 +91,12 @@ class Remote(ABC):
         """Open the bytes of a file from `start` to before `end`, or to the file's end.
 
         Returns:
-            The offset of the first byte that comes, and the bytes. The offset is below `start` if the hub ignores
-            ranges.
+            The offset of the first byte, and the bytes. The offset is below `start` if the hub ignores ranges.
         """
 
     @abstractmethod
     def passing(self, error: Exception) -> Passing | None:
-        """Return the temporary failure that an exception stands for, or None if a retry is useless."""
+        """Return an exception as a temporary failure, or None if a retry is useless."""
 
     @abstractmethod
     def failure(self, error: Exception) -> AdapterkitError | None:
@@ -108,14 +107,16 @@ class Remote(ABC):
         """All files of the commit, with checked names.
 
         Raises:
-            Malformed: a name would leave the folder, or a name is both a file and a folder.
+            Malformed: a name would lead outside the folder, or a name is both a file and a folder.
             NetworkError: as for `commit`.
         """
         found: list[RemoteFile] = []
         for file in self.listed():
             found.append(file)
             if len(found) > MAX_FILES:
-                raise Malformed(f"more than {MAX_FILES:,} files", path=str(self.uri), cure="Name a folder of it")
+                raise Malformed(
+                    f"the repository has more than {MAX_FILES:,} files", path=str(self.uri), cure="Name a folder of it"
+                )
         try:
             check_names(file.path for file in found)
         except AdapterkitError as error:
@@ -123,22 +124,22 @@ class Remote(ABC):
         return tuple(found)
 
     def below(self, path: str) -> tuple[RemoteFile, ...]:
-        """Return the files of a folder of the repository, or the one file of that name.
+        """Return the files of a folder of the repository, or a single file.
 
         Raises:
-            RemoteNotFound: there are none.
+            RemoteNotFound: the path does not exist.
         """
         found = tuple(f for f in self.files if not path or f.path == path or f.path.startswith(f"{path}/"))
         if not found:
             cure = nearest(path, (file.path for file in self.files)) or "See the files with 'adapterkit pull --dry-run'"
-            raise RemoteNotFound("no such file or folder in the repository", path=str(self.uri), cure=cure)
+            raise RemoteNotFound("the repository has no such file or folder", path=str(self.uri), cure=cure)
         return found
 
     def call(self, act: Callable[[], T]) -> T:
         """Run a request, with retries for temporary failures.
 
         Raises:
-            NetworkError: the request failed for good.
+            NetworkError: the request still failed after all retries, or a retry is useless.
         """
         try:
             return retrying(act, self.passing)
@@ -148,15 +149,15 @@ class Remote(ABC):
             failure = self.failure(error)
             if failure is None:
                 raise
-        # Raised outside of the handler: the caught exception holds the request and its headers, token included, and
-        # would be attached as the context of this one.
+        # Raise outside of the handler. Otherwise the caught exception would become the context of this error, and it
+        # holds the request and its headers, token included.
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing files that a push would meet, by path; None if the place does not exist yet.
+        """Return the existing files that a push would meet, by path; None if the repository does not exist yet.
 
         Raises:
-            NetworkError: access is denied, or the hub cannot be reached.
+            NetworkError: access is denied, or the hub is not reachable.
         """
         try:
             return {file.path: file for file in self.files}
@@ -167,10 +168,10 @@ class Remote(ABC):
         """Check that this kind of hub accepts pushes.
 
         Raises:
-            Unsupported: it does not.
+            Unsupported: this kind of hub does not accept pushes.
         """
         if type(self).send is Remote.send:
-            why = f"nothing can be pushed to a place of the kind {self.uri.scheme}://"
+            why = f"adapterkit cannot push to {self.uri.scheme}://"
             raise Unsupported(why, path=str(self.uri), cure="Push to hf://, oci:// or s3://")
 
     def send(
@@ -181,8 +182,8 @@ class Remote(ABC):
 
         Args:
             files: all files of the push, by path.
-            changed: names of the files that the hub lacks or has with other content.
-            found: their digests.
+            changed: the files that the hub lacks or has with other content.
+            found: the digests of all files.
             message: the commit message.
             private: create a missing repository as private.
 
@@ -190,7 +191,7 @@ class Remote(ABC):
             The commit.
         """
         self.check_writable()
-        raise AssertionError("a class that says that it can be pushed to does it itself")
+        raise AssertionError("a hub that accepts pushes overrides this method")
 
     def kept(self) -> str:
         """Return the commit if nothing had to be pushed; create the branch if it is missing."""
@@ -198,18 +199,18 @@ class Remote(ABC):
 
     def tagged(self, tag: str, commit: str) -> None:
         """Set a tag on a commit."""
-        raise Unsupported(f"{self.uri.scheme}:// knows no tags", path=str(self.uri), cure="Leave the tag out")
+        raise Unsupported(f"{self.uri.scheme}:// has no tags", path=str(self.uri), cure="Omit --tag (tag=)")
 
 
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Sort files so that parallel connections finish earliest: a large file at the end would run alone."""
+    """Sort files so that parallel connections finish earliest: a large file at the end would be transferred alone."""
     return sorted(files, key=lambda file: (-file.size, file.path))
 
 
-NOT_REACHED = "Check the connection, then run the same command again: it goes on where it stopped"
+NOT_REACHED = "Check the connection, then run the same command again: it continues where it stopped"
 
 
 def unreachable(place: str, host: str, error: Exception) -> NetworkError:
-    """Return the error for a failed connection. It shows the exception's type only: its text may hold secrets."""
+    """Return the error for a failed connection. It shows only the exception's type: the text may hold secrets."""
     why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
     return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

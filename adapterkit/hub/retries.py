@@ -1,4 +1,4 @@
-"""Retry requests that failed for a temporary reason. Every request of every hub goes through here."""
+"""Retry requests that failed for a temporary reason. Every request to every hub uses this module."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt; doubled for each further one."""
+"""Seconds before the second attempt; doubled for each further attempt."""
 
 LONGEST_WAIT = 300.0
-"""Longest wait in seconds. If the hub asks for more, the request fails at once."""
+"""Longest wait in seconds. If the hub asks for a longer wait, the request fails at once."""
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that are worth a retry."""
@@ -25,7 +25,7 @@ class Passing(Exception):
     """A temporary failure.
 
     Attributes:
-        wait: seconds that the hub asked for; None if it did not.
+        wait: the seconds that the hub asked to wait; None if it did not.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -38,7 +38,7 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
 
     Args:
         act: the request; running it twice must be harmless.
-        told: classifies an exception; None means that a retry is useless.
+        told: a function that classifies an exception; it returns None if a retry is useless.
 
     Raises:
         Exception: the error of the last attempt.
@@ -50,14 +50,14 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
             passing = told(error)
             if passing is None or attempt + 1 == ATTEMPTS or not pause(attempt, passing.wait):
                 raise
-    raise AssertionError("the last attempt returns or raises")
+    raise AssertionError("the last attempt must return or raise")
 
 
 def pause(attempt: int, asked: float | None) -> bool:
     """Wait before the next attempt; return False at once if the hub asks for too long a wait."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
-    # Random jitter keeps parallel connections from retrying in the same instant.
+    # Add random jitter, which keeps parallel connections from retrying at the same instant.
     wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
     time.sleep(max(wait, asked or 0.0))
     return True

@@ -1,4 +1,4 @@
-"""Download one file into a partial file: continued by any later process, and verified by its digest."""
+"""Download one file into a partial file that any later process can continue; verify the file by its digest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digests(file: Path) -> tuple[int, str, str]:
     Raises:
         StorageError: the file cannot be read.
     """
-    # Hubs list large (LFS) files by sha256 and small ones by git's blob hash, which covers a header with the size.
+    # Compute both: hubs list large (LFS) files by sha256, and small ones by git's hash of a header and the content.
     try:
         size = file.stat().st_size
         whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -39,7 +39,7 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """Return the digests of a file or of bytes that are pushed as one."""
+    """Return the digests of a local file, or of bytes that are pushed as a file."""
     if isinstance(content, Path):
         return digests(content)
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -47,8 +47,8 @@ def digests_of(content: Content) -> Digests:
 
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
-    """Return a hash object for a digest's kind; None if the digest (`unknown:...`) does not hash the content."""
-    # Builds of Python in FIPS mode refuse sha1 and md5 unless they are marked as not for security.
+    """Return a hash object for a digest's kind; None for `unknown:...`, which does not hash the content."""
+    # Mark them as not for security: Python builds in FIPS mode refuse sha1 and md5 otherwise.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -67,7 +67,7 @@ def same(file: Path, size: int, digest: str) -> bool:
 
 
 def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
-    """Check that the hub lists every pushed file with its local digest.
+    """Check that the hub lists every pushed file with the digest of the local file.
 
     Raises:
         Corrupt: a file is missing or has another digest.
@@ -78,60 +78,60 @@ def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
         if file is None or file.size != size or file.digest not in names:
             cure = "A file changed here during the push, or the hub damaged it: push again with --overwrite (in Python "
             cure += "overwrite=True)"
-            raise Corrupt("the hub does not list what was pushed", path=str(there.uri), where=name, cure=cure)
+            raise Corrupt("the hub does not list the pushed file", path=str(there.uri), where=name, cure=cure)
 
 
-# Download one file into a partial file: continued by any later process, and verified when complete.
+# Download one file into a partial file that any later process can continue; verify it when complete.
 
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
-"""Largest total size of pending range requests, in bytes, over all files: what a killed process can lose.
+"""Largest total size of pending range requests, in bytes, over all files; a killed process can lose so much.
 
-A single open-ended response would fill the buffers of both ends and of the network, whose size nothing limits.
+A single open-ended response would fill the buffers of both ends and of the network, whose size is not limited.
 """
 
 ANEW = 3
-"""How often a file is downloaded from its start because its digest was wrong."""
+"""Number of times that a file is downloaded from its start because its digest was wrong."""
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
-    """Download a file into `part`, starting where `part` ends. On return the file is complete, verified and durable.
+    """Download a file into `part`, starting where `part` ends. On return, the file is complete, verified and durable.
 
     Args:
         remote: the repository.
         file: the file to download.
         part: the partial file; bytes that it already has are hashed, not downloaded again.
-        count: called with the number of new bytes, or a negative number if bytes must be downloaded again; it may raise
-            to stop the download.
-        asked: bytes of one request; the next one is made when these are in the file.
+        count: a function that gets the number of new bytes, or a negative number if bytes must be downloaded again; it
+            may raise to stop the download.
+        asked: the number of bytes in one request; the next request is made when these are in the file.
 
     Raises:
-        Corrupt: the bytes do not have the listed digest, however often they are downloaded.
-        NetworkError: the hub cannot be reached or refuses.
-        StorageError: the partial file cannot be written.
+        Corrupt: the bytes do not have the listed digest, even after several downloads.
+        NetworkError: the hub is not reachable, or refuses.
+        StorageError: the partial file is not writable.
     """
     for _ in range(ANEW):
         if _Fetching(remote, file, count, asked).into(part):
             return
-        # Take the progress back, because these bytes are downloaded again.
+        # Subtract the bytes from the progress, because they are downloaded again.
         count(-part.stat().st_size)
         part.unlink()
-    why = f"its bytes do not have the digest {file.digest} that the hub lists"
+    why = f"the downloaded bytes do not have the digest {file.digest} that the hub lists"
     raise Corrupt(why, path=str(remote.uri.at(remote.commit)), where=file.path, cure=_DAMAGED)
 
 
 def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> bytes:
-    """Return `length` bytes of a file from byte `start`. A part of a file has no digest to verify it by.
+    """Return `length` bytes of a file from byte `start`. They are not verified: part of a file has no digest.
 
     Raises:
-        NetworkError: the hub cannot be reached, refuses, or does not answer with that range.
+        NetworkError: the hub is not reachable, refuses, or answers with another range.
     """
 
     def act() -> bytes:
         with remote.opened(file, start, start + length) as (begin, chunks):
             if begin != start:
-                raise Passing("the hub did not send the range that was asked for")
+                raise Passing("the hub did not send the requested range")
             data = b""
             for chunk in chunks:
                 data += chunk
@@ -139,7 +139,7 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
                     break
         data = data[:length]
         if len(data) != length:
-            raise Passing(f"the hub sent {len(data)} bytes where {length} were asked for")
+            raise Passing(f"the hub sent {len(data)} bytes instead of {length}")
         return data
 
     return remote.call(act) if length else b""
@@ -155,7 +155,7 @@ class _Fetching:
     def into(self, part: Path) -> bool:
         """Download the missing bytes; return whether the complete file has its digest."""
         try:
-            # In append mode every write goes to the end, wherever `_replay` has read to.
+            # Open in append mode, so that every write goes to the end, wherever `_replay` stopped reading.
             with open(part, "a+b") as target:
                 self._replay(target)
                 self._rest(target)
@@ -165,7 +165,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run left; a file that is too long cannot be right and is emptied."""
+        """Hash the bytes that an earlier run left; a file that is too long cannot be right, and is emptied."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -178,8 +178,8 @@ class _Fetching:
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
-            # A megabyte counts as progress. A server that sends a few bytes per attempt must not keep this going
-            # forever.
+            # Count a megabyte as progress, no less. A server that sends a few bytes per attempt must not keep this loop
+            # going forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
@@ -218,10 +218,10 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip to `start` and go to the end."""
+    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip to `start` and read on."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
-            raise Passing("the hub did not send the range that was asked for")
+            raise Passing("the hub did not send the requested range")
         skip, left = start - begin, file.size - start
         for chunk in coming:
             wanted = chunk[skip : skip + left]
@@ -233,5 +233,5 @@ def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[
                 return
 
 
-_AGAIN = "Run the same command again: it goes on where it stopped"
-_DAMAGED = "The hub or something on the way damages it: try another network, or tell the repository's owner"
+_AGAIN = "Run the same command again: it continues where it stopped"
+_DAMAGED = "The hub or a proxy in between damages it: try another network, or tell the repository's owner"

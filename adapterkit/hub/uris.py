@@ -1,4 +1,4 @@
-"""Names on hubs, `scheme://...` or `org/repo`, and names of files there: checked before use."""
+"""Names on hubs, `scheme://...` or `org/repo`, and names of files on hubs; both are checked before use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
     """Check that a name is a plain relative path on every system.
 
     Raises:
-        AdapterkitError: (of the given `kind`) the name leaves the folder, is absolute, names a drive or a device, or is
-            too long.
+        AdapterkitError: (of the given `kind`) the name leads outside the folder, is absolute, names a drive or a
+            device, or is too long.
     """
     fault = _fault(name)
     if fault:
@@ -32,10 +32,10 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Check all names of a repository, and that none of them is both a file and a folder.
+    """Check all names in a repository, and that no name is both a file and a folder.
 
     Raises:
-        Malformed: at the first bad name.
+        Malformed: a name is bad.
     """
     seen: set[str] = set()
     for name in names:
@@ -54,11 +54,11 @@ def _fault(name: str) -> str | None:
     if not name or name.startswith("/") or any(part in ("", ".", "..") for part in parts):
         return "is not a plain relative path"
     if "\\" in name or ":" in name or not name.isprintable():
-        return "holds a backslash, a colon or a control character"
+        return "contains a backslash, a colon or a control character"
     if len(name.encode(errors="surrogatepass")) > MAX_PATH or any(len(p.encode()) > MAX_NAME for p in parts):
         return "is too long for a file system"
     if any(part.endswith((" ", ".")) or _DEVICES.fullmatch(part) for part in parts):
-        return "is not one that every system can store"
+        return "is a name that some systems cannot store"
     return None
 
 
@@ -66,7 +66,7 @@ def _fault(name: str) -> str | None:
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
-"""One slash is accepted: `pathlib` collapses `//` to `/`."""
+"""One slash is accepted, because `pathlib` collapses `//` to `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +91,23 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """The repository's name without revision and path; the scheme is left out for `hf`, which tools assume."""
+        """The repository's name without revision and path; the scheme is omitted for `hf`, which tools assume."""
         return self.repo if self.scheme == "hf" else f"{self.scheme}://{self.repo}"
 
     def at(self, revision: str) -> Uri:
-        """Return the same place at another revision."""
+        """Return the same uri at another revision."""
         return replace(self, revision=revision)
 
 
 def scheme_of(text: str) -> tuple[str | None, str]:
-    """Split a name into its scheme (None without one) and the rest."""
+    """Split a name into its scheme (None if it has none) and the rest."""
     match = _SCHEME.fullmatch(text)
     return (match[1].lower(), match[2]) if match else (None, text)
 
 
 @dataclass(frozen=True, slots=True)
 class Address(Uri):
-    """A place without commits: the digest of its listing follows a `#`."""
+    """A location without commits: after a `#`, the uri has the digest of the location's listing."""
 
     def __str__(self) -> str:
         path = f"/{self.path}" if self.path else ""
@@ -115,10 +115,10 @@ class Address(Uri):
 
 
 def address(rest: str, scheme: str) -> Address | None:
-    """Parse a container, a path in it and an optional listing digest; return None if the text is not such a name.
+    """Parse a container, a path in it and an optional listing digest; return None if the text has another form.
 
     Raises:
-        UsageError: the path leaves the container.
+        UsageError: the path leads outside the container.
     """
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^#]*))?(?:#([0-9a-f]{64}))?", rest)
     if match is None:

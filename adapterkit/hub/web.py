@@ -21,12 +21,12 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_SAID = 64 << 10
-"""Bytes that are read from an error's body; hubs explain a refusal in a few hundred bytes."""
+"""Number of bytes that are read from an error's body; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
 """Largest other document of a hub (a manifest, a list of files, a token), in bytes.
 
-The largest legitimate one is a page of a repository's file list: 1,000 entries of about 1 KB. S3's pages are similar.
+The largest legitimate document is a page of a repository's file list: 1,000 entries of about 1 KB. S3's are similar.
 """
 
 
@@ -49,7 +49,7 @@ def answered(
         method: the HTTP method.
         url: the url.
         headers: headers that are sent to every server, also after redirects.
-        secret: headers that are sent to the url's own origin only, and not after a redirect has left it.
+        secret: headers that are sent only to the url's own origin, and not after a redirect has left it.
         place: the uri that errors name.
         content: the request body.
 
@@ -61,12 +61,12 @@ def answered(
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # Once a request has left its origin it gets no secret again, because another server may have chosen the way
-        # back.
+        # Once a request has left its origin, send no secrets, even back at the origin: another server may have chosen
+        # the redirect.
         at_home = at_home and origin(url) == home
-        # Without compression, ranges and digests are those of the stored bytes, and a body cannot inflate.
+        # Request no compression: then ranges and digests refer to the stored bytes, and a body cannot inflate.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
-        # Follow redirects here, hop by hop, so that each is checked and only the first origin gets the secrets.
+        # Follow redirects here, one by one, so that each is checked and only the first origin gets the secrets.
         with get_session().stream(
             method, url, headers=sent, content=content, follow_redirects=False, timeout=timeout
         ) as response:
@@ -78,14 +78,14 @@ def answered(
                 raise Passing(f"the hub answered {response.status_code}", wait)
             yield response
             return
-    raise NetworkError("redirected too often", path=place, cure=_ELSEWHERE)
+    raise NetworkError("the hub redirected too often", path=place, cure=_ELSEWHERE)
 
 
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
     All code that keeps a body in memory must use this: a server may send forever, and `Response.read` has no limit.
-    `answered` asks for no compression, so these are the bytes on the wire, and decoding cannot inflate them.
+    `answered` asks for no compression, so the bytes come as they are on the wire, and decoding cannot inflate them.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -115,7 +115,7 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
 
     Pushes use huggingface_hub's own functions, which need two guards. They read replies of any length. They also send
     the token to any upload url that a reply names, even if a redirect led to another server. The whole process shares
-    huggingface_hub's client, so downloads (`GET` outside of `/api/`) are left alone.
+    huggingface_hub's client, so downloads (`GET` outside of `/api/`) are not limited.
     """
     from huggingface_hub.utils import get_session, httpx
 
@@ -169,7 +169,7 @@ def begins_at(response: httpx2.Response) -> int:
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    # -1 is no valid offset, so callers refuse such a response.
+    # Return -1, which is not a valid offset, so that callers refuse such a response.
     return int(first) if first.isdigit() else -1
 
 
@@ -181,7 +181,7 @@ def range_header(start: int, end: int | None) -> dict[str, str]:
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a connection failure, and not offline mode, which refuses connections on purpose."""
+    """Whether an exception is a connection failure; offline mode, which refuses connections on purpose, is not one."""
     from huggingface_hub.utils import httpx
 
     return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
@@ -203,12 +203,12 @@ def redacted(text: str, token: str | None) -> str:
     """Return a server's text without the token that it received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
-    # A server may quote the request's own header in its message.
+    # Remove tokens in the text, too: a server may quote the request's own header in its message.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Return scheme, host and port: two urls share secrets only if all three are equal."""
+    """Return scheme, host and port; two urls share secrets only if all three are equal."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
@@ -217,7 +217,7 @@ def _next(place: str, url: str, location: str) -> str:
     target = urljoin(url, location)
     old, new = urlsplit(url), urlsplit(target)
     if new.scheme not in ("http", "https") or not new.hostname or (old.scheme == "https" and new.scheme != "https"):
-        why = f"redirected to {new.scheme or 'nowhere'}://{new.hostname or ''}, which is not safe to follow"
+        why = f"the hub redirected to {new.scheme or 'nowhere'}://{new.hostname or ''}, which is not safe to follow"
         raise NetworkError(why, path=place, cure=_ELSEWHERE)
     return target
 

@@ -1,1 +1,1 @@
-"""Tensors on disk and in memory: element types, lazy handles, file readers and writers. Imports no torch at start."""
+"""Tensors on disk and in memory: dtypes, lazy tensors, file readers and writers. Importing it does not import torch."""

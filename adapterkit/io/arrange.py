@@ -1,7 +1,7 @@
 """Split, join, transpose and scale lazy tensors: the operations that format conversions need.
 
-All but `times` and `widened` only move numbers, so a conversion and its inverse give the same bytes. Tensors are read
-when they are fetched, not before.
+All functions except `times` and `widened` only move numbers, so a conversion and its inverse give the same bytes.
+Tensors are read when they are fetched, not before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""A tensor of up to this many bytes is read whole when runs of it are asked for: three small reads take longer."""
+"""For runs of a tensor of up to this many bytes, read the whole tensor: three small reads take longer."""
 
 REAL = ("F64", "F32", "F16", "BF16")
 """Element types that all formats of language models support."""
@@ -41,8 +41,8 @@ REAL = ("F64", "F32", "F16", "BF16")
 def turned(leaf: Lazy) -> Lazy:
     """Return a tensor with its last two axes swapped; a second swap returns the original object.
 
-    So a factor that a format stores transposed is, when it is read back, the very tensor that was written. Comparing
-    the two needs no second transpose.
+    So if a format stores a factor transposed, reading it back returns the very object that was written. Comparing the
+    two needs no second transpose.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
@@ -66,12 +66,12 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor's numbers are those of a file, at most transposed, and not computed."""
+    """Whether a tensor's numbers are read from a file unchanged or transposed, and not computed."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of some runs of a large tensor, or None if that is no cheaper than reading all of it.
+    """Return the bytes of some runs of a large tensor, or None if reading the whole tensor is as cheap.
 
     Args:
         leaf: the tensor.
@@ -84,7 +84,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    # A run of a transposed matrix touches few of its rows. Only those are made contiguous.
+    # A run of a transposed matrix needs few of its rows. Make only those contiguous.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     found = []
@@ -108,7 +108,8 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
     """
     at = axis % len(leaf.shape)
     if not 0 <= start <= stop <= leaf.shape[at]:
-        raise DoesNotFit(f"no positions {start} to {stop} along axis {at} of {list(leaf.shape)}", cure=TAKE_OUT)
+        why = f"axis {at} of a tensor {list(leaf.shape)} has no positions {start} to {stop}"
+        raise DoesNotFit(why, cure=TAKE_OUT)
     if (start, stop, step) == (0, leaf.shape[at], 1):
         return leaf
     shape = (*leaf.shape[:at], len(range(start, stop, step)), *leaf.shape[at + 1 :])
@@ -137,7 +138,7 @@ def item(leaf: Lazy, index: int) -> Lazy:
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
     """Return the elements from `first` on, in C order, as a tensor of `shape`; reads only these from a file.
 
-    Without this, a file that keeps many factors in one array would be read whole for each of them.
+    Without it, a file that keeps many factors in one array would be read whole for each factor.
     """
     count = math.prod(shape)
     span = None
@@ -149,7 +150,7 @@ def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
-    """Concatenate tensors along an axis, in the narrowest dtype that holds all of them exactly."""
+    """Concatenate tensors along an axis, in the narrowest dtype that can hold all numbers exactly."""
     alike = same_type(leaves)
     shape = list(alike[0].shape)
     shape[axis] = sum(leaf.shape[axis] for leaf in alike)
@@ -168,7 +169,7 @@ def stacked(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def overlaid(leaves: Sequence[Lazy]) -> Lazy:
-    """Merge tensors of one shape, of which at most one is nonzero at each position."""
+    """Merge tensors of one shape; at each position, at most one of them may be nonzero."""
     alike = same_type(leaves)
 
     def fetch() -> memoryview:
@@ -214,17 +215,17 @@ def padded(leaf: Lazy, size: int, axis: int) -> Lazy:
 
 
 def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
-    """Return a tensor of zeros, which takes no memory until it is fetched."""
+    """Return a tensor of zeros; it takes no memory until it is fetched."""
     return Lazy(shape, dtype, lambda: bytes(math.prod(shape) * dtype.itemsize))
 
 
 def times(tensor: Leaf, factor: float) -> Lazy:
     """Multiply a tensor by a number, in float64 and with one rounding to the tensor's dtype.
 
-    Fetching the result raises `Malformed` if a finite number overflows the dtype. It also does if all products are
-    below the dtype's smallest normal number, so that digits would be lost or all of them become zero.
+    Fetching the result raises `Malformed` if a finite number overflows the dtype. It also raises if all products are
+    below the dtype's smallest normal number, because then digits would be lost or all numbers would become zero.
     """
-    cure = "Write a format that keeps the scaling apart, such as adapterkit's own"
+    cure = "Write a format that stores the scaling separately, such as adapterkit's own"
     leaf = as_lazy(tensor)
 
     def fetch() -> memoryview:
@@ -234,15 +235,15 @@ def times(tensor: Leaf, factor: float) -> Lazy:
         with np.errstate(over="ignore", under="ignore"):
             exact = as_array(leaf).astype("f8") * factor
             made = exact.astype(leaf.dtype.array)
-        # A NaN or infinity that was in the source is not this product's fault, so it passes here.
+        # A NaN or infinity that was already in the source is not caused by this product, so it passes here.
         place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
-            why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
+            why = f"a scaling of {factor:g} moves the number at {list(place)} out of the range of {leaf.dtype}"
             raise Malformed(why, cure=cure)
         largest = float(np.abs(exact).max(initial=0))
         limits: Any = ml_dtypes.finfo
         if 0 < largest < float(limits(leaf.dtype.array).smallest_normal):
-            why = f"a scaling of {factor:g} makes all numbers smaller than {leaf.dtype} holds with all its digits"
+            why = f"a scaling of {factor:g} makes all numbers too small for {leaf.dtype} to keep all digits"
             raise Malformed(why, cure=cure)
         return bytes_of(made)
 
@@ -258,17 +259,17 @@ def widened(leaf: Lazy, name: str) -> Lazy:
 
 
 def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
-    """Convert tensors to the narrowest dtype that holds all of them exactly."""
+    """Convert tensors to the narrowest dtype that can hold all numbers exactly."""
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # F32 holds BF16 and F16 exactly; neither of those holds the other.
+    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither holds the other.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors hold the same bits; tensors on the same span are not read."""
+    """Whether two tensors hold the same bits; if both have the same span, neither is read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -1,4 +1,4 @@
-"""Write files that appear complete or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..errors import storage_error
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`. On success, sync it and rename it to `path`; on any error, remove it.
+    """Open a temporary file next to `path`. On success, sync it and rename it to `path`; on any error, remove it.
 
-    The temporary file's name is derived from `path`, so the next writer reuses the file that a killed process left.
-    Two writers of one path take turns. The file's mode follows the umask, like that of any new file.
+    The temporary file's name is derived from `path`, so the next writer reuses a file that a killed process left.
+    Two writers of one path wait for each other. The file's mode follows the umask, as for any new file.
 
     Raises:
-        StorageError: the folder cannot be written, or there is no space.
+        StorageError: the folder is not writable, or the disk is full.
     """
     part = part_of(path)
     try:
         with _alone(part) as file:
             try:
-                # The file may hold what a killed writer left.
+                # Empty the file: a killed writer may have left data in it.
                 file.truncate(0)
                 yield file
-                # Sync before the rename: after a crash, the new name must not be without its data.
+                # Sync before the rename: after a crash, the new name must not point to missing data.
                 file.flush()
                 os.fsync(file.fileno())
                 if os.name == "nt":  # Windows cannot rename an open file.
@@ -44,12 +44,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def part_of(path: Path) -> Path:
-    """Return the path of the temporary file of `replacing`."""
+    """Return the path of the temporary file that `replacing` uses."""
     return path.with_name(f".{path.name}.part")
 
 
 def _alone(part: Path) -> BinaryIO:
-    """Open a file that no other process or thread is writing; wait if another one is."""
+    """Open the file as its only writer; wait if another process or thread is writing it."""
     while True:
         # Do not truncate before the lock is held: another process may still be writing the file.
         file = open(part, "w+b", opener=_untouched)  # noqa: SIM115 - the caller closes it
@@ -66,7 +66,7 @@ def _alone(part: Path) -> BinaryIO:
 
 
 def _untouched(name: str, flags: int) -> int:
-    """Open a file without truncating it; refuse a link, which another user could place in a shared folder."""
+    """Open a file without truncating it; refuse a link, which another user could have put into a shared folder."""
     return os.open(name, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -77,7 +77,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows has no way to do that."""
+    """Make renames inside `folder` durable; does nothing on Windows, which has no call for it."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -91,7 +91,9 @@ def lock(handle: int, *, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     try:
         import fcntl
-    except ImportError:  # Windows has no flock; os.replace onto an open file fails there, which protects it as well.
+    except (
+        ImportError
+    ):  # Windows has no flock, but there os.replace onto an open file fails, which protects it as well.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Open a base's weights, in one file or many, as one mapping of lazy tensors, and take their fingerprint."""
+"""Open a base's weights, in one file or many, as one mapping of lazy tensors, and compute their fingerprint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 LONGEST_NAME = 255
-"""Longest file name in bytes on common file systems. For a longer one, `stat` fails instead of finding nothing."""
+"""Longest file name in bytes on common file systems. For longer names, `stat` raises an error of its own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -45,7 +45,7 @@ class Checkpoint:
         files: the weight files, in order; `home` maps each tensor to one of them.
         home: tensor name -> weight file.
         metadata: weight file -> its safetensors metadata; empty for torch files.
-        config: the model's `config.json`, if there is one beside the weights.
+        config: the model's `config.json`, if one is next to the weights.
         index: the parsed index file of a sharded checkpoint, else None.
     """
 
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder with the model's other files."""
+        """The folder with the model's other files, such as its config."""
         return self.root if self.root.is_dir() else self.root.parent
 
 
@@ -70,9 +70,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file, reading headers only.
 
     Raises:
-        StorageError: there is nothing, or it cannot be read.
-        Malformed: the files disagree with each other or with their index.
-        UsageError: the folder holds no weights, or more than one set of them.
+        StorageError: the path does not exist, or cannot be read.
+        Malformed: the files contradict each other or their index.
+        UsageError: the folder holds no weights, or more than one complete set.
     """
     root = located(path)
     check_exists(root, path)
@@ -90,10 +90,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_shards(index: Path) -> dict[str, Lazy]:
-    """Return the tensors of all files that an index names, reading headers only.
+    """Return the tensors of all files that an index lists, reading headers only.
 
     Raises:
-        Malformed: the index is damaged, or a file that it names is missing or lacks a tensor.
+        Malformed: the index is damaged, or a listed file is missing or lacks a tensor.
     """
     files, (_, content) = _indexed_files(index)
     tensors, home, _ = _read_files(files)
@@ -102,7 +102,7 @@ def read_shards(index: Path) -> dict[str, Lazy]:
 
 
 def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint as it is, or open it from its path; see `open_checkpoint`."""
+    """Return a checkpoint unchanged, or open it from its path; see `open_checkpoint`."""
     return base if isinstance(base, Checkpoint) else open_checkpoint(base)
 
 
@@ -111,7 +111,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        strict: refuse repeated keys and non-finite numbers. Off for configs of bases, some of which contain `Infinity`.
+        strict: refuse repeated keys and non-finite numbers. False for bases' configs, because some contain `Infinity`.
 
     Raises:
         Malformed: the file is not a JSON object, or is unreasonably large.
@@ -122,11 +122,13 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
         if path.name == "config.json" and b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # Lone surrogates raise here: they cannot be written again.
+            json.dumps(value, ensure_ascii=False).encode()  # Raise for lone surrogates: they cannot be written again.
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
+        raise Malformed(
+            f"the file is not valid JSON ({error})", path=path, cure="Write or fetch the file again"
+        ) from error
     if not isinstance(value, dict):
-        raise Malformed("not a JSON object", path=path, cure="Write or fetch the file again")
+        raise Malformed("the file is not a JSON object", path=path, cure="Write or fetch the file again")
     return value
 
 
@@ -141,7 +143,7 @@ def contained(folder: Path, name: str) -> Path:
     strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
     if strange or not all(map(_is_file_name, pure.parts)):
         raise Malformed(
-            f"{shown(name)} is not the plain name of a file inside the folder",
+            f"{shown(name)} is not a plain name of a file inside the folder",
             path=folder,
             where=name,
             cure="Do not use this file: repack the model",
@@ -150,7 +152,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a file system accepts the name; names from JSON can be of any length and contain lone surrogates."""
+    """Whether a file system accepts the name; a name from JSON can be of any length and contain lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -161,7 +163,9 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
     for index_name, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
         index, whole = folder / index_name, folder / single
         if index.is_file() and whole.is_file():
-            raise UsageError(f"holds both {single} and {index_name}", path=folder, cure="Remove the stale one")
+            raise UsageError(
+                f"the folder holds both {single} and {index_name}", path=folder, cure="Remove the stale one"
+            )
         if index.is_file():
             return _indexed_files(index)
         if whole.is_file():
@@ -169,10 +173,12 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
     found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not found:
         cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
-        raise UsageError("no weights in this folder", path=folder, cure=cure)
+        raise UsageError("this folder holds no weights", path=folder, cure=cure)
     if len(found) > 1:
         raise UsageError(
-            f"{len(found)} safetensors files and no {INDEX}", path=folder, cure="Name one file, or restore the index"
+            f"the folder holds {len(found)} safetensors files and no {INDEX}",
+            path=folder,
+            cure="Name one file, or restore the index",
         )
     return (found[0],), None
 
@@ -185,7 +191,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
     files = tuple(file.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1))
     lost = next((other for other in files if not other.is_file()), None)
     if lost is not None:
-        raise StorageError(f"{lost.name} of the same model is not there", path=file, cure="Fetch all of its files")
+        raise StorageError(f"{lost.name} of the same model is missing", path=file, cure="Fetch all files of the model")
     return files
 
 
@@ -193,7 +199,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     index = read_json(path, strict=True)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        why = "no weight_map of tensor names to file names"
+        why = "the index has no weight_map from tensor names to file names"
         raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
     if not isinstance(index.get("metadata"), dict | None):
         why = f"metadata is {shown(index['metadata'])}, not an object"
@@ -202,7 +208,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
         if not exists(file) or file.is_dir():
-            why = f"names {file.name}, which is not there"
+            why = f"the index lists {file.name}, which is missing"
             raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)
 
@@ -222,7 +228,9 @@ def _read_files(
         part, metadata[file] = _read_file(file)
         twice = next((name for name in part if name in tensors), None)
         if twice:
-            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
+            raise Malformed(
+                f"the tensor is also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies"
+            )
         tensors |= part
         home |= dict.fromkeys(part, file)
     return tensors, home, metadata
@@ -230,7 +238,7 @@ def _read_files(
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
     if file.is_dir():
-        raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
+        raise Malformed("a folder has the name of a weight file", path=file, cure="Fetch the weights again")
     if is_torch_file(file) or (file.suffix in {".bin", ".pt", ".pth"} and not _begins_as_safetensors(file)):
         return read_torch_file(file), {}
     if is_gguf(file):
@@ -242,7 +250,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whether JSON follows the eight bytes of a length: an index may give a shard any ending."""
+    """Whether JSON follows the eight-byte length: an index may give a safetensors shard any file extension."""
     try:
         with open_input(file) as opened_file:
             return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
@@ -251,18 +259,18 @@ def _begins_as_safetensors(file: Path) -> bool:
 
 
 def raw(span: Span) -> Lazy:
-    """Return a run of a file as a tensor of bytes, for data whose dtype is handled elsewhere."""
+    """Return a byte range of a file as a tensor of bytes; the caller interprets the dtype."""
     return Lazy((span.nbytes,), DTYPES["U8"], None, span)
 
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
-    # A mixture's index names 45,000 tensors and 163 files; a name takes 15 us to check.
+    # Check each file name once: a mixture's index lists 45,000 tensors but 163 files, and a name takes 15 us.
     files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
             raise Malformed(
-                f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
+                f"the index says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
             )
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
@@ -276,26 +284,26 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 # The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. File names and sharding do
 # not matter. It detects these changes:
 #
-# - Always: a changed name, shape or dtype, and any change of a tensor that is small enough to be read whole. - Always:
-# a run of changed elements that is a 63rd of its tensor or longer, e.g. an attention head or an MLP block. The
-# reason: 64 places are read, evenly spaced from the first element to the last. - Almost always: changes scattered over
-# the model, as training makes them. The probability of missing them is   (1 - p) ** n for a fraction p of changed
-# elements and n elements read. For 10 billion bfloat16 parameters n is about   16 million, so one changed element in a
-# million is missed in one case of ten million. - Seldom: a few changed elements, or one row of a large table. Only a
-# hash of all bytes detects those.
+# - Always: a changed name, shape or dtype, and any change of a tensor that is small enough to be read whole.
+# - Always: a run of changed elements that is 1/63 of its tensor or longer, e.g. an attention head or an MLP block,
+#   because 64 blocks are read, evenly spaced from the first element to the last.
+# - Almost always: changes that are scattered over the model, as training makes them. The probability of missing them
+#   is (1 - p) ** n for a fraction p of changed elements and n elements read. For 10 billion bfloat16 parameters n is
+#   about 16 million, so if one element in a million changed, it is missed in one case of ten million.
+# - Seldom: a few changed elements, or one row of a large table. Only a hash of all bytes detects those.
 
 
 PREFIX = "sampled-2-sha256:"
-"""The number is the version of the sampling; fingerprints of different versions are not compared."""
+"""The number is the version of the sampling. Fingerprints of different versions are never compared."""
 
 SAMPLE = 16 << 20
-"""Approximate number of bytes read in all. Reading and hashing them takes about 100 ms for any number of tensors."""
+"""Approximate number of bytes read from all tensors. Reading and hashing them takes about 100 ms for any model."""
 
 LEAST, MOST = 256, 256 << 10
 """Bounds of the bytes read from one tensor."""
 
 BLOCKS = 64
-"""Number of places at which a tensor larger than its share of the sample is read."""
+"""Number of blocks read from a tensor that is larger than its share of the sample."""
 
 
 @files_kept_open()
@@ -308,12 +316,12 @@ def fingerprint(base: Checkpoint) -> str:
     share = min(max(SAMPLE // max(len(base.tensors), 1), LEAST), MOST)
     digest = hashlib.sha256()
     with files_kept_open():
-        # Sorted by name, so that shards and file order do not matter.
+        # Sort by name, so that shards and file order do not matter.
         for name in sorted(base.tensors):
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
             if tensor.span is None and tensor.part is None:
-                # These bytes are not one run of a file, so each partial read would compute all of them. Do it once.
+                # The tensor is not one run of a file, so each partial read would compute all of it. Compute it once.
                 whole = bytes(tensor.fetch())
                 tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
             for start, count in _places(tensor, share):
@@ -325,9 +333,9 @@ SHAPES_PREFIX = "shapes-1-sha256:"
 
 
 def shapes_digest(base: Checkpoint) -> str:
-    """Return a digest of a base's tensor names and shapes: bases of one architecture have it in common.
+    """Return a digest of a base's tensor names and shapes; bases of one architecture share it.
 
-    Dtypes are left out, so that a cast copy of a base is of the same architecture, and has other weights.
+    The digest omits dtypes: a copy of a base in another dtype has the same architecture, though other weights.
     """
     digest = hashlib.sha256()
     for name in sorted(base.tensors):

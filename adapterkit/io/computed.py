@@ -1,6 +1,6 @@
-"""Leaves that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
+"""Tensors that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
 
-Numbers that are only moved keep their bits: joining leaves of one dtype involves no arithmetic.
+Joining tensors of one dtype involves no arithmetic, so the numbers keep their bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load(leaf: Leaf) -> Array:
 
 
 def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> Lazy:
-    """Return a leaf whose numbers `make` computes at each read."""
+    """Return a tensor whose numbers `make` computes at each read."""
 
     def fetch() -> Buffer:
         return _bytes_of(rounded(make(), dtype))
@@ -38,7 +38,7 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
 
 
 def held(values: Array, dtype: DType) -> Lazy:
-    """Return a leaf of numbers that are already computed, rounded once to `dtype`."""
+    """Return a tensor of numbers that are already computed, rounded once to `dtype`."""
     kept = rounded(values, dtype)
     return Lazy(tuple(kept.shape), dtype, kept.tobytes)
 
@@ -47,19 +47,19 @@ def rounded(values: Array, dtype: DType) -> Array:
     """Round numbers to `dtype`, in C order.
 
     Raises:
-        Malformed: a number overflows the dtype, or is not finite.
+        Malformed: a number is not finite or overflows the dtype.
     """
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
         kept = np.ascontiguousarray(values, dtype=dtype.array)
     if dtype.floating and not np.isfinite(kept).all():
-        raise Malformed(f"a result that {dtype} cannot hold", cure="Choose smaller weights, or a wider dtype")
+        raise Malformed(f"a result is out of the range of {dtype}", cure="Choose smaller weights, or a wider dtype")
     return kept
 
 
 def times(leaf: Leaf, factor: float) -> Leaf:
-    """Multiply a leaf by a number; the result is float32 if the leaf's own dtype would round the product."""
+    """Multiply a leaf by a number; the result is float32 if rounding to the leaf's dtype would lose digits."""
     if factor == 1:
         return leaf
     return computed(leaf.shape, _exact_type(as_lazy(leaf).dtype, factor), lambda: load(leaf) * factor)
@@ -80,7 +80,7 @@ def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None 
 
 
 def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = None) -> Leaf:
-    """Concatenate leaves along a non-negative axis, each multiplied by its factor if factors are given."""
+    """Concatenate leaves along a non-negative axis; multiply each by its factor if factors are given."""
     several = list(leaves) if factors is None else [times(*each) for each in zip(leaves, factors, strict=True)]
     if len(several) == 1:
         return several[0]
@@ -100,10 +100,10 @@ def wide(leaves: Sequence[Leaf]) -> DType:
 
 
 def _exact_type(dtype: DType, factor: float) -> DType:
-    """Return the leaf's own dtype if the product is exact in it, else float32.
+    """Return the leaf's own dtype if it can hold the product exactly, else float32.
 
-    A change of sign is always exact. A power of two is exact in BF16, which has float32's exponent range; F16's range
-    is too narrow to be sure.
+    A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has float32's exponent
+    range. In F16 it may not be, because the range is too narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")
@@ -113,10 +113,10 @@ def _exact_type(dtype: DType, factor: float) -> DType:
 def _concatenated(
     parts: Sequence[Lazy], read: Callable[[Lazy], Array], shape: Sequence[int], dtype: Any, axis: int
 ) -> Array:
-    """Concatenate parts; each is copied right after it is read, while it is still in the CPU cache."""
+    """Concatenate parts; copy each right after reading it, while it is still in the CPU cache."""
     import numpy as np
 
-    # One buffer of the final size avoids a second copy of all parts, which np.concatenate would need.
+    # Allocate the result once: np.concatenate would need a second copy of all parts.
     made, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]
@@ -125,7 +125,7 @@ def _concatenated(
 
 
 def _bytes_of(array: Array) -> memoryview:
-    """Return an array's own memory, without a copy."""
+    """Return the memory of an array, without a copy."""
     flat: Any = array.reshape(-1).view("u1")
     return memoryview(flat)
 

@@ -1,4 +1,4 @@
-"""Write files past the page cache and copy byte ranges in the kernel: whole pages, beside the computation."""
+"""Write files around the page cache, in parallel with the computation; copy byte ranges inside the kernel."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-# Errors by which the kernel or the file system declines a copy; the caller then reads and writes the bytes itself.
+# On these errors the kernel or the file system refuses to copy; the caller then reads and writes the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
 def copy_by_kernel(
     source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
 ) -> int:
-    """Copy `nbytes` from offset `start` of one open file to offset `at` of another; share disk blocks if possible.
+    """Copy `nbytes` from offset `start` of one open file to offset `at` of another; shares disk blocks if possible.
 
     Returns:
-        How many bytes the kernel copied. It may be fewer than `nbytes`, and the caller copies the rest.
+        The number of bytes that the kernel copied. It may be less than `nbytes`; the caller copies the rest.
 
     Raises:
         OSError: reading or writing failed.
@@ -46,14 +46,14 @@ def copy_by_kernel(
 
 
 class OpenFiles:
-    """A limited cache of open files: a base of hundreds of shards must not exhaust the process's file handles."""
+    """A limited cache of open files: a base with hundreds of shards must not use up the process's file handles."""
 
     def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
         self.limit, self.opener = limit, opener
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
-        """Return the file, unbuffered; at the limit, the least recently used file is closed."""
+        """Return the file, unbuffered; at the limit, close the least recently used file."""
         file = self._files.pop((path, mode), None)
         if file is None:
             while len(self._files) >= self.limit:
@@ -68,13 +68,13 @@ class OpenFiles:
 
 
 class WriteBehind:
-    """Start writing ranges to disk at once, and drop their pages from the page cache afterwards.
+    """Starts writing ranges to disk at once, and drops their pages from the page cache afterwards.
 
-    The disk is busy from the first range on, instead of only at the final flush. The kernel also reuses the dropped
-    pages, which is cheaper than fresh memory and leaves the cached files of other programs alone.
+    So the disk is busy from the first range on, not only at the final flush. The kernel also reuses the dropped
+    pages. Reuse is cheaper than fresh memory, and keeps the cached files of other programs.
 
     Args:
-        lag: how many of the last ranges keep their pages.
+        lag: the number of most recent ranges that keep their pages.
     """
 
     def __init__(self, lag: int = 3) -> None:
@@ -85,20 +85,20 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
-        # The first advice starts the write-back of dirty pages; only the second one, later, finds clean pages to drop.
+        # Advise twice: the first call starts the write-back of dirty pages, and a later one drops the clean pages.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
 
 
 def _let_go(file: BinaryIO, start: int, nbytes: int) -> None:
-    """Advise the kernel: it starts writing dirty pages and drops clean ones."""
+    """Advise the kernel to start writing dirty pages and to drop clean ones."""
     if not file.closed:
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """Write every byte to an unbuffered file, which may take fewer at a time."""
+    """Write all bytes to an unbuffered file, whose `write` may accept fewer at a time."""
     while data:
         data = data[file.write(data) :]
 
@@ -116,33 +116,33 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
-# Write files past the page cache, in parallel with the computation: whole pages go from user memory to the disk.
+# Write files around the page cache, in parallel with the computation: whole pages go from user memory to the disk.
 #
-# Copying every byte into fresh kernel pages, and evicting those again, takes as much processor time as half of a
-# merge's arithmetic. A model that is only written would also push files out of memory that other programs still read.
+# Through the page cache, the kernel would copy every byte into fresh pages and evict them again. That takes half as
+# much processor time as a merge's arithmetic. It would also evict files that other programs still read.
 
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Offsets, lengths and addresses of direct writes are multiples of this; no disk in use needs more."""
+"""Offsets, lengths and addresses of direct writes must be multiples of this; no disk in use needs larger ones."""
 
 PIECE = 4 << 20
 """Bytes of one write to the disk."""
 
 DEPTH = 2
-"""Pieces that are being written while the next one is filled."""
+"""Number of pieces that may be in flight while the next piece is filled."""
 
 HELD = (DEPTH + 1) * PIECE
 """Bytes of memory that a writer uses, whatever the size of its output."""
 
 BUFFER = 512 << 10
-"""Bytes copied at a time; they stay in a core's cache between reading and writing."""
+"""Bytes copied at a time, so that they stay in a core's cache between reading and writing."""
 
 Moved = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Memory whose bytes `start` to `end` belong to a file; `memory[0]` is at the page boundary `at` of the file."""
+    """Memory whose bytes `start` to `end` belong to a file; `memory[0]` corresponds to the page boundary `at`."""
 
     memory: memoryview
     path: str = ""
@@ -152,7 +152,7 @@ class _Piece:
 
 
 class Writer:
-    """Writes runs of bytes into existing files: the caller's thread fills memory, and another thread writes it."""
+    """Writes byte runs into existing files: the caller's thread fills memory, and another thread writes it."""
 
     def __init__(self) -> None:
         self.plain, self.direct, self.behind = OpenFiles(), OpenFiles(opener=self._past_the_cache), WriteBehind()
@@ -165,13 +165,13 @@ class Writer:
 
     def begin(self, path: str, offset: int) -> None:
         """Continue at byte `offset` of a file."""
-        # Direct writes need aligned offsets. The memory starts at the page boundary below, and the bytes of that page
-        # before `offset` are left alone.
+        # Direct writes need aligned offsets. So the memory starts at the page boundary below, and the bytes of that
+        # page before `offset` are not written.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
     def room(self, nbytes: int) -> memoryview:
-        """Return memory for the next bytes; fill it, then call `filled`.
+        """Return memory for the next bytes; the caller fills it, then calls `filled`.
 
         Raises:
             OSError: an earlier piece could not be written.
@@ -184,7 +184,7 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """Count the next `nbytes` of the room as filled."""
+        """Count the next `nbytes` of that memory as filled."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
@@ -195,15 +195,15 @@ class Writer:
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Copy the next bytes from an open, unbuffered file; share disk blocks if the file system can.
+        """Copy the next bytes from an open, unbuffered file; shares disk blocks if the file system can.
 
-        The kernel copies only if source and target have the same offset within a page. Otherwise it would go page by
-        page, which is slower than reading and writing whole runs of pages.
+        The kernel copies only if source and target have the same offset within a page. Otherwise the kernel would go
+        page by page, which is slower than reading and writing whole runs of pages.
 
         Args:
             source: the file.
             start: the offset of the first byte.
-            nbytes: how many bytes.
+            nbytes: the number of bytes.
             moved: called with the number of bytes after each step.
 
         Raises:
@@ -224,7 +224,7 @@ class Writer:
         """End a run of bytes; call this before the next `begin`.
 
         Returns:
-            A future that is done when all of the run is written; it raises the OSError if that failed.
+            A future that is done when the whole run is written; it raises OSError if a write failed.
         """
         return self._send(self.filling.end)
 
@@ -235,7 +235,7 @@ class Writer:
         self.direct.close()
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
-        """Copy in the kernel, behind the pending writes of the other thread; return how many bytes it copied."""
+        """Copy in the kernel, after the pending writes of the other thread; return the number of bytes copied."""
         path, at = self.filling.path, self.filling.at + self.filling.end
         if self.filling.end > self.filling.start:
             self.finish()
@@ -251,7 +251,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Write the bytes up to `stop`; the rest, less than a page, moves to the start of the next piece."""
+        """Send the bytes up to `stop` to be written; the rest, less than a page, moves to the next piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -282,8 +282,8 @@ class Writer:
             self.filling.memory = larger
 
     def _write(self, piece: _Piece, stop: int) -> None:
-        """Write a piece: whole pages directly, a part of a page at either end through the page cache."""
-        # `finish` waits for the last piece only, so an earlier failure must fail all later pieces too.
+        """Write a piece: whole pages directly, partial pages at either end through the page cache."""
+        # Fail after an earlier failure: `finish` waits for the last piece only, and would not see the error.
         if self.failure is not None:
             raise self.failure
         first = min(-(-piece.start // PAGE) * PAGE, stop)
@@ -302,12 +302,12 @@ class Writer:
         try:
             self._put(self.direct, piece, start, stop)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: the file system needs a larger alignment, or the write was cut.
+            if error.errno != errno.EINVAL:  # EINVAL: the file system needs a larger alignment, or the write was short.
                 raise
             self._put(self.plain, piece, start, stop)
 
     def _past_the_cache(self, path: str, flags: int) -> int:
-        """Open with O_DIRECT if the system and the file system support it, else normally."""
+        """Open with O_DIRECT if the system and the file system support it, otherwise normally."""
         try:
             return os.open(path, flags | os.O_DIRECT)
         except (AttributeError, OSError) as error:
@@ -324,5 +324,5 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    # Anonymous maps start at a page boundary, which direct writes require; a bytearray may not.
+    # Use an anonymous map: it starts at a page boundary, as direct writes require; a bytearray may not.
     return memoryview(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE))

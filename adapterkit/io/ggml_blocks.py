@@ -1,6 +1,6 @@
-"""ggml's block types: the formula of each, from bytes to numbers and back.
+"""ggml's block types: for each, the formula from bytes to numbers and back.
 
-Bits and order of operations follow ggml-quants.c, as gguf-py does, so the same bytes give the same float32 numbers.
+Bits and order of operations follow ggml-quants.c, as in gguf-py, so the same bytes give the same float32 numbers.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -19,7 +19,7 @@ BLOCKS = {
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
 }  # fmt: skip
-"""Type name -> ggml's number of the type, numbers per block, bytes per block."""
+"""Type name -> (ggml's number of the type, numbers per block, bytes per block)."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
@@ -53,7 +53,7 @@ def encoded(kind: str, values: Array) -> bytes:
 
 
 def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
-    """Encode float32 blocks, `[n, numbers of a block]`, by numpy, whose bytes those of the compiled loops are."""
+    """Encode float32 blocks, `[n, numbers of a block]`, with numpy; the compiled loops give the same bytes."""
     import numpy as np
 
     with np.errstate(all="ignore"):
@@ -62,14 +62,14 @@ def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return the fields of the blocks: scale, minimum, fifth bits, and the numbers themselves."""
+    """Return the fields of the blocks as far as the type has them: scale, minimum, fifth bits, and the numbers."""
     import numpy as np
 
     bits, offset = int(kind[1]), kind.endswith("_1")
     if bits == 8:
         scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
         scaled = blocks * _inverse(scale)
-        # C's roundf rounds halves away from zero; numpy's rint rounds them to even.
+        # Emulate C's roundf, which rounds halves away from zero; numpy's rint rounds them to even.
         q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8).view(np.uint8)
         return [_half(scale), q]
     minimum: list[Array] = []
@@ -94,7 +94,7 @@ def _largest(blocks: Array) -> Array:
     """Return the number of largest magnitude in each block; of two equal magnitudes the first, as ggml does."""
     import numpy as np
 
-    # Twice as fast as argmax over magnitudes for all blocks; only blocks with a tie need that.
+    # Use argmax over magnitudes only for blocks with a tie; this way is twice as fast for all others.
     most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
     largest = np.where(most > -least, most, least)
     twins = (most == -least)[:, 0]
@@ -159,7 +159,7 @@ def _q2(blocks: Array) -> Array:
 def _q3(blocks: Array) -> Array:
     import numpy as np
 
-    # A bit of the mask is set if 4 is NOT to be subtracted.
+    # A set bit of the mask means that 4 is NOT subtracted.
     missing = 1 - _pairs(blocks[:, :32], tuple(range(8)), 32, 1).astype(np.int32)
     q = _pairs(blocks[:, 32:96], (0, 2, 4, 6), 32, 3).astype(np.int32) - 4 * missing
     low, high = _pairs(blocks[:, 96:104], (0, 4), 8, 15), _pairs(blocks[:, 104:108], (0, 2, 4, 6), 4, 3)
@@ -178,7 +178,7 @@ def _q5(blocks: Array) -> Array:
 
 
 def _with_least(blocks: Array, q: Array) -> Array:
-    """Q4_K and Q5_K: eight 6-bit scales and minima; the last four's high bits share bytes with the first four."""
+    """Decode Q4_K and Q5_K: eight 6-bit scales and minima; bytes of the first four hold the last four's high bits."""
     import numpy as np
 
     a, b, c = (blocks[:, at : at + 4] for at in (4, 8, 12))

@@ -1,8 +1,8 @@
-"""Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32, whose scales are quantized themselves.
+"""Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32, whose scales are themselves quantized.
 
-The layout is ggml's. Each run's scale is chosen by least squares among a few candidates around the plain one, and the
-numbers are rounded by the scales as they are stored. llama.cpp searches differently, for a weighted error, so its bytes
-differ while the error is about the same. Source of the layout:
+The layout is ggml's. Least squares selects each run's scale from a few candidates near the scale of the largest number.
+The numbers are then rounded with the scales as stored. llama.cpp searches for the least weighted error, so its bytes
+differ; the error is about the same. Source of the layout:
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .lazy import Array
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""Candidate scales: how far beyond a run's largest number the range reaches, in quantization steps."""
+"""Candidate scales: distance of the range's end from a run's largest number, in quantization steps."""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
@@ -64,7 +64,7 @@ _K: dict[str, Callable[[Array], list[Array]]] = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Return scale, minimum and their eight 6-bit multiples as bytes, and the numbers, 0 to `most`."""
+    """Return the scale, the minimum and their eight 6-bit multiples as bytes, and the numbers from 0 to `most`."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -78,14 +78,14 @@ def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
 
 
 def _columns(blocks: Array, size: int) -> Array:
-    """Return the runs as columns `[size, runs]`: numpy then works on thousands of runs per operation."""
+    """Return the runs as columns `[size, runs]`, so that numpy processes thousands of runs per operation."""
     import numpy as np
 
     return np.ascontiguousarray(blocks.reshape(-1, size).T)
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """Return each run's scale with the least squared error, for numbers from -most to most - 1."""
+    """Return each run's scale with the least squared error, for quantized numbers from -most to most - 1."""
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -98,13 +98,13 @@ def _around_zero(x: Array, most: int) -> Array:
         xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
         fitted = divided_by(xq, qq)
         gain = fitted * xq
-        # For the best scale, sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2: the largest gain has the least error.
+        # The best scale minimises sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2, so it has the largest gain.
         scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
     return scale
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """Return each run's scale, and how far below zero it begins, with the least squared error for 0 to most."""
+    """Return each run's scale and minimum (sign removed) with the least squared error, for quantized 0 to `most`."""
     import numpy as np
 
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
@@ -121,20 +121,20 @@ def _with_least(x: Array, most: int) -> tuple[Array, Array]:
 
 
 def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
-    """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin and the error without sum x^2.
+    """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin, and the error minus sum x^2.
 
     Args:
-        size: number of values x in a run.
+        size: the number of values x in a run.
         total: the sum of x.
         s: the sum of the steps q.
-        xq: the sum of x q.
-        qq: the sum of q q.
+        xq: the sum of x * q.
+        qq: the sum of q * q.
     """
     import numpy as np
 
     slope = divided_by(size * xq - total * s, size * qq - s * s)
     begin = (slope * s - total) / size
-    # The stored minimum has no sign. If the free fit begins above zero, fit a line through zero instead.
+    # The stored minimum has no sign. If the free fit has a positive minimum, fit a line through zero instead.
     slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
     return (
         slope,
@@ -161,7 +161,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """Quantize columns by their scales; return the numbers, shifted to start at 0, as blocks of bytes."""
+    """Quantize columns with their scales; return the numbers, shifted to start at 0, as blocks of bytes."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))

@@ -28,7 +28,7 @@ SCALARS = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""GGUF's number of a value type -> its name here and its `struct` code."""
+"""GGUF's number of a value type -> (type name, `struct` code)."""
 
 STRING, ARRAY = 8, 9
 VALUE_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
@@ -53,19 +53,19 @@ class GgufValue:
 
 
 def numbers(data: bytes, code: str) -> Any:
-    """Return little-endian bytes as a read-only numpy array, which needs no Python object per number."""
+    """Return little-endian bytes as a read-only numpy array, without a Python object per number."""
     import numpy as np
 
     return np.frombuffer(data, np.dtype(code))
 
 
 def raw_size(kind: str, shape: Sequence[int]) -> int:
-    """Return the size in bytes of a tensor of a named type."""
+    """Return the size in bytes of a tensor whose type is given by name."""
     return size_of(shape, TYPES[kind])
 
 
 def size_of(shape: Sequence[int], number: int) -> int:
-    """Return the size in bytes of a tensor of a numbered type; 0 for an unknown type."""
+    """Return the size in bytes of a tensor whose type is given by number; 0 for an unknown type."""
     count = math.prod(shape)
     if number in NUMBERS:
         _, numbers, size = BLOCKS[NUMBERS[number]]
@@ -100,7 +100,7 @@ MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
 MAX_DEPTH = 4
 MAX_LISTED = 1 << 20
-"""Longest numeric array that becomes a list; longer ones stay bytes. Python objects for 250 MB of numbers took 4 GB."""
+"""Longest numeric array that becomes a list. Longer ones become numpy arrays: 250 MB of numbers took 4 GB as a list."""
 
 MAX_ITEMS = 1 << 22
 """Most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
@@ -114,10 +114,10 @@ class Reader:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
-            why = f"{what} of {count} bytes, where {self.size - self.at} are left in the file"
+            why = f"{what} needs {count} bytes, but only {self.size - self.at} are left in the file"
             raise self.damaged(why)
         if self.at + count > MAX_HEADER:
-            raise self.damaged(f"a header of more than {MAX_HEADER} bytes")
+            raise self.damaged(f"the header is longer than {MAX_HEADER} bytes")
         data = self.file.read(count)
         if len(data) != count:
             raise self.damaged("the file ends too early")
@@ -130,11 +130,11 @@ class Reader:
     def string(self, what: str, limit: int = MAX_HEADER) -> str:
         length = self.number("<Q", what)
         if length > limit:
-            raise self.damaged(f"{what} of {length} bytes")
+            raise self.damaged(f"{what} claims {length} bytes")
         try:
             return self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
-            raise self.damaged(f"{what} that is not UTF-8") from None
+            raise self.damaged(f"{what} is not UTF-8") from None
 
     def damaged(self, why: str) -> Malformed:
         return Malformed(why, path=self.path, where=f"byte {self.at}", cure="Fetch or write the file again")
@@ -143,21 +143,23 @@ class Reader:
 def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str, int]]:
     """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
     if reader.take(4, "a magic") != GGUF:
-        raise reader.damaged("not a GGUF file")
+        raise reader.damaged("this is not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
-        # Read in the wrong byte order, version 3 is 0x03000000.
+        # A file in the other byte order shows version 3 as 0x03000000.
         swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-        raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
+        raise Unsupported(
+            f"the file is GGUF, {swapped}", path=reader.path, cure="Write it as GGUF version 3, little-endian"
+        )
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
     if count > MAX_TENSORS or keys > MAX_TENSORS:
-        raise reader.damaged(f"{count} tensors and {keys} keys")
+        raise reader.damaged(f"the header claims {count} tensors and {keys} keys")
     values: dict[str, GgufValue] = {}
     places: dict[str, int] = {}
     for _ in range(keys):
         key = reader.string("a key", MAX_NAME)
         if key in values:
-            raise reader.damaged(f"the key {key!r} twice")
+            raise reader.damaged(f"the key {key!r} occurs twice")
         number = reader.number("<I", "a type")
         places[key] = reader.at
         values[key] = _value(reader, number, key)
@@ -171,7 +173,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
     if number == STRING:
         return GgufValue("string", reader.string(f"the value of {key!r}"))
     if number != ARRAY or depth == MAX_DEPTH:
-        raise reader.damaged(f"{key!r} is of a type {number} that GGUF does not have")
+        raise reader.damaged(f"the value of {key!r} has type {number}, which GGUF does not define")
     inner, length = reader.number("<I", "a type"), reader.number("<Q", "a length")
     if inner in SCALARS:
         name, code = SCALARS[inner]
@@ -180,12 +182,12 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
         if length > MAX_LISTED:
             return GgufValue(f"[{name}]", numbers(data, code))
         return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
-    # A string or array takes 8 bytes or more, for its length. Check before a list of that many items is made.
+    # Check before a list of that many items is created: a string or array takes at least 8 bytes, for its length.
     if length * 8 > reader.size - reader.at:
-        raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
+        raise reader.damaged(f"{key!r} is an array of {length} items, more than the file could hold")
     reader.items += length
     if reader.items > MAX_ITEMS:
-        raise reader.damaged(f"arrays of more than {MAX_ITEMS:,} texts and arrays")
+        raise reader.damaged(f"the arrays hold more than {MAX_ITEMS:,} strings and arrays")
     return GgufValue(
         f"[{VALUE_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
     )
@@ -201,15 +203,15 @@ def read_entries(
     for _ in range(count):
         name = reader.string("a name", MAX_NAME)
         if name in found:
-            raise reader.damaged(f"the tensor {name!r} twice")
+            raise reader.damaged(f"the tensor {name!r} occurs twice")
         axes = reader.number("<I", "a count of axes")
         if axes > 8:
-            raise reader.damaged(f"a tensor of {axes} axes")
+            raise reader.damaged(f"a tensor has {axes} axes")
         sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
         places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
         found[name] = (sizes[::-1], number, offset)
-        # GGUF lists the fastest axis first, numpy last.
+        # GGUF lists the fastest axis first, numpy lists it last.
     return found, places, up(reader.at, alignment), alignment
 
 
@@ -219,30 +221,30 @@ def check_place(
     """Check that a tensor consists of whole blocks, is aligned, and lies inside the file.
 
     Raises:
-        Malformed: it does not.
+        Malformed: one of these conditions does not hold.
     """
     kind = NUMBERS.get(number)
     if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
-        raise reader.damaged(f"rows of {name!r} are not a multiple of the block size of {BLOCKS[kind][1]}")
+        raise reader.damaged(f"the row length of {name!r} is not a multiple of the block size {BLOCKS[kind][1]}")
     size = size_of(shape, number)
     if offset % alignment or start + offset + size > reader.size:
-        raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
+        raise reader.damaged(f"{name!r} ({size} bytes at {offset}) is not aligned, or extends beyond the end")
 
 
 def check_apart(reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
-    """Check that no tensors overlap.
+    """Check that tensors do not overlap.
 
     Raises:
-        Malformed: two tensors do.
+        Malformed: two tensors overlap.
     """
     end = 0
     for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
         if offset < end:
-            raise reader.damaged(f"{name!r} lies over another tensor")
+            raise reader.damaged(f"{name!r} overlaps another tensor")
         end = offset + size_of(shape, number)
 
 
-# Read GGUF adapters: key-values at once, tensors when they are fetched.
+# Read GGUF adapters: the key-values immediately, tensors when they are fetched.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,8 +272,8 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
         tensors: False to stop after the key-values.
 
     Raises:
-        Malformed: data lies outside of the file, or a size is larger than the file could hold.
-        Unsupported: another version or byte order, or a quantization other than Q8_0.
+        Malformed: tensor data lies outside the file, or a size is larger than the file could hold.
+        Unsupported: the version or byte order is unknown, or a quantization other than Q8_0 is used.
         StorageError: the file cannot be read.
     """
     try:
@@ -304,7 +306,7 @@ def _tensor(
     reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
 ) -> Lazy:
     if number not in PLAIN and number != Q8_0:
-        why, cure = f"a tensor of GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
+        why, cure = f"the tensor has GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
         raise Unsupported(why, path=reader.path, where=name, cure=cure)
     check_place(reader, name, start, alignment, shape, number, offset)
     span = Span(reader.path, start + offset, size_of(shape, number))
@@ -326,7 +328,7 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""Dominant type of a file's matrices -> llama.cpp's number for `general.file_type`."""
+"""Most frequent type among a file's matrices -> llama.cpp's number for `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,7 +342,7 @@ class GgufFields:
         spans: tensor name -> its bytes, including the padding before the next tensor.
         alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: tensor name -> offset of its type field in the header; the field of its data offset follows.
+        entries: tensor name -> offset of its type field in the header; the field with its data offset follows.
         places: key -> offset of its value in the header.
     """
 
@@ -355,7 +357,7 @@ class GgufFields:
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
         """Return the header for tensors of other types, packed in the same order, with a matching file type."""
-        # Patch the original bytes instead of encoding anew: all key-values then stay exactly as they were.
+        # Patch the original bytes instead of encoding anew, so that all key-values stay exactly the same.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -369,7 +371,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the type that most numbers in matrices have."""
+        """Return the type of the most numbers in matrices."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -381,8 +383,8 @@ def read_model(path: str | os.PathLike[str]) -> GgufFields:
     """Read the header of a model whose tensors may have any type in `BLOCKS` or `PLAIN`.
 
     Raises:
-        Malformed: data lies outside of the file, or the tensors are not contiguous.
-        Unsupported: another version, byte order or type.
+        Malformed: data lies outside the file, or the tensors are not contiguous.
+        Unsupported: the version, the byte order or a type is unknown.
         StorageError: the file cannot be read.
     """
     try:
@@ -410,7 +412,7 @@ def _spans(
     for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
         check_place(reader, name, start, alignment, shape, number, offset)
         if start + offset != end:
-            raise reader.damaged(f"{name!r} does not begin where the tensor before it ends")
+            raise reader.damaged(f"{name!r} does not begin at the end of the previous tensor")
         end = min(start + offset + up(size_of(shape, number), alignment), reader.size)
         spans[name] = Span(reader.path, start + offset, end - start - offset)
     return spans
@@ -419,8 +421,8 @@ def _spans(
 def _type_name(reader: Reader, name: str, number: int) -> str:
     kind = PLAIN.get(number) or NUMBERS.get(number)
     if kind is None:
-        cure = f"Known: {', '.join([*PLAIN.values(), *BLOCKS])}; let llama.cpp quantize the model to one of them"
-        raise Unsupported(f"a tensor of GGUF's type {number}", path=reader.path, where=name, cure=cure)
+        cure = f"Known types: {', '.join([*PLAIN.values(), *BLOCKS])}; quantize the model to one of them with llama.cpp"
+        raise Unsupported(f"the tensor has GGUF's type {number}", path=reader.path, where=name, cure=cure)
     return kind
 
 
@@ -430,16 +432,16 @@ def _type_name(reader: Reader, name: str, number: int) -> str:
 def write_gguf(
     path: str | os.PathLike[str], values: Mapping[str, GgufValue], tensors: Mapping[str, Lazy], types: Mapping[str, str]
 ) -> None:
-    """Write a version 3 file atomically; its bytes equal those that gguf-py writes.
+    """Write a version 3 file atomically; the bytes are the same as gguf-py writes.
 
     Args:
         path: the file.
         values: the key-values.
         tensors: name -> tensor.
-        types: name -> `Q8_0` for tensors to quantize; others keep their element type.
+        types: name -> `Q8_0` for tensors to quantize; all others keep their element type.
 
     Raises:
-        Unsupported: GGUF lacks an element type.
+        Unsupported: GGUF has no such element type.
     """
     alignment = alignment_of(values)
     head = bytearray(GGUF + struct.pack("<IQQ", 3, len(tensors), len(values)))
@@ -447,7 +449,9 @@ def write_gguf(
         try:
             head += _string(key) + _encoded(value)
         except (KeyError, TypeError, AttributeError, struct.error):
-            raise Malformed(f"{value.value!r} is no {value.type}", where=key, cure="Correct the value") from None
+            raise Malformed(
+                f"{value.value!r} is not of type {value.type}", where=key, cure="Correct the value"
+            ) from None
     offset = 0
     for name, tensor in tensors.items():
         number = _type_number(name, tensor, types)

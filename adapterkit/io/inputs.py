@@ -1,4 +1,4 @@
-"""Open untrusted files: regular files only, and documents up to a size limit."""
+"""Open untrusted files: only regular files, and documents only up to a size limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading in binary mode.
 
     A pipe would block forever, a device such as /dev/zero has no end, and opening some devices changes their state. So
-    `stat` checks the type before anything is opened. Links are followed.
+    `stat` checks the file type before the file is opened. Links are followed.
 
     Raises:
         Malformed: the path is a pipe, a socket or a device.
@@ -35,7 +35,7 @@ def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     _check_regular(os.stat(path).st_mode, path)
 
     def opener(name: str, flags: int) -> int:
-        # A pipe may have replaced the file after the check. Without O_NONBLOCK, opening it would block.
+        # Set O_NONBLOCK: a pipe may have replaced the file after the check, and opening it would block.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", buffering, opener=opener)  # noqa: SIM115 - returned open
@@ -61,7 +61,7 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
     except OSError as error:
         raise storage_error(error, path) from error
     if len(data) > limit:
-        why = f"more than {limit:,} bytes, too large for a file of this kind"
+        why = f"the file is larger than {limit:,} bytes, too large for its kind"
         raise Malformed(why, path=path, cure="Write or fetch the file again")
     return data
 
@@ -71,12 +71,14 @@ def _check_regular(mode: int, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
-        raise Malformed(f"{kind}, not a regular file", path=path, cure="Save its content to a file, and name that")
+        raise Malformed(
+            f"the path is {kind}, not a regular file", path=path, cure="Save its content to a file, and name that"
+        )
 
 
 @contextmanager
 def inputs_kept() -> Iterator[None]:
-    """Cache the values of `kept` inside the block: format detection asks for the same header in many modules."""
+    """Cache the values of `kept` inside the block: during format detection, many modules ask for the same header."""
     token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
@@ -85,7 +87,7 @@ def inputs_kept() -> Iterator[None]:
 
 
 def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
-    """Return `read(*args)` for a file; inside `inputs_kept`, call it once per file and repeat its value or error."""
+    """Return `read(*args)` for a file. Inside `inputs_kept`, call it once per file and repeat its result or error."""
     known = _KEPT.get()
     if known is None:
         return read(*args)
@@ -93,7 +95,7 @@ def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
     if key not in known:
         try:
             known[key] = (read(*args), None)
-        # Keep errors, too: several format modules ask for the same damaged header.
+        # Cache errors, too: several format modules ask for the same damaged header.
         except Exception as error:
             known[key] = (None, error)
     value, failure = known[key]

@@ -1,4 +1,4 @@
-"""Lazy tensors: shape and dtype now, bytes when asked for; element types, single numbers, and checks for NaN."""
+"""Lazy tensors, whose shape and dtype are known before their bytes are read; element types; checks for NaN."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DType:
 
     @property
     def array(self) -> np.dtype[Any]:
-        """The numpy dtype for arithmetic; ml_dtypes provides those that numpy lacks."""
+        """The numpy dtype for arithmetic; ml_dtypes provides the dtypes that numpy lacks."""
         import numpy as np
 
         if self.floating and self.numpy[1] == "u":
@@ -80,22 +80,22 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""safetensors name -> `DType`, in the order in which the safetensors library sorts a file (largest last)."""
+"""safetensors name -> `DType`, in the order by which the safetensors library sorts the tensors of a file."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """torch dtype name (`bfloat16`) -> `DType`."""
 
 _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": "F32", "fp64": "F64", "double": "F64"}
-"""Other names of element types that people type -> ours."""
+"""Other common names of element types -> safetensors name."""
 
 
 def dtype_named(name: str) -> DType | None:
-    """Return the element type of a name: `BF16`, `bfloat16`, `torch.bfloat16`, `bf16`; None if there is none."""
+    """Return the element type with a name such as `BF16`, `bfloat16`, `torch.bfloat16` or `bf16`, or None."""
     word = name.strip().lower().removeprefix("torch.")
     return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
 
 
-# Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
+# Lazy tensors: shape and dtype are known, bytes are read when needed; no caching, no operators.
 #
 # A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on
 # `Lazy` and does not import torch.
@@ -106,10 +106,10 @@ Shape = tuple[int, ...]
 
 
 class Span(NamedTuple):
-    """The location of a tensor's data in a file: C order, little-endian.
+    """The location of a tensor's data in a file, in C order, little-endian.
 
-    This is a tuple because adapters of mixture-of-experts models have 10^5 of them. A tuple is created in a third of
-    the time of a frozen dataclass, and costs the garbage collector nothing.
+    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of
+    the time of creating a frozen dataclass, and the garbage collector does not track it.
     """
 
     path: str
@@ -118,15 +118,15 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Sparse local files whose data is elsewhere: path -> function that fetches the bytes of a span."""
+"""Sparse local files whose data is stored elsewhere: path -> function that fetches the bytes of a span."""
 
 
 @contextmanager
 def files_kept_open() -> Iterator[None]:
-    """Keep files open inside the block, in this thread, so that `read_span` opens each file once.
+    """Keep files open inside the block, in this thread, so that `read_span` opens each file only once.
 
     Opening and checking a file takes 20 us, as long as reading 50 kB. An adapter of 45,000 targets has 135,000 spans.
-    The files are closed when the block ends, so a file that is replaced later is read anew.
+    The files are closed at the end of the block, so a file that is replaced later is opened again.
     """
     if _OPEN.get() is not None:
         yield
@@ -147,10 +147,10 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""Most tensors that `fetch_once` keeps: the parts of a packed weight that every run of its rows needs whole."""
+"""Most tensors that `fetch_once` keeps: they are parts of packed weights, and each run of rows needs them whole."""
 
 MOST_OPEN = 16
-"""Most files kept open. A base can have hundreds, and a deleted file keeps its disk space while it is open."""
+"""Most files kept open. A base can have hundreds of files, and a deleted file uses disk space while it is open."""
 
 
 def read_span(span: Span) -> bytearray:
@@ -173,13 +173,13 @@ def read_span(span: Span) -> bytearray:
     except OSError as error:
         raise storage_error(error, span.path) from error
     if done < span.nbytes:
-        why = f"{done} bytes where {span.nbytes} were when the file was opened"
-        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it anew")
+        why = f"the file now has {done} of the {span.nbytes} bytes that it had when it was opened"
+        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it again")
     return data
 
 
 def fetch_once(tensor: Lazy) -> Buffer:
-    """Return the bytes of a tensor; inside `files_kept_open` the last few tensors are not read again."""
+    """Return the bytes of a tensor; inside `files_kept_open`, the last few tensors are cached."""
     kept = _KEPT.get()
     if kept is None or tensor.span is None:
         return tensor.fetch()
@@ -193,7 +193,7 @@ def fetch_once(tensor: Lazy) -> Buffer:
 
 
 def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
-    """Return a file of `files_kept_open`; at the limit, the file that was opened first is closed."""
+    """Return a file of `files_kept_open`; at the limit, close the file that was opened first."""
     file = files.get(path)
     if file is None:
         if len(files) >= MOST_OPEN:
@@ -203,11 +203,11 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
-    """Fill `data` from an offset of a file; return how many bytes there were."""
-    # An unbuffered read may return fewer bytes than asked for: Linux stops at 2 GB. Only 0 means the end.
+    """Fill `data` from an offset of a file; return the number of bytes read."""
+    # Read in a loop: an unbuffered read may return fewer bytes, and on Linux stops at 2 GB. Only 0 means the end.
     file.seek(offset)
     done = file.readinto(data)
-    # The common case is one call; only short reads pay for the loop.
+    # The common case is one call; only short reads need the loop.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):
@@ -216,30 +216,30 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
 
 
 class NotComputed(Exception):
-    """Raised where a tensor is read whose numbers are still to be computed, such as one of an outline of a result."""
+    """Raised when a tensor is read before its numbers are computed, for example in an outline of a result."""
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """Reports that a tensor has no such shape or positions.
+    """Reports that a tensor cannot have a shape, or lacks some positions.
 
-    It is also a ValueError, which numpy and torch raise: a caller that tries a rearrangement handles all alike. Users
-    meet a typed error if no caller does.
+    It is also a ValueError, like the errors of numpy and torch, so a caller that tries a rearrangement handles all of
+    them alike. If no caller handles it, the user sees a typed error.
     """
 
 
-TAKE_OUT = "Take this tensor's target out of the adapter: its shape fits no layer of the format"
+TAKE_OUT = "Remove this tensor's target from the adapter: its shape fits no layer of the format"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
-    """A tensor that is not read yet.
+    """A tensor whose numbers are not read yet.
 
     Attributes:
         shape: its dimensions.
         dtype: its element type.
-        source: returns the bytes: C order, little-endian, exactly `nbytes` of them. None: read them from `span`.
-        span: the location of those bytes, if they are one run of one file; a writer can copy it without reading.
-        part: returns the bytes of a run of elements (first, count), if that is cheaper than reading all of them.
+        source: a function that returns the bytes in C order, little-endian; None to read them from `span`.
+        span: the location of the bytes, if they are one run of one file; a writer can copy them without reading.
+        part: a function that returns the bytes of a run of elements (first, count), if it is cheaper than `source`.
     """
 
     shape: Shape
@@ -253,11 +253,11 @@ class Lazy:
         return f"Lazy({self.dtype} {list(self.shape)}{file})"
 
     def fetch(self) -> Buffer:
-        """Return the bytes: C order, little-endian, exactly `nbytes` of them."""
+        """Return the bytes in C order, little-endian, exactly `nbytes` of them."""
         if self.source is not None:
             return self.source()
         if self.span is None:
-            raise ValueError("a tensor without bytes: neither source nor span")
+            raise ValueError("the tensor has no bytes: both source and span are None")
         return read_span(self.span)
 
     @property
@@ -266,7 +266,7 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file that the bytes come from, even if they are transposed; None if unknown."""
+        """The file that the bytes are read from, possibly transposed; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
@@ -296,7 +296,7 @@ class Lazy:
         self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
-        # frombuffer refuses empty buffers, and warns for read-only ones.
+        # Copy read-only buffers: frombuffer warns for them, and refuses empty ones.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
@@ -305,7 +305,7 @@ class Lazy:
         """Refuse axes that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
         if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
             why = f"arrays cannot have the shape {list(self.shape)}"
-            raise Unsupported(why, path=self.file, cure="Take this tensor out: it has no elements")
+            raise Unsupported(why, path=self.file, cure="Remove this tensor: it has no elements")
 
     def map(self, f: Callable[[Array], Array], shape: Shape) -> Lazy:
         """Rearrange the numbers: `f` reshapes, transposes or slices the storage array into `shape`."""
@@ -316,7 +316,7 @@ class Lazy:
         return Lazy(tuple(shape), self.dtype, fetch)
 
     def reshape(self, *shape: int) -> Lazy:
-        """Return the same bytes under another shape of as many elements; one size may be -1."""
+        """Return the same bytes with another shape of as many elements; one size may be -1."""
         known = math.prod(n for n in shape if n != -1)
         size = math.prod(self.shape)
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
@@ -330,14 +330,14 @@ if TYPE_CHECKING:
 
 
 def as_lazy(leaf: Leaf) -> Lazy:
-    """Return any leaf as a `Lazy`: unchanged, or reading a torch tensor's values on the CPU."""
+    """Return any leaf as a `Lazy`: a `Lazy` unchanged, a torch tensor as one that reads its values on the CPU."""
     if isinstance(leaf, Lazy):
         return leaf
 
     def fetch() -> Buffer:
         import torch
 
-        # numpy cannot represent bfloat16 or float8, so the bytes are read through a uint8 view.
+        # Read the bytes through a uint8 view: numpy cannot represent bfloat16 or float8.
         host = leaf.detach().to("cpu").contiguous()
         return host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
 
@@ -351,9 +351,9 @@ def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.
 
 
 def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return any leaf in the dtype that formulas compute with: real numbers in `dtype`, integers in int64.
+    """Return any leaf in the dtype for formulas: real numbers in `dtype`, integers in int64.
 
-    A file may store positions and seeds in any integer dtype. Their sums and products overflow the small ones, and
+    A file may store positions and seeds in any integer dtype. Their sums and products overflow the small dtypes, and
     torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
     """
     value = as_torch(leaf, device, dtype)
@@ -379,7 +379,7 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks (`BF16` held as uint16)."""
+    """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks, such as `BF16` in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
     return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
 
@@ -390,7 +390,7 @@ def _kind(dtype: Any) -> DType:
     return next(each for each in DTYPES.values() if each.numpy == little)
 
 
-# Read and create one-number tensors without numpy: adapter files hold thousands of them.
+# Read and create one-number tensors without numpy, because adapter files hold thousands of them.
 
 
 _CODES = {
@@ -400,7 +400,7 @@ _CODES = {
 
 
 def value_of(leaf: Lazy) -> float:
-    """Return the first number of a tensor, which should hold one."""
+    """Return the first number of a tensor; meant for tensors of one number."""
     data, name = bytes(leaf.fetch()), leaf.dtype.name
     if name == "BF16":
         # A bfloat16 is the upper half of a float32.
@@ -412,7 +412,7 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """Return the number that `float.hex` wrote, as float32 if that is exact, else as float64."""
+    """Return the number that `float.hex` wrote, as float32 if this is exact, else as float64."""
     value = float.fromhex(text)
     code = "F32" if _single(value) else "F64"
     data = struct.pack(_CODES[code], value)
@@ -427,7 +427,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors with one-number tensors already read, adjacent ones in a single read."""
+    """Return the tensors; those of one number are read now, with a single read for adjacent ones."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -469,7 +469,7 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""Types that numpy lacks -> (mask, value of the masked bits for a non-finite number).
+"""Types that numpy lacks -> (mask, value of the masked bits in a non-finite number).
 
 F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
@@ -481,19 +481,19 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
 
     Args:
         leaf: the tensor; integer tensors pass.
-        where: its name, for the message.
-        values: its numbers in the storage dtype, if they are already read.
+        where: the tensor's name, for the message.
+        values: the tensor's numbers in the storage dtype, if they are already read.
 
     Raises:
-        Malformed: names the first position, and the file if the tensor is read from one.
+        Malformed: there is one; the message names the first position, and the file if the tensor comes from one.
     """
     tensor = as_lazy(leaf)
-    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    # Skip empty tensors: numpy refuses a shape such as [0, 2**62, 2**62], which a file may hold.
     if not tensor.dtype.floating or not tensor.nbytes:
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
-        why = f"a NaN or an infinity at {list(position)}"
+        why = f"the tensor holds a NaN or an infinity at {list(position)}"
         cure = "The training diverged, or the file is damaged; use an earlier checkpoint"
         raise Malformed(why, path=tensor.file, where=where, cure=cure)
 

@@ -1,4 +1,4 @@
-"""Resolve a name to a local path; local paths take precedence, and other names go to the installed hub."""
+"""Resolve a name to a local path; local paths take precedence, and the installed hub resolves all other names."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PLAIN = re.compile(
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
-"""Suffixes of local files. A missing `runs/best.safetensors` is a mistyped path, not a repository."""
+"""Suffixes of local files. A missing `runs/best.safetensors` is treated as a mistyped path, not as a repository."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The origin of downloaded files, as recorded in a pulled folder.
+    """The origin of downloaded files, stored as a JSON file in a pulled folder.
 
     Attributes:
         uri: the uri, pinned to the commit.
@@ -46,12 +46,12 @@ class Source:
     commit: str
 
     def save(self, folder: Path) -> None:
-        """Write the note into a folder."""
+        """Write the origin into a folder."""
         write_bytes(folder / NOTE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
 
 
 def source_of(path: Path) -> Source | None:
-    """Return the note in a folder, or beside a file; None if there is no valid one."""
+    """Return the origin stored in a folder, or next to a file; None if no valid one is stored."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
         told = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
@@ -65,7 +65,7 @@ def exists(path: Path) -> bool:
     """Whether a path exists.
 
     Raises:
-        StorageError: the file system cannot tell: the name is too long, or a parent folder is not readable.
+        StorageError: the file system does not say: the name is too long, or a parent folder is not readable.
     """
     try:
         return path.exists()
@@ -74,31 +74,31 @@ def exists(path: Path) -> bool:
 
 
 def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None:
-    """Check that something is at a local path.
+    """Check that a local path exists.
 
     Args:
         path: the path.
-        name: what the caller named, for the error; the path itself if absent.
+        name: the name that the caller gave, for the error; the path itself if absent.
 
     Raises:
-        StorageError: nothing is there; it tells the nearest name in the same folder.
+        StorageError: the path does not exist; the message suggests the most similar name in the same folder.
     """
     if exists(path):
         return
     siblings: list[str] = []
     with suppress(OSError):
         siblings = sorted(entry.name for entry in path.parent.iterdir())
-    # Names alone are compared: a long folder in front makes all of its files alike.
+    # Compare names only: with a long folder in front, all files of it would look alike.
     folder = "" if path.parent == Path() else os.path.join(path.parent, "")
     cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
 
 
 def check_named(*names: str | os.PathLike[str] | None) -> None:
-    """Check that each name is something on a hub or exists, before slow work such as an import begins.
+    """Check that each name exists locally or belongs to a hub, before slow work such as an import begins.
 
     Raises:
-        StorageError: nothing is there.
+        StorageError: a local name does not exist.
     """
     for name in names:
         if name is not None and not is_remote(name):
@@ -106,25 +106,25 @@ def check_named(*names: str | os.PathLike[str] | None) -> None:
 
 
 def path_text(name: str | os.PathLike[str]) -> str:
-    """Return the text of a path or uri: a leading `~` is the user's home, `file:///a/b` is `/a/b`.
+    """Return the text of a path or uri: a leading `~` becomes the user's home, `file:///a/b` becomes `/a/b`.
 
-    A file that has the very name is preferred.
+    If a file has exactly the given name, the name is returned unchanged.
 
     Raises:
         UsageError: it is neither text nor a path, or names the home of a user who does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
-        cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
-        raise UsageError(f"{shown(name)} of type {type(name).__name__} where a path belongs", cure=cure)
+        cure = "Pass a path or an address such as hf://org/repo; for an adapter also the result of adapterkit.read"
+        raise UsageError(f"{shown(name)} of type {type(name).__name__} is not a path", cure=cure)
     text = os.fspath(name)
     if not text:
         raise UsageError(
-            "an empty path", cure="Name a file, a folder or an address; is a variable of the shell not set?"
+            "the path is empty", cure="Name a file, a folder or an address; is a variable of the shell not set?"
         )
     if "\0" in text:
-        raise UsageError(f"a null byte in the path {shown(text)}", cure="Write the path without it")
+        raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")
     if text.startswith("file://") and not os.path.exists(text):
-        from urllib.request import url2pathname  # It imports an HTTP client, in 20 ms.
+        from urllib.request import url2pathname  # Import it here: it imports an HTTP client, which takes 20 ms.
 
         return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     if not text.startswith("~") or os.path.exists(text):
@@ -137,7 +137,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, as model cards name bases; local paths have not."""
+    """Whether a name has the form `org/repo`, by which model cards name bases; local paths do not have it."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 
@@ -151,7 +151,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
     if os.path.exists(text) or _member(text) is not None:
         return False
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)
-    # pathlib collapses "hf://org" to "hf:/org", so one slash is accepted in path objects.
+    # Accept one slash in path objects: pathlib collapses "hf://org" to "hf:/org".
     if scheme and (scheme[2] == "//" or isinstance(name, os.PathLike)):
         return _has_hub(scheme[1].lower(), text, strict=scheme[2] == "//")
     plain = _PLAIN.fullmatch(text) if isinstance(name, str) else None
@@ -159,7 +159,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether a hub with that scheme exists. `a:/b` may be a local path; only `a://b` must have a known scheme."""
+    """Whether a hub with that scheme exists. `a:/b` may also be a local path, so only `a://b` raises if none exists."""
     try:
         hub().hub_of(scheme)
     except UsageError as error:
@@ -170,10 +170,10 @@ def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
 
 
 def local(name: str | os.PathLike[str]) -> Path:
-    """Return the local path of a name: `FOLDER#name` is the subfolder `name`, unless a path with `#` exists.
+    """Return the local path of a name. `FOLDER#name` is the subfolder `name`, unless a path with `#` exists.
 
     Args:
-        name: a local name; nothing needs to exist there.
+        name: a local name; it need not exist.
     """
     text = path_text(name)
     member = None if os.path.exists(text) else _member(text)
@@ -187,11 +187,11 @@ def _member(text: str) -> Path | None:
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """Return the local path of a name; something on a hub is downloaded into a cache and verified first.
+    """Return the local path of a name; something on a hub is first downloaded into a cache and verified.
 
     Raises:
         UsageError: the scheme is unknown, or the name is invalid on its hub.
-        NetworkError: the hub does not have it, denies access, or cannot be reached.
+        NetworkError: the hub does not have it, denies access, or is not reachable.
     """
     if not is_remote(name):
         return local(name)
@@ -203,7 +203,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a local path for reading headers; from a hub, only headers are downloaded.
 
     Raises:
-        AdapterkitError: as for `located`. Errors raised inside the block name the uri instead of the temporary path.
+        AdapterkitError: as for `located`. Errors raised inside the block show the uri instead of the temporary path.
     """
     if not is_remote(name):
         yield local(name)
@@ -221,7 +221,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether a name has a hub's scheme. Outputs go to a hub only by scheme; `org/repo` is a local output path.
+    """Whether a name has a hub's scheme. Outputs go to a hub only if it has one; `org/repo` is a local output path.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -238,13 +238,13 @@ def outgoing(
 ) -> AbstractContextManager[Path]:
     """Return a context with a local path to write to; its content is pushed to a hub when the block succeeds.
 
-    The path is derived from the name, so a later run finds what an interrupted one left.
+    The path is derived from the name, so a later run finds the files of an interrupted one.
 
     Args:
         name: the uri to push to.
         overwrite: replace existing files.
-        sources: the inputs of the output; a licence that all their model cards name is passed on.
-        unchanged: called if the hub already had everything, so that nothing was pushed.
+        sources: the inputs of the output; if all their model cards name the same licence, the output's card does too.
+        unchanged: a function to call if the hub already had everything, so that nothing was pushed.
 
     Raises:
         AdapterkitError: as for `adapterkit.hub.push`; raised before anything is written if possible.

@@ -26,14 +26,14 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive may expand to `UNPACKED` bytes, or to this many times its size: 1 MB could inflate to 1 GB."""
+"""An archive may expand to `UNPACKED` bytes, or to this many times its size, because 1 MB could inflate to 1 GB."""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""numpy's descr of an element type -> type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes of no type."""
+"""numpy's descr of an element type -> type. TensorRT-LLM saves bfloat16 as `|V2`, which means two untyped bytes."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 
@@ -43,7 +43,7 @@ def read_npy(path: Path) -> Lazy:
 
     Raises:
         Malformed: the file is not an array, or its length does not match its header.
-        Unsupported: objects, records, big-endian numbers or Fortran order.
+        Unsupported: the array holds objects, records or big-endian numbers, or is in Fortran order.
         StorageError: the file cannot be read.
     """
     try:
@@ -54,7 +54,7 @@ def read_npy(path: Path) -> Lazy:
         raise storage_error(error, path) from error
     span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
     if start + span.nbytes != size:
-        raise _damaged(str(path), f"{size - start} bytes for {list(shape)} of {dtype}")
+        raise _damaged(str(path), f"{list(shape)} of {dtype} does not take the {size - start} bytes of the file")
     return Lazy(shape, dtype, None, span)
 
 
@@ -66,7 +66,7 @@ def write_npy(path: Path, tensor: Lazy) -> None:
 
 
 def read_npz(path: Path) -> dict[str, Lazy]:
-    """Return the arrays in an archive by name; each is read when it is fetched.
+    """Return the arrays in an archive by name; each array is read when it is fetched.
 
     Raises:
         Malformed, Unsupported, StorageError: as for `read_npy`; also for entries that are not arrays.
@@ -77,15 +77,15 @@ def read_npz(path: Path) -> dict[str, Lazy]:
             most = max(UNPACKED, EXPANDED * os.fstat(file.fileno()).st_size)
             total = sum(info.file_size for info in archive.infolist())
             if total > most:
-                raise _damaged(str(path), f"arrays of {total:,} bytes, more than {most:,}", "directory")
+                raise _damaged(str(path), f"the arrays take {total:,} bytes, more than {most:,}", "directory")
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
-                    raise _damaged(str(path), "no array, or one of that name before", info.filename)
+                    raise _damaged(str(path), "the entry is not an array, or its name occurs twice", info.filename)
                 tensors[name] = _member(archive, info, path)
-    # `zipfile` raises NotImplementedError for an archive's compression or version that it does not know.
+    # `zipfile` raises NotImplementedError for an unknown compression or version of an archive.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
-        raise _damaged(str(path), f"no archive of arrays ({str(error)[:80]})") from None
+        raise _damaged(str(path), f"the file is not an archive of arrays ({str(error)[:80]})") from None
     except OSError as error:
         raise storage_error(error, path) from error
     return tensors
@@ -95,7 +95,7 @@ def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
     """Write an archive atomically, like `numpy.savez`, with one array in memory at a time."""
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors.items():
-            # A fixed date: the same arrays give the same bytes.
+            # Use a fixed date, so that the same arrays give the same bytes.
             entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             with archive.open(entry, "w", force_zip64=True) as member:
                 member.write(_head(tensor))
@@ -104,7 +104,7 @@ def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy:
     if info.file_size > MAX_MEMBER:
-        raise _damaged(str(path), f"an array of {info.file_size} bytes", info.filename)
+        raise _damaged(str(path), f"the array takes {info.file_size} bytes", info.filename)
     try:
         with archive.open(info) as file:
             shape, dtype, start = _header(file, str(path))
@@ -112,7 +112,9 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
         raise _damaged(str(path), str(error)[:80], info.filename) from None
     size = math.prod(shape) * dtype.itemsize
     if start + size != info.file_size:
-        raise _damaged(str(path), f"{info.file_size - start} bytes for {list(shape)} of {dtype}", info.filename)
+        raise _damaged(
+            str(path), f"{list(shape)} of {dtype} does not take the {info.file_size - start} bytes", info.filename
+        )
 
     def fetch() -> bytes:
         try:
@@ -129,14 +131,14 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
 def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DType, int]:
     head = file.read(8)
     if len(head) < 8 or head[:6] != NPY or head[6] not in (1, 2, 3):
-        raise _damaged(path, "not an array of numpy's")
+        raise _damaged(path, "the file is not a numpy array")
     wide = head[6] > 1
     length = file.read(4 if wide else 2)
     count = struct.unpack("<I" if wide else "<H", length)[0] if len(length) == (4 if wide else 2) else MAX_HEADER + 1
     if count > MAX_HEADER:
-        raise _damaged(path, f"a header of {count} bytes")
+        raise _damaged(path, f"the header claims {count} bytes")
     try:
-        # By the format, the header is a Python literal. Its length is limited above, and literal_eval runs no code.
+        # The format defines the header as a Python literal. Its length is limited above, and literal_eval runs no code.
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
@@ -158,7 +160,7 @@ def _head(tensor: Lazy) -> bytes:
     if descr is None:
         raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
-    # numpy pads the header so that data starts at a multiple of 64 bytes, for aligned memory maps.
+    # numpy pads the header so that the data starts at a multiple of 64 bytes, for aligned memory maps.
     room = -(len(text) + 11) % 64
     return NPY + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
 

@@ -1,4 +1,4 @@
-"""Read and write onnxruntime's `.onnx_adapter` files, flatbuffers of named tensors. Every offset and size is checked.
+"""Read and write onnxruntime's `.onnx_adapter` files: flatbuffers of named tensors. Every offset and size is checked.
 
 Format: onnxruntime/lora/adapter_format/adapter_schema.fbs, version 1.
 """
@@ -28,20 +28,20 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""ONNX's number of an element type -> its name here."""
+"""ONNX's number of an element type -> type name."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
-"""`struct` code of a flatbuffer integer -> bytes."""
+"""`struct` code of a flatbuffer integer -> size in bytes."""
 
 _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""Most axes of a tensor: as many as a safetensors file may hold, so that what was read there can be written here."""
+"""Most axes of a tensor: as many as in a safetensors file, so that every tensor read from one can be written here."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""Bytes of a page of the file, and how many pages are kept in memory."""
+"""Size of a page of the file in bytes, and number of pages kept in memory."""
 
 LARGEST = (1 << 31) - 1
 """Largest flatbuffer in bytes: its offsets have 31 bits."""
@@ -49,7 +49,7 @@ LARGEST = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrtAdapter:
-    """The content of a file: tensors by name in the file's order, and two version numbers that the user chooses."""
+    """The content of a file: tensors by name in the file's order, and two version numbers chosen by the user."""
 
     tensors: Mapping[str, Lazy]
     adapter_version: int = 1
@@ -62,27 +62,27 @@ def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
-    """Read everything but the tensors' numbers.
+    """Read everything except the tensors' numbers.
 
     Raises:
-        Malformed: an offset or size leaves the file, or a tensor's bytes do not match its shape.
-        Unsupported: another version, or a tensor of strings.
+        Malformed: an offset or size leads outside the file, or a tensor's bytes do not match its shape.
+        Unsupported: the version is unknown, or a tensor holds strings.
         StorageError: the file cannot be read.
     """
     buffer = _Buffer(os.fspath(path))
     try:
         if buffer.bytes(4, 4) != MARK:
-            raise buffer.damaged("not an adapter of onnxruntime", 4)
+            raise buffer.damaged("this is not an adapter of onnxruntime", 4)
         root = buffer.table(buffer.forward(0))
         version = buffer.integer(root, 0)
         if version != VERSION:
-            why = f"format_version {version}"
+            why = f"the file has format_version {version}"
             raise Unsupported(why, path=path, where="format_version", cure="Write it with onnxruntime 1.20 or newer")
         tensors: dict[str, Lazy] = {}
         for table in buffer.tables(root, 3):
             name = buffer.text(table, 0)
             if not name or name in tensors:
-                raise buffer.damaged(f"the name {name!r} is empty, or there twice", table.at)
+                raise buffer.damaged(f"the name {name!r} is empty, or occurs twice", table.at)
             tensors[name] = _tensor(buffer, table, name)
         return OrtAdapter(tensors, buffer.integer(root, 1), buffer.integer(root, 2))
     finally:
@@ -93,7 +93,7 @@ def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None
     """Write a file atomically, with one tensor in memory at a time.
 
     Raises:
-        Unsupported: ONNX lacks an element type, or the file would exceed a flatbuffer's limit.
+        Unsupported: ONNX has no such element type, or the file would exceed a flatbuffer's limit.
     """
     plan = _Plan(adapter)
     with replacing(Path(path)) as file:
@@ -111,7 +111,7 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A flatbuffer table: its offset, and its fields' offsets relative to it; 0 for absent fields."""
+    """A flatbuffer table: its offset, and the offsets of its fields relative to it; 0 for absent fields."""
 
     at: int
     fields: tuple[int, ...]
@@ -120,8 +120,8 @@ class _Table:
 class _Buffer:
     """Random access to the bytes of a file, never beyond its end.
 
-    Headers are read number by number, alternating between a tensor's table and the area before its data. So the last
-    few pages are cached.
+    The reader alternates between a tensor's table and the area before its data, number by number. So the last few
+    pages are cached.
     """
 
     def __init__(self, path: str) -> None:
@@ -142,7 +142,7 @@ class _Buffer:
 
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:
-            raise self.damaged(f"{count} bytes there leave the file of {self.size}", at)
+            raise self.damaged(f"{count} bytes from here extend beyond the file of {self.size}", at)
         page, start = divmod(at, PAGE)
         if start + count > PAGE:
             self.file.seek(at)
@@ -155,7 +155,7 @@ class _Buffer:
         return self.pages[page][start : start + count]
 
     def number(self, code: str, at: int) -> int:
-        # int.from_bytes instead of struct: a file of 500 tensors has 17,000 numbers, and this takes half the time.
+        # Use int.from_bytes, not struct: it takes half the time, and a file of 500 tensors has 17,000 numbers.
         size = _SIZES[code]
         page, start = divmod(at, PAGE)
         held = self.pages.get(page, b"")
@@ -166,21 +166,21 @@ class _Buffer:
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)
         if offset < 4 or at + offset >= self.size:
-            raise self.damaged(f"an offset of {offset} leaves the file of {self.size}", at)
+            raise self.damaged(f"the offset {offset} leads outside the file of {self.size}", at)
         return at + offset
 
     def table(self, at: int) -> _Table:
         where = at - self.number("<i", at)
-        # Tables usually share one list of field offsets (vtable), which is then checked once.
+        # Tables usually share one list of field offsets (vtable), so check each list only once.
         if where in self.fields:
             return _Table(at, self.fields[where])
         size = self.number("<H", where)
         if size < 4 or size % 2 or size > 64:
-            raise self.damaged(f"a table of {size} bytes of fields", where)
+            raise self.damaged(f"a table claims {size} bytes of fields", where)
         inside = self.number("<H", where + 2)
         fields = struct.unpack(f"<{size // 2 - 2}H", self.bytes(where + 4, size - 4))
         if any(field and field + 4 > inside for field in fields):
-            raise self.damaged("a field outside its table", where)
+            raise self.damaged("a field lies outside its table", where)
         self.fields[where] = fields
         return _Table(at, fields)
 
@@ -193,14 +193,14 @@ class _Buffer:
         return 0 if at is None else self.number("<i", at)
 
     def vector(self, table: _Table, index: int, itemsize: int, limit: int) -> tuple[int, int]:
-        """Return the offset of a vector's items, and their number."""
+        """Return the offset of a vector's items, and the number of items."""
         field = self.field(table, index)
         if field is None:
             return 0, 0
         at = self.forward(field)
         count = self.number("<I", at)
         if count > limit or at + 4 + count * itemsize > self.size:
-            raise self.damaged(f"a vector of {count} leaves the file of {self.size}, or is too long", at)
+            raise self.damaged(f"a vector of {count} extends beyond the file of {self.size}, or is too long", at)
         return at + 4, count
 
     def text(self, table: _Table, index: int) -> str:
@@ -208,7 +208,7 @@ class _Buffer:
         try:
             return self.bytes(at, count).decode("utf-8")
         except UnicodeDecodeError:
-            raise self.damaged("a name that is not UTF-8", at) from None
+            raise self.damaged("a name is not UTF-8", at) from None
 
     def tables(self, table: _Table, index: int) -> Iterator[_Table]:
         at, count = self.vector(table, index, 4, MAX_PARAMETERS)
@@ -222,7 +222,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
     number = buffer.integer(table, 2)
     if number not in TYPES:
         cure = "Write it with numbers of another type"
-        raise Unsupported(f"ONNX's element type {number}", path=buffer.path, where=name, cure=cure)
+        raise Unsupported(f"the tensor has ONNX's element type {number}", path=buffer.path, where=name, cure=cure)
     dtype = DTYPES[TYPES[number]]
     start, count = buffer.vector(table, 3, 1, LARGEST)
     if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
@@ -235,7 +235,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
 
 
 class _Plan:
-    """The layout of a file: tables first, numbers last, because all flatbuffer offsets point forward."""
+    """The layout of a file: tables first, numbers last, because flatbuffer offsets always point forward."""
 
     def __init__(self, adapter: OrtAdapter) -> None:
         self.adapter, self.at = adapter, 8
@@ -259,11 +259,11 @@ class _Plan:
             self._parameter(table, fields, name, tensor)
 
     def _place(self, size: int, alignment: int, before: int = 0) -> int:
-        """Reserve `size` bytes such that the byte after the first `before` is aligned; return their offset."""
+        """Reserve `size` bytes so that the byte after the first `before` bytes is aligned; return their offset."""
         start = -(-(self.at + before) // alignment) * alignment - before
         self.at = start + size
         if self.at > LARGEST:
-            why = f"more than {LARGEST} bytes, which a flatbuffer cannot have"
+            why = f"the file would exceed {LARGEST} bytes, the limit of a flatbuffer"
             raise Unsupported(why, cure="Write adapterkit's own format, or split the adapter")
         return start
 
@@ -284,13 +284,13 @@ class _Plan:
         self.numbers.append((data + 4, tensor))
 
     def pieces(self) -> Iterator[tuple[int, Any]]:
-        """Yield (offset, bytes) in file order; a tensor is fetched when its turn comes."""
+        """Yield (offset, bytes) in file order; each tensor is fetched just before it is yielded."""
         order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
         order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]
         order.sort(key=lambda piece: piece[:2])
         for at, _, piece in order:
             data = piece.fetch() if isinstance(piece, Lazy) else piece
             if isinstance(piece, Lazy) and len(data) != piece.nbytes:
-                why = f"{len(data)} bytes where {piece.nbytes} were promised"
+                why = f"the tensor gave {len(data)} bytes, but its shape needs {piece.nbytes}"
                 raise Malformed(why, where=f"byte {at}", cure="The source changed while being read; run again")
             yield at, data

@@ -1,7 +1,7 @@
-"""The hub as the packages below it see it: a protocol, and the hub that the top of the package installs.
+"""The hub's interface for lower packages: a protocol, and the hub that `adapterkit/__init__.py` installs.
 
-Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hubs are built from the packages that
-these functions are in, so none of those can import a hub; they call the installed one instead.
+Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hub package is built on the packages
+that define these functions, so they cannot import it. They call the installed hub instead.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class StreamedBase(Protocol):
 
     @property
     def path(self) -> Path:
-        """The local folder, or the one file, with all headers."""
+        """The local folder, or the single file, with all headers."""
         ...
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download weight files unless they are there."""
+        """Download the weight files that are not present."""
 
     def drop(self, paths: Iterable[str]) -> None:
         """Free the disk space of weight files."""
@@ -41,7 +41,7 @@ class Hub(Protocol):
         """
 
     def fetched(self, name: str) -> Path:
-        """Return a local path of something on a hub, downloading it if needed."""
+        """Return a local path of something on a hub; download it if needed."""
         ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
@@ -67,7 +67,7 @@ _load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
-    """Set the function that returns the hub; it is called at each name on a hub, so that it may import lazily."""
+    """Set the function that returns the hub. It is called for each name on a hub, so it can import the hub lazily."""
     global _load
     _load = load
 

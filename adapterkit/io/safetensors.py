@@ -44,7 +44,7 @@ def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str
     Raises:
         StorageError: a source file cannot be read.
         Corrupt: a source file has become shorter.
-        Malformed: a tensor does not have the promised size.
+        Malformed: a tensor does not have the size that its shape needs.
         OSError: the file cannot be written.
     """
     with closing(OpenFiles()) as sources, closing(Writer()) as writer, ThreadPoolExecutor(1) as pool:
@@ -62,10 +62,10 @@ class _Begun:
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
-        # A file with its data elsewhere is sparse on disk: its span must be fetched, not copied.
+        # Do not copy the span of a file whose data is elsewhere: the file is sparse on disk, so its bytes are fetched.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
-        # Larger tensors wait for their turn, so that memory holds only one of them.
+        # Start larger tensors only when they are written, so that memory holds only one of them.
         if self.span is None and tensor.nbytes <= AHEAD:
             self.early = pool.submit(tensor.fetch)
 
@@ -86,7 +86,7 @@ def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Ite
 
 
 def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
-    """Yield source spans, merged while they are adjacent, and buffers of computed bytes, in file order."""
+    """Yield spans of source files, merged where adjacent, and buffers of computed bytes, in file order."""
     span: Span | None = None
     held = bytearray()
     for tensor in tensors:
@@ -118,38 +118,38 @@ def _copy(sources: OpenFiles, span: Span, writer: Writer) -> None:
     try:
         writer.copy(source, span.offset, span.nbytes)
     except EOFError:
-        why = "it ends before its last tensor"
+        why = "the file ends before its last tensor"
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure=_CHANGED) from None
 
 
 def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
     data, promised = begun.fetch(), begun.tensor.nbytes
     if len(data) != promised:
-        why = f"{len(data)} bytes where {promised} were promised"
+        why = f"the tensor gave {len(data)} bytes, but its shape needs {promised}"
         raise Malformed(why, path=path, where=begun.name, cure="The source changed while being read; run again")
     return data
 
 
-_CHANGED = "It changed while in use; read it anew"
+_CHANGED = "It changed while in use; read it again"
 
 
 # Read and write safetensors files without loading them.
 #
-# The reader trusts nothing. Lengths, offsets, shapes and dtypes of a header are checked against each other and against
-# the file's size before any data is read. Format: https://huggingface.co/docs/safetensors (format section).
+# The reader trusts nothing: before it reads any data, it checks the lengths, offsets, shapes and dtypes of a header
+# against each other and against the file's size. Format: https://huggingface.co/docs/safetensors (format section).
 
 
 MAX_HEADER = 100_000_000
-"""The safetensors format limits a header to 100 MB."""
+"""Longest header that the safetensors format allows: 100 MB."""
 
 MAX_AXES = 64
-"""Most axes of a tensor: torch's own limit."""
+"""Most axes of a tensor, which is torch's own limit."""
 
 ALIGNMENT = 8
 
 
 class Entry(NamedTuple):
-    """The location of one tensor: `offset` counts from the start of the file, in bytes."""
+    """The location of one tensor; `offset` counts bytes from the start of the file."""
 
     name: str
     dtype: DType
@@ -172,7 +172,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the safetensors file at `path`.
 
     Raises:
-        Malformed: there is no valid header, or it contradicts itself or the file's size.
+        Malformed: the file has no valid header, or the header contradicts itself or the file's size.
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
@@ -196,12 +196,12 @@ def _read_header(path: str) -> Header:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
-    """Return all tensors of a file as lazy handles, in file order."""
+    """Return all tensors of a file as lazy tensors, in file order."""
     return handles(read_header(path))
 
 
 def handles(header: Header) -> dict[str, Lazy]:
-    """Return a lazy handle on each tensor of a file, in file order; see `read_span` for its reads."""
+    """Return a lazy tensor for each entry of a header, in file order; `read_span` reads the bytes."""
     path, found = header.path, {}
     sources = sources_of(path)
     for name, entry in header.entries.items():
@@ -228,18 +228,18 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
     try:
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        why = f"a name or metadata with half of a surrogate pair ({error.object[error.start : error.end]!r})"
-        raise Malformed(why, where="header", cure="Rename it, or leave it out") from None
+        why = f"a name or the metadata contains half of a surrogate pair ({error.object[error.start : error.end]!r})"
+        raise Malformed(why, where="header", cure="Rename it, or omit it") from None
     # Pad with spaces like the safetensors library, so that the data starts at a multiple of 8 bytes.
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: header first, then the tensors; see `append` for its use of memory.
+    """Write a file atomically: the header first, then the tensors; `append` says how much memory this takes.
 
-    The tensors are sorted like the safetensors library sorts them (widest dtype first, then name). So the same tensors
-    always give the same bytes, and the same bytes as that library.
+    The tensors are sorted as the safetensors library sorts them: widest dtype first, then by name. So the same tensors
+    always give the same bytes, and these equal the library's.
     """
     rank = {dtype: -position for position, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype.name], name.encode()))
@@ -253,24 +253,24 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:
     if len(prefix) < 8:
-        why = f"{size} bytes are too few for a safetensors file"
+        why = f"the file has {size} bytes, too few for a safetensors file"
         raise Malformed(why, path=path, where="header length", cure=_AGAIN)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
-            # Eight bytes of text are a number above 10^18, which helps nobody.
+            # Report a text file: its first eight bytes read as a length above 10^18, which would not help the user.
             cure = "Name the folder, or its weight file"
             if prefix.startswith(b"version "):
                 cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
-            raise Malformed("a text file, not weights", path=path, where="header length", cure=cure)
+            raise Malformed("the file is text, not weights", path=path, where="header length", cure=cure)
         raise Malformed(
-            f"the header claims {length} bytes of a file of {size}", path=path, where="header length", cure=_AGAIN
+            f"the header claims {length} bytes, but the file has {size}", path=path, where="header length", cure=_AGAIN
         )
     return int(length)
 
 
 def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
-    """Return the header, and whether it holds only text and whole numbers; see `load_table`."""
+    """Return the header, and whether it holds only strings and non-negative integers; see `load_table`."""
     try:
         fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -282,10 +282,10 @@ def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
 
 def _metadata(value: object, path: str) -> dict[str, str]:
     if value is None:
-        # MLX writes null if it has no metadata.
+        # Accept null: MLX writes it if a file has no metadata.
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise Malformed("metadata must map text to text", path=path, where="__metadata__", cure=_REWRITE)
+        raise Malformed("metadata must map strings to strings", path=path, where="__metadata__", cure=_REWRITE)
     return value
 
 
@@ -296,8 +296,8 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
         fields: name -> dtype, shape and offsets as in the file.
         start: the offset of the file's data.
         path: the file, for errors.
-        regular: True if the header holds only text and whole numbers >= 0. Then an entry with the dtype and shape of a
-            checked one needs no further check: tens of thousands of tensors share a few dozen shapes.
+        regular: True if the header holds only strings and non-negative integers. Then only the first entry with each
+            dtype and shape is checked: tens of thousands of tensors share a few dozen shapes.
     """
     entries = []
     forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
@@ -322,18 +322,20 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
 
 def _entry(name: str, spec: object, start: int, path: str) -> Entry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
-        raise Malformed("needs exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE)
+        raise Malformed(
+            "the entry must have exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE
+        )
     dtype, shape, offsets = DTYPES.get(str(spec["dtype"])), spec["shape"], spec["data_offsets"]
     if dtype is None:
         known = ", ".join(DTYPES)
         raise Malformed(f"unknown dtype {spec['dtype']!r}", path=path, where=name, cure=f"Known: {known}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        why = f"shape and data_offsets must be up to {MAX_AXES} whole numbers >= 0"
+        why = f"shape and data_offsets must be lists of up to {MAX_AXES} non-negative integers"
         raise Malformed(why, path=path, where=name, cure=_REWRITE)
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise Malformed(
-            f"{dtype} {list(shape)} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}",
+            f"{dtype} {list(shape)} takes {nbytes} bytes, but its data_offsets span {offsets[1] - offsets[0]}",
             path=path, where=name, cure=_REWRITE,
         )  # fmt: skip
     return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
@@ -342,7 +344,7 @@ def _entry(name: str, spec: object, start: int, path: str) -> Entry:
 def _sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
-    # Not isinstance: JSON's true and false are integers to Python.
+    # Compare types instead of using isinstance: JSON's true and false are integers in Python.
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
@@ -354,16 +356,16 @@ def _position(entry: Entry) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
-    # The format forbids holes, because hidden bytes would allow files that are valid in a second format, too.
+    # Refuse gaps, as the format requires: hidden bytes could make the file valid in a second format.
     end = start
     for entry in entries:
         if entry.offset != end:
-            fault = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
+            fault = "overlaps the previous tensor" if entry.offset < end else "leaves a gap before it"
             raise Malformed(f"its data {fault}", path=path, where=entry.name, cure=_REWRITE)
         end += entry.nbytes
     if end != size:
         fault = "is cut short" if end > size else "has trailing bytes"
-        why = f"the header describes {end} bytes, the file {fault} at {size}"
+        why = f"the header describes {end} bytes, but the file {fault} at {size}"
         raise Malformed(why, path=path, where=f"byte {min(end, size)}", cure=_AGAIN)
 
 

@@ -1,7 +1,7 @@
-"""Say what is done now, to whoever listens: `stage` for a step that may take long, `detail` for what explains it.
+"""Report progress: `stage` for a step that may take long, `detail` for a fact that explains a result.
 
-Both are records of the standard logger `adapterkit`: INFO and DEBUG. The library installs no handler; the command line
-shows a stage that takes over two seconds, and all of them with -v.
+Both write records to the standard logger `adapterkit`, at the levels INFO and DEBUG. The library installs no handler.
+The command line shows a stage that takes over two seconds, and shows all stages with -v.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def stage(text: str) -> None:
 
 
 def detail(text: str) -> None:
-    """Tell a fact that explains a result, such as which files were opened."""
+    """Report a fact that explains a result, such as which files were opened."""
     _log(10, text)
 
 
 def _log(level: int, text: str) -> None:
     logging = sys.modules.get("logging")
-    if logging is not None:  # Nobody listens who has not imported it, and importing takes 5 ms.
+    if logging is not None:  # Skip if logging was never imported: nobody listens, and importing it takes 5 ms.
         logging.getLogger(LOGGER).log(level, "%s", text)

@@ -1,17 +1,17 @@
-"""Output that appears by rename, with a record of what it was made from.
+"""Output that appears by rename, with a record of its inputs.
 
-Records of how an output was made, so that running the same command again finds the work done.
+The record describes how an output was made, so that running the same command again finds the work done.
 
 A record holds one digest of everything that decided the output (inputs, options, versions) and a fingerprint of every
 file written. It is stored as an extended attribute of the output, `user.adapterkit`. So it adds no file to a folder
-that other tools read, is not uploaded with it, and moves into place with the output in the same rename. On file systems
-without extended attributes (NFS before 4.2, FAT, Windows) it is a hidden file beside the output. If a record gets lost,
-for example by a copy, the output is just not recognised.
+that other tools read, is not uploaded with the folder, and moves into place with the output in the same rename. On file
+systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file next to the output. If a
+record gets lost, for example because the output was copied, the output is just not recognised.
 
 The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file it consists of the size, the
 modification time and a hash of the first MiB, where formats have their headers. Reading a model of 100 GB again would
-take minutes, and a file with the same header, size and nanosecond time was not written since. The inode number is left
-out: network and overlay file systems change it at a mount, and a restarted container must still find its work done.
+take minutes, and a file with the same header, size and time in nanoseconds was not rewritten. The fingerprint omits the
+inode number: network and overlay file systems change it at a mount, and a restarted container must find its work done.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ WHOLE = 16 << 20
 """Files up to this many bytes are fingerprinted by their whole content."""
 
 HEAD = 1 << 20
-"""Bytes of a larger file that are hashed."""
+"""Number of bytes of a larger file that are hashed."""
 
 LARGEST = 1 << 20
-"""Largest record that is read, in bytes."""
+"""Size limit for reading a record, in bytes."""
 
 
 def fingerprint(file: Path) -> str:
@@ -58,7 +58,7 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return one digest of plain data, for everything that decided an output."""
+    """Return one digest of plain data, which should be everything that decided an output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -66,7 +66,7 @@ def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
     """Return the record of an output.
 
     Args:
-        made_from: the digest of everything that decided it.
+        made_from: the digest of everything that decided the output.
         files: name relative to the output's folder -> the written file.
     """
     told = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
@@ -79,11 +79,11 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
     Args:
         record: the record.
         output: the file or folder, staged or in place.
-        beside: the hidden file to use if the file system has no extended attributes.
+        beside: the path of the hidden file to write if the file system has no extended attributes.
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # Not supported by the system or file system, or no room for it.
+    except (AttributeError, OSError):  # The system or file system does not support it, or has no room for it.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
@@ -98,11 +98,11 @@ def has_record(target: Path, beside: Path) -> bool:
 
 
 def is_finished(target: Path, beside: Path, made_from: str) -> bool:
-    """Whether an output was made from this, and all its files are unchanged."""
+    """Whether an output has a record with this digest, and all its files are unchanged."""
     if not os.path.lexists(target):
         return False
     try:
-        # Limit the output, because a damaged record could inflate to any size.
+        # Limit the decompressed size, because a damaged record could inflate to any size.
         record = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
         files = {target.parent / name: told for name, told in record["files"].items()}
         same = bool(files) and record["made_from"] == made_from
@@ -124,15 +124,16 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
     return [[file.name, fingerprint(file)] for file in files]
 
 
-# Output that appears by rename: it is built in a hidden folder beside its target and swapped in when complete.
+# Output that appears by rename: it is built in a hidden folder next to its target and swapped in when complete.
 #
-# Every command and function that writes an output goes through `Staging`. It gives four guarantees:
+# Every command and function that writes an output uses `Staging`, which gives four guarantees:
 #
 # * Nothing at the target changes until the new output is complete and durable. A full disk, a signal or an error in a
-# writer leaves the old output in place. * A process that is killed between two renames leaves a journal. The next run
-# at the same target reads it and undoes or   finishes the publication. It finds the folder because its name is derived
-# from the target's name. * A lock in the folder lets only one process at a time write to a target. * Only files and
-# folders are replaced. Device nodes, pipes and sockets are refused, because `rename` would replace them.
+#   writer leaves the old output in place.
+# * A process that is killed between two renames leaves a journal. The next run at the same target reads the journal,
+#   and undoes or finishes the publication. It finds the folder because its name is derived from the target's name.
+# * A lock in the folder lets only one process at a time write to a target.
+# * Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them.
 
 
 OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
@@ -141,10 +142,10 @@ WRITING = "writing"
 """Default suffix of a stage's name."""
 
 STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
-"""Names of stages and of the record inside a target folder that cannot be renamed."""
+"""Names of the stages and the record inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""Longest part of a target's name used in its stage's name, in bytes; file systems allow 255 for the whole name."""
+"""Most bytes of a target's name that its stage's name uses; file systems allow 255 for the whole name."""
 
 Move = tuple[Path, Path]
 """A path in the stage, and its destination."""
@@ -154,14 +155,14 @@ class Staging:
     """The hidden folder in which one output is built.
 
     Args:
-        target: where the output will appear. A link to a folder is followed; a link to a file is replaced itself.
-        suffix: the end of the hidden folder's name, one for each kind of work.
-        noun: the word for another process that holds the lock, in messages.
+        target: the path where the output will appear. A link to a folder is followed; a link to a file is replaced.
+        suffix: the end of the hidden folder's name; each kind of work has its own.
+        noun: the name for another process that holds the lock, in messages.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
         self.target, self.noun = settled(target), noun
-        # A mount point cannot be renamed, and neither can a folder in a read-only parent. Both may still be filled.
+        # Build inside the target if it cannot be renamed: it is a mount point, or its parent folder is read-only.
         self.inside = self.target.is_dir() and not _can_rename(self.target)
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
@@ -172,7 +173,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the stage for this process; undo a publication that a killed run left half done.
+        """Hold the stage for this process; undo a publication that a killed run left unfinished.
 
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
@@ -181,8 +182,8 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # Somebody else's folder may be behind it, and the stage will be cleared.
-                raise StorageError("a link where a folder of work should be", path=self.folder, cure="Remove it")
+            if self.folder.is_symlink():  # The stage will be cleared, and a link may point to a user's folder.
+                raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
             with self._open_lock() as held:
                 self._hold(held.fileno())
                 self.recover()
@@ -197,27 +198,27 @@ class Staging:
         return has_record(self.target, self.record)
 
     def is_finished(self, made_from: str) -> bool:
-        """Whether the target was made from this, and is unchanged since."""
+        """Whether the target has a record with this digest, and is unchanged since."""
         return is_finished(self.target, self.record, made_from)
 
     @property
     def is_published(self) -> bool:
-        """Whether an earlier run moved everything into place and left only its stage behind."""
+        """Whether an earlier run moved everything into place, so that only its stage is left."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
     def publish(
         self, moves: Sequence[Move], gone: Iterable[Path] = (), *, durable: bool = False, record: bytes | None = None
     ) -> None:
-        """Move staged files to their destinations, all of them or none.
+        """Move staged files to their destinations: all of them or none.
 
         Args:
-            moves: (staged path, destination) pairs, the main file last. Its old version is moved away first and the new
-                one comes last, so no reader finds it beside files of another output.
+            moves: (staged path, destination) pairs, the main file last. The old main file moves away first and the new
+                one arrives last, so no reader sees it together with other files of another output.
             gone: further files of the old output to remove.
             durable: True if the staged files are already synced to disk.
-            record: the digest of what the output was made from, stored with the main file or folder; see the top of
-                this file.
+            record: the digest of everything that decided the output; it is stored with the main file or folder, see the
+                top of this file.
 
         Raises:
             OSError: a rename failed; the old output is back in place.
@@ -226,11 +227,11 @@ class Staging:
             _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
-            old = []  # One rename replaces a file by a file, so readers always find one of the two.
+            old = []  # One rename replaces the old file by the new one, so readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
-            # Attach before the renames. A process killed after the last one then leaves a recorded output, and one
-            # killed before it leaves a record of files that are not there, which counts as no record.
+            # Attach before the renames. If the process is killed after the last rename, the output has its record.
+            # If it is killed before, the record lists files that do not exist, and is ignored.
             attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
@@ -248,16 +249,16 @@ class Staging:
             raise
 
     def set_aside(self) -> None:
-        """Keep a copy of the target file for `recover`, for outputs that can only be written in place."""
+        """Keep a copy of the target file for `recover`; for outputs that can only be written in place."""
         kept = self.folder / "before"
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # The lock file never moves, so this journal always counts as an unfinished publication.
+        # Journal the lock file: it never moves, so this publication always counts as unfinished.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
-        """Accept what was written in place, and drop the copy that `set_aside` kept."""
+        """Accept the output that was written in place, and drop the copy that `set_aside` kept."""
         if made_from is not None:
             written = {str(file.relative_to(self.place)): file for file in files}
             attach(record_of(made_from, written), self.target, self.record)
@@ -281,19 +282,19 @@ class Staging:
                     os.replace(kept, path)
             self._journal.unlink()
         except OSError as error:
-            why = f"what was here before lies in {self._replaced} and cannot be moved back ({error.strerror})"
+            why = f"the previous output lies in {self._replaced} and cannot be moved back ({error.strerror})"
             cure = "Move it back yourself, then run the same command again"
             raise StorageError(why, path=self.target, cure=cure) from error
 
     def discard(self, keep: Collection[str] = ()) -> None:
-        """Remove the stage; an old output that was moved away is moved back first.
+        """Remove the stage; first move back an old output that was moved away.
 
         Args:
-            keep: names in the stage to remove last, because a later run reads its progress from them.
+            keep: names in the stage to remove last; a later run reads its progress from these files.
         """
         try:
             self._remove(keep)
-        except KeyboardInterrupt:  # Interrupted during the cleanup: finish it first.
+        except KeyboardInterrupt:  # The user interrupted the cleanup; finish it before raising.
             self._remove(keep)
             raise
 
@@ -301,14 +302,14 @@ class Staging:
         try:
             self.recover()
         except StorageError:
-            return  # The stage holds the only copy of the old output.
-        part_of(self.target).unlink(missing_ok=True)  # Left by an output that was written in place.
+            return  # Keep the stage: it holds the only copy of the old output.
+        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left it.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _kept(self, path: Path, old: Sequence[Path]) -> Path:
-        """Return where a part of the old output waits until the new one is in place."""
+        """Return where a part of the old output is kept until the new one is in place."""
         return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
 
     def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
@@ -321,14 +322,14 @@ class Staging:
     def _journaled(self, key: str = "moves") -> list[Move]:
         try:
             found = json.loads(self._journal.read_bytes())[key]
-        except (OSError, ValueError, TypeError, KeyError):  # No journal: nothing was being published.
+        except (OSError, ValueError, TypeError, KeyError):  # There is no journal: nothing was being published.
             return []
         return [(self.folder / inside, self.place / end) for inside, end in found]
 
     def _open_lock(self) -> BinaryIO:
         try:
             return open(self.folder / "lock", "wb")
-        except FileNotFoundError:  # Another process has just finished and removed the stage.
+        except FileNotFoundError:  # Another process has just finished, and removed the stage.
             raise self._taken() from None
 
     def _hold(self, handle: int) -> None:
@@ -338,7 +339,7 @@ class Staging:
             same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
         except FileNotFoundError:
             same = False
-        if not same:  # The lock's holder finished after the file was opened here, and removed it.
+        if not same:  # The process that held the lock finished and removed the file after it was opened here.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -357,23 +358,23 @@ def staged(
 ) -> Iterator[Path]:
     """Yield a path to write to; when the block ends, the written output replaces `target`.
 
-    The path has the target's name, and files written beside it go beside the target. If `target` is a folder, the path
-    is an empty folder. After an error nothing is left behind, and the target is unchanged.
+    The path has the target's name. Files written next to it end up next to the target. If `target` is a folder, the
+    path is an empty folder. After an error, nothing is left behind and the target is unchanged.
 
-    A replaced folder may hold files that the new output lacks: a README, a tokenizer, notes. Files of the old output
-    must not mix with the new one, and all others must not be lost. So `owns` names the files that belong to such an
-    output. Those are removed, and everything else is kept.
+    A replaced folder may hold files that the new output lacks: a README, a tokenizer, notes. Old and new files of an
+    output must not mix, and no other file may be lost. So `owns` lists name patterns of the files that belong to such
+    an output. Old files that match are removed, and all others are kept.
 
     Args:
         target: a file or a folder.
         overwrite: replace an existing `target`.
         owns: name patterns of files in a folder that belong to the output; None means all files.
         inputs: the files that the output is made from; they are never replaced.
-        made_from: a digest of everything that decides the output, by which a later run finds it finished.
+        made_from: a digest of everything that decides the output; a later run compares it to find the output finished.
 
     Raises:
         StorageError: the target exists, or is not a file or folder; another process is writing there; the disk is full.
-        UsageError: a file would be replaced that belongs to another output, or that this one is made from.
+        UsageError: the output would replace a file that belongs to another output, or one of its own inputs.
     """
     inputs = list(inputs)
     take_over(target)
@@ -408,7 +409,7 @@ def staged(
 
 
 def take_over(target: Path, suffix: str = WRITING) -> None:
-    """Restore or remove what a killed run left at a target; does nothing if there is no stage.
+    """Restore or remove the remains of a killed run at a target; does nothing if it has no stage.
 
     Raises:
         StorageError: another process is writing there.
@@ -420,9 +421,9 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the error for a failed write to `path` whose OSError another library hides."""
+    """Return the error for a failed write to `path`, if another library hides the OSError."""
     free = shutil.disk_usage(path.parent).free
-    why = f"it could not be written ({first_line(error)}); {free:,} bytes are free"
+    why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
 
 
@@ -430,12 +431,12 @@ def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists.
 
     Raises:
-        StorageError: it is neither a file nor a folder, or it exists and `overwrite` is not set.
+        StorageError: the target is neither a file nor a folder, or it exists and `overwrite` is not set.
     """
     try:
         mode = os.stat(target).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            why = "neither a file nor a folder, so it is not replaced"
+            why = "the path is neither a file nor a folder, so it is not replaced"
             raise StorageError(why, path=target, cure="Write to another path")
         taken = not stat.S_ISDIR(mode) or bool({*os.listdir(target)} - STAGES)
     except (FileNotFoundError, NotADirectoryError):
@@ -447,12 +448,12 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return a target under the name by which it can be renamed: links to folders and `.` are resolved."""
+    """Return a target's name for a rename: links to folders and `.` are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """Return the name of a hidden folder beside `name`; deterministic, and short enough for any file system."""
+    """Return the name of a hidden folder next to `name`; deterministic, and short enough for any file system."""
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{suffix}"
@@ -481,29 +482,29 @@ def remove_empty(*folders: Path) -> None:
 
 
 def _outside(stage: Staging, path: str | None) -> str:
-    """Translate a path of the stage, which will be deleted, to its place at the target."""
+    """Translate a path in the stage, which will be deleted, to the matching path at the target."""
     return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace an input file, under whatever name or link.
+    """Refuse to replace an input file, by whatever name or link it is given.
 
     Raises:
-        UsageError: a file is in both.
+        UsageError: a file is both replaced and read.
     """
     read = {identity: file for file in inputs if (identity := _identity(file)) is not None}
     for path in replaced if read else ():
         file = read.get(_identity(path) or (-1, -1))
         if file is not None:
-            why = f"source and destination are the same file: the output would replace {file}, which is read"
+            why = f"source and destination are the same file: the output would replace its input {file}"
             raise UsageError(why, path=path, cure="Write to another path")
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces: those that it owns, and those of the same name.
+    """Yield the files at a target that an output replaces: files that it owns, and files with the same name.
 
     Args:
-        target: the target, which may be missing.
+        target: the target, which may not exist.
         owns: as for `staged`.
         new: the new output, if it exists already.
     """
@@ -537,10 +538,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _planned(
     stage: Staging, path: Path, owns: Collection[str] | None, overwrite: bool
 ) -> tuple[list[Move], list[Path]]:
-    """Return which staged files go where, and which other files of the old output are removed."""
+    """Return the destinations of the staged files, and the other files of the old output to remove."""
     target = stage.target
     if path.is_dir() and target.exists() and not target.is_dir():
-        raise StorageError("a file is in the way of a folder", path=target, cure="Remove it, or write to another path")
+        raise StorageError(
+            "a file has the name of the output folder", path=target, cure="Remove it, or write to another path"
+        )
     gone: list[Path] = []
     if path.is_dir() and stage.inside:
         moves = [(entry, target / entry.name) for entry in sorted(path.iterdir())]
@@ -560,21 +563,21 @@ def _planned(
 
 
 def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to replace a differing file beside the target that may belong to another output.
+    """Refuse to replace a file next to the target that has other contents and may belong to another output.
 
-    Several formats keep a number such as alpha in a file of a fixed name beside their tensors.
+    Several formats keep a number such as alpha in a file with a fixed name next to their tensors.
     """
     if not _exists(end) or (end.is_file() and end.read_bytes() == file.read_bytes()):
         return
     if not overwrite:
-        raise StorageError("already there, with other contents", path=end, cure=OVERWRITE)
+        raise StorageError("the file exists and has other contents", path=end, cure=OVERWRITE)
     if not _exists(target):
-        why = f"already there, with other contents: it belongs to another file than {target.name}"
+        why = f"the file exists and has other contents: it belongs to a file other than {target.name}"
         raise UsageError(why, path=end, cure="Write to another folder")
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Carry files that the old output does not own into the new folder, by hard links, which copy nothing."""
+    """Add the old folder's files that the output does not own to the new folder, by hard links, which copy nothing."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():

@@ -1,4 +1,4 @@
-"""Parse JSON from untrusted files; anything that two parsers could read differently is refused."""
+"""Parse JSON from untrusted files; refuse anything that two parsers could read differently."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
-    """A value of JSON; a tuple counts as a list."""
+    """A JSON value; a tuple counts as a list."""
 
 MAX_QUOTES = 1 << 23
-"""Most quotation marks in a document. A tensor takes ten in a header, so 800,000 fit: eight times the largest model."""
+"""Most quotation marks in a document. A header has ten per tensor, so 800,000 fit, 8 times the largest known model."""
 
 MAX_CONTAINERS = 1 << 21
-"""Most objects and lists in a document; a tensor takes three."""
+"""Most objects and lists in a document; a tensor has three."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
@@ -31,7 +31,7 @@ def load_json(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is not JSON; a key occurs twice in one object; it has a NaN, an infinity, a number too
+        ValueError: the text is not JSON; an object repeats a key; the text contains a NaN, an infinity, a number too
             large for a float, or half of a surrogate pair; or it has too many values or levels (`check_size`).
         RecursionError: the nesting exceeds the limit of Python's own parser.
     """
@@ -42,14 +42,14 @@ def load_json(text: str) -> Any:
 def load_table(text: str) -> tuple[Any, bool]:
     """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
-    It returns the same as `load_json` in a third of the time. A glance at the text without its strings tells whether it
-    is regular; then the values need no individual checks.
+    It returns the same as `load_json` in a third of the time. A look at the text without its strings shows whether the
+    table is regular; if so, the values need no individual checks.
 
     Args:
         text: the JSON text.
 
     Returns:
-        The value, and whether it holds only objects, lists, text and non-negative whole numbers.
+        The value, and whether it holds only objects, lists, strings and non-negative integers.
 
     Raises:
         ValueError, RecursionError: as `load_json`.
@@ -59,10 +59,10 @@ def load_table(text: str) -> tuple[Any, bool]:
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    # Count the keys that were read: an entry with one key twice and another missing has the usual number of colons.
+    # Count the keys that were parsed. If an entry repeats one key and lacks another, the number of colons is the usual.
     fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # More or fewer colons than keys: a key occurs twice, or this is not such a table. Parse it the slow way.
+        # The numbers of colons and keys differ: a key occurs twice, or this is not such a table. Parse it the slow way.
         return _load(text, _unique), False
     return value, regular
 
@@ -76,7 +76,7 @@ def _load(text: str, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | N
 
 
 def check_size(data: bytes) -> bytes:
-    """Check, before parsing, that a JSON document has no more values and levels than a real one.
+    """Check before parsing that a JSON document has no more values and levels than a real one.
 
     Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. The depth is limited
     because code that walks through the values recurses at each level.
@@ -85,24 +85,24 @@ def check_size(data: bytes) -> bytes:
         The document without its strings.
 
     Raises:
-        ValueError: there are too many values or levels.
+        ValueError: the document has too many values or levels.
     """
     if data.count(b'"') > MAX_QUOTES:
-        raise ValueError(f"more than {MAX_QUOTES:,} quotation marks")
-    # An unterminated string extends to the end of the text. Searching its end from each quote would be quadratic.
+        raise ValueError(f"there are more than {MAX_QUOTES:,} quotation marks")
+    # Let an unterminated string extend to the end of the text: searching its end from each quote would be quadratic.
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
-        raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    # Both kinds of brackets become one, so that a round removes one level; the parser refuses those that do not match.
+        raise ValueError(f"there are more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
+    # Map both kinds of brackets to one, so that a round removes one level; the parser refuses brackets that mismatch.
     brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")
         if len(shorter) == len(brackets):
             break
         brackets = shorter
-    # Balanced brackets are gone now, unless they were nested too deeply. The parser refuses unbalanced ones.
+    # Balanced brackets are removed by now, unless they were nested too deeply. The parser refuses unbalanced ones.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
-        raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other")
+        raise ValueError(f"more than {MAX_DEPTH} objects and lists are nested")
     return bare
 
 
@@ -122,5 +122,5 @@ def _refuse(constant: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large a number")
+        raise ValueError(f"the number {text[:40]} is too large")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import Malformed, Path
 
 MAX_BYTES = 256 << 10
-"""Largest document in bytes. NeMo configs take some 10 KB; PyYAML parses about 200 KB per second."""
+"""Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
 
 MAX_NODES = 20_000
 """Most values in a document; PyYAML takes minutes for hundreds of thousands."""
@@ -19,17 +19,17 @@ MAX_DIGITS = 40
 
 
 def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None) -> Any:
-    """Return the value of a YAML document: text, numbers, booleans, null, lists, and mappings with text keys.
+    """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
-    It refuses aliases, because a few of them describe gigabytes. It also refuses tags, repeated keys, numbers that are
-    not finite or have more than 40 digits, and half surrogate pairs: native files store such documents as JSON, which
-    cannot express them. Dates stay text. So do YAML 1.1's numbers with colons (`1:30`), which PyYAML parses in
-    quadratic time.
+    The function refuses aliases, because a few of them can describe gigabytes. It also refuses tags, repeated keys,
+    numbers that are not finite or have more than 40 digits, and half surrogate pairs: native files store such documents
+    as JSON, which cannot express them. Dates stay strings. So do YAML 1.1's numbers with colons (`1:30`), which PyYAML
+    parses in quadratic time.
 
     Args:
-        data: UTF-8.
+        data: the document in UTF-8.
         path: the file, for errors.
-        where: the place inside the file, for errors.
+        where: the location inside the file, for errors.
 
     Raises:
         Malformed: the document breaks these rules, or is too large.
@@ -40,13 +40,13 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
         return Malformed(why, path=path, where=where, cure="Correct the file: plain names, numbers, lists and mappings")
 
     if len(data) > MAX_BYTES:
-        raise fault(f"more than {MAX_BYTES:,} bytes of YAML")
+        raise fault(f"the document has more than {MAX_BYTES:,} bytes")
     try:
         return yaml.load(data.decode("utf-8"), _loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise fault(f"not plain YAML: {said}{f' in line {place.line + 1}' if place else ''}") from None
+        raise fault(f"the document is not plain YAML: {said}{f' in line {place.line + 1}' if place else ''}") from None
 
 
 @cache
@@ -64,12 +64,12 @@ def _loader() -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
-                raise _fault("aliases are not read", event)
+                raise _fault("aliases are not supported", event)
             # An explicit tag asks for a type; a bare `!` asks for text, which is harmless.
             if event.tag not in (None, "!"):
-                raise _fault(f"the tag {event.tag!r} is not read", event)
+                raise _fault(f"the tag {event.tag!r} is not supported", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
-                raise _fault(f"more than {MAX_NODES:,} values, or more than {MAX_DEPTH} inside each other", event)
+                raise _fault(f"there are more than {MAX_NODES:,} values, or more than {MAX_DEPTH} nested ones", event)
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
@@ -80,9 +80,9 @@ def _loader() -> Any:
             for key_node, value_node in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
-                    raise _fault(f"the key {str(key)[:80]!r} is not text", key_node)
+                    raise _fault(f"the key {str(key)[:80]!r} is not a string", key_node)
                 if key in made:
-                    raise _fault(f"the key {key[:80]!r} is there twice", key_node)
+                    raise _fault(f"the key {key[:80]!r} occurs twice", key_node)
                 made[key] = self.construct_object(value_node, deep=deep)
             return made
 
@@ -91,12 +91,12 @@ def _loader() -> Any:
 
         def construct_scalar(self, node: Any) -> Any:
             text = super().construct_scalar(node)
-            text.encode()  # Raises for half of a surrogate pair.
+            text.encode()  # Raise for half of a surrogate pair.
             return text
 
         def construct_yaml_int(self, node: Any) -> int:
             if len(node.value) > MAX_DIGITS:
-                raise _fault(f"a number of {len(node.value)} digits", node)
+                raise _fault(f"a number has {len(node.value)} digits", node)
             return int(super().construct_yaml_int(node))
 
         def construct_yaml_float(self, node: Any) -> float:

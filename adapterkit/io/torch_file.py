@@ -1,8 +1,8 @@
-"""Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
+"""Read state dicts from torch's `.bin`, `.pt` and `.pth` files, without torch and without running code from the files.
 
-The two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
+There are two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
 
-`torch_pickle` interprets their pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
+`torch_pickle` interprets the pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 
 LIMIT = 32 << 20
-"""Largest pickle or archive directory in bytes; enough for some 100,000 tensors."""
+"""Largest pickle or archive directory in bytes; enough for about 100,000 tensors."""
 
 
 MAX_ENTRIES = 1 << 17
-"""Most entries of an archive, one per tensor; the largest models have some 100,000."""
+"""Most entries of an archive, one per tensor; the largest models have about 100,000."""
 
 _ENTRY = 128
-"""Assumed bytes per directory entry, mostly its name; torch's entries have 60 to 80."""
+"""Assumed bytes per directory entry, mostly the name; torch's entries have 60 to 80."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
 """Bytes at the end of an archive that locate its directory, including a comment of up to 64 KiB."""
 
 
 class Capped(io.BufferedReader):
-    """A file that refuses huge reads: `zipfile` reads as many bytes as an archive claims to have."""
+    """A file that refuses huge reads: `zipfile` would read as many bytes as an archive claims to have."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LIMIT:
-            raise refused(f"a directory or pickle of {size} bytes; at most {LIMIT} are read")
+            raise refused(f"a directory or pickle has {size} bytes; at most {LIMIT} are read")
         return super().read(size)
 
     def at(self, offset: int, size: int) -> bytes:
@@ -74,13 +74,13 @@ def read_zip(file: Capped, size: int) -> Contents:
     """Return the content of an archive of torch 1.6 or later.
 
     Raises:
-        Malformed: the archive breaks the rules of the container.
-        Unsupported: compressed or big-endian data, or a pickle that uses more than a state dict needs.
+        Malformed: the archive violates the rules of the container.
+        Unsupported: data is compressed or big-endian, or the pickle uses more than a state dict needs.
     """
     entries = _distinct(_entries(file))
     roots = _roots(entries)
     if len(roots) != 1:
-        raise damaged(f"{len(roots)} entries named */data.pkl in the archive, not one", "directory")
+        raise damaged(f"the archive has {len(roots)} entries named */data.pkl, not one", "directory")
     root = roots[0]
     _check_byteorder(file, entries.get(f"{root}/byteorder"), size)
     value, storages = _read_pickle(file, entries[f"{root}/data.pkl"], size)
@@ -95,7 +95,7 @@ def _read_pickle(file: Capped, info: zipfile.ZipInfo, size: int) -> tuple[object
     machine = Machine(short(info.filename))
     value = machine.load(stream)
     if stream.read(1):
-        raise damaged("bytes after the end of the pickle", machine.place)
+        raise damaged("bytes follow the end of the pickle", machine.place)
     return value, machine.storages
 
 
@@ -104,41 +104,41 @@ def _entries(file: Capped) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
-    # `zipfile` raises NotImplementedError for an archive's compression or version that it does not know.
+    # `zipfile` raises NotImplementedError for an unknown compression or version of an archive.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error) as error:
-        raise damaged(f"a broken zip archive: {short(str(error))}", "directory") from error
+        raise damaged(f"the zip archive is broken: {short(str(error))}", "directory") from error
 
 
 def _check_directory(file: Capped) -> None:
-    """Check how many entries an archive claims, because `zipfile` first creates a 600-byte object for each.
+    """Check the number of entries that an archive claims, because `zipfile` creates a 600-byte object for each.
 
     Raises:
-        Malformed: there is no directory at the end.
-        Unsupported: there are too many entries.
+        Malformed: the archive has no directory at its end.
+        Unsupported: the archive has too many entries.
     """
     size = file.seek(0, io.SEEK_END)
     start = max(0, size - _TAIL)
     tail = file.at(start, size - start)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < 22:
-        raise damaged("a broken zip archive: no directory at the end", "directory")
+        raise damaged("the zip archive is broken: it has no directory at its end", "directory")
     count, length = struct.unpack_from("<HI", tail, at + 10)
     wide = tail.rfind(b"PK\6\6", 0, at)
     if wide >= 0 and len(tail) - wide >= 56:
         count, length = struct.unpack_from("<QQ", tail, wide + 32)
-    # The count can be forged, the length cannot: each entry takes at least 46 bytes of it.
+    # Limit the length too: the count can be forged, but the length cannot, and each entry takes at least 46 bytes.
     if max(count, length // _ENTRY) > MAX_ENTRIES:
-        raise refused(f"an archive of {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
+        raise refused(f"the archive has {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
 
 
 def _distinct(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Return entries by name; refuse duplicate names and names that leave the archive."""
+    """Return entries by name; refuse duplicate names, and names that lead outside the archive."""
     for name in (info.orig_filename for info in infos):
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-            raise damaged(f"an entry named {short(name)} leaves the archive", "directory")
+            raise damaged(f"an entry named {short(name)} leads outside the archive", "directory")
     entries = {info.filename: info for info in infos}
     if len(entries) != len(infos):
-        raise damaged("two entries of one name", "directory")
+        raise damaged("two entries have the same name", "directory")
     return entries
 
 
@@ -151,46 +151,46 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
         return
     order = file.at(_data_offset(file, info, size), min(info.file_size, 16))
     if order != b"little":
-        raise refused(f"byte order {short(order.decode('latin-1'))}", "byteorder")
+        raise refused(f"the byte order is {short(order.decode('latin-1'))}", "byteorder")
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
-    """Return the offset of an entry's bytes. Only the local header knows its own length."""
+    """Return the offset of an entry's bytes. Only the entry's local header gives the header's length."""
     where = short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise refused("a compressed or encrypted entry; torch stores tensors as they are", where)
+        raise refused("an entry is compressed or encrypted, which torch.save never does", where)
     if not 0 <= info.header_offset < size:
-        raise damaged("a header outside the file", where)
+        raise damaged("a header lies outside the file", where)
     signature, name, extra = struct.unpack("<4s22xHH", file.at(info.header_offset, 30))
     offset = int(info.header_offset + 30 + name + extra)
     if signature != b"PK\3\4" or info.compress_size != info.file_size or offset + info.file_size > size:
-        raise damaged("headers that disagree, or data beyond the end of the file", where)
+        raise damaged("two headers contradict each other, or data extends beyond the end of the file", where)
     return offset
 
 
 def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage, size: int) -> int:
     if info is None:
-        raise damaged("no entry holds this storage", storage.where)
+        raise damaged("no entry of the archive holds this storage", storage.where)
     if info.file_size // storage.dtype.itemsize != storage.numel:
-        why = f"{storage.numel} elements claimed, {info.file_size} bytes there"
+        why = f"the storage claims {storage.numel} elements, but its entry has {info.file_size} bytes"
         raise damaged(why, storage.where)
     return _data_offset(file, info, size)
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
-    """Return the content of the older container, a sequence of pickles; raises the same as `read_zip`."""
-    # The pickles come first and have no length field, so read as much as they may take.
+    """Return the content of the older container, a sequence of pickles; raises the same errors as `read_zip`."""
+    # Read as many bytes as the pickles may take: they come first, and have no length field.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
     if magic != MAGIC or version != 1001 or type(system) is not dict:
-        raise damaged("not the header that torch.save writes", "pickles")
+        raise damaged("the file does not begin with the header that torch.save writes", "pickles")
     if system.get("little_endian") is not True:
-        raise refused("not marked as little-endian", "pickles")
+        raise refused("the file is not marked as little-endian", "pickles")
     if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
-        raise damaged("the list of storages is not one of distinct keys", "pickles")
+        raise damaged("the list of storages is not a list of distinct keys", "pickles")
     if set(keys) != set(machine.storages):
-        raise damaged("the storages listed are not those used", "pickles")
+        raise damaged("the listed storages differ from the used ones", "pickles")
     return value, _walk(file, [machine.storages[key] for key in keys], stream.tell(), size)
 
 
@@ -202,10 +202,10 @@ def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict
         places[storage.key] = offset + 8
         offset += 8 + storage.nbytes
         if count != storage.numel or offset > size:
-            why = f"{storage.numel} elements claimed, {count} counted, {size} bytes in the file"
+            why = f"the storage claims {storage.numel} elements, its count says {count}, and the file has {size} bytes"
             raise damaged(why, storage.where)
     if offset != size:
-        raise damaged(f"{size - offset} bytes after the last storage", f"byte {offset}")
+        raise damaged(f"{size - offset} bytes follow the last storage", f"byte {offset}")
     return places
 
 
@@ -220,7 +220,7 @@ _DEEPEST = 8
 _VALUES = 1 << 20
 """Most values: ten for each tensor of the largest files, whose pickles hold about 100,000."""
 _EXPANDED = 256 << 20
-"""Most bytes that all tensors with overlapping elements may take together after expansion."""
+"""Most bytes that all tensors with overlapping elements may take together when expanded."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
@@ -228,13 +228,13 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
     """Return the tensors of a state dict by name.
 
     Raises:
-        Malformed: the value is not a state dict, or a view leaves its storage.
+        Malformed: the value is not a state dict, or a view extends beyond its storage.
     """
     return _lazies(path, _checked(value), places)
 
 
 def nested(path: str, value: Any, places: Places) -> Any:
-    """Return dicts and plain values unchanged, with lazy tensors in place of views.
+    """Return dicts and plain values unchanged; lazy tensors replace the views in them.
 
     Raises:
         Malformed: there are too many values or levels. A pickle can refer to a value again by its number, so a few
@@ -245,7 +245,7 @@ def nested(path: str, value: Any, places: Places) -> Any:
     def made(value: Any, depth: int) -> Any:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
-            raise damaged(f"more than {_DEEPEST} values inside each other, or more than {_VALUES:,}", "top level")
+            raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
         if type(value) is View:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:
@@ -266,9 +266,9 @@ def _checked(value: object) -> dict[str, View]:
         )
     for name, view in value.items():
         if type(name) is not str or not name.isprintable():
-            raise Malformed("a name that is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
+            raise Malformed("the name is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
         if type(view) is not View:
-            raise Malformed(f"is of type {kind_of(view)}, not a tensor", where=f"entry {short(name)}", cure=ALONE)
+            raise Malformed(f"the entry has type {kind_of(view)}, not tensor", where=f"entry {short(name)}", cure=ALONE)
     return value
 
 
@@ -278,13 +278,15 @@ def _unwrapped(value: dict[Any, Any]) -> object:
         return value
     if len(value) > 1:
         beside = next(name for name in value if name != wrapper)
-        raise Malformed(f"stands beside the dict {wrapper!r}", where=f"entry {short(str(beside))}", cure=ALONE)
+        raise Malformed(
+            f"the dict {wrapper!r} has this entry next to it", where=f"entry {short(str(beside))}", cure=ALONE
+        )
     return value[wrapper]
 
 
 def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
     lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
-    # An expanded tensor has a stride of 0, so a few stored bytes can stand for gigabytes.
+    # Limit expanded tensors: with a stride of 0, a few stored bytes can stand for gigabytes.
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])
@@ -312,9 +314,9 @@ def _gather(span: Span, view: View) -> bytes:
     return np.lib.stride_tricks.as_strided(data, view.shape, steps, writeable=False).tobytes()
 
 
-# Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
+# Read state dicts from torch's `.bin`, `.pt` and `.pth` files, without torch and without running code from the files.
 #
-# Above are the two containers of `torch.save`, and the functions that turn their values into tensors.
+# The two containers of `torch.save`, and the functions that turn their values into tensors, are above.
 
 
 T = TypeVar("T")
@@ -349,12 +351,13 @@ def _is_torch_file(path: Path) -> bool:
 def read_torch_file(path: Path) -> dict[str, Lazy]:
     """Return the tensors of a saved state dict, by name in the file's order; no tensor data is read yet.
 
-    A lone `state_dict`, `model` or `model_state_dict` entry around the state dict is unwrapped. A module's `_metadata`
-    is dropped: it holds code versions, not weights. Names that share a storage are all returned. A contiguous tensor
-    has a `span`; any other view is gathered by its `fetch`. Files are closed between fetches.
+    If the dict has only a `state_dict`, `model` or `model_state_dict` entry, that entry is the state dict. A module's
+    `_metadata` is dropped: it holds code versions, not weights. Names that share a storage are all returned. A
+    contiguous tensor has a `span`; the `fetch` of other views gathers their elements. Files are closed between fetches.
 
     Raises:
-        Malformed: the file breaks the rules of its container, a view leaves its storage, or an entry is not a tensor.
+        Malformed: the file violates the rules of its container, a view extends beyond its storage, or an entry is not
+            a tensor.
         Unsupported: the pickle uses a global or an opcode that no state dict needs, or data is compressed or
             big-endian.
         StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` if the file has shrunk.
@@ -367,12 +370,12 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
 
 def read_torch_value(path: Path) -> Any:
-    """Return a saved value that is more than a state dict: dicts and plain values, with lazy tensors in them.
+    """Return a saved value that is more than a state dict: dicts and plain values that contain lazy tensors.
 
     Raises:
-        Malformed: as `read_torch_file`; here entries need not be tensors.
-        Unsupported: likewise.
-        StorageError: likewise.
+        Malformed: as for `read_torch_file`, but entries need not be tensors.
+        Unsupported: as for `read_torch_file`.
+        StorageError: as for `read_torch_file`.
     """
     return _opened(path, lambda value, places: nested(os.fspath(path), value, places))
 
@@ -386,7 +389,7 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
             head = file.read(HEAD)
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None
             if container is None:
-                raise damaged("not a file that torch.save writes", "first bytes")
+                raise damaged("torch.save did not write this file", "first bytes")
             return made(*container(file, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise storage_error(error, path) from error

@@ -1,6 +1,6 @@
 """A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
 
-The values that a state dict's pickle may contain, all inert, and the few calls that create them, all defined here.
+This file also defines the values that such a pickle may contain, and the few functions that create them.
 
 Format: torch/_utils.py (`_rebuild_*`).
 """
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _DIMENSIONS = 32
 """Most axes of a numpy 1 array."""
 _CONVERT = "Convert the file to safetensors with the tool that wrote it, if you trust it"
-_DAMAGED = "The file is damaged, cut short or not what it claims to be; fetch it again or convert it to safetensors"
+_DAMAGED = "The file is damaged, cut short or of another type; fetch it again or convert it to safetensors"
 ALONE = "Save the state dict alone: a dict of names to tensors, with no other entries"
 
 
 def damaged(why: str, where: str | None = None) -> Malformed:
-    """Return the error for a file that breaks the rules of its container."""
+    """Return the error for a file that violates the rules of its container."""
     return Malformed(why, where=where, cure=_DAMAGED)
 
 
@@ -110,7 +110,7 @@ _DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
 
 
 def counts(value: object) -> bool:
-    """Whether a value is a tuple of sizes, of at most as many axes as a tensor can have."""
+    """Whether a value is a tuple of sizes, with at most as many axes as a tensor can have."""
     return (
         type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     )
@@ -119,11 +119,11 @@ def counts(value: object) -> bool:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: Any = None, metadata: object = None
 ) -> View:
-    """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    """Build the result of `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     if hooks or metadata:
-        raise refused("a tensor with hooks, or a conjugate or negative view")
+        raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
-        raise damaged(f"a tensor without storage, or with sizes that are not up to {_DIMENSIONS} counts")
+        raise damaged(f"a tensor has no storage, or its sizes are not up to {_DIMENSIONS} counts")
     return _inside(View(storage, storage.dtype, offset, shape, stride))
 
 
@@ -138,7 +138,7 @@ def _tensor_v3(
     metadata: object = None,
 ) -> View:
     if type(dtype) is not Global or dtype.name not in _DTYPES or type(storage) is not Storage:
-        raise damaged("a tensor without storage or dtype")
+        raise damaged("a tensor has no storage or no dtype")
     bare = Storage(storage.key, DTYPES["U8"], storage.nbytes)
     element = _DTYPES[dtype.name]
     return _inside(replace(_tensor(bare, offset, shape, stride, grad, hooks, metadata), dtype=element))
@@ -146,18 +146,18 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
-    # `n or 1` also limits the other axes of an empty tensor: numpy computes sizes in 64 bits.
+    # Use `n or 1` to limit the other axes of an empty tensor too: numpy computes sizes in 64 bits.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
-        raise damaged(f"no tensor has shape {shape}, strides {stride}", view.storage.where)
+        raise damaged(f"no tensor can have the shape {shape} and the strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:
-        why = f"a view of shape {shape}, strides {stride}, offset {view.offset} leaves {view.storage.nbytes} bytes"
+        why = f"a view with shape {shape}, strides {stride}, offset {view.offset} exceeds {view.storage.nbytes} bytes"
         raise damaged(why, view.storage.where)
     return view
 
 
 def _parameter(data: object, _grad: Any, hooks: Any) -> View:
     if hooks or type(data) is not View:
-        raise damaged("a parameter that is not a tensor, or has hooks")
+        raise damaged("a parameter is not a tensor, or has hooks")
     return data
 
 
@@ -166,15 +166,15 @@ def _ordered() -> dict[str, JsonValue]:
 
 
 def _set(items: Any = ()) -> object:
-    """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names beside the weights."""
+    """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names with the weights."""
     if type(items) is not list and items != ():
-        raise damaged("a set that is not made from a list")
+        raise damaged("a set is not made from a list")
     return list(items)
 
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that nothing here needs, and that is not built: numpy's state of random numbers beside the weights."""
+    """A value that is not needed and not built, such as numpy's random state saved with the weights."""
 
 
 def _opaque(*_: object) -> Opaque:
@@ -201,10 +201,10 @@ KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 # A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
 #
-# `pickle.Unpickler` is not used: its opcodes can hang or kill a process even if every global is refused. A memo index
-# of 2**31 allocates gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, and a key of a million nested
-# tuples overflows the C stack. This interpreter is linear in the pickle in time and memory, and refuses any opcode or
-# global that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
+# `pickle.Unpickler` is not used, because its opcodes can hang or kill a process even if every global is refused. A memo
+# index of 2**31 allocates gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, and a key of a million nested
+# tuples overflows the C stack. This interpreter takes time and memory linear in the pickle's length, and refuses any
+# opcode or global that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
 
 
 _LENGTH = 1 << 22
@@ -212,14 +212,14 @@ _LENGTH = 1 << 22
 
 
 class Machine:
-    """Runs pickles, and collects the storages that they name."""
+    """Runs pickles, and collects the storages that they refer to."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: io.BytesIO) -> object:
-        """Return the value of the pickle that starts here; leaves the stream after its STOP."""
+        """Return the value of the pickle that starts here; leaves the stream after its STOP opcode."""
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -230,7 +230,7 @@ class Machine:
                 if self.step(stream) == "STOP":
                     (value,) = self.stack
                     return value
-            raise refused(f"a pickle of more than {_LENGTH} opcodes")
+            raise refused(f"the pickle has more than {_LENGTH} opcodes")
         except AdapterkitError as error:
             error.at(where=f"{self.place} byte {position}")
             raise
@@ -239,7 +239,7 @@ class Machine:
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:
-        """Run one opcode and return its name. An argument is decoded only after its opcode is known to be harmless."""
+        """Run one opcode and return its name. Its argument is decoded only after the opcode is known to be harmless."""
         code = stream.read(1)
         if code not in _OPCODES:
             raise ValueError(f"no opcode is {code!r}" if code else "it ends without a STOP")
@@ -254,7 +254,7 @@ class Machine:
 
     def mark(self, _: object) -> None:
         if len(self.marks) >= 64:
-            raise refused("values nested more than 64 deep")
+            raise refused("values are nested more than 64 deep")
         self.marks.append(self.stack)
         self.stack = []
 
@@ -265,13 +265,13 @@ class Machine:
     def pops(self, count: int) -> tuple[object, ...]:
         items = tuple(self.stack[-count:])
         if len(items) < count:
-            raise IndexError("a value too few")
+            raise IndexError("the stack has too few values")
         del self.stack[-count:]
         return items
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise damaged(f"a value of type {kind_of(self.stack[-1])} where the pickle needs a {kind.__name__}")
+            raise damaged(f"the pickle needs a {kind.__name__}, but has a value of type {kind_of(self.stack[-1])}")
         return self.stack[-1]
 
     def put(self, index: int) -> None:
@@ -284,9 +284,9 @@ class Machine:
         self.top(list).extend(items)
 
     def update(self, items: Sequence[Any]) -> None:
-        # Integers beyond 64 bits can be chosen to collide by the million, and tuples can take forever to hash.
+        # Refuse other keys: large integers can be chosen to collide by the million, and tuples can take long to hash.
         if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
-            raise Malformed("a dict key that is neither text nor a small integer", cure=ALONE)
+            raise Malformed("a dict key is neither text nor a small integer", cure=ALONE)
         self.top(dict).update(zip(items[::2], items[1::2], strict=True))
 
     def resolve(self, name: str) -> None:
@@ -297,13 +297,13 @@ class Machine:
     def resolve_stack(self, _: object) -> None:
         module, name = self.pops(2)
         if type(module) is not str or type(name) is not str:
-            raise damaged("a global whose name is not text")
+            raise damaged("the name of a global is not text")
         self.resolve(f"{module} {name}")
 
     def reduce(self, _: object) -> None:
         called, args = self.pops(2)
         if type(called) is not Global or called.name not in CALLS or type(args) is not tuple:
-            raise damaged("a call of something that cannot be called")
+            raise damaged("the pickle calls something that cannot be called")
         self.push(CALLS[called.name](*args))
 
     def build(self, _: object) -> None:
@@ -312,7 +312,7 @@ class Machine:
             return
         self.top(dict)
         if type(state) is not dict or not state.keys() <= {"_metadata"}:
-            raise refused("attributes on a dict, other than a module's `_metadata`")
+            raise refused("a dict has attributes other than a module's `_metadata`")
 
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
@@ -323,9 +323,9 @@ class Machine:
             ):
                 storage = Storage(key, STORAGE_TYPES[kind], numel)
             case _:
-                raise damaged("a persistent id that does not name a storage")
+                raise damaged("a persistent id does not name a storage")
         if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
-            raise damaged("one storage with two sizes", storage.where)
+            raise damaged("one storage has two sizes", storage.where)
         self.push(storage)
 
 
@@ -333,7 +333,7 @@ def _global_name(stream: io.BytesIO) -> str:
     """Read the argument of GLOBAL, `module name`. pickletools would interpret backslashes in it, and warn."""
     module, name = stream.readline(), stream.readline()
     if not name.endswith(b"\n"):
-        raise ValueError("a name without an end")
+        raise ValueError("a name has no end")
     return f"{module[:-1].decode()} {name[:-1].decode()}"
 
 

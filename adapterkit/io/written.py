@@ -1,8 +1,8 @@
-"""Remember what files were written from, for the length of a writer's own check.
+"""Remember the tensors that a file was written from, while a writer checks its own output.
 
-A file that is read back right after writing is compared by handles if its tensors were only moved. Its header is read
-from the disk, its handles lead to the tensors that were written, and a sample of bytes is compared with the disk. Some
-containers are written past the page cache, so reading each tensor again would cost 70 us.
+A file that is read back right after writing needs no full comparison if its tensors were only moved. Its header is read
+from the disk, its lazy tensors lead to the tensors that were written, and a sample of bytes is compared with the disk.
+Some containers are written around the page cache, so reading each tensor again would cost 70 us.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Written:
 
     Attributes:
         sources: name -> the tensor that was written under that name.
-        read: reads the file's tensors from the disk, as handles on spans of it.
+        read: a function that reads the file's tensors from the disk, as lazy tensors with spans in the file.
     """
 
     sources: Mapping[str, Lazy]
     read: Callable[[str], Mapping[str, Lazy]]
 
     def on_disk(self, path: str) -> Mapping[str, Lazy]:
-        """Return the file's tensors as handles that read from the disk."""
+        """Return the file's tensors as lazy tensors that read from the disk."""
         token = _WRITTEN.set(None)
         try:
             return self.read(path)
@@ -44,10 +44,10 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Inside the block, handles on tensors of a file written inside it lead to the tensors that were written.
+    """Inside the block, reading a file that was written in the same block returns the tensors that were written.
 
     Yields:
-        path of each file -> what was written.
+        A map from the path of each file to its `Written`.
     """
     files: dict[str, Written] = {}
     token = _WRITTEN.set(files)
@@ -60,19 +60,19 @@ def sources_remembered() -> Iterator[dict[str, Written]]:
 def remember(
     path: str | os.PathLike[str], sources: Mapping[str, Lazy], read: Callable[[str], Mapping[str, Lazy]]
 ) -> None:
-    """Remember what a file was written from, if inside `sources_remembered`; see `Written`."""
+    """Remember the tensors that a file was written from, if inside `sources_remembered`; see `Written`."""
     files = _WRITTEN.get()
     if files is not None:
         files[os.fspath(path)] = Written(sources, read)
 
 
 def sources_of(path: str) -> Mapping[str, Lazy]:
-    """Return the tensors that a file was written from, by name; none if unknown."""
+    """Return the tensors that a file was written from, by name; empty if unknown."""
     written = (_WRITTEN.get() or {}).get(path)
     return {} if written is None else written.sources
 
 
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
-    """Return the tensor that an entry was written from; None if unknown, or if the header differs from it."""
+    """Return the tensor that an entry was written from; None if unknown, or if the header contradicts it."""
     source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

@@ -12,11 +12,11 @@ from typing import Any
 from .namespace import namespace
 
 Activation = Callable[[Any], Any]
-"""x -> f(x), element by element."""
+"""A function x -> f(x), applied to each element."""
 
 
 def layer_norm(x: Any, weight: Any, bias: Any, axis: int = -1, eps: float = 1e-5) -> Any:
-    """Layer normalisation along one axis.  Ba et al. 2016, https://arxiv.org/abs/1607.06450"""
+    """Apply layer normalisation along one axis.  Ba et al. 2016, https://arxiv.org/abs/1607.06450"""
     xp = namespace(x)
     x = xp.moveaxis(x, axis, -1)
     centred = x - xp.mean(x, axis=-1, keepdims=True)
@@ -25,20 +25,20 @@ def layer_norm(x: Any, weight: Any, bias: Any, axis: int = -1, eps: float = 1e-5
 
 
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x))."""
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + namespace(x).exp(-x))
 
 
 def softmax(x: Any) -> Any:
-    """Softmax along the last axis; an entry of -inf gets 0."""
+    """Return the softmax along the last axis; an entry of -inf becomes 0."""
     xp = namespace(x)
-    # Subtracting the maximum keeps exp from overflowing and cancels in the quotient.
+    # Subtract the maximum, which keeps exp from overflowing and cancels out in the quotient.
     powers = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return powers / xp.sum(powers, axis=-1, keepdims=True)
 
 
 def tanh(x: Any) -> Any:
-    """The hyperbolic tangent."""
+    """Return the hyperbolic tangent."""
     return namespace(x).tanh(x)
 
 
@@ -53,7 +53,7 @@ def _linear(x: Any) -> Any:
 
 def _erf(x: Any) -> Any:
     xp = namespace(x)
-    # numpy has no erf, and scipy is not a dependency.
+    # Use math.erf element by element if the library has no erf: numpy has none, and scipy is not a dependency.
     if hasattr(xp, "erf"):
         return xp.erf(x)
     flat = [math.erf(float(value)) for value in xp.reshape(x, (-1,))]
@@ -82,7 +82,7 @@ def _silu(x: Any) -> Any:
 
 def _softplus(x: Any) -> Any:
     xp = namespace(x)
-    # log(1 + exp(x)) overflows for large x; this form of it does not.
+    # Use this form of log(1 + exp(x)), because the plain one overflows for large x.
     return relu(x) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
@@ -96,7 +96,7 @@ def _leaky_relu(x: Any) -> Any:
 
 def _elu(x: Any) -> Any:
     xp = namespace(x)
-    # `where` evaluates both branches: without the clip, expm1 overflows for large positive x.
+    # Clip x, because `where` evaluates both branches and expm1 overflows for large positive x.
     return xp.where(x < 0, xp.expm1(xp.clip(x, None, 0)), x)
 
 
@@ -109,7 +109,7 @@ def _relu6(x: Any) -> Any:
 
 
 def _laplace(x: Any) -> Any:
-    # The rounded constants are those of transformers' LaplaceActivation.
+    # Use the rounded constants of transformers' LaplaceActivation.
     return 0.5 * (1 + _erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 

@@ -7,21 +7,21 @@ from typing import Any
 from ..errors import Unsupported
 
 TOLERANCE = 1e-4
-"""scikit-learn's stopping tolerance: centers that move less, relative to the mean variance of the columns, stop it."""
+"""scikit-learn's stopping tolerance: stop if the centers move less, relative to the mean variance of the columns."""
 
 CLOSE = 2e-6
-"""Squared distances closer than this, relative to the largest, count as a tie: float32 cannot tell them apart."""
+"""Squared distances that differ less, relative to the largest, count as a tie: float32 cannot distinguish them."""
 
 
 def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
     """Return the cluster of each point as an int64 array `[n]`.
 
     scikit-learn (1.3 and later) computes in float32, so its result can depend on the machine if two centers are equally
-    far from a point. This function computes in float64 and refuses such ties, so every machine gets its result.
+    far from a point. This function computes in float64 and refuses such ties, so it gives the same result everywhere.
 
     Args:
-        points: `[n, d]`.
-        count: number of clusters, at most n.
+        points: the points, `[n, d]`.
+        count: the number of clusters, at most n.
         rounds: scikit-learn's `max_iter`.
         seed: scikit-learn's `random_state`.
 
@@ -32,7 +32,7 @@ def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
 
     X = np.asarray(points, dtype=np.float64)
     X = X - X.mean(axis=0)
-    # scikit-learn passes float32 sample weights as probabilities, and `choice` draws differently without them.
+    # Pass probabilities, as scikit-learn does (its float32 sample weights): without them, `choice` draws differently.
     share = np.full(len(X), 1, dtype=np.float32) / np.float32(len(X))
     centers = X[np.random.RandomState(seed).choice(len(X), size=count, replace=False, p=share)]
     enough = TOLERANCE * float(np.var(X, axis=0).mean())
@@ -66,10 +66,10 @@ def _centers(X: Any, labels: Any, count: int) -> Any:
     import numpy as np
 
     if len(np.unique(labels)) < count:
-        raise _tie("where a center without rows goes")
+        raise _tie("the new location of a center without rows")
     return np.stack([X[labels == cluster].mean(axis=0) for cluster in range(count)])
 
 
 def _tie(what: str) -> Unsupported:
-    why = f"k-means depends on rounding: {what}"
-    return Unsupported(why, cure="Run it on the machine where it was trained")
+    why = f"the result of k-means depends on rounding: {what}"
+    return Unsupported(why, cure="Run it on the machine where the adapter was trained")

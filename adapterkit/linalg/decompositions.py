@@ -1,6 +1,6 @@
 """Matrix decompositions of weights, for methods whose formula needs them; computed once per weight of a live model.
 
-No gradient flows through them: such a method fixes the base's decomposition when its training begins.
+No gradient flows through them, because such a method uses the base's decomposition at the start of its training.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def qr(W: Any) -> tuple[Any, Any]:
 
 
 def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
-    """Return the parts, cached for a torch tensor until it is freed, written to, moved or cast."""
-    # A cache lookup would break the graph of torch.compile, so a compiled model computes the parts each time.
+    """Return the parts; for a torch tensor they are cached until it is freed, written to, moved or cast."""
+    # Skip the cache while torch.compile traces, because a lookup would break the graph.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
-    # `_version` counts in-place writes; the rest changes when `.to()` or `.data` replaces the tensor's memory.
+    # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.
     state = W._version, W.data_ptr(), W.dtype, W.device
     held = _memory().setdefault(W, {})
     if name not in held or held[name][0] != state:
@@ -39,7 +39,7 @@ def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
 
 def _parts(W: Any, decompose: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(W)
-    # Linear algebra libraries have no 16-bit routines.
+    # Compute in float32 or wider: linear algebra libraries have no 16-bit routines.
     wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
     return tuple(xp.astype(part, W.dtype) for part in decompose(xp, wide))
 

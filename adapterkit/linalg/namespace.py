@@ -1,7 +1,7 @@
-"""The array-API namespace of a formula's arrays: numpy, torch, or the one that symbolic values bring along.
+"""The array-API namespace of a formula's arrays: numpy, torch, or the namespace that symbolic values provide.
 
-Formulas use operators first. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...) come from here,
-named as in https://data-apis.org/array-api/latest/.
+Formulas use operators first. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...) come from this
+namespace, with the names in https://data-apis.org/array-api/latest/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def namespace(*arrays: Any) -> Any:
     """
     present = [array for array in arrays if array is not None]
     if present and all(type(array).__module__.partition(".")[0] == "torch" for array in present):
-        # A shortcut: torch.compile cannot trace the cache in which array_namespace looks this up.
+        # Take a shortcut for torch: torch.compile cannot trace the cache of array_namespace.
         from array_api_compat import torch
 
         return torch
@@ -30,21 +30,21 @@ def namespace(*arrays: Any) -> Any:
 
 
 def summed(arrays: Iterable[T]) -> T:
-    """Return the sum of at least one array; `sum` is typed as if it could return the 0 that it starts with."""
+    """Return the sum of one or more arrays, typed as their type; `sum` would be typed as possibly 0."""
     return cast(T, sum(cast("Iterable[Any]", arrays)))
 
 
 def lengths(squares: Any) -> Any:
-    """Return the square roots of sums of squares, and NaN where a sum is infinite.
+    """Return the square roots of sums of squares; an infinite sum gives NaN.
 
-    A formula that divides by an infinite norm writes zeros, which no check of the result finds: a DoRA with a scaling
-    of 5e299 did.
+    Dividing by an infinite norm would give zeros, which no check of the result detects. This happened with a DoRA whose
+    scaling was 5e299.
     """
     roots = squares**0.5
     return roots + (roots - roots)
 
 
 def constant(array: Any) -> Any:
-    """Return the array as a constant of training: same numbers, no gradient."""
+    """Return the array as a constant for training: same numbers, no gradient."""
     detach = getattr(array, "detach", None)
     return array if detach is None else detach()

@@ -1,7 +1,7 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
-Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. It has no state, so any number can be computed without the
-earlier ones. Sums over random matrices are therefore formed a few matrices at a time, equally in numpy and torch.
+Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
+without the earlier ones. Sums over random matrices are therefore formed a few matrices at a time, in numpy as in torch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 CHUNK = 1 << 16
-"""Random numbers in memory at a time; as many as fit a core's cache are drawn twice as fast."""
+"""Random numbers in memory at a time; drawing is twice as fast if they fit in a core's cache."""
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Return four words for a counter of four and a key of two; int64 arrays of 32-bit words, which broadcast."""
+    """Return four words for a counter of four words and a key of two; words are int64 arrays of 32-bit values."""
     a, b, c, d = counter
     k, m = key
     for _ in range(ROUNDS):
-        # The product of two words fills all 64 bits, the sign bit included. The shift copies the sign bit, and the mask
-        # removes those copies.
+        # Mask after shifting: the product of two words fills all 64 bits, sign bit included, and the shift copies the
+        # sign bit.
         one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a, b, c, d = (two >> 32 & WORD) ^ b ^ k, two & WORD, (one >> 32 & WORD) ^ d ^ m, one & WORD
         k, m = (k + WEYL[0]) & WORD, (m + WEYL[1]) & WORD
@@ -48,14 +48,14 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
     drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
     flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
-    # Shift while the numbers are integers, so that there is only one rounding.
+    # Subtract while the numbers are integers, so that they are rounded only once.
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 
 def combine(coefficients: Any, seeds: Any, stream: int, count: int) -> Any:
     """Return sum over n of coefficients[n] * (vector n of each seed), `[seeds, count]`, in the coefficients' dtype.
 
-    A few vectors are drawn at a time. In training they are drawn again for the gradient, which saves their memory.
+    A few vectors are drawn at a time. In training, they are drawn again for the gradient, which saves memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
     total: Any = 0

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def scattered(values: Any, flat: Any, shape: tuple[int, ...]) -> Any:
-    """Return zeros of `shape` with the sums of `values` at the flat C-order positions `flat`."""
+    """Return zeros of `shape`, plus the sums of `values` at the flat C-order positions `flat`."""
     size = 1
     for axis in shape:
         size *= axis
@@ -43,7 +43,7 @@ def counting(count: int, like: Any) -> Any:
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
     """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
-    # Like PEFT's SHiRA: a slice of `randperm`. Another sampling would place the trained values elsewhere.
+    # Use a slice of `randperm`, like PEFT's SHiRA. Another way of sampling would put the trained values elsewhere.
     import torch
 
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
@@ -54,7 +54,7 @@ def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
 
     Args:
         leaf: the numbers.
-        below: one bound for all numbers, or one for each row of pairs; None for no bound.
+        below: one bound for all numbers, or one for each row of pairs; None means no bound.
     """
     tensor = as_lazy(leaf)
     if not tensor.nbytes:

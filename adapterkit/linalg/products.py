@@ -11,7 +11,7 @@ ROWS = 16
 """Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
 
 STRIP = 3 << 14
-"""Numbers of A used at a time; these stay in the cache from one block of rows to the next."""
+"""Numbers of A used at a time; they stay in the cache from one block of rows to the next."""
 
 
 def product(D: Any, B: Any, A: Any) -> None:
@@ -51,11 +51,11 @@ def sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
 
 
 def even_split(size: int, factor: int = -1) -> tuple[int, int]:
-    """Split a side of a weight into two numbers like LyCORIS; the first one belongs to w1.
+    """Split the size of a weight's side into two factors as LyCORIS does; the first factor belongs to w1.
 
     Args:
-        size: their product.
-        factor: used as the first number if it divides `size`. Otherwise the first number is the largest divisor up to
+        size: the product of the two factors.
+        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to
             `factor` that is not above the second one. -1 means no limit.
     """
     if factor > 0 and size % factor == 0:

@@ -1,6 +1,6 @@
 """Orthonormal rows, rotations from skew-symmetric matrices, and their products with blocks of a weight.
 
-Linear algebra runs in float32 or wider: libraries have no 16-bit solvers.
+Linear algebra runs in float32 or wider, because libraries have no 16-bit solvers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .namespace import namespace
 
 
 def block_size(pairs: int) -> int:
-    """Return the b with b * (b - 1) / 2 == `pairs`, or 0 if there is none."""
+    """Return the b with b * (b - 1) / 2 == `pairs`, or 0 if no integer fits."""
     if pairs < 0:
         return 0
     b = (1 + math.isqrt(1 + 8 * pairs)) // 2
@@ -28,7 +28,7 @@ def skew(pairs: Any) -> Any:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
-    # An index and a mask instead of an assignment, which values of an ONNX graph support in a few forms only.
+    # Use an index and a mask, not an assignment: values of an ONNX graph support few forms of assignment.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)
@@ -41,15 +41,15 @@ def cayley(Q: Any) -> Any:
 
 
 def orthonormal_rows(R: Any) -> Any:
-    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; already orthonormal rows stay as they are.
+    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; rows that are already orthonormal do not change.
 
     Raises:
-        Malformed: a row depends on the others. Trainers draw another direction in its place, which the file does not
-            store.
+        Malformed: a row depends on the others. Trainers replace such a row by another direction, which the file does
+            not store.
     """
     try:
         return in_float32(_orthonormal, R)
-    except (ValueError, RuntimeError) as error:  # numpy's and torch's LinAlgError derive from these.
+    except (ValueError, RuntimeError) as error:  # These are the base classes of numpy's and torch's LinAlgError.
         if not type(error).__name__.endswith("LinAlgError"):
             raise
         raise _dependent(R) from None
@@ -59,7 +59,7 @@ def _orthonormal(R: Any) -> Any:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
-    # Rounding may leave a row that depends on the others a length just above 0, and its direction is noise then.
+    # Check the lengths: rounding may leave a dependent row with a length just above 0, whose direction is noise.
     if _has_values(R):
         left, was = (L * L).diagonal(), square.diagonal()
         if bool((left <= 16 * len(R) * xp.finfo(R.dtype).eps * was).any()):
@@ -74,7 +74,7 @@ def _dependent(R: Any) -> Malformed:
 
 
 def _has_values(array: Any) -> bool:
-    """Whether Python can read the numbers, which it cannot in graphs, traces and transforms."""
+    """Whether Python can read the numbers; it cannot in graphs, traces and transforms."""
     import numpy as np
 
     if isinstance(array, np.ndarray):
@@ -90,13 +90,13 @@ def _has_values(array: Any) -> bool:
 
 
 def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
-    """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), with the last term counted once.
+    """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), whose last term counts once.
 
-    It is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms give the same
-    as four. With `doubled`, the last term counts twice like the others, and three terms are three.
+    The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms give
+    the same as four. With `doubled`, the last term counts twice like the others, and three terms are really three.
     """
     if doubled:
-        # Adding 0 * Q gives the identity Q's leading axes even if there is only one term.
+        # Add 0 * Q, which gives the identity Q's leading axes even if the series has only one term.
         R = power = identity(Q) + 0 * Q
         for _ in range(1, terms):
             power = power @ Q
@@ -111,15 +111,15 @@ def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
 
 
 def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
-    """Scale Q to norm `most` where |Q| + more exceeds `most`; `square` is |Q|^2. Gradients are defined at |Q| = 0."""
-    # sqrt has no gradient at 0, and `where` would propagate its NaN. So the root is taken of 1 there instead.
+    """Scale Q to norm `most` if |Q| + more exceeds `most`; `square` is |Q|^2. Gradients are defined at |Q| = 0."""
+    # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
     return Q * where(long, most / (norm + more), norm * 0 + 1)
 
 
 def shortened_blocks(Q: Any, eps: float) -> Any:
-    """COFT: limit the norm of each block of Q to its share of eps."""
+    """Limit the norm of each block of Q to its share of eps, as in COFT."""
     return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
 
 
@@ -135,17 +135,17 @@ def turn_columns(X: Any, R: Any) -> Any:
 
 
 def turn_rows(X: Any, R: Any) -> Any:
-    """Multiply each block of rows of X `[n * b, ...]` from the left by the transpose of its R (or of the only one)."""
+    """Multiply each block of rows of X `[n * b, ...]` from the left by the transpose of its R (or of a single R)."""
     return (R.mT @ X.reshape(-1, R.shape[-1], math.prod(X.shape[1:]))).reshape(X.shape)
 
 
 def identity(like: Any) -> Any:
-    """Return the identity of the size, dtype and device of square matrices."""
+    """Return the identity with the size, dtype and device of square matrices."""
     return namespace(like).eye(like.shape[-1], **_kind(like))
 
 
 def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
-    """Return f(X), an array or a tuple of arrays; 16-bit inputs are computed in float32 and rounded back."""
+    """Return f(X), an array or a tuple of arrays; for 16-bit inputs, compute in float32 and round the result."""
     xp = namespace(X)
     if xp.finfo(X.dtype).bits > 16:
         return f(X)
@@ -154,10 +154,10 @@ def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
 
 
 def singular(W: Any) -> tuple[Any, Any, Any]:
-    """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, like PEFT.
+    """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, as in PEFT.
 
-    The signs and last digits depend on the library, and adapters depend on both. So torch computes it for numpy arrays
-    too.
+    The signs and last digits depend on the library, and adapters depend on both. So torch computes them for numpy
+    arrays, too.
 
     Raises:
         ShapeMismatch: the weight has a kernel.
@@ -166,7 +166,7 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
     import torch
 
     if len(W.shape) != 2:
-        raise ShapeMismatch(f"no singular values of a weight of {list(W.shape)}", cure="Choose linear layers only")
+        raise ShapeMismatch(f"a weight {list(W.shape)} has no singular values", cure="Choose linear layers only")
 
     live = isinstance(W, torch.Tensor)
     host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
@@ -180,7 +180,7 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
 def singular_by_sketch(W: Any, r: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
     """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
 
-    The algorithm starts from random numbers. They are drawn from torch's CPU generator with `seed`, like PEFT does, for
+    The algorithm starts from random numbers. They are drawn by torch's CPU generator with `seed`, as in PEFT, for
     arrays of any library.
     """
     import numpy as np

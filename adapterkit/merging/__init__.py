@@ -1,4 +1,4 @@
-"""Merging: fold adapters into the weights of a base, streamed, rounded at the end, resumable, verifiable."""
+"""Merging: add adapters to the weights of a base; streamed, rounded once at the end, resumable, and verifiable."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def plan(
 ) -> Plan:
     """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
 
-    The arguments are those of `merge`; `options` holds several of them as one value.
+    The arguments are the same as for `merge`; `options` holds several of them as one value.
 
     Raises:
-        AdapterkitError: as `merge`, before anything is written.
+        AdapterkitError: as for `merge`, before anything is written.
     """
     from .planning import make_plan
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
@@ -114,31 +114,31 @@ def merge(
 ) -> Report:
     """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
-    The output appears whole, by rename. An interrupted merge resumes when it is called again with the same arguments,
-    and gives the same bytes.
+    The complete output appears by a rename. An interrupted merge resumes when it is called again with the same
+    arguments, and gives the same bytes.
 
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
         adapters: one adapter or several: paths or `Adapter`s.
         out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
             an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
-        weights: one factor per adapter; 1 for each when not given.
-        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device; or several, `cuda:0,cuda:1`, which
-            take the files in turn. The device code was tested with torch's CPU device only, not on a GPU.
-        dtype: cast all floating tensors to this; the base's own dtypes when not given.
-        shard_size: bytes of an output file at most; the base's own sharding when not given.
+        weights: one factor per adapter; 1 for each if not given.
+        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device. Or several, such as `cuda:0,cuda:1`,
+            which take files in turn. The device code was tested with torch's CPU device only, not on a GPU.
+        dtype: cast all floating tensors to this dtype; the base's own dtypes if not given.
+        shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
         engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster, whose nodes must
             see the base, the adapters and the output under the same paths.
-        address: the address of the Ray cluster. When not given, the cluster that this process is connected to, or a
+        address: the address of the Ray cluster. If not given, the cluster that this process is connected to, or a
             new local one.
-        progress: called with (bytes done, total bytes) from the calling thread.
-        tied: which layers an update changes where the base ties its head to its embedding. When not given, the layers
-            that the tool which trained the adapter changed: PEFT's token rows change both, its other updates the one
-            that they name. `untie`: as PEFT, and the head is written apart. `merge`: every update changes both. Or by
-            kind, `rows=untie,embedding=merge` or a mapping, of `rows`, `embedding` and `head` (updates at either that
-            are neither rows nor replacements), and `replacement` (`modules_to_save`).
+        progress: a function that is called with (bytes done, total bytes) in the calling thread.
+        tied: which layers an update changes if the base ties its head to its embedding. If not given, the layers that
+            the adapter's training tool changed: PEFT's token rows change both, its other updates only the layer that
+            they name. `untie`: like PEFT, and the head is written as a separate tensor. `merge`: every update changes
+            both. The choice may differ by kind, as in `rows=untie,embedding=merge` or a mapping. The kinds are `rows`,
+            `replacement` (`modules_to_save`), and `embedding` and `head` (all other updates at these layers).
         allow_partial: skip targets that the base does not have instead of refusing.
-        overwrite: replace what is at `out`.
+        overwrite: replace an existing output at `out`.
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
             bits; `requantize`: quantize the result again, in the same scheme; `original`: merge into `onto`.
         onto: the 16-bit weights that a quantized base was made from.
@@ -156,16 +156,16 @@ def merge(
         strict_licence: refuse licences of base and adapters that contradict each other, and parts whose card names no
             licence, or none that is known; the former are a warning in the report otherwise.
         vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
-            embedding, the head and the config; rows that no adapter's file holds are the mean of the base's. `keep`:
-            drop the added tokens. When not given: grow if the files hold all new rows, and refuse otherwise.
-        checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
-        rename: rules for names that cannot be resolved, each `FROM=TO`: dotted names or prefixes of them, with `{n}`
-            and other placeholders for numbers. `@FILE` reads rules from a file, one per line. The first rule that
-            matches a target's name is used; each must match a target of one of the adapters. `family:NAME` names the
-            `model_type` of a base without a config, where names and shapes leave two readings; `rows:by_head` or
-            `rows:by_part` says how a sharded MiniMax-H3 stores the rows of its fused queries, keys and values.
+            embedding, the head and the config; rows that no adapter's file holds are the mean of the base's rows.
+            `keep`: drop the added tokens. If not given: grow if the files hold all new rows, and refuse otherwise.
+        checksums: compute a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
+        rename: rules for names that cannot be resolved, each `FROM=TO`: dotted names or prefixes, with `{n}` and other
+            placeholders for numbers. `@FILE` reads rules from a file, one per line. For each target, the first rule
+            that matches its name is used; each rule must match a target of one of the adapters. `family:NAME` gives the
+            `model_type` of a base without a config, if names and shapes allow two readings. `rows:by_head` or
+            `rows:by_part` gives the row order of the fused queries, keys and values in a sharded MiniMax-H3.
         stream: download a base from a hub one weight file at a time, verified, and delete each file after its use.
-        options: several of these arguments as one value; what it holds is not given by name as well.
+        options: several of these arguments as one value; an argument in it cannot also be given by name.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
@@ -175,7 +175,7 @@ def merge(
             other or are not known, and `strict_licence`.
         UsageError: arguments contradict each other, or a tied weight is changed and nothing tells how (see `tied`).
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
-        StorageError: no space, no permission, or `out` is taken.
+        StorageError: the disk is full, writing is not permitted, or `out` exists.
     """
     if is_address(out):
         same: list[bool] = []
@@ -205,7 +205,7 @@ def merge(
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint, shapes_digest
 
-        # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
+        # Take no fingerprint of a streamed base, which is not on disk. With `original`, use the weights merged into.
         stored = read if isinstance(read, Original) else checkpoint
         taken = None if stream else fingerprint(stored)
         planned = make_plan(read, named, chosen)
@@ -242,35 +242,35 @@ def verify(
 ) -> Verification:
     """Recompute a merge and compare every element with the files on disk; writes nothing.
 
-    Without a base, the files are compared with the checksums that were taken while they were written.
+    Without a base, the files are compared with the checksums that were recorded when they were written.
 
     Args:
         merged: the output of a merge by any tool; without a base, a merge by this library.
         base: the base that was merged into; after `quantized="original"`, the 16-bit weights that were given as `onto`.
         adapters: the adapters.
-        weights: one factor per adapter; 1 for each when not given.
+        weights: one factor per adapter; 1 for each if not given.
         allow_partial: as in `merge`.
-        progress: called with (bytes done, bytes in all).
+        progress: a function that is called with (bytes done, total bytes).
         seed: as in `merge`.
-        sample: compare this many changed and this many unchanged tensors, drawn at random; all when not given.
+        sample: compare this many changed and this many unchanged tensors, drawn at random; all if not given.
         rename: as in `merge`.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
-            a warning in the result.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names; without
+            this, the result warns.
 
     Returns:
-        what was compared and every difference; a difference raises no error. A base whose fingerprint differs from the
-        one in the merge's record or in an adapter counts as a difference.
+        The number of compared tensors, and every difference; a difference raises no error. A base whose fingerprint
+        differs from the one in the merge's record or in an adapter counts as a difference.
 
     Raises:
-        UsageError: adapters or a sample without a base; there are no checksums.
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
-        AdapterkitError: the inputs cannot be read or do not fit together.
+        UsageError: adapters or a sample are given without a base, or there are no checksums.
+        CheckFailed: `strict_base` is set, and the base is not the one that an adapter names.
+        AdapterkitError: an input cannot be read, or the inputs do not fit together.
     """
     if base is None:
         from .verification import check_written
 
         if adapters or sample is not None:
-            raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
+            raise UsageError("the base is missing", cure="Give the base, or only the output")
         return check_written(merged, progress)
     from ..naming.binding.bases import check_base
     from .quantized import as_read
@@ -299,10 +299,10 @@ def remainder(
     report: Callable[[Cut], object] | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return what quantizing a merge again lost, as a LoRA to run beside the quantized model.
+    """Return the loss from quantizing a merged model, as a LoRA to run together with the quantized model.
 
-    For each weight that the adapters change it is the best LoRA of the rank, in the Frobenius norm, of the exact merge
-    minus the weight as it is stored. One weight per processor is in memory, in float32.
+    For each weight that the adapters change, the LoRA is the best approximation of the given rank, in the Frobenius
+    norm, of the exact merge minus the stored weight. One weight per processor is in memory, in float32.
 
     Args:
         merged: the output of `merge` with `quantized="requantize"`.
@@ -313,15 +313,16 @@ def remainder(
         allow_partial: as in `merge`.
         rename: as in `merge`.
         dtype: the dtype of the factors; float32 if not given.
-        report: called with a `Cut` for each weight: its norm is that of the loss, its error what is left of it.
-        progress: called with (bytes done, bytes in all).
+        report: a function that is called with a `Cut` for each weight; its norm is the norm of the loss, its error is
+            the part of the loss that the LoRA does not contain.
+        progress: a function that is called with (bytes done, total bytes).
 
     Returns:
-        a LoRA whose base is `merged`.
+        A LoRA whose base is `merged`.
 
     Raises:
         UsageError: a model is not quantized, the rank is out of range, or nothing was lost.
-        AdapterkitError: the inputs cannot be read or do not fit together.
+        AdapterkitError: an input cannot be read, or the inputs do not fit together.
 
     Example:
         >>> adapterkit.merge("base-nf4", "lora", "merged", quantized="requantize")  # doctest: +SKIP
@@ -335,7 +336,7 @@ def remainder(
     for each in (found, given):
         if not is_quantized(each):
             cure = "Pass the output of quantized='requantize'/--quantized requantize, and its base"
-            raise UsageError("its weights are not quantized, so that nothing was rounded", path=each.root, cure=cure)
+            raise UsageError("the weights are not quantized, so nothing was rounded", path=each.root, cure=cure)
     read = dequantized(given)
     return remainder_of(
         found, read, _named(adapters, weights, read), rank, allow_partial=allow_partial, rename=rule_texts(rename),
@@ -347,9 +348,12 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
     if engine not in ("local", "ray"):
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
     if address is not None and engine != "ray":
-        raise UsageError("an address without a cluster", cure="Choose engine ray")
+        raise UsageError("an address is given, but no cluster is used", cure="Choose --engine ray (engine=)")
     if stream and engine == "ray":
-        raise UsageError("the nodes of a cluster do not see a streamed base", cure="Leave stream out, or choose local")
+        raise UsageError(
+            "the nodes of a cluster cannot see a streamed base",
+            cure="Omit --stream (stream=), or choose --engine local (engine=)",
+        )
 
 
 @contextmanager
@@ -359,7 +363,9 @@ def _opened_base(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoi
         yield opened(base), None
         return
     if isinstance(base, Checkpoint):
-        raise UsageError("an open checkpoint is not streamed", cure="Name the base by its uri, or leave stream out")
+        raise UsageError(
+            "an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit --stream (stream=)"
+        )
     with streamed(base, out) as shards:
         yield opened(shards.path), shards
 
@@ -387,7 +393,7 @@ def _named(
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
     """Return the folder of each adapter, or None if it has no folder on this disk.
 
-    An `Adapter` that was read before is traced to the folder of its tensors.
+    For an `Adapter` that was read before, the folder is found from its tensors.
     """
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
@@ -432,7 +438,7 @@ def _accompanied(
 
 
 def _coarse(planned: Plan) -> Iterator[str]:
-    """Return a warning if merged weights are rounded to 8 bits without a scale: small changes are lost there."""
+    """Yield a warning if merged weights are rounded to 8 bits without a scale, because small changes are lost there."""
     kinds = [
         output.dtype
         for output in planned.outputs()
@@ -451,7 +457,7 @@ def _coarse(planned: Plan) -> Iterator[str]:
 def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
-    """Return the licences that the cards of base and adapters name, by what these are called in messages."""
+    """Return the licences in the cards of base and adapters, by the names that messages use for base and adapters."""
     from ..core.licence_terms import BASE
     from ..core.licences import licence_at, licence_called
     from ..core.metadata import metadata_of
@@ -459,14 +465,14 @@ def _licences(
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     found = {name: licence_at(place) for name, place in places.items()}
-    # Files of image models name a licence in their metadata instead of a card.
+    # Read metadata, too: files of image models give a licence there instead of in a card.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     found |= {name: licence_called(text) for name, text in stated.items() if text and not found.get(name)}
     return {name: licence for name, licence in found.items() if licence}
 
 
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
-    """Return warnings about the steps that a grown vocabulary needs besides its weights."""
+    """Yield warnings about the steps that a grown vocabulary needs in addition to its weights."""
     if not planned.base.root.is_dir():
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":
@@ -479,12 +485,12 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     single = isinstance(adapters, (str, PathLike, Adapter))
     if not single and not isinstance(adapters, Iterable):
         cure = "Pass an adapter, its path, or a list of them"
-        raise UsageError(f"{shown(adapters)} of type {type(adapters).__name__} where adapters belong", cure=cure)
+        raise UsageError(f"{shown(adapters)} of type {type(adapters).__name__} is not an adapter or a list", cure=cure)
     several: list[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
     for each in several:
         if not isinstance(each, (str, PathLike, Adapter)):
             cure = "Each must be an adapter or its path"
-            raise UsageError(f"{shown(each)} of type {type(each).__name__} among the adapters", cure=cure)
+            raise UsageError(f"{shown(each)} of type {type(each).__name__} is not an adapter", cure=cure)
     return several
 
 
@@ -507,7 +513,7 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # An existing output may be this same merge, finished or interrupted; `run_plan` decides that by the plan's digest.
+    # Allow an existing output that may be this same merge, finished or interrupted: `run_plan` compares the digests.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

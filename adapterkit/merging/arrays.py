@@ -1,6 +1,6 @@
-"""The two array libraries that a merge computes with: numpy on the CPU, without importing torch, and torch.
+"""The two array libraries that a merge computes with: numpy on the CPU (without importing torch), and torch.
 
-Formulas use only what both libraries have in common; this module holds the differences: memory, casts and devices.
+Formulas use only operations that both libraries have. This module covers the differences: memory, casts and devices.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""Size of the allocation that raises glibc's threshold, in bytes; glibc caps the threshold at 32 MiB."""
+"""Size in bytes of an allocation that raises glibc's mmap threshold; glibc limits the threshold to 32 MiB."""
 
 
 class Numbers(Protocol):
-    """An array of numpy or torch: the operations of both that a merge needs."""
+    """An array of numpy or torch, with the operations of both that a merge needs."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -81,19 +81,19 @@ class Arrays(Protocol):
         """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change`, float64."""
+        """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change` (float64)."""
 
     def finite(self, values: Numbers, dtype: DType) -> bool:
         """Whether values of a dtype hold no NaN and no infinity."""
         ...
 
     def quiet(self) -> AbstractContextManager[None]:
-        """A context for a worker thread: one BLAS thread, and no overflow warnings, since results are checked."""
+        """Return a context for a worker thread: one BLAS thread, and no overflow warnings (results are checked)."""
         ...
 
 
 class Workspace:
-    """The memory of one worker, reused for every block of every tensor, since fresh pages are slow to touch."""
+    """The memory of one worker, reused for every block of every tensor, because first writes to new pages are slow."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -101,7 +101,7 @@ class Workspace:
         self._kept: Array | None = None
 
     def take(self, count: int, use: str = "block") -> Numbers:
-        """Return uninitialised memory for `count` float64 numbers on the device; each `use` has memory of its own."""
+        """Return uninitialised memory for `count` float64 numbers on the device; each `use` has its own memory."""
         held = self._held.get(use)
         if held is None or len(held) < count:
             held = self._held[use] = self.arrays.empty(count)
@@ -122,7 +122,7 @@ def arrays_for(device: str) -> Arrays:
     """Return the library for a device: `auto` (CUDA if torch finds it), `cpu`, `cuda:N` or any other torch device.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the device does not exist.
     """
     if device == "cpu" or (device == "auto" and not _has_cuda()):
         return NumpyArrays()
@@ -132,7 +132,7 @@ def arrays_for(device: str) -> Arrays:
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         cure = "Use auto, cpu, cuda:N, or several: cuda:0,cuda:1"
-        raise UsageError(f"no device {device!r} ({first})", cure=cure) from None
+        raise UsageError(f"the device {device!r} does not exist ({first})", cure=cure) from None
     return arrays
 
 
@@ -140,13 +140,13 @@ def devices_for(device: str) -> list[Arrays]:
     """Return the libraries for one device or for several, such as `cuda:0,cuda:1`.
 
     Raises:
-        UsageError: one of them is not there.
+        UsageError: one of the devices does not exist.
     """
     return [arrays_for(name) for name in device.split(",")]
 
 
 def _has_cuda() -> bool:
-    """Whether torch finds a CUDA device; looks for the driver first, which needs no import of torch."""
+    """Whether torch finds a CUDA device; first looks for the driver, which does not need torch."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
         return False
     import torch
@@ -158,11 +158,11 @@ class NumpyArrays:
     """numpy with ml_dtypes' element types."""
 
     def __init__(self) -> None:
-        import numpy as np  # before the workers start, so that its BLAS can be held to one thread each
+        import numpy as np  # Import before the workers start, so that its BLAS can be limited to one thread each.
 
         self.np = np
-        # Allocating and freeing one large array raises glibc's mmap threshold, so that smaller freed arrays are reused
-        # instead of unmapped. Formulas allocate a block at each step and would spend most time on fresh pages.
+        # Allocate and free one large array: it raises glibc's mmap threshold, so that smaller freed arrays are reused
+        # instead of unmapped. Otherwise formulas, which allocate a block at each step, would mostly wait for new pages.
         np.empty(KEPT, np.uint8)
 
     def load(self, leaf: Leaf) -> Numbers:
@@ -179,7 +179,7 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # numpy casts both ways inside the ufunc, a buffer at a time: no float64 image of the base is written.
+        # Let the ufunc cast both ways, a buffer at a time, so that no float64 image of the base is written.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
@@ -191,7 +191,7 @@ class NumpyArrays:
 
 
 class _Quiet:
-    """numpy without warnings, and with a small buffer for casts, which then stays in the L1 cache."""
+    """numpy without warnings, and with a cast buffer that is small enough for the L1 cache."""
 
     def __init__(self, np: ModuleType) -> None:
         self.np, self.errors = np, np.errstate(all="ignore")
@@ -233,22 +233,22 @@ class TorchArrays:
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
         base, total, into = cast("tuple[torch.Tensor, torch.Tensor, torch.Tensor]", (raw, change, out))
         wide = base.to(total.device)
-        # torch promotes no 8-bit floats in an addition, so these are cast first.
+        # Cast 8-bit floats first, because torch does not promote them in an addition.
         total += wide.to(total.dtype) if base.itemsize == 1 else wide
         into.copy_(self._once(total, into))
 
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Prepare float64 values for torch's cast to float16, which rounds twice, by way of float32.
+        """Prepare float64 values for torch's cast to float16, which goes by way of float32 and so rounds twice.
 
-        Rounding to odd makes the second rounding harmless: an inexact float32 keeps an odd last bit, so it never lies
-        halfway between two float16 numbers and stays on the same side of each of them as the float64 value.
+        Rounding to odd makes the second rounding harmless: an inexact float32 gets an odd last bit. So it never lies
+        halfway between two float16 numbers, and stays on the same side of each of them as the float64 value.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
-        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so one less is the number below.
+        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so one less is the next lower number.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
@@ -257,7 +257,7 @@ class TorchArrays:
         if not dtype.floating:
             return True
         given = cast("torch.Tensor", values)
-        wide = given.float() if given.itemsize == 1 else given  # isfinite takes no 8-bit floats.
+        wide = given.float() if given.itemsize == 1 else given  # isfinite does not support 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
     def quiet(self) -> AbstractContextManager[None]:
@@ -265,7 +265,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """torch with one thread per worker; the main thread gets its number of threads back."""
+    """torch with one thread per worker; the main thread's number of threads is restored."""
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -275,6 +275,6 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # torch's number of threads belongs to a thread; a worker ends with its own.
+        # Restore only the main thread's number: it is per thread, and a worker's ends with the worker.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

@@ -45,7 +45,7 @@ def blocks(output: Output) -> list[Block]:
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
-    # One update that needs all rows of the weight, such as a rotation of its outputs, makes the tensor one block.
+    # Make the tensor one block if an update needs all rows of the weight, such as a rotation of its outputs.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
@@ -57,7 +57,7 @@ def blocks(output: Output) -> list[Block]:
 
 
 def _even(rows: int) -> int:
-    """Round a number of rows down to a multiple of `ROWS`, in which products are computed, if it is larger."""
+    """Round a number of rows down to a multiple of `ROWS`, the number of rows per product, if it is larger."""
     return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
@@ -76,9 +76,9 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """Return the rows of the block that the planned update changes; None if it changes none."""
+    """Return the rows of the block that the planned update changes, or None."""
     if fold.target.rows is None or fold.axis == "in":
-        # An adapter that was trained on the first rows only changes none of the rows behind them.
+        # Stop at the adapter's own rows: one that was trained on the first rows only does not change the later rows.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
@@ -86,7 +86,7 @@ def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
 
 
 def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
-    """View the changed part of a block as the updates see it: `[out, in, *k]`."""
+    """View the changed part of a block in the updates' layout `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]

@@ -1,8 +1,8 @@
-"""Checksums of written files: taken from the bytes in memory while they are written, kept in the output's record.
+"""Checksums of written files: computed from the bytes in memory while they are written, stored in the output's record.
 
 Workers write a file in runs and out of order. So each run has a sha256, and a file has the sha256 over those of its
-runs, in file order. Later damage is found without the base and located to the run. Files that no adapter changes have
-no checksums, since they are copies of the base's.
+runs, in file order. Later damage is found without the base, and located to the run. Files that no adapter changes have
+no checksums, because they are copies of the base's files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Run = tuple[int, int, str]
 """(offset of a run in its file, its number of bytes, their sha256)."""
 
 KEY = "written"
-"""The key of the record under which the checksums lie."""
+"""The key of the checksums in the record."""
 
 
 def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
@@ -34,7 +34,7 @@ def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
 
 
 def over(runs: Iterable[Run]) -> str:
-    """Return the checksum of a file, computed from those of its runs."""
+    """Return the checksum of a file, computed from the checksums of its runs."""
     return sha256(b"".join(bytes.fromhex(digest) for _, _, digest in runs)).hexdigest()
 
 
@@ -55,15 +55,15 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
-    """Return one line for each fault of a file."""
+    """Return one line for each fault in a file."""
     try:
         with open(path, "rb", buffering=0) as file:
             end = sum(nbytes for _, nbytes, _ in runs)
             size = path.stat().st_size
             if size != end:
-                return [f"{size:,} bytes, not {end:,} as written"]
+                return [f"the file has {size:,} bytes, not {end:,} as written"]
             return [
-                f"bytes {start:,} to {start + nbytes:,} are not those that were written"
+                f"bytes {start:,} to {start + nbytes:,} differ from the written ones"
                 for start, nbytes, digest in runs
                 if digest_of(file, start, nbytes) != digest
             ]
@@ -77,7 +77,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
     """Return the runs of each recorded file, in file order and without gaps.
 
     Raises:
-        UsageError: there is no record, or it has no checksums.
+        UsageError: the folder has no record, or the record has no checksums.
         Malformed: the record is damaged.
     """
     path = folder / REPORT
@@ -85,11 +85,11 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
     try:
         said = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError("there is no record of checksums here", path=path, cure=cure) from None
+        raise UsageError("the output has no record of checksums", path=path, cure=cure) from None
     except OSError as error:
         raise storage_error(error, path) from error
     except (ValueError, AttributeError) as error:
-        raise Malformed(f"no record of a merge ({error})", path=path, cure=cure) from None
+        raise Malformed(f"the file is not a record of a merge ({error})", path=path, cure=cure) from None
     if said is None:
         raise UsageError("the record has no checksums", path=path, cure=cure)
     try:
@@ -100,7 +100,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
 
 def _plain(name: str) -> str:
     if Path(name).name != name:
-        raise ValueError(f"{name!r} is no name of a file")
+        raise ValueError(f"{name!r} is not a file name")
     return name
 
 
@@ -108,8 +108,8 @@ def _runs(file: Mapping[str, Any]) -> list[Run]:
     runs, end = [(int(start), int(nbytes), str(digest)) for start, nbytes, digest in file["runs"]], 0
     for start, nbytes, _ in runs:
         if start != end or nbytes < 0:
-            raise ValueError(f"a run at byte {start}, where {end} is next")
+            raise ValueError(f"a run begins at byte {start}, but the next byte is {end}")
         end = start + nbytes
     if over(runs) != file["sha256"]:
-        raise ValueError("the checksum over all runs is another")
+        raise ValueError("the checksum over all runs does not match")
     return runs

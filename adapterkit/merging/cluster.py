@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 RETRIES = 16
-"""How often Ray restarts a task whose worker or node died."""
+"""Number of times that Ray restarts a task whose worker or node died."""
 
 THREADS = 2
-"""Threads per task, each of which reserves one core: one thread computes while the other reads or writes."""
+"""Threads per task, each with a reserved core: one thread computes while the other reads or writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecipe:
-    """The arguments from which a task makes the driver's plan again; a None in `adapters` is an adapter in memory."""
+    """The arguments from which a task repeats the driver's plan; a None in `adapters` is an adapter in memory."""
 
     base: str
     quantized: str | None
@@ -85,7 +85,7 @@ def on_ray(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], a
 
     Raises:
         Unsupported: Ray is not installed.
-        NetworkError: there is no cluster at the address.
+        NetworkError: the address has no cluster.
     """
     try:
         import ray  # noqa: F401
@@ -104,17 +104,17 @@ def on_ray(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], a
 
 
 def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> str:
-    """Run one task: write one file into the stage of `target` unless it is finished; return its name.
+    """Run one task: write one file into the stage of `target`, unless it is finished; return its name.
 
     Raises:
-        Corrupt: the inputs are not those that the driver saw.
+        Corrupt: the inputs differ from those that the driver saw.
     """
     from .arrays import arrays_for
     from .execute import execute
 
     plan = recipe.plan()
     if plan.digest != digest:
-        why = "base or adapters are not what the driver planned with"
+        why = "the base or the adapters differ from those that the driver planned with"
         raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
     stage = StagingDir(Path(target), digest, [file.name for file in plan.files])
     if not stage.finished(name):
@@ -126,7 +126,7 @@ def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> st
 
 
 def _on_disk(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
-    """Return the paths of the adapters; adapters that exist only in memory are written into the stage first."""
+    """Return the paths of the adapters; adapters that exist only in memory are first written into the stage."""
     from ..formats import save
 
     paths = []
@@ -148,7 +148,7 @@ def _connected(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        why = f"no Ray cluster ({str(error).splitlines()[0]})"
+        why = f"the Ray cluster is not reachable ({str(error).splitlines()[0]})"
         raise NetworkError(why, path=address, cure="Check the address, and that the cluster is up") from error
     try:
         yield

@@ -1,4 +1,4 @@
-"""Choose the files to copy beside merged weights: those of the base, and the tokenizer of the base or an adapter.
+"""Choose the files to copy next to merged weights: the base's files, and the tokenizer of the base or an adapter.
 
 All files of a tokenizer come from one folder (vocabulary, added tokens, settings, chat template), because the token ids
 and templates of two folders may disagree.
@@ -29,34 +29,34 @@ CARD = "README.md"
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
 }  # fmt: skip
-"""Suffixes of weight files, which are not copied: beside the merged weights they would be stale."""
+"""File extensions of weights. They are not copied, because next to the merged weights they would be out of date."""
 
 VOCABULARIES = frozenset({
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tekken.json", "tokenizer.tiktoken", "qwen.tiktoken", "source.spm",
 })  # fmt: skip
-"""Vocabulary files; a folder without any of them has no complete tokenizer."""
+"""Vocabulary files; a folder without any of them does not have a complete tokenizer."""
 
 TOKENIZER = VOCABULARIES | {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
     "target.spm", "tokenizer_config.json",
 }  # fmt: skip
-"""All files of a tokenizer, as transformers saves them."""
+"""All files of a tokenizer that transformers saves."""
 
 TEMPLATES = "additional_chat_templates"
-"""The folder of further chat templates."""
+"""Name of the folder with further chat templates."""
 
 CHOICES = ("base", "adapter")
 
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """The files that are copied beside the weights.
+    """The files to copy next to the weights.
 
     Attributes:
         copies: (file, its name in the output).
         left_out: files of the base that are not copied.
-        tokenizer: plain data that tells where the tokenizer comes from; None if no adapter has one.
+        tokenizer: plain data about where the tokenizer comes from; None if no adapter has one.
         warnings: one sentence each.
     """
 
@@ -69,22 +69,23 @@ class Companions:
 def companions(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | PathLike[str] | None
 ) -> Companions:
-    """Return the files to copy beside the weights of a merge into a folder.
+    """Return the files to copy next to the weights when a merge writes a folder.
 
     Args:
         base: the base as the merge reads it.
         adapters: (name, folder) of each adapter that has a folder.
-        chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None takes an adapter's tokenizer if it
+        chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None means an adapter's tokenizer if it
             is complete and fits the base.
 
     Raises:
-        UsageError: an unknown choice; `adapter` where no adapter has a whole tokenizer, or several have different ones.
-        Malformed: a file of the base is a link to a place outside of its folder.
+        UsageError: the choice is unknown; or it is `adapter`, but no adapter has a complete tokenizer, or several have
+            different ones.
+        Malformed: a file of the base is a link to a path outside its folder.
     """
     if chosen is not None and chosen not in CHOICES:
         folder = Path(chosen)
         if not (exists(folder) and folder.is_dir()):
-            why = f"unknown choice {str(chosen)!r} for the tokenizer, and no folder of that name"
+            why = f"the choice {str(chosen)!r} for the tokenizer is unknown, and no folder has this name"
             raise UsageError(why, cure=f"Known: {', '.join(CHOICES)}, or a folder that has one")
         adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
@@ -107,13 +108,13 @@ def companions(
 def _tokenizer(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
 ) -> tuple[list[tuple[Path, str]], dict[str, JsonValue] | None, list[str]]:
-    """Return the tokenizer files to take from an adapter, the record of that choice, and warnings."""
+    """Return the tokenizer files to copy from an adapter, the record of that choice, and warnings."""
     own = _contents(base.root)
     found = [(name, folder, _contents(folder)) for name, folder in adapters]
     whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
     differing = [each for each in whole if each[2] != own]
     warnings = [
-        f"{name} has {', '.join(sorted(files))} but no vocabulary: left out, since a tokenizer is not mixed from two"
+        f"{name} has {', '.join(sorted(files))} but no vocabulary: these are not used, so as not to mix two tokenizers"
         for name, _, files in found
         if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
     ]
@@ -127,16 +128,16 @@ def _tokenizer(
     changed = ", ".join(sorted(file for file in {*files, *own} if files.get(file) != own.get(file)))
     differs = f"the tokenizer of {name} differs from the base's ({changed})"
     beyond = _beyond(folder, base)
-    why = f"it has the token {beyond}, for which the base has no row of embeddings"
+    why = f"it has the token {beyond}, for which the base has no embedding"
     if chosen == "adapter" and beyond is not None:
         raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
     if chosen == "base" or beyond is not None:
-        kept = f"{differs}, which is kept" + (f": {why}" if beyond is not None else "")
+        kept = f"{differs}; the base's is kept" + (f": {why}" if beyond is not None else "")
         return [], {"from": "base", "differs": True}, [*warnings, kept]
     copies = [(folder / file, file) for file in sorted(files)]
     for file, _ in copies:
         _check_inside(file, folder)
-    taken = f"{differs} and is taken; {_flag('base')} keeps the base's"
+    taken = f"{differs} and is used; {_flag('base')} keeps the base's"
     return copies, {"from": "adapter", "adapter": name, "differs": True}, [*warnings, taken]
 
 
@@ -146,15 +147,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:
-    """Return the warning that the tokenizers of several adapters differ, so that none is taken.
+    """Return a warning that the tokenizers of several adapters differ, so that none is used.
 
     Raises:
-        UsageError: one of them was asked for.
+        UsageError: the caller chose `adapter`.
     """
     why = f"the tokenizers of {', '.join(name for name, _, _ in whole)} differ from each other"
     if chosen == "adapter":
         raise UsageError(why, cure=f"{_flag('base')} keeps the base's; or merge one adapter at a time")
-    return f"{why}: that of the base is kept"
+    return f"{why}: the base's is kept"
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -188,7 +189,7 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return token ids in a file, among them the largest; empty if transformers did not write the file."""
+    """Return token ids in a file, including the largest; empty if transformers did not write the file."""
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -208,7 +209,7 @@ def _tokens(file: Path) -> list[int]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, without hidden folders; links to files are followed, links to folders are not."""
+    """Yield the files below a folder, without hidden folders; follows links to files, but not links to folders."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             yield from _files(entry)
@@ -217,18 +218,18 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuse a link to a file outside a folder: a downloaded model could otherwise copy any file of this disk.
+    """Refuse a link to a file outside a folder; otherwise a downloaded model could copy any file of this disk.
 
-    The cache of huggingface_hub consists of such links: `snapshots/COMMIT/config.json` leads to `blobs/HASH` of the
-    same repository, which is allowed.
+    The cache of huggingface_hub consists of links, which are allowed: `snapshots/COMMIT/config.json` leads to
+    `blobs/HASH` of the same repository.
     """
     if not file.is_symlink() and not file.parent.is_symlink():
         return
     home, target = folder.resolve(), file.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        cure = "Put a copy of the file in its place, if you know what it is, or delete the link"
-        raise Malformed(f"a link to {target}, outside of the folder", path=file, cure=cure)
+        cure = "Replace the link by a copy of the file, if you know what it is, or delete the link"
+        raise Malformed(f"the file is a link to {target}, outside the folder", path=file, cure=cure)
 
 
 def _flag(choice: str) -> str:

@@ -1,7 +1,7 @@
-"""The blocks of a tensor that the compiled loop computes: all changes are low-rank products of numpy's arrays.
+"""Blocks of a tensor for the compiled loop, whose changes are all low-rank products of numpy arrays.
 
-Adapters often change parts of a tensor only, such as q, k and v in one fused weight. The rows are cut into segments
-with the same changes, and the factors of all changes of a segment are joined into one product.
+Adapters often change only parts of a tensor, such as q, k and v in one fused weight. The rows are cut into segments
+with the same changes, and the factors of all changes in a segment are joined into one product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .planned_update import PlannedUpdate
 
 THIN = 256
-"""The largest rank at which factors of several adapters are joined into one product."""
+"""Largest rank for which factors of several adapters are joined into one product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Segment:
 
 
 def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Update]]]) -> LowRankBlocks | None:
-    """Return the blocks of an output for the compiled loop; None if it does not know the types or the changes.
+    """Return the blocks of an output for the compiled loop; None if it does not support the types or the changes.
 
     Args:
         output: the output tensor.
-        folds: its planned updates with loaded updates, as numpy arrays.
+        folds: the planned updates of the output, with loaded updates as numpy arrays.
     """
     shape, stacked = output.shape, any(fold.target.stacked for fold, _ in folds)
     if not folds or len(shape) < 2 + stacked or not takes(output.source.dtype, output.dtype):
@@ -56,7 +56,7 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
         return False
     if fold.axis == "out":
         return True
-    # The rows of such a target are columns of the stored tensor, and a kernel's axes do not lie in its rows.
+    # Refuse a target with rows (they are columns of the tensor) or with a kernel (its axes are not in the rows).
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
@@ -73,7 +73,7 @@ def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
 def _span(fold: PlannedUpdate, rows: int) -> tuple[int, int]:
     if fold.target.rows is not None:
         return fold.target.rows
-    # An adapter that was trained on the first rows of a vocabulary changes none of the rows behind them.
+    # Stop at the adapter's own rows: one that was trained on the first rows of a vocabulary does not change later rows.
     return (0, rows) if fold.target.stacked else (0, min(rows, fold.shape[0]))
 
 
@@ -92,8 +92,8 @@ class LowRankBlocks:
         """Write raw and all changes of a block into `out`, rounded once; both are flat.
 
         Returns:
-            False if the block is too small to pay, a change is no low-rank product, or an element is in doubt; `out` is
-            then undefined.
+            False if the block is too small to be worth it, a change is not a low-rank product, or an element is in
+            doubt; then `out` is undefined.
         """
         if block.elements < LEAST:
             return False
@@ -121,7 +121,7 @@ class LowRankBlocks:
         return self._sums[segment]
 
     def _joined(self, segment: Segment) -> LowRankSum | None:
-        """Return all changes of a segment as one product; None if one of them is none, or the rank is too large."""
+        """Return all changes of a segment as one product; None if one is not a product, or the rank is too large."""
         import numpy as np
 
         lefts, rights = [], []
@@ -132,7 +132,7 @@ class LowRankBlocks:
                 if pair is None:
                     return None
                 B, A = cast("tuple[Array, Array]", pair)
-                # A weight that is stored `[in, out]` changes by the transposed product.
+                # Transpose the product for a weight that is stored `[in, out]`.
                 left, right = (B, A) if fold.axis == "out" else (A.T, B.T)
                 offset = _span(fold, segment.stop)[0]
                 lefts.append(fold.weight * left[segment.start - offset : segment.stop - offset])

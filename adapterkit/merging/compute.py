@@ -1,9 +1,9 @@
-"""The arithmetic of a merge: one block of one stored tensor, float64 in the middle, rounded at the end.
+"""The arithmetic of a merge: one block of one stored tensor, computed in float64 and rounded at the end.
 
-Every adapter is read against the base it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), whatever their order.
-Within one adapter the order counts: f_i applies all of its targets at the tensor, one after another.
-With float64 each element of a 16-bit output is within 0.501 units in the last place of the exact result, even where W
-and the change nearly cancel; float32 does not achieve that. The bound is not 0.5 because float64 is cast to bf16 and
+Every adapter is applied to the base that it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), in any order.
+Within one adapter the order matters: f_i applies all targets at the tensor, one after another.
+With float64, each element of a 16-bit output is within 0.501 units in the last place of the exact result, even if W
+and the change nearly cancel; float32 does not achieve this. The bound is not 0.5 because float64 is cast to bf16 and
 fp8 by way of float32.
 """
 
@@ -50,7 +50,7 @@ def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
     Each value becomes its neighbour below or above, with a probability that makes the expected value exact.
 
     Args:
-        values: flat float64 array; values that are exact in the dtype, or not finite, stay as they are.
+        values: flat float64 array; values that are exact in the dtype, or not finite, stay unchanged.
         first: the index of the first element in its tensor.
         key: the Philox key of the tensor, see `key_of`.
         dtype: the type to round to, narrower than float64.
@@ -65,8 +65,8 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
     """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
     from array_api_compat import device
 
-    # Philox is a function of a counter, so that an element gets the same number in any block, on any worker and after a
-    # resumed merge. A counter gives four words; the block may begin and end within them.
+    # Philox is a function of a counter, so an element gets the same number in any block, on any worker and after a
+    # resumed merge. A counter gives four words; the block may begin and end within these four.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
@@ -82,8 +82,8 @@ def _unit(values: Numbers, dtype: DType) -> Numbers:
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    # A value over its mantissa is a power of two, exactly; half of that is the value's leading bit. Below the smallest
-    # normal number the spacing no longer shrinks.
+    # Divide each value by its mantissa, which gives an exact power of two; half of that is the value's leading bit. The
+    # spacing does not shrink below the smallest normal number.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -93,20 +93,20 @@ def _unit(values: Numbers, dtype: DType) -> Numbers:
 
 
 def _frexp(values: Numbers) -> Numbers:
-    """Return the mantissas, with magnitudes in [0.5, 1); frexp is not in the array API, but numpy and torch have it."""
+    """Return the mantissas, with magnitudes in [0.5, 1); numpy and torch have frexp, but the array API does not."""
     import numpy as np
 
     frexp: Any = getattr(values, "frexp", None)
     return cast("Numbers", (np.frexp(cast("Array", values)) if frexp is None else frexp())[0])
 
 
-# Loading and checking the tensors of planned updates, and joining low-rank factors of several adapters.
+# Load and check the tensors of planned updates, and join low-rank factors of several adapters.
 
 
 Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
-"""The largest magnitude that a factor may have; its square still fits into float64."""
+"""Largest magnitude that a factor may have; its square still fits into float64."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
@@ -117,10 +117,10 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
-    # Settled once, a change of the bias needs no weight any more; the weight is in memory only here.
+    # Settle changes of the bias now: afterwards they do not need the weight, so it is in memory only here.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
-        # An adapter that was trained on the first rows of a vocabulary knows nothing of the rows behind them.
+        # Use the adapter's own rows only: it was trained on the first rows of a vocabulary.
         W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
     W = W if not fold.seen.before else W * 1
     for earlier in fold.seen.before:
@@ -149,7 +149,7 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
-    """View a stored weight as the updates see it, with all experts of a stack."""
+    """View a stored weight in the updates' layout, with all experts of a stack."""
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
     return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
@@ -161,7 +161,7 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
         read.check_values()
         _check_size(read)
     except AdapterkitError as error:
-        # `read` is in memory and does not know its file any more.
+        # Name the file here: the loaded update is in memory and no longer knows it.
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
@@ -172,9 +172,9 @@ def _check_size(update: Update) -> None:
     """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm and write zeros."""
     for name, leaf in update.tensors.items():
         tensor = as_lazy(leaf)
-        # The other types have no number above 2^128.
+        # Check float64 only: no other type has numbers above 2^128.
         if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
-            why = f"a number above {LARGEST:.0e}, whose square float64 cannot hold"
+            why = f"a number is above {LARGEST:.0e}, so its square overflows float64"
             raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
 
 
@@ -187,24 +187,24 @@ def _read(leaf: Leaf) -> Leaf:
 
 
 def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
-    """Return the Frobenius norm of the change that additive updates make."""
+    """Return the Frobenius norm of the sum of additive updates."""
     shape = fold.logical
     experts = range(fold.shape[0]) if fold.target.stacked else (None,)
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
-        # Methods with factors give their norm without forming the product; a sum of updates has to be formed.
+        # Ask the method for the norm: it may not need to form the product. A sum of updates has to be formed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
             total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
             norms.append(math.sqrt(float((total * total).sum())))  # type: ignore[union-attr]
-    # The square of a norm above 1e154 is no float any more; hypot scales first.
+    # Use hypot, which scales first: the square of a norm above 1e154 overflows.
     return math.hypot(*norms)
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all updates are low-rank products, so that multiplying joined factors is the fastest way."""
+    """Whether all updates are low-rank products, so that multiplying their joined factors is fastest."""
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
     pairs = [update.pair(fold.logical) for update in updates if isinstance(update, Additive)]
@@ -212,9 +212,9 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """Return the sum of weight * B @ A over all updates as one LoRA; all must have the same axis.
+    """Return the sum of weight * B @ A over all updates as one LoRA; all updates must have the same axis.
 
-    Its factors lie in the workspace and are overwritten by the next call.
+    The factors are in the workspace, and the next call overwrites them.
     """
     from ..methods.lora import LoRA
 
@@ -236,11 +236,11 @@ def additive(updates: Iterable[Update]) -> list[Additive]:
 
 
 LARGE = 1e30
-"""From this norm of a change on, results are checked for overflow even if the output has float32's range."""
+"""Norm of a change from which results are checked for overflow even if the output has float32's range."""
 
 
 class BlockMerger:
-    """Apply planned updates to the blocks of one output tensor; their factors are loaded once, in float64.
+    """Applies planned updates to the blocks of one output tensor; loads their factors once, in float64.
 
     Raises:
         Malformed: a factor holds a NaN or an infinity.
@@ -257,16 +257,16 @@ class BlockMerger:
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
-        """Whether a change is surely far below the largest float32; False if that is not cheap to tell.
+        """Whether a change is certainly far below the largest float32; False if this is expensive to find out.
 
-        The norm of a low-rank product bounds each of its elements. The weight counts too: an alpha of 1e308 is finite.
+        The norm of a low-rank product bounds each of its elements. The weight matters too: an alpha of 1e308 is finite.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
         """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
-        # `**` raises where the square is no float any more; the product is infinite, and a report needs a number.
+        # Limit the square: `**` raises if it overflows, and the product may be infinite, but a report needs a number.
         largest = sys.float_info.max
         return {
             position: min((size := fold.weight * norm_of(updates, fold)) * size, largest)
@@ -278,13 +278,13 @@ class BlockMerger:
         """Compute one block from the base's values `raw` into `out`, both flat.
 
         Returns:
-            the squared norms of the changes that depend on the base, by index of the planned update.
+            The squared norms of the changes that depend on the base, by index of the planned update.
 
         Raises:
             Malformed: the result overflows the output's dtype, or is NaN.
         """
-        # Merges are limited by memory bandwidth, so each case passes over as little memory as it can: a cast needs no
-        # float64 image of the block, a sum is added to the base within one operation, other formulas need the image.
+        # Touch as little memory as each case allows, because merges are limited by memory bandwidth. A cast needs no
+        # float64 image of the block, a sum is added to the base in one operation, other formulas need the image.
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
             return {}
@@ -302,10 +302,10 @@ class BlockMerger:
             norms = self._fold(work, block)
             self.arrays.assign(out, work.reshape((-1,)))
         source, finite = self.output.source.dtype, self.arrays.finite
-        # A NaN or an infinity that the base already has is kept; only those that the merge makes are refused.
+        # Refuse only NaNs and infinities that the merge makes; those in the base are kept.
         if self.watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
-                f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
+                f"the merge gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
             )  # fmt: skip
         return norms
@@ -318,7 +318,7 @@ class BlockMerger:
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
-        """The Philox key for stochastic rounding; None if that was not chosen, or if nothing is rounded."""
+        """The Philox key for stochastic rounding; None if it is not chosen, or if nothing is rounded."""
         seed, kind = self.output.seed, self.output.dtype
         rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
         return key_of(seed, self.output.name) if rounds and seed is not None else None
@@ -341,7 +341,7 @@ class BlockMerger:
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
-            # The workspace holds an earlier block: the first change is written over it, the others are added.
+            # Write the first change, because the workspace holds an earlier block; add the others.
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
@@ -371,8 +371,8 @@ class BlockMerger:
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        # `work` changes in place, but every formula must see the base's weight. With one formula, which `_order` puts
-        # first, `work` still is the base's weight, so that the copy is saved.
+        # Copy the base's weight, because every formula must see it and `work` changes in place. With a single formula,
+        # which `_order` puts first, the copy is not needed: `work` is still the base's weight.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:
@@ -395,7 +395,7 @@ class BlockMerger:
     def _fold_in_order(
         self, positions: Sequence[int], work: Numbers, original: Numbers, block: Block, *, replace: bool
     ) -> dict[int, float]:
-        """Apply several targets of one adapter, each to the result of the one before it."""
+        """Apply several targets of one adapter, each to the result of the previous one."""
         norms: dict[int, float] = {}
         changed = original * 1
         for position in positions:
@@ -419,7 +419,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """Indices of planned updates in order, for each adapter with several targets here whose order counts."""
+        """The planned updates whose order matters, as a list of indices for each adapter with several targets here."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
@@ -431,9 +431,9 @@ class BlockMerger:
 
     @cached_property
     def _order(self) -> list[int]:
-        """Indices of the planned updates whose order does not count, those that are no plain sums first.
+        """Indices of the planned updates whose order does not matter; those that are not plain sums come first.
 
-        At weight 1 the first of them replaces the block, without the rounding of W + (new - W).
+        At weight 1, the first of them replaces the block, which avoids the rounding of W + (new - W).
         """
         apart = {position for positions in self._ordered for position in positions}
         return sorted(
@@ -447,7 +447,7 @@ class BlockMerger:
 
 
 def _tensor(array: Numbers) -> torch.Tensor:
-    """Return an array under the type by which formulas name theirs, although they run on numpy's arrays, too."""
+    """Return an array typed as a torch tensor, as formulas expect, although they also run on numpy arrays."""
     return cast("torch.Tensor", array)
 
 
@@ -457,7 +457,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
-    """Add weight * (new - W) to `view`; return the squared norm of that change."""
+    """Add weight * (new - W) to `view`; return the squared norm of this change."""
     change = new - W
     flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)

@@ -1,7 +1,7 @@
 """Execute a plan with worker threads that read, compute and write at the same time.
 
-The memory of a worker does not grow with the model: one block read, its float64 image, some blocks to write; for a
-device, `workers.DEPTH` of each.
+A worker's memory does not grow with the model: it holds one input block, its float64 image and some output blocks. For
+a device, it holds `workers.DEPTH` of each.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def execute(
     Args:
         files: the files of the plan.
         stage: the folder to write them into.
-        devices: the array libraries to compute with; several take the files in turn.
-        progress: called with (bytes done, total bytes).
+        devices: the array libraries to compute with; if there are several, they take files in turn.
+        progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
         link: write hard links to unchanged files of the base.
         checksums: record checksums of the written bytes.
@@ -48,7 +48,7 @@ def execute(
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
     crew = _Scheduler(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
-    # Each worker is one busy thread; threads of the BLAS within it would compete with the other workers for cores.
+    # Limit the BLAS to one thread: each worker keeps a core busy, and more threads would compete with other workers.
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
@@ -63,12 +63,12 @@ class _Scheduler:
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
         self.link, self.checksums = link, checksums
-        # Bounded: a file is created at full size when its jobs are queued, so unbounded queues would create all files.
+        # Limit the queues: a file is created at full size when its jobs are queued, so all files would be created.
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.withheld: deque[tuple[OpenFile, list[Job], int]] = deque()
-        # The first failure of any thread; every loop looks at it at least each 0.1 s, so that all threads end soon.
+        # The first failure of any thread. Every loop checks it at least every 0.1 s, so that all threads end soon.
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
@@ -82,7 +82,7 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # Only now no worker can put a file any more, and None is the last item that the finisher gets.
+            # Send None last: only now, no worker can put a file any more, and None ends the finisher.
             _join(crew)
             self.written.put(None)
             _join([finisher])
@@ -108,7 +108,7 @@ class _Scheduler:
             self._report(progress)
 
     def _start(self, planned: OutputFile, device: int, progress: Progress | None) -> None:
-        """Queue all jobs of a file but the last, which `_release` queues."""
+        """Queue all jobs of a file except the last, which `_release` queues."""
         file = OpenFile(planned, self.stage.parts / planned.name)
         create(file.path, planned)
         jobs = jobs_of(file)
@@ -121,9 +121,9 @@ class _Scheduler:
         self.withheld.append((file, jobs[-1:], device))
 
     def _release(self, progress: Progress | None) -> None:
-        """Queue the last job of the oldest file once all files before it are durable.
+        """Queue the last job of the oldest file once all earlier files are durable.
 
-        So an interrupted merge has at most one complete file that it must write again.
+        So an interrupted merge has at most one complete file that must be written again.
         """
         while self.failure is None and self.unfinished:
             with self.settled:
@@ -169,7 +169,7 @@ class _Scheduler:
             if job is None:
                 return
             made = hands.do(job)
-            # Called when the bytes are in the file, mostly on the writer's thread; this one takes the next job.
+            # The callback runs when the bytes are in the file, mostly on the writer's thread. Take the next job now.
             made.written.add_done_callback(partial(self._done, job, made))
 
     def _done(self, job: Job, made: Made, written: Future[None]) -> None:
@@ -189,7 +189,7 @@ class _Scheduler:
             self.written.put(job.file)
 
     def _finish(self) -> None:
-        # A thread of its own: flushing a file to disk may take seconds, in which the workers go on.
+        # Use a separate thread: flushing a file to disk may take seconds, while the workers continue.
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:

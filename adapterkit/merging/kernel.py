@@ -1,6 +1,6 @@
 """The compiled inner loop of a merge, `native/merge.c`: base + B @ A in float32 with proven bounds, rounded once.
 
-It gives the bits of the float64 path of numpy, two to four times as fast.
+The loop gives the same bits as numpy's float64 path, two to four times as fast.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ..io.lazy import Array, DType
 
 WRITTEN = ("BF16", "F16")
-"""Element types that it writes. A float32 output needs every sum in float64, which numpy does as fast."""
+"""Element types that the loop writes. A float32 output needs every sum in float64, where numpy is as fast."""
 
 PANEL, FILLED, CHUNK = 16, 32, 16
 
 LEAST = 1 << 14
-"""Numbers in a block from which on the library pays for its call."""
+"""Smallest number of elements in a block for which calling the library is worthwhile."""
 
 
 class _Factors(ctypes.Structure):
@@ -38,7 +38,7 @@ class _Factors(ctypes.Structure):
 
 
 def takes(source: DType, target: DType) -> bool:
-    """Whether the library is at hand and converts between these element types."""
+    """Whether the library is available and converts between these element types."""
     return source.name in native.KINDS and target.name in WRITTEN and native.loops() is not None
 
 
@@ -62,7 +62,7 @@ class LowRankSum:
             self._left = np.ascontiguousarray(left, np.float32)
         self._panels = np.ascontiguousarray(panels.reshape(rank, -1, PANEL).swapaxes(0, 1))
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # By Cauchy and Schwarz, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
+        # By the Cauchy-Schwarz inequality, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -75,7 +75,8 @@ class LowRankSum:
         """Write raw + rows `start` to `stop` of the change into `out`, rounded once; both are flat.
 
         Returns:
-            False if float64 could not settle every element, for numpy to compute the block; `out` is then undefined.
+            False if float64 could not settle every element, so that numpy must compute the block; then `out` is
+            undefined.
         """
         loaded = cast("ctypes.CDLL", native.loops())
         factors = _Factors(
@@ -96,11 +97,11 @@ class LowRankSum:
 
 
 def _roundings(rank: int) -> Array:
-    """Return how many roundings each product b_k a_k of an element goes through in float32, at most.
+    """Return an upper bound for the number of float32 roundings of each product b_k a_k in an element.
 
-    Both factors are rounded, and so is their product where it is not added in one step. Then come the sums: with the
-    products behind it in its chunk of 16, and with the chunks from its own on. One more stands for numpy's float64
-    sum, whose roundings are 2**-29 times as large, and for the squares of all these errors.
+    Both factors are rounded, and so is their product, unless it is added in the same step. Then come the sums: with the
+    later products in its chunk of 16, and with the chunks from its own on. One more rounding covers two small errors:
+    numpy's float64 sum, whose roundings are 2**-29 times as large, and the squares of all these errors.
     """
     import numpy as np
 
@@ -111,20 +112,20 @@ def _roundings(rank: int) -> Array:
 
 
 def _norms(factor: Array) -> Array:
-    """Return upper bounds of the norms of the rows; exactly zero for zeros."""
+    """Return upper bounds for the norms of the rows; exactly zero for zero rows."""
     import numpy as np
 
     norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # Squares of tiny numbers vanish, and a bound of zero would say that there is no change.
+    # Bound tiny rows by their maximum: the squares of tiny numbers vanish, and a bound of zero would mean no change.
     tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
     return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
 
 
 def _upwards(norms: Array, factor: float) -> Array:
-    """Return norms times a factor as float32, rounded up; zero stays zero, and nothing else comes near it."""
+    """Return norms times a factor as float32, rounded up; zero stays zero, and all other values stay away from zero."""
     import numpy as np
 
-    # A product of two such bounds must not vanish in float32, or a sum near zero would look exact.
+    # Add a small number: the product of two bounds must not vanish in float32, or a sum near zero would look exact.
     with np.errstate(over="ignore"):
         bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
     return bound

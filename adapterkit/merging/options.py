@@ -15,17 +15,17 @@ from .ties import parse_tied
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """How a merge is planned, as one value: for `plan` and `merge` alike, in place of arguments of the same names.
+    """The options of a merge as one value, for `plan` and `merge`; it replaces arguments of the same names.
 
     Attributes:
-        dtype: cast all floating tensors to this, such as `"bf16"`; the base's own dtypes when not given.
-        shard_size: bytes of an output file at most; the base's own sharding when not given.
-        tied: which layers an update changes where the base ties its head to its embedding; see `merge`.
+        dtype: cast all floating tensors to this dtype, such as `"bf16"`; the base's own dtypes if not given.
+        shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
+        tied: which layers an update changes if the base ties its head to its embedding; see `merge`.
         allow_partial: skip targets that the base does not have instead of refusing.
-        seed: round stochastically, with draws of this number.
-        memory: the most bytes to hold beyond the imports; half of the free memory when not given.
+        seed: round stochastically, with random draws from this seed.
+        memory: the most bytes to use in addition to the imports; half of the free memory if not given.
         link: write hard links to unchanged files of the base instead of copies.
-        checksums: take a sha256 of each run of bytes while it is written.
+        checksums: compute a sha256 of each run of bytes while it is written.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
         keep: `adapter`, if requantized weights are to hold the adapters' change where rounding loses it; see `merge`.
@@ -50,29 +50,29 @@ class MergeOptions:
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
-    """Return the options of a call, given as one value or by name; rules are read, and `tied` has its one form.
+    """Return the options of a call, given as one value or by name; read the rules, and make `tied` canonical.
 
     Raises:
-        UsageError: both are given, or `given` is something else.
+        UsageError: an option is given twice, or `given` is not a `MergeOptions`.
     """
     if given is not None and not isinstance(given, MergeOptions):
-        why = f"options is a {type(given).__name__}"
+        why = f"options has type {type(given).__name__}"
         raise UsageError(why, where="options", cure="Pass options=adapterkit.MergeOptions(...)")
     plain = MergeOptions()
     twice = [] if given is None else [name for name, value in named.items() if value != getattr(plain, name)]
     if twice:
         why = f"{twice[0]} is given twice, by name and in options"
-        cure = f"Say it in options=MergeOptions({twice[0]}=...) alone, or leave options= out"
+        cure = f"Give it only in options=MergeOptions({twice[0]}=...), or omit options="
         raise UsageError(why, where=twice[0], cure=cure)
     found = MergeOptions(**named) if given is None else given
     return replace(found, tied=parse_tied(found.tied), rename=rule_texts(found.rename))
 
 
-# The memory that a merge may hold, and the number of workers that fit into it.
+# The memory that a merge may use, and the number of workers that fit into it.
 
 
 def allowed(memory: int | None) -> int:
-    """Return the bytes that a merge may hold: `memory`, or half of the free memory of the machine or container.
+    """Return the bytes that a merge may use: `memory`, or half of the free memory of the machine or container.
 
     Raises:
         UsageError: `memory` is not positive.
@@ -80,12 +80,12 @@ def allowed(memory: int | None) -> int:
     if memory is None:
         return max(_available() // 2, 1)
     if memory <= 0:
-        raise UsageError(f"a memory of {memory} bytes", cure="Give a positive size, e.g. 2GB")
+        raise UsageError(f"the memory is {memory} bytes", cure="Give a positive size, e.g. 2GB")
     return memory
 
 
 def most_workers() -> int:
-    """Return the most threads to compute with, memory aside: one per processor, from 2 to 16."""
+    """Return the largest number of computing threads, regardless of memory: one per processor, from 2 to 16."""
     return max(2, min(os.cpu_count() or 2, 16))
 
 
@@ -93,11 +93,11 @@ def workers_within(memory: int, each: int, tensor: str) -> int:
     """Return how many workers of `each` bytes fit into `memory`, at most `most_workers()`.
 
     Raises:
-        StorageError: not even one fits.
+        StorageError: not even one worker fits.
     """
     if each > memory:
         raise StorageError(
-            f"needs {each:,} bytes at a time, {memory:,} are allowed", path=None, where=tensor,
+            f"the merge needs {each:,} bytes at a time, but {memory:,} are allowed", path=None, where=tensor,
             cure="Allow more with memory=/--memory, or merge on a machine with more",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))
@@ -120,7 +120,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the free memory of the control group (version 2); a huge number outside of one."""
+    """Return the free memory of the control group (version 2); a huge number if the process is not in one."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{word}").read_text().strip() for word in ("max", "current"))
         return max(int(limit) - int(used), 0)

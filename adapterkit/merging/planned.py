@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .arrays import Workspace
 
 BLOCK_ELEMENTS = 3 << 17
-"""Elements of a block: few enough that its float64 image, 3 MB, stays in a core's cache."""
+"""Elements of a block, few enough that its float64 image (3 MB) stays in a core's cache."""
 
 STEPS = 4
-"""Temporary arrays of a block's size that a formula of the weight needs beside the block."""
+"""Number of temporary arrays of a block's size that a formula of the weight needs in addition to the block."""
 
 
 class PackedRun(Protocol):
@@ -40,7 +40,7 @@ class PackedRun(Protocol):
 
     @property
     def places(self) -> Mapping[str, tuple[int, int]]:
-        """Stored tensor -> the first byte of the run in it, and how many."""
+        """Stored tensor -> (offset of the run's first byte, number of bytes)."""
         ...
 
     @property
@@ -49,16 +49,16 @@ class PackedRun(Protocol):
         ...
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Hand over the bytes of each stored tensor in order; return squared norms by their position."""
+        """Pass the bytes of each stored tensor to `write`, in order; return squared norms by position."""
         ...
 
 
 class PackedPart(Protocol):
-    """Quantizes a packed weight again, or a stack of them in one tensor, and computes all its stored tensors."""
+    """Quantizes a packed weight again, or a stack of weights in one tensor, and computes all its stored tensors."""
 
     @property
     def packed(self) -> Packed:
-        """The weight as it is stored, under the name that its parts have in common."""
+        """The weight in its stored form, under the common name of its parts."""
         ...
 
     @property
@@ -68,21 +68,21 @@ class PackedPart(Protocol):
 
     @property
     def held(self) -> int:
-        """The memory that computing it takes, in bytes."""
+        """The memory that the computation takes, in bytes."""
         ...
 
     def runs(self) -> Sequence[PackedRun] | None:
-        """Return the runs of its stored tensors that are computed apart; None if all is computed together."""
+        """Return the runs of stored tensors that are computed separately; None if all are computed together."""
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every stored tensor, and squared norms by their position."""
+        """Return the bytes of every stored tensor, and squared norms by position."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output, with the offset of its data in its file and the seed of stochastic rounding.
+    """One tensor of the output, with the offset of its data in its file and the seed for stochastic rounding.
 
     A tensor with a `part` belongs to a packed weight that is quantized again; all its parts are computed together.
     """
@@ -108,7 +108,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFile:
-    """One weight file of the output; `whole` is the file of the base that it is a copy of, if any."""
+    """One weight file of the output; `whole` is the base's file if this is a copy of it, else None."""
 
     name: str
     header: bytes
@@ -121,7 +121,7 @@ class OutputFile:
 
     @property
     def computed(self) -> int:
-        """Bytes that are computed rather than copied."""
+        """Number of bytes that are computed rather than copied."""
         return sum(output.nbytes for output in self.outputs if not output.copied)
 
     def record(self) -> dict[str, JsonValue]:
@@ -143,17 +143,17 @@ class Plan:
         files: the weight files of the output.
         tied: the choice for weights that the base ties, see `parse_tied`; None if the adapters' files decide.
         config_changes: keys of `config.json` with new values; None removes a key.
-        dtype: the dtype all floating tensors are cast to, if any.
-        seed: the seed of stochastic rounding; None rounds to nearest.
-        memory: bytes that the merge may hold beyond the imports.
+        dtype: the dtype that all floating tensors are cast to, or None.
+        seed: the seed for stochastic rounding; None rounds to nearest.
+        memory: the bytes that the merge may use in addition to the imports.
         link: whether unchanged files of the base become hard links.
         origin: the uri of the base if it came from a hub; the downloaded folder may be deleted before the report.
         checksums: whether checksums of the written bytes are recorded.
         warnings: one sentence each.
-        companions: the files beside the weights.
-        fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not taken.
-        shapes: a digest of the names and shapes of the base's tensors; None if it was not taken.
-        licences: the licences that the cards of base and adapters name, by what these are called in messages.
+        companions: the files to copy next to the weights.
+        fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
+        shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
+        licences: the licences in the cards of base and adapters, by the names that messages use for them.
         vocabulary: plain data about a changed vocabulary; None if it is the base's.
     """
 
@@ -194,13 +194,13 @@ class Plan:
         return sum(bool(output.folds) for output in self.outputs())
 
     def outputs(self) -> Iterator[Output]:
-        """All output tensors, file by file."""
+        """Return all output tensors, file by file."""
         return (output for file in self.files for output in file.outputs)
 
     @property
     def digest(self) -> str:
         """sha256 of everything that decides the output: base, adapters, options, and the version of the library."""
-        # A hash of the base would have to read all of it, as the merge does; a changed file has another size or time.
+        # Use size and time instead of a hash, which would have to read the whole base; a changed file differs in them.
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
         head = [
@@ -217,15 +217,15 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a merge holds beyond the imports: blocks, float64 images, factors and write buffers."""
+        """Bytes that a merge uses in addition to the imports: blocks, float64 images, factors and write buffers."""
         return self._largest[0] * self.workers
 
     @property
     def workers(self) -> int:
-        """The number of threads that compute, limited by processors and memory.
+        """The number of computing threads, limited by processors and memory.
 
         Raises:
-            StorageError: the memory is too small for one.
+            StorageError: the memory is too small for one thread.
         """
         return workers_within(self.memory, *self._largest)
 
@@ -234,15 +234,15 @@ class Plan:
         if self._held is None:
             known: dict[Hashable, int] = {}
             computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
-            # The dataclass is frozen; this is a cache, as a mixture of experts has 45,000 outputs.
+            # Cache the value, because a mixture of experts has 45,000 outputs; the dataclass is frozen.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._held)
 
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return the record for the output; it has no paths and no times, so that equal merges write equal bytes.
+        """Return the record for the output; it has no paths and no times, so equal merges write equal bytes.
 
         Args:
-            digests: include the adapters' digests, which reads all of their tensors.
+            digests: include the adapters' digests, which requires reading all of their tensors.
         """
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
@@ -259,8 +259,8 @@ class Plan:
         """Return the plan as plain data.
 
         Args:
-            digests: include the digests of the plan and of the adapters, which reads all tensors of the adapters; null
-                otherwise.
+            digests: include the digests of the plan and of the adapters, which requires reading all tensors of the
+                adapters; otherwise they are null.
         """
         return {
             "base": str(self.base.root), "digest": self.digest if digests else None, "bytes": self.bytes,
@@ -271,7 +271,7 @@ class Plan:
 
 
 def _held(output: Output, known: dict[Hashable, int]) -> int:
-    """Return `_block_bytes`, computed once for all outputs of the same shapes and updates."""
+    """Return `_block_bytes`, computed once for all outputs with the same shapes and updates."""
     if output.part is not None:
         return output.part.held
     folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenWeight:
-    """The weight that a change of its bias needs, as the updates before that change leave it.
+    """The weight that a change of its bias depends on, as it is after all earlier updates.
 
     Attributes:
         name: the name of the base's weight.
         tensor: the base's weight.
-        before: the changes that the adapter's targets before this one make to the weight.
-        updates: the target's updates in order, those of the weight and those of the bias.
+        before: the changes to the weight by earlier targets of the adapter.
+        updates: the target's updates in order, both of the weight and of the bias.
     """
 
     name: str
@@ -38,11 +38,11 @@ class PlannedUpdate:
     Attributes:
         target: the target, with its layout and rows.
         updates: the updates to apply, in order.
-        weight: the factor of the change.
+        weight: the factor on the change.
         source: the adapter's position in the merge.
         bias: whether the stored tensor is the target's bias instead of its weight.
         shape: the stored tensor's shape, with fewer rows if the adapter was trained on its first rows only.
-        seen: the weight, if the change of its bias needs it.
+        seen: the weight, if a change of its bias depends on it.
     """
 
     target: Target
@@ -59,25 +59,25 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """The axis of the updates, `in` or `out`, that runs along the stored tensor's rows."""
+        """The axis of the updates, `in` or `out`, that corresponds to the stored tensor's rows."""
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
     def logical(self) -> tuple[int, ...]:
-        """The shape of one weight in the view of the updates, `[out, in, *k]`."""
-        # A bias and a vector count as weights with one input.
+        """The shape of one weight in the updates' layout, `[out, in, *k]`."""
+        # Treat a bias or a vector as a weight with one input.
         first, second, *rest = self.shape[1:] if self.target.stacked else (*self.shape, 1)[: max(2, len(self.shape))]
         shape = (second, first, *rest) if self.axis == "in" else (first, second, *rest)
         return shape if self.target.rows is None else (self.target.rows[1] - self.target.rows[0], *shape[1:])
 
     @property
     def blockable(self) -> bool:
-        """Whether a block of stored rows can be computed without the others."""
+        """Whether a block of stored rows can be computed without the other rows."""
         return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 
 def factor_bytes(folds: Sequence[PlannedUpdate]) -> int:
-    """Return the memory that the factors of one weight's updates take while it is merged."""
+    """Return the memory that the factors of one weight's updates take during its merge."""
     leaves = (leaf for fold in folds for update in fold.updates for leaf in update.tensors.values())
-    # Factors of several adapters are held a second time, joined by `compute.side_by_side`.
+    # Count factors of several adapters twice, because `compute.side_by_side` also holds them joined.
     return sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(folds), 2)

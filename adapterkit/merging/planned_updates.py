@@ -34,10 +34,10 @@ class AdapterSource:
         name: the name of its file or folder.
         given: the adapter as it was read.
         adapter: the adapter, bound to the base.
-        weight: the factor of its change.
+        weight: the factor on its change.
         missing: targets that the base does not have.
         renamed: the first change of a prefix, as (removed, added).
-        rules: the rules that turned its names into the base's.
+        rules: the rules that mapped its names to the base's.
     """
 
     name: str
@@ -51,16 +51,16 @@ class AdapterSource:
 
     @property
     def digest(self) -> str:
-        """The digest of the adapter as it was read; computed at first use, since it reads all tensors."""
+        """The digest of the adapter as it was read; computed at first use, because it reads all tensors."""
         if self._digest is None:
             object.__setattr__(self, "_digest", self.given.digest())
         return cast(str, self._digest)
 
     def record(self, digests: bool = True) -> dict[str, JsonValue]:
-        """Return plain data about the adapter; it names the adapter's base by its name on a hub, never by a local path.
+        """Return plain data about the adapter; its base is given by the name on a hub, never by a local path.
 
         Args:
-            digests: include the digest; null otherwise, so that no tensor is read.
+            digests: include the digest; otherwise it is null, and no tensor is read.
         """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
@@ -71,7 +71,7 @@ class AdapterSource:
         }  # fmt: skip
 
     def _names(self) -> dict[str, JsonValue]:
-        """Return the rules that changed names; empty if all names are the base's."""
+        """Return the rules that changed names; empty if all names are already the base's."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
@@ -123,12 +123,12 @@ def folds_by_tensor(
     tied = parse_tied(tied)
     config = base.config
     if isinstance(base, Dequantized) and base.scheme == "gguf" and not any(map(is_head, base.tensors)):
-        # llama.cpp uses token_embd.weight as the head if output.weight is missing, whatever the config says.
+        # Follow llama.cpp: without output.weight, it uses token_embd.weight as the head, whatever the config says.
         config = {**(config or {}), "tie_word_embeddings": True}
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
-    # A rule must match one of the adapters, not each of them, so the rules are parsed against all paths at once.
+    # Parse the rules against all paths at once: a rule must match one of the adapters, not each of them.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
     rules = parse_renames(rename, None if allow_partial else paths)
     sources, folds = [], dict[str, list[PlannedUpdate]]()
@@ -160,7 +160,7 @@ def folds_by_tensor(
     elif tied != MERGE:
         refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
-    # A vocabulary that grows has more rows than the weight that was seen when the updates were sorted.
+    # Look up weights again: a grown vocabulary has more rows than the weight had when the updates were sorted.
     sorted_ = {name: tuple([_seen_in(base, fold) for fold in found]) for name, found in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
@@ -174,7 +174,8 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    Called before names are resolved, for an early error, and after, since some methods depend on the base's shapes.
+    This runs before names are resolved, to fail early, and again after it, since some methods depend on the base's
+    shapes.
     """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
@@ -185,7 +186,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
-    """Return what a target changes, by stored tensor; `before` are the adapter's earlier targets of the same weight."""
+    """Return a target's changes, by stored tensor; `before` are the adapter's earlier targets at the same weight."""
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:

@@ -1,7 +1,7 @@
 """Make the plan of a merge from headers alone; the plan decides every byte of the output.
 
-Output files hold output tensors in order. An output tensor is a stored tensor of the base with its planned updates, if
-any. A tensor without updates that keeps its dtype is copied as bytes.
+Output files hold output tensors in order. An output tensor is a stored tensor of the base with its planned updates.
+A tensor that has no updates and keeps its dtype is copied as bytes.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def make_plan(
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: a method changes outputs or the context, not weights.
-        UsageError: a tied weight is changed and nothing tells how (see `tied`); options contradict each other.
+        UsageError: a tied weight is changed and it is unclear how (see `tied`); options contradict each other.
         Unsupported: a target's weight has no floating-point dtype.
     """
     stage("planning from headers")
-    # `as_merged` has set the types of a GGUF output, which are more than safetensors knows.
+    # Do not cast a GGUF output: `as_merged` has already set its types, which safetensors does not all have.
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
     tied = parse_tied(options.tied)
     bound = folds_by_tensor(base, adapters, tied, options.allow_partial, rule_texts(options.rename), options.vocab)
@@ -58,7 +58,7 @@ def make_plan(
     changes |= config_changes(base)
     before = config_file(base)
     if cast is not None and before is not None:
-        # transformers renamed `torch_dtype` to `dtype`; the config keeps the key that it has.
+        # Use the key that the config has, because transformers renamed `torch_dtype` to `dtype`.
         key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
     parts: dict[str, Repacked | Stack] = {}
@@ -67,7 +67,10 @@ def make_plan(
         from .requantize import repacked
 
         if options.seed is not None:
-            raise UsageError("quantizing again rounds to the nearest", cure="Leave the seed out, or dequantize")
+            raise UsageError(
+                "quantizing again always rounds to nearest",
+                cure="Omit --seed (seed=), or choose --quantized dequantize (quantized=)",
+            )
         tensors, folds, parts, kept = repacked(base, names, folds)
         kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
     files = tuple(_files(base, tensors, folds, kinds, options.shard_size, parts, options.seed))
@@ -82,7 +85,7 @@ def make_plan(
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """Return the index file of a sharded output, the base's own bytes if they are still correct; None for one file."""
+    """Return the index file of a sharded output (the base's own bytes if they still apply); None for a single file."""
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
@@ -115,7 +118,7 @@ def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
     paths = {span.path for span in spans if span is not None and span.path not in ELSEWHERE}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
-    # The copy keeps the header, so the file must end with its last tensor and hold no tensor that the output lacks.
+    # The copy keeps the header. So the file must end with its last tensor, and hold only tensors of the output.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
@@ -133,18 +136,18 @@ def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]]
 
 
 def is_gguf_output(base: Checkpoint) -> bool:
-    """Whether the base is a GGUF file and the output is one, too."""
+    """Whether base and output are both GGUF files."""
     return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
 
 
 def _grouping(
     base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
-    """Yield (file name, tensor names in order, metadata) of each output file, sharded like the base without a size."""
+    """Yield (file name, tensor names in order, metadata) of each output file; by default, shard as the base does."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
-            raise UsageError("a GGUF model keeps its files", cure="Leave the shard size out")
+            raise UsageError("a GGUF model keeps its files", cure="Omit --shard-size (shard_size=)")
         for file, members in _by_home(base, tensors, None).items():
             yield file.name, members, {}
         return
@@ -161,8 +164,8 @@ def _grouping(
 def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
     """Return the base's files with their tensors, in order; tensors without a file go into `otherwise`."""
     members: dict[Path, list[str]] = {file: [] for file in base.files}
-    # Tensors of one file share one Path object. Hashing a path costs as much as ten lookups by id, and a mixture of
-    # experts has 45,000 tensors.
+    # Group by id: tensors of one file share one Path object, and hashing a path costs as much as ten lookups by id. A
+    # mixture of experts has 45,000 tensors.
     lists: dict[int, list[str]] = {}
     for name in names:
         home = base.home.get(name, otherwise)
@@ -176,7 +179,7 @@ def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> 
 
 def _split(tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int) -> list[list[str]]:
     if shard_size <= 0:
-        raise UsageError(f"a shard size of {shard_size} bytes", cure="Give a positive size, e.g. 5GB")
+        raise UsageError(f"the shard size is {shard_size} bytes", cure="Give a positive size, e.g. 5GB")
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -201,21 +204,21 @@ def _dtype(name: str | None) -> DType | None:
     found = dtype_named(name)
     if found is None or not found.floating or found.torch.startswith(("complex", "float8_e8")):
         known = ", ".join(d.name for d in DTYPES.values() if d.floating)
-        raise UsageError(f"cannot cast weights to {name!r}", cure=f"Known: {known}")
+        raise UsageError(f"weights cannot be cast to {name!r}", cure=f"Known: {known}")
     return found
 
 
 def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:
     if cast is None and isinstance(base, Dequantized) and stored in base.packed and tensor.dtype.name == "F32":
-        return DTYPES["BF16"]  # Schemes dequantize to float32; the output is to have 16 bits, see `quantized.WHY`.
+        return DTYPES["BF16"]  # Schemes dequantize to float32, but the output must have 16 bits, see `quantized.WHY`.
     convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
     return cast if cast is not None and convertible else tensor.dtype
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    # F8_E8M0 stores scales: it has neither a sign nor 0, so it cannot hold a sum.
+    # Refuse F8_E8M0 too: it stores scales, has neither a sign nor 0, and so cannot hold a sum.
     if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
-            f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
+            f"a weight with dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
             cure="Merge into the floating-point weights that it was made from",
         )  # fmt: skip

@@ -23,25 +23,24 @@ WHY = {
     "16 bits, or in the dtype that was asked for; the output is no longer quantized",
     "requantize": "the change is folded into the dequantized weights, which the adapter was trained on, and the result "
     "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
-    "may be lost, and how much of it is left is measured for each target; untouched weights keep their bytes",
-    "original": "the change is folded into the 16-bit weights that the base was quantized from, which are closer to "
-    "the first model, but not what the adapter was trained on: what it learnt to make up for the "
-    "quantization comes along",
+    "may be lost, and the remaining part is measured for each target; unchanged weights keep their bytes",
+    "original": "the change is added to the 16-bit weights from which the base was quantized. They are closer to "
+    "the first model, but the adapter was not trained on them: its corrections of the quantization are added too",
 }
 """Choice -> its effect and the reason to choose it, for the output's record."""
 
 EXPLAINED = (
-    "Choose one: (1) quantized=/--quantized dequantize: fold into the dequantized weights, which the adapter was "
-    "trained on, and write 16 bits; (2) requantize: merge so, and quantize the result again "
-    "in the same scheme, which rounds the change as coarsely as the weights and says how much of it is left; (3) "
-    "original, with onto=/--onto DIR: fold into the 16-bit weights that the base was made from, which are "
-    "closer to the first model but not what the adapter was trained on"
+    "Choose one: (1) quantized=/--quantized dequantize: merge into the dequantized weights, on which the adapter was "
+    "trained, and write 16 bits; (2) requantize: do the same, but quantize the result again in the same scheme, which "
+    "rounds the change as coarsely as the weights, and report how much of the change remains; (3) original, with "
+    "onto=/--onto DIR: merge into the 16-bit weights from which the base was made, which are closer to the first "
+    "model, but on which the adapter was not trained"
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Original(Checkpoint):
-    """The 16-bit weights that are merged into instead of a quantized base.
+    """The 16-bit weights that are used instead of a quantized base.
 
     Attributes:
         scheme: the quantization scheme of the base.
@@ -76,17 +75,17 @@ def as_merged(
         keep: what rounding is to keep, one of `KEPT`.
 
     Raises:
-        TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
+        TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
         UsageError: an unknown choice, `onto` without `original`, or `keep` without `requantize`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
-        raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(WHY)}")
+        raise UsageError(f"the choice {quantized!r} for quantized bases is unknown", cure=f"Known: {', '.join(WHY)}")
     if (onto is None) == (quantized == "original"):
-        why = "the 16-bit weights that are merged into are not said" if onto is None else f"onto is of no {quantized}"
+        why = "the 16-bit weights to merge into are missing" if onto is None else f"onto does not apply to {quantized}"
         raise UsageError(
-            why, cure="Choose quantized=/--quantized original and give them by onto=/--onto, or do neither"
+            why, cure="Choose --quantized original (quantized=) and give the weights by --onto (onto=), or omit both"
         )
     if keep is not None and keep not in KEPT:
         raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
@@ -97,7 +96,7 @@ def as_merged(
             cure = f"Leave out --quantized (quantized=) and --onto (onto=). {SAVED}"
             raise UsageError(f"the base is not quantized, so {quantized} does not apply", path=base.root, cure=cure)
         return base
-    # The default for GGUF bases: llama.cpp, which they are made for, loads nothing else.
+    # Requantize GGUF bases by default: they are made for llama.cpp, which loads nothing else.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
         quantized = "requantize"
     if quantized is None:
@@ -128,7 +127,7 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
 
 
 def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` must have read it: dequantized, or to be quantized again."""
+    """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again."""
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
@@ -146,7 +145,9 @@ def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
     if is_quantized(onto):
-        raise Unsupported(f"it is quantized itself ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights")
+        raise Unsupported(
+            f"the weights are themselves quantized ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights"
+        )
     _check_same(base.tensors, onto)
     held = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
     return Original(**held, scheme=base.scheme, weights=len(base.packed))
@@ -158,15 +159,15 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
     for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
         lost = sorted(set(one) - set(other))
         if lost:
-            raise TargetNotFound(f"not in {where}: {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
+            raise TargetNotFound(f"{where} lacks {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
     for name, tensor in tensors.items():
         if onto.tensors[name].shape != tensor.shape:
-            why = f"of shape {list(onto.tensors[name].shape)}, not {list(tensor.shape)} as in the quantized base"
+            why = f"the shape is {list(onto.tensors[name].shape)}, but {list(tensor.shape)} in the quantized base"
             raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
-    """Return the changes of `config.json`: the quantization is removed unless the output is quantized again."""
+    """Return the changes of `config.json`: the quantization is removed, unless the output is quantized again."""
     if not isinstance(base, Dequantized) or base.packs:
         return {}
     text = (base.config or {}).get("text_config")

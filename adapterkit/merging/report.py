@@ -42,8 +42,8 @@ class Report:
         norms: tensor -> Frobenius norm of each adapter's change, for the adapters that change it.
         damage: weight that was quantized again -> `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
-        carried: names of the companion files: those of the base, and an adapter's tokenizer if that was taken.
-        left_out: files of the base that were not copied: its weights in other forms, a tokenizer that was replaced.
+        carried: names of the companion files: the base's, and an adapter's tokenizer if it was used.
+        left_out: files of the base that were not copied: its weights in other formats, a tokenizer that was replaced.
         seconds: the time from the start of planning to the durable output.
         already: whether an earlier run wrote the same output from the same inputs, so that nothing was written.
     """
@@ -69,7 +69,7 @@ class Report:
         return html_table(repr(self), ("tensor", *names), rows)
 
     def record(self) -> dict[str, JsonValue]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return {
             "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
@@ -99,7 +99,7 @@ def local(device: str) -> Engine:
 def run_plan(
     plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
 ) -> Report:
-    """Run a plan and put its output at `out`; see `adapterkit.merge`."""
+    """Run a plan and put the output at `out`; see `adapterkit.merge`."""
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
@@ -114,10 +114,10 @@ def run_plan(
             _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
-            # Keep the finished files: running the same command again resumes.
+            # Keep the finished files, so that the same command resumes.
             raise
         except (AdapterkitError, OSError, MemoryError):
-            # An interrupt is not among these: its stage stays, and the same command resumes.
+            # Discard the stage on these errors. An interrupt is not one of them: its stage stays for the next run.
             stage.discard()
             raise
 
@@ -133,7 +133,7 @@ def _decided(plan: Plan) -> str:
 
 
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
-    """Return the report of an earlier run, whose output is in place and unchanged."""
+    """Return the report of an earlier run whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -167,7 +167,7 @@ def _write(
 
 
 def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the numbers of the engine into the norms of the changes and the damage by quantizing again, by weight."""
+    """Split the engine's numbers into two: the norms of the changes, and the damage by quantizing again, by weight."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -195,7 +195,7 @@ def _carry(plan: Plan, out: Path) -> None:
 
 
 def _copy(file: Path, to: Path) -> None:
-    """Copy a file and flush it to disk: the output must be durable before it is renamed into place."""
+    """Copy a file and flush it to disk, because the output must be durable before it is renamed into place."""
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
@@ -221,7 +221,7 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
 
 
 def _digest_of(card: Path) -> str | None:
-    """Return the digest of the base's model card; a push then tells it from a card that was written for the output."""
+    """Return the digest of the base's model card; a push uses it to recognise a copy of that card."""
     return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 
@@ -233,5 +233,7 @@ def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:
         raise storage_error(error, out.parent) from error
     if needed > free:
         raise StorageError(
-            f"needs {needed:,} bytes, {free:,} are free", path=out.parent, cure="Free some space or write elsewhere"
+            f"the merge needs {needed:,} bytes, but {free:,} are free",
+            path=out.parent,
+            cure="Free some space or write elsewhere",
         )

@@ -1,8 +1,7 @@
 """Quantize merged weights again by the scheme's formula, and measure how much of the change survives.
 
-A scheme that packs each row of a weight apart has it merged, packed and written in runs of rows, by several workers.
-Otherwise a packed weight consists of several stored tensors, which one worker computes together. Packed weights that no
-adapter changes are copied as they are.
+If a scheme packs each row of a weight separately, several workers merge, pack and write it in runs of rows. Otherwise,
+one worker computes all stored tensors of a packed weight together. Packed weights that no adapter changes are copied.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ if TYPE_CHECKING:
     from .planned_update import PlannedUpdate
 
 HELD = 1 << 24
-"""The largest number of elements of a merged weight to keep in memory; larger ones are merged again block by block."""
+"""Largest number of elements of a merged weight to keep in memory; a larger one is merged again, block by block."""
 
 RUN = 1 << 22
-"""Numbers of a weight that a worker takes at a time, if rows are packed apart."""
+"""Number of elements of a weight that a worker takes at a time, if rows are packed separately."""
 
 KEPT_BYTES = 64
 """Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
 
 NORMS = 4
-"""The norms that measure quantizing: of its error, the merged weight, the change, and the change that remains."""
+"""Number of norms that measure quantizing: of its error, the merged weight, the change, and the remaining change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +48,12 @@ class RepackedRun:
     """Rows of a packed weight that are merged and packed again, or bytes of it to copy.
 
     Attributes:
-        places: stored tensor -> the first byte of the run in it, and how many; with what fills up the tensor behind its
-            last row.
+        places: stored tensor -> (offset of the run's first byte, number of bytes); the last run includes the padding at
+            the end of the tensor.
         weight: the weight.
-        groups: the blocks of these rows, in groups whose rows lie together; none if the bytes are copied.
+        groups: the blocks of these rows, in groups of adjacent rows; empty if the bytes are copied.
         at: the position of the weight's first planned update among those of the tensor.
-        count: how many planned updates the tensor has.
+        count: the number of planned updates of the tensor.
         source: the bytes to copy, if there are no groups.
     """
 
@@ -66,10 +65,10 @@ class RepackedRun:
     source: Lazy | None = None
 
     def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
-        """Merge and pack the rows, and hand over the bytes of each stored tensor in order.
+        """Merge and pack the rows, and pass the bytes of each stored tensor to `write`, in order.
 
         Returns:
-            the squared norms by position.
+            The squared norms by position.
 
         Raises:
             Malformed: a factor or a merged number is not finite.
@@ -78,7 +77,7 @@ class RepackedRun:
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # Norms that do not depend on the base are those of the whole weight: the first of its runs counts them.
+        # Count norms that do not depend on the base only once, in the first run: they cover the whole weight.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -100,7 +99,7 @@ class RepackedRun:
                 left[name] -= len(data)
         for name, count in left.items():
             if count < 0:
-                raise ShapeMismatch(f"{-count} bytes too many, quantized again", where=name, cure=NO_PACKING)
+                raise ShapeMismatch(f"quantizing again gave {-count} bytes too many", where=name, cure=NO_PACKING)
             if count:
                 write(name, bytes(count))
         norms = {self.at + fold: square for fold, square in counted.items()}
@@ -112,8 +111,8 @@ def damage(merged: Array, old: Array, new: Array) -> Array:
 
     Args:
         merged: the merged rows.
-        old: the rows as they were stored.
-        new: the rows as they are stored now, of the dtype of `old`.
+        old: the rows as they were stored before.
+        new: the rows as they are stored now, in the dtype of `old`.
     """
     import numpy as np
 
@@ -135,7 +134,7 @@ class Repacked:
 
     Attributes:
         base: the dequantized base.
-        packed: the weight as it is stored.
+        packed: the weight in its stored form.
         folds: the planned updates of the weight.
     """
 
@@ -145,13 +144,13 @@ class Repacked:
 
     @cached_property
     def output(self) -> Output:
-        """The weight as an output of its own, of the dtype that is packed."""
+        """The weight as a separate output, in the dtype that is packed."""
         packed = self.packed
         return Output(packed.name, DTYPES[packed.merged], packed.shape, 0, packed.lazy(), self.folds)
 
     @property
     def rowwise(self) -> Rowwise:
-        """The packed weight, if its rows are packed apart."""
+        """The packed weight, if its rows are packed separately."""
         assert isinstance(self.packed, Rowwise)
         return self.packed
 
@@ -168,12 +167,12 @@ class Repacked:
 
     @property
     def held(self) -> int:
-        """The memory that computing it takes, in bytes."""
+        """The memory that the computation takes, in bytes."""
         return self._held_by_rows if self.apart else self._held_whole
 
     @property
     def _held_by_rows(self) -> int:
-        """Rows before, after and between, with the float64 images of a block."""
+        """Rows before, during and after the merge, with the float64 images of a block."""
         width, count = self.packed.shape[-1], math.prod(self.packed.shape)
         block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
         group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
@@ -181,7 +180,7 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Return the runs of its stored tensors; None if all of them are computed together."""
+        """Return the runs of its stored tensors; None if all tensors are computed together."""
         if not self.apart:
             return None
         stored = self.base.stored.tensors
@@ -193,7 +192,7 @@ class Repacked:
     def runs_between(
         self, starts: Mapping[str, int], ends: Mapping[str, int], at: int, count: int
     ) -> Iterator[RepackedRun]:
-        """Yield the runs of its rows, if its bytes in each stored tensor are these; see `RepackedRun`."""
+        """Yield the runs of its rows, given the location of its bytes in each stored tensor; see `RepackedRun`."""
         run: list[tuple[Block, ...]] = []
         total, width = math.prod(self.packed.shape[:-1]), self.packed.shape[-1]
         for group in self._groups():
@@ -209,7 +208,7 @@ class Repacked:
                 run = []
 
     def _groups(self) -> Iterator[tuple[Block, ...]]:
-        """Yield its blocks in the smallest groups whose rows lie together in the stored tensor."""
+        """Yield its blocks in the smallest groups whose rows are adjacent in the stored tensor."""
         group: list[Block] = []
         for block in blocks(self.output):
             group.append(block)
@@ -218,14 +217,14 @@ class Repacked:
                 group = []
 
     def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
-        """Return the first row of the packed weight that consecutive blocks have, and the one behind the last."""
-        # A block of stacked experts counts rows of one expert, and one of a convolution's weight has longer rows.
+        """Return the first row of the packed weight in consecutive blocks, and the row after the last."""
+        # Convert rows: a block of stacked experts counts rows of one expert, and a convolution's block has longer rows.
         width, last = self.packed.shape[-1], group[-1]
         return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _held_whole(self) -> int:
-        """Its parts as they were read, twice as they are made, merged numbers, and temporaries of a step."""
+        """The parts as read, twice their size for the new ones, the merged numbers, and temporaries of a step."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -237,7 +236,7 @@ class Repacked:
 
         Raises:
             Malformed: a factor or a merged number is not finite.
-            Unsupported: the scheme has no formula for it.
+            Unsupported: the scheme cannot quantize.
         """
         merged = _Merged(self.output, workspace)
         parts, again = self._packed(self._keeping(merged) if self.keeps else merged.rows)
@@ -308,7 +307,7 @@ class Repacked:
 
         data, wanted = np.ascontiguousarray(array).tobytes(), self._written(name).nbytes
         if len(data) != wanted:
-            raise ShapeMismatch(f"{len(data)} bytes quantized again, not {wanted}", where=name, cure=NO_PACKING)
+            raise ShapeMismatch(f"quantizing again gave {len(data)} bytes, not {wanted}", where=name, cure=NO_PACKING)
         return data
 
     def _written(self, name: str) -> Lazy:
@@ -330,13 +329,13 @@ class Repacked:
 
 
 def _wide(rows: Array) -> Array:
-    """Return numbers in float32 if they are narrower or integers."""
+    """Return numbers as float32 if they are integers or narrower floats."""
     return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Consecutive weights in one stored tensor, such as the experts of a layer, of which some are changed."""
+    """Consecutive weights in one stored tensor, such as the experts of a layer; some of them are changed."""
 
     weights: tuple[Repacked, ...]
 
@@ -357,7 +356,7 @@ class Stack:
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
     def runs(self) -> tuple[RepackedRun, ...] | None:
-        """Like `Repacked.runs`; weights that nothing changes are runs to copy."""
+        """Return runs like `Repacked.runs`; unchanged weights are runs to copy."""
         changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
         return tuple(self._runs()) if all(weight.apart for weight in changed) else None
 
@@ -366,7 +365,7 @@ class Stack:
         for number, weight in enumerate(self.weights, 1):
             assert weight.packed.share is not None
             member, nbytes = self.packed.name, weight.packed.share.nbytes
-            # The stored tensor may be padded behind its last weight.
+            # Include the padding that the stored tensor may have after its last weight.
             end = self.packed.written.nbytes if number == len(self.weights) else offset + nbytes
             if weight.folds or weight.packed.changes:
                 yield from weight.runs_between({member: offset}, {member: end}, at, len(self.folds))
@@ -375,7 +374,7 @@ class Stack:
             offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Like `Repacked.compute`; the last `NORMS` sum over all weights that are quantized again."""
+        """Return the same as `Repacked.compute`; the last `NORMS` are sums over all weights quantized again."""
         member, data, norms, squares = self.packed.name, bytearray(), dict[int, float](), [0.0] * NORMS
         at = 0
         for weight in self.weights:
@@ -388,13 +387,13 @@ class Stack:
             norms |= {at + fold: square for fold, square in found.items() if fold < count}
             squares = [square + found[count + number] for number, square in enumerate(squares)]
             at += count
-        # The stored tensor may be padded behind its last weight.
+        # Add the padding that the stored tensor may have after its last weight.
         data += bytes(self.packed.written.nbytes - len(data))
         return {member: bytes(data)}, norms | {at + number: square for number, square in enumerate(squares)}
 
 
 class _Merged:
-    """A merged weight in float32, of which any rows can be requested."""
+    """A merged weight in float32, from which any rows can be requested."""
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output = output
@@ -406,7 +405,7 @@ class _Merged:
         self._width = output.shape[-1]
 
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows `start` to `stop` of the weight seen as `[rows, width]`."""
+        """Return rows `start` to `stop` of the weight, viewed as `[rows, width]`."""
         import numpy as np
 
         if self._whole is not None:
@@ -425,7 +424,7 @@ class _Merged:
 
     @cached_property
     def _whole(self) -> Array | None:
-        # Rows are requested at least twice, to pack them and to measure the damage: merge once what fits.
+        # Merge once and keep the result if it fits: rows are requested at least twice, to pack and to measure them.
         count = math.prod(self.output.shape)
         if count > HELD:
             return None
@@ -449,7 +448,9 @@ class _Merged:
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
         target = self.arrays.over(out.view("u1").data, self.output.dtype)
         for fold, square in self.folder.compute(raw, target, block).items():
-            if block.first not in self._seen:  # A block of a large weight is merged several times, and counts once.
+            if (
+                block.first not in self._seen
+            ):  # Count a block once, though a large weight's blocks are merged repeatedly.
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
 
@@ -468,7 +469,7 @@ def repacked(
     """
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
-        why = f"it is {names[twice]}, which is packed, under another name"
+        why = f"the weight is a second name for {names[twice]}, which is packed"
         cure = "Choose tied=/--tied merge, or quantized=/--quantized dequantize"
         raise Unsupported(why, where=twice, cure=cure)
     stored = base.written
@@ -481,7 +482,7 @@ def repacked(
     for name, found in folds.items():
         weight = base.packed.get(name)
         if weight is not None and type(weight).pack is Packed.pack:
-            raise Unsupported(f"nothing here quantizes to {base.scheme}", where=name, cure=NO_PACKING)
+            raise Unsupported(f"adapterkit cannot quantize to {base.scheme}", where=name, cure=NO_PACKING)
         if weight is not None and weight.share is not None:
             continue
         moved[name if weight is None else weight.members[0]] = found
@@ -503,10 +504,10 @@ def repacked(
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return the error relative to the merged weight, and `kept`, the part of the change that survived.
 
-    `kept` is the projection of the remaining change on the intended one: 1 is all of it, 0 none.
+    `kept` is the projection of the remaining change on the intended one: 1 is all of it, 0 nothing.
     """
     error, merged, change, left = norms
-    # With R, M, W the new, the merged and the old weight, |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, so that
+    # With R, M, W the new, the merged and the old weight, |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>. So the
     # norms alone give the projection of R - W on M - W, and the weights need not be kept.
     kept = (left**2 + change**2 - error**2) / (2 * change**2) if change else 1.0
     return {"error": error / merged if merged else 0.0, "kept": kept}

@@ -1,8 +1,8 @@
-"""The remainder of a quantized merge: what the coarse grid lost of it, as a LoRA to run beside the quantized model.
+"""The remainder of a quantized merge: what quantization lost, as a LoRA to run together with the quantized model.
 
 Quantizing a merged weight again rounds it as coarsely as the base was rounded, which may lose most of a small change.
-Its error is no more random than the change: a LoRA of a small rank holds the largest part of it that a LoRA can.
-LQER (Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does so for a whole model.
+The rounding error is no more random than the change: a LoRA of small rank can hold a large part of it.
+LQER (Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does this for a whole model.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def remainder_of(
     """Return what quantizing a merge again lost; see `adapterkit.merging.remainder`.
 
     Args:
-        merged: the output of the merge, as it is stored.
+        merged: the stored output of the merge.
         base: the base, dequantized.
-        adapters: name, adapter and weight of each.
+        adapters: the name, adapter and weight of each.
         rank: the rank of the result.
         allow_partial: as in the merge.
         rename: the rules for names.
         dtype: the dtype of the factors.
-        report: called with a `Cut` for each weight.
-        progress: called with (bytes done, bytes in all).
+        report: a function that is called with a `Cut` for each weight.
+        progress: a function that is called with (bytes done, total bytes).
     """
     from ..ops.criteria import Criterion
 
@@ -74,7 +74,7 @@ def remainder_of(
     outputs = make_plan(base, adapters, options).outputs()
     changed = [output for output in outputs if output.folds and output.name in stored.packed]
     if not changed:
-        cure = "An adapter of weights that are not packed loses nothing; leave the remainder out"
+        cure = "A merge into weights that are not packed loses nothing; omit the remainder"
         raise UsageError("no adapter changes a packed weight", path=merged.root, cure=cure)
     criterion = Criterion(rank)
     criterion.check()
@@ -99,7 +99,7 @@ def remainder_of(
 
 
 def _sides(output: Output) -> tuple[int, int]:
-    """Return the outputs and the inputs, with the places of a kernel, of one weight."""
+    """Return the number of outputs, and of inputs times kernel positions, of one weight."""
     out, *rest = output.folds[0].logical if output.folds[0].target.rows is None else output.shape
     return out, math.prod(rest)
 
@@ -110,7 +110,7 @@ def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType
     from ..ops.sketching import dominant
 
     given = output.folds[0].target
-    # The remainder is that of the whole weight, where parts of a fused one have targets of their own.
+    # Use the whole weight as the target, even if parts of a fused weight have their own targets.
     target = Target(given.path, given.layout)
     D = view_of(_exact(output) - load(stored.tensors[output.name]), target)
     shape = D.shape[1:] if target.stacked else D.shape

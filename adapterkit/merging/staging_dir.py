@@ -1,7 +1,7 @@
-"""The stage of a merge: a hidden folder beside the output in which the merge is built and resumed.
+"""The stage of a merge: a hidden folder next to the output, in which the merge is built and resumed.
 
-Finished files lie under `out/`, their norms and checksums under `norms/`; everything else is unfinished and is written
-again. `io/staging.py` moves the output into place.
+Finished files are in `out/`, their norms and checksums in `norms/`; everything else is unfinished and is written again.
+`io/staging.py` moves the output into place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StagingDir(Staging):
         out: the path of the output.
         digest: the digest of the plan; the stage of another plan is deleted.
         files: names of the files that are kept if an earlier run finished them.
-        single: whether the output is the one file in the stage instead of the folder.
+        single: whether the output is the single file in the stage instead of the folder.
     """
 
     def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
@@ -42,10 +42,10 @@ class StagingDir(Staging):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the stage for this process; create it, or continue that of an interrupted merge.
+        """Lock the stage for this process; create it, or continue the stage of an interrupted merge.
 
         Raises:
-            StorageError: another process is merging to the same output, or the folder cannot be written.
+            StorageError: another process is merging to the same output, or the folder is not writable.
         """
         with super().locked():
             try:
@@ -97,7 +97,7 @@ class StagingDir(Staging):
     def link(self, name: str, file: Path) -> bool:
         """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
         try:
-            # Caches of hubs consist of symbolic links; the output must not depend on the link.
+            # Link to the target of symbolic links, of which hubs' caches consist: the output must not depend on them.
             os.link(file.resolve(), self.parts / name)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
@@ -125,14 +125,14 @@ class StagingDir(Staging):
             gone = [entry for entry in self.target.iterdir() if entry != self.folder]
         files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
         record = None if made_from is None else record_of(made_from, files)
-        # Every file was flushed when it was written; a second fsync of each would only take time.
+        # Pass durable=True: every file was flushed when it was written, and a second fsync would only take time.
         self.publish(moves, gone, durable=True, record=record)
         self.discard()
 
     def discard(self, keep: Collection[str] = ()) -> None:
         """Remove the stage.
 
-        The file `plan` is removed last: until then, a process that was killed here is seen as completed.
+        The file `plan` is removed last: if the process is killed before, the next run sees the merge as completed.
         """
         super().discard({"plan", *keep})
 

@@ -54,13 +54,13 @@ def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
 
 
 def _sources(file: OutputFile) -> set[str]:
-    """Return the paths of the base files that an output file is made from."""
+    """Return the paths of the base files from which an output file is made."""
     found = set()
     for output in file.outputs:
         tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
             if tensor.span is None:
-                cure = "Leave --stream out: it is fetched whole first"
+                cure = "Omit --stream (stream=): the base is then fetched whole first"
                 raise Unsupported(
                     "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
                 )

@@ -1,7 +1,7 @@
-"""Tied weights in a merge: which layers each update changes, and whether the output keeps one tensor for all of them.
+"""Tied weights in a merge: which layers each update changes, and whether the output has one tensor for all of them.
 
-PEFT (0.21.2) attaches an update to the named module only, so a change at a tied embedding does not reach the head;
-token rows are the exception and change both. `tied` overrides that, for all updates or by kind.
+PEFT (0.21.2) attaches an update to the named module only, so a change at a tied embedding does not reach the head.
+Token rows are the exception: they change both. `tied` overrides this, for all updates or by kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Folds = dict[str, list[PlannedUpdate]]
 """Name of a layer's weight -> its planned updates."""
 
 KINDS = ("rows", "embedding", "head", "replacement")
-"""The kinds of update for which `tied` can hold separate choices."""
+"""Kinds of update for which `tied` can hold separate choices."""
 
 MERGE, UNTIE = "merge", "untie"
 
@@ -40,7 +40,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
         tied: `"merge"`, `"untie"`, `"rows=untie,embedding=merge"`, or a mapping of kinds to choices.
 
     Raises:
-        UsageError: an unknown kind or choice.
+        UsageError: a kind or a choice is unknown.
     """
     if tied is None or tied in (MERGE, UNTIE):
         return tied
@@ -49,7 +49,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
     else:
         pairs = [(kind.strip(), choice.strip()) for kind, _, choice in (p.partition("=") for p in str(tied).split(","))]
     if not pairs or any(kind not in KINDS or choice not in (MERGE, UNTIE) for kind, choice in pairs):
-        raise UsageError(f"unknown choice {tied!r} for tied weights", cure=f"Give --tied (tied=) {GRAMMAR}")
+        raise UsageError(f"the choice {tied!r} for tied weights is unknown", cure=f"Give --tied (tied=) {GRAMMAR}")
     return ",".join(f"{kind}={choice}" for kind, choice in sorted(dict(pairs).items()))
 
 
@@ -61,19 +61,20 @@ def settle_tie(
 
     Args:
         tie: the base's tie.
-        folds: planned updates by the layer names that the adapters use; changed in place to names of output tensors.
+        folds: planned updates by the layer names that the adapters use; this function changes the keys to the names of
+            output tensors.
         names: output name -> stored name; the head is added if the output gets a tensor for it.
         adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
         tied: the canonical text of the choice, see `parse_tied`.
         config: the base's config.
-        warnings: a sentence is appended for each update that is left out.
+        warnings: a sentence is appended for each omitted update.
         rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        changes of the config, which unties the head if that is needed.
+        Changes of the config, which untie the head if that is needed.
 
     Raises:
-        UsageError: nothing tells which layers training changed, or one tensor would need two different changes.
+        UsageError: it is unknown which layers training changed, or one tensor would need two different changes.
     """
     own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
     if not own:
@@ -88,11 +89,11 @@ def settle_tie(
     bias = f"{tie.head.removesuffix('.weight')}.bias"
     if loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
         warnings.append(
-            f"{bias} is kept, as PEFT's own merge keeps it; PEFT's forward pass leaves it out where token rows are "
-            "trained at a tied head, so the merged model's logits differ from those of training by this bias"
+            f"{bias} is kept, as in PEFT's own merge; if token rows are trained at a tied head, PEFT's forward pass "
+            "omits this bias, so the merged model's logits differ from those of training by the bias"
         )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
-        why = f"the adapter changes {' and '.join(tie.inputs)} differently, and a model stores one tensor for both"
+        why = f"the adapter changes {' and '.join(tie.inputs)} differently, but a model stores one tensor for both"
         cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
         raise UsageError(why, where=tie.stored, cure=cure)
     if tied != UNTIE and _equal(inputs, head):
@@ -100,11 +101,11 @@ def settle_tie(
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
-    # BART's classes read `shared` by way of the tie alone: once it is off, each half loads a table of its own.
+    # Add each half's own table: BART's classes read `shared` only by the tie, and without it each half loads its own.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
-    # transformers ties all of a class or nothing: BERT's head would load a bias of its own, which is nowhere.
+    # Add tied copies: transformers ties everything in a class or nothing, so BERT's head would look for its own bias.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -113,17 +114,17 @@ def settle_tie(
 
 
 def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
-    """Refuse a change of an embedding that the decoder of an encoder-decoder of two models ties to its head.
+    """Refuse a change of an embedding that the decoder, in an encoder-decoder of two models, ties to its head.
 
-    TrOCR's published models are such models. The output would need a head whose name only the decoder's class tells.
+    TrOCR's published models are of this kind. The output would need a head whose name only the decoder's class knows.
 
     Args:
         folds: planned updates by the stored names.
         stored: names of the base's tensors.
-        config: the base's config, with the decoder's in it.
+        config: the base's config, which contains the decoder's.
 
     Raises:
-        UsageError: PEFT changed the embedding alone, and a merge would change the head, too.
+        UsageError: PEFT changed only the embedding, but a merge would change the head, too.
     """
     part = (config or {}).get("decoder")
     inside = [name for name in stored if name.startswith("decoder.")]
@@ -133,13 +134,13 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
         updates = [update for fold in folds.get(name, ()) for update in fold.updates]
         if is_embedding(name) and any(update.shared_as != "rows" for update in updates):
             why = (
-                "the decoder ties its head to this embedding, and the adapter was trained to change the embedding alone"
+                "the decoder ties its head to this embedding, but the adapter was trained to change only the embedding"
             )
             raise UsageError(why, where=name, cure=f"Inject it into a live model; {_MERGE} changes both")
 
 
 def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
-    """Whether PEFT trained rows at a head: its layer of token rows calls the head without a bias (PEFT 0.21.2)."""
+    """Whether PEFT trained rows at a head: its layer for token rows calls the head without a bias (PEFT 0.21.2)."""
     return any(
         update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}
         for fold in head
@@ -152,21 +153,21 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
     Args:
         tie: the base's tie.
-        own: the adapter's planned updates, by its names for the layers.
-        adapter: the adapter; its lineage tells which tool trained it.
+        own: the adapter's planned updates, by its own names for the layers.
+        adapter: the adapter; its lineage says which tool trained it.
         tied: the canonical text of the choice, see `parse_tied`.
-        warnings: a sentence is appended for each update that is left out.
+        warnings: a sentence is appended for each omitted update.
 
     Returns:
-        for each name of `tie.layers`, the planned updates that change it, with the targets that the adapter names.
+        For each name in `tie.layers`, the planned updates that change it, with the targets that the adapter names.
 
     Raises:
-        UsageError: neither `tied` nor the adapter's lineage tells, or the changes cannot share one tensor.
+        UsageError: neither `tied` nor the adapter's lineage decides, or the changes cannot share one tensor.
     """
     if not own:
         return {}
     first = next(iter(own.values()))
-    # If all layers get the same change, the choices agree, and nothing has to be known about the tool.
+    # Skip the choice if all layers get the same change: then all choices agree, and the tool need not be known.
     if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
         return {layer: own[layer] for layer in tie.layers}
     choice = _Choice(tie, own, adapter, tied)
@@ -178,15 +179,15 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
             readers = " and ".join(layer.removesuffix(".weight") for layer in tie.inputs)
             module = name.removesuffix(".weight")
             warnings.append(
-                f"the update at {module} is left out: it had no effect while PEFT trained it, since the model calls "
+                f"the update at {module} is not used: it had no effect while PEFT trained it, since the model calls "
                 f"{readers} instead; {_flag('embedding=untie,replacement=untie')} applies it there"
             )
             continue
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # T5's `shared` is read by both halves; T5Gemma 2's encoder has the table that the decoder reads, too,
-                # and PEFT adapts the one that is named.
+                # Both halves of T5 read `shared`. The encoder of T5Gemma 2 has the decoder's table, too, and PEFT
+                # adapts the one that is named.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -197,7 +198,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Whether an update changes all layers that read the tied tensor (`merge`) or the one that it names (`untie`)."""
+    """Whether an update changes all layers that read the tied tensor (`merge`) or only the named layer (`untie`)."""
 
     tie: Tie
     own: Folds
@@ -208,7 +209,7 @@ class _Choice:
         """Return the choice for an update at the layer `name`.
 
         Raises:
-            UsageError: neither the caller nor the adapter's file tells.
+            UsageError: neither the caller nor the adapter's file decides.
         """
         kind = update.shared_as if update.shared_as != "layer" else "head" if name == self.tie.head else "embedding"
         if self.tied == MERGE:
@@ -227,9 +228,9 @@ class _Choice:
         return self._by_file(kind, name)
 
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
-        """Whether updates at a module that no layer calls (`shared` of T5 and BART) had no effect in training.
+        """Whether updates at a module that no layer calls (`shared` in T5 and BART) had no effect in training.
 
-        PEFT replaces `shared` by its layer, but the encoder and the decoder call embedding modules of their own. Token
+        PEFT replaces `shared` by its own layer, but the encoder and the decoder call their own embedding modules. Token
         rows are the exception: PEFT attaches them to every tied layer.
         """
         if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
@@ -238,12 +239,12 @@ class _Choice:
         return not rows or self._has_rows(self.tie.head)
 
     def _by_file(self, kind: str, name: str) -> str:
-        """Decide as the tool that trained the adapter does."""
+        """Return the choice of the tool that trained the adapter."""
         tools = _tools(self.adapter.recipe)
         if kind == "rows" or tools == {"create"}:
             return UNTIE
         if tools == {"mlx"} and kind == "embedding":
-            # LoRAEmbedding.as_linear of mlx-lm adds the same factors where the tied embedding serves as the head.
+            # In mlx-lm, LoRAEmbedding.as_linear adds the same factors if the tied embedding serves as the head.
             return MERGE
         if tools != {"peft"}:
             raise self._unknown(name, "its file does not say which of them training changed")
@@ -253,8 +254,8 @@ class _Choice:
         alone = not any(layer in self.own for layer in self.tie.layers if layer != name)
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:
-                raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is not there")
-            # PEFT looks for the words embed_tokens and lm_head; `wte` and others stay untied.
+                raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is missing")
+            # PEFT looks for the names embed_tokens and lm_head; `wte` and others stay untied.
             return MERGE if name.endswith("embed_tokens.weight") else UNTIE
         return UNTIE
 
@@ -268,13 +269,13 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """Return the choice that `extract` recorded, by whether the tuned model had a separate head; None otherwise."""
+    """Return the choice recorded by `extract`, which saw whether the tuned model had a separate head; else None."""
     said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Any]) -> set[str]:
-    """Return the formats in an adapter's lineage; `create` or `extract` if this library made it."""
+    """Return the formats in an adapter's lineage; `create` or `extract` if this library created the adapter."""
     found: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
@@ -298,7 +299,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
         if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
-            # PEFT saves the base's weight beside the factors of an adapted embedding and of an adapted head.
+            # Drop the base's weight, which PEFT saves next to the factors of an adapted embedding and an adapted head.
             fold = replace(fold, updates=fold.updates[1:])
         kept.append(fold)
     if len(kept) > 1 and not all(_without_start(fold).additive for fold in kept):
@@ -338,7 +339,7 @@ def same(one: PlannedUpdate, other: PlannedUpdate) -> bool:
 
 
 def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate) -> bool:
-    """Whether two updates, each in the view of its target, change a stored tensor in the same way."""
+    """Whether two updates, each in its target's layout, change a stored tensor in the same way."""
     import numpy as np
 
     if a.method != b.method or a.attributes != b.attributes or a.tensors.keys() != b.tensors.keys():
@@ -354,7 +355,7 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 
 
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
-    """Return (left, right) with W + left @ right in the stored layout, without the scaling; None without factors."""
+    """Return (left, right) with W + left @ right in the stored layout, without scaling; None if it has no factors."""
     from .arrays import NumpyArrays
 
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
@@ -398,6 +399,6 @@ def _flag(choice: str) -> str:
 
 _MERGE = _flag(MERGE)
 _ADVICE = (
-    f"{_flag(UNTIE)} lets each update change the layer that it names and writes the head apart; {_MERGE} puts every "
-    "change on the shared tensor, which changes all layers"
+    f"{_flag(UNTIE)} lets each update change only the layer that it names, and writes the head as a separate tensor; "
+    f"{_MERGE} puts every change on the shared tensor, which changes all layers"
 )

@@ -40,7 +40,7 @@ PIECE = 4 << 20
 """Elements compared at a time."""
 
 NEAREST = 0.5001
-"""Units in the last place; an element closer than this to the exact result counts as correctly rounded."""
+"""Distance in units in the last place; an element closer than this to the exact result counts as correctly rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class TensorDifference:
     """One tensor that differs from the merge.
 
     Attributes:
-        tensor: its name.
-        why: what is wrong with it.
+        tensor: the name of the tensor.
+        why: a description of the difference.
         elements: the number of wrong elements, if they could be compared.
         largest: the largest absolute error of an element.
     """
@@ -70,7 +70,7 @@ class BaseDifference:
     Attributes:
         named_by: the adapter, or the file name of the merge's record.
         expected: the recorded fingerprint.
-        given: the fingerprint of the base that was given.
+        given: the fingerprint of the given base.
         how: `same architecture, other weights` or `other names or shapes of tensors`; empty if shapes are not recorded.
     """
 
@@ -89,11 +89,11 @@ class Verification:
 
     Attributes:
         tensors: the number of tensors that were compared with the recomputed merge.
-        targets: the number of these that adapters change.
-        differences: the tensors that differ; the files that differ if checksums were compared.
+        targets: the number of these tensors that adapters change.
+        differences: the tensors that differ; or the files that differ, if checksums were compared.
         files: the number of files that were compared with their recorded checksums.
         base: the records that name another base.
-        warnings: properties of the base that an adapter names and the given base does not have.
+        warnings: properties of the base that an adapter names but the given base does not have.
     """
 
     tensors: int
@@ -140,7 +140,9 @@ def compare(
     tied, vocab = recorded_choices(merged, base)
     options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
-    differences = [TensorDifference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
+    differences = [
+        TensorDifference(name, "the base does not have it") for name in merged.tensors if name not in _names(plan)
+    ]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)
     total = sum(output.nbytes for output in outputs)
@@ -195,13 +197,13 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """Draw `sample` changed and `sample` unchanged tensors, anew in each call; None takes all."""
+    """Draw `sample` changed and `sample` unchanged tensors, differently in each call; None means all."""
     if sample is None:
         return outputs
     if sample <= 0:
-        raise UsageError(f"a sample of {sample} tensors", cure="Give a positive number")
+        raise UsageError(f"the sample has {sample} tensors", cure="Give a positive number")
     groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
-    # Not seeded, so that repeated verifications cover more and more tensors.
+    # Do not use a seed, so that repeated verifications cover more and more tensors.
     draw = random.SystemRandom().sample
     chosen = {o.name for group in groups for o in draw(group, min(sample, len(group)))}
     return [output for output in outputs if output.name in chosen]
@@ -212,12 +214,12 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return how a merge treated a tie, and an adapter's larger vocabulary: by its record, or else by its output."""
+    """Return how a merge treated a tie and an adapter's larger vocabulary, from its record or else from its output."""
     return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return how the merge treated a tie: by its record, or else by the names in its output."""
+    """Return how the merge treated a tie, from its record or else from the names in its output."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
@@ -226,7 +228,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return how the merge treated an adapter's larger vocabulary: by its record, or else by the rows in its output."""
+    """Return how the merge treated an adapter's larger vocabulary, from its record or else from its output's rows."""
     record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")
@@ -239,9 +241,9 @@ def _compare(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | 
     if output.part is not None:
         return _compare_packed(output, found, arrays)
     if found.shape != output.shape:
-        return TensorDifference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
+        return TensorDifference(output.name, f"the shape is {list(found.shape)}, not {list(output.shape)}")
     if found.dtype.floating != output.dtype.floating:
-        return TensorDifference(output.name, f"dtype {found.dtype}, not {output.dtype}")
+        return TensorDifference(output.name, f"the dtype is {found.dtype}, not {output.dtype}")
     expected = replace(output, dtype=found.dtype)
     return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found, arrays)
 
@@ -251,7 +253,7 @@ def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
     assert output.part is not None
     if (found.shape, found.dtype) != (output.shape, output.dtype):
         return TensorDifference(
-            output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}"
+            output.name, f"it is {found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}"
         )
     import numpy as np
 
@@ -259,7 +261,7 @@ def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
     wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (made[output.name], found.fetch()))
     bits = f"<u{output.dtype.itemsize}"
     elements = int((wanted.view(bits) != there.view(bits)).sum())
-    return TensorDifference(output.name, "not what quantizing the merge again gives", elements) if elements else None
+    return TensorDifference(output.name, "it differs from quantizing the merge again", elements) if elements else None
 
 
 def _compare_bytes(output: Output, found: Lazy) -> TensorDifference | None:
@@ -267,7 +269,7 @@ def _compare_bytes(output: Output, found: Lazy) -> TensorDifference | None:
     for at in range(0, count, PIECE):
         size = min(PIECE, count - at)
         if memoryview(output.source.read(at, size)) != memoryview(found.read(at, size)):
-            return TensorDifference(output.name, "not the base's bytes, and no adapter touches it")
+            return TensorDifference(output.name, "its bytes differ from the base's, but no adapter changes it")
     return None
 
 
@@ -289,14 +291,14 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> TensorDiffer
             )
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
-    return TensorDifference(output.name, "not what the merge gives", elements, largest) if elements else None
+    return TensorDifference(output.name, "it differs from the merge", elements, largest) if elements else None
 
 
 def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
     """Return the absolute errors of the elements that are not correctly rounded.
 
-    An exact result halfway between two numbers may be rounded to either by another library, if its float64 result
-    differs in the last bits.
+    If an exact result is halfway between two numbers, another library may round it to either, because its float64
+    result may differ in the last bits.
     """
     import ml_dtypes
     import numpy as np
@@ -307,6 +309,6 @@ def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
     errors = np.abs(values - exact)
-    # Negated, so that a NaN counts as wrong.
+    # Negate the comparison, so that a NaN counts as wrong.
     wrong: Array = errors[~(errors <= within * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))

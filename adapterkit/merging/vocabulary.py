@@ -1,7 +1,7 @@
-"""Merge adapters that were trained on more, or fewer, rows of the embedding and the head than the base has.
+"""Merge adapters that were trained with more, or fewer, rows of the embedding and the head than the base has.
 
-`resize_token_embeddings` adds tokens before training. The stored base lacks their rows. An adapter's file may hold
-them: PEFT saves the complete resized layers beside its factors.
+`resize_token_embeddings` adds tokens before training, and the stored base lacks their rows. An adapter's file may hold
+them: PEFT saves the complete resized layers next to its factors.
 """
 
 from __future__ import annotations
@@ -29,41 +29,43 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""A base counts as padded if at most one row in this many is missing from the adapter.
+"""A base counts as padded if the adapter lacks at most one row in this many.
 
-By their configs and tokenizers Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
+By their configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
 
 _BLOCK = 1 << 20
 """Elements per step when rows are averaged."""
 
 _ZEROS = "final_logits_bias"
-"""A bias of BART and Marian over the vocabulary, `[1, rows]`; transformers fills it with zeros."""
+"""A bias over the vocabulary in BART and Marian, `[1, rows]`; transformers fills it with zeros."""
 
 
 def parse_vocab(vocab: str | None) -> str | None:
     """Check a choice for vocabularies.
 
     Raises:
-        UsageError: it is unknown.
+        UsageError: the choice is unknown.
     """
     if vocab not in (None, GROW, KEEP):
-        raise UsageError(f"unknown choice {vocab!r} for the vocabulary", cure="Give --vocab (vocab=) grow or keep")
+        raise UsageError(
+            f"the choice {vocab!r} for the vocabulary is unknown", cure="Give --vocab (vocab=) grow or keep"
+        )
     return vocab
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Use:
-    """The updates of one adapter at one tensor over the vocabulary.
+    """The updates of one adapter at one tensor with an axis for the vocabulary.
 
     Attributes:
         position: the adapter's position in the merge.
         adapter: the adapter's name.
-        layer: the adapter's name for the tensor; for a tied head, not the stored name.
+        layer: the adapter's name for the tensor; for a tied head, this differs from the stored name.
         stored: the stored name of the tensor.
-        axis: the axis of the updates that runs over the vocabulary.
+        axis: the axis of the updates that corresponds to the vocabulary.
         updates: the updates.
-        rows: the number of rows that they were made for; None if they are rows of single tokens only.
+        rows: the number of rows that they were made for; None if they are only rows of single tokens.
         tokens: the ids of the tokens with single rows.
     """
 
@@ -77,13 +79,13 @@ class _Use:
     tokens: tuple[int, ...]
 
     def given(self, start: int, stop: int) -> set[int]:
-        """Return the rows from `start` to `stop` whose values the adapter's file holds."""
+        """Return the rows from `start` to `stop` whose values are in the adapter's file."""
         whole = any(isinstance(update, Replacement) and update.changes_weight for update in self.updates)
         held = set(range(start, min(stop, self.rows or 0))) if whole else set()
         return held | {token for token in self.tokens if start <= token < stop}
 
     def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
-        """Yield (row, values) of each row in `given`, with the values at the start of training."""
+        """Yield (row, values) for each row in `given`, with the values at the start of training."""
         wanted = self.given(start, stop)
         for update in self.updates:
             if isinstance(update, Replacement) and update.weight is not None and start < (self.rows or 0):
@@ -112,7 +114,7 @@ class Vocabulary:
     Args:
         base: the base as the merge reads it.
         aliases: names of tied layers -> the stored tensor.
-        choice: `grow`, `keep`, or None: grow where the adapters' files hold all new rows, refuse otherwise.
+        choice: `grow`, `keep`, or None: grow if the adapters' files hold all new rows, and refuse otherwise.
     """
 
     def __init__(self, base: Checkpoint, aliases: Mapping[str, str], choice: str | None) -> None:
@@ -129,16 +131,16 @@ class Vocabulary:
     def settle(
         self, position: int, adapter: str, sites: Sequence[Site], shapes: Shapes
     ) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
-        """Give one adapter the vocabulary that it was trained on.
+        """Cut one adapter's targets, or record the rows that it needs, to match its vocabulary with the base's.
 
         Args:
             position: the adapter's position in the merge.
             adapter: the adapter's name.
-            sites: the places of its targets in the base.
-            shapes: the shapes of the base's tensors, tied names included.
+            sites: the locations of its targets in the base.
+            shapes: the shapes of the base's tensors, including tied names.
 
         Returns:
-            the sites, cut to the base's rows with `keep`; the shapes, with the number of rows of the adapter.
+            The sites, cut to the base's rows with `keep`; and the shapes, with the adapter's number of rows.
 
         Raises:
             ShapeMismatch: the adapter has far fewer rows than the base.
@@ -150,7 +152,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:  # The updates contradict each other; binding them to the base's shape reports that.
+            if len(rows) > 1:  # The updates contradict each other; binding them to the base's shape reports this.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -171,7 +173,7 @@ class Vocabulary:
         return sites, shapes
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a layer's weight or bias with the number of rows that the adapter was made for."""
+        """Return the shape of a layer's weight or bias, with the number of rows that the adapter was made for."""
         rows = self.made_for.get((position, layer))
         return (rows, *shape[1:]) if shape and rows is not None else shape
 
@@ -181,7 +183,7 @@ class Vocabulary:
         Raises:
             ShapeMismatch: no file holds some of the rows, and the choice is not `grow`.
             UsageError: two adapters have different rows for one new token.
-            Unsupported: the base is quantized, and is to be quantized again.
+            Unsupported: the base is quantized, and would have to be quantized again.
         """
         for use in self.uses:
             rows, needed = self.tables[use.stored][0], self.made_for.get((use.position, use.layer), 0)
@@ -195,7 +197,7 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
-        # Tables with one number of rows grow together: a separate head needs the rows of its embedding.
+        # Grow all tables with the same number of rows: a separate head needs the rows of its embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
                 tensors[name] = self._grow(name, rows, needed)
@@ -206,7 +208,7 @@ class Vocabulary:
     def config_changes(
         self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
     ) -> dict[str, JsonValue]:
-        """Return the changes of a config that set its vocabulary size to the grown one.
+        """Return the changes of a config that set its vocabulary size to the grown size.
 
         Args:
             config: the config of the base.
@@ -252,7 +254,7 @@ class Vocabulary:
         return None
 
     def _check_padded(self, adapter: str, layer: str, rows: int, made_for: int) -> None:
-        """Tell a padded vocabulary from that of another model.
+        """Distinguish a padded vocabulary from another model's vocabulary.
 
         Raises:
             ShapeMismatch: too many rows are missing for padding.
@@ -264,13 +266,13 @@ class Vocabulary:
             )
             raise ShapeMismatch(f"{adapter} was made for {made_for} rows; the base has {rows}", where=layer, cure=cure)
         self.warnings.append(
-            f"{adapter} was trained on {made_for} rows of {layer}; the base has {rows}: the others stay as they are"
+            f"{adapter} was trained on {made_for} rows of {layer}; the base has {rows}: the other rows stay unchanged"
         )
 
     def _say_kept(self, adapter: str, layer: str, rows: int, needed: int) -> None:
         self.warnings.append(
-            f"rows {rows} to {needed - 1} of {layer} in {adapter} are left out: the output has the base's {rows} rows, "
-            f"and what training taught the added tokens is lost; {_flag(GROW)} keeps it"
+            f"rows {rows} to {needed - 1} of {layer} in {adapter} are dropped: the output has the base's {rows} rows, "
+            f"and loses the training of the added tokens; {_flag(GROW)} keeps it"
         )
 
     def _growing(self, rows: int) -> list[str]:
@@ -288,13 +290,13 @@ class Vocabulary:
         """Return one tensor with its new rows.
 
         Raises:
-            ShapeMismatch, UsageError: see `grown`.
+            ShapeMismatch, UsageError: as for `grown`.
         """
         tensor = self.base.tensors[name]
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # A file may hold the rows of the tied head only; then they are the embedding's rows, too.
+        # Use rows of the tied head for the embedding, too: a file may hold only those.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:
@@ -304,8 +306,8 @@ class Vocabulary:
             raise self._unknown(name, rows, needed, missing)
         who = " and ".join(dict.fromkeys(use.adapter for use in uses if use.given(rows, needed)))
         mean = (
-            f"the mean of the base's rows for {missing} of them, since no file holds what training began with "
-            "(transformers draws them around that mean)"
+            f"the mean of the base's rows for {missing} of them, since no file holds their values at the start of "
+            "training (transformers draws them around that mean)"
         )
         self.filled[name] = " and ".join([*([f"from {who}"] if who else ()), *([mean] if missing else ())])
         return _longer(tensor, (needed, *tensor.shape[1:]), partial(_fresh, tensor, uses, rows, needed, bool(missing)))
@@ -318,19 +320,19 @@ class Vocabulary:
             dict.fromkeys(use.adapter for use in self.uses if self.made_for.get((use.position, use.layer), 0) > rows)
         )
         why = (
-            f"{who} was trained on {needed} rows of the vocabulary; the base has {rows}, and no adapter's file holds "
-            f"{missing} of the new rows of {name}"
+            f"{who} was trained on {needed} rows of the vocabulary; the base has {rows}, and {missing} of the new rows "
+            f"of {name} are in no adapter's file"
         )
         cure = (
-            f"{_flag(GROW)} adds the rows, filled with the mean of the base's where no file has them; {_flag(KEEP)} "
-            "leaves the added tokens out. "
+            f"{_flag(GROW)} adds the rows, and fills those that are in no file with the mean of the base's; "
+            f"{_flag(KEEP)} drops the added tokens. "
         )
         if is_head(name):
-            # PEFT saves an embedding beside its factors, and a head that it does not adapt never: not even with
+            # PEFT saves an embedding next to its factors, but never a head that it does not adapt, not even with
             # save_embedding_layers=True.
             cure += (
-                "PEFT's files have a head's new rows only where the head is adapted too; the resized model has them: "
-                "its save_pretrained makes a base into which the adapter merges exactly. "
+                "PEFT's files have a head's new rows only if the head is adapted too; the resized model has them: its "
+                "save_pretrained makes a base into which the adapter merges exactly. "
             )
         cure += "Is this the base that the adapter was trained on?"
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
@@ -420,13 +422,13 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> 
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """Return the new rows of a tensor in its dtype: rows from adapters, and the mean row for the others."""
+    """Return the new rows of a tensor in its dtype: rows from adapters, and the mean row for the rest."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)
     if mean:
         table[:] = _mean(tensor)
-    for use in reversed(uses):  # The first use takes precedence, so it is written last.
+    for use in reversed(uses):  # Write the first use last, because it takes precedence.
         for number, row in use.values(rows, needed):
             table[number - rows] = row.astype(np.float64)
     narrow = table if tensor.dtype.name == "F64" else table.astype(np.float32)
@@ -449,7 +451,7 @@ def _mean(tensor: Lazy) -> Array:
 
 
 def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> None:
-    """Refuse adapters with different rows for one new token: the id may even stand for different tokens.
+    """Refuse adapters with different rows for one new token, because its id may stand for different tokens.
 
     Raises:
         UsageError: two adapters have different rows for one token.
@@ -463,7 +465,7 @@ def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> Non
             if other.position != use.position and not np.array_equal(known.astype("f8"), row.astype("f8")):
                 raise UsageError(
                     f"{other.adapter} and {use.adapter} have different rows for the added token {number}", where=name,
-                    cure="Merge one adapter, or leave the added tokens out by --vocab keep (vocab=\"keep\")",
+                    cure="Merge one adapter, or drop the added tokens by --vocab keep (vocab=\"keep\")",
                 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The workers of a merge: each takes jobs, which are runs of output bytes, reads, computes and writes them."""
+"""The workers of a merge: each takes jobs, which are runs of output bytes, and reads, computes and writes them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import torch
 
 RUN = 32 << 20
-"""Output bytes that a worker takes at a time."""
+"""Number of output bytes that a worker takes at a time."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """A run of bytes of one output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
 
-    With `parts`, the job is one packed weight, whose parts may lie anywhere in the file; with `run`, some of its rows.
+    With `parts`, the job is one packed weight, whose parts may be anywhere in the file; with `run`, some of its rows.
     """
 
     file: OpenFile
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class OpenFile:
-    """An output file that is being written: unfinished jobs, norms by output, job and planned update, and checksums."""
+    """An output file that is being written: unfinished jobs; norms by output, job and planned update; checksums."""
 
     plan: OutputFile
     path: Path
@@ -63,25 +63,25 @@ class OpenFile:
 
 
 def create(path: Path, planned: OutputFile) -> None:
-    """Create the file with its header, at its full size."""
+    """Create the file at its full size, with its header."""
     with open(path, "wb") as file:
         file.write(planned.header)
         _reserve(file, planned.size)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Allocate the blocks of a file: a full disk shows up now, and writing is a third faster."""
+    """Allocate the blocks of a file, so that a full disk shows up now; this also makes writing a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
-        # Some file systems cannot allocate blocks in advance, and macOS and Windows lack the call.
+        # Ignore these errors: some file systems cannot allocate blocks in advance, and macOS and Windows lack the call.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         file.truncate(size)
 
 
 def jobs_of(file: OpenFile) -> list[Job]:
-    """Return the jobs of a file, in the order of its bytes; those of packed weights come last."""
+    """Return the jobs of a file, in the order of its bytes; the jobs of packed weights come last."""
     jobs: list[Job] = []
     together: dict[str, list[Output]] = {}
     for output in file.plan.outputs:
@@ -121,7 +121,7 @@ def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
 
 
 def _extend(jobs: list[Job], file: OpenFile, offset: int, nbytes: int, source: Lazy) -> None:
-    """Add the copy of a tensor; it extends the copy before it if the bytes are adjacent in both files."""
+    """Add the copy of a tensor; extend the previous copy if the bytes are adjacent in both files."""
     span = source.span
     assert span is not None
     last = jobs[-1] if jobs and jobs[-1].output is None else None
@@ -144,11 +144,11 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Return the norms by output and planned update, summed in the order of the jobs, not in that of their ends."""
+    """Return the norms by output and planned update, summed in the order of the jobs, not of their completion."""
     found: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
-        # Sums of floats depend on their order, and the record of equal merges must have equal bytes.
+        # Sort first: sums of floats depend on their order, and the records of equal merges must have equal bytes.
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square
@@ -157,12 +157,12 @@ def norms_of(file: OpenFile) -> Norms:
     return found
 
 
-# Pipelines move blocks from the disk to the device that computes them and back, one or several at a time.
+# Pipelines move blocks from the disk to the computing device and back, one or several at a time.
 #
 # On the host, a block is computed in the memory that it was read into. A device gets its blocks through staging memory,
 # pinned for CUDA. It receives them on one stream, computes on a second and sends them back on a third, with `DEPTH`
-# blocks in flight. All devices of torch share this code. On torch's CPU device the streams do nothing; tests compare
-# the bytes with numpy there. It has not been run on a GPU.
+# blocks in flight. All torch devices share this code. On torch's CPU device the streams do nothing, and tests compare
+# the bytes with numpy's. The code has not been run on a GPU.
 
 
 DEPTH = 3
@@ -187,20 +187,20 @@ class Pipeline(Protocol):
     """The path of one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """A context whose loads and computations happen before those of any later block."""
+        """Return a context whose loads and computations happen before those of any later block."""
         ...
 
     def through(
         self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: OutputSink
     ) -> None:
-        """Read, compute and write blocks; return when the last is handed to `written`.
+        """Read, compute and write blocks; return when the last block has been passed to `written`.
 
         Args:
             blocks: blocks of one tensor.
             source: the dtype of the bytes that are read.
             target: the dtype of the bytes that are written.
-            read: fills memory with the bytes of a block.
-            compute: computes a block from a flat array into a flat array.
+            read: a function that fills memory with the bytes of a block.
+            compute: a function that computes a block from a flat array into a flat array.
             written: the sink for the bytes, in the order of the blocks.
         """
 
@@ -211,7 +211,7 @@ def pipeline_for(arrays: Arrays) -> Pipeline:
 
 
 class HostPipeline:
-    """Compute one block at a time, from a reused buffer straight into the writer's memory."""
+    """Computes one block at a time, from a reused buffer straight into the writer's memory."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -237,13 +237,13 @@ def _grown(held: bytearray, nbytes: int) -> bytearray:
 
 
 class DevicePipeline:
-    """Keep several blocks in flight, one per slot; a slot is reused once its block is handed to the writer."""
+    """Keeps several blocks in flight, one per slot; a slot is reused once its block is passed to the writer."""
 
     def __init__(self, arrays: TorchArrays) -> None:
         self.torch, self.device = arrays.torch, arrays.device
         module = self.torch.get_device_module(self.device)
         self.streams: Any = module if hasattr(module, "Stream") else self.torch.cpu
-        # A device without streams gets blocking copies, since nothing else would order them.
+        # Use blocking copies on a device without streams, because nothing else would order them.
         self.has_streams = self.streams is not self.torch.cpu
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
@@ -259,7 +259,7 @@ class DevicePipeline:
             slot = self.slots[position % DEPTH]
             slot.finish(written)
             slot.start(block, source, target, read, compute)
-        # Going on in turn, the slots end in the order of their blocks.
+        # Finish the slots in turn, which is the order of their blocks.
         for position in range(len(blocks), len(blocks) + DEPTH):
             self.slots[position % DEPTH].finish(written)
 
@@ -289,7 +289,7 @@ class _Slot:
             self.device_raw[:nbytes].copy_(self.host_raw[:nbytes], non_blocking=pipeline.has_streams)
             self.sent.record(pipeline.up)
         with pipeline.computing():
-            # The device waits, not this thread, which reads the next block meanwhile.
+            # Let the device wait, not this thread, which reads the next block in the meantime.
             pipeline.work.wait_event(self.sent)
             raw = self._over(self.device_raw, nbytes, source)
             out = self._over(self.device_result, self.nbytes, target)
@@ -303,7 +303,7 @@ class _Slot:
         self.pending = block
 
     def finish(self, written: OutputSink) -> None:
-        """Wait for the slot's block, if there is one, and hand it to the writer."""
+        """Wait for the slot's block, if it has one, and pass it to the writer."""
         if self.pending is not None:
             self.fetched.synchronize()
             written.room(self.nbytes)[:] = _bytes(self.host_result, self.nbytes)
@@ -311,10 +311,10 @@ class _Slot:
             self.pending = None
 
     def _make_room(self, raw: int, result: int) -> None:
-        """Grow the memory to so many bytes before and after the computation."""
+        """Enlarge the memory to these numbers of bytes before and after the computation."""
         pipeline, pinned = self.pipeline, self.pipeline.device.type == "cuda"
-        # Device memory is allocated on the stream that first writes it: torch's allocator reuses freed memory in the
-        # order of the allocating stream only, so another stream could still be using it.
+        # Allocate device memory on the stream that first writes it. torch's allocator reuses freed memory in the order
+        # of the allocating stream only, so another stream could still be using it.
         if len(self.host_raw) < raw:
             self.host_raw = self.torch.empty(raw, dtype=self.torch.uint8, pin_memory=pinned)
             with pipeline.streams.stream(pipeline.up):
@@ -332,7 +332,7 @@ def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
     return tensor.numpy().data[:nbytes]
 
 
-# A worker reads a job's bytes, computes them, and hands the result to its writer.
+# A worker reads a job's bytes, computes them, and passes the result to its writer.
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +342,7 @@ class Made:
     Attributes:
         norms: squared norms of the changes, by index of the planned update.
         runs: checksums of the written bytes, if they are recorded.
-        written: completes when the bytes of the job are in the file, or with the OSError that prevented it.
+        written: a future that completes when the job's bytes are in the file, or raises the OSError that prevented it.
     """
 
     norms: dict[int, float]
@@ -364,7 +364,7 @@ class Worker:
         Raises:
             Corrupt: an input file became shorter.
             StorageError: a file cannot be read or written.
-            Malformed: see `BlockMerger`.
+            Malformed: as for `BlockMerger`.
             ShapeMismatch: a formula cannot be computed with the tensors of its update.
         """
         self.writer.begin(str(job.file.path), job.offset)
@@ -380,12 +380,12 @@ class Worker:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             if job.output is None or not job.output.folds:
                 raise
-            # numpy raises these where a formula meets sizes that validation cannot rule out, such as a rank of 0.
+            # numpy raises these if a formula meets sizes that validation cannot exclude, such as a rank of 0.
             updates = [update for fold in job.output.folds for update in fold.updates]
             methods = " and ".join(dict.fromkeys(update.method for update in updates))
             why = f"the formula of {methods} cannot be computed for this weight ({error})"
             path = next((update.file for update in updates if update.file is not None), None)
-            cure = "The file is damaged, or the adapter is not of this base"
+            cure = "The file is damaged, or the adapter was made for another base"
             raise ShapeMismatch(why, path=path, where=job.output.name, cure=cure) from error
 
     def close(self) -> None:
@@ -401,7 +401,7 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """Copy bytes in the kernel; for a checksum they are read again, from the page cache."""
+        """Copy bytes in the kernel; for a checksum, read them again from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)
@@ -411,7 +411,7 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # Norms that do not depend on the base are those of the whole tensor: one of its jobs counts them.
+            # Count norms that do not depend on the base in one of the tensor's jobs only: they cover the whole tensor.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:
@@ -429,7 +429,7 @@ class Worker:
         return norms if output.folds else {}, runs
 
     def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:
-        """Write a run of bytes of its own, as the parts of a packed weight lie apart in the file."""
+        """Write a separate run of bytes, because the parts of a packed weight are apart in the file."""
         self.writer.finish()
         self.writer.begin(str(job.file.path), offset)
         written = _Summed(self.writer, self.moved, job.file.summed)
@@ -437,7 +437,7 @@ class Worker:
         return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Write the run's bytes of its first stored tensor as they come, and the few of the others last."""
+        """Write the bytes of the first stored tensor as they come, and the few bytes of the others last."""
         assert job.output is not None
         offsets = {part.name: part.offset for part in job.parts}
         first, *others = run.places
@@ -470,7 +470,7 @@ class Worker:
 
 
 class _Summed:
-    """A sink that passes bytes to the writer and sums them on the way."""
+    """A sink that passes bytes to the writer and hashes them on the way."""
 
     def __init__(self, writer: Writer, moved: Callable[[int], None], summed: bool) -> None:
         self.writer, self.moved = writer, moved
@@ -495,7 +495,7 @@ class _Summed:
             self.filled(len(piece))
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
-        """Return the checksum of all bytes that went through, as one run of `nbytes` bytes at `offset`."""
+        """Return the checksum of all bytes that passed through, as one run of `nbytes` bytes at `offset`."""
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 

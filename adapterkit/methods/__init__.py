@@ -1,4 +1,4 @@
-"""The methods: one module each, found by its file name. `METHODS["lora"]` is the class `LoRA`."""
+"""The methods, one module each. The file name is the key: `METHODS["lora"]` is the class `LoRA`."""
 
 from __future__ import annotations
 

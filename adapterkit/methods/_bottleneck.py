@@ -1,4 +1,4 @@
-"""The shared part of all bottleneck adapters: gate, norms and scale.  No method itself."""
+"""The shared part of all bottleneck adapters: gate, norms and scale.  Not a method itself."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Sublayer(OutputUpdate):
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         if self.parallel and not self.residual and shape[1:2] != shape[:1]:
-            why = f"stands parallel to a layer of {list(shape[:2])} outputs and inputs"
+            why = f"the adapter runs parallel to a layer whose outputs and inputs differ: {list(shape[:2])}"
             raise Unsupported(why, cure="Name the residual to read")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the change for the adapter's input."""
-        raise AssertionError("each make defines it")
+        raise AssertionError("each subclass defines it")
 
     def after(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the adapter's output after its optional norm."""
@@ -54,14 +54,14 @@ class Sublayer(OutputUpdate):
         return self.after(change + skip, layer) if first else self.after(change, layer) + skip
 
     def read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
-        """Return the adapter's input, and the value of its own skip connection."""
+        """Return the adapter's input and the input of its own skip connection."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden
         return read, {"true": hidden, "post_add": added, "false": read}[self.residual_before_ln]
 
 
 class Narrow(Sublayer):
-    """change = scaling * up(act(down(h))), multiplied by a gate if there is one; a subclass defines `change`."""
+    """change = scaling * up(act(down(h))), multiplied by a gate if the adapter has one; a subclass defines `change`."""
 
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         ((), ("gate",), ("gate", "gate_bias")),
@@ -69,7 +69,9 @@ class Narrow(Sublayer):
         ((), ("norm_after", "norm_after_bias")),
         ((), ("scaling_factor",), ("channel_scaling",)),
     )
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="hidden == out", meaning="made for other channels"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="hidden == out", meaning="the adapter was made for another number of channels"),
+    )
 
     gate: Tensor | None = tensor("1 hidden", optional=True)
     gate_bias: Tensor | None = tensor("1", optional=True)
@@ -83,7 +85,7 @@ class Narrow(Sublayer):
     scaling: float = 1.0
 
     def change(self, h: Tensor, layer: Layer) -> Tensor:
-        """Down, the activation, and up: `[..., hidden]` to `[..., hidden]`."""
+        """Return up(act(down(h))): `[..., hidden]` to `[..., hidden]`."""
         raise AssertionError("each bottleneck defines it")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
@@ -105,5 +107,5 @@ class Narrow(Sublayer):
 
 
 def biased(h: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
-    """Return a mix's output plus its bias, if there is one."""
+    """Return a matrix product plus its bias, if it has one."""
     return h if bias is None else h + layer.per_channel(bias)

@@ -1,4 +1,4 @@
-"""Formulas with some coefficients of a transform of the change, at randomly drawn positions.  No methods."""
+"""Methods that store some coefficients of a transform of the change, at random positions.  Base classes only."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SEED = 777
-"""Seed of a fresh update's positions: PEFT's own, so that its files can express them."""
+"""Seed for the positions of a new update. PEFT uses the same seed, so its files can express the positions."""
 
 
 class Coefficients(Additive):
-    """W' = W + scaling * inverse(F), F[index[0], index[1]] = spectrum and 0 elsewhere, of `[outputs, inputs]`."""
+    """W' = W + scaling * inverse(F), F[index[0], index[1]] = spectrum and 0 elsewhere; F is `[outputs, inputs]`."""
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # Limit the size: a file states it in two numbers, and a damaged one could ask for any amount of memory.
+        # Limit the size: a file gives it as two numbers, and a damaged file could ask for any amount of memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",
             error="Malformed",
-            meaning="no weight is so large",
+            meaning="the sizes exceed the limit of 2 ** 34 elements",
         ),
         Rule(define="out", value="outputs"),
         Rule(define="in", value="inputs"),

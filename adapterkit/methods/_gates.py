@@ -1,4 +1,4 @@
-"""AdapterHub's gates: one factor for each row of a batch, computed from its content.  No method itself.
+"""AdapterHub's gates: one factor for each row of a batch, computed from the row's content.  Not a method itself.
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577
 """
@@ -19,8 +19,8 @@ def row_shares(logits: Any, channel: int = -1) -> Any:
 
 
 def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
-    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of x's rows, `[batch, m, width]`.
+    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
 
-    A gate has one factor for both, or two for keys and for values; the result is `[batch, 2, heads, n, d]`.
+    A gate gives one factor for both, or one for keys and one for values. The result is `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]

@@ -1,4 +1,4 @@
-"""Factors beside a convolution in groups, as PEFT trains them: A reads all channels, B mixes within each group."""
+"""Factors for a convolution in groups, as PEFT trains them: A reads all channels, B mixes within each group."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class AcrossGroups(OutputUpdate):
-    """A over all `inputs`, B in r / share groups; a subclass uses B @ A(x).  No method itself."""
+    """A reads all `inputs`; B has r / share groups. A subclass uses B @ A(x).  Not a method itself."""
 
-    acts_on = "the output by channels of all groups"
+    acts_on = "the output, from the channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             require="share >= 1 and r % share == 0 and out % (r // share) == 0",
             where="B",
-            meaning="the rank and the outputs are not in groups",
+            meaning="the rank and the outputs do not divide into groups",
         ),
     )
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(
             require="inputs == in * (r // share) and axes(A) == kernel + 2",
-            meaning="made for another number of channels, groups or kernel axes",
+            meaning="the adapter was made for another number of channels, groups or kernel axes",
         ),
     )
 
@@ -41,7 +41,7 @@ class AcrossGroups(OutputUpdate):
 
     @property
     def groups(self) -> int:
-        """The number of the layer's groups."""
+        """The number of groups of the layer."""
         return int(self.A.shape[0] // self.B.shape[1])
 
     @property
@@ -52,7 +52,7 @@ class AcrossGroups(OutputUpdate):
         super().check_against(shape)
         kernel = tuple(self.A.shape[2:])
         if kernel != tuple(shape[2:]):
-            why = f"made for a kernel of {list(kernel)}; the weight is {list(shape)}"
+            why = f"the adapter was made for a kernel of {list(kernel)}; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def read(self, x: Tensor, layer: Layer) -> Tensor:
@@ -61,7 +61,7 @@ class AcrossGroups(OutputUpdate):
         return layer.mix(h, self.across()) * self.scaling
 
     def across(self) -> Any:
-        """Return B as the matrix `[out, r]` that mixes all of A's outputs, zeros between the groups."""
+        """Return B as the matrix `[out, r]` that mixes all outputs of A; entries between groups are 0."""
         out, share = self.B.shape
         return block_diagonal(self.B.reshape(self.groups, out // self.groups, share))
 
@@ -70,9 +70,10 @@ def fresh_pair(W: Any, rank: int, groups: int, random: Random) -> dict[str, Any]
     """Return a random A and a B of zeros for a weight `[out, in / groups, *k]`.
 
     Raises:
-        UsageError: the groups do not divide the rank.
+        UsageError: the rank is not a multiple of the number of groups.
     """
     if groups < 1 or rank % groups:
-        raise UsageError(f"rank {rank} in {groups} groups", where="groups", cure="Choose numbers that divide")
+        why = f"rank {rank} is not a multiple of {groups} groups"
+        raise UsageError(why, where="groups", cure="Pass a rank that is a multiple of groups=")
     A = random((rank, groups * W.shape[1], *W.shape[2:])) / (groups * math.prod(W.shape[1:])) ** 0.5
     return {"A": A, "B": W.new_zeros(len(W), rank // groups)}

@@ -1,4 +1,4 @@
-"""Formulas that replace a part of W by a low-rank product.  No methods."""
+"""Methods that replace a part of W by a low-rank product.  Base classes only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class InPlace(WeightUpdate):
-    """W' = W - taken(W) + scaling * B @ A; a subclass defines the part that is taken out."""
+    """W' = W - taken(W) + scaling * B @ A; a subclass defines `taken`, the part to remove."""
 
     linear_only = True
 
@@ -20,11 +20,11 @@ class InPlace(WeightUpdate):
     scaling: float = 1.0
 
     def taken(self, W: Tensor) -> Tensor:
-        """Return the part of W to take out, of rank r or less."""
-        raise AssertionError("each method has its own")
+        """Return the part of W to remove; its rank is at most r."""
+        raise AssertionError("each method defines it")
 
     def left(self) -> Any:
-        """Return the left factor of the product with A."""
+        """Return the left factor, which multiplies A."""
         return self.B
 
     def new_weight(self, W: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Formulas that amount to a pair of thin factors: W' = W + B @ A, with A and B made from the fields and the shape."""
+"""Methods with a pair of thin factors: W' = W + B @ A, with A and B computed from the fields and the shape."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class LowRank(Additive):
-    """W' = W + B @ A; a subclass returns both factors from `pair`.  No method itself."""
+    """W' = W + B @ A; a subclass returns both factors from `pair`.  Not a method itself."""
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return B `[out, r]` and A `[r, in * k]`, including the scaling, for a weight of `shape` = `[out, in, *k]`."""
+        """Return B `[out, r]` and A `[r, in * k]`, scaled, for a weight of `shape` = `[out, in, *k]`."""
         raise NotMergeable(f"{self.method} has no formula")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:

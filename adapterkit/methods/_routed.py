@@ -1,4 +1,7 @@
-"""The shared part of routed methods: mixtures of low-rank changes, with shares by the input.  No method itself."""
+"""The shared part of routed methods: mixtures of low-rank changes with shares that depend on the input.
+
+Not a method itself.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,12 @@ def mixed(x: Tensor, shares: Tensor, A: Tensor, B: Tensor, layer: Layer) -> Tens
 
 
 def best(scores: Any, count: int) -> Any:
-    """Return a mask of the `count` largest entries along the last axis; of equal entries the first ones."""
+    """Return a mask of the `count` largest entries along the last axis; among equal entries, the first ones."""
     xp = namespace(scores)
     return xp.argsort(xp.argsort(-scores, axis=-1), axis=-1) < count
 
 
 def softmax_among(scores: Any, chosen: Any) -> Any:
-    """Return shares along the last axis that add up to 1 for the chosen entries, and 0 for the others."""
+    """Return shares along the last axis: they add up to 1 over the chosen entries, and are 0 for the others."""
     xp = namespace(scores)
     return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

@@ -1,7 +1,7 @@
 """AdaLoRA: W' = W + scaling * B @ diag(E) @ A.  Zhang et al. 2023, https://arxiv.org/abs/2303.10512
 
-It has the form of a singular value decomposition. Training moves rank between weights: it drops entries of E, with
-their rows of A and columns of B, and may drop all of them.
+The change has the form of a singular value decomposition. Training moves rank between weights: it drops entries of E
+with the matching rows of A and columns of B, and may drop all of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""AdaMSS: low-rank changes of groups of rows, in one space of inputs for all.  https://openreview.net/forum?id=8ZdWmpYxT0
+"""AdaMSS: low-rank changes of groups of rows, all on one input basis.  https://openreview.net/forum?id=8ZdWmpYxT0
 
-The basis is W's largest right singular vectors, and k-means of its left ones makes the groups, as in PEFT. Each group
-has its own pair B and A: D[o] = B[o] @ A[g] @ basis, where g is the group of output o. A layer's bias is treated as one
-more column of W, and changes by `basis_bias`.
+The basis is the set of W's largest right singular vectors. The groups come from k-means on the left singular vectors,
+as in PEFT. Each group has its own pair of factors: D[o] = B[o] @ A[g] @ basis, where g is the group of output o. The
+bias is treated as one more column of W, and changes by way of `basis_bias`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 GROUPS = 5
-"""Number of groups of a fresh update, as in PEFT."""
+"""Number of groups in a new update, as in PEFT."""
 
 
 class AdaMSS(LowRank):
@@ -66,7 +66,7 @@ class AdaMSS(LowRank):
         return y if d is None else y + layer.per_channel(d)
 
     def _placed(self) -> Any:
-        """Return B as `[out, g * w]`: each row beside the A of its own group."""
+        """Return B as `[out, g * w]`: each row's numbers stand in the columns of its group, all others are 0."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         own = own[xp.astype(self.group, xp.int64)]

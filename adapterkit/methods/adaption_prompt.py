@@ -1,6 +1,6 @@
 """LLaMA-Adapter: attention to a prompt, through a gate.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
 
-The target is an attention. Keys and values are the attention's own projections of P, without positions.
+The target is an attention. Keys and values are the attention's own projections of P, without position encoding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 
 class AdaptionPrompt(ContextUpdate):
-    """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to the heads' outputs, with one gate, or one per head.
+    """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to the heads' outputs; all heads share one gate, or each has its own.
 
-    Without `projected` it is added after the projection that mixes the heads, not before it: PEFT's formula for GPT-2.
+    Without `projected`, the sum is added after the projection that mixes the heads, not before it, as PEFT does for
+    GPT-2.
     """
 
     place = "attention"
-    acts_on = "what the attention attends to"
+    acts_on = "the keys and values of the attention"
     paper = "https://arxiv.org/abs/2303.16199"
 
     P: Tensor = tensor("n dim")

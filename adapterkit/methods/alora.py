@@ -1,8 +1,8 @@
 """Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.
 
 Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.
-An invocation is a sequence of token numbers. Positions before a row's last invocation, and rows without one, keep the
-base's output, so a cache computed by the base is valid for them.
+An invocation is a sequence of token numbers. Positions before a row's last invocation, and rows without an invocation,
+keep the base's output, so a cache computed by the base is valid for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ALoRA(Routed):
     """y' = y + scaling * (B @ A x + bias) from the row's last invocation on; x is `[rows, tokens, in]`."""
 
     paper = "https://arxiv.org/abs/2504.12397"
-    acts_on = "the output behind its invocation tokens alone"
+    acts_on = "the output after the invocation tokens only"
     asks = ("input_ids",)
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="length >= 1", where="invocation", error="Malformed", meaning="the invocation is empty"),
@@ -40,7 +40,9 @@ class ALoRA(Routed):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         if "invocation" not in attributes:
-            raise UsageError("no invocation", where="invocation", cure="Pass invocation=, a list of token numbers")
+            raise UsageError(
+                "no invocation given", where="invocation", cure="Pass invocation=, a list of token numbers"
+            )
         invocation: Any = namespace(W).asarray(attributes.pop("invocation"))
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
@@ -54,14 +56,14 @@ class ALoRA(Routed):
         return layer(x) + added
 
     def _active(self, ids: Any, x: Any) -> Any:
-        """Return a mask of the positions of x from an invocation on; they belong to the last tokens of the sequence."""
+        """Return a mask of the positions of x from an invocation on; x holds the last tokens of the sequence."""
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
-            why = f"an input of {list(x.shape)}, where the model reads {list(ids.shape)} tokens"
+            why = f"the layer's input is {list(x.shape)}, but the model reads {list(ids.shape)} tokens"
             raise UsageError(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        # Computed from positions instead of sizes, because a graph's sequences have no length before they run.
+        # Compute from positions, not sizes: sequences of an exported graph have no length before it runs.
         own = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
         places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count

@@ -1,8 +1,8 @@
-"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x, shares by likeness to the experts' prototypes.
+"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x, shares by similarity to the experts' prototypes.
 
 Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input that its change stretches
 most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
-https://aclanthology.org/2025.acl-short.54), the mean of general experts was subtracted from each expert before.
+https://aclanthology.org/2025.acl-short.54), the mean of general experts has already been subtracted from each expert.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class Arrow(Routed):
     """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
 
-    A router's own file holds an unused pair and no experts. It names how many it needs: `tasks` experts, and `general`
-    ones whose mean is subtracted from those.
+    A router's own file holds an unused pair of factors and no experts. It gives the number of experts that it needs:
+    `tasks` experts, and `general` ones whose mean is subtracted from them.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"
-    acts_on = "each token by its likeness to the experts"
+    acts_on = "each token by its similarity to the experts"
     frozen = frozenset({"prototypes", "strengths", "idle_A", "idle_B"})
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         (("A", "B", "prototypes", "strengths"), ("idle_A", "idle_B")),
@@ -37,14 +37,14 @@ class Arrow(Routed):
             when="has(A)",
             where="top_k",
             error="Malformed",
-            meaning="more experts are chosen than there are",
+            meaning="top_k is larger than the number of experts",
         ),
         Rule(
             require="top_k <= tasks",
             when="not has(A) and tasks > 0",
             where="top_k",
             error="Malformed",
-            meaning="more experts are chosen than there are",
+            meaning="top_k is larger than the number of experts",
         ),
     )
 

@@ -1,7 +1,7 @@
 """BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.  Wang et al. 2025, https://arxiv.org/abs/2510.23346
 
-W' = W + scaling * B @ A. The blocked factor stores only its n blocks. Each block of A reads an n-th of the inputs; each
-block of B writes an n-th of the outputs.
+W' = W + scaling * B @ A. The block-diagonal factor stores only its n blocks. Each block of A reads 1/n of the inputs;
+each block of B writes 1/n of the outputs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ class BDLoRA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Start with B = 0. `B_blocks=n` makes n blocks of B, `A_blocks=n` of A; two blocks of B by default."""
+        """Start with B = 0. `B_blocks=n` makes n blocks of B, `A_blocks=n` makes n of A; the default is 2 of B."""
         (out, in_), n = W.shape, int(attributes.pop("A_blocks", 0))
         m = int(attributes.pop("B_blocks", 0 if n else 2))
         if rank % (n or m) or (in_ % n if n else out % m):
-            raise ShapeMismatch(f"no {n or m} blocks of rank {rank} on {[out, in_]}", cure="Choose numbers that divide")
+            why = f"a weight {[out, in_]} does not split into {n or m} blocks of rank {rank}"
+            raise ShapeMismatch(why, cure="Pass a rank and numbers of blocks that divide evenly")
         A = random((n, rank // n, in_ // n)) if n else random((rank, in_))
         B = W.new_zeros(out, rank) if n else W.new_zeros(m, out // m, rank // m)
         names = ("A_blocks", "B") if n else ("A", "B_blocks")

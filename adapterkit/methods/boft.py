@@ -1,7 +1,7 @@
-"""BOFT: a product of block rotations, butterfly-wise, on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
+"""BOFT: a butterfly product of block rotations on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
 
-Factor i of m rotates blocks of b inputs that are apart: within every run of b * 2^i inputs, even chunks of b / 2 come
-first. A single factor keeps all inputs in place.
+Factor i of m rotates blocks of b inputs that are not adjacent. Within every run of b * 2^i inputs it first takes the
+chunks of b / 2 with even numbers, then the odd ones. With a single factor, the inputs keep their order.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Return positions 0 to `width` in the order of a factor: in every `run`, even chunks first, then odd ones."""
+    """Return the positions 0 to `width` in a factor's order: in every `run`, even chunks first, then odd ones."""
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

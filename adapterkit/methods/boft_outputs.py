@@ -1,8 +1,8 @@
-"""BOFT as in LyCORIS: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
+"""BOFT as in LyCORIS: a butterfly product of block rotations on the outputs.  https://arxiv.org/abs/2309.14859
 
-The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT groups other chunks. Here, blocks of b
-outputs consist of pairs that are b / 2 * 2^i apart in factor i, and Q is not halved. LyCORIS's bypass mode also rotates
-the bias (`on_output`).
+The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT groups the chunks differently. Here, a
+block of b outputs in factor i consists of pairs that are b / 2 * 2^i apart, and Q is not halved. LyCORIS's bypass mode
+also rotates the bias (`on_output`).
 """
 
 from __future__ import annotations
@@ -65,6 +65,6 @@ class BOFTOutputs(WeightUpdate):
 
 
 def _paired(width: int, apart: int) -> list[int]:
-    """Return positions 0 to `width`: in every run of 2 * `apart`, each followed by the one `apart` after it."""
+    """Return the positions 0 to `width`: in every run of 2 * `apart`, each is followed by the one `apart` after it."""
     starts = range(0, width, 2 * apart)
     return [start + i + other for start in starts for i in range(apart) for other in (0, apart)]

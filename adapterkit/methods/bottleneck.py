@@ -1,8 +1,8 @@
 """Bottleneck adapters: h' = h + scaling * up(act(down(h))).  Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
 
-It also covers the adapters of Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247, parallel ones (He et al. 2021,
-https://arxiv.org/abs/2110.04366), gated ones (Mao et al. 2021, https://arxiv.org/abs/2110.07577) and Adapter+ (Steitz
-and Roth 2024, https://arxiv.org/abs/2406.06820), which differ only in the attributes.
+The class also covers the adapters of Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247, parallel adapters (He et
+al. 2021, https://arxiv.org/abs/2110.04366), gated adapters (Mao et al. 2021, https://arxiv.org/abs/2110.07577) and
+Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). They differ only in the attributes.
 """
 
 from __future__ import annotations

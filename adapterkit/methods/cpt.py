@@ -1,6 +1,6 @@
-"""Context-aware prompt tuning: bounded changes to examples.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
+"""Context-aware prompt tuning: a bounded change of example tokens.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files store the sum, so they are read as `prompt`, which has the same formula.
+PEFT's files store only the sum of both, so they are read as `prompt`, which then has the same formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CPT(ContextUpdate):
-    """Puts E + D * min(1, epsilon / |D|), with |D| per token, in front of the embeddings of the input."""
+    """Puts E + D * min(1, epsilon / |D|) in front of the embeddings of the input; |D| is taken per token."""
 
     place = "embeddings"
     frozen = frozenset({"E", "epsilon"})
@@ -37,7 +37,7 @@ class CPT(ContextUpdate):
     def embeddings(self, task: Any = None) -> Tensor:
         xp = namespace(self.E)
         square = (self.D * self.D).sum(1)
-        # Divide only beyond the bound: a norm has no derivative at 0.
+        # Divide only for tokens beyond the bound: a norm has no derivative at 0.
         inside = square <= self.epsilon * self.epsilon
         norm = xp.where(inside, self.epsilon * 0 + 1, square) ** 0.5
         kept: Tensor = xp.where(inside, norm * 0 + 1, self.epsilon / norm)

@@ -1,7 +1,7 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
-It removes a subspace of the outputs from W and puts other content in its place. Q is the orthonormal factor of P's QR
-decomposition, and right equals Q; or Q is P and right is relu(P). Without R only the removal is left, which is PaRa.
+DEFT removes a subspace of the outputs from W and puts other content in its place. Either Q is the orthonormal factor of
+P's QR decomposition and `right` equals Q, or Q is P and `right` is relu(P). Without R, only the removal remains: PaRa.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DEFT(WeightUpdate):
     linear_only = True
     blocks = frozenset({"in"})
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="r <= out", meaning="a subspace has no more dimensions than there are outputs"),
+        Rule(require="r <= out", meaning="the subspace has more dimensions than there are outputs"),
     )
     paper = "https://huggingface.co/docs/peft/package_reference/deft"
 

@@ -1,7 +1,7 @@
-"""DeLoRA: LoRA with its directions apart from its strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
+"""DeLoRA: LoRA with the direction decoupled from the strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
-Each of the r pairs of a row of A and a column of B has unit length, and their sum is bounded by `strength`. Each input
-is weighted by the norm of the weight's column, as it was when training began.
+A row of A and a column of B form a pair. Each of the r pairs is normalised, and `strength` bounds their sum. Each input
+is weighted by `w_norm`: the norm of the weight's column at the start of training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SMALLEST = 1e-4
-"""Lower bound of a norm."""
+"""Lower bound for a norm in a divisor."""
 
 
 class DeLoRA(LowRank):
@@ -50,5 +50,5 @@ class DeLoRA(LowRank):
 
 
 def _norm(factor: Any, axis: int) -> Any:
-    # Clip before the root, whose slope at 0 is infinite.
+    # Clip before taking the root, because the root's slope at 0 is infinite.
     return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

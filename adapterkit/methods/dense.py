@@ -1,4 +1,4 @@
-"""Dense difference: W' = W + scaling * D, b' = b + scaling * d.  The full-rank form every additive method lowers to.
+"""Dense difference: W' = W + scaling * D, b' = b + scaling * d.  Every additive method can be converted to it.
 
 Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
 """

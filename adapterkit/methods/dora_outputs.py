@@ -1,7 +1,7 @@
 """DoRA on outputs, as AdapterHub trains it: y' = magnitude / |W + B @ A| * (y + scaling * B @ A @ x).
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353, but for two things: the norm leaves the scaling out, and the factor
-multiplies the layer's whole output, the bias included.
+The formula differs from Liu et al. 2024, https://arxiv.org/abs/2402.09353, in two ways: the norm omits the scaling, and
+the factor multiplies the layer's whole output, including the bias.
 """
 
 from __future__ import annotations
@@ -63,5 +63,5 @@ class DoRAOutputs(WeightUpdate):
 
     def new_bias(self, b: Tensor) -> Tensor:
         if self.factors is None:
-            raise UsageError("the bias has the factors of the weight", cure="Call settled(W) first")
+            raise UsageError("the factors on the bias depend on the weight", cure="Call settled(W) first")
         return b * self.factors

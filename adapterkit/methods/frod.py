@@ -1,7 +1,7 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
-V is one invertible matrix shared by all layers of a kind. U has unit columns and is given by W = U diag(|U|) V^T. The
-lengths |U| are trained as l, and so are the few numbers of the sparse S.
+All layers of a kind share the invertible matrix V. U has columns of length 1; W = U diag(|U|) V^T defines U and the
+lengths |U|. The lengths are trained as l, and so are the few nonzero numbers of the sparse S.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FRoD(WeightUpdate):
-    """W' = U @ (S + diag(l)) @ V^T, S holding `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
+    """W' = U @ (S + diag(l)) @ V^T; S has `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
 
     linear_only = True
     frozen = frozenset({"V"})
@@ -46,9 +46,9 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
-    """Return U and l with W = U diag(l) V^T; columns of U have length 1, or 0 if l is below 1e-12.
+    """Return U and l with W = U diag(l) V^T; a column of U has length 1, or 0 if its l is below 1e-12.
 
-    Computed in float64 for every dtype: with less precision, lengths that should be 0 would also give directions.
+    Computed in float64 for every dtype: with less precision, columns whose length should be 0 get a direction too.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
@@ -59,7 +59,7 @@ def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
 
 
 def _solved(V: Any, W: Any) -> Any:
-    """Return W @ inverse(V^T), with the pseudoinverse if V is singular."""
+    """Return W @ inverse(V^T); uses the pseudoinverse if V is singular."""
     linalg = namespace(V).linalg
     try:
         return linalg.solve(V, W.mT).mT

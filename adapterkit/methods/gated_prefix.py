@@ -1,6 +1,6 @@
 """A prefix of one attention, with gates on the attention's input.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
-AdapterHub's prefix in UniPELT: the flat one, and one whose network has been replaced by what it computed.
+AdapterHub uses this prefix in UniPELT: a flat prefix, or one whose network has been replaced by the network's output.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """An attention first attends to keys P[0, 0] and values P[0, 1], each multiplied by its row's gate."""
+    """An attention first attends to keys P[0, 0] and values P[0, 1], each multiplied by the gate of the row."""
 
     place = "prefix"
-    acts_on = "what the attention attends to"
+    acts_on = "the keys and values of the attention"
     paper = "https://arxiv.org/abs/2110.07577"
     rules: ClassVar[tuple[Rule, ...]] = (Rule(require="shares == 1 or shares == 2", where="gate", error="Malformed"),)
 

@@ -1,6 +1,6 @@
 """A prefix of one attention with the MLP that computes it, and gates on the attention's input.
 
-AdapterHub's prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
+AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GatedPrefixMLP(PrefixMLP):
     """The formula of `gated_prefix`, for keys and values that the network of `prefix_mlp` computes."""
 
     place = "prefix"
-    acts_on = "what the attention attends to"
+    acts_on = "the keys and values of the attention"
     paper = "https://arxiv.org/abs/2110.07577"
     rules: ClassVar[tuple[Rule, ...]] = (Rule(require="shares == 1 or shares == 2", where="gate", error="Malformed"),)
 

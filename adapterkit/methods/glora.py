@@ -1,6 +1,7 @@
 """GLoRA: W' = W + W * A + B, b' = b + b * D + E + W @ C.  Chavan et al. 2023, https://arxiv.org/abs/2306.07967
 
-Each of the five supports is a product of two factors (d, u), a vector, a constant or absent, as a search selected it.
+A, B, C, D and E are the supports. A search selects the form of each: a product of two factors (d, u), a vector, a
+constant, or absent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GLoRA(WeightUpdate):
-    """W' = W + W * A + B, b' = b + b * D + E + W @ C; each support in at most one form, and at least one present."""
+    """W' = W + W * A + B, b' = b + b * D + E + W @ C; at least one support is present, each in at most one form."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -80,7 +81,7 @@ class GLoRA(WeightUpdate):
         return any(name[0] in supports for name in self.tensors)
 
     def _support(self, name: str) -> Any:
-        """Return one of the five supports; those that meet a weight have the form of a matrix or a column."""
+        """Return one of the five supports; those that apply to a weight are a matrix or a column."""
         held: Any = [leaf for field, leaf in self.tensors.items() if field[0] == name]
         vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
         return held[0] @ held[1] if len(held) == 2 else sum(vectors)

@@ -1,4 +1,4 @@
-"""GraLoRA: a LoRA of its own for each of g x g blocks of the weight.  Jung et al. 2025, https://arxiv.org/abs/2505.20355
+"""GraLoRA: g x g blocks of the weight, each with its own LoRA.  Jung et al. 2025, https://arxiv.org/abs/2505.20355
 
 A slice of inputs has r = g * q ranks, q for each slice of outputs. The hybrid form adds a LoRA of the whole weight.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GraLoRA(Additive):
-    """W' = W + scaling * (D + B_whole @ A_whole), D's block of outputs j and inputs n being A[n, :, j] @ B[j, n]."""
+    """W' = W + scaling * (D + B_whole @ A_whole); block (j, n) of D (outputs j, inputs n) is A[n, :, j] @ B[j, n]."""
 
     linear_only = True
     paper = "https://arxiv.org/abs/2505.20355"
@@ -45,7 +45,7 @@ class GraLoRA(Additive):
         return scaled
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors of rank g * r: the blocks' factors, zero outside of their blocks."""
+        """Return factors of rank g * r: the blocks' factors, with zeros outside of the blocks."""
         A, B = self._blocks()
         xp = namespace(A)
         identity = xp.eye(len(A), dtype=A.dtype, device=getattr(A, "device", None))
@@ -58,7 +58,7 @@ class GraLoRA(Additive):
         return left, right
 
     def _blocks(self) -> tuple[Any, Any]:
-        """Return A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, by slice of outputs and slice of inputs."""
+        """Return A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, indexed by slice of outputs and slice of inputs."""
         g, _, r = self.A.shape
         A = self.A.reshape(g, -1, g, r // g).swapaxes(0, 2).swapaxes(1, 2).mT
         return A, self.B.reshape(g, g, r // g, -1).mT

@@ -1,10 +1,11 @@
-"""DoRA beside a convolution, as PEFT trains it: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
+"""DoRA for a convolution in groups, as PEFT trains it: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
-`grouped_lora`: A reads the channels of all groups, for which W `[out, in / groups, *k]` has no place, so this cannot be
-merged. n is the norm of each output's kernel over all channels: W in those of its own group, plus the change.
-With `regrouped` it is what PEFT divides by instead: the norm of W + scaling * B' @ A in the shape of W, where B' has
-the numbers of B read row by row as `[out / groups, r]`. With one group both equal the norm of DoRA.
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are as in
+`grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
+groups, so the change cannot be merged. n is the norm of each output's kernel over all channels: W on the channels of
+the output's own group, plus the change. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A
+in the shape of W, where B' holds the numbers of B read row by row as `[out / groups, r]`. With one group, both equal
+the norm of DoRA.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class GroupedDoRA(AcrossGroups):
-    """A over all `inputs`, B in r / share groups; the sum is rescaled for each output."""
+    """A reads all `inputs`; B has r / share groups; the sum is rescaled for each output."""
 
     paper = "https://arxiv.org/abs/2402.09353"
     since: ClassVar[tuple[str, ...]] = ("1.1",)

@@ -2,9 +2,9 @@
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403.
 A is a convolution without groups: it reads all channels. B mixes within groups: its first rows read the first channels
-of A(x), and so on. So each output depends on channels of other groups, for which W `[out, in / groups, *k]` has no
-place. A LoRA that stays within the groups is `lora`, and can be merged. With `zero_padded`, A reads zeros around the
-input and is not dilated, whatever the layer does: PEFT gives A only the layer's kernel, stride and padding.
+of A(x), and so on. So each output depends on channels of other groups, which W `[out, in / groups, *k]` does not have.
+A LoRA that stays within the groups is `lora`, and can be merged. With `zero_padded`, A pads its input with zeros and is
+not dilated, whatever the layer does: PEFT gives A only the layer's kernel, stride and padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GroupedLoRA(AcrossGroups):
-    """A over all `inputs`, B in r / share groups."""
+    """A reads all `inputs`; B has r / share groups."""
 
     paper = "https://arxiv.org/abs/2106.09685"
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}

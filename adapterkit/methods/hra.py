@@ -1,7 +1,7 @@
 """HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
 
-W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T) with u of length 1. The strictest form first makes the u orthogonal. The
-chain is then one reflection in the space that they span, independent of the basis.
+W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T), where each u has length 1. The strictest form first makes the vectors
+u orthogonal. The chain is then one reflection in the space that they span, independent of the basis.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class IA3(WeightUpdate):
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Mix by the difference of each l from 1."""
+        """Mix the updates by the difference of each l from 1."""
         names = {name for update in updates for name in update.tensors}
         if len(names) > 1:
             return None

@@ -1,7 +1,7 @@
 """Invertible adapters: y1' = y1 + F(y2), y2' = y2 + G(y1').  Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
-It is an additive coupling block (NICE, Dinh et al. 2014, https://arxiv.org/abs/1410.8516) after the embeddings, and its
-inverse before the output head. For the inverse the target is the head, and `reverse` is set.
+The adapter is an additive coupling block (NICE, Dinh et al. 2014, https://arxiv.org/abs/1410.8516) after the
+embeddings, and its inverse before the output head. For the inverse, the target is the head and `reverse` is set.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
 
 class Invertible(OutputUpdate):
-    """f on the output, or the inverse of f on the input; F and G are linear layers around an activation."""
+    """Applies f to the output, or the inverse of f to the input; F and G are two linear layers with an activation."""
 
     paper = "https://arxiv.org/abs/2005.00052"
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(require="kernel == 0", meaning="the channels are not the last axis of a convolution"),
-        Rule(when="not reverse", require="first + second == out", meaning="made for other channels"),
-        Rule(when="reverse", require="first + second == in", meaning="made for other inputs"),
+        Rule(
+            when="not reverse",
+            require="first + second == out",
+            meaning="the adapter was made for another number of channels",
+        ),
+        Rule(
+            when="reverse", require="first + second == in", meaning="the adapter was made for another number of inputs"
+        ),
     )
 
     F_down: Tensor = tensor("a second")

@@ -1,6 +1,6 @@
-"""KaSA: LoRA in the place of the base's smallest singular values.  Wang et al. 2024, https://arxiv.org/abs/2412.06071
+"""KaSA: LoRA in place of the base's smallest singular values.  Wang et al. 2024, https://arxiv.org/abs/2412.06071
 
-W' = W without its r smallest singular values + scaling * B @ diag @ A.
+W' = (W without its r smallest singular values) + scaling * B @ diag @ A.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class KaSA(InPlace):
-    """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the r last components of the SVD of W."""
+    """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the last r components of the SVD of W."""
 
     starts_at_base: ClassVar[bool] = False
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="r < out and r < in", meaning="there are not r singular values to take out, and one to keep"),
+        Rule(require="r < out and r < in", meaning="the rank must be smaller than both dimensions of the weight"),
     )
     paper = "https://arxiv.org/abs/2412.06071"
 
@@ -30,7 +30,7 @@ class KaSA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Start with B = 0. The smallest singular values of W are removed from the start, as the method defines it."""
+        """Start with B = 0. As the method defines it, W lacks its smallest singular values from the start."""
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
 

@@ -1,7 +1,7 @@
 """LoHa: W' = W + scaling * (w1_a @ w1_b) * (w2_a @ w2_b).  Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
 
-The product of two low-rank products, element by element, has rank up to r * r. For convolutions each of the two may
-have a Tucker core: then it is `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS, https://arxiv.org/abs/2309.14859.
+The elementwise product of two low-rank products has a rank of up to r * r. For convolutions, each of the two may have
+a Tucker core and is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS, https://arxiv.org/abs/2309.14859.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
-Either factor may itself be a low-rank product; w2, which has a convolution's kernel, may have a Tucker core. Output
-a * m + i belongs to row a of w1 and row i of the m rows of w2, and inputs likewise, as in LyCORIS. With `stacked`, w2
-[m, n, k] is a stack of m matrices [n, k]; w1 times each of them is [m, a * n, c * k], which is reshaped to the weight's
-shape. PEFT trains LoKr on `nn.Conv1d` like this.
+Either factor may itself be a low-rank product; w2, which has a convolution's kernel, may have a Tucker core. As in
+LyCORIS, output a * m + i belongs to row a of w1 and to row i of the m rows of w2; inputs likewise. With `stacked`, w2
+[m, n, k] is a stack of m matrices [n, k]. The product of w1 with each of them is [m, a * n, c * k], and is reshaped to
+the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LoKr(Additive):
-    """W' = W + scaling * kron(w1, w2); w1 is whole or w1_a @ w1_b, w2 whole, w2_a @ w2_b, or a core between two."""
+    """W' = W + scaling * kron(w1, w2); w1 is whole or w1_a @ w1_b; w2 is whole, w2_a @ w2_b, or has a Tucker core."""
 
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
@@ -38,7 +38,7 @@ class LoKr(Additive):
             when="stacked",
             where="stacked",
             error="Malformed",
-            meaning="w2 is no stack of matrices",
+            meaning="w2 is not a stack of matrices",
         ),
     )
 
@@ -68,7 +68,7 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Return the Kronecker products of the left and of the right factors of w1 and w2."""
+        """Return two Kronecker products: one of the left factors of w1 and w2, one of the right factors."""
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
@@ -86,11 +86,11 @@ class LoKr(Additive):
             return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        return cast(Self, Dense(D=rows, d=None))  # A part of a Kronecker product is no Kronecker product.
+        return cast(Self, Dense(D=rows, d=None))  # A part of a Kronecker product is not a Kronecker product.
 
     @property
     def _product(self) -> Any:
-        """The scaled product of both factors, which has as many numbers as the weight."""
+        """The scaled product of both factors; it has as many numbers as the weight."""
         w1: Any = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)

@@ -42,7 +42,7 @@ class LoRA(Additive):
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
-        # A view of a matrix as itself would be one more operation of autograd.
+        # Do not reshape a matrix to its own shape: autograd would record one more operation.
         return self.B, self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1), self.scaling
 
     @property

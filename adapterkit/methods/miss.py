@@ -1,6 +1,6 @@
 """MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-It is the successor of Bone. Its mini form repeats a narrower block over the outputs as well.
+MiSS is the successor of Bone. Its mini form also repeats a narrower block over the outputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MiSS(Additive):
     blocks = frozenset({"out", "in"})
     forms = ((("D",), ("mini",)),)
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(when="has(D)", require="r >= 1", meaning="there is nothing to repeat"),
-        Rule(when="has(mini)", require="r >= 1 and out % m == 0", meaning="the outputs are no multiple of m"),
+        Rule(when="has(D)", require="r >= 1", meaning="the block to repeat has no rows"),
+        Rule(when="has(mini)", require="r >= 1 and out % m == 0", meaning="the outputs are not a multiple of m"),
     )
     paper = "https://arxiv.org/abs/2409.15371"
 
@@ -63,6 +63,6 @@ class MiSS(Additive):
 
 
 def _repeated(block: Any, top: int, bottom: int, left: int, right: int) -> Any:
-    """Return a part of the infinite plane that is tiled with copies of a block."""
+    """Return a part of an infinite plane that is tiled with copies of a block."""
     rows, columns = block.shape
     return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]

@@ -1,7 +1,7 @@
 """MTL-LoRA: W' = W + scaling * (sum_i w_i B_i) @ diag(values) @ A, w = softmax(weights / sharpness).
 
-Yang et al. 2024, https://arxiv.org/abs/2410.09437. This is the formula for one task. Tasks share A and B, and have
-their own weights and values.
+Yang et al. 2024, https://arxiv.org/abs/2410.09437. This is the formula for one task. Tasks share A and B; each task has
+its own weights and values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""Smallest sharpness. Below it, shares are 0 or 1 except for ties, and quotients overflow."""
+"""Smallest sharpness. Below it, shares are 0 or 1 except for ties, and the quotients overflow."""
 
 
 class MTLLoRA(LowRank):
@@ -42,7 +42,8 @@ class MTLLoRA(LowRank):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         count = attributes.pop("count", cls.sizes["count"])
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        # Opposite factors cancel out. If all were zero, they would stay equal, and the weights would never learn.
+        # Start with pairs of opposite factors, which cancel out. Equal factors, such as zeros, would stay equal, and
+        # the weights would never learn.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z

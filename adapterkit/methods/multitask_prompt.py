@@ -14,21 +14,26 @@ if TYPE_CHECKING:
 
 
 class MultitaskPrompt(ContextUpdate):
-    """Puts P * (columns[t] @ rows[t]), elementwise, in front of the embeddings of the input of task t.
+    """Puts P * (columns[t] @ rows[t]), elementwise, in front of the input embeddings of task t.
 
-    With `decoder`, the second half of these rows is put in front of a decoder's input instead.
+    With `decoder`, only the first half of these rows goes there; the second half goes in front of a decoder's input.
     """
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2303.02861"
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="0 <= task and task < tasks", where="task", error="Malformed", meaning="there is no such task"),
+        Rule(
+            require="0 <= task and task < tasks",
+            where="task",
+            error="Malformed",
+            meaning="the task number is out of range",
+        ),
         Rule(
             require="n % 2 == 0",
             when="decoder",
             where="decoder",
             error="Malformed",
-            meaning="a decoder's prompt takes half of the rows",
+            meaning="a decoder's prompt takes half of the rows, so their number must be even",
         ),
     )
 

@@ -1,8 +1,8 @@
-"""NOLA: A and B of LoRA as sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
+"""NOLA: LoRA whose A and B are sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p random matrices, B likewise. The matrices follow from
-seeds by a generator that the spec defines to the bit, and are drawn a few at a time. Matrices of a generator that
-cannot be reproduced are stored: `A_bases`, `B_bases`.
+W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. A generator that
+the spec defines to the bit computes the matrices from seeds, a few at a time. Matrices from a generator that cannot be
+reproduced are stored in `A_bases` and `B_bases`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class NOLA(LowRank):
-    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases from seeds, or stored."""
+    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases come from seeds or are stored."""
 
     paper = "https://arxiv.org/abs/2310.02556"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("seeds",), ("A_bases", "B_bases")),)
@@ -38,7 +38,7 @@ class NOLA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Start with B = 0 and A of the size of a fresh LoRA's; `beta` is the number of bases, 256 by default."""
+        """Start with B = 0 and A as large as in a new LoRA; `beta` is the number of bases, 256 by default."""
         n = int(attributes.pop("beta", 256))
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
         seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OFT(WeightUpdate):
-    """W' = W @ blockdiag(R)^T on inputs, rescale * blockdiag(R)^T @ W on outputs; one stored block serves for all."""
+    """W' = W @ blockdiag(R)^T on inputs, rescale * blockdiag(R)^T @ W on outputs; a single stored block is repeated."""
 
     blocks = frozenset({"in", "out"})
     needs_bias = False
@@ -41,7 +41,7 @@ class OFT(WeightUpdate):
             require="block(p) > 0",
             when="has(pairs)",
             where="pairs",
-            meaning="its numbers do not fill one side of a square matrix",
+            meaning="its length is not b * (b - 1) / 2 for any block size b",
         ),
         Rule(define="b", value="block(p)", when="has(pairs)"),
         Rule(define="out", value="n * b", when="n != 1 and side == 'out'"),
@@ -82,7 +82,7 @@ class OFT(WeightUpdate):
         return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Any) -> Any:
-        """Shrink Q if it exceeds the allowed norm: each block (COFT), or all blocks together (LyCORIS)."""
+        """Shrink Q if its norm exceeds the bound: block by block (COFT), or all blocks together (LyCORIS)."""
         if self.coft:
             Q = shortened_blocks(Q, self.eps)
         return shortened(Q, (Q * Q).sum(), self.constraint, 1e-8) if self.constraint > 0 else Q

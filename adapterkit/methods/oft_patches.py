@@ -1,10 +1,10 @@
-"""OFT on patches of a convolution's input, as PEFT trains it: y' = conv(turned(x)).
+"""OFT on patches of a convolution's input, as PEFT trains it: y' = conv(rotated(x)).
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size, one at every
-position and none beyond the border, rotates each by OFT's rotations, and adds them up where they overlap. It reads each
-channel's numbers, which are stored patch by patch, as if they were stored position by position, so they end up
-elsewhere. Its merge rotates the weight instead, which is another function if there are two or more patches; that one is
-`oft`.
+position that lies inside the border. It rotates each patch by OFT's rotations, and adds up the patches where they
+overlap. Each patch is stored channel by channel, but PEFT reads it back as if it were stored position by position, so
+the numbers end up elsewhere. PEFT's merge rotates the weight instead, which is a different function if there are two or
+more patches; that function is `oft`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ if TYPE_CHECKING:
 
 
 class OFTPatches(OutputUpdate):
-    """The layer of another input: its patches times blockdiag(R), summed."""
+    """The layer with a changed input: the sum of the input's patches times blockdiag(R)."""
 
     paper = "https://arxiv.org/abs/2306.07280"
-    acts_on = "the input by overlapping patches"
+    acts_on = "the input, by overlapping patches"
     moves_input = True
     since: ClassVar[tuple[str, ...]] = ("1.1",)
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="block(p) > 0", where="pairs", meaning="its numbers do not fill one side of a square matrix"),
+        Rule(require="block(p) > 0", where="pairs", meaning="its length is not b * (b - 1) / 2 for any block size b"),
         Rule(define="b", value="block(p)"),
     )
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="in > 0 and (kernel == 0 or kernel == 2)", meaning="the layer has no patches of two axes"),
+        Rule(
+            require="in > 0 and (kernel == 0 or kernel == 2)",
+            meaning="the layer is neither linear nor a two-dimensional convolution",
+        ),
         Rule(require="columns % b == 0 and (n == 1 or n * b == columns)", meaning="the blocks do not fill a patch"),
     )
 
@@ -49,17 +52,18 @@ class OFTPatches(OutputUpdate):
         """Run the layer on the rotated input.
 
         Raises:
-            Unsupported: the layer is a convolution with groups, a transposed one, or no layer of weights.
+            Unsupported: the layer is a convolution with groups, a transposed convolution, or has no weight matrix.
         """
         if len(layer.shape) < 2:
             cure = "Target a linear layer or a convolution that is not transposed"
-            raise Unsupported("patches of something that is no linear layer and no convolution", cure=cure)
+            raise Unsupported("the target is neither a linear layer nor a convolution", cure=cure)
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         given = x.shape[-3] if len(layer.shape) > 2 else channels
-        # The size may be open in a graph; it is an integer in every torch model.
+        # In an exported graph the size may be unknown; in every torch model it is an integer.
         if isinstance(given, int) and given != channels:
-            cure = "Merge it into the weight as method oft, which PEFT's own merge does, or leave this layer out"
-            raise Unsupported(f"patches of {given} channels at a convolution with groups of {channels}", cure=cure)
+            cure = "Merge it into the weight as method oft, which PEFT's own merge does, or remove this layer"
+            why = f"the patches have {given} channels, but the convolution's groups have {channels}"
+            raise Unsupported(why, cure=cure)
         if high * wide == 1:
             return layer(layer.mix(x, self._mix(channels, 1)))
         places = [(i, j) for i in range(high) for j in range(wide)]
@@ -76,7 +80,7 @@ class OFTPatches(OutputUpdate):
         return layer(total)
 
     def _mix(self, channels: int, places: int) -> Any:
-        """Return the matrix that mixes patch channels position by position, as the rotations do channel by channel."""
+        """Return the matrix that mixes a patch position by position, as the rotations mix it channel by channel."""
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
         count = channels * places // R.shape[-1]
@@ -86,12 +90,12 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """Return the slices of an image that hold position i, j of all its patches."""
+    """Return the two slices of an image that hold the numbers at position i, j of all its patches."""
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
 def _bordered(x: Any, part: Any, i: int, j: int, high: int, wide: int) -> Any:
-    """Put a part back where it was taken from, with zeros around it."""
+    """Put a part back to the position it was taken from, with zeros around it."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole = (slice(None),) * (-1 - axis)

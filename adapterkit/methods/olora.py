@@ -1,7 +1,7 @@
-"""OLoRA: LoRA in the place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
+"""OLoRA: LoRA in place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
-W' = W - scaling * Q' R' + scaling * B @ A, with the first r columns and rows of the thin QR decomposition W = Q R. A
-file of only A and B is complete, because the product Q' R' follows from the base exactly, signs included.
+W' = W - scaling * Q' R' + scaling * B @ A, where Q' and R' are the first r columns of Q and rows of R in the thin QR
+decomposition W = Q R. A file with only A and B is complete, because the base determines Q' R' exactly, signs included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class OLoRA(InPlace):
     """W' = W + scaling * (B @ A - Q' R'); Q' and R' are the first r columns of Q and rows of R in W = Q R."""
 
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),
+    )
     paper = "https://arxiv.org/abs/2406.01775"
 
     @classmethod

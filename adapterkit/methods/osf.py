@@ -1,8 +1,8 @@
-"""OSF: the part of W of its smallest singular values, trained.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
+"""OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V, where T is W's own part for the singular values that U, S and V replace. PEFT takes T from its
-base. If T is not stored, it is computed in the same way, by torch's decomposition in float32. Adapters created here
-store it. PEFT's training avoids the directions of the remaining part; the formula does not depend on that.
+W' = W - T + U diag(S) V, where T is W's own part for the singular values that U, S and V replace. PEFT computes T from
+its base. If T is not stored, it is computed in the same way, by torch's decomposition in float32. Adapters created here
+store it. PEFT's training avoids the directions of the remaining part; the formula does not depend on this.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 class OSF(WeightUpdate):
-    """W' = W - T + U @ diag(S) @ V, T = U_own @ diag(S_own) @ V_own, or W's own."""
+    """W' = W - T + U @ diag(S) @ V, with T = U_own @ diag(S_own) @ V_own, or computed from W."""
 
     linear_only = True
     frozen = frozenset({"U_own", "S_own", "V_own"})
     forms = (((), ("U_own", "S_own", "V_own")),)
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),
+    )
     paper = "https://arxiv.org/abs/2504.07097"
-    bound_to = "torch.linalg.svd, where the kept vectors are absent"
+    bound_to = "torch.linalg.svd, unless the singular vectors are stored"
 
     U: Tensor = tensor("out r")
     S: Tensor = tensor("r")

@@ -1,6 +1,7 @@
-"""P-tuning with its LSTM: a prompt that a recurrent network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
+"""P-tuning with its LSTM: a prompt computed by a recurrent network.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
-PEFT's `encoder_reparameterization_type="LSTM"`. Its files store what the network computed and are read as `prompt`.
+This is PEFT's `encoder_reparameterization_type="LSTM"`. PEFT's files store only the network's output, so they are read
+as `prompt`.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ class PTuningLSTM(ContextUpdate):
         return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))
 
 
-# A recurrent layer over one sequence, step by step: Hochreiter and Schmidhuber's LSTM.  No method itself.
+# A recurrent layer over one sequence, step by step: Hochreiter and Schmidhuber's LSTM.  Not a method itself.
 #
-# Gates are rows of the weights, in the order of input, forget, cell and output, as torch.nn.LSTM has them.
+# Gates are rows of the weights, in the order of input, forget, cell and output, as in torch.nn.LSTM.
 
 
 def both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) -> Any:

@@ -1,7 +1,7 @@
-"""PiSSA: LoRA in the place of the base's largest singular values.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
+"""PiSSA: LoRA in place of the base's largest singular values.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
 
-W' = W without its r largest singular values + scaling * B @ A. A file of only A and B is complete: their product is
-added to the rest of the base, which follows from the base exactly, signs included.
+W' = (W without its r largest singular values) + scaling * B @ A. A file with only A and B is complete, because the base
+determines the rest of W exactly, signs included.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 class PiSSA(InPlace):
-    """W' = W - U' S' V' + scaling * B @ A; U' S' V' are the r first components of the SVD of W."""
+    """W' = W - U' S' V' + scaling * B @ A; U' S' V' are the first r components of the SVD of W."""
 
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),
+    )
     paper = "https://arxiv.org/abs/2404.02948"
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Poly: y' = y + B @ A x / r, A and B mixed from skills in shares that a row's task has learned.
+"""Poly: y' = y + B @ A x / r, where A and B are mixtures of skills with shares that a row's task has learned.
 
 Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits it is multi-head routing, Caccia et al. 2023,
-https://arxiv.org/abs/2211.03831. In training, the papers draw random shares around those of the formula.
+https://arxiv.org/abs/2211.03831. In training, the papers draw random shares around the shares of this formula.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Poly(Routed):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tasks = layer.call["task_ids"]
         if tasks.shape != x.shape[:1]:
-            why = f"tasks of {list(tasks.shape)} for an input of {list(x.shape)}"
-            raise ShapeMismatch(why, cure="Pass one number of a task for each row")
+            why = f"the tasks are {list(tasks.shape)}, but the input is {list(x.shape)}"
+            raise ShapeMismatch(why, cure="Pass one task number for each row")
         splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
         if not r:
-            return layer(x)  # A sum of no terms, divided by their number: the specification's R-10.13.
+            return layer(x)  # Rank 0: R-10.13 of the specification defines the empty sum over 0 as no change.
         A: Tensor = (shares * self.A).sum(2).reshape(-1, splits * part, r)
         B: Tensor = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
         if x.ndim == 2:
@@ -61,5 +61,7 @@ class Poly(Routed):
 
 def _part(size: int, splits: int) -> int:
     if size % splits:
-        raise ShapeMismatch(f"{size} channels in {splits} splits", cure="Pass splits= that divides them")
+        raise ShapeMismatch(
+            f"{size} channels do not divide into {splits} splits", cure="Pass splits= that divides them"
+        )
     return size // splits

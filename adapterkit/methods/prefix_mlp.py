@@ -1,6 +1,6 @@
 """Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's store what it computed, and are read as `prefix`.
+AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's files store its output, and are read as `prefix`.
 """
 
 from __future__ import annotations

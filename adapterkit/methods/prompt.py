@@ -1,6 +1,6 @@
 """Prompt tuning: trained embeddings in front of the input's.  Lester et al. 2021, https://arxiv.org/abs/2104.08691
 
-The formula also covers P-tuning and CPT, if what computes their embeddings is no longer needed, as in PEFT's files.
+The formula also covers P-tuning and CPT once their embeddings have been computed, as in PEFT's files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(ContextUpdate):
-    """Puts the first `used` rows of P, or all if it is 0, in front of the embeddings of the input."""
+    """Puts the first `used` rows of P in front of the embeddings of the input; 0 means all rows."""
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2104.08691"
@@ -25,7 +25,7 @@ class Prompt(ContextUpdate):
             require="0 <= used and used <= n",
             where="used",
             error="Malformed",
-            meaning="more tokens are used than there are",
+            meaning="more tokens are used than P has",
         ),
     )
 
@@ -41,13 +41,13 @@ class Prompt(ContextUpdate):
 
 
 def tokens_of(W: Tensor, count: int, random: Random, index: Any) -> Tensor:
-    """Return initial embeddings `[count, dim]`: those of given tokens, repeated, or of randomly drawn tokens.
+    """Return initial embeddings `[count, dim]`: those of the given tokens, repeated, or of randomly drawn tokens.
 
     Args:
         W: the embedding's weight, `[dim, vocabulary]`.
-        count: how many.
-        random: shape -> numbers from -1 to 1.
-        index: token numbers, or None.
+        count: the number of embeddings.
+        random: a function from a shape to random numbers between -1 and 1.
+        index: token numbers, or None to draw tokens.
     """
     if index is None:
         drawn = ((random((count,)) + 1) / 2 * W.shape[1]).tolist()

@@ -1,9 +1,10 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
-W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
-root of S. PEFT stores only R and takes A and B from its base. The signs of singular vectors depend on the library that
-computes them, and the formula depends on these signs. So A and B that are not stored are computed like in PEFT: by
-torch's decomposition in float32 on the CPU, or with `steps` by its randomised one. Adapters created here store A and B.
+W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values: A = V^T and B = U S, or each gets
+the root of S. PEFT stores only R and computes A and B from its base. The signs of singular vectors depend on the
+library that computes them, and the formula depends on these signs. So if A and B are not stored, they are computed as
+in PEFT: by torch's decomposition in float32 on the CPU, or, with `steps`, by its randomised one. Adapters created here
+store A and B.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ class PSOFT(WeightUpdate):
 
     linear_only = True
     frozen = frozenset({"A", "B"})
-    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= out and r <= in", meaning="the rank is higher than the weight's dimensions allow"),
+    )
     paper = "https://openreview.net/forum?id=FSHrinMArK"
-    bound_to = "torch.linalg.svd and torch.svd_lowrank, where A and B are absent"
+    bound_to = "torch.linalg.svd and torch.svd_lowrank, unless A and B are stored"
     forms = ((("pairs",), ("R",)), ((), ("A", "B")))
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            require="block(p) > 0", when="has(pairs)", where="pairs", meaning="its numbers are no rotation of any rank"
+            require="block(p) > 0",
+            when="has(pairs)",
+            where="pairs",
+            meaning="its length is not r * (r - 1) / 2 for any rank r",
         ),
         Rule(define="r", value="block(p)", when="has(pairs)", where="pairs"),
     )
@@ -63,7 +69,7 @@ class PSOFT(WeightUpdate):
         return changed
 
     def _own(self, W: Tensor, r: int) -> tuple[Any, Any]:
-        """Compute A and B from W; `steps` counts from one, so that 0 is the exact decomposition."""
+        """Compute A and B from W. `steps` is one more than the number of iterations; 0 is the exact decomposition."""
         if not self.steps:
             return _principal(W, r, self.symmetric)
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)

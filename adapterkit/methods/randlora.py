@@ -1,9 +1,9 @@
 """RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).  Albert et al. 2025, https://arxiv.org/abs/2502.00987
 
-The bases B_j and A are random, fixed, and shared by all weights. The sum of n of them, n * r >= min(out, in), has full
-rank. A extends along the shorter side of the weight, B along the longer. As in the authors' training code, the n * r
-columns of the bases (numbered with bases first) are paired with the r * n rows of A (numbered with rows of A first) in
-the order of their numbers.
+The bases B_j and A are random, fixed, and shared by all weights. There are n of them with n * r >= min(out, in), so
+their sum has full rank. A extends along the shorter side of the weight, B along the longer side. The n * r columns of
+the bases are numbered with bases first; the r * n rows of A are numbered with rows of A first. Column i pairs with row
+i, as in the authors' training code.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class RandLoRA(LowRank):
-    """W' = W + scaling * L @ S, or its transpose where `in` is the longer side; the weight has two axes."""
+    """W' = W + scaling * L @ S, or its transpose if `in` is the longer side; the weight has two axes."""
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     fits: ClassVar[tuple[Rule, ...]] = (
         Rule(
             require="(short == out or short == in) and short <= out and short <= in",
-            meaning="the shorter side has another size",
+            meaning="the adapter was made for another length of the shorter side",
         ),
         Rule(
             require="shorts >= short and longs >= out and longs >= in and bases >= n",

@@ -1,6 +1,6 @@
 """ReFT: h' = h + R^T (act(S h + b) - R h) at chosen positions.  Wu et al. 2024, https://arxiv.org/abs/2404.03592
 
-LoReFT with orthonormal rows of R (`orthogonality`), NoReFT without, DiReFT without `subtract_projection`.
+LoReFT has orthonormal rows of R (`orthogonality`); NoReFT has not; DiReFT also lacks `subtract_projection`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class ReFT(OutputUpdate):
-    """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, first and last positions only.
+    """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, at the first and last positions only.
 
     Positions are on the axis before the channels. If prefix and suffix overlap, the suffix takes precedence. If the
-    call has a mask `[rows, positions]`, each row's first and last positions are those that it does not mask.
+    call has a mask `[rows, positions]`, a row's first and last positions are counted among its unmasked positions.
     """
 
     hears = ("attention_mask",)
@@ -44,8 +44,8 @@ class ReFT(OutputUpdate):
     )
 
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="hidden == out", meaning="made for other channels"),
-        Rule(require="kernel == 0", meaning="a kernel's layer has no axis of positions"),
+        Rule(require="hidden == out", meaning="the adapter was made for another number of channels"),
+        Rule(require="kernel == 0", meaning="a convolution has no axis of positions"),
     )
 
     source: Tensor = tensor("r hidden")
@@ -83,7 +83,7 @@ class ReFT(OutputUpdate):
         return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
 
 
-# First and last positions of sequences, as ReFT counts them.  No method itself.
+# First and last positions of sequences, as ReFT counts them.  Not a method itself.
 
 
 Law = Callable[[Any], Any]
@@ -92,14 +92,14 @@ Law = Callable[[Any], Any]
 def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last ones.
 
-    If the model's call has a mask `[rows, positions]`, each row's positions are those that it does not hide.
+    If the model's call has a mask `[rows, positions]`, each row's masked positions are not counted.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):
         changed: Tensor = _masked(y, mask, counts, first, last)
         return changed
     begin, end = counts
-    # Slices relative to the end, because a graph's sequences have no length before they run.
+    # Slice relative to the end: sequences of an exported graph have no length before it runs.
     before = y[..., :-end, :] if end else y
     behind = y[..., -end:, :] if end else y[..., :0, :]
     parts = [first(before[..., :begin, :]), before[..., begin:, :], last(behind)]

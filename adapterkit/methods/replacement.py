@@ -1,7 +1,7 @@
-"""Replacement: W' = weight, b' = bias.  Whole parameters that were trained beside an adapter.
+"""Replacement: W' = weight, b' = bias.  Whole parameters that were trained together with an adapter.
 
-It covers PEFT's `modules_to_save` and `bias="all"`, LN tuning, https://arxiv.org/abs/2312.11420, and BitFit's biases,
-https://arxiv.org/abs/2106.10199
+The method covers PEFT's `modules_to_save` and `bias="all"`, LN tuning, https://arxiv.org/abs/2312.11420, and BitFit's
+biases, https://arxiv.org/abs/2106.10199
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Replacement(WeightUpdate):
-    """W' = weight, b' = bias; an absent one stays unchanged, and at least one is present."""
+    """W' = weight, b' = bias; a parameter without a new value stays unchanged, and at least one has a new value."""
 
     blocks = frozenset({"out"})
     shared_as = "replacement"
@@ -32,18 +32,19 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Start with a copy. `weight=False` or `bias=False` leaves one of them out: BitFit trains only biases."""
+        """Start with a copy. `weight=False` or `bias=False` omits one of them: BitFit trains only biases."""
         held = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
-            raise UsageError("nothing is left to replace", where="bias", cure="Choose targets that have a bias")
+            why = "the target has none of the parameters to replace"
+            raise UsageError(why, where="bias", cure="Choose targets that have a bias")
         return cls(**wanted, **attributes)
 
     @classmethod
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
         cls, updates: Sequence[Self], weights: Sequence[float]
     ) -> Self | None:
-        """Mix updates whose weights sum to 1: only then does W drop out of the result."""
+        """Mix updates whose weights sum to 1; with any other sum, the result would depend on W."""
         held: list[Mapping[str, Any]] = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
             return None

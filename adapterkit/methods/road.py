@@ -1,8 +1,8 @@
-"""RoAd: the outputs turned and scaled in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
+"""RoAd: rotates and scales the outputs in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
-Output i of the first half of a group is paired with output i of its second half. Each of the two has an angle and a
-scale for itself (first) and for the other (second). They are shared by all four entries of a pair's matrix (variant 1),
-by the two in a row (2), or not at all (4).
+Output i of the first half of a group is paired with output i of its second half. Each of the two outputs has an angle
+and a scale for itself (first) and for the other (second). In variant 1 all four entries of a pair's matrix share them,
+in variant 2 the two entries of a row, in variant 4 none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RoAd(WeightUpdate):
-    """W' = R @ W, b' = R @ b; R has alpha * cos(theta) on its diagonal, and +-alpha * sin(theta) beside it."""
+    """W' = R @ W, b' = R @ b; R has alpha * cos(theta) on its diagonal and +-alpha * sin(theta) off the diagonal."""
 
     blocks = frozenset({"in"})
     needs_bias = False
@@ -31,9 +31,9 @@ class RoAd(WeightUpdate):
             require="group % 2 == 0",
             where="group",
             error="Malformed",
-            meaning="the outputs of a group do not go in pairs",
+            meaning="a group has an odd number of outputs",
         ),
-        Rule(require="size * 2 % variant == 0", where="theta", meaning="the angles are not those of whole pairs"),
+        Rule(require="size * 2 % variant == 0", where="theta", meaning="the number of angles does not fit whole pairs"),
         Rule(define="out", value="size * 2 // variant", where="theta"),
     )
 
@@ -45,7 +45,7 @@ class RoAd(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         if len(W) % 2:
-            raise ShapeMismatch(f"{len(W)} outputs do not go in pairs", cure="Take this target out")
+            raise ShapeMismatch(f"{len(W)} outputs do not form pairs", cure="Remove this target")
         size = len(W) * attributes.get("variant", 1) // 2
         return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
 
@@ -62,7 +62,7 @@ class RoAd(WeightUpdate):
     def _turned(self, Y: Tensor) -> Tensor:
         """Return R @ Y, for Y `[out, columns]`."""
         xp, half = namespace(Y), self.group // 2
-        # One value for each output, or for each pair of them; the last variant has two for each output.
+        # There is one value for each output or for each pair of outputs; variant 4 has two values for each output.
         shape = (-1, 2, 2, half, 1) if self.variant == 4 else (-1, 1, self.variant, half, 1)
         first = (self.alpha * xp.cos(self.theta)).reshape(shape)[:, 0]
         second = (self.alpha * xp.sin(self.theta)).reshape(shape)[:, -1]

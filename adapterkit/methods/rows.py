@@ -1,7 +1,7 @@
-"""Token rows: W'[:, index] = values, the trained embeddings of some tokens and nothing else.
+"""Token rows: W'[:, index] = values. Only the embeddings of some tokens are trained.
 
-PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens: the stored tensor is the
-new row itself, not a difference. In the view `[out, in]` of an embedding, a token is an index on the `in` axis.
+This is PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The stored tensor
+is the new row itself, not a difference. In the view `[out, in]` of an embedding, a token is an index on the `in` axis.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class Rows(WeightUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         index = attributes.pop("index", None)
         if index is None:
-            raise UsageError("rows needs to know which", where="index", cure="Pass index=[token, ...]")
+            raise UsageError("the tokens were not given", where="index", cure="Pass index=[token, ...]")
         return cls(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         worst = outside(self.index, shape[1:2])
         if worst is not None:
-            raise ShapeMismatch(f"token {worst} of a base with {shape[1]}", cure="Resize the base's embeddings first")
+            why = f"the adapter changes token {worst}; the base has {shape[1]} tokens"
+            raise ShapeMismatch(why, cure="Resize the base's embeddings first")
         super().check_against(shape)
 
     @classmethod

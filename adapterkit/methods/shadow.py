@@ -1,8 +1,8 @@
-"""Shadow: a small network runs beside the model, and each block uses the difference between the two.
+"""Shadow: a small network runs in parallel with the model, and each block uses the difference between the two.
 
 ShadowPEFT as in PEFT 0.21. Before block l: x' = x + alpha * up @ down @ (x - s). After it, with its output y:
 s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU between them. The first
-s is the output of the network for the same call, widened by `projection`; the network is a copy of the base's class
+s is the small network's output for the same call, widened by `projection`. The network is a copy of the base's class
 with few layers.
 """
 
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 
 
 class Shadow(OutputUpdate):
-    """One block's part, and the network, which all blocks share."""
+    """One block's part of the method, and the network that all blocks share."""
 
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
     bound_to = "the classes of transformers"
-    acts_on = "each token by what a network beside the model makes of it"
+    acts_on = "each token by the output of a network in parallel with the model"
     asks = ("shadow",)
     moves_input = True
 
     fits: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="hidden == out and hidden == in", meaning="made for blocks with other channels"),
+        Rule(
+            require="hidden == out and hidden == in",
+            meaning="the adapter was made for blocks with another number of channels",
+        ),
     )
 
     down: Tensor = tensor("r hidden")
@@ -54,21 +57,21 @@ class Shadow(OutputUpdate):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of the network's tensors, which are concatenated in `network`."""
+        """Return a map from name to shape of the network's tensors, which are concatenated in `network`."""
         lines = [line.split(" ") for line in self.names.splitlines()]
         if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
-            raise Malformed("not lines of a name and a shape", where="names", cure="Write the adapter again")
+            raise Malformed("a line is not a name and a shape", where="names", cure="Write the adapter again")
         return {name: tuple(map(int, sizes)) for name, *sizes in lines}
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         if len(layer.shape) > 2:
-            why = "Shadow at a convolution, whose last axis is no axis of channels"
+            why = "Shadow cannot run at a convolution, because its last axis is not the channels"
             raise Unsupported(why, cure="Target the model's blocks")
         shadow = layer.call["shadow"]
         s = shadow.state(self)
         if s.shape != x.shape:
-            why = f"an input of {list(x.shape)}, where the network beside the model gives {list(s.shape)}"
-            raise UsageError(why, cure="Target the model's blocks, and call it for all rows alike")
+            why = f"the layer's input is {list(x.shape)}, but the parallel network returns {list(s.shape)}"
+            raise UsageError(why, cure="Target the model's blocks, and use one call for all rows")
         y = layer(x + self.alpha * ((x - s) @ self.down.mT @ self.up.mT))
         t, g = self._update("transform", y), sigmoid(self._update("gate", y))
         shadow.keep((1 - g) * s + g * t)

@@ -1,6 +1,6 @@
-"""SHiRA: W' = W + S, S sparse.  Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175
+"""SHiRA: W' = W + S, with a sparse S.  Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175
 
-A small part of the weight's elements, 1 to 2 percent, is trained; the rank of the change is high.
+Training changes only 1 to 2 percent of the weight's elements, yet the change has a high rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Super-Tuning: W' = W + S, S at the weight's largest elements.  https://arxiv.org/abs/2607.09287
+"""Super-Tuning: W' = W + S, where S is nonzero at the weight's largest elements.  https://arxiv.org/abs/2607.09287
 
-Positions count the elements of the weight row by row. The hybrid form, Supra, adds a LoRA: + scaling * B @ A.
+Positions count the elements of the weight row by row. The hybrid form, Supra, also adds a LoRA: scaling * B @ A.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SuperTuning(Additive):
-    """W'[index // in, index % in] = W[...] + values, and + scaling * B @ A where A and B are present."""
+    """W'[index // in, index % in] = W[...] + values, plus scaling * B @ A if A and B are present."""
 
     linear_only = True
     paper = "https://arxiv.org/abs/2607.09287"

@@ -1,7 +1,7 @@
 """Textual inversion: embeddings of new tokens.  Gal et al. 2022, https://arxiv.org/abs/2208.01618
 
-The target is an embedding. The base has no rows for the new tokens, so nothing can be merged into it: it would have to
-grow, together with its tokenizer.
+The target is an embedding. The base has no rows for the new tokens, so the update cannot be merged into it: the
+embedding and the tokenizer would have to grow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TinyLoRA: W' = W + B @ (sum_i v[i] * P[i]) @ A.  "Learning to Reason in 13 Parameters", arXiv:2602.04118
 
-A and B are the weight's largest singular vectors, each multiplied by the root of its singular value, and P is random;
-all are fixed. Only v is trained, a handful of numbers, which several layers may share.
+A and B are the weight's largest singular vectors, each multiplied by the root of its singular value. P is random. A, B
+and P are fixed. Only the few numbers of v are trained, and several layers may share them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 COUNT = 64
-"""How many numbers a fresh update trains."""
+"""Number of trained values in a new update."""
 
 
 class TinyLoRA(LowRank):

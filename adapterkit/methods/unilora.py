@@ -1,7 +1,7 @@
 """Uni-LoRA: LoRA whose factors repeat the numbers of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
-Every element of A and B is an element of theta times a fixed scale that makes the projection an isometry. The scale is
-one over the root of how often its element of theta is used in all modules.
+Every element of A and B is an element of theta times a fixed scale. The scale is 1 / sqrt(n), where n counts the uses
+of this element of theta in all modules. These scales make the projection an isometry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 LENGTH = 256
-"""Length of a fresh update's theta."""
+"""Length of theta in a new update."""
 
 
 class UniLoRA(LowRank):

@@ -1,7 +1,7 @@
 """VB-LoRA: LoRA whose factors are composed from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
 
-Every piece of `b` numbers of a factor is a mixture of the bank's vectors: of those with the `topk` largest logits, by
-softmax over these; or, after training, of the vectors that `indices` name, by `weights`.
+Every piece of `b` numbers of a factor is a mixture of the bank's vectors. In training, it mixes the vectors with the
+`topk` largest logits, by a softmax over these logits. After training, `indices` and `weights` give the mixture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class VBLoRA(LowRank):
-    """W' = W + B @ A, both of pieces that are mixtures of the bank's vectors."""
+    """W' = W + B @ A; both factors consist of mixtures of the bank's vectors."""
 
     linear_only = True
     paper = "https://arxiv.org/abs/2405.15179"
@@ -57,7 +57,7 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Any, indices: Any, weights: Any) -> Any:
-        """Return mixtures of the bank's vectors, with an axis `b` in place of that of the logits."""
+        """Return mixtures of the bank's vectors; an axis `b` replaces the last axis of the logits."""
         xp = namespace(self.bank)
         if logits is not None:
             indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]

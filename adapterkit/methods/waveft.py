@@ -1,8 +1,8 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
-The adapter stores some coefficients of a one-level wavelet transform of the change; without a filter they are elements
-of the change itself. The weight is padded at both ends such that its transform, with the filter's borders cut off, has
-the padded size.
+The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, they are elements
+of the change itself. The weight is padded at both ends so that its transform, after the filter's borders are cut off,
+has the padded size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WaveFT(Coefficients):
-    """W' = W + scaling * the inverse transform of F, F[index[0], index[1]] = spectrum and 0 elsewhere."""
+    """W' = W + scaling * (inverse transform of F), F[index[0], index[1]] = spectrum and 0 elsewhere."""
 
     paper = "https://arxiv.org/abs/2505.12532"
     frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
@@ -32,7 +32,7 @@ class WaveFT(Coefficients):
             when="has(low_pass)",
             where="low_pass",
             error="Malformed",
-            meaning="a wavelet's filter has an even number of taps",
+            meaning="the filter must have an even number of taps, at least 2",
         ),
     )
 
@@ -49,7 +49,7 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The upper right quarter holds high frequencies along the rows' axis, the lower left along the other axis.
+        # Upper right quarter: high frequencies along the rows' axis. Lower left quarter: along the other axis.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -57,7 +57,7 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
-    """Return whether each coefficient is in the second half of its padded axis, and the positions of its taps."""
+    """Return whether each coefficient is in the second half of its padded axis, and where its filter's taps are."""
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2
@@ -66,7 +66,7 @@ def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
 
 
 def _taps(low: Any, high: Any) -> Any:
-    """Return each coefficient's filter, `[n, taps]`: the low one, or its mirror image with alternating signs."""
+    """Return each coefficient's filter, `[n, taps]`: the low-pass one, or its mirror image with alternating signs."""
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 

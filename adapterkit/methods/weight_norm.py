@@ -1,7 +1,7 @@
 """Weight normalisation: W' = magnitude * W / |W|, with norms of outputs or of inputs.
 
-Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. After a LoHa, a LoKr or a LoRA at the same target it turns
-them into DoRA, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. If it follows a LoHa, LoKr or LoRA at the same target, the
+two together are DoRA, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WeightNorm(WeightUpdate):
         return cls(out=norm + attributes.get("eps", 0.0), **attributes)
 
     def cuts(self, axis: str) -> bool:
-        """Whether the update can be split along an axis: only along the one that has the norms."""
+        """Whether the update can be split along an axis: only along the axis of the stored norms."""
         return axis == ("out" if self.into is None else "in")
 
     def new_weight(self, W: Tensor) -> Any:

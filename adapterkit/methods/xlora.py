@@ -1,7 +1,7 @@
-"""X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, shares by a classifier of the call.
+"""X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from a classifier.
 
 Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the last layer's output for the same
-tokens without the adapter. One classifier serves all layers, with common logits or separate ones for each layer.
+tokens without the adapter. One classifier serves all layers; its logits are common to all layers or separate for each.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class XLoRA(Routed):
-    """The classifier, at the whole model; with its experts, at each layer that they change."""
+    """The classifier, at the whole model; or the classifier with its experts, at each layer that they change."""
 
     paper = "https://arxiv.org/abs/2402.07148"
-    acts_on = "each token by what the model makes of it"
+    acts_on = "each token by the base model's last hidden state"
     asks = ("hidden_states",)
     of_model = True
     frozen = frozenset({"A", "B", "strengths"})
@@ -35,7 +35,7 @@ class XLoRA(Routed):
             require="(place + 1) * experts <= logits",
             when="has(A)",
             where="last",
-            meaning="there are no logits for this place",
+            meaning="the classifier has no logits for this layer",
         ),
     )
 

@@ -1,7 +1,7 @@
-"""The compiled loops: `merge.c`, `quantize.c`, `ggml.c` and `dropping.c`, in one library that is loaded by ctypes.
+"""The compiled loops: `merge.c`, `quantize.c`, `ggml.c` and `dropping.c`, in one library that ctypes loads.
 
-Each gives the bits of the numpy code that it stands for. Without the library, on a processor that it was not compiled
-for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
+Each loop gives the same bits as the numpy code that it replaces. If the library is missing or does not run on this
+processor, numpy computes everything. `ADAPTERKIT_KERNEL=off` disables the library.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
-"""Name of the compiled library, beside this file."""
+"""Name of the compiled library, next to this file."""
 
 VERSION = 10
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
-"""The variable that leaves the library out: `off`."""
+"""The environment variable that disables the library, by the value `off`."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
-"""The library's numbers of element types."""
+"""Element type -> its number in the library."""
 
 MOST_LANES = 16
 """Numbers that a merge computes at a time, at most: 16 on processors with AVX-512, 8 on all others."""
@@ -33,7 +33,7 @@ _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
 
 @cache
 def loops() -> ctypes.CDLL | None:
-    """Load the compiled library; None if it is not there, does not run on this processor, or was switched off."""
+    """Load the compiled library; None if it is missing, does not run on this processor, or is disabled."""
     if os.environ.get(OFF, "").lower() in ("off", "0"):
         return None
     try:

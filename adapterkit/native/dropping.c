@@ -1,6 +1,6 @@
-/* Random drops of the entries of changes, for DARE and DELLA: what `ops/dropping.py` does with numpy, in one pass over
- * each row while it is in the first cache. The same random words, the same comparisons and one product and one quotient
- * for each entry, so the same bits. */
+/* Random drops of the entries of changes, for DARE and DELLA. The loop does what `ops/dropping.py` does with numpy, but in
+ * one pass over each row while it is in the first cache. It uses the same random words and comparisons, and one
+ * product and one quotient for each entry, so it gives the same bits. */
 
 #include <stdlib.h>
 
@@ -8,13 +8,13 @@
 
 enum { PER_COUNT = 8, DIGITS = 256, BITS = 11, PARTS = 1 << BITS };
 
-/* A row is sorted by 22 bits first: 16 octaves below its largest magnitude, each in 2^18 parts. */
+/* A row is first sorted by 22 bits: 16 octaves below its largest magnitude, each divided into 2^18 parts. */
 enum { OCTAVES = 16, MANTISSA = 52, LEADING = 34, PASSES = 2 };
 
-/* Keys that may be moved one place for each column, before a sort by all bits takes over. */
+/* Moves of keys by one position that are allowed per column; after more, a sort by all bits takes over. */
 enum { MOVES = 4 };
 
-/* Philox4x64-10 (Salmon et al. 2011) of one value of the counter: eight words of 32 bits, low words first. */
+/* Computes Philox4x64-10 (Salmon et al. 2011) for one counter: eight words of 32 bits, low words first. */
 static inline void philox(uint64_t counter, uint64_t key, uint32_t *words) {
   uint64_t c0 = counter, c1 = 0, c2 = 0, c3 = 0, k0 = key, k1 = 0;
   for (int round = 0; round < 10; round++) {
@@ -50,7 +50,7 @@ static void stream(uint64_t key, uint64_t first, int64_t count, uint32_t *words)
   }
 }
 
-/* Sorts by digits of eight bits, from the lowest; a digit that all keys share costs only its count. */
+/* Sorts by digits of eight bits, from the lowest; a digit that all keys share is only counted. */
 static void radix(uint64_t *keys, uint64_t *other, int64_t count) {
   uint64_t *from = keys, *to = other;
   for (int shift = 0; shift < 64; shift += 8) {
@@ -69,7 +69,7 @@ static void radix(uint64_t *keys, uint64_t *other, int64_t count) {
   if (from != keys) memcpy(keys, from, (size_t)count * sizeof *keys);
 }
 
-/* Memory for one row: keys, keys in order, probabilities and words. `low` has the bits of a column. */
+/* Memory for one row: keys, sorted keys, probabilities and words. `low` masks the bits that hold a column. */
 typedef struct {
   uint64_t *keys, *sorted;
   double *chance;
@@ -82,8 +82,8 @@ static inline uint64_t leading(uint64_t key, uint64_t least) {
 }
 
 /* Sorts the magnitudes of a row, with the column in the last bits of each key; equal magnitudes keep the order of their
- * columns. Two passes by leading bits leave few keys out of order, so that moving these seldom costs a wrong guess of
- * the processor: half the time of sorting small buckets, and of numpy's sort. Returns the keys in order. */
+ * columns. Two passes by leading bits leave few keys out of order, so moving these rarely causes a misprediction.
+ * This takes half the time of sorting small buckets, and of numpy's sort. Returns the sorted keys. */
 static uint64_t *sort_row(const double *D, int64_t columns, Row *row) {
   uint64_t largest = 0, *from = row->keys, *to = row->sorted;
   for (int64_t j = 0; j < columns; j++) {
@@ -128,10 +128,10 @@ static uint64_t *sort_row(const double *D, int64_t columns, Row *row) {
   return from;
 }
 
-/* Drops entries of `rows` x `columns` numbers in place: entry n of the block is kept if word `first + n` of the stream,
- * divided by 2^32, is below its probability, and divided by that if `inverse`. The probability is `chance`, or, if
- * `slope` is not zero, `chance` plus `slope` times the entry's rank among the magnitudes of its row. Returns 0, or 1
- * without memory for a row. */
+/* Drops entries of `rows` x `columns` numbers in place. Entry n of the block is kept if word `first + n` of the stream,
+ * divided by 2^32, is below the entry's probability; if `inverse`, the entry is divided by the probability. The
+ * probability is `chance`; if `slope` is not zero, `slope` times the entry's rank among its row's magnitudes is added.
+ * Returns 0, or 1 if the memory for a row cannot be allocated. */
 API int32_t adapterkit_drop(double *D, int64_t rows, int64_t columns, uint64_t key, uint64_t first, double chance,
                             double slope, int32_t inverse) {
   Row row = {0};

@@ -1,10 +1,10 @@
-/* ggml's block types, from float32 to bytes and back, as `io/ggml_blocks.py` and `io/ggml_k_blocks.py` have them: the
- * same float32 operations in the order in which numpy does them, and so the same bits. Compiled without fused
- * operations, which round once where numpy rounds twice.
+/* ggml's block types, from float32 to bytes and back. The loops do the same float32 operations as `io/ggml_blocks.py`
+ * and `io/ggml_k_blocks.py`, in numpy's order, so they give the same bits. They are compiled without fused operations,
+ * which round once where numpy rounds twice.
  *
- * numpy computes whole arrays at each step; here a few blocks go through all steps while they are in the cache. Where
- * the bits depend on how numpy goes through an array, as for NaN and for the sign of zero, the call says so and numpy
- * computes it.
+ * numpy computes whole arrays at each step; here, a few blocks go through all steps while they are in the cache. If the
+ * bits depend on numpy's order of elements, as for NaN and for the sign of zero, the call returns 1 and numpy computes
+ * the blocks.
  */
 
 #include <math.h>
@@ -18,7 +18,7 @@ enum { TOGETHER = 16, LONGEST = 32, STRETCHES = 6, PLAIN = 32, BLOCK = 256 };
 /* ggml's numbers of the types. */
 enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
-/* Larger numbers are left to numpy: their squares overflow, and then its order of comparisons decides. */
+/* Leave larger numbers to numpy: their squares overflow, and then numpy's order of comparisons decides. */
 static const float LARGEST = 1e15f;
 
 static const float stretches[STRETCHES] = {-0.6f, -0.3f, 0.0f, 0.3f, 0.6f, 0.9f};
@@ -59,7 +59,7 @@ INLINE void write_half(uint8_t *to, float value) {
   memcpy(to, &bits, 2);
 }
 
-/* Types of 32 numbers with one scale, and those with a minimum. */
+/* Types of 32 numbers with one scale, with or without a minimum. */
 
 INLINE int encode_plain(int bits, int offset, const float *x, uint8_t *out) {
   float inverse, scale;
@@ -72,7 +72,7 @@ INLINE int encode_plain(int bits, int offset, const float *x, uint8_t *out) {
     write_half(out, scale);
     for (int k = 0; k < PLAIN; k++) {
       float scaled = x[k] * inverse;
-      /* C's roundf rounds halves away from zero, as here. */
+      /* Round halves away from zero, like C's roundf. */
       out[2 + k] = (uint8_t)(int8_t)(int32_t)(scaled + copysignf(0.5f, scaled));
     }
     return 0;
@@ -88,7 +88,7 @@ INLINE int encode_plain(int bits, int offset, const float *x, uint8_t *out) {
       plus |= x[k] == 0.0f && !signbit(x[k]);
       minus |= x[k] == 0.0f && signbit(x[k]);
     }
-    /* Which zero is the smallest depends on the order of numpy's comparisons. */
+    /* Leave mixed zeros to numpy, whose order of comparisons decides which zero is the smallest. */
     if (least == 0.0f && plus && minus) return 1;
     scale = (most - least) / (float)((1 << bits) - 1);
   } else {
@@ -139,14 +139,14 @@ INLINE void decode_plain(int bits, int offset, const uint8_t *from, float *x) {
     for (int k = 0; k < PLAIN; k++) x[k] += least;
 }
 
-/* k-quants: blocks of 256 numbers in runs of `size`, 16 or 32. Sixteen runs are worked on at a time, as columns. */
+/* k-quants: blocks of 256 numbers in runs of `size`, 16 or 32. Sixteen runs are processed at a time, as columns. */
 
-/* Sixteen columns are two vectors. As arrays of single numbers, the sums below would not stay in registers. */
+/* Sixteen columns as two vectors. With arrays of single numbers, the sums below would not stay in registers. */
 typedef floats Columns[LONGEST][2];
 
 #define BOTH _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
-/* For each column the scale with the least squared error for whole numbers from -most to most - 1. */
+/* Computes, for each column, the scale with the least squared error for integers from -most to most - 1. */
 INLINE void around_zero(const Columns own, int size, float most, floats *scale) {
   floats largest[2], best[2];
   BOTH {
@@ -168,13 +168,13 @@ INLINE void around_zero(const Columns own, int size, float most, floats *scale) 
     BOTH {
       floats fitted = over(xq[h], qq[h]), gain = fitted * xq[h];
       scale[h] = chosen(gain > best[h], fitted, scale[h]);
-      /* numpy's maximum keeps a NaN. */
+      /* Keep a NaN, like numpy's maximum. */
       best[h] = chosen((gain > best[h]) | (gain != gain), gain, best[h]);
     }
   }
 }
 
-/* Likewise the scale, and how far below zero a column begins, for whole numbers from 0 to most. */
+/* Computes, for each column, the scale and the negated minimum with the least squared error for integers 0 to most. */
 INLINE void with_least(const Columns own, int size, float most, floats *scale, floats *least) {
   Columns above;
   floats range[2], total[2], best[2];
@@ -205,7 +205,7 @@ INLINE void with_least(const Columns own, int size, float most, floats *scale, f
     BOTH {
       floats slope = over(length * xq[h] - total[h] * sq[h], length * qq[h] - sq[h] * sq[h]);
       floats begin = (slope * sq[h] - total[h]) / length;
-      /* The stored minimum has no sign: a fit that begins above zero goes through zero instead. */
+      /* The stored minimum has no sign. If the fit has a positive minimum, fit a line through zero instead. */
       slope = chosen(begin < all(0), over(xq[h], qq[h]), slope);
       begin = higher_of(begin, all(0));
       floats error = slope * slope * qq[h] + length * begin * begin -
@@ -218,7 +218,8 @@ INLINE void with_least(const Columns own, int size, float most, floats *scale, f
   }
 }
 
-/* The stored unit of `count` non-negative values, and their multiples of it; 1 if numpy has to decide. */
+/* Computes the stored unit of `count` non-negative values, and the values as multiples of it; returns 1 if numpy has to
+ * decide. */
 INLINE int whole(const float *values, int count, float most, float *unit, float *times) {
   float largest = values[0];
   int signs = 0;
@@ -233,7 +234,7 @@ INLINE int whole(const float *values, int count, float most, float *unit, float 
   return !isfinite(*unit);
 }
 
-/* Likewise of values of either sign, with multiples from -most to most - 1. */
+/* Does the same for values of either sign, with multiples from -most to most - 1. */
 INLINE int with_sign(const float *values, int count, float most, float *unit, float *times) {
   float largest = values[0];
   for (int c = 0; c < count; c++) {
@@ -245,7 +246,7 @@ INLINE int with_sign(const float *values, int count, float most, float *unit, fl
   return !isfinite(*unit);
 }
 
-/* Whole numbers from `low` to `high` nearest to (x + least) / scale, less `low`, for sixteen runs. */
+/* Computes the integers from `low` to `high` nearest to (x + least) / scale, minus `low`, for 16 runs. */
 INLINE int rounded(const float *x, int size, const float *scale, const float *least, float low, float high, uint8_t *q) {
   for (int c = 0; c < TOGETHER; c++, x += size, q += size) {
     if (!isfinite(scale[c])) return 1;
@@ -258,7 +259,7 @@ INLINE int rounded(const float *x, int size, const float *scale, const float *le
   return 0;
 }
 
-/* Packs 256 numbers into bytes: within each run of `run` bytes first all numbers at bit 0, then those at `step`. */
+/* Packs 256 numbers into bytes: within each run of `run` bytes, first all numbers at bit 0, then at bit `step`. */
 INLINE void joined(const uint8_t *q, int shift, int mask, int step, int run, uint8_t *out) {
   const int parts = 8 / step;
   for (int first = 0; first < BLOCK; first += run * parts)
@@ -270,7 +271,7 @@ INLINE void joined(const uint8_t *q, int shift, int mask, int step, int run, uin
     }
 }
 
-/* Returns how many numbers the sixteen columns hold: one block of sixteen runs, or two of eight. */
+/* Encodes sixteen columns: one block of sixteen runs or two blocks of eight. Returns 1 if numpy has to do it. */
 INLINE int encode_k(int kind, const float *x, uint8_t *out) {
   const int size = kind == Q4_K || kind == Q5_K ? 32 : 16;
   Columns own;
@@ -344,7 +345,7 @@ INLINE int encode_k(int kind, const float *x, uint8_t *out) {
   return 0;
 }
 
-/* The inverse of `joined`: numbers of `step` bits, shifted to the left by `shift` and added to those in `q`. */
+/* Reverses `joined`: reads numbers of `step` bits, shifts them left by `shift`, and adds them to those in `q`. */
 INLINE void split(const uint8_t *from, int step, int run, int shift, uint8_t *q) {
   const int parts = 8 / step, mask = (1 << step) - 1;
   for (int first = 0; first < BLOCK; first += run * parts, from += run)
@@ -431,7 +432,7 @@ INLINE void decode(int kind, int bits, int offset, const uint8_t *from, int64_t 
   DO(Q4_0, 4, 0) DO(Q4_1, 4, 1) DO(Q5_0, 5, 0) DO(Q5_1, 5, 1) DO(Q8_0, 8, 0) \
   DO(Q2_K, 0, 0) DO(Q3_K, 0, 0) DO(Q4_K, 0, 0) DO(Q5_K, 0, 0) DO(Q6_K, 0, 0)
 
-/* Encodes whole blocks of `size` bytes; returns 1 if numpy has to do it: `out` is then unfinished. */
+/* Encodes whole blocks of `size` bytes; returns 1 if numpy has to do it, and then `out` is unfinished. */
 API int32_t adapterkit_ggml_encode(int32_t kind, const float *x, int64_t blocks, uint8_t *out, int64_t size) {
   const int64_t count = blocks * (kind < Q2_K ? PLAIN : BLOCK);
   int large = 0;
@@ -447,7 +448,7 @@ API int32_t adapterkit_ggml_encode(int32_t kind, const float *x, int64_t blocks,
   return 1;
 }
 
-/* Decodes whole blocks; returns 1 if it does not know the type. */
+/* Decodes whole blocks; returns 1 if the type is unknown. */
 API int32_t adapterkit_ggml_decode(int32_t kind, const uint8_t *from, int64_t blocks, float *x, int64_t size) {
   switch (kind) {
 #define CASE(name, bits, offset) \

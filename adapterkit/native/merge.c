@@ -1,9 +1,10 @@
 /* The inner loop of a merge: reads a block of a weight, adds a low-rank change, rounds once, writes.
  *
- * The sum is formed in float32 with a bound on its error. An element whose two bounds round to the same output is
- * settled by that: rounding is monotonic, so the float64 sum between them rounds to the same. The others, about one in
- * a thousand, are summed again in float64, also with a bound. What float64 leaves open is counted, and the caller
- * computes that block with numpy. So the bits are those of numpy's float64 path, whatever the compiler does with sums.
+ * The sum is formed in float32 with a bound on its error. An element is settled if the lower and the upper bound round
+ * to the same output: rounding is monotonic, so the float64 sum between them rounds to the same. The other elements,
+ * about one in a thousand, are summed again in float64, also with a bound. Elements that are still open are counted,
+ * and the caller computes their block with numpy. So the bits equal those of numpy's float64 path, in whatever order
+ * the compiler adds.
  *
  * Plain C with the vector types of GCC and Clang, no headers of Python: one library serves all versions of Python.
  * On x86-64 this file is compiled twice: with AVX2, and with LANES_512 for processors that have AVX-512.
@@ -41,10 +42,10 @@ typedef struct {
   const float *left;         /* [rows, rank] */
   const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, filled up with zeros to 32 */
   const float *row_bound;    /* [rows]; row_bound[i] * column_bound[j] is at least the error of element i, j */
-  const float *column_bound; /* [width], filled up with zeros like the panels */
+  const float *column_bound; /* [width], padded with zeros like the panels */
   const double *left64;      /* [rows, rank] */
   const double *right64;     /* [width, rank]: transposed, so that a column is one run of memory */
-  const double *row_norm;    /* [rows]; row_norm[i] * column_norm[j] bounds the float64 error likewise */
+  const double *row_norm;    /* [rows]; row_norm[i] * column_norm[j] bounds the float64 error in the same way */
   const double *column_norm; /* [width] */
   int64_t rank;
 } Factors;
@@ -73,7 +74,7 @@ INLINE void store_upper(uint16_t *out, words one, words two) {
 #endif
 }
 
-/* float64 to 16 bits, as numpy casts: to bfloat16 by way of float32, to float16 at once. */
+/* Rounds float64 to 16 bits as numpy does: to bfloat16 by way of float32, to float16 directly. */
 static uint16_t rounded(int kind, double value) {
   float near = (float)value;
   uint32_t bits;
@@ -93,7 +94,7 @@ INLINE double element(int kind, const void *from, int64_t at) {
   return widened(kind, lanes)[0];
 }
 
-/* Sums one element in float64 and writes it; returns 1 if even that leaves the rounding open. */
+/* Sums one element in float64 and writes it; returns 1 if the rounding is still open. */
 static int settle(int from, int to, const void *weight, uint16_t *out, int64_t at, const Factors *f, int64_t i,
                   int64_t j) {
   const double *left = f->left64 + i * f->rank, *right = f->right64 + j * f->rank;
@@ -109,13 +110,13 @@ static int settle(int from, int to, const void *weight, uint16_t *out, int64_t a
   double value = element(from, weight, at) + change;
   double error = f->row_norm[i] * f->column_norm[j] + fabs(value) * 0x1p-51;
   uint16_t low = rounded(to, value - error), high = rounded(to, value + error);
-  /* Where the change is exactly zero, the sum is the weight, and its rounding is known. */
+  /* If the change is exactly zero, the sum is the weight, and its rounding is known. */
   if (f->row_norm[i] * f->column_norm[j] == 0.0) low = high = rounded(to, value);
   out[at] = low;
   return low != high || value != value;
 }
 
-/* Settles the marked elements of a tile. Never inlined: the registers belong to the sums that need none of this. */
+/* Settles the marked elements of a tile. Never inlined, so that the main sums keep the registers. */
 static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall, words (*differ)[2],
                                                            const char *weight, uint16_t *out, int64_t stride,
                                                            const Factors *f, int64_t i, int64_t j, int64_t columns) {
@@ -141,7 +142,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   /* The second vector is the other half of the panel, or all of the next one. */
   const float *second = panel + (LANES < PANEL ? LANES : PANEL * rank);
   floats sum[TALL][2] = {{{0}}}, part[TALL][2];
-  /* Sums of at most CHUNK products are added up: the bound grows with CHUNK + rank / CHUNK, not with the rank. */
+  /* Add up sums of at most CHUNK products, so that the bound grows with CHUNK + rank / CHUNK, not with the rank. */
   for (int64_t first = 0;; first += CHUNK) {
     int64_t last = rank - first < CHUNK ? rank : first + CHUNK;
 #pragma GCC unroll 12
@@ -177,7 +178,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
       words size_of = (words)value & 0x7fffffffu;
       floats error = row_bound[a] * *(const loose_floats *)(column_bound + LANES * b) + (floats)size_of * 0x1.8p-23f;
       floats below = value - error, above = value + error;
-      /* NaN and infinity: which bits a NaN gets is numpy's to choose. */
+      /* Leave NaN and infinity to numpy, which decides the bits of a NaN. */
       differ[a][b] = (words)((flags)size_of > 0x7f7fffff);
       if (to == BF16) {
         /* Both bounds round to the same bfloat16 if nothing above the sixteenth bit differs. */
@@ -268,12 +269,12 @@ API int32_t adapterkit_lanes(int32_t most) {
 /* The version of the library, for `native/__init__.py`; 0 if the processor lacks what the library was compiled for. */
 API int32_t adapterkit_runs(void) {
 #if defined(__x86_64__)
-  /* __builtin_cpu_supports needs a runtime library that not every compiler brings. */
+  /* Do not use __builtin_cpu_supports: it needs a runtime library that not every compiler has. */
   uint32_t eax, ebx, ecx, edx, low, high;
   const uint32_t fma = 1u << 12, saved = 1u << 27, half = 1u << 29, avx2 = 1u << 5;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (~ecx & (fma | saved | half))) return 0;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  /* The system must save the wide registers when it switches threads. */
+  /* Check that the system saves the wide registers when it switches threads. */
   if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & avx2)) return 0;
 #endif
   return VERSION;

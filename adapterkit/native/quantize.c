@@ -1,12 +1,12 @@
-/* The nearest of sixteen levels, as `quant/bnb_4bit.py` finds it by numpy, and back: the same operations on the same
- * float32 numbers, and so the same bits. And how much of a change is left after quantizing.
+/* Quantizes to the nearest of sixteen levels and back, and measures how much of a change remains. The loops do the same
+ * operations on the same float32 numbers as `quant/bnb_4bit.py` with numpy, so they give the same bits.
  */
 
 #include "lanes.h"
 
 enum { LEVELS = 16, LONGEST = 4096 };
 
-/* Sixteen indices of four bits each, put through the table `order` and packed to eight bytes, the first in a high half. */
+/* Maps sixteen indices of four bits by the table `order`, and packs them into eight bytes, the first in a high half. */
 INLINE void pack_indices(const flags *above, const uint8_t *order, uint8_t *packed) {
 #if defined(__x86_64__)
   __m128i four[2];
@@ -22,9 +22,9 @@ INLINE void pack_indices(const flags *above, const uint8_t *order, uint8_t *pack
 #endif
 }
 
-/* Divides each block of `size` finite numbers by its largest, and writes the index of the nearest level, two to a byte,
- * the first in the high half. `middles` are the 15 numbers between ascending levels; `order` tells where each of the
- * levels is stored. `size` is a multiple of 16. Returns 1 if float32 has no reciprocal of a block's largest number.
+/* Divides each block of `size` finite numbers by its largest, and writes the indices of the nearest levels, two per byte,
+ * the first in the high half. `middles` are the 15 midpoints between ascending levels; `order` maps each level to its
+ * stored index. `size` is a multiple of 16. Returns 1 if float32 has no reciprocal of a block's largest number.
  */
 API int32_t adapterkit_levels(const float *values, int64_t blocks, int64_t size, const float *middles,
                               const uint8_t *order, uint8_t *packed, float *largest) {
@@ -50,7 +50,7 @@ API int32_t adapterkit_levels(const float *values, int64_t blocks, int64_t size,
   return 0;
 }
 
-/* The same for a table of 256 levels, with an index to a byte; the last block may be shorter. `middles` are 255 numbers. */
+/* Does the same for 256 levels, with one index per byte; the last block may be shorter. `middles` are 255 numbers. */
 API int32_t adapterkit_indices(const float *values, int64_t count, int64_t size, const float *middles,
                                const uint8_t *order, uint8_t *q, float *largest) {
   for (int64_t first = 0; first < count; first += size) {
@@ -70,11 +70,11 @@ API int32_t adapterkit_indices(const float *values, int64_t count, int64_t size,
   return 0;
 }
 
-/* The numbers of whole blocks, each level times its block's scale, rounded to the type `to`. */
+/* Computes the numbers of whole blocks: each level times its block's scale, rounded to the type `to`. */
 API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t size, const float *levels,
                                 const float *scales, int32_t to, void *out) {
   typedef double pairs __attribute__((vector_size(32)));
-  /* The two levels of each byte, as one number of eight bytes. */
+  /* Combine the two levels of each byte into one number of eight bytes. */
   double table[256];
   for (int byte = 0; byte < 256; byte++) {
     const float both[2] = {levels[byte >> 4], levels[byte & 15]};
@@ -90,7 +90,7 @@ API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t s
         continue;
       }
       if (to == BF16) {
-        /* `narrowed` rounds ties away from zero; they go to the even number, as numpy rounds. */
+        /* Correct ties to the even number, as numpy rounds; `narrowed` rounds them away from zero. */
         words bits = (words)values;
         values = (floats)(bits + ((bits >> 16) & 1u) - 1u);
       }
@@ -98,7 +98,7 @@ API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t s
     }
 }
 
-/* Quantizes one group by a scale and a zero point; returns the sum of squared errors, in the order of the numbers. */
+/* Quantizes one group by a scale and a zero point; returns the sum of squared errors, added in order. */
 INLINE double on_grid(const float *values, int64_t size, float scale, int32_t zero, float low, float high, int32_t *q) {
   double squares[LONGEST], sum = 0.0;
   for (int64_t k = 0; k < size; k++) {
@@ -113,8 +113,9 @@ INLINE double on_grid(const float *values, int64_t size, float scale, int32_t ze
   return sum;
 }
 
-/* Whole numbers from `low` to `high` for groups of `size` finite numbers, by the one of two scales and zero points that
- * has the smaller error: the first if both are alike. `second` tells which was taken. Returns 1 if `size` is too large.
+/* Computes integers from `low` to `high` for groups of `size` finite numbers. Of two scales and zero points, each group
+ * uses the one with the smaller error, or the first if both are equal. `second` says which. Returns 1 if `size` is too
+ * large.
  */
 API int32_t adapterkit_grids(const float *values, int64_t groups, int64_t size, const float *const scales[2],
                              const int32_t *const zeros[2], float low, float high, int32_t *q, uint8_t *second) {
@@ -129,13 +130,13 @@ API int32_t adapterkit_grids(const float *values, int64_t groups, int64_t size, 
   return 0;
 }
 
-/* The codes of the nearest 4-bit floats, with a sign, two bits of exponent and one of mantissa; ties go to even codes. */
+/* Computes the codes of the nearest 4-bit floats (a sign, two exponent bits, one mantissa bit); ties go to even codes. */
 API void adapterkit_e2m1(const float *values, int64_t count, uint8_t *q) {
   static const float middles[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
   for (int64_t k = 0; k < count; k++) {
     const float size = fabsf(values[k]);
     uint8_t code = 0;
-    /* At a tie the code below it stays if it is even. A NaN is above all, as numpy sorts it. */
+    /* At a tie, keep the lower code if it is even. A NaN is above all numbers, as numpy sorts it. */
     for (int m = 0; m < 7; m++) code += m % 2 ? !(size < middles[m]) : !(size <= middles[m]);
     q[k] = (uint8_t)(code | (signbit(values[k]) ? 8 : 0));
   }
@@ -168,7 +169,7 @@ INLINE void damage(int kind, int stored, const void *merged, const void *old, co
 }
 
 /* Adds to `squares` the sums of (new - merged)^2, merged^2, (merged - old)^2 and (new - old)^2, with differences in
- * float32. `kind` is the type of `merged`, `stored` that of `old` and `new`. */
+ * float32. `kind` is the type of `merged`; `stored` is the type of `old` and `new`. */
 API void adapterkit_damage(int32_t kind, int32_t stored, const void *merged, const void *old, const void *new,
                            int64_t count, double *squares) {
 #define CASE(a, b) \

@@ -1,7 +1,7 @@
-"""Quantization schemes, one module each, and bases read through the scheme that packed them.
+"""Quantization schemes, one module each, and bases whose packed weights are read by the scheme that packed them.
 
-A packed weight becomes a lazy tensor of the numbers that its own library computes with, read in runs of rows. So a
-merge needs to know nothing about how the weight is stored.
+A packed weight becomes a lazy tensor with the numbers that its own library computes with, read in runs of rows. So a
+merge does not need to know how the weight is stored.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
-"""Files that tools write beside a config, and that describe packed weights only."""
+"""Files that tools write next to a config, and that describe packed weights only."""
 
 COMFYUI = "_quantization_metadata"
-"""Header key under which ComfyUI's files may name the format of each module."""
+"""Header key under which ComfyUI's files may give the format of each module."""
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-"""Element types that no packed weight has. If a base has no other types, no scheme is asked or imported."""
+"""Element types of unpacked weights. If a base has no other types, no scheme is asked or imported."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,12 +63,12 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """The stored tensors as they will be written, with packed weights packed again."""
+        """Return the stored tensors as they will be written; packed weights are packed again."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """Return a packed weight with other parts, read like those of the base."""
+        """Return a packed weight with other parts, which are read like those of the base."""
         own = weight.with_parts(parts)
         if own is not None:
             return own
@@ -78,12 +78,12 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
-    """Return the config.json beside a base's weights; a GGUF file's config is made from its key-values, not a file."""
+    """Return the config.json next to a base's weights; a GGUF file has none, its config is made from key-values."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
 def said_method(base: Checkpoint) -> str | None:
-    """Return the quantization method that the base's config names; None if it names none."""
+    """Return the quantization method in the base's config, or None."""
     config = said_quantization(base.config)
     if config is None:
         return None
@@ -100,7 +100,7 @@ def is_quantized(base: Checkpoint) -> bool:
 
 
 def detect(base: Checkpoint) -> str:
-    """Return the name of the one scheme that packed the base, judging by headers and config.
+    """Return the name of the only scheme that recognises the base by its headers and config.
 
     Raises:
         Unsupported: no known scheme matches, or several do.
@@ -109,7 +109,11 @@ def detect(base: Checkpoint) -> str:
     if len(found) == 1:
         return found[0]
     method = said_method(base)
-    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) by an unknown scheme"
+    why = (
+        f"the scheme could be {' or '.join(found)}"
+        if found
+        else f"the base is quantized ({method}) by an unknown scheme"
+    )
     raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
 
 
@@ -141,7 +145,9 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
         seen = {weight.name: weight.lazy() for weight in whole.get(stored, ())} or {stored: tensor}
         twice = next((named for named in seen if named in tensors), None)
         if twice is not None:
-            raise Malformed("stored twice, packed and plain", path=base.root, where=twice, cure="Remove one of them")
+            raise Malformed(
+                "the weight is stored twice, packed and plain", path=base.root, where=twice, cure="Remove one of them"
+            )
         tensors |= seen
         if stored in base.home:
             home |= dict.fromkeys(seen, base.home[stored])
@@ -154,7 +160,7 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
 
 
 def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return a file's metadata without what torchao and ComfyUI say there about each tensor."""
+    """Return a file's metadata without the entries of torchao and ComfyUI about each tensor."""
     torchao = "tensor_names" in metadata
     kept = {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
     return {key: value for key, value in kept.items() if key != COMFYUI}

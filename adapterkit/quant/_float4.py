@@ -1,6 +1,6 @@
-"""NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 numbers and one second scale per tensor.
+"""NVFP4: w = e2m1 * scale * second, with an 8-bit float scale for every 16 numbers and one second scale per tensor.
 
-Two tools store it: one stores the second scale itself, the other its inverse.
+Two tools store this format: one stores the second scale itself, the other its inverse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOP, MOST = 6.0, 448.0
 
 @dataclass(frozen=True, eq=False)
 class Float4(Packed):
-    """Pairs of numbers in bytes, the first one in the low half."""
+    """Pairs of numbers in bytes; the first number is in the low half."""
 
     stored: Lazy
     scale: Lazy
@@ -84,8 +84,8 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
 
     Args:
         base: the quantized base.
-        module: its path.
-        names: the last parts of the names of the packed numbers, their scales and the second scale.
+        module: the path of the module.
+        names: the last parts of the names of three tensors: packed numbers, scales, and the second scale.
         divide: True if the second scale is a divisor.
     """
     name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
@@ -93,7 +93,7 @@ def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide
     scale = part_of(base, name, members[1], ("F8_E4M3",))
     second = part_of(base, name, members[2], ("F32",))
     if len(stored.shape) != 2 or second.nbytes != 4:
-        raise ShapeMismatch(f"of shape {list(stored.shape)}, not two axes", where=members[0], cure=DAMAGED)
+        raise ShapeMismatch(f"the shape {list(stored.shape)} does not have two axes", where=members[0], cure=DAMAGED)
     shape = (stored.shape[0], stored.shape[1] * 2)
     expect(scale.shape, (shape[0], shape[1] // GROUP), members[1])
     inputs = tuple(n for w in ("input_scale", "input_global_scale") if (n := f"{module}.{w}") in base.tensors)

@@ -1,4 +1,4 @@
-"""Weights of 8-bit floats with one scale per tensor, row or block, as several schemes store them."""
+"""Weights of 8-bit floats with one scale per tensor, row or block; several schemes store such weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 class ScaledFloat8(Rowwise):
     """w = q * scale. Blocks of `block` rows and columns share a scale; `grid` is the shape of one expert's scales.
 
-    If all experts share a single scale, `experts` is 1.
+    `experts` is 1 if all experts share a single scale.
     """
 
     stored: Lazy
@@ -36,7 +36,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # A look into a table of all 256 numbers takes a third of the time of a cast.
+        # Look the numbers up in a table of all 256, which takes a third of the time of a cast.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -72,7 +72,7 @@ class ScaledFloat8(Rowwise):
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of rows with scales of their own, none of which spans two experts."""
+        """Yield runs of rows that have their own scales; no run spans two experts."""
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -82,7 +82,7 @@ class ScaledFloat8(Rowwise):
                 yield start, min(start + step, first + height)
 
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
-        """Return q and scales of a run: each scale is the block's largest number over the largest 8-bit float."""
+        """Return q and scales of a run: each scale is the block's largest number divided by the largest 8-bit float."""
         import ml_dtypes
         import numpy as np
 
@@ -103,7 +103,7 @@ class ScaledFloat8(Rowwise):
 
 
 def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield runs to read at a time: whole blocks of rows, or parts of a large block."""
+    """Yield runs of rows to read at a time: whole blocks of rows, or parts of a large block."""
     most = max(1, STEP // max(width, 1))
     step = most // block * block or most
     for first in range(start, stop, step):
@@ -120,7 +120,7 @@ def _largest(values: Array, block: tuple[int, int]) -> Array:
 
 def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
     """Return scales in their stored form, and as float32; powers of two are rounded up."""
-    # Rounded down, the scale could make the largest number exceed the range of the 8-bit floats.
+    # Round up: with a scale that is rounded down, the largest number could exceed the range of the 8-bit floats.
     import numpy as np
 
     if stored.dtype.name in ("U8", "F8_E8M0"):
@@ -140,11 +140,11 @@ def scaled(
     """
     stored, scale = base.tensors[name], base.tensors[scale_name]
     if scale.dtype.name not in SCALES:
-        raise ShapeMismatch(f"scales of dtype {scale.dtype}", path=base.root, where=scale_name, cure=DAMAGED)
+        raise ShapeMismatch(f"the scales have dtype {scale.dtype}", path=base.root, where=scale_name, cure=DAMAGED)
     try:
         block, grid, experts = _grid(stored.shape, scale.shape, block)
     except ValueError:
-        why = f"scales {list(scale.shape)} are no grid over a weight {list(stored.shape)}"
+        why = f"scales {list(scale.shape)} do not form a grid over a weight {list(stored.shape)}"
         why += f" in blocks of {list(block)}" if block else ""
         raise ShapeMismatch(why, path=base.root, where=scale_name, cure=DAMAGED) from None
     members = (name, scale_name, *others)
@@ -152,7 +152,7 @@ def scaled(
 
 
 def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Return the block size (rows, columns), the grid of scales of one expert, and the number of such grids."""
+    """Return the block size (rows, columns), the shape of one expert's grid of scales, and the number of grids."""
     *lead, height, width = weight
     experts = math.prod(lead)
     if math.prod(scale) == 1:

@@ -1,7 +1,8 @@
 """Integers in groups of columns: w = (q - zero) * scale, with one zero point and one scale per row and group.
 
-Requantized, q = round(w / scale) + zero. The scale is the group's old one, which a search chose when the base was made,
-or a fresh one from its smallest and largest number; the one with the smaller squared error wins.
+When a weight is quantized again, q = round(w / scale) + zero. A group's scale is the old one, which a search chose when
+the base was made, or a new one from the group's smallest and largest number. The scale with the smaller squared error
+is used.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from ._scheme import Array, Merged
 
 BITS = (2, 4, 8)
-"""Bit widths at which no number spans two words."""
+"""Bit widths for which no number spans two words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grouped(Packed):
-    """A packed weight of integers; a subclass reads integers, zero points and scales of rows.
+    """A packed weight of integers; a subclass reads the integers, zero points and scales of rows.
 
     Attributes:
         bits: the width of each number.
@@ -66,12 +67,12 @@ class Grouped(Packed):
 
     @property
     def zero_span(self) -> tuple[int, int]:
-        """The smallest and the largest zero point that can be stored."""
+        """The smallest and the largest zero point that the format can store."""
         return self.span
 
     @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        """Return the stored parts of some rows: q, the zero points if there are any, and the scales."""
+        """Return the stored parts of some rows: q, the zero points if the format stores them, and the scales."""
 
     @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
@@ -98,7 +99,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Like `_better`, for rows whose groups are runs of columns, `[rows, groups, columns of a group]`."""
+        """Do the same as `_better` for rows whose groups are runs of columns, `[rows, groups, columns of a group]`."""
         import numpy as np
 
         found = _by_library(ordered, own, fresh, self.span)
@@ -118,7 +119,7 @@ class Grouped(Packed):
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
     def _fresh(self, least: Array, most: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Return scales and zero points from the smallest number of each group, at most 0, and the largest."""
+        """Return scales and zero points from the smallest number of each group (at most 0) and the largest."""
         import numpy as np
 
         low, high = self.span
@@ -148,7 +149,7 @@ class Grouped(Packed):
             return np.arange(columns) // -(-columns // self.groups)
         at = numbers(self.index)
         if at.size != columns or ((at < 0) | (at >= self.groups)).any():
-            why = f"groups of columns are not all among the {self.groups} there are"
+            why = f"some columns are in groups outside the {self.groups} that the weight has"
             raise ShapeMismatch(why, where=self.name, cure=DAMAGED)
         return at
 
@@ -164,7 +165,7 @@ class _Grid:
 
 
 def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
-    """Return q, zero points and scales, from the choice with the smaller error in each group."""
+    """Return q, zero points and scales; in each group, those of the choice with the smaller error."""
     import numpy as np
 
     other_wins = other.errors < one.errors
@@ -174,7 +175,7 @@ def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
 
 
 def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
-    """Return the smallest number of each row and group, at most 0, and the largest, at least 0."""
+    """Return the smallest number of each row and group (at most 0), and the largest (at least 0)."""
     import numpy as np
 
     least, most = (np.zeros((groups, len(values)), np.float32) for _ in range(2))
@@ -184,7 +185,7 @@ def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
 
 
 def _runs_of(at: Array, groups: int) -> Array | slice | None:
-    """Return the columns in the order of their groups, if all groups have as many; else None."""
+    """Return the columns in the order of their groups if all groups have the same size; else None."""
     import numpy as np
 
     counts = np.bincount(at, minlength=groups)
@@ -196,7 +197,7 @@ def _runs_of(at: Array, groups: int) -> Array | slice | None:
 def _by_library(
     ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], span: tuple[int, int]
 ) -> tuple[Array, Array, Array] | None:
-    """Return q, zero points and scales by the compiled loop; None if it does not know these numbers."""
+    """Return q, zero points and scales by the compiled loop; None if the loop does not support these numbers."""
     import numpy as np
 
     loaded = loops()
@@ -237,7 +238,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read all of a stored tensor: the rows of a weight are columns of it."""
+    """Read a whole stored tensor: it is needed for any rows, because the weight's rows are its columns."""
     import numpy as np
 
     return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Merged = Callable[[int, int], Array]
     from ..io.strict_json import JsonValue
 
-DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
+DAMAGED = "The file is damaged, or belongs to another scheme: fetch it again"
 
 NO_PACKING = "Merge with quantized=/--quantized dequantize, and quantize the result with the scheme's own tool"
 
@@ -30,13 +30,13 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 @dataclass(frozen=True, eq=False)
 class Packed(ABC):
-    """One weight as a scheme stores it; a scheme's subclass reads its rows.
+    """One weight in a scheme's stored form; a scheme's subclass reads its rows.
 
     Attributes:
         name: the weight's name in the unquantized base.
-        shape: its shape there.
-        dtype: the dtype that its library dequantizes to.
-        members: the stored tensors that it consists of; the weight takes the place of the first one.
+        shape: its shape in the unquantized base.
+        dtype: the dtype to which the scheme's library dequantizes.
+        members: the stored tensors that make up the weight; the weight takes the place of the first one.
     """
 
     name: str
@@ -51,30 +51,30 @@ class Packed(ABC):
 
     @property
     def changes(self) -> bool:
-        """Whether it will be written in another form than it is stored in, whether or not it is merged into."""
+        """Whether the weight will be written in another form than the stored one, even if nothing is merged into it."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """The member as it will be written, if the weight `changes`: its size only.
+        """The member in the form in which it will be written, if the weight `changes`; it only has a size.
 
         Raises:
             Unsupported: the scheme has only one form.
         """
-        raise Unsupported("its scheme has no other form to write it in", where=self.name, cure=NO_PACKING)
+        raise Unsupported("the scheme has no other form to write the weight in", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:
-        """Its run of bytes, as it will be written, in a member that several weights share; else None."""
+        """The weight's bytes, as they will be written, in a member that several weights share; else None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return the weight with other parts if that is possible without the base; None if the scheme must find it."""
+        """Return the weight with other parts, if this is possible without the base; None if the scheme must find it."""
         return None
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Array:
-        """Return rows of the weight as `[rows, width]`, where width is its last axis, in `dtype`'s numpy type.
+        """Return rows of the weight as `[rows, width]`, in `dtype`'s numpy type; width is the weight's last axis.
 
         Raises:
             Malformed: a scale is a NaN or an infinity.
@@ -84,7 +84,7 @@ class Packed(ABC):
         """Quantize other numbers in place of this weight's, by the scheme's own formula.
 
         Args:
-            merged: returns rows `start` to `stop` of them, float32 `[rows, width]`; it may be called repeatedly.
+            merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called again.
 
         Returns:
             The members that change, in their stored dtypes and shapes.
@@ -92,10 +92,10 @@ class Packed(ABC):
         Raises:
             Unsupported: quantizing to this scheme is not implemented.
         """
-        raise Unsupported("nothing here quantizes to this scheme", where=self.name, cure=NO_PACKING)
+        raise Unsupported("adapterkit cannot quantize to this scheme", where=self.name, cure=NO_PACKING)
 
     def lazy(self) -> Lazy:
-        """Return the weight as a lazy tensor that reads only the rows it is asked for."""
+        """Return the weight as a lazy tensor that reads only the requested rows."""
         return Lazy(self.shape, self.dtype, lambda: self._part(0, math.prod(self.shape)), part=self._part)
 
     def _part(self, first: int, count: int) -> Buffer:
@@ -112,32 +112,32 @@ class Packed(ABC):
 
 
 class Rowwise(Packed):
-    """A weight whose rows may be packed apart, so that a run of them can be merged, packed and written alone."""
+    """A weight whose rows may be packed separately, so that a run of them can be merged, packed and written alone."""
 
     @property
     @abstractmethod
     def apart(self) -> bool:
-        """Whether this weight's rows may be packed apart."""
+        """Whether this weight's rows may be packed separately."""
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether the rows before this one, and no others, are the first in each member that changes."""
+        """Whether exactly the rows before this one are stored first, in each member that changes."""
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
-        """Return the first byte of a row in each member that changes, as it will be written.
+        """Return the offset of a row's first byte in each member that changes, as it will be written.
 
         Args:
-            row: the number of a row; the rows before it are closed.
+            row: the number of the row; `closed` is true for it.
         """
 
     @abstractmethod
     def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
-        """Quantize rows from `start` on, closed at both ends, and return their bytes in each member that changes.
+        """Quantize rows from `start` on; return their bytes in each member that changes. `closed` holds at both ends.
 
         Args:
             start: the number of the first row.
-            rows: `[rows, width]`, of the dtype `merged`.
+            rows: the rows `[rows, width]`, in the dtype `merged`.
         """
 
     @abstractmethod
@@ -146,14 +146,14 @@ class Rowwise(Packed):
 
 
 class Scheme:
-    """A way to pack weights as integers or 8-bit floats. A base with neither, and no such config, is not quantized.
+    """A way to pack weights as integers or 8-bit floats. A base without either, and without a config, is not quantized.
 
-    Subclass it in a module of its own; the module's name is the scheme's name.
+    Write a subclass in its own module; the module's name is the scheme's name.
 
     Class attributes:
         url: a description of the layout.
         description: one line for tables.
-        oracle: the library that computes with it, and that its dequantization is compared with.
+        oracle: the library that uses the format, with which the dequantization is compared.
     """
 
     url: ClassVar[str] = ""
@@ -161,18 +161,18 @@ class Scheme:
     oracle: ClassVar[str] = ""
 
     def detect(self, base: Checkpoint) -> bool:
-        """Whether the base is packed by this scheme, judging by headers and config only."""
+        """Whether this scheme packed the base, judging by headers and config only."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
-        """Return the config by which adapters' names are resolved against the names of packed weights."""
+        """Return the config that is used to match adapters' names with the names of packed weights."""
         return base.config
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         """Yield the packed weights.
 
         Raises:
-            Malformed, ShapeMismatch: their parts are missing, damaged or do not fit together.
+            Malformed, ShapeMismatch: parts of a weight are missing, damaged or do not fit together.
         """
         raise Unsupported(f"{type(self).__name__} cannot be read")
 
@@ -184,9 +184,9 @@ def settings(base: Checkpoint) -> dict[str, Any]:
 
 
 def said_quantization(config: Mapping[str, JsonValue] | None) -> Any:
-    """Return what a config says of a quantization; None if it says nothing.
+    """Return a config's entry about quantization, or None.
 
-    A model of several parts may say it in the config of its language model, as Kimi K2.5 does.
+    A model with several parts may have the entry in the config of its language model, as Kimi K2.5 does.
     """
     config = config or {}
     text = config.get("text_config")
@@ -210,14 +210,14 @@ def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -
     """Return a stored tensor that a packed weight needs.
 
     Raises:
-        Malformed: it is missing.
-        ShapeMismatch: it has another dtype.
+        Malformed: the tensor is missing.
+        ShapeMismatch: the tensor has another dtype.
     """
     found = base.tensors.get(name)
     if found is None:
-        raise Malformed(f"is quantized, and {name} is not there", path=base.root, where=weight, cure=DAMAGED)
+        raise Malformed(f"the weight is quantized, but {name} is missing", path=base.root, where=weight, cure=DAMAGED)
     if found.dtype.name not in dtypes:
-        why = f"of dtype {found.dtype}, not {' or '.join(dtypes)}"
+        why = f"the dtype is {found.dtype}, not {' or '.join(dtypes)}"
         raise ShapeMismatch(why, path=base.root, where=name, cure=DAMAGED)
     return found
 
@@ -226,10 +226,10 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
     """Check the shape of a part of a packed weight.
 
     Raises:
-        ShapeMismatch: it differs.
+        ShapeMismatch: the shape differs.
     """
     if shape != wanted:
-        raise ShapeMismatch(f"of shape {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"the shape is {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
@@ -241,7 +241,7 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
 
 
 def held(data: bytes, dtype: DType, *rows: int) -> Lazy:
-    """Return bytes as a tensor; of the sizes behind the first axis, if it has any."""
+    """Return bytes as a tensor; `rows` are its axes after the first."""
     count = len(data) // dtype.itemsize // math.prod(rows)
     return Lazy((count, *rows), dtype, lambda: data)
 
@@ -253,7 +253,7 @@ def rows_of(tensor: Lazy, start: int, stop: int) -> Array:
 
 
 def finite(scales: Array, name: str) -> Array:
-    """Return the scales in float32, or in float64 if they are.
+    """Return the scales in float32; float64 scales stay float64.
 
     Raises:
         Malformed: a scale is a NaN or an infinity.
@@ -275,11 +275,11 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""Numbers quantized at a time; few enough to stay in a core's cache."""
+"""Numbers quantized at a time, few enough to stay in a core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield runs of rows to quantize at a time; all but the last are multiples of `granule`."""
+    """Yield runs of rows to quantize at a time; all runs except the last are multiples of `granule`."""
     rows = math.prod(shape[:-1])
     step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
     for start in range(0, rows, step):
@@ -311,7 +311,7 @@ def nearest_e2m1(values: Array) -> Array:
 
 
 def halves(q: Array, *, high_first: bool = False) -> Array:
-    """Pack pairs of 4-bit numbers along the last axis, of even length, into bytes; the inverse of `nibbles`."""
+    """Pack pairs of 4-bit numbers along the last axis (of even length) into bytes; the inverse of `nibbles`."""
     first, second = q[..., 0::2], q[..., 1::2]
     return (first << 4 | second) if high_first else (first | second << 4)
 

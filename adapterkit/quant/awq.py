@@ -1,6 +1,6 @@
 """AWQ: w[out, in] = (q - zero) * scale by groups of inputs, as AutoAWQ's GEMM layout stores it.
 
-Lin et al. 2023, arXiv:2306.00978. Words hold eight outputs in the order 0 2 4 6 1 3 5 7.
+Lin et al. 2023, arXiv:2306.00978. A word holds eight outputs in the order 0 2 4 6 1 3 5 7.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ._scheme import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Position in a word of each of eight outputs."""
+"""Position in a word for each of eight outputs."""
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Output at each position of a word."""
 
@@ -39,7 +39,9 @@ class Awq(Scheme):
         bits = said.get("bits", said.get("w_bit", 4))
         layout = str(said.get("version", "gemm")).lower()
         if bits != 4 or layout != "gemm":
-            raise Unsupported(f"{bits} bits in layout {layout}", path=base.root, cure="Known: 4 bits in layout gemm")
+            raise Unsupported(
+                f"the base has {bits} bits in layout {layout}", path=base.root, cure="Known: 4 bits in layout gemm"
+            )
         for name in base.tensors:
             if name.endswith(".qweight"):
                 yield _weight(base, name.removesuffix(".qweight"))

@@ -1,10 +1,10 @@
 """bitsandbytes' nf4 and fp4, with or without double quantization: sixteen levels, scaled by each block's maximum.
 
-w = code[q] * absmax[block]. Blocks are runs of the flat weight, and the first of two weights is in the high half of its
-byte. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
+w = code[q] * absmax[block]. Blocks are runs of the flat weight. Two weights share a byte; the first one is in its high
+half. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314
 
-Requantized, q is the level nearest to w / absmax. The second quantization keeps its offset.
+When a weight is quantized again, q is the level nearest to w / absmax. The second quantization keeps its offset.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LARGEST_STATE = 1 << 16
 
 
 class Bnb4bit(Scheme):
-    """`<weight>` as bytes; beside it `.absmax`, `.quant_map`, `.nested_*` and the state, JSON text stored as bytes."""
+    """`<weight>` as bytes; next to it `.absmax`, `.quant_map`, `.nested_*` and the state, JSON text stored as bytes."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
@@ -106,7 +106,7 @@ class _Blocks:
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return the same with other bytes in the stored parts."""
+        """Return the same object with other bytes in the stored parts."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
@@ -147,7 +147,7 @@ class _Levels(Rowwise):
 
     @cached_property
     def _granule(self) -> int:
-        """Numbers after which a byte, a block and a block of scales are full."""
+        """The number of elements after which a byte, a block and a block of scales are full."""
         return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
 
     def closed(self, row: int) -> bool:
@@ -184,7 +184,7 @@ class _Levels(Rowwise):
 
 
 def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Like `quantized`, with two indices to a byte, the first in its high half."""
+    """Do the same as `quantized`, with two indices per byte, the first in the high half."""
     import numpy as np
 
     found = _by_library(values, levels, size)
@@ -195,7 +195,7 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Divide each block of `size` by its largest number; return the nearest levels' indices and these numbers."""
+    """Divide each block of `size` by its largest number; return the nearest levels' indices, and these numbers."""
     import numpy as np
 
     found = _by_library(values, levels, size)
@@ -209,7 +209,7 @@ def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
 
 
 def _ascending(levels: Array) -> tuple[Array, Array]:
-    """Return the levels' places in ascending order, and the numbers in the middle between them."""
+    """Return the indices of the levels in ascending order, and the midpoints between them."""
     import numpy as np
 
     order = np.argsort(levels, kind="stable")
@@ -217,7 +217,7 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Return the result of `packed_levels`, or of `quantized` for 256 levels; None if no loop knows these numbers."""
+    """Return the result of `packed_levels`, or of `quantized` for 256 levels; None if no loop supports them."""
     import numpy as np
 
     whole = len(levels) == 256 or (len(levels) == 16 and not (len(values) % size or size % 16))
@@ -234,7 +234,7 @@ def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] 
     else:
         found, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
     arrays = (array.ctypes.data for array in (middles, places, found, largest))
-    # float32 may have no reciprocal of a block's largest number.
+    # Return None if the loop fails: float32 may have no reciprocal of a block's largest number.
     return None if function(given.ctypes.data, count, size, *arrays) else (found, largest)
 
 
@@ -245,7 +245,7 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     shape, size = tuple(state["shape"]), state["blocksize"]
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
-        raise ShapeMismatch(f"{stored.nbytes} bytes for {count} weights of 4 bits", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{stored.nbytes} bytes do not hold {count} weights of 4 bits", where=name, cure=DAMAGED)
     stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")
@@ -275,12 +275,12 @@ def _absmax(base: Checkpoint, name: str, state: dict[str, Any], blocks: int) -> 
 
 def _state(stored: Lazy, key: str) -> dict[str, Any]:
     if stored.nbytes > LARGEST_STATE:
-        raise Malformed(f"{stored.nbytes} bytes of quantization state", where=key, cure=DAMAGED)
+        raise Malformed(f"the quantization state has {stored.nbytes} bytes", where=key, cure=DAMAGED)
     try:
         state = load_json(bytes(stored.fetch()).decode())
         json.dumps(state, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not valid JSON ({error})", where=key, cure=DAMAGED) from None
+        raise Malformed(f"the quantization state is not valid JSON ({error})", where=key, cure=DAMAGED) from None
     fault = _fault(state)
     if fault is not None:
         raise Malformed(fault, where=key, cure=DAMAGED)
@@ -292,7 +292,7 @@ def _fault(state: object) -> str | None:
         return "not an object"
     shape = state.get("shape")
     if not isinstance(shape, list) or not shape or not all(_counts(n) for n in shape):
-        return f"shape {shape!r} is not one of a weight"
+        return f"shape {shape!r} is not the shape of a weight"
     if not _counts(state.get("blocksize")):
         return f"blocksize {state.get('blocksize')!r} is not a positive number"
     if state.get("dtype") not in ("bfloat16", "float16", "float32"):

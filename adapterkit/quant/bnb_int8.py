@@ -1,4 +1,4 @@
-"""bitsandbytes' int8: w = q * SCB[row] / 127, SCB being the row's largest.  Dettmers et al. 2022, arXiv:2208.07339"""
+"""bitsandbytes' int8: w = q * SCB[row] / 127; SCB is the row's maximum.  Dettmers et al. 2022, arXiv:2208.07339"""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ONE_127TH = 7.874015718698502e-3
 
 
 class BnbInt8(Scheme):
-    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are found in inputs, not stored."""
+    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are detected in inputs, not stored."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
-    description = "bitsandbytes LLM.int8(): rows of whole numbers, a scale each"
+    description = "bitsandbytes LLM.int8(): rows of integers with one scale each"
     oracle = "bitsandbytes"
 
     def detect(self, base: Checkpoint) -> bool:
@@ -84,7 +84,7 @@ class _Rows(Rowwise):
 
 
 def _quantized(values: Array) -> tuple[Array, Array]:
-    """Quantize rows, q = round(127 w / SCB), halves to even."""
+    """Quantize rows by q = round(127 w / SCB), with halves rounded to even."""
     import numpy as np
 
     largest = np.abs(values).max(1)
@@ -97,6 +97,6 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     stored, scale = part_of(base, name, name, ("I8",)), part_of(base, name, scb, ("F32",))
     expect(stored.shape, (*scale.shape, stored.shape[-1]) if stored.shape else scale.shape, name)
     if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
-        raise Unsupported("its weights are tiled, not in rows", path=base.root, where=form, cure=DAMAGED)
+        raise Unsupported("the weights are stored in tiles, not in rows", path=base.root, where=form, cure=DAMAGED)
     members = (name, scb, *((form,) if form in base.tensors else ()))
     return _Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)

@@ -1,6 +1,6 @@
 """compressed-tensors, as llm-compressor writes it: integers (packed or not), 8-bit floats, and NVFP4.
 
-w = (q - zero) * scale. Packed integers are stored with half their range added.
+w = (q - zero) * scale. Packed integers are stored with an offset of half their range.
 """
 
 from __future__ import annotations
@@ -65,13 +65,17 @@ def _weight(base: Checkpoint, module: str) -> Packed:
         return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
     if plain is not None and plain.dtype.name == "I8":
         return _unpacked(base, module)
-    why = "scales beside no packed weight" if plain is None else f"scales beside a weight of dtype {plain.dtype}"
+    why = (
+        "the scales belong to no packed weight"
+        if plain is None
+        else f"the scales belong to a weight of dtype {plain.dtype}"
+    )
     raise Malformed(why, path=base.root, where=f"{module}.weight_scale", cure=DAMAGED)
 
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of bytes, or of words that hold `bits`-bit integers with half their range added."""
+    """Rows of bytes, or of words that hold `bits`-bit integers with an offset of half their range."""
 
     stored: Lazy
     scale: Lazy
@@ -109,7 +113,7 @@ class _Whole(Grouped):
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         if self.scale.nbytes == self.scale.dtype.itemsize and self.shape[0] > 1:
-            raise Unsupported("one scale for all whole numbers", where=self.name, cure=NO_PACKING)
+            raise Unsupported("all integers share one scale", where=self.name, cure=NO_PACKING)
         return super().pack(merged)
 
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
@@ -128,7 +132,7 @@ class _Whole(Grouped):
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> Array:
-        """Return rows of a tensor that has one number per row and group, or one in all."""
+        """Return rows of a tensor that has one number per row and group, or a single number."""
         import numpy as np
 
         if stored.nbytes == stored.dtype.itemsize:
@@ -175,7 +179,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 
 
 def _weights(base: Checkpoint, key: str) -> Any:
-    """Return the common value of a property of weights in all groups of the config."""
+    """Return the value of a property of weights that all groups in the config share."""
     groups = settings(base).get("config_groups")
     found = []
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -191,7 +195,12 @@ def _weights(base: Checkpoint, key: str) -> Any:
 def _bits(base: Checkpoint) -> int:
     bits = _weights(base, "num_bits")
     if bits not in BITS:
-        raise Unsupported(f"{bits} bits", path=base.root, where="num_bits", cure=f"Known: {', '.join(map(str, BITS))}")
+        raise Unsupported(
+            f"the weights have {bits} bits",
+            path=base.root,
+            where="num_bits",
+            cure=f"Known: {', '.join(map(str, BITS))}",
+        )
     return int(bits)
 
 

@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
-"""Scales of a layer's inputs, which only fp8 arithmetic uses."""
+"""Scales of a layer's inputs; only fp8 arithmetic uses them."""
 
 COMFYUI = "scale_weight"
-"""ComfyUI's name of a scale, beside the weight: `<module>.scale_weight`. It leaves some weights without one."""
+"""ComfyUI's name of a scale, next to the weight: `<module>.scale_weight`. Some weights have none."""
 
 LAYOUT = "comfy_quant"
-"""ComfyUI's newer files say each module's format: the bytes of a JSON object, `<module>.comfy_quant`."""
+"""ComfyUI's newer files give each module's format: `<module>.comfy_quant` holds the bytes of a JSON object."""
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
-"""ComfyUI's formats that are plain 8-bit floats with a scale; others reorder their scales for its kernels."""
+"""ComfyUI's formats that are plain 8-bit floats with a scale; the others reorder the scales for ComfyUI's kernels."""
 
 
 class Fp8(Scheme):
-    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what shares one.
+    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what it applies to.
 
-    ComfyUI's older files have `<module>.scale_weight` in its place.
+    ComfyUI's older files have `<module>.scale_weight` instead.
     """
 
     url = "https://huggingface.co/docs/transformers/main/en/quantization/finegrained_fp8"
@@ -54,7 +54,7 @@ class Fp8(Scheme):
             if scale is None and comfyui:
                 continue
             if scale is None:
-                raise Malformed("8-bit floats without a scale", path=base.root, where=name, cure=DAMAGED)
+                raise Malformed("the weight has 8-bit floats without a scale", path=base.root, where=name, cure=DAMAGED)
             module = name.rpartition(".")[0]
             others = tuple(other for word in (*INPUTS, LAYOUT) if (other := f"{module}.{word}") in base.tensors)
             yield scaled(base, name, scale, block, others)
@@ -71,11 +71,11 @@ def _of_comfyui(base: Checkpoint) -> bool:
 
 
 def _check_layouts(base: Checkpoint) -> None:
-    """Check that ComfyUI's own format of each module is one that this scheme reads.
+    """Check that this scheme can read ComfyUI's own format of each module.
 
     Raises:
-        Unsupported: it is another; such weights must not be taken for those of a scheme with the same names.
-        Malformed: it is no JSON object.
+        Unsupported: it cannot. Such weights must not be mistaken for those of a scheme with the same names.
+        Malformed: the format is not a JSON object.
     """
     for name, tensor in base.tensors.items():
         if name.rpartition(".")[2] != LAYOUT:
@@ -85,9 +85,11 @@ def _check_layouts(base: Checkpoint) -> None:
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise Malformed("not the bytes of a JSON object", path=base.root, where=name, cure=DAMAGED)
+            raise Malformed("the tensor does not hold a JSON object", path=base.root, where=name, cure=DAMAGED)
         if said.get("format") not in FORMATS:
-            why = f"ComfyUI's format {said.get('format')!r}, whose scales lie in the order of its kernels"
+            why = (
+                f"the module has ComfyUI's format {said.get('format')!r}, whose scales are in the order of its kernels"
+            )
             cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
             raise Unsupported(why, path=base.root, where=name, cure=cure)
 
@@ -97,6 +99,6 @@ def _block(base: Checkpoint) -> tuple[int, int] | None:
     if said is None:
         return None
     if not isinstance(said, list) or len(said) != 2 or not all(type(n) is int and n > 0 for n in said):
-        why = f"weight_block_size {said!r} is not two sizes"
+        why = f"weight_block_size {said!r} is not a list of two sizes"
         raise Malformed(why, path=base.root, where="config.json", cure=DAMAGED)
     return said[0], said[1]

@@ -1,6 +1,6 @@
-"""GGUF models, as llama.cpp stores them: each weight is a tensor of ggml blocks, some in two tensors.
+"""GGUF models, as llama.cpp stores them: each weight is a tensor of ggml blocks, or is split over two tensors.
 
-A merge writes a GGUF file again: key-values and all tensors that no adapter touches keep their bytes.
+A merge writes a GGUF file again: key-values, and all tensors that no adapter changes, keep their bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""Key-value of ComfyUI-GGUF's files, before a tensor's name: the shape of a tensor that is stored in rows of 256."""
+"""ComfyUI-GGUF's key, before a tensor's name, for the shape of a tensor that is stored in rows of 256 numbers."""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
@@ -49,8 +49,8 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 class GgufModel(Scheme):
     """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order.
 
-    Image and video models of ComfyUI-GGUF and stable-diffusion.cpp have the names and rows of their safetensors files;
-    stable-diffusion.cpp does not write the architecture at all.
+    Image and video models of ComfyUI-GGUF and stable-diffusion.cpp have the same names and rows as their safetensors
+    files; stable-diffusion.cpp does not write the architecture at all.
     """
 
     url = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
@@ -71,7 +71,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
-        """Return a config with the model type of the family, by which adapters' names are resolved."""
+        """Return a config with the model type of the family, which is used to resolve adapters' names."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
             return base.config
@@ -88,7 +88,7 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """Maps a model's tensors to weights, by its key-values and the naming of its family.
+    """Maps a model's tensors to weights, by its key-values and its family's names.
 
     Raises:
         Unsupported: the file is neither a language model nor a known denoiser, or no family has its architecture.
@@ -99,9 +99,9 @@ class _Contents:
     def __init__(self, files: Sequence[GgufFields]) -> None:
         self.said = {key: value.value for key, value in files[0].values.items()}
         if is_projector(self.said):
-            why = "an mmproj file: it has the vision or audio part of a model, and no weight of the language model"
+            why = "this is an mmproj file: it has the vision or audio part of a model, but not the language model"
             raise Unsupported(
-                why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays as it is"
+                why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays unchanged"
             )
         self.name = str(self.said.get(ARCHITECTURE))
         tensors = {name for file in files for name in file.types}
@@ -113,7 +113,7 @@ class _Contents:
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
-        """Return the weights whose rows are in two tensors, and these tensors' names, if both have a known type."""
+        """Return the weights whose rows are in two tensors, and the tensors' names, if both have a known type."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         found: list[GgufSplit] = []
@@ -143,9 +143,9 @@ class _Contents:
         return found, {member for weight in found for member in weight.members}
 
     def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
-        """Yield a tensor's weight under its name in the base, or the weights of the experts stacked in it.
+        """Yield a tensor's weight under its name in the base, or one weight per expert that is stacked in it.
 
-        A tensor that the family does not list keeps its name in the GGUF file, so no target finds it.
+        A tensor that the family does not list keeps its name in the GGUF file, so no target matches it.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
@@ -153,7 +153,7 @@ class _Contents:
             yield self._as_it_is(name, kind, file, stored)
             return
         found = place_of(self.family, module) if leaf else None
-        # The second tensor of a pair is missing, so the weight cannot be assembled.
+        # Without the second tensor of a pair, the weight cannot be assembled.
         if found is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
@@ -182,7 +182,7 @@ class _Contents:
         )  # fmt: skip
 
     def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
-        """Return a denoiser's tensor under its own name, in the shape that it had before it was converted."""
+        """Return a denoiser's tensor under its own name, in the shape that it had before the conversion."""
         shape, dtype = file.shapes[name], DTYPES["F32"]
         said = self.said.get(ORIGINAL_SHAPE + name)
         own = tuple(said) if isinstance(said, list) and all(type(size) is int for size in said) else shape
@@ -190,14 +190,14 @@ class _Contents:
         if own == shape:
             return tensor
         if math.prod(own) != math.prod(shape) or any(size < 1 for size in own):
-            why = f"said to be of shape {list(own)} before it was converted, and stored as {list(shape)}"
+            why = f"the file gives the shape {list(own)} before conversion, but stores {list(shape)}"
             raise Malformed(why, where=name, cure=DAMAGED)
         return _Reshaped(name, own, dtype, (name,), tensor)
 
     def _fused(
         self, name: str, kind: str, file: GgufFields, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
     ) -> Iterator[Packed]:
-        """Yield the weights that the converter joined to one tensor, in the order in which their rows lie there."""
+        """Yield the weights that the converter joined into one tensor, in the order of their rows."""
         shape, (module, leaf) = file.shapes[name], _module(name)
         assert self.family is not None
         stacked = parts[0][1].stacked
@@ -220,7 +220,7 @@ class _Contents:
 
 
 def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """Return the shape of a stack of matrices as one matrix of all their rows."""
+    """Return the shape of a stack of matrices when it is viewed as one matrix with all their rows."""
     return (math.prod(shape) // width, width)
 
 
@@ -234,8 +234,8 @@ def _module(name: str) -> tuple[str, str]:
 class _Tensor(Rowwise):
     """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
 
-    Likewise column i is column `columns[i]` of the weight. If `shared` is not 0, the member has that many rows of
-    several weights, one after the other, and `stored` has the bytes of this one.
+    In the same way, column i is column `columns[i]` of the weight. If `shared` is not 0, the member consists of that
+    many rows from several weights, one after the other, and `stored` has the bytes of this weight.
     """
 
     stored: Lazy
@@ -256,7 +256,7 @@ class _Tensor(Rowwise):
 
     @property
     def written(self) -> Lazy:
-        """The tensor as it will be written: its size only."""
+        """The tensor in the form in which it will be written; it only has a size."""
         if self.new == self.kind and not self.shared:
             return self.stored
         shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape
@@ -280,13 +280,13 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # Reading up to four times as many rows in one read is cheaper than one read for each run of rows.
+        # Read up to four times as many rows at once: this is cheaper than one read for each run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
 
     def _scattered(self, wanted: Array) -> Array:
-        """Return rows that are far apart, with one read for each run of them."""
+        """Return rows that are far apart, with one read for each run of adjacent rows."""
         import numpy as np
 
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -339,7 +339,7 @@ class _Tensor(Rowwise):
         return found
 
     def _within(self, start: int, count: int) -> Array:
-        """The order of a run of rows that is closed at both ends, counted from its first row."""
+        """Return the order of a run of rows, counted from its first row; `closed` holds at both ends."""
         import numpy as np
 
         return np.asarray(self.order)[start : start + count] - start
@@ -358,7 +358,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight that is stored in rows of 256 numbers, because its own rows are no whole blocks: small convolutions."""
+    """A weight stored in rows of 256 numbers, because its own rows do not fill whole blocks: small convolutions."""
 
     tensor: _Tensor
 
@@ -399,16 +399,16 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base with every matrix to be written in another type; vectors and routers stay unchanged.
+    """Return the base with every matrix set to be written in another type; vectors and routers stay unchanged.
 
     Raises:
-        UsageError: there is no such type.
-        Unsupported: rows are not whole blocks of it.
+        UsageError: the type is unknown.
+        Unsupported: rows do not fill whole blocks of the type.
     """
     kind = {"FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(kind.upper(), kind.upper())
     if kind not in (*BLOCKS, "F32", "F16", "BF16"):
         known = ", ".join((*BLOCKS, "F32", "F16", "BF16"))
-        raise UsageError(f"GGUF tensors are not written in {kind!r}", cure=f"Known: {known}")
+        raise UsageError(f"GGUF tensors cannot be written in {kind!r}", cure=f"Known: {known}")
     packed = {name: _retyped(weight, kind) for name, weight in base.packed.items()}
     return replace(base, packed=packed)
 
@@ -422,13 +422,13 @@ def _retyped(weight: Packed, kind: str) -> Packed:
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
     if kind in BLOCKS and weight.shape[-1] % BLOCKS[kind][1]:
-        why = f"rows of {weight.shape[-1]} are not a multiple of the block size of {kind}"
+        why = f"rows of {weight.shape[-1]} numbers are not a multiple of the block size of {kind}"
         raise Unsupported(why, where=name, cure="Choose F16, BF16 or F32")
     return replace(weight, new=kind)
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """Return the base with every tensor to be written in the type that it has in another file."""
+    """Return the base with every tensor set to be written in the type that it has in another file."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -446,40 +446,40 @@ def header(base: Dequantized, file: Any) -> bytes:
     return read_model(file).header(kinds)
 
 
-# A weight whose rows a GGUF file keeps in two tensors, such as DeepSeek's `kv_b_proj` and Qwen3-Next's `in_proj_qkvz`.
+# A weight whose rows a GGUF file stores in two tensors, such as DeepSeek's `kv_b_proj` and Qwen3-Next's `in_proj_qkvz`.
 #
-# Both tensors are read and written in the types that they have: `--dtype` does not change them.
+# Both tensors are read and written in their own types; `--dtype` does not change them.
 
 
 def read_rows(stored: Lazy, kind: str, width: int, start: int, stop: int) -> Array:
-    """Return rows `start` to `stop` of a tensor of ggml's type `kind` as float32 [rows, width]."""
+    """Return rows `start` to `stop` of a tensor with ggml's type `kind` as float32 [rows, width]."""
     row = raw_size(kind, (width,))
     return decoded_rows(kind, width, numbers(stored, start * row, (stop - start) * row))
 
 
 def decoded_rows(kind: str, width: int, data: Array) -> Array:
-    """Return the rows of `width` numbers that these bytes hold, in ggml's type `kind`, as float32."""
+    """Decode bytes in ggml's type `kind` to rows of `width` numbers in float32."""
     if kind in BLOCKS:
         return decoded(kind, data).reshape(-1, width)
     return cast("Array", data.view(DTYPES[kind].array).astype("f4").reshape(-1, width))
 
 
 def write_rows(kind: str, rows: Array) -> bytes:
-    """Return the bytes of rows in ggml's type `kind`; numbers of a plain type come in that type or in float32."""
+    """Return the bytes of rows in ggml's type `kind`; for a plain type, the rows are in that type or in float32."""
     return encoded(kind, rows) if kind in BLOCKS else bytes(rows.astype(DTYPES[kind].array).tobytes())
 
 
 @dataclass(frozen=True, eq=False)
 class GgufPiece:
-    """One of the two tensors.
+    """One of the two tensors of a split weight.
 
     Attributes:
         member: its name in the file.
-        stored: its bytes, with what fills them up to the next tensor.
+        stored: its bytes, with the padding before the next tensor.
         kind: ggml's type.
         shape: [rows, width]; [heads, width, rows of a head] if it is `turned`.
-        places: for each of its rows, the weight's; of a turned one, head by head.
-        turned: each head's matrix is transposed, as llama.cpp multiplies with MLA's keys.
+        places: the weight's row for each row of the tensor; of a turned one, head by head.
+        turned: True if each head's matrix is transposed, as llama.cpp needs for the keys in MLA.
     """
 
     member: str
@@ -490,7 +490,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return some of its rows, by their ascending numbers, as float32 [rows, width]."""
+        """Return some of its rows, given in ascending order, as float32 [rows, width]."""
         import numpy as np
 
         if not self.turned:
@@ -502,7 +502,7 @@ class GgufPiece:
         return cast("Array", np.concatenate(whole)[wanted - int(heads[0]) * each])
 
     def pack(self, merged: Merged) -> Array:
-        """Return its bytes with the numbers that `merged` gives for the weight's rows."""
+        """Return its bytes with the numbers that `merged` returns for the weight's rows."""
         import numpy as np
 
         data = bytearray()
@@ -522,13 +522,13 @@ class GgufPiece:
 
 @dataclass(frozen=True, eq=False)
 class GgufSplit(Packed):
-    """A weight in two tensors; `pieces` have all of its rows, each once."""
+    """A weight in two tensors; `pieces` contain all of its rows, each once."""
 
     pieces: tuple[GgufPiece, ...]
 
     @property
     def merged(self) -> str:
-        # Numbers that are computed in float32 and rounded to another type of both tensors would be rounded twice.
+        # Use float32 unless both tensors have the same plain type: otherwise numbers would be rounded twice.
         (kind, *others) = {piece.kind for piece in self.pieces}
         return "F32" if others or kind in BLOCKS else kind
 

@@ -1,6 +1,6 @@
 """GPTQ: w[out, in] = (q - (zero + 1)) * scale by groups of inputs, as AutoGPTQ and GPTQModel store it.
 
-Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves instead of one less.
+Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves; the older format stores one less.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Gptq(Scheme):
 
 
 def _bits(base: Checkpoint) -> int:
-    """Return the bit width from the config, or 0; nothing else shows it."""
+    """Return the bit width from the config, or 0; the tensors do not show it."""
     said = settings(base).get("bits")
     return said if type(said) is int else 0
 
@@ -77,7 +77,9 @@ class _Columns(Grouped):
 def _weight(base: Checkpoint, module: str) -> Packed:
     name, bits = f"{module}.weight", _bits(base)
     if bits not in BITS:
-        raise Unsupported(f"{bits} bits", path=base.root, where=name, cure=f"Known: {', '.join(map(str, BITS))}")
+        raise Unsupported(
+            f"the weights have {bits} bits", path=base.root, where=name, cure=f"Known: {', '.join(map(str, BITS))}"
+        )
     stored, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
     scale = part_of(base, name, f"{module}.scales", ("F16", "BF16", "F32"))
     index = base.tensors.get(f"{module}.g_idx")

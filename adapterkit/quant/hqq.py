@@ -1,7 +1,7 @@
-"""HQQ: w = (q - zero) * scale by groups, with each operation rounded to the compute dtype, like hqq.
+"""HQQ: w = (q - zero) * scale by groups, with each operation rounded to the compute dtype, as in hqq.
 
 Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. An optimization chooses the scales,
-so requantizing is not implemented.
+so quantizing again is not implemented.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STATE = (
 
 
 class Hqq(Scheme):
-    """`<module>.W_q`, `scale`, `zero`, and its settings as small tensors beside them."""
+    """`<module>.W_q`, `scale`, `zero`; the settings are small tensors next to them."""
 
     url = "https://github.com/mobiusml/hqq"
     description = "HQQ of 8, 4, 3, 2 or 1 bits, groups along either axis; dequantized only"
@@ -81,11 +81,11 @@ def _weight(base: Checkpoint, module: str) -> Packed:
     expect(said.shape, (2,), f"{module}.shape")
     out, columns = shape = tuple(int(n) for n in numbers(said))
     if bits not in PER or axis not in (0, 1) or size <= 0 or out <= 0 or columns <= 0 or out * columns % size:
-        why = f"{bits} bits in groups of {size} along axis {axis} of a weight {list(shape)}"
+        why = f"{bits} bits in groups of {size} along axis {axis} do not fit a weight {list(shape)}"
         raise Malformed(why, path=base.root, where=word, cure=DAMAGED)
     for key in ("view_as_float", "quant_scale", "quant_zero"):
         if f"{module}.{key}" in base.tensors and bytes(base.tensors[f"{module}.{key}"].read(0, 1)) != b"\0":
-            raise Unsupported(f"stored with {key}", path=base.root, where=word, cure=NO_PACKING)
+            raise Unsupported(f"the weight is stored with {key}", path=base.root, where=word, cure=NO_PACKING)
     groups = math.prod(shape) // size
     form, beside = ((groups, size), (groups, 1)) if axis == 1 else ((size, groups), (1, groups))
     stored = part_of(base, name, word, ("I32",) if bits == 3 else ("U8",))
@@ -110,5 +110,5 @@ def _dtype(base: Checkpoint, name: str, module: str) -> Any:
     text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""
     found = BY_TORCH.get(text.removeprefix("torch."))
     if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"{text!r} is not a dtype to compute in", path=base.root, where=key, cure=DAMAGED)
+        raise Malformed(f"{text!r} is not a compute dtype", path=base.root, where=key, cure=DAMAGED)
     return found

@@ -1,4 +1,4 @@
-"""MXFP4, as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), with a scale per 32 numbers.
+"""MXFP4, as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), with one scale per 32 numbers.
 
 OCP Microscaling Formats 1.0: the scale is the largest power of two not above the largest number, divided by 4; or twice
 that, where less is lost. Numbers are packed along the inputs; unpacked, the experts are `[e, in, out]`.
@@ -83,7 +83,7 @@ class _Experts(Rowwise):
         return True
 
     def closed(self, row: int) -> bool:
-        # An expert's outputs are stored one after the other, and the rows of its weight are inputs.
+        # Only whole experts are closed: outputs are stored one after the other, while the weight's rows are inputs.
         return row % self.shape[1] == 0
 
     def places(self, row: int) -> dict[str, int]:
@@ -148,7 +148,9 @@ def _on(groups: Array, exponents: Array) -> tuple[Array, Array]:
 def _weight(base: Checkpoint, name: str) -> Packed:
     stored, scale = (part_of(base, name, f"{name}_{part}", ("U8",)) for part in ("blocks", "scales"))
     if len(stored.shape) != 4:
-        raise Malformed(f"{len(stored.shape)} axes, not 4", path=base.root, where=f"{name}_blocks", cure=DAMAGED)
+        raise Malformed(
+            f"the tensor has {len(stored.shape)} axes, not 4", path=base.root, where=f"{name}_blocks", cure=DAMAGED
+        )
     experts, outs, groups, _ = stored.shape
     expect(stored.shape, (experts, outs, groups, GROUP // 2), f"{name}_blocks")
     expect(scale.shape, (experts, outs, groups), f"{name}_scales")

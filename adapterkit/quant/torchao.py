@@ -1,8 +1,8 @@
-"""torchao: w = (q - zero) * scale by groups of integers, or 8-bit floats, in its safetensors layout.
+"""torchao in its safetensors layout: integers with w = (q - zero) * scale by groups, or 8-bit floats.
 
 A file's metadata has each tensor's class in JSON. The parts are `<module>._weight_qdata`, `_scale` and `_zero_point`.
-Layouts for a single kernel (Int4Tensor and its tiled forms) are refused by name. So are `.bin` files of its classes,
-because reading them would run its code.
+Layouts for a single kernel (Int4Tensor and its tiled forms) are refused by name. `.bin` files of torchao's classes are
+refused too, because reading them would run torchao's code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Torchao(Scheme):
 
 
 def _said(base: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, metadata) of every tensor of a torchao class."""
+    """Yield (name, metadata) of every tensor with a torchao class."""
     for path, metadata in base.metadata.items():
         if "tensor_names" not in metadata:
             continue
@@ -53,7 +53,9 @@ def _said(base: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 said = load_json(text)
             except (ValueError, RecursionError) as error:
-                raise Malformed(f"not valid JSON ({error})", path=path, where=name, cure=DAMAGED) from None
+                raise Malformed(
+                    f"the metadata is not valid JSON ({error})", path=path, where=name, cure=DAMAGED
+                ) from None
             if isinstance(said, dict) and said.get("_type") != "Tensor":
                 yield name, said
 
@@ -96,10 +98,10 @@ class _Bytes(Grouped):
 def _weight(base: Checkpoint, name: str, said: dict[str, Any]) -> Packed:
     kind, data = str(said.get("_type")), said.get("_data")
     if kind not in KNOWN or not isinstance(data, dict):
-        raise Unsupported(f"a weight of torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported(f"the weight has torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
     prefix = _prefix(name)
     if f"{prefix}act_pre_scale" in base.tensors or f"{prefix}act_quant_scale" in base.tensors:
-        raise Unsupported("scales of activations", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported("the weight has scales for activations", path=base.root, where=name, cure=ORIGINAL)
     members = tuple(n for part in ("qdata", "scale", "zero_point") if (n := prefix + part) in base.tensors)
     stored = part_of(base, name, f"{prefix}qdata", DTYPES if kind == "Float8Tensor" else ("I8",))
     part_of(base, name, f"{prefix}scale", ("F32", "BF16", "F16"))
@@ -119,17 +121,18 @@ def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], 
     scale, zero = base.tensors[of_scale], base.tensors[of_zero[0]] if of_zero else None
     block, target = data.get("block_size"), data.get("target_dtype") or {}
     if len(stored.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != stored.shape[0] or 0 in scale.shape:
-        why = f"scales {list(scale.shape)} are not by rows and groups of a weight {list(stored.shape)}"
+        why = f"scales {list(scale.shape)} do not match rows and groups of a weight {list(stored.shape)}"
         raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if block != [1, stored.shape[1] // scale.shape[1]] or stored.shape[1] % scale.shape[1]:
-        why = f"blocks of {block!r} with scales {list(scale.shape)} for a weight {list(stored.shape)}"
+        why = f"blocks of {block!r} with scales {list(scale.shape)} do not fit a weight {list(stored.shape)}"
         raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if zero is not None and (zero.shape != scale.shape or zero.dtype.name != "I8"):
-        raise ShapeMismatch(f"of {zero.dtype} {list(zero.shape)}", path=base.root, where=of_zero[0], cure=DAMAGED)
+        why = f"the zero points are {zero.dtype} {list(zero.shape)}, not I8 {list(scale.shape)}"
+        raise ShapeMismatch(why, path=base.root, where=of_zero[0], cure=DAMAGED)
     word = str(target.get("_data", "int8")) if isinstance(target, dict) else ""
     bits = int(word[3:]) if word in {f"int{n}" for n in range(1, 9)} else 0
     if not bits:
-        raise Unsupported(f"whole numbers of {target!r}", path=base.root, where=name, cure=ORIGINAL)
+        raise Unsupported(f"the weight has integers of type {target!r}", path=base.root, where=name, cure=ORIGINAL)
     dtype = _dtype(base, name, data)
     return _Bytes(name, stored.shape, dtype, members, scale.shape[1], None, bits, stored, scale, zero)
 
@@ -138,5 +141,5 @@ def _dtype(base: Checkpoint, name: str, data: dict[str, Any]) -> Any:
     said = data.get("dtype")
     found = BY_TORCH.get(str(said.get("_data"))) if isinstance(said, dict) else None
     if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"dtype {said!r}", path=base.root, where=name, cure=DAMAGED)
+        raise Malformed(f"the dtype is {said!r}", path=base.root, where=name, cure=DAMAGED)
     return found

@@ -1,5 +1,6 @@
-"""Reports: what adapters change, how they lie to one another and to a base, in numbers, sentences and pictures.
+"""Reports: what adapters change and how they relate to each other and to a base, in numbers, sentences and pictures.
 
-`facts` reads headers, `measuring` makes numbers, `verdicts` makes sentences of them, `charts` pictures, `page` one
-file, and `report` puts them together. The package is not called `report`, because `adapterkit.report` is the function.
+`facts` reads headers, `measuring` computes numbers, `verdicts` writes sentences about them, `charts` draws pictures,
+`page` builds one HTML file, and `report` combines them. The package is not called `report`, because the function
+`adapterkit.report` has that name.
 """

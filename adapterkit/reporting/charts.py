@@ -1,8 +1,8 @@
 """Charts: Vega-Lite specifications of the measurements, and their SVG and PNG.
 
-vl-convert draws them without a browser, a display or a network, from the fonts of the machine. A page gets drawings,
-not a chart library: a library is 0.9 MB of script that mail readers, notebooks on hubs and strict pages do not run.
-Text is drawn in `currentColor`, so that one drawing serves light and dark pages.
+vl-convert draws them without a browser, a display or a network, with the fonts of the machine. A page contains only the
+drawings. A chart library would be 0.9 MB of script that mail readers, notebooks on hubs and strict pages do not run.
+Text is drawn in `currentColor`, so that one drawing suits light and dark pages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .measuring import Effect, Measurements
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
-"""Colours of adapters: told apart by most colour-blind readers, and of a contrast of 3 on white and on black."""
+"""Colours of adapters: most colour-blind readers can tell them apart; the contrast is 3 on white and on black."""
 
 FLAGGED, PLAIN = "#e4572e", "#8a94a6"
 
@@ -50,11 +50,11 @@ class Chart:
     """One picture.
 
     Attributes:
-        name: names its file: lower-case words with hyphens.
-        group: the heading that it stands under.
-        title: above it.
-        caption: how to read it.
-        spec: in Vega-Lite.
+        name: the name of its file: lower-case words with hyphens.
+        group: the heading under which it appears.
+        title: the text above the picture.
+        caption: an explanation of how to read the picture.
+        spec: the Vega-Lite specification.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Chart:
 
 
 def charts(measured: Measurements) -> list[Chart]:
-    """Return the pictures that the measurements have numbers for, in the order of a page."""
+    """Return the pictures for which the measurements have numbers, in the order of a page."""
     return [chart for draw in (_norms, _spectra, _ranks, _values, _base, _likeness, _conflict, _merged)
             for chart in draw(measured)]  # fmt: skip
 
@@ -74,11 +74,11 @@ def svg(chart: Chart) -> str:
     """Return a chart as an SVG document.
 
     Raises:
-        Unsupported: the package that draws is not installed.
+        Unsupported: the package vl-convert-python is not installed.
     """
     drawn: str = _drawing().vegalite_to_svg({**chart.spec, "config": CONFIG})
-    # Vega numbers clip paths and gradients on from drawing to drawing: the same chart would differ from run to run, and
-    # drawings of several runs in one page would be mixed up.
+    # Rename ids: Vega numbers clip paths and gradients through all drawings. Otherwise the same chart would differ from
+    # run to run, and drawings of several runs in one page would use each other's ids.
     for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', drawn))):
         drawn = re.sub(rf'(\bid="|url\(#){name}(?="|\))', rf"\g<1>{chart.name}-{number}", drawn)
     return drawn
@@ -88,7 +88,7 @@ def png(chart: Chart, scale: float = 2.0) -> bytes:
     """Return a chart as a PNG on white.
 
     Raises:
-        Unsupported: the package that draws is not installed.
+        Unsupported: the package vl-convert-python is not installed.
     """
     spec = {**chart.spec, "config": {**CONFIG, "background": "white", "padding": 12}}
     drawn: bytes = _drawing().vegalite_to_png(spec, scale=scale)
@@ -96,17 +96,17 @@ def png(chart: Chart, scale: float = 2.0) -> bytes:
 
 
 def inline(chart: Chart) -> str:
-    """Return a chart as SVG inside a page: one image to screen readers, with names of its own.
+    """Return a chart as SVG for use inside a page: a single image for screen readers, with ids that are unique.
 
     Raises:
-        Unsupported: the package that draws is not installed.
+        Unsupported: the package vl-convert-python is not installed.
     """
     text = svg(chart)
     for noise in (r' role="graphics-[a-z]+"', r' aria-roledescription="[^"]*"', r' xmlns:xlink="[^"]*"'):
         text = re.sub(noise, "", text)
     text = re.sub(r"(?<=\d\.\d\d)\d+", "", text)
     text = re.sub(r' aria-label="[^"]*(axis|legend)[^"]*"', "", text)
-    # The drawing is one image to a screen reader, so its marks may not have labels; `page.js` shows them as tips.
+    # Move the marks' labels: a screen reader sees the drawing as one image. `page.js` shows the labels as tooltips.
     text = text.replace(' aria-label="', ' data-tip="')
     label = _escaped(f"{chart.title}. {chart.caption}")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
@@ -123,7 +123,7 @@ def _drawing() -> Any:
         import vl_convert
     except ImportError as error:
         why = "drawing charts needs the package vl-convert-python"
-        cure = 'pip install "adapterkit[report]"; the numbers alone need no drawing: --json (AdapterReport.record())'
+        cure = 'pip install "adapterkit[report]"; or print only the numbers: --json (AdapterReport.record())'
         raise Unsupported(why, cure=cure) from error
     return vl_convert
 
@@ -133,7 +133,7 @@ def _slug(text: str) -> str:
 
 
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
-    """The ending of a chart's name and of its title for one adapter; both empty where there is but one."""
+    """Return the ending of a chart's name and of its title for one adapter; both empty if it is the only adapter."""
     if len(measured.names) == 1:
         return "", ""
     return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"
@@ -171,7 +171,7 @@ def _map(
     *, domain: tuple[float, float] | None = None, middle: float | None = None, scheme: str = "viridis",
     reverse: bool = False, root: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """A map of a number by layer and module."""
+    """Return a map of a number by layer and module."""
     found: dict[tuple[str, str], list[Any]] = defaultdict(list)
     order: dict[str, Any] = {}
     for each in effects:
@@ -187,7 +187,7 @@ def _map(
             number = together(numbers)
             where = measured.cells[here[0].target].title
             values.append({"layer": layer, "module": module, "value": number, "label": f"{where}: {label(number)}"})
-    # The root of a norm gives small changes a colour beside one that is 20 times as large.
+    # Colour by the root of a norm, so that small changes are visible next to one that is 20 times as large.
     scale: dict[str, Any] = {"scheme": scheme, "reverse": reverse, **({"type": "sqrt"} if root else {})}
     if domain is not None and domain[1] > domain[0]:
         scale["domain"] = list(domain)
@@ -246,8 +246,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
             },
         }  # fmt: skip
         caption = (
-            f"One line a target, of up to {LINES}. A line that falls at once is a change in one direction; it is "
-            f"flagged where that direction holds more than {percent(SPIKE)} of the squared norm."
+            f"One line per target, for up to {LINES} targets. A line that falls at once is a change in one direction; "
+            f"it is flagged if that direction holds more than {percent(SPIKE)} of the squared norm."
         )
         yield Chart(f"spectra{end}", "How it changes it", f"Singular values{of}", caption, spec)
 
@@ -255,7 +255,7 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
 TICKS = [1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001]
 
 LINES = 60
-"""Spectra of an adapter that are drawn: those of spikes, of the largest changes, and of others evenly."""
+"""Number of an adapter's spectra that are drawn: first spikes, then the largest changes, then others, evenly spaced."""
 
 
 def _few(effects: Sequence[Effect]) -> list[Effect]:
@@ -361,7 +361,7 @@ def _values(measured: Measurements) -> Iterator[Chart]:
     }  # fmt: skip
     caption = (
         "Thick: the middle half of the elements; medium: 90 %; thin: 98 %. Mean over the layers, from a block of up to "
-        "25,600 elements a target."
+        "25,600 elements per target."
     )
     yield Chart("values", "How it changes it", "Values of the elements", caption, spec)
 
@@ -389,9 +389,9 @@ def _base(measured: Measurements) -> Iterator[Chart]:
                 domain=(0.0, 10.0),
             )  # fmt: skip
             caption = (
-                "Of the ten first singular vectors of the tuned weight, those that are like none of the base's (cosine "
-                "under 0.6). They go with forgetting. Looked at where the change is largest, on weights of which the "
-                "decomposition is quick."
+                "Among the first ten singular vectors of the tuned weight: the number of vectors unlike all of the "
+                "base's (cosine under 0.6). They are associated with forgetting. Computed for the largest changes, on "
+                "weights whose decomposition is quick."
             )
             yield Chart(f"intruders{end}", group, f"Intruder dimensions{of}", caption, spec)
 
@@ -405,7 +405,7 @@ def _likeness(measured: Measurements) -> Iterator[Chart]:
          "1: the same change; 0: unrelated; -1: each undoes the other. Over all targets.",
          measured.cosine, (-1.0, 1.0), "redblue"),
         ("overlap", "Subspace overlap",
-         "How much of one adapter's input directions lies in the other's, 0 to 1; mean over the common targets.",
+         "Share of one adapter's input directions that lies in the other's, 0 to 1; mean over the common targets.",
          lambda a, b: measured.mean(a, b, "overlap_in"), (0.0, 1.0), "viridis"),
     ):  # fmt: skip
         values = []
@@ -454,8 +454,8 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             "share", domain=(0.0, 1.0), middle=0.5, scheme="redblue", reverse=True,
         )  # fmt: skip
         caption = (
-            "Share of the elements that two adapters move in opposite directions; of several pairs the largest. "
-            "Unrelated changes have one half, which is white. Red conflicts."
+            "Share of the elements that two adapters move in opposite directions; if there are several pairs, the "
+            "largest share. Unrelated changes have one half, which is white. Red means conflict."
         )
         yield Chart("sign-conflict", group, "Sign conflict by target", caption, spec)
     if measured.together:
@@ -484,5 +484,7 @@ def _merged(measured: Measurements) -> Iterator[Chart]:
         measured, found, lambda each: each.value, min, lambda value: f"{percent(value)} kept", "kept",
         domain=(low, max(1.0, *(each.value for each in found))),
     )  # fmt: skip
-    caption = "How much of the change the merged weights hold along its own direction. 100 % is all of it."
+    caption = (
+        "Share of the change that the merged weights contain along the change's own direction. 100 % is all of it."
+    )
     yield Chart("kept", "In the merged model", "Change kept by the merged model", caption, spec)

@@ -1,4 +1,4 @@
-"""Facts of an adapter that its headers tell: what it is, for which base, how large, where it came from, where it fits.
+"""Facts about an adapter from its headers: methods, base, size, origin, and the formats and tools that can use it.
 
 No tensor is read here.
 """
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
 
 WAYS = {
-    "native": "holds it in its own words",
-    "LoRA": "holds it exactly, written as a LoRA",
-    "dense": "holds it as a difference of weights, at a base",
-    "nearest": "holds the nearest LoRA; the error is told",
+    "native": "stores it natively",
+    "LoRA": "stores it exactly, as a LoRA",
+    "dense": "stores it as a difference of weights; needs the base",
+    "nearest": "stores the nearest LoRA, and reports the error",
 }
-"""How a format can hold an adapter, the best first."""
+"""How a format can store an adapter, the best way first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Facts about an adapter from its headers alone.
+    """Facts about an adapter, from its headers alone.
 
     Attributes:
-        name: what the report calls it.
-        path: where it was read from; None for an adapter in memory.
-        format: the format that it was read from, if any.
-        base: the base it names.
+        name: the adapter's name in the report.
+        path: the path it was read from; None for an adapter in memory.
+        format: the format it was read from, or None.
+        base: the base that it names.
         methods: method -> number of updates.
-        ranks: rank -> number of updates; updates without a rank are left out.
-        targets: number of targets.
-        parameters: number of numbers; a tensor that updates share counts once.
+        ranks: rank -> number of updates; updates without a rank are omitted.
+        targets: the number of targets.
+        parameters: the number of parameters; a tensor that updates share counts once.
         bytes: the size of its tensors.
         dtypes: dtype -> number of tensors.
-        licence: identifier in the model card beside it, if any.
-        triggers: trigger words.
-        lineage: the steps it was made by, as plain data.
-        formats: format -> how it can hold this adapter, a key of `WAYS`; formats that cannot are left out.
-        loaders: whether each known tool loads the file as it is: `title`, `loads` (yes, part or no) and `why`. Told for
-            files of image models, whose tools are known.
+        licence: the identifier in the model card next to the adapter, or None.
+        triggers: the trigger words.
+        lineage: the steps that produced the adapter, as plain data.
+        formats: format -> how it can store this adapter, a key of `WAYS`; formats that cannot are omitted.
+        loaders: whether each known tool loads the file unchanged: `title`, `loads` (yes, part or no) and `why`. Only
+            for files of image models, whose tools are known.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Facts:
     loaders: tuple[dict[str, str], ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """The facts as plain data."""
+        """Return the facts as plain data."""
         return {**asdict(self), "ranks": {str(rank): count for rank, count in self.ranks.items()}}
 
 
@@ -77,8 +77,8 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
 
     Args:
         adapter: the adapter.
-        name: what to call it.
-        path: where it was read from; a model card there tells the licence.
+        name: its name in the report.
+        path: the path it was read from; a model card there gives the licence.
     """
     from ..core.licences import licence_at
 
@@ -133,7 +133,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
 
 
 def way(entry: Any, method: Any) -> str | None:
-    """Return how a format can hold a method, a key of `WAYS`; None where it cannot."""
+    """Return how a format can store a method, a key of `WAYS`; None if it cannot."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"
     if method.kind not in ("additive", "weight") or "lora" not in entry.methods:

@@ -1,4 +1,4 @@
-"""Describe an adapter, a base or a graph as plain data, from headers alone but for the change of each layer."""
+"""Describe an adapter, a base or a graph as plain data; only the change of each layer needs more than headers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Inspection:
 
     Attributes:
         kind: `adapter`, `base` or `graph`.
-        path: where it is.
-        data: all of it as plain data, as `adapterkit inspect --json` prints it.
+        path: the path of the file or folder.
+        data: the whole description as plain data, as `adapterkit inspect --json` prints it.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Inspection:
     data: Mapping[str, Any]
 
     def record(self) -> dict[str, JsonValue]:
-        """The same as plain data."""
+        """Return the description as plain data."""
         return dict(self.data)
 
     @property
@@ -77,7 +77,7 @@ class Inspection:
 
 
 def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, JsonValue]:
-    """The layers of an ONNX graph that an adapter can name."""
+    """Return the layers of an ONNX graph that an adapter can target."""
     from ..onnx import layers
 
     found = [place.record() for place in layers(src, base_weights=base_weights)]
@@ -86,7 +86,7 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
 
 
 def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, object]:
-    """The layers of all graphs of a folder, each with the name of its graph."""
+    """Return the layers of all graphs in a folder, each with the name of its graph."""
     from ..onnx import layers
     from ..onnx.folders import parts_of
 
@@ -107,12 +107,12 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
 
 
 def graph_file(src: str) -> str | None:
-    """Return the ONNX file that a name means: itself by its ending, or the only one of a folder without weights."""
+    """Return the ONNX file that a name refers to: the file itself, or the only graph in a folder without weights."""
     if src.lower().endswith(".onnx"):
         return src
     try:
         names = sorted(os.listdir(src))
-    except (OSError, ValueError):  # Not a folder, or an address.
+    except (OSError, ValueError):  # The name is an address or not a folder.
         return None
     graphs = [name for name in names if name.lower().endswith(".onnx")]
     alone = len(graphs) == 1 and not any(name.lower().endswith(_WEIGHTS) for name in names)
@@ -120,19 +120,19 @@ def graph_file(src: str) -> str | None:
 
 
 def graph_folder(src: str) -> str | None:
-    """Return a folder of graphs, as optimum and onnxruntime-genai write it; None for a file, or beside weights."""
+    """Return a folder of graphs as optimum and onnxruntime-genai write it; None for a file or a folder with weights."""
     try:
         names = [name for name in os.listdir(src) if not name.startswith(".")]
         inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
         below = [one for name in inner for one in os.listdir(os.path.join(src, name))]
-    except (OSError, ValueError):  # Not a folder, or an address.
+    except (OSError, ValueError):  # The name is an address or not a folder.
         return None
     graphs = any(name.lower().endswith(".onnx") for name in (*names, *below))
     return src if graphs and not any(name.lower().endswith(_WEIGHTS) for name in names) else None
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-"""Endings of weights, beside which a graph is not what a folder is about."""
+"""File extensions of weights; if a folder has weights, its graph is not the main content."""
 
 
 def inspected(
@@ -140,14 +140,14 @@ def inspected(
     compat: str | None = None, layers: bool = False, rename: str | Sequence[str] = (),
     base_weights: str | os.PathLike[str] | None = None, reading: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Describe what is at a path, as plain data; see `adapterkit.inspect`.
+    """Describe the file or folder at a path, as plain data; see `adapterkit.inspect`.
 
     Args:
         src: the path or address of an adapter or a base.
-        format: the adapter's format; found from its headers if absent.
+        format: the adapter's format; detected from its headers if absent.
         base: the base of an adapter.
-        compat: another reading of the adapter.
-        layers: measure how much each layer is changed.
+        compat: another interpretation of the adapter.
+        layers: measure the change of each layer.
         rename: rules for names in the base.
         base_weights: weights of a graph's base.
         reading: further arguments of `read`.
@@ -165,7 +165,7 @@ def inspected(
     if graph is None and graph_folder(src) is not None and not _is_adapter(Path(src)):
         return folder_record(src, base_weights)
     if base_weights is not None:
-        why = "base_weights= is for an ONNX model; an adapter's base is base="
+        why = "base_weights= is for an ONNX model; the base of an adapter is base="
         raise UsageError(why, where="base_weights", cure="Pass the base: --base BASE (base=)")
     if rename and base is None:
         raise UsageError("rename= is for names in a base", where="rename", cure="Pass the base: --base BASE (base=)")
@@ -178,7 +178,7 @@ def inspected(
             name = format or detect(path)
             adapter = read(path, name, base, compat=compat, **reading)
         except (TargetNotFound, UnknownFormat, UsageError) as error:
-            # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
+            # Show a file that lacks its alpha as far as possible; an option that does not fit is still an error.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
             told = base is not None or layers or reading
@@ -202,13 +202,13 @@ def inspected(
 
 
 def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
-    """Return format and targets of an adapter that could not be read without a base; None if that was not the reason.
+    """Return format and targets of an adapter that needs a base to be read; None if it failed for another reason.
 
     Args:
         path: the file or folder.
         name: its format; detected if absent.
-        compat: another reading of it; of those there are no outlines.
-        error: why it could not be read.
+        compat: another interpretation of the adapter, for which outlines do not exist.
+        error: the error from reading it.
     """
     from ..errors import AdapterkitError
     from ..formats import detect, outline
@@ -223,14 +223,14 @@ def outline_of(path: Path, name: str | None, compat: str | None, error: Exceptio
 
 
 def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
-    """The licence in the model card beside an adapter, and its trigger words."""
+    """Return the licence in the model card next to an adapter, and the adapter's trigger words."""
     from ..core.metadata import metadata_of, trigger_words
 
     return {**_licence(path), "triggers": list(trigger_words(metadata_of(adapter)))}
 
 
 def _licence(path: Path) -> dict[str, JsonValue]:
-    """The licence that the model card names, and what it asks of derived works beyond notices."""
+    """Return the licence in the model card, and what it requires of derived works beyond notices."""
     from ..core.licence_terms import spdx_of, terms_of
     from ..core.licences import licence_at
 
@@ -243,7 +243,7 @@ def _licence(path: Path) -> dict[str, JsonValue]:
 def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
-    """How much each layer is changed: one record a layer, in order."""
+    """Return how much each layer is changed: one record per layer, in order."""
     from ..io.checkpoint import opened
     from .measuring import measure
 
@@ -269,7 +269,7 @@ def _layers(
 
 
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
-    """The rules by which the adapter's names become the base's, or why they do not."""
+    """Return the rules that map the adapter's names to the base's, or the reason why none do."""
     from ..errors import AdapterkitError
     from ..naming.binding.tables import name_map
 
@@ -281,14 +281,14 @@ def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: 
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether any format recognises `path`; a path that is not there counts as one, so that reading it says so."""
+    """Whether any format recognises `path`; True for a missing path, so that reading it raises the error."""
     from ..formats import recognised
 
     return not path.exists() or bool(recognised(path))
 
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
-    """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
+    """Return an adapter's updates, lineage and totals as plain data; a shared tensor counts once in the totals."""
     from ..core.metadata import metadata_of
     from ..formats import unknown_fields
 
@@ -310,11 +310,11 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
 
 
 _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
-"""Formats of image models; of other adapters no family is looked for."""
+"""Formats of image models; for adapters in other formats, families of image models are not searched."""
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Say for each tool whether it loads the file as it is."""
+    """Return for each tool whether it loads the file unchanged."""
     from dataclasses import asdict
 
     from ..loaders import loaders_of
@@ -323,7 +323,7 @@ def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
 
 
 def _families(adapter: Adapter) -> list[str]:
-    """The families of image and video models that the adapter can be of."""
+    """Return the families of image and video models that the adapter may belong to."""
     from ..formats._image.deciding import candidates, denoiser_targets, origin_of
     from ..naming.image import component_of
 
@@ -337,7 +337,7 @@ def _families(adapter: Adapter) -> list[str]:
 
 
 def _without_alpha(adapter: Adapter) -> int:
-    """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
+    """Return the number of modules in the file without alpha; 0 if alpha does not determine the scaling."""
     foreign = adapter.foreign
     if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
         return len(adapter.updates)
@@ -348,7 +348,7 @@ def _without_alpha(adapter: Adapter) -> int:
 
 
 def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, JsonValue]:
-    """Return the record of an adapter of which only the keys are known: no base, or an unknown format."""
+    """Return the record of an adapter whose keys only are known, because the base is missing or the format unknown."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
@@ -358,7 +358,7 @@ def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error
 
 
 def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, JsonValue]:
-    """One update as plain data; all but its name is `shared` with the updates of the same form."""
+    """Return one update as plain data; updates of the same form share everything except the name, in `shared`."""
     form = target.layout, target.rows, update.form
     if form not in shared:
         from ..io.lazy import dtype_of
@@ -376,7 +376,7 @@ def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, A
 
 
 def base_record(path: Path, src: str) -> dict[str, Any]:
-    """A base's tensors and totals as plain data."""
+    """Return a base's tensors and totals as plain data."""
     from ..errors import UnknownFormat, UsageError
     from ..formats._others import other_file
     from ..io.checkpoint import open_checkpoint
@@ -385,14 +385,14 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
         base = open_checkpoint(path)
     except UsageError as error:
         cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
-        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
+        raise UnknownFormat(f"this is neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
     tensors, told = _stored(base)
     dtypes = sorted({str(tensor["dtype"]) for tensor in tensors})
     other = other_file(base.tensors)
     said = []
     if other is not None:
         kind, key = other
-        said = [f"keys such as {key} are those of {kind.name}, which is not read: {kind.why}. {kind.cure}"]
+        said = [f"keys such as {key} belong to {kind.name}, which is not supported: {kind.why}. {kind.cure}"]
     return {
         "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
         "files": [file.name for file in base.files], **({"warnings": said} if said else {}), **told,
@@ -405,9 +405,9 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
 
 
 def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The tensors of a base, and what is known of its model beyond its config.
+    """Return the tensors of a base, and facts about its model that are not in its config.
 
-    The blocks of a GGUF file are bytes; its header has each weight's own shape and type.
+    The blocks of a GGUF file are bytes; its header has the shape and type of each weight.
     """
     from ..io.gguf_file import read_model
     from ..io.magic_bytes import is_gguf
@@ -430,7 +430,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
-    """The families of image and video models that a base can be of; none where it says that it is another model."""
+    """Return the families of image and video models that a base may belong to; none if it names another model."""
     from ..formats._image.deciding import families_in
     from ..naming.architectures import of_gguf
     from ..naming.image import families
@@ -443,7 +443,7 @@ def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
 
 
 _DENOISER = 8_000
-"""More tensors than any published U-Net or transformer has with its text encoders and its VAE."""
+"""More tensors than any published U-Net or transformer has, including text encoders and VAE."""
 
 _GGUF = {"architecture": "general.architecture", "name": "general.name"}
 """Field of the record -> key of a GGUF file."""
@@ -454,7 +454,7 @@ def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
-    """How many of the tensors have each shape and element type."""
+    """Return the number of tensors with each shape and element type."""
     from collections import Counter
 
     from ..io.lazy import dtype_of
@@ -463,7 +463,7 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
 
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
-    """Numbers and bytes of the tensors that `_counted` counts."""
+    """Return the numbers of elements and bytes in the tensors that `_counted` counts."""
     from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]

@@ -1,9 +1,9 @@
-"""Measurements: the numbers of a report, each a field with a meaning; no sentence and no picture is made here.
+"""Measurements: the numbers of a report, each a field with a definition. This module writes no sentences or pictures.
 
-A change of thin factors B @ A is never formed. QR of the factors and a decomposition of the small core give U S V^T,
-and norms, products and subspaces of several adapters are small products of those. Signs and values of single elements
-are looked at in a block of `SIDE` rows and columns that are spread evenly over the weight: a block is small enough to
-form, and 25,600 elements tell a share to 0.3 percentage points.
+The change B @ A of two thin factors is never formed. QR of the factors and a decomposition of the small core give
+U S V^T. Norms, products and subspaces of several adapters are small products of these. Signs and values of single
+elements come from a block of `SIDE` rows and columns that are evenly spread over the weight. The block is small enough
+to form, and its 25,600 elements give a share to within 0.3 percentage points.
 """
 
 from __future__ import annotations
@@ -35,30 +35,31 @@ if TYPE_CHECKING:
     from ..ops.lowering import Change, Delta
 
 SIDE = 160
-"""Rows and columns of the block of elements that is formed."""
+"""Number of rows and columns in the block of elements that is formed."""
 
 SHOWN = 64
-"""Singular values of a target that are kept."""
+"""Number of a target's singular values that are kept."""
 
 LARGEST_EXACT = 1024
-"""Smaller side up to which a dense change is decomposed: larger ones take more than a second each."""
+"""Largest smaller side for which a dense change is decomposed; a larger one takes more than a second."""
 
 EXPERTS = 8
-"""Experts of a stack whose elements and base weights are looked at; norms and ranks are of all."""
+"""Number of experts in a stack whose elements and base weights are measured; norms and ranks cover all experts."""
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-"""Shares of the elements whose values are kept."""
+"""Quantiles of the elements' values that are kept."""
 
 INTRUDING, INTRUDER_COSINE = 10, 0.6
-"""How many singular vectors of a tuned weight are looked at, and the cosine with every singular vector of the base
-below which one is an intruder: Shuttleworth et al. 2024, arXiv:2410.21228."""
+"""Number of a tuned weight's first singular vectors that are checked, and the largest cosine of an intruder: a vector
+whose cosine with each singular vector of the base is lower (Shuttleworth et al. 2024, arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Sum of (smaller side squared x larger side) over the weights that are decomposed for intruders: 3 s, or 15 of
-size 576, and those whose change is largest come first. The verdict tells how many were looked at."""
+"""Limit for the sum of (smaller side squared x larger side) over the weights that are decomposed to find intruders. It
+takes 3 s, or 15 weights of size 576. The weights with the largest changes come first, and the verdict says how many
+were checked."""
 
 INTRUDER_UNIT = 2e7
-"""One step in the progress of decompositions: about the time that the other numbers of a target take."""
+"""Size of one progress step of the decompositions; it takes about as long as all other numbers of a target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +67,22 @@ class Effect:
     """The change by one adapter at one target. A number that was not measured is None.
 
     Attributes:
-        adapter: position of the adapter.
+        adapter: the position of the adapter.
         target: the target, as a dotted path with the rows of a slice.
-        method: its methods, joined by ` + `.
-        shape: the weight's, `[out, in, *k]`.
-        rank: inner size of the stored factors; None for a change that is dense.
-        scaling: the scaling, if it is a LoRA.
-        norm: Frobenius norm of the change of the weight; of stacked experts, of all together.
-        bias_norm: norm of the change of the bias.
-        spectrum: the first `SHOWN` singular values, largest first; of stacked experts, of the one that changes most.
-        effective_rank: exponential of the entropy of the singular values: Roy and Vetterli 2007; mean over experts.
-        rank_99: how many singular values hold 99 % of the squared norm; the largest of the experts'.
-        quantiles: values of the change at `QUANTILES`, in the block that was looked at.
+        method: the methods of its updates, joined by ` + `.
+        shape: the shape of the weight, `[out, in, *k]`.
+        rank: the inner size of the stored factors; None for a dense change.
+        scaling: the scaling of a LoRA; None for other methods.
+        norm: the Frobenius norm of the change of the weight; for stacked experts, of all together.
+        bias_norm: the norm of the change of the bias.
+        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, of the one that changes most.
+        effective_rank: exponential of the entropy of the singular values (Roy and Vetterli 2007), mean over experts.
+        rank_99: the number of singular values that hold 99 % of the squared norm; the largest over the experts.
+        quantiles: values of the change at `QUANTILES`, in the measured block.
         peak: the largest element of the block relative to the root mean square of the block.
         relative: `norm` relative to the norm of the base's weight.
-        intruders: singular vectors of the tuned weight that are none of the base's, of the first ten.
-        why: why it was not measured, in words; `code` is the error's.
+        intruders: the number of intruders among the first ten singular vectors of the tuned weight.
+        why: the reason why the change was not measured, in words; `code` is the error's code.
     """
 
     adapter: int
@@ -104,7 +105,7 @@ class Effect:
 
     @property
     def spike(self) -> float | None:
-        """Share of the squared norm that the first singular value holds."""
+        """Share of the squared norm in the first singular value."""
         if not self.spectrum or not self.norm or self.rank_99 is None:
             return None
         return min(1.0, self.spectrum[0] ** 2 / math.fsum(value * value for value in self.spectrum))
@@ -112,20 +113,20 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How the changes of two adapters at one target lie to one another.
+    """How the changes of two adapters at one target relate to each other.
 
     Attributes:
-        first: position of one adapter.
-        second: position of the other adapter.
+        first: the position of one adapter.
+        second: the position of the other adapter.
         target: the target.
-        product: sum of the products of the elements of both changes.
-        cosine: cosine of the angle between the changes as vectors; None where one of them is zero.
-        overlap_out: how much of the span of outputs of the one with fewer dimensions lies in the other's, 0 to 1.
+        product: the sum of the products of the elements of both changes.
+        cosine: the cosine of the angle between the changes as vectors; None if one of them is zero.
+        overlap_out: the share of the smaller of the two output spans that lies in the other, 0 to 1.
         overlap_in: the same for inputs.
-        sign_conflict: share of the elements, of those that both change, that they move in opposite directions; 0.5 for
-            changes that have nothing to do with one another. In the block that was looked at.
-        interference: share of the sum of absolute changes that is lost when both are added; 0.29 for two unrelated
-            changes of one size. In the block.
+        sign_conflict: among the elements of the block that both change, the share that they move in opposite
+            directions; 0.5 for unrelated changes.
+        interference: the share of the sum of absolute changes in the block that is lost when both are added; 0.29 for
+            two unrelated changes of equal size.
     """
 
     first: int
@@ -141,7 +142,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class MergedShare:
-    """The part of the changes at one target that a merged model holds.
+    """The part of the changes at one target that a merged model contains.
 
     Attributes:
         target: the target.
@@ -163,14 +164,14 @@ class Measurements:
     """All numbers of a report.
 
     Attributes:
-        names: the adapters' names, in order.
-        cells: target -> its place in the pictures.
-        effects: one entry an adapter and target.
-        relations: one entry a target and pair of adapters that both change its weight.
+        names: the names of the adapters, in order.
+        cells: target -> its row and column in the pictures.
+        effects: one entry per adapter and target.
+        relations: one entry per target and pair of adapters that both change its weight.
         together: target -> share of the absolute changes that is lost when all adapters are added.
-        merged: one entry a target, where a merged model was given.
-        bases: what adapters say of their base that is not true of the given one.
-        base_why: why the given base was left out: the adapters do not fit it.
+        merged: one entry per target, if a merged model was given.
+        bases: statements of adapters about their base that contradict the given base.
+        base_why: the reason why the given base was not used: the adapters do not fit it.
     """
 
     names: tuple[str, ...]
@@ -211,25 +212,25 @@ class Measurements:
         return found
 
     def of(self, adapter: int) -> list[Effect]:
-        """The measured effects of one adapter."""
+        """Return the measured effects of one adapter."""
         return self._effects.get(adapter, [])
 
     def norm(self, adapter: int) -> float:
-        """Frobenius norm of all changes of an adapter."""
+        """Return the Frobenius norm of all changes of an adapter."""
         return self._norms[adapter]
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Cosine of two adapters over all targets; None where they share none, or one of them changes nothing."""
+        """Return the cosine of two adapters over all targets; None if they share none, or one changes nothing."""
         return self._cosines.get((min(first, second), max(first, second)))
 
     def mean(self, first: int, second: int, name: str) -> float | None:
-        """Mean over the common targets of a number of `Relation`."""
+        """Return the mean over the common targets of a number in `Relation`."""
         found = self._pairs.get((min(first, second), max(first, second)), [])
         known = [value for each in found if (value := getattr(each, name)) is not None]
         return math.fsum(known) / len(known) if known else None
 
     def gini(self, adapter: int) -> float | None:
-        """Gini coefficient of the squared norms over the targets: 0 where all change alike, near 1 where one does."""
+        """Return the Gini coefficient of the targets' squared norms: 0 if all are equal, near 1 if one holds all."""
         energies = sorted((effect.norm or 0.0) ** 2 for effect in self.of(adapter))
         total, count = math.fsum(energies), len(energies)
         if not total:
@@ -237,7 +238,7 @@ class Measurements:
         return math.fsum((2 * at - count - 1) * energy for at, energy in enumerate(energies, 1)) / (count * total)
 
     def record(self) -> dict[str, Any]:
-        """The measurements as plain data."""
+        """Return the measurements as plain data."""
         pairs = [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
         return {
             "adapters": [
@@ -267,20 +268,20 @@ def measure(
     merged: Checkpoint | None = None, weights: Sequence[float] | None = None, rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> Measurements:  # fmt: skip
-    """Measure adapters, and how they lie to one another, to their base and to what was merged of them.
+    """Measure adapters, and how they relate to each other, to their base and to the model they were merged into.
 
     Args:
         adapters: the adapters.
-        names: one an adapter.
-        base: their base, not quantized or seen through `quant.dequantized`. One that they do not fit is left out, and
-            `base_why` says why.
-        merged: what they were merged into; needs `base`.
-        weights: with which they were merged; 1 each if None.
+        names: one name per adapter.
+        base: the base of the adapters, not quantized or seen through `quant.dequantized`. If the adapters do not fit,
+            the base is not used, and `base_why` says why.
+        merged: the model that the adapters were merged into; needs `base`.
+        weights: the weights in that merge; 1 each if None.
         rename: rules for names; see `adapterkit.ops.compare`.
-        progress: called with what is done and all there is to do, in units of work.
+        progress: a function that is called with (units done, total units) of work.
 
     Raises:
-        AdapterkitError: the adapters are of different models; see `adapterkit.ops.compare`.
+        AdapterkitError: the adapters belong to different models; see `adapterkit.ops.compare`.
     """
     stage("measuring the updates")
     from ..naming.binding.bases import check_base
@@ -318,7 +319,7 @@ class _Measuring:
 
     def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
         places = len(self.found)
-        # Which weights are decomposed, and what that costs, is known once the changes are: guess it for the bar.
+        # Guess the cost of decompositions for the progress bar: it is known only once all changes are measured.
         most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
         for at, place in enumerate(self.found):
             self._at(place)
@@ -373,7 +374,7 @@ class _Measuring:
             self.merged.append(after.merged(target))
 
     def _change(self, place: AlignedPlace, adapter: int, updates: tuple[Update, ...]) -> Change | None:
-        """Return the change that one adapter adds; None, with a note, where it cannot be computed."""
+        """Return the change that one adapter adds. If it cannot be computed, record why and return None."""
         try:
             alone = lowered(AlignedPlace(place.target, (updates,), place.base))
             (change,) = alone.changes()
@@ -439,7 +440,7 @@ def _with(effect: Effect, **values: Any) -> Effect:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One change of one weight: U `[out, r]` orthonormal, S `[r]`, V `[in * k, r]` orthonormal; or dense."""
+    """One change of one weight: either U `[out, r]`, S `[r]`, V `[in * k, r]` with orthonormal U and V, or dense."""
 
     delta: Delta
     U: Array | None
@@ -475,7 +476,7 @@ class _Part:
         return float((values * values).sum())
 
     def block(self) -> Array:
-        """The elements of the change in `SIDE` rows and columns that are spread evenly."""
+        """The elements of the change in `SIDE` evenly spread rows and columns."""
         rows, columns = (spread(size) for size in self.shape)
         B, A, rest = self.delta.B[rows], self.delta.A[:, columns], self.delta.rest
         product: Array = B @ A
@@ -483,14 +484,14 @@ class _Part:
 
 
 def spread(size: int) -> Array:
-    """At most `SIDE` positions of an axis of so many elements, evenly."""
+    """Return at most `SIDE` positions on an axis of the given size, evenly spread."""
     import numpy as np
 
     return np.unique(np.linspace(0, size - 1, min(size, SIDE)).round().astype(int))
 
 
 class _Sum:
-    """One adapter at one target, over its experts."""
+    """Sums for one adapter at one target, over its experts."""
 
     def __init__(self) -> None:
         self.square, self.base, self.largest = 0.0, 0.0, -1.0
@@ -532,7 +533,7 @@ class _Sum:
 
 
 def rank_of(S: Array, share: float) -> int:
-    """How many of the singular values, largest first, hold a share of the squared norm."""
+    """Return the number of singular values, largest first, that hold a share of the squared norm."""
     import numpy as np
 
     if not len(S):
@@ -553,7 +554,7 @@ def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
 
 
 class _PairSum:
-    """Two adapters at one target, over its experts."""
+    """Sums for two adapters at one target, over its experts."""
 
     def __init__(self) -> None:
         self.product, self.first, self.second = 0.0, 0.0, 0.0
@@ -641,7 +642,7 @@ class _MergedSum:
 
 
 def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
-    """The targets that change most, as many as `INTRUDER_BUDGET` allows, each with its cost in `INTRUDER_UNIT`."""
+    """Return the targets that change most, as many as `INTRUDER_BUDGET` allows, with their cost in `INTRUDER_UNIT`."""
     stacked = {str(place.target) for place in found if place.target.stacked}
     chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
     for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
@@ -673,7 +674,7 @@ def _intruders(
 
 
 def _left(W: Array, count: int) -> Array:
-    """The first left singular vectors of a matrix, by the smaller Gram matrix: a sixth of a whole decomposition."""
+    """Return the first left singular vectors by the smaller Gram matrix, in 1/6 of a full decomposition's time."""
     import numpy as np
 
     D = W.reshape(len(W), -1).astype(np.float64, copy=False)

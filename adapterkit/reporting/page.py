@@ -1,8 +1,8 @@
-"""The page of a report: one HTML file without scripts or styles from elsewhere.
+"""The page of a report: one HTML file that loads no scripts or styles from elsewhere.
 
-Everything is there without scripts: the drawings are SVG, the table is a table. `page.js` adds search, sorting, tips on
-the drawings and the switch between light and dark. All text from files is escaped, so a name in an adapter cannot put
-markup into the page; and a policy in the page's head forbids the browser to load anything.
+The page is complete without scripts: the drawings are SVG, the table is an HTML table. `page.js` adds search, sorting,
+tooltips on the drawings and the switch between light and dark. All text from files is escaped, so a name in an adapter
+cannot put markup into the page. A policy in the page's head forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from .report import AdapterReport
 
 MOST_ROWS = 2000
-"""Rows of the table of targets: 45,000 make a page of 10 MB. The largest changes are shown, all are in the record."""
+"""Most rows in the table of targets, because 45,000 make a page of 10 MB. It has the largest; the record has all."""
 
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
 HIDDEN = ("metadata", "of", "base_fingerprint")
-"""Values of lineage steps that are shown elsewhere, or are too long for a line."""
+"""Arguments of lineage steps that are shown elsewhere, or are too long for a line."""
 
 
 def page(report: AdapterReport) -> str:
-    """Return the whole page."""
+    """Return the whole page as HTML."""
     stage("drawing")
     title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
     folder = files("adapterkit.reporting")
@@ -71,7 +71,7 @@ def page(report: AdapterReport) -> str:
 {parts}
 </main>
 <footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact to rounding;
-signs and values of single elements are those of an evenly spread block of each weight.</footer>
+signs and values of single elements come from an evenly spread block of each weight.</footer>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>
 </body>
@@ -80,7 +80,7 @@ signs and values of single elements are those of an evenly spread block of each 
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return what a notebook shows: verdicts and drawings, without scripts and without styles for anything else."""
+    """Return the HTML for a notebook: verdicts and drawings, without scripts, and without styles for other content."""
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
@@ -104,7 +104,7 @@ def _lead(report: AdapterReport) -> str:
     if bases:
         told.append(f"made for {', '.join(map(escape, bases))}")
     if report.base:
-        told.append(f"held against {escape(report.base)}")
+        told.append(f"compared with {escape(report.base)}")
     if report.merged:
         told.append(f"and the merged model {escape(report.merged)}")
     return ", ".join(told) + "."
@@ -177,7 +177,7 @@ def _facts(found: Sequence[Facts]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units."""
+    """Return a number of bytes in decimal units."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -192,7 +192,7 @@ def _cell(text: str, kind: str = "") -> str:
 
 
 def _scrolled(table: str, label: str) -> str:
-    """A table in a frame that scrolls sideways, also by keyboard."""
+    """Return a table in a frame that scrolls sideways, also by keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
@@ -220,7 +220,7 @@ COLUMNS: Mapping[str, Any] = {
     "kept": lambda each, report: report.kept.get(each.target),
     "note": lambda each, _: each.why,
 }
-"""Heading -> the value of one row; columns without any value are left out."""
+"""Heading -> function that returns the value in a row; columns without any value are omitted."""
 
 SHARES = ("share", "first direction", "of the weight", "kept")
 
@@ -289,7 +289,7 @@ def _lineage(found: Sequence[Facts]) -> str:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
-    """The steps of a lineage as nested lists, the newest first: each made of what stands below it."""
+    """Return the steps of a lineage as nested lists, the newest first; each step is made from the one below it."""
     if not steps:
         return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
     *before, last = steps
@@ -336,7 +336,7 @@ def _formats(found: Sequence[Facts]) -> str:
     )  # fmt: skip
     if tools:
         head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
-        table += "<p>What tools make of the file as it is.</p>" + _scrolled(
+        table += "<p>How tools load the file unchanged.</p>" + _scrolled(
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (

@@ -1,4 +1,4 @@
-"""The report on adapters: made, shown in notebooks, and written as a page and as pictures."""
+"""Create the report on adapters, show it in notebooks, and write it as a page and as pictures."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AdapterReport:
-    """A report about adapters. It shows itself in notebooks.
+    """A report about adapters. Notebooks display it.
 
     Attributes:
-        facts: what the headers tell, one entry an adapter.
+        facts: facts from the headers, one entry per adapter.
         measured: all numbers.
         verdicts: sentences about them, faults first.
         base: what the base was called, if there was one.
@@ -49,11 +49,11 @@ class AdapterReport:
 
     @cached_property
     def charts(self) -> list[Chart]:
-        """The pictures, as Vega-Lite specifications; drawing them is left to `html` and `figures`."""
+        """The pictures, as Vega-Lite specifications; `html` and `figures` draw them."""
         return charts(self.measured)
 
     def record(self) -> dict[str, JsonValue]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         return {
             "kind": "report", "base": self.base, "merged": self.merged, "seconds": round(self.seconds, 3),
             "facts": [facts.record() for facts in self.facts], "verdicts": [asdict(each) for each in self.verdicts],
@@ -62,22 +62,22 @@ class AdapterReport:
         }  # fmt: skip
 
     def html(self) -> str:
-        """Return the report as one HTML page that needs nothing else.
+        """Return the report as one HTML page that needs no other files.
 
         Raises:
-            Unsupported: the package that draws charts is not installed.
+            Unsupported: the package vl-convert-python is not installed.
         """
         from .page import page
 
         return page(self)
 
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
-        """Write the report as one HTML file, whole or not at all.
+        """Write the report as one HTML file, atomically.
 
         Args:
             out: the file.
-            overwrite: replace what is there.
-            made_from: a digest of what decides the page, kept with it for a later run; see `io.records`.
+            overwrite: replace an existing file.
+            made_from: a digest of everything that decides the page; it is stored for a later run, see `io.staging`.
 
         Raises:
             StorageError: something is there, or it cannot be written.
@@ -99,11 +99,11 @@ class AdapterReport:
         return path
 
     def figures(self, folder: str | PathLike[str]) -> list[Path]:
-        """Write every chart as PNG and SVG into a folder, and return the files. Files of the same names are replaced.
+        """Write every chart as PNG and SVG into a folder; return the files. Existing files are replaced.
 
         Raises:
-            StorageError: the folder cannot be written.
-            Unsupported: the package that draws charts is not installed.
+            StorageError: the folder is not writable.
+            Unsupported: the package vl-convert-python is not installed.
         """
         from ..io.atomic import write_bytes
 
@@ -136,20 +136,20 @@ def made(
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None, gate: GateFigures | None = None,
 ) -> AdapterReport:  # fmt: skip
-    """Make a report.
+    """Create a report.
 
     Args:
         adapters: the adapters.
-        names: what to call them, each another.
-        paths: where each was read from; None for those in memory.
+        names: their names in the report, all different.
+        paths: the path that each was read from; None for adapters in memory.
         base: their base.
-        merged: what they were merged into; needs `base`.
+        merged: the model that they were merged into; needs `base`.
         rename: rules for names of targets.
         progress: called with what is done and all there is to do.
         gate: the figures of a gate, for a section of its own.
 
     Raises:
-        AdapterkitError: see `measuring.measure`.
+        AdapterkitError: as for `measuring.measure`.
     """
     import time
 
@@ -168,14 +168,14 @@ def made(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """The checkpoint with quantized weights as the numbers that they stand for."""
+    """Return the checkpoint; quantized weights appear as the numbers that they encode."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base
 
 
 def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
-    """The weights with which adapters were merged, as the merge's own record tells them."""
+    """Return the weights of the adapters in a merge, from the merge's own record."""
     if merged is None:
         return None
     from ..naming.binding.bases import merge_record

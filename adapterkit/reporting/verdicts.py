@@ -1,7 +1,7 @@
 """Verdicts: plain sentences about the measurements. Each rule is one entry of `RULES`: a code, a level and a function.
 
-Thresholds are constants of this file. A rule gives one sentence for each fault, at most `MOST` of them and then how
-many more there are. A clean adapter gets none but those of level `note`.
+Thresholds are constants in this file. A rule yields one sentence per fault: at most `MOST` sentences, and then the
+number of further ones. A clean adapter gets no sentences except those of level `note`.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ if TYPE_CHECKING:
 LEVELS = ("fault", "warning", "note")
 
 MOST = 5
-"""Sentences of one rule that are shown."""
+"""Most sentences that are shown for one rule."""
 
 HELD = 0.25
-"""Share of an adapter's squared norm that makes a target, layer or module worth naming, if it is `TIMES` its part."""
+"""Share of an adapter's squared norm that makes a target, layer or module worth naming; see also `TIMES`."""
 
 TIMES = 4
-"""How many times its equal part a target, layer or module must hold."""
+"""A target, layer or module is named only if it holds this many times an equal share."""
 
 SCALED = 3.0
-"""Ratio between a layer's norm and the one that its neighbours lead to expect."""
+"""Ratio between a layer's norm and the norm expected from its neighbours."""
 
 DEAD = 1e-6
-"""Norm, relative to the median of the targets with the same module, below which a target changes nothing."""
+"""Norm relative to the median over targets with the same module; below it, a target changes nothing."""
 
 SPIKE = 0.9
-"""Share of the squared norm in one singular value from which a change of rank 4 or more is a rank-1 spike."""
+"""Share of the squared norm in one singular value; above it, a change of rank 4 or more is a rank-1 spike."""
 
 WIDE = 0.35
-"""Effective rank relative to the stored rank below which the rank is mostly unused."""
+"""Effective rank relative to the stored rank; below it, the rank is mostly unused."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Cosines of two changes: against one another, much alike, the same but for a factor."""
+"""Cosines of two changes: working against each other; much alike; equal except for a factor."""
 
 CONFLICT = 0.6
 """Share of elements that are moved in opposite directions; unrelated changes have 0.5."""
 
 LOST = 0.5
-"""Share of the absolute changes that is lost in a sum; two unrelated changes lose 0.29, eight 0.65 at most."""
+"""Share of the absolute changes that is lost in a sum; two unrelated changes lose 0.29, eight at most 0.65."""
 
 LOUDER = 4.0
-"""Ratio of the norms of two adapters from which the smaller one is hardly heard in a plain sum."""
+"""Ratio of the norms of two adapters; above it, the smaller one hardly matters in a plain sum."""
 
 LARGE = 0.5
-"""Norm of a change relative to the base's weight from which the weight is mostly another one."""
+"""Norm of a change relative to the base's weight; above it, the weight is mostly new."""
 
 PEAK = 40.0
-"""Largest element relative to the root mean square from which values are outliers."""
+"""Largest element relative to the root mean square; above it, the element is an outlier."""
 
 SCALING = (1 / 64, 64.0)
-"""Scalings of a LoRA outside of which a file's alpha is most likely wrong."""
+"""Range of plausible scalings of a LoRA; outside of it, a file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Share of a change in a merged model: mostly lost below the first, not merged below the second. An error above the
-third is larger than the change itself."""
+"""Shares of a change in a merged model: below the first it is mostly lost, below the second it is not merged. An error
+above the third is larger than the change itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class Verdict:
 
     Attributes:
         code: the rule's code.
-        level: `fault` for what is broken, `warning` for what is probably not meant, `note` for what is good to know.
+        level: `fault` for something broken, `warning` for something probably unintended, `note` for useful information.
         text: the sentence.
-        adapter: the position of the adapter it is about, if it is about one.
-        target: the target it is about, if it is about one.
+        adapter: the position of the adapter that the sentence is about, or None.
+        target: the target that the sentence is about, or None.
     """
 
     code: str
@@ -94,7 +94,7 @@ class Findings:
     facts: Sequence[Facts]
 
     def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
-        """Position, name and measured effects of every adapter; the name is empty where there is but one."""
+        """Yield position, name and measured effects of every adapter; the name of a single adapter is empty."""
         alone = len(self.facts) == 1
         for at, facts in enumerate(self.facts):
             yield at, "" if alone else f"{facts.name}: ", self.measured.of(at)
@@ -123,11 +123,11 @@ class VerdictRule:
 
 
 def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
-    """Return all verdicts, those of faults first.
+    """Return all verdicts, faults first.
 
     Args:
         measured: the numbers.
-        facts: one entry an adapter.
+        facts: one entry per adapter.
     """
     findings, found = Findings(measured, facts), list[Verdict]()
     for rule in RULES:
@@ -139,7 +139,7 @@ def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
 
 
 def percent(share: float) -> str:
-    """A share as people read it: `40 %`, `0.3 %`."""
+    """Return a share as a percentage: `40 %`, `0.3 %`."""
     value = 100 * share
     return f"{value:.0f} %" if abs(value) >= 9.95 else f"{value:.2g} %"
 
@@ -173,7 +173,7 @@ def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Found]:
 
 def _misfit(findings: Findings) -> Found:
     if findings.measured.base_why is not None:
-        yield f"The adapter does not fit the base that was given: {findings.measured.base_why}", None, None
+        yield f"The adapter does not fit the given base: {findings.measured.base_why}", None, None
 
 
 def _other_base(findings: Findings) -> Found:
@@ -212,7 +212,7 @@ def _layer(layer: str) -> str:
 
 
 def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
-    """The effects by layer, in the order of layers."""
+    """Return the effects by layer, in the order of layers."""
     cells = findings.measured.cells
     found: dict[str, list[Effect]] = defaultdict(list)
     for effect in sorted(effects, key=lambda each: cells[each.target].order):
@@ -260,9 +260,9 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
-    """How many times larger a layer's targets are than those of its neighbours; None where they do not agree on it.
+    """Return the ratio of the norms of a layer's targets to those of its neighbours; None if the targets disagree.
 
-    A layer in which one target stands out is no layer out of scale: all of its targets must be.
+    If only one target stands out, the layer is not out of scale: all of its targets must stand out.
     """
     order = [*layers]
     at = order.index(layer)
@@ -369,11 +369,11 @@ def _scalings(findings: Findings) -> Found:
 
 
 def _gaps(findings: Findings) -> Found:
-    """Layers without a target where nearly all others of their kind have one."""
+    """Yield the layers that lack a target which nearly all other layers of their kind have."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
-        # Layers of a U-Net's blocks have other modules than those of its middle: only names that are alike compare.
+        # Compare only layers with similar names: in a U-Net, layers of the blocks and of the middle differ in modules.
         kinds: dict[str, list[str]] = defaultdict(list)
         for layer in _by_layer(findings, here):
             kinds[re.sub(r"\d+", "#", layer)].append(layer)
@@ -425,9 +425,9 @@ def _no_intruders(findings: Findings) -> Found:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """How many weights were decomposed: all of them, or those that change most."""
+    """Return how many weights were decomposed: all of them, or those that change most."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
-    return many if len(looked) == len(effects) else f"the {many} looked at, which change most of {len(effects):,}"
+    return many if len(looked) == len(effects) else f"the {many} examined, which change most of {len(effects):,}"
 
 
 def _same(findings: Findings) -> Found:
@@ -454,7 +454,7 @@ def _opposed(findings: Findings) -> Found:
 
 
 def _conflicts(findings: Findings) -> Found:
-    """Targets where two adapters pull in opposite directions though they do not as a whole."""
+    """Yield the targets where two adapters pull in opposite directions, although they do not do so overall."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -470,10 +470,10 @@ def _conflicts(findings: Findings) -> Found:
 def _interfering(findings: Findings) -> Found:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
-        # Two unrelated changes of one size lose 0.29 of it, so only targets far above that are named.
+        # Name only targets far above 0.29, the loss of two unrelated changes of equal size.
         worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
         for share, target in worst:
-            text = f"A plain sum loses {percent(share)} of what both change at {findings.title(target)}."
+            text = f"A plain sum loses {percent(share)} of the absolute changes at {findings.title(target)}."
             yield text, None, target
 
 
@@ -495,7 +495,7 @@ def _alike(findings: Findings) -> Found:
 
 
 def _sharing(findings: Findings) -> Found:
-    """Two adapters in one subspace that are not alike: what one learned, the other writes over."""
+    """Yield pairs of adapters that share a subspace but are not alike: each overwrites what the other learned."""
     measured = findings.measured
     for a, b, both in findings.pairs():
         cosine = measured.cosine(a, b)
@@ -503,7 +503,7 @@ def _sharing(findings: Findings) -> Found:
         if cosine is None or out is None or into is None or abs(cosine) >= ALIKE:
             continue
         if min(out, into) > 0.5 and not _fills(measured.of(a)) and not _fills(measured.of(b)):
-            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) in other ways."
+            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) differently."
             yield text, None, None
 
 
@@ -526,7 +526,7 @@ def _independent(findings: Findings) -> Found:
     cosines = [measured.cosine(a, b) for a, b, _ in pairs]
     if pairs and measured.relations and all(c is not None and abs(c) < 0.05 for c in cosines):
         who = pairs[0][2] if len(pairs) == 1 else "The adapters"
-        yield f"{who} are independent: no cosine is above 0.05, so a plain sum keeps what each does.", None, None
+        yield f"{who} are independent: no cosine is above 0.05, so a plain sum keeps all changes.", None, None
 
 
 def _merged(findings: Findings) -> Found:
@@ -569,7 +569,7 @@ def _merged_narrow(findings: Findings) -> Found:
 
 
 def _merged_noise(findings: Findings) -> Found:
-    """Rounding of the merged weights that is as large as the change."""
+    """Yield a verdict if the rounding of the merged weights is as large as the change."""
     noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
     if noisy:
         worst = max(noisy, key=lambda each: each.error)

@@ -1,7 +1,7 @@
-"""Search for the weights, the method and the parameters that combine adapters best, by a score of your own data.
+"""Search for the weights, method and parameters that combine adapters best, scored on your own data.
 
-Each trial combines the adapters in factor space and scores the result attached to a live base; nothing is merged on
-disk. Every trial is kept in a file, so that a search that was ended goes on where it stopped.
+Each trial combines the adapters in factor space and scores the result attached to a live base; no merged model is
+written. Every trial is saved to a file, so an interrupted search continues where it stopped.
 """
 
 from __future__ import annotations

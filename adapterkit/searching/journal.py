@@ -1,4 +1,4 @@
-"""The file in which a search keeps its trials: JSON Lines, the first of which says what is searched."""
+"""The file in which a search saves its trials, in JSON Lines; the first line describes the search."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """Appends trials to a file, each in one write, and reads those of an earlier run.
+    """Appends trials to a file, each in one write, and reads the trials of an earlier run.
 
     Args:
-        path: the file; None keeps trials in memory alone.
-        searched: what decides the trials: adapters, data, methods, seed and so on. It is compared with the file's.
-        overwrite: begin anew where the file is of another search.
+        path: the file; None keeps trials only in memory.
+        searched: everything that decides the trials: adapters, data, methods, seed and so on. It is compared with the
+            first line of the file.
+        overwrite: start again if the file belongs to another search.
 
     Raises:
-        UsageError: the file is of another search.
-        Malformed: the file is no journal.
-        StorageError: it cannot be read or written.
+        UsageError: the file belongs to another search.
+        Malformed: the file does not hold trials of a search.
+        StorageError: the file is not readable or writable.
     """
 
     def __init__(self, path: Path | None, searched: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -38,18 +39,18 @@ class Journal:
         lines = read_input(path, MAX_BYTES).decode("utf-8", "replace").split("\n")
         if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
             if not overwrite:
-                cure = "Name another file, delete this one, or begin anew by --overwrite (overwrite=True)"
-                raise UsageError("holds trials of another search", path=path, cure=cure)
+                cure = "Name another file, delete this one, or start again with --overwrite (overwrite=True)"
+                raise UsageError("the file holds trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # A run that was killed in the middle of a write leaves a line without an end: its trial is made again.
+        # Skip the last line if it has no end: the run was killed during its write, so that trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
             self._write("".join(f"{line}\n" for line in lines[:-1]), "w")
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial."""
+        """Save a trial."""
         self.trials.append(trial)
         self._write(json.dumps(trial.record()) + "\n", "a")
 
@@ -70,7 +71,7 @@ def _parsed(line: str, path: Path, at: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        why = "no file of a search's trials"
+        why = "the file does not hold trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None
 
 
@@ -82,4 +83,4 @@ def _trial(found: Any, path: Path, at: int) -> Trial:
             None if found["loss"] is None else float(found["loss"]), found["refused"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise Malformed("no trial", path=path, where=f"line {at}", cure="Delete this file") from None
+        raise Malformed("the line is not a trial", path=path, where=f"line {at}", cure="Delete this file") from None

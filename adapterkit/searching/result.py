@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to combine the adapters, and its score.
+    """One combination of the adapters, and its score.
 
     Attributes:
-        number: its place in the search, from 0.
+        number: the number of the trial, from 0.
         method: the combiner.
-        weights: one for each adapter.
-        parameters: the parameters of the method that were not left at their defaults.
-        loss: the score, lower is better; None if there is none.
-        refused: why there is no score.
+        weights: one weight per adapter.
+        parameters: the parameters of the method that differ from their defaults.
+        loss: the score, lower is better; None if the trial failed.
+        refused: the reason why the trial has no score.
     """
 
     number: int
@@ -52,12 +52,12 @@ class Search:
     """A finished search.
 
     Attributes:
-        adapters: what the adapters are called, in the order of the weights.
+        adapters: the names of the adapters, in the order of the weights.
         trials: all trials, in order.
-        base: what the base is called, if one was given.
-        seed: the seed of the search, and of what methods draw.
-        rank: the rank that results without low-rank factors are cut to: a number, or `fit`.
-        resumed: how many trials an earlier run had left.
+        base: the name of the base, or None.
+        seed: the seed of the search and of methods that draw random numbers.
+        rank: the rank to which results without low-rank factors are cut: a number, or `fit`.
+        resumed: the number of trials from an earlier run.
     """
 
     adapters: tuple[str, ...]
@@ -69,7 +69,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss; of equal ones the first."""
+        """The trial with the lowest loss; among equal losses, the first."""
         return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
     @property

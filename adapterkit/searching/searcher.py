@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     Score = Callable[[Adapter], float]
 
 METHODS = ("linear", "ties", "tsv", "knots_ties")
-"""Methods that are tried if none are named: cheap ones that differ, and need neither data nor the base's weights."""
+"""Methods that are tried by default: they are cheap, differ from each other, and need no data or base weights."""
 
 DENSITY = (0.05, 1.0)
-"""Bounds of the parameter `density` of methods that have it."""
+"""Bounds of the parameter `density`, for methods that have it."""
 
 MOST = 1.5
-"""The largest weight that is tried."""
+"""Largest weight that is tried."""
 
 
 def search(
@@ -68,19 +68,20 @@ def search(
 ) -> Search:
     """Find the method, weights and parameters whose combination has the lowest loss.
 
-    Each trial combines the adapters in factor space, and scores the result attached to the base; nothing is merged on
-    disk.
+    Each trial combines the adapters in factor space, and scores the result attached to the base; no merged model is
+    written.
 
     Args:
         adapters: adapters or their paths, of any additive methods.
-        data: a file of texts, one a line or JSON Lines with a field `text`, whose mean loss per token of the base with
-            the combination attached is the score; or a function of the combined adapter that returns a loss.
-        base: a folder of a transformers language model. Texts need it; with a function it resolves names, and gives
-            weights to methods that need them.
+        data: a file of texts, one per line, or JSON Lines with a field `text`. The score is then the mean loss per
+            token of the base with the combination attached. Or a function that takes the combined adapter and returns
+            a loss.
+        base: a folder with a transformers language model. Texts require it. With a function, the base resolves names,
+            and gives weights to methods that need them.
         methods: combiners to choose from; `METHODS` if None.
-        budget: how many trials to make, those of earlier runs in `trials` included.
-        tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is searched
-            where a method has it.
+        budget: the number of trials, including those of earlier runs in `trials`.
+        tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is always
+            searched if a method has it.
         most: the largest weight to try; the smallest is 0.
         rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
         start: combinations to try first, each as (method, weights, parameters), such as the best rows of a table: the
@@ -92,11 +93,11 @@ def search(
         progress: called with (trials made, budget).
 
     Returns:
-        all trials, the best of them, and its recipe.
+        All trials, the best trial, and its recipe.
 
     Raises:
-        UsageError: no adapters, a budget that the known combinations alone exceed, unknown methods or parameters, a
-            method that needs data of its own, texts without a base, or no trial that could be scored.
+        UsageError: there are no adapters, the known combinations alone exceed the budget, a method or parameter is
+            unknown, a method needs data of its own, texts have no base, or no trial could be scored.
         Unsupported: Optuna is not installed.
 
     Example:
@@ -108,7 +109,7 @@ def search(
     space = Space(_checked(methods or METHODS, len(adapters), base), len(adapters), most, tune or {})
     known = [*space.known(), *space.started(start)]
     if budget < len(known):
-        why = f"a budget of {budget}, and {len(known)} combinations that every search begins with"
+        why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
         raise UsageError(
             why, where="budget", cure=f"Allow more by --budget (budget=), or fewer methods than {len(known)}"
         )
@@ -136,7 +137,7 @@ def search(
     said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
     found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
     if found.best.loss is None:
-        why = f"none of {budget} trials has a loss; the first: {found.trials[0].refused}"
+        why = f"none of {budget} trials has a loss; the first failed because: {found.trials[0].refused}"
         raise UsageError(why, where="data", cure="Return a finite number for a combined adapter")
     return found
 
@@ -154,14 +155,14 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
             raise UsageError(f"{name} does not take {count} adapters", where="methods", cure="Leave it out")
         if cls.data is not None:
             why = f"{name} learns from data of its own"
-            raise UsageError(why, where="methods", cure="Leave it out, or use combine with data=")
+            raise UsageError(why, where="methods", cure="Omit it, or use combine with data=")
         if cls.based and base is None:
             raise UsageError(f"{name} needs the base", where="methods", cure="Name it by --base (base=)")
     return tuple(dict.fromkeys(methods))
 
 
 def _identity(data: object) -> str | None:
-    """A digest of the texts; a function has none, and is taken to be the same."""
+    """Return a digest of the texts; a function has none, and is assumed to be the same."""
     if callable(data):
         return None
     from ..io.inputs import read_input
@@ -172,7 +173,9 @@ def _identity(data: object) -> str | None:
 
 def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
     if base is None:
-        raise UsageError("texts are scored on a base", where="data", cure="Name it by --base (base=)")
+        raise UsageError(
+            "texts are scored on a base, but none is given", where="data", cure="Name it by --base (base=)"
+        )
     from .texts import TextScore
 
     return TextScore(base, data, device, seed)
@@ -181,7 +184,7 @@ def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
 def _tried(
     chosen: Trial, number: int, read: Sequence[Adapter], base: Base | None, rank: int | str, seed: int, score: Score
 ) -> Trial:
-    """Make a trial: combine, and score."""
+    """Make a trial: combine the adapters, and score the result."""
     loss, refused = None, None
     try:
         cut = None if chosen.method == "linear" else rank
@@ -189,12 +192,12 @@ def _tried(
         made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
         loss = float(score(made))
     except AdapterkitError as error:
-        # An error of the first trial is the caller's to see; later ones only narrow the search.
+        # Raise an error of the first trial, so that the caller sees it; later errors only narrow the search.
         if number == 0:
             raise
         refused = str(error)
     if loss is not None and not math.isfinite(loss):
-        loss, refused = None, f"a loss of {loss}"
+        loss, refused = None, f"the loss is {loss}"
     trial = Trial(number, chosen.method, chosen.weights, chosen.parameters, loss, refused)
     detail(f"{trial.settings()}: {refused or f'{loss:.6g}'}")
     return trial
@@ -210,7 +213,7 @@ class Space:
         tune: more parameters, with their bounds.
 
     Raises:
-        UsageError: no method has such a parameter, or bounds that are no interval.
+        UsageError: no method has such a parameter, or bounds do not form an interval.
     """
 
     def __init__(
@@ -225,22 +228,26 @@ class Space:
                 why = f"no method has a parameter {name!r}"
                 raise UsageError(why, where="tune", cure="See adapterkit list combine")
             if not low < high:
-                raise UsageError(f"bounds {low} and {high} of {name}", where="tune", cure="Give the smaller one first")
+                raise UsageError(
+                    f"the bounds of {name} are {low} and {high}", where="tune", cure="Give the smaller one first"
+                )
             for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
                 holder.checked(name, bound)
             self.tune |= {name: (low, high)} if known else {}
         if not most >= 1:
-            raise UsageError(f"a largest weight of {most}", where="most", cure="Give 1 or more: each is tried alone")
+            raise UsageError(
+                f"the largest weight is {most}", where="most", cure="Give 1 or more: each adapter is tried alone"
+            )
 
     def _holders(self, method: str) -> dict[str, type[Combiner]]:
-        """Return each parameter of a method, with the combiner that it belongs to: of `knots_ties` those of both."""
+        """Return each parameter of a method with its combiner; `knots_ties` has the parameters of two combiners."""
         name, values = resolved(method, None, self.count)
         found = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
         then = str(values.get("then") or "")
         return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | found if then else found
 
     def known(self) -> list[Trial]:
-        """Return the combinations that every search begins with."""
+        """Return the combinations with which every search begins."""
         equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
         units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
@@ -269,12 +276,12 @@ class Space:
         return made
 
     def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
-        """Return what the sampler proposes after these trials."""
+        """Return the sampler's proposal after these trials."""
         with _optuna() as optuna:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # A method that is tried as the start, but not among those to choose from, does not count.
+            # Skip trials whose method is not among those to choose from; such a method is only tried at the start.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -284,8 +291,8 @@ class Space:
         return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
-        # Every trial has a value of every parameter: the sampler models only those that all trials have. One that the
-        # method does not have, or that was left alone, stands at its default.
+        # Give every trial a value for every parameter, because the sampler models only parameters that all trials have.
+        # If the method lacks a parameter, or the trial did not set it, use its default.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
@@ -305,7 +312,7 @@ class Space:
 
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Optuna, without what it would print; its samplers warn that they are experimental."""
+    """Yield Optuna with its output silenced; its samplers warn that they are experimental."""
     try:
         import optuna
     except ImportError:

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from ..ops.lowering import Base
 
 COUNT, LENGTH = 64, 256
-"""Texts that are scored, and tokens of each, at most: a trial of a small model then takes seconds."""
+"""Most texts that are scored, and most tokens of each, so that a trial of a small model takes seconds."""
 
 
 class TextScore:
-    """A loss: the mean over all tokens but the first of each text, in nats.
+    """A loss: the mean over all tokens except the first of each text, in nats.
 
     Args:
-        base: a folder of a transformers language model with its tokenizer; it is loaded once.
+        base: a folder with a transformers language model and its tokenizer; it is loaded once.
         data: a file of texts.
         device: the device to run on.
-        seed: which texts are taken of more than `COUNT`.
+        seed: the seed that selects texts if the file has more than `COUNT`.
 
     Raises:
-        UsageError: the model gives no logits for tokens, or there are no texts.
-        StorageError, Malformed: files that cannot be read.
+        UsageError: the model gives no logits for tokens, or the file has no texts.
+        StorageError, Malformed: a file cannot be read.
     """
 
     def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
@@ -41,7 +41,7 @@ class TextScore:
         self.checkpoint, self.device = checkpoint, device_of(device)
         self.model: Any = load(checkpoint, "float32", self.device)
         if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
-            why = "a model without a head over tokens, which gives texts no loss"
+            why = "the model has no head over tokens, so texts have no loss"
             raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
         self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
 

@@ -1,19 +1,19 @@
 """Tests for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
 
-Subclass the tests of one kind in a test module of the package and name the addition; pytest collects the subclass:
+Subclass the tests for one kind in a test module of the package and name the addition; pytest collects the subclass:
 
     from adapterkit.testing import FormatTests
 
     class TestAcme(FormatTests):
         format = "acme"
 
-Each class says in its docstring what the package must provide. The tests compare results with something that the
-addition did not produce: a float64 formula, the shapes of the original adapter, the bytes that existed before. They
-need pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
+Each class says in its docstring what the package must provide. The tests compare results with something independent of
+the addition: a float64 formula, the shapes of the original adapter, the bytes before a change. They need pytest
+(`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
 
 The entry points:
 
-| group | the class that a registered one derives from | tests |
+| group | the base class of registered classes | tests |
 |---|---|---|
 | `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
 | `adapterkit.methods` | a class derived from one kind in `adapterkit.core.updates` | `MethodTests` |
@@ -21,9 +21,9 @@ The entry points:
 | `adapterkit.quant` | `adapterkit.quant._scheme.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families._family.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | likewise for AdapterHub | `MethodTests` of its method |
+| `adapterkit.adapterhub_families` | the same for AdapterHub | `MethodTests` of its method |
 
-The name of an entry point is the name of the module that holds the class: `acme = "acme_adapters.acme:Acme"`.
+An entry point has the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ class CombinerTests:
     """Tests of a combiner.
 
     Attributes:
-        combiner: its name.
+        combiner: the name of the combiner.
         parameters: values of its required parameters.
-        count: how many adapters to combine.
+        count: the number of adapters to combine.
     """
 
     combiner: ClassVar[str] = ""
@@ -30,14 +30,14 @@ class CombinerTests:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
+        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
         if cls.combined is CombinerTests.combined:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
             cls.test_a_rank_cuts_the_result = None  # type: ignore[assignment, method-assign]
 
     def options(self) -> dict[str, Any]:
-        """Return further arguments of `adapterkit.combine`: `base`, `data`, `compat`."""
+        """Return further arguments for `adapterkit.combine`: `base`, `data`, `compat`."""
         return {}
 
     def combined(self, changes: list[Any], weights: list[float]) -> Any:
@@ -45,15 +45,17 @@ class CombinerTests:
 
         Args:
             changes: dense changes `[out, in]`, one per adapter.
-            weights: one per adapter.
+            weights: one weight per adapter.
 
         Returns:
-            `[out, in]`. If a subclass defines this, the combiner is compared with it.
+            The change `[out, in]`. If a subclass defines this method, the combiner is compared with it.
         """
-        raise Unsupported("no formula to compare with", cure="Define `combined` in the class of its tests")
+        raise Unsupported(
+            "the tests have no formula to compare with", cure="Define `combined` in the class of its tests"
+        )
 
     def adapters(self) -> list[Adapter]:
-        """Return the adapters: rank-2 LoRAs at two targets, in float64 so that nothing is rounded on the way."""
+        """Return the adapters: rank-2 LoRAs at two targets, in float64, so that nothing is rounded on the way."""
         made = []
         for number in range(self.count):
             updates = {}
@@ -70,10 +72,10 @@ class CombinerTests:
 
     def test_it_says_where_it_is_from(self) -> None:
         cls = COMBINERS[self.combiner]
-        assert cls.title, "say in `title` what it is called in print"
-        assert cls.paper, "say in `paper` where the formula comes from"
+        assert cls.title, "set `title` to the combiner's name in print"
+        assert cls.paper, "set `paper` to the source of the formula"
         for name, field in cls.parameters().items():
-            assert field.metadata["meaning"], f"say what the parameter {name} means"
+            assert field.metadata["meaning"], f"set the meaning of the parameter {name}"
 
     def test_its_formula_is_the_papers(self) -> None:
         import numpy as np

@@ -16,18 +16,18 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
     """Return an update of a linear layer with random numbers in all trained tensors.
 
     A method that can be trained from scratch is created by its `initial`. Its tensors are then moved away from that
-    start, at which it changes nothing.
+    start, because there the update changes nothing.
 
     Args:
-        method: its name.
-        out: outputs of the layer.
-        inputs: inputs of the layer.
+        method: the name of the method.
+        out: the number of the layer's outputs.
+        inputs: the number of the layer's inputs.
         rank: the rank of factors.
         seed: the seed of the random numbers.
         attributes: values of the method's attributes.
 
     Returns:
-        The update, its tensors in float32 on the CPU.
+        The update, with tensors in float32 on the CPU.
 
     Raises:
         Unsupported: the method has no `initial`; tests of such a method must provide an update.
@@ -41,7 +41,7 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
 
     cls: Any = METHODS[method]
     if not hasattr(cls, "initial"):
-        raise Unsupported(f"{method} has no fresh update", cure="Define `update` in the class of its tests")
+        raise Unsupported(f"{method} has no `initial`", cure="Define `update` in the class of its tests")
     W, b = random((out, inputs)), random((out,))
     update: Update = cls.initial(W, b, rank, random, **attributes)
     moved = {

@@ -28,10 +28,10 @@ class FormatTests:
     """Tests of a format's reader and writer.
 
     Attributes:
-        format: its name.
+        format: the name of the format.
         targets: linear layers of one base that the format can name: path -> (outputs, inputs).
-        file: the name of a file or folder of the format; if empty, `Format.file` or `adapter`.
-        on_loss: what `write` may do with a scaling that the format cannot store.
+        file: the name of a file or folder in the format; if empty, `Format.file` or `adapter`.
+        on_loss: the `on_loss` of `write` for a scaling that the format cannot store.
         needs_base: True if the format's files can only be read with the base; writing always gets the base.
     """
 
@@ -46,14 +46,14 @@ class FormatTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
-        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
+        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
         if "lora" not in methods:
             cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
         if methods.issuperset(_STRANGE):
             cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
 
     def base(self, folder: Path) -> Path | None:
-        """Write a base with weights of all targets into `folder`; a Llama, unless a subclass writes another."""
+        """Write a base with weights of all targets into `folder`: a Llama, unless a subclass writes another."""
         import numpy as np
 
         from ..io import safetensors
@@ -62,7 +62,7 @@ class FormatTests:
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(5)
         tensors = {f"{path}.weight": from_numpy(rng.normal(size=s).astype("f4")) for path, s in self.targets.items()}
-        # Methods that change a bias refuse layers without one.
+        # Add biases: methods that change a bias refuse layers without one.
         tensors |= {f"{path}.bias": from_numpy(rng.normal(size=s[:1]).astype("f4")) for path, s in self.targets.items()}
         safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -71,9 +71,9 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """Return an adapter with one update of a method at every target; None if the method has no fresh update.
+        """Return an adapter with one update of a method at every target; None if the method has no `initial`.
 
-        Its numbers differ between targets.
+        The numbers differ between targets.
         """
         cls: Any = METHODS[method]
         if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
@@ -91,11 +91,11 @@ class FormatTests:
     def test_it_is_one_class_in_a_module_of_its_name(self) -> None:
         cls = FORMATS[self.format]
         assert cls.__module__.rpartition(".")[2] == self.format
-        assert cls.url.startswith(("http://", "https://")), "say in `url` where the format is described"
-        assert cls.description, "say in `description` what the format is, in one line"
-        assert cls.methods, "name in `methods` what the format can express"
+        assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the format"
+        assert cls.description, "set `description` to one line about the format"
+        assert cls.methods, "set `methods` to the methods that the format can express"
         unknown = sorted(name for name in cls.methods if name not in METHODS)
-        assert not unknown, f"`methods` names {unknown}, which no method is called"
+        assert not unknown, f"`methods` contains {unknown}, which are not names of methods"
         for name in ("sniff", "read", "write"):
             assert inspect.getdoc(getattr(cls, name)), f"{name} has no docstring"
 
@@ -113,14 +113,14 @@ class FormatTests:
             except Unrepresentable:
                 if method == "lora":
                     raise
-                continue  # The format supports the method for other layers, or with other attributes.
+                continue  # The format supports the method only for other layers, or with other attributes.
             tried += 1
-            assert detect(path) == self.format, f"what was written with {method} is detected as another format"
+            assert detect(path) == self.format, f"a file written with {method} is detected as another format"
             self._compare(method, adapter, self._read(path, base), base)
         assert tried, "none of its methods could be written at these targets: set `targets`"
 
     def test_a_scaling_is_not_lost(self, tmp_path: Path) -> None:
-        """After writing and reading, a LoRA of scaling 3 changes the weight three times as much as one of scaling 1."""
+        """After a round trip, a LoRA with scaling 3 still changes the weight three times as much as with scaling 1."""
         import numpy as np
 
         base = self.base(tmp_path / "base")
@@ -165,7 +165,7 @@ class FormatTests:
         assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
 
     def test_other_files_are_not_its_own(self, tmp_path: Path) -> None:
-        """`sniff` returns False, and raises nothing, for files of other formats."""
+        """`sniff` returns False for files of other formats, and raises nothing."""
         own = FORMATS[self.format]()
         strangers = {
             "empty": b"", "zeros": bytes(64), "text": b"hello\n", "json": b'{"a": [1, 2]}', "noise": bytes(range(256)),
@@ -183,7 +183,7 @@ class FormatTests:
             assert self.format not in recognised(tmp_path / "native.safetensors")
 
     def test_a_damaged_file_is_a_typed_error(self, tmp_path: Path) -> None:
-        """Cut each file of an adapter short; reading must raise typed errors or succeed."""
+        """Cut each file of an adapter short; reading it must succeed or raise a typed error."""
         base = self.base(tmp_path / "base")
         path = self._place(tmp_path / "out")
         adapter = self.adapter(self._some_method())
@@ -200,7 +200,7 @@ class FormatTests:
         read(path, self.format, base).check_values()
 
     def _read(self, path: Path, base: Path | None) -> Adapter:
-        """Read with the base if the format or this adapter needs it."""
+        """Read with the base, if the format or this adapter needs it."""
         try:
             return read(path, self.format, base if self.needs_base else None)
         except UsageError:
@@ -217,7 +217,7 @@ class FormatTests:
         return next(name for name in sorted(methods) if self.adapter(name) is not None)
 
     def _bottleneck(self) -> Adapter:
-        """Return an adapter whose update is no change of a weight, which most formats do not support."""
+        """Return an adapter whose update does not change a weight; most formats do not support it."""
         import torch
 
         cls: Any = METHODS["bottleneck"]
@@ -229,8 +229,8 @@ class FormatTests:
 
         for path in self.targets:
             found = ", ".join(map(str, back.updates))
-            assert back.find(path), f"{method}: {path} is not in what was read back: {found}"
+            assert back.find(path), f"{method}: the adapter that was read back lacks {path}: {found}"
             ours, theirs = (each.delta(path, base=base).numpy() for each in (adapter, back))
             size = float(np.abs(ours).max())
             error = float(np.abs(ours - theirs).max())
-            assert error <= 1e-5 * size, f"{method}: the change of {path} is another by {error / size:.1e} of it"
+            assert error <= 1e-5 * size, f"{method}: the change of {path} differs by {error / size:.1e} of its size"

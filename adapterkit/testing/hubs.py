@@ -31,7 +31,7 @@ class HubTests:
 
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:
-        """A folder with a small adapter."""
+        """Return a folder with a small adapter."""
         folder = tmp_path / "adapter"
         write(Adapter({Target("model.q"): (example("lora"),)}), folder, "peft")
         return folder

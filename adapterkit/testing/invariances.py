@@ -1,4 +1,4 @@
-"""Measure what the result of a combiner depends on beside the changes, and its rank."""
+"""Measure on what else the result of a combiner depends, apart from the changes, and the rank of the result."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""A power of two, by which products round as before."""
+"""A power of two, so that products round as before."""
 
 SAME = 1e-6
-"""The largest difference, relative to the largest entry, of results that count as the same."""
+"""Largest difference, relative to the largest entry, between results that count as equal."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
-    """Return what the result of a combiner depends on: keys of `GUISES`.
+    """Return what the result of a combiner depends on, apart from the changes: keys of `GUISES`.
 
     Args:
-        name: the combiner.
-        draws: how many random sets of adapters to compare; one that differs is enough.
+        name: the name of the combiner.
+        draws: the number of random sets of adapters to compare; one difference is enough.
         options: further arguments of `adapterkit.combine`.
     """
     found = set()
@@ -46,11 +46,11 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return the rank of the result of adapters of one rank: at most `one's`, at most the `sum` of theirs, or more."""
+    """Return the result's rank for adapters of equal rank: at most `one's`, at most the `sum` of theirs, or more."""
     import numpy as np
 
     given = _adapters(name, 0)
-    # Few entries of small matrices have little rank, whatever larger ones would have.
+    # Use density 1, too: a few entries of a small matrix have a low rank, which says nothing about large ones.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
     found = max(int(np.linalg.matrix_rank(change)) for change in changes)
@@ -58,7 +58,7 @@ def rank_of_result(name: str, **options: Any) -> str:
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
-    """The same change by other factors."""
+    """Return the same change with other factors."""
     import numpy as np
 
     R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
@@ -73,7 +73,7 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""The same combination in another guise: other adapters, and a seed, of the same meaning."""
+"""The same combination in another form: other adapters, and another seed, with the same meaning."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
@@ -89,7 +89,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """The change in float64, from the factors if there are any."""
+    """Return the change in float64, from the factors if it has any."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]

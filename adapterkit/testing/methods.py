@@ -20,9 +20,9 @@ class MethodTests:
     """Tests of a method's fields and formula.
 
     Attributes:
-        method: its name.
-        outputs: outputs of the example's linear layer.
-        inputs: inputs of that layer.
+        method: the name of the method.
+        outputs: the number of outputs of the example's linear layer.
+        inputs: the number of inputs of that layer.
     """
 
     method: ClassVar[str] = ""
@@ -32,7 +32,7 @@ class MethodTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         method: Any = METHODS[cls.method] if cls.method in METHODS else None  # noqa: SIM401 - `get` raises
-        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
+        # Set a test that does not apply to None: pytest does not collect it, and shows no skip.
         if cls.change is MethodTests.change:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if method is not None and method.kind not in ("additive", "weight"):
@@ -43,21 +43,21 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """Return an update that changes a linear layer; a method without `initial` must define this."""
+        """Return an update that changes a linear layer; a method without `initial` must override this."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Any) -> Any:
         """Return W' - W of `update()` at a weight, in float64 numpy, without using the method's class.
 
-        Write the paper's formula here a second time. If a subclass defines this, the method is compared with it.
+        Write the paper's formula here a second time. If a subclass defines this method, the class is compared with it.
         """
-        raise Unsupported("no formula to compare with", cure="Define `change` in the class of its tests")
+        raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the class of its tests")
 
     def test_it_says_where_it_is_from(self) -> None:
         cls = METHODS[self.method]
         assert cls.__module__.rpartition(".")[2] == self.method
         assert cls.kind in ("additive", "weight", "output", "context")
-        assert cls.paper, "say in `paper` where the formula comes from"
+        assert cls.paper, "set `paper` to the source of the formula"
         assert cls.tensor_fields(), "an update without tensors changes nothing"
 
     def test_its_fields_are_checked(self) -> None:
@@ -126,7 +126,7 @@ class MethodTests:
             handle = live.inject(model, adapter)
             y = model(x)
             handle.remove()
-            assert torch.equal(model(x), before), "removing it does not give the base back"
+            assert torch.equal(model(x), before), "removing the adapter does not restore the base"
             model.load_state_dict(load_file(tmp_path / "merged.safetensors"))
             error = float((model(x) - y).abs().max() / y.abs().max())
         assert error < 1e-6, f"merged and live outputs differ by {error:.1e}"

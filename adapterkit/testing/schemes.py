@@ -16,25 +16,25 @@ from .examples import example
 
 
 class SchemeTests:
-    """Tests of a scheme of packed weights.
+    """Tests of a quantization scheme.
 
     Attributes:
-        scheme: its name.
+        scheme: the name of the scheme.
     """
 
     scheme: ClassVar[str] = ""
 
     def base(self, folder: Path) -> dict[str, Any]:
-        """Write a base of this scheme into `folder`, and return its numbers as its own library dequantizes them.
+        """Write a base with this scheme into `folder`; return its numbers as dequantized by its own library.
 
         Returns:
-            Name of each packed weight -> numpy array `[out, in]` from the library that wrote it.
+            A map from each packed weight's name to a numpy array `[out, in]` from the library that wrote it.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the class of its tests")
 
     @pytest.fixture
     def packed(self, tmp_path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-        """The opened base, and the numbers of its packed weights."""
+        """Return the opened base, and the numbers of its packed weights."""
         folder = tmp_path / "base"
         folder.mkdir()
         numbers = self.base(folder)
@@ -42,9 +42,9 @@ class SchemeTests:
 
     def test_it_says_what_it_is(self) -> None:
         cls = SCHEMES[self.scheme]
-        assert cls.url.startswith(("http://", "https://")), "say in `url` where the layout is described"
-        assert cls.description, "say in `description` what it is, in one line"
-        assert cls.oracle, "say in `oracle` which library its numbers are compared with"
+        assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the layout"
+        assert cls.description, "set `description` to one line about the scheme"
+        assert cls.oracle, "set `oracle` to the library that its numbers are compared with"
 
     def test_its_bases_are_detected_and_no_others(
         self, packed: tuple[Checkpoint, dict[str, Any]], tmp_path: Path
@@ -58,7 +58,7 @@ class SchemeTests:
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
     def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Compare all rows, and parts of them, because a merge reads a weight in blocks of rows."""
+        """Compare all rows, and some blocks of rows, because a merge reads a weight in blocks of rows."""
         import numpy as np
 
         base, numbers = packed

@@ -1,5 +1,5 @@
-"""A local page that runs commands: forms made from the commands' own options, jobs that are the commands themselves.
+"""A local page that runs commands: the forms come from the commands' options, and each job runs a command.
 
-`forms` describes commands as data and makes command lines, `jobs` runs them, `guard` keeps strangers out, `server` is
-the page. Nothing here computes: what a job writes is what the command line writes, because it is the command line.
+`forms` describes commands as data and builds command lines, `jobs` runs them, `guard` keeps strangers out, `server`
+serves the page. Nothing is computed here: a job writes the same as the command line, because it is the command line.
 """

@@ -1,4 +1,4 @@
-"""Commands as forms, and what was filled in as a command line whose paths all lie inside the folders that are open."""
+"""Turn commands into forms, and filled-in forms into command lines; all paths must be inside the open folders."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ COMMANDS = (
     "inspect", "report", "convert", "combine", "resize", "merge", "diff", "validate", "names", "extract", "verify",
     "scan",
 )  # fmt: skip
-"""Commands that the page offers, in this order. Those that run other programs or talk to hubs are left out."""
+"""Commands on the page, in this order. Commands that run other programs or talk to hubs are omitted."""
 
 LEFT_OUT = frozenset({
     "address", "debug", "engine", "from_sarif", "help", "json", "quiet", "recipe", "sarif", "stream", "suite",
     "verbose",
 })  # fmt: skip
-"""Options that a form does not have: how to talk, other machines, and files that name further files."""
+"""Options that forms omit: output options, other machines, and files that name further files."""
 
 LONGEST = 4096
-"""Characters of one value at most."""
+"""Most characters in one value."""
 
 MANY = 64
-"""Values of one option at most."""
+"""Most values of one option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Field:
     output: bool
 
     def record(self) -> dict[str, Any]:
-        """The field as plain data."""
+        """Return the field as plain data."""
         return {
             "name": self.name, "label": self.label, "help": self.help, "kind": self.kind, "many": self.many,
             "required": self.required, "choices": list(self.choices), "default": self.default,
@@ -60,7 +60,7 @@ class Field:
 
 
 OUTPUTS = frozenset({"dst", "figures", "out"})
-"""Parameters that name what is written."""
+"""Parameters that name outputs."""
 
 
 def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]:
@@ -68,7 +68,7 @@ def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]
 
     Args:
         command: the command.
-        paths: names of parameters that are paths.
+        paths: the names of parameters that are paths.
     """
     for param in sorted(command.params, key=lambda each: isinstance(each, click.Option)):
         name = param.name or ""
@@ -92,9 +92,9 @@ class Forms:
 
     Args:
         group: the commands.
-        paths: names of parameters that are paths.
+        paths: the names of parameters that are paths.
         roots: folders that may be read and written.
-        hubs: whether adapters and bases may be addresses, too; outputs may not.
+        hubs: whether adapters and bases may also be addresses; outputs may not.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Forms:
         self.fields = {name: list(fields_of(command, paths)) for name, command in self.commands.items()}
 
     def record(self) -> list[dict[str, Any]]:
-        """All forms as plain data."""
+        """Return all forms as plain data."""
         return [
             {"name": name, "help": (self.commands[name].help or "").strip(),
              "fields": [field.record() for field in fields]}
@@ -117,40 +117,42 @@ class Forms:
         ]  # fmt: skip
 
     def inside(self, value: str, *, output: bool = False) -> Path:
-        """Return a path inside one of the open folders, links followed.
+        """Return a path inside one of the open folders; links are followed.
 
         Raises:
-            UsageError: it lies elsewhere, or is an address.
+            UsageError: the path is elsewhere, or is an address.
         """
         if is_address(value):
             cure = "Start the page with --hubs, or fetch it first: adapterkit pull"
-            why = "nothing is written to a hub from the page" if self.hubs else "addresses are not opened from the page"
+            why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
             raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
-            raise UsageError("not a path", cure="Choose a file or a folder")
+            raise UsageError("this is not a path", cure="Choose a file or a folder")
         given = Path(path_text(value))
         path = given if given.is_absolute() else self.roots[0] / given
         try:
             real = path.resolve()
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"not a path: {error}", where=value, cure="Choose a file or a folder") from None
+            raise UsageError(f"this is not a path: {error}", where=value, cure="Choose a file or a folder") from None
         if not any(real == root or root in real.parents for root in self.roots):
-            cure = f"Open its folder too: adapterkit ui FOLDER...; open are {', '.join(map(str, self.roots))}"
-            raise UsageError("outside of the folders that are open", where=value, cure=cure)
+            cure = (
+                f"Open its folder too: adapterkit ui FOLDER...; the open folders are {', '.join(map(str, self.roots))}"
+            )
+            raise UsageError("the path is outside the open folders", where=value, cure=cure)
         if output and real in self.roots:
-            raise UsageError("an open folder itself is not replaced", where=value, cure="Name a folder inside it")
+            raise UsageError("an open folder itself cannot be replaced", where=value, cure="Name a folder inside it")
         return real
 
     def words(self, command: str, values: Mapping[str, Any]) -> list[str]:
-        """The words of the command line that a filled form means.
+        """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
-            UsageError: an unknown command or field, a value of another kind, or a path outside.
+            UsageError: a command or field is unknown, a value has the wrong kind, or a path is outside.
         """
         if command not in self.fields:
             raise UsageError(f"the page has no command {command!r}", cure=f"Known: {', '.join(self.fields)}")
         if not isinstance(values, Mapping):
-            raise UsageError("the values of a form are a mapping", cure="Fill the form in")
+            raise UsageError("the values of a form must be a mapping", cure="Fill in the form")
         fields = {field.name: field for field in self.fields[command]}
         for name in values:
             if name not in fields:
@@ -177,19 +179,21 @@ class Forms:
             return
         if field.kind == "flag":
             if not isinstance(value, bool):
-                raise UsageError("yes or no was expected", where=field.label, cure="Tick the box or leave it")
+                raise UsageError("the value must be yes or no", where=field.label, cure="Tick the box or leave it")
             if value != (field.default == "True"):
                 yield "yes" if value else "no"
             return
         many = value if isinstance(value, list) else [value]
         if len(many) > (MANY if field.many else 1):
-            raise UsageError("too many values", where=field.label, cure=f"Give at most {MANY if field.many else 1}")
+            raise UsageError(
+                "the field has too many values", where=field.label, cure=f"Give at most {MANY if field.many else 1}"
+            )
         for each in many:
             if not isinstance(each, str | int | float) or isinstance(each, bool):
                 raise UsageError("text or a number was expected", where=field.label, cure="Write a value")
             text = str(each)
             if len(text) > LONGEST or "\0" in text:
-                raise UsageError("a value that is too long", where=field.label, cure="Write a shorter one")
+                raise UsageError("the value is too long", where=field.label, cure="Write a shorter one")
             yield self._checked(field, text)
 
     def _checked(self, field: Field, text: str) -> str:
@@ -220,13 +224,13 @@ class Forms:
 
 
 LISTED = 1000
-"""Entries of a folder that are listed."""
+"""Most entries of a folder that are listed."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """The likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
+    """Return the likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:

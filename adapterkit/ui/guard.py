@@ -1,7 +1,8 @@
-"""Keep strangers out of the page: other programs' pages in the same browser, and other users of the machine.
+"""Keep strangers out of the page: other sites' pages in the same browser, and other users of the machine.
 
-A page of any site may send requests to 127.0.0.1, and may make its own name point there. So a request needs the token
-that only the terminal showed, its Host must be this address, and what changes anything must come from this page.
+A page of any site may send requests to 127.0.0.1, and may make its own name point there. So three things are checked. A
+request needs the token that only the terminal showed. Its Host must be this address. A request that changes something
+must come from this page.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "adapterkit"
 
 LARGEST = 64 * 1024
-"""Bytes of a request's body at most."""
+"""Largest body of a request in bytes."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -28,7 +29,7 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
 )
-"""A report is one file with its own script. In a sandbox it has no cookie and reaches nothing."""
+"""Policy for a report: one file with its own script. In a sandbox, it has no cookie and no network access."""
 
 HEADERS = {
     "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",
@@ -37,17 +38,17 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application around another that lets only this page's own requests through.
+    """An ASGI application that wraps another and lets only this page's own requests through.
 
     Args:
-        inner: the application.
-        token: what the terminal showed.
-        port: the port that is listened on.
+        inner: the wrapped application.
+        token: the token that the terminal showed.
+        port: the port of the server.
     """
 
     def __init__(self, inner: Application, token: str, port: int) -> None:
         self.inner, self.token = inner, token
-        # A cookie holds for all ports of a host: its name tells two pages apart.
+        # Put the port into the cookie's name, because a cookie applies to all ports of a host.
         self.cookie = f"{COOKIE}-{port}"
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
 
@@ -56,13 +57,13 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.inner(scope, receive, send)
             return
-        refused = "a page of another kind" if scope["type"] != "http" else self._refused(scope)
+        refused = "this kind of request is not supported" if scope["type"] != "http" else self._refused(scope)
         if refused is not None:
             await _answer(send, 403, refused)
             return
         body = await _body(receive)
         if body is None:
-            await _answer(send, 413, f"a request of more than {LARGEST} bytes")
+            await _answer(send, 413, f"the request is larger than {LARGEST} bytes")
             return
         sent = False
 
@@ -84,29 +85,29 @@ class Guard:
         await self.inner(scope, replay, with_headers)
 
     def _refused(self, scope: Scope) -> str | None:
-        """Why a request is not this page's own; None where it is."""
+        """Return why a request is not this page's own, or None if it is."""
         pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         headers = dict(pairs)
         if [name for name, _ in pairs].count("host") != 1 or headers["host"] not in self.hosts:
             return "this page has another address"
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{headers['host']}":
-            return "a request of another page"
+            return "the request comes from another page"
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            return "a request of another page"
+            return "the request comes from another page"
         kind = headers.get("content-type", "").partition(";")[0].strip()
         if scope["method"] not in ("GET", "HEAD") and (origin is None or kind != "application/json"):
-            return "a request that no page of this program makes"
-        if scope["path"] == "/open":  # Takes the token of the terminal's address and sets the cookie.
+            return "no page of this program makes such a request"
+        if scope["path"] == "/open":  # This path takes the token from the terminal's address and sets the cookie.
             return None
         told = headers.get("authorization", "").removeprefix("Bearer ")
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
         if not any(self.is_token(each) for each in (told, cookies.get(self.cookie, ""))):
-            return "open the address that the terminal shows: it holds the key to this page"
+            return "open the address that the terminal shows: it contains the key to this page"
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether this is the token, without telling by time how much of it is right."""
+        """Whether the text is the token; the time this takes does not depend on how much of it is right."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 

@@ -1,4 +1,4 @@
-"""Jobs: the commands of forms as processes, with what they say, how far they are, and an end that can be asked for."""
+"""Jobs: run the commands of forms as processes, with their output and progress, and end them on request."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 RUNNING = 2
-"""Jobs at a time: a merge uses the whole disk."""
+"""Jobs that run at a time, because a merge uses the whole disk."""
 
 WAITING = 8
-"""Jobs that may wait."""
+"""Most jobs that may wait."""
 
 KEPT = 50
-"""Ended jobs that are remembered."""
+"""Ended jobs that are kept in the list."""
 
 SAID = 512 * 1024
-"""Characters of a job's output that are kept: its beginning on standard output, its end on standard error."""
+"""Characters of a job's output that are kept: the beginning of standard output, the end of standard error."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
@@ -56,7 +56,7 @@ class PageJob:
     thread: threading.Thread | None = None
 
     def record(self) -> dict[str, Any]:
-        """The job as plain data."""
+        """Return the job as plain data."""
         seconds = time.monotonic() - self.started if self.state == "running" else self.seconds
         return {
             "number": self.number, "command": public(shlex.join(("adapterkit", *self.words))), "name": self.words[0],
@@ -69,8 +69,8 @@ class Jobs:
     """All jobs of a page.
 
     Args:
-        folder: where jobs run; the folder in which the page was started.
-        temporary: a folder for pages that nobody gave a place.
+        folder: the folder in which jobs run, which is where the page was started.
+        temporary: a folder for reports without a path from the user.
     """
 
     def __init__(self, folder: Path, temporary: Path) -> None:
@@ -84,12 +84,12 @@ class Jobs:
         """Start a job, or let it wait for others.
 
         Raises:
-            UsageError: too many wait already.
+            UsageError: too many jobs are already waiting.
         """
         with self.lock:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
             if waiting >= WAITING or self.closed:
-                raise UsageError(f"{waiting} jobs wait already", cure="Wait until one ends, or end one")
+                raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until one ends, or end one")
             job = PageJob(self.next, tuple(words))
             self.next += 1
             out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
@@ -129,7 +129,7 @@ class Jobs:
             "NO_COLOR": "1",
         }
         try:
-            # In a session of its own, so that Ctrl-C in the terminal of the page ends it by way of `close` alone.
+            # Start a new session, so that Ctrl-C in the page's terminal does not reach the job; `close` ends it.
             process = subprocess.Popen(
                 [sys.executable, "-m", "adapterkit", *words], cwd=self.folder, env=env, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
@@ -173,10 +173,10 @@ class Jobs:
         self._next()
 
     def end(self, number: int) -> None:
-        """Ask a job to end, as Ctrl-C does: what it wrote stays for the next run of the same command.
+        """Ask a job to end, as Ctrl-C does; its partial output stays for the next run of the same command.
 
         Raises:
-            UsageError: there is no such job.
+            UsageError: the job does not exist.
         """
         job = self.job(number)
         with self.lock:
@@ -188,18 +188,18 @@ class Jobs:
             process.send_signal(signal.SIGINT)
 
     def job(self, number: int) -> PageJob:
-        """The job of a number.
+        """Return the job with a number.
 
         Raises:
-            UsageError: there is none.
+            UsageError: the job does not exist.
         """
         found = self.jobs.get(number)
         if found is None:
-            raise UsageError(f"no job {number}", cure="Reload the page")
+            raise UsageError(f"job {number} does not exist", cure="Reload the page")
         return found
 
     def records(self) -> list[dict[str, JsonValue]]:
-        """All jobs, the last one first."""
+        """Return all jobs, the last one first."""
         with self.lock:
             jobs = list(self.jobs.values())
         return [job.record() for job in reversed(jobs)]

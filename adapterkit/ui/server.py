@@ -1,4 +1,4 @@
-"""The page: what it shows, what it asks for, and how it is served on this machine alone."""
+"""The page: its contents, its requests, and the server, which listens on this machine only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
     """Return the ASGI application of the page.
 
     Args:
-        forms: the commands.
-        jobs: what runs them.
-        token: what opens the page.
-        port: the port that it is served on.
+        forms: the commands as forms.
+        jobs: the object that runs them.
+        token: the token that opens the page.
+        port: the port of the server.
 
     Raises:
         Unsupported: starlette is not installed.
@@ -52,7 +52,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     async def enter(request: Request) -> Response:
         if not guard.is_token(request.query_params.get("token", "")):
-            return PlainTextResponse("adapterkit: not the address that the terminal shows\n", 403)
+            return PlainTextResponse("adapterkit: this is not the address that the terminal shows\n", 403)
         answer = RedirectResponse("/", 303)
         answer.set_cookie(guard.cookie, token, httponly=True, samesite="strict", path="/")
         return answer
@@ -87,10 +87,10 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     def sums(given: Any) -> dict[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
-            raise UsageError("a list of adapters was expected", cure="Fill the form in")
+            raise UsageError("the value must be a list of adapters", cure="Fill in the form")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
         if not 2 <= len(named) <= MOST:
-            raise UsageError(f"{len(named)} adapters", where="A...", cure=f"Name 2 to {MOST} adapters")
+            raise UsageError(f"{len(named)} adapters are given", where="A...", cure=f"Name 2 to {MOST} adapters")
         base = given.get("base")
         with measuring:
             return products(named, None if not base else str(forms.inside(str(base))))
@@ -138,15 +138,15 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""Adapters whose sum is looked at."""
+"""Most adapters whose sum is measured."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
-    """The inner products of adapters' changes, target by target: they tell the size of every weighted sum.
+    """Return the inner products of adapters' changes, per target; they give the size of every weighted sum.
 
     Args:
         adapters: two or more adapters.
-        base: their base, if it is needed to measure them.
+        base: their base, if measuring them needs it.
     """
     from ..api import report
 
@@ -165,7 +165,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
 
 
 def missing(error: ImportError) -> Unsupported:
-    """The error for a page whose packages are not installed."""
+    """Return the error for a page whose packages are not installed."""
     return Unsupported(f"the page needs {error.name}, which is not installed", cure="pip install 'adapterkit[ui]'")
 
 
@@ -182,15 +182,15 @@ def serve(
 
     Args:
         group: the commands.
-        paths: names of their parameters that are paths.
+        paths: the names of parameters that are paths.
         roots: folders that may be read and written.
-        hubs: whether adapters and bases may be addresses of hubs.
+        hubs: whether adapters and bases may be addresses on hubs.
         port: the port on 127.0.0.1; 0 for a free one.
-        started: called with the address, once it answers.
+        started: a function that is called with the address, once the server answers.
 
     Raises:
         Unsupported: starlette or uvicorn is not installed.
-        UsageError: a root is no folder.
+        UsageError: a root is not a folder.
         StorageError: the port is taken.
     """
     try:
@@ -199,7 +199,7 @@ def serve(
         raise missing(error) from error
     for root in roots:
         if not root.is_dir():
-            raise UsageError("no such folder", path=root, cure="Name folders that exist")
+            raise UsageError("this folder does not exist", path=root, cure="Name folders that exist")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -222,8 +222,8 @@ def serve(
             jobs.close()
 
 
-def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - it makes an instance of a class below
-    """A server that tells when it answers."""
+def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - it returns an instance of the class below
+    """Return a server that calls `started` when it answers requests."""
     import uvicorn
 
     class Server(uvicorn.Server):

@@ -200,8 +200,8 @@ def test_options_are_one_value_for_plan_and_merge(folder: Path) -> None:
     ("given", "match"),
     [
         ({"options": ak.MergeOptions(seed=1), "dtype": "bf16"}, r"dtype is given twice.*MergeOptions\(dtype="),
-        ({"options": {"dtype": "bf16"}}, r"options is a dict.*adapterkit\.MergeOptions"),
-        ({"options": ak.MergeOptions(tied="both")}, "unknown choice 'both' for tied weights"),
+        ({"options": {"dtype": "bf16"}}, r"options has type dict.*adapterkit\.MergeOptions"),
+        ({"options": ak.MergeOptions(tied="both")}, "choice 'both' for tied weights is unknown"),
         ({"options": ak.MergeOptions(dtype="float17")}, "float17"),
     ],
 )

@@ -209,4 +209,4 @@ def test_an_empty_path_is_a_variable_that_is_not_set(words: str, base: Path, tmp
     """`Path("")` is the current folder, which nobody meant."""
     given = ["" if word == "{}" else word.format(base=base) for word in words.split()]
     refused = run(*given, *(["-o", tmp_path / "out"] if "merge" in words else []))
-    assert (refused.exit_code, "an empty path" in refused.stderr) == (2, True), refused.stderr
+    assert (refused.exit_code, "the path is empty" in refused.stderr) == (2, True), refused.stderr

@@ -158,7 +158,7 @@ def test_merge_exits_with_1_when_its_own_verification_fails(
 ) -> None:
     from adapterkit.merging import verification
 
-    failed = verification.Verification(1, 1, (verification.TensorDifference("w", "not what the merge gives", 1, 0.5),))
+    failed = verification.Verification(1, 1, (verification.TensorDifference("w", "it differs from the merge", 1, 0.5),))
     monkeypatch.setattr("adapterkit.merging.verify", lambda *_, **__: failed)
     found = record("merge", base, adapters[0], "-o", tmp_path / "out", "--verify", code=1)
     assert found["verification"]["differences"][0]["tensor"] == "w"

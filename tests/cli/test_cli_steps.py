@@ -104,7 +104,7 @@ def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_arguments_in_the_other_order() -> None:
     done = run("merge", "lora", "base", "-o", "out")
     assert done.exit_code == 2
-    assert "lora is an adapter, and base is none" in done.stderr
+    assert "lora is an adapter, and base is not" in done.stderr
     assert "BASE comes first" in done.stderr
     with pytest.raises(UsageError, match="is an adapter"):
         ak.plan("lora", ["base"])
@@ -113,7 +113,7 @@ def test_arguments_in_the_other_order() -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_text_file_is_no_weight_file() -> None:
     done = run("inspect", "base/config.json")
-    assert (done.exit_code, "a text file, not weights" in done.stderr) == (2, True)
+    assert (done.exit_code, "the file is text, not weights" in done.stderr) == (2, True)
     Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "git lfs pull" in run("inspect", "pointer.safetensors").stderr
 

@@ -67,7 +67,7 @@ MERGED = [
     (
         "model.attn",
         METHODS["adaption_prompt"](P=from_numpy(np.ones((2, 4))), gate=from_numpy(np.ones(1))),
-        "what the attention attends to",
+        "the keys and values of the attention",
     ),
     ("model.emb", METHODS["textual_inversion"](P=from_numpy(np.ones((2, 4)))), "the vocabulary of the model"),
 ]
@@ -137,7 +137,7 @@ def test_the_whole_model_takes_context_alone(tmp_path):
         METHODS["lora"](A=from_numpy(np.ones((1, 4))), B=from_numpy(np.ones((4, 1)))),
     )
     for updates in ((lora,), (prompt, lora)):
-        with pytest.raises(Malformed, match="without a path"):
+        with pytest.raises(Malformed, match="has no path"):
             ak.write(Adapter({Target(""): updates}), tmp_path / "x.safetensors")
     ak.write(Adapter({Target(""): (prompt, prompt), Target("q"): (lora,)}), tmp_path / "x.safetensors")
     back = ak.read(tmp_path / "x.safetensors")

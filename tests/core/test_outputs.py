@@ -375,12 +375,12 @@ def test_a_closing_module_is_compiled_whole_and_exported():
 
 
 REFUSED = [
-    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for other channels.*hidden=6"),
-    ("m.dense", {"parallel": True}, Unsupported, "stands parallel"),
+    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for another number of channels.*hidden=6"),
+    ("m.dense", {"parallel": True}, Unsupported, "runs parallel"),
     ("m.dense", {"residual": "firts"}, TargetNotFound, "no module 'firts'"),
     ("m.dense", {"norm": "last", "original_ln_after": False}, Unsupported, "cannot be left out"),
-    ("m.dense", {"non_linearity": "snake"}, Unsupported, "unknown word 'snake'"),
-    ("m.dense", {"residual_before_ln": "maybe"}, Unsupported, "unknown word 'maybe'"),
+    ("m.dense", {"non_linearity": "snake"}, Unsupported, "the value 'snake' is unknown"),
+    ("m.dense", {"residual_before_ln": "maybe"}, Unsupported, "the value 'maybe' is unknown"),
     ("m.nothing", {}, TargetNotFound, "not in the base"),
     ("listed", {}, Unsupported, "no forward of its own"),
     ("attn.out_proj", {}, Unsupported, "never runs"),
@@ -414,7 +414,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))
-    with pytest.raises(Malformed, match="an update of the weight after one of the output"):
+    with pytest.raises(Malformed, match="an update of the weight follows an update of the output"):
         ak.torch.inject(model, Adapter({Target("m.dense"): (bottleneck(), lora)}))
 
 

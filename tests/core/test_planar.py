@@ -44,9 +44,9 @@ def test_positions_outside_of_the_weight_are_refused_before_anything_is_computed
 @pytest.mark.parametrize(("method", "others"), SPARSE)
 def test_a_position_that_comes_twice_is_refused(method, others, base, tmp_path):
     adapter = Adapter({Target("q"): (update(method, [[1, 1], [2, 2]], **others),)})
-    with pytest.raises(Malformed, match="the same position twice"):
+    with pytest.raises(Malformed, match="the same position occurs twice"):
         adapter.check_values()
-    with pytest.raises(Malformed, match="the same position twice"):
+    with pytest.raises(Malformed, match="the same position occurs twice"):
         ak.merge(base, adapter, tmp_path / "out.safetensors")
     Adapter({Target("q"): (update(method, [[1, 2], [2, 1]], **others),)}).check_values()
 

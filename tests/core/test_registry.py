@@ -83,7 +83,7 @@ def test_an_unknown_name_names_the_nearest(zoo, name, cure):
 
 @pytest.mark.parametrize(("name", "count"), [("twins", 2), ("empty", 0)])
 def test_a_module_without_exactly_one_entry_is_a_mistake_in_the_code(zoo, name, count):
-    with pytest.raises(TypeError, match=f"exactly one Animal, has {count}"):
+    with pytest.raises(TypeError, match=f"exactly one Animal, but has {count}"):
         zoo[name]
 
 
@@ -104,7 +104,7 @@ def test_a_module_may_have_several_entries_that_say_their_names(tmp_path, monkey
     for module, first in (("more", "Cow(Animal): name = 'cow'"), ("other", "Nameless(Animal): pass")):
         file = tmp_path / "farm" / f"{module}.py"
         file.write_text(f"from here import Animal\nclass {first}\nclass Second(Animal): pass\n")
-        with pytest.raises(TypeError, match=f"farm.{module} must define a Animal with a name of its own"):
+        with pytest.raises(TypeError, match=f"farm.{module} must define a Animal that sets `name`"):
             list(Registry("animal", "farm", "farm.animals", Animal, several=True))
         file.unlink()
     for name in [name for name in sys.modules if name.split(".")[0] == "farm"]:

@@ -180,7 +180,7 @@ def test_reflections_that_cannot_start_from_nothing_are_refused(rank, options):
         ("psoft", nn.Conv1d(4, 6, 3), "out, in. only"),
         ("osf", nn.Conv1d(4, 6, 3), "out, in. only"),
         ("frod", nn.Conv1d(4, 6, 3), "out, in. only"),
-        ("road", nn.Linear(4, 5), "do not go in pairs"),
+        ("road", nn.Linear(4, 5), "do not form pairs"),
     ],
 )
 def test_layers_that_a_method_cannot_begin_at(method, layer, why):
@@ -247,14 +247,14 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
 @pytest.mark.parametrize(
     ("update", "shape", "why"),
     [
-        (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "do not fill one side"),
+        (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "its length is not b"),
         (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "columns=16, b=3"),
         (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "the update has columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "the update has out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
-        (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "no rotation"),
+        (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "its length is not r"),
         (METHODS["psoft"](R=torch.zeros(9, 9)), (8, 16), "r=9"),
         (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "r=9"),
         (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "group=6"),
@@ -262,7 +262,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (
             METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4),
             (8, 16),
-            "angles are not those of whole pairs",
+            "number of angles does not fit whole pairs",
         ),
     ],
 )
@@ -276,14 +276,14 @@ def test_what_does_not_fit_is_named(update, shape, why):
 def test_places_are_inside_and_distinct(index):
     tensors = {"l": torch.ones(4), "values": torch.ones(2), "V": torch.eye(4)}
     update = METHODS["frod"](**tensors, index=torch.tensor(index))
-    with pytest.raises(Malformed, match=r"is not on in=4|the same position twice"):
+    with pytest.raises(Malformed, match=r"is not on in=4|the same position occurs twice"):
         update.check_values()
 
     def meet():
         update.check_against((4, 4))
         update.check_distinct()
 
-    with pytest.raises((Malformed, ShapeMismatch), match=r"is not on in=4|the same position twice"):
+    with pytest.raises((Malformed, ShapeMismatch), match=r"is not on in=4|the same position occurs twice"):
         meet()
 
 

@@ -170,8 +170,8 @@ def test_writes_what_peft_loads(case, made, bases, tmp_path):
 @pytest.mark.parametrize("case", ["alora", "poly", "lily", "shadow"])
 def test_is_not_merged_and_says_why(case, made, bases, tmp_path):
     adapter = ak.read(made(case))
-    reason = {"alora": "behind its invocation tokens alone", "poly": "each row by its task", "lily": "follow the input"}
-    reason |= {"shadow": "a network beside the model makes of it"}
+    reason = {"alora": "after the invocation tokens only", "poly": "each row by its task"}
+    reason |= {"lily": "depend on the input", "shadow": "a network in parallel with the model"}
     with pytest.raises(NotMergeable, match=f"{case} changes .*{reason[case]}, not weights") as raised:
         ak.merge(bases[llama], adapter, tmp_path / "out")
     assert "Inject" in raised.value.cure
@@ -256,7 +256,7 @@ def test_what_a_call_lacks_is_named(made):
         UsageError, match=r"needs task_ids, which no call of the model brought\. Call .* with task_ids="
     ):
         model(IDS)
-    with pytest.raises(ShapeMismatch, match="one number of a task for each row"):
+    with pytest.raises(ShapeMismatch, match="one task number for each row"):
         model(IDS, task_ids=torch.tensor([0]))
     model(IDS, **TASKS)
     with pytest.raises(UsageError, match="task_ids") as raised:
@@ -358,7 +358,7 @@ def test_a_shadow_goes_with_the_call(made):
     assert not torch.allclose(mine(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-3)
     handle.remove()
     ak.torch.inject(mine, ak.read(made("shadow")), name="one")
-    with ak.torch.route(mine, ["one", None, "one"]), pytest.raises(UsageError, match="for all rows alike"):
+    with ak.torch.route(mine, ["one", None, "one"]), pytest.raises(UsageError, match="one call for all rows"):
         mine(IDS)
 
 

@@ -222,5 +222,5 @@ def test_bitfit_replaces_biases_alone():
     model = model_of()
     adapter = ak.torch.create(model, "replacement", weight=False)
     assert [list(update.tensors) for _, update in adapter] == [["bias"], ["bias"]]
-    with pytest.raises(UsageError, match="nothing is left to replace"):
+    with pytest.raises(UsageError, match="none of the parameters to replace"):
         ak.torch.create(nn.Sequential(nn.Linear(2, 2, bias=False)), "replacement", weight=False)

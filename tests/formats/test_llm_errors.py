@@ -125,7 +125,7 @@ def test_gguf_lies_about_sizes(lie, tmp_path):
 def test_gguf_tensors_that_overlap_are_refused(tmp_path):
     entries = b"".join(text(name) + struct.pack("<IQIQ", 1, 8, 0, 0) for name in (b"a", b"b"))
     (tmp_path / "a.gguf").write_bytes(gguf_header(tensors=2) + entries + bytes(256))
-    with pytest.raises(Malformed, match="over another"):
+    with pytest.raises(Malformed, match="overlaps another"):
         read_gguf(tmp_path / "a.gguf")
 
 

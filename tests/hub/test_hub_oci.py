@@ -76,7 +76,7 @@ def test_a_tag_is_not_overwritten_silently(proxy: Proxy, name: str, lora: Path, 
     second = ak.hub.push(other, uri, overwrite=True)
     assert remote_at(parse(uri)).commit == second.commit
     assert remote_at(parse(f"oci://{proxy.host}/{name}:first")).commit == first.commit
-    with pytest.raises(StorageError, match="on something else"):
+    with pytest.raises(StorageError, match="points to another commit"):
         ak.hub.push(other, uri, tag="first")
 
 

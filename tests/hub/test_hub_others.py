@@ -123,7 +123,7 @@ def test_of_two_pushes_at_once_one_is_refused(bucket: str, lora: Path, monkeypat
         return real(remote, before)
 
     monkeypatch.setattr(S3, "_claim", claim)
-    with pytest.raises(NetworkError, match="meanwhile"):
+    with pytest.raises(NetworkError, match="in the meantime"):
         ak.hub.push(lora, uri)
     assert ak.read(uri).digest() == ak.read(lora).digest()
 

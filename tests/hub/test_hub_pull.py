@@ -234,8 +234,8 @@ def test_a_disk_that_fills_up_is_said_and_gone_on_from(hub: HubServer, tmp_path:
 @pytest.mark.parametrize(
     ("uri", "attributes", "token", "code", "words"),
     [
-        ("org/none", {}, TOKEN, "remote-not-found", "no such repository"),
-        ("org/lora@none", {}, TOKEN, "remote-not-found", "no revision 'none'"),
+        ("org/none", {}, TOKEN, "remote-not-found", "the repository does not exist"),
+        ("org/lora@none", {}, TOKEN, "remote-not-found", "the revision 'none' does not exist"),
         ("hf://org/lora/adapter_confg.json", {}, TOKEN, "remote-not-found", "adapter_config.json"),
         ("org/lora", {"gated": True}, TOKEN, "access", "Accept its terms"),
         ("org/lora", {"private": True}, "", "remote-not-found", "HF_TOKEN"),

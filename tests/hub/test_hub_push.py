@@ -204,7 +204,7 @@ def test_a_tag_that_is_on_something_else_stays_there(hub: HubServer, lora: Path,
     assert ak.hub.push(lora, "org/new", tag="v1").tag == "v1", "the same again is no change"
     other = lay(tmp_path / "other", peft_files("org/another"))
     answer = record("push", other, "org/new", "--overwrite", "--tag", "v1", code=6)["error"]
-    assert (answer["why"], answer["cure"]) == ("the tag is there, on something else", "Choose another tag")
+    assert (answer["why"], answer["cure"]) == ("the tag exists and points to another commit", "Choose another tag")
     assert hub.repos["org/new"].tags["v1"] == first.commit
 
 
@@ -222,7 +222,7 @@ def test_somebody_who_pushed_meanwhile_is_not_overwritten(
         return found
 
     monkeypatch.setattr(_committing, "head_of", head)
-    with pytest.raises(NetworkError, match="meanwhile"):
+    with pytest.raises(NetworkError, match="in the meantime"):
         ak.hub.push(lora, "org/lora")
     assert hub.files("org/lora") == {"theirs": b"2"}
 

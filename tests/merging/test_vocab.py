@@ -167,7 +167,7 @@ def test_keep_leaves_the_added_tokens_out(kind: str, name: str, tmp_path: Path) 
     base = saved_base(kind, tmp_path / "base")
     model = trained(base, tmp_path / "a", CONFIGS[name](*BASES[kind][1:]))
     report = ak.merge(base, tmp_path / "a", tmp_path / "out", vocab="keep")
-    assert any("rows 64 to 66" in warning and "is lost" in warning for warning in report.plan.warnings)
+    assert any("rows 64 to 66" in warning and "loses the training" in warning for warning in report.plan.warnings)
     merged = loaded(tmp_path / "out")
     assert merged.config.vocab_size == ROWS
     assert_close(logits(merged, OLD_TOKENS), logits(model, OLD_TOKENS)[..., :ROWS])
@@ -182,7 +182,7 @@ def test_padded_rows_of_the_base_stay(kind: str, name: str, tmp_path: Path) -> N
     config = numbers[name] if name in numbers else CONFIGS[name](*BASES[kind][1:])
     model = trained(base, tmp_path / "a", config, rows=ROWS - 2)
     report = ak.merge(base, tmp_path / "a", tmp_path / "out")
-    assert any("trained on 62 rows" in warning and "stay as they are" in warning for warning in report.plan.warnings)
+    assert any("trained on 62 rows" in warning and "stay unchanged" in warning for warning in report.plan.warnings)
     merged = loaded(tmp_path / "out")
     assert merged.config.vocab_size == ROWS
     assert_close(logits(merged, OLD_TOKENS)[..., : ROWS - 2], logits(model, OLD_TOKENS))
@@ -343,5 +343,5 @@ def test_the_tokenizer_comes_along_on_the_command_line(tmp_path: Path) -> None:
 def test_unknown_choice(tmp_path: Path) -> None:
     base = saved_base("tied", tmp_path / "base")
     trained(base, tmp_path / "a", CONFIGS["plain"]("embed_tokens", "q_proj"))
-    with pytest.raises(UsageError, match="unknown choice 'shrink'"):
+    with pytest.raises(UsageError, match="choice 'shrink' for the vocabulary is unknown"):
         ak.merge(base, tmp_path / "a", tmp_path / "out", vocab="shrink")

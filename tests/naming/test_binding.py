@@ -192,7 +192,7 @@ def test_token_rows_lie_inside_the_base(base):
     for index in ((0, 6), (-1, 2)):
         with pytest.raises(ShapeMismatch, match=r"token 6|-1"):
             bind(Adapter({target: (rows(*index),)}), opened)
-    with pytest.raises(Malformed, match="the same position twice"):
+    with pytest.raises(Malformed, match="the same position occurs twice"):
         bind(Adapter({target: (rows(1, 1),)}), opened)
 
 

@@ -193,7 +193,7 @@ def test_a_file_is_read_anew_after_the_block_that_kept_it_open(tmp_path: Path) -
         with lazy.files_kept_open():
             assert lazy.read_span(span) == b"before"
         file.write_bytes(b"cut")
-        with pytest.raises(Corrupt, match="3 bytes where 6"):
+        with pytest.raises(Corrupt, match="3 of the 6 bytes"):
             lazy.read_span(span)
     file.unlink()
     file.write_bytes(b"behind")

@@ -215,7 +215,7 @@ def test_without_a_choice_a_quantized_base_is_refused_with_the_choices(case, tmp
     with pytest.raises(Unsupported, match=f"quantized \\({case.parent.name}\\)") as caught:
         ak.merge(case, adapter, tmp_path / "out")
     assert all(word in caught.value.cure for word in ("--quantized dequantize", "requantize", "original"))
-    with pytest.raises(UsageError, match="unknown choice 'nothing'"):
+    with pytest.raises(UsageError, match="choice 'nothing' for quantized bases is unknown"):
         ak.merge(case, adapter, tmp_path / "out", quantized="nothing")
     assert not (tmp_path / "out").exists()
 

@@ -112,5 +112,5 @@ def test_what_has_no_remainder_says_so(tmp_path: Path) -> None:
     save_file({"n.weight": torch.zeros(2, 2)}, tmp_path / "plain.safetensors")
     with pytest.raises(UsageError, match="not quantized"):
         ak.merging.remainder(FOUR, tmp_path / "plain.safetensors", adapter, 4)
-    with pytest.raises(UsageError, match="of type dict among the adapters"):
+    with pytest.raises(UsageError, match="of type dict is not an adapter"):
         ak.merging.remainder(FOUR, FOUR, [{}], 4)

@@ -314,7 +314,7 @@ TOGETHER: dict[str, tuple[Callable[[Factors], Factors], str, str]] = {
     "scaled copy": (lambda one: {n: (A, 3 * B) for n, (A, B) in one.items()}, "same", "one is planted times 0.333"),
     "opposite": (opposite, "same", "one and planted undo one another"),
     "sign conflict": (conflicting, "conflict", "one and planted conflict at layer 5 o_proj: cosine -1.00"),
-    "interference": (conflicting, "interference", "A plain sum loses 100 % of what both change at layer 5 o_proj"),
+    "interference": (conflicting, "interference", "A plain sum loses 100 % of the absolute changes at layer 5 o_proj"),
     "drowned": (drowned, "louder", "drowns it in a plain sum"),
     "same subspace": (sharing, "shared-subspace", "one and planted use the same subspace"),
     "nothing in common": (elsewhere, "nothing-in-common", "one and planted have no target in common"),

@@ -228,7 +228,7 @@ def test_hubs_are_read_but_not_written_if_asked_for(tmp_path: Path) -> None:
     for wrong in ({"out": "hf://org/merged"}, {"base": "/etc"}, {"base": "file:///etc"}, {"base": "nohub://x/y"}):
         with pytest.raises(UsageError):
             forms.words("merge", {**given, **wrong})
-    with pytest.raises(UsageError, match="not opened"):
+    with pytest.raises(UsageError, match="does not open addresses"):
         Forms(adapterkit, PATHS, [tmp_path]).words("merge", {**given, "adapters": ["lora"]})
 
 
@@ -352,7 +352,7 @@ def test_a_job_is_cancelled_and_another_takes_its_place(tmp_path: Path) -> None:
     try:
         first, second = jobs.start(["merge"]), jobs.start(["merge"])
         waiting = [jobs.start(["merge"]) for _ in range(8)]
-        with pytest.raises(UsageError, match="wait already"):
+        with pytest.raises(UsageError, match="are already waiting"):
             jobs.start(["merge"])
         until = time.monotonic() + 120
         while first.part is None and time.monotonic() < until:

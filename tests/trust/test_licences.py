@@ -44,8 +44,8 @@ def told(*names: str) -> list[tuple[str, dict[str, str]]]:
     (("apache-2.0", "cc-by-nc-4.0"), "no commercial use, because of part 1"),
     (("cc-by-nc-4.0", "llama2"), "no commercial use, because of part 0"),
     (("gpl-3.0", "llama3"), "limits that it forbids"), (("openrail", "agpl-3.0"), "limits that it forbids"),
-    (("gpl-2.0", "gpl-3.0"), "each asks for the whole"),
-    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each asks for the whole"),
+    (("gpl-2.0", "gpl-3.0"), "each requires that the whole"),
+    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each requires that the whole"),
     (("cc-by-nd-4.0", "mit"), "no changed copies"), (("mit", "cc-by-nc-nd-4.0"), "no changed copies"),
 ])  # fmt: skip
 def test_conflicts(names: tuple[str, ...], words: str | None) -> None:

@@ -1,9 +1,9 @@
-"""Updates: the change at one target. There are four kinds, and the kind decides what can be done with an update.
+"""Updates: the change at one target. There are four kinds; the kind decides which operations an update supports.
 
-A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those.
-Formulas see weights as `[out, in, *k]`, however the base stores them, and run in the floating dtype of the caller: the
-merger uses float64, a live model its own dtype. Their type hints name torch tensors, but they use only what numpy
-arrays have too (operators, indexing, `reshape`, `sum`, `.mT`), so a merge on the CPU needs no torch.
+A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from them.
+Formulas see weights as `[out, in, *k]`, however the base stores them. They run in the caller's floating dtype: the
+merger uses float64, a live model its own dtype. Their type hints name torch tensors, but formulas use only operations
+that numpy arrays have too (operators, indexing, `reshape`, `sum`, `.mT`), so a merge on the CPU needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The four kinds of update: additive ones, those that read the weight, those of a layer's output, and context."""
+"""The four kinds of update: additive updates, functions of the weight, functions of a layer's output, and context."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Additive(Update):
         return None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A if the formula is such a product; else None."""
+        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A if the formula is such a product, else None."""
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s with D = s * B @ A, like `pair`; a method overrides it to keep its scaling out of B."""
+        """Return B, A and s with D = s * B @ A, like `pair`; methods override it to keep the scaling out of B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
@@ -70,12 +70,12 @@ class Additive(Update):
         return None if scaling is None else self.replace(scaling=weight * scaling)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """Return the Frobenius norm of D; a method overrides it if it can do so without forming D."""
+        """Return the Frobenius norm of D; methods override it if they can compute it without forming D."""
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Write weight * D into an array of the weight's shape; a method overrides it to avoid a copy."""
+        """Write weight * D into an array of the weight's shape; methods override it to avoid a copy."""
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -103,11 +103,11 @@ class WeightUpdate(Update):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Return one update with the change sum_i weights[i] * (f_i(W) - W) for any weight, and likewise for the bias.
+        """Return one update that adds sum_i weights[i] * (f_i(W) - W) for any W, and likewise for the bias.
 
         Args:
-            updates: updates of this method, with tensors loaded.
-            weights: one per update.
+            updates: updates of this method, with loaded tensors.
+            weights: one number per update.
 
         Returns:
             None if the method cannot express it.
@@ -130,32 +130,32 @@ class WeightUpdate(Update):
 class OutputUpdate(Update):
     """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
 
-    A layer is any module here, with or without a weight. It offers:
+    A layer is any module here, with or without a weight. It has these attributes and methods:
 
-    `layer(x)`: its complete output.
-    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
+    `layer(x)`: the complete output.
+    `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
     `layer.residual(x)`: the value that is added, or None.
-    `layer.norm(h)`: the normalisation of the sum; h itself if there is none.
-    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, neither the residual nor the norm
-        is part of it.
-    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
-        to the output, and the axis of the channels.
+    `layer.norm(h)`: the normalised sum; h itself if the layer does not normalise.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, it includes neither the residual
+        nor the norm.
+    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in a shape that can be
+        added to the output, and the axis of the channels.
     `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
-    `layer.call`: the arguments of the model's own call, by name. The method lists those that it reads in `asks`; a
-        missing one is an error. Three hold more than the call does: `input_ids` starts with the tokens of the cache,
-        `hidden_states` is the last layer's output without the adapter, and `shadow` is the state of a network beside
-        the model, which each block reads by `state` and passes on by `keep`.
+    `layer.call`: the arguments of the model's own call, by name. A method lists the arguments that it reads in `asks`;
+        a missing one is an error. Three arguments hold more than in the call. `input_ids` starts with the tokens of
+        the cache. `hidden_states` is the last layer's output without the adapter. `shadow` is the state of a network in
+        parallel with the model; each block reads the state by `state` and passes it on by `keep`.
 
     Class attributes:
         placed: True if the formula is `inside`, so that several such updates apply before the layer closes.
         asks: arguments of the model's call that the formula needs.
-        hears: arguments of the model's call that the formula uses if they are there.
+        hears: arguments of the model's call that the formula uses if they are present.
         moves_input: True if the formula calls the layer with another input than its own.
         of_model: True if the update is at the whole model, `Target("")`, until it has its experts.
 
-    Attributes that place an update, if the method has them:
-        residual: path, from the target's parent, of the module whose input is added to the target's output.
-        norm: path, likewise, of the module that normalises the sum.
+    Attributes that locate an update, if the method has them:
+        residual: path, relative to the target's parent, of the module whose input is added to the target's output.
+        norm: path, relative to the target's parent, of the module that normalises the sum.
     """
 
     kind = "output"
@@ -173,19 +173,19 @@ class OutputUpdate(Update):
 
     @property
     def channels(self) -> int | None:
-        """The number of channels that the layer's output must have; None for any."""
+        """The number of channels that the layer's output must have; None if any number fits."""
         hidden: Any = self.dims().get("hidden")
         return cast(int | None, hidden)
 
     @property
     def whole(self) -> bool:
-        """Whether the layer's residual and norm are part of the result."""
+        """Whether the result includes the layer's residual and norm."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         if self.channels not in (None, shape[0]):
-            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+            raise ShapeMismatch(f"the adapter has {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
 
     def inside(self, x: Tensor, layer: Layer) -> Tensor:
         """Return the new value of `layer.hidden(x)`."""
@@ -202,11 +202,11 @@ class ContextUpdate(Update):
     """Extra context for the model: tokens before its input, keys and values before the computed ones, or prompts.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
-    There is no weight, so the target has no layout, rows or experts. Several updates at one place are concatenated in
-    the order in which they are attached, the first one in front.
+    No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
+    in the order in which they are attached, the first one in front.
 
     Class attributes:
-        place: which of the methods below has the formula; the others add nothing.
+        place: the name of the method below that has the formula; the others add nothing.
     """
 
     kind = "context"
@@ -214,23 +214,23 @@ class ContextUpdate(Update):
     place: ClassVar[str] = ""
 
     def embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """Return the vectors before the input's embeddings (the encoder's if there is one), `[n, dim]`.
+        """Return vectors to put before the input's embeddings (before the encoder's, if the model has one), `[n, dim]`.
 
         Args:
-            task: for prompts of several tasks, one task number, or numbers `[batch]`; these give `[batch, n, dim]`.
+            task: for prompts of several tasks: one task number, or numbers `[batch]`, which give `[batch, n, dim]`.
         """
         return None
 
     def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """Like `embeddings`, for the input of a decoder beside an encoder."""
+        """Return vectors like `embeddings` for the input of the decoder in an encoder-decoder model."""
         return None
 
     def past(self) -> torch.Tensor | None:
-        """Return a decoder's keys and values before those of the input, `[layers, 2, heads, n, d]`."""
+        """Return a decoder's keys and values to put before those of the input, `[layers, 2, heads, n, d]`."""
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Return keys and values before those of one attention, the target: `[batch or 1, 2, heads, n, d]`.
+        """Return keys and values to put before those of the target attention: `[batch or 1, 2, heads, n, d]`.
 
         Args:
             x: the attention's input, `[batch, m, width]`.
@@ -240,14 +240,14 @@ class ContextUpdate(Update):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return what to add to the outputs of an attention's heads, before they are mixed: `[batch, heads, m, d]`.
 
-        Methods of this place store the prompt as `P`, `[n, dim]`. Without their `projected`, it is added after mixing.
+        These methods store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added after mixing.
 
         Args:
             q: queries of the input, `[batch, heads, m, d]`, with positions applied.
             k: keys of the prompt, `[heads, n, d]`, without positions.
             v: values of the prompt, `[heads, n, d]`.
         """
-        raise NotMergeable(f"{self.method} has no formula of attention")
+        raise NotMergeable(f"{self.method} has no formula for attention")
 
     def vocabulary(self) -> torch.Tensor | None:
         """Return embeddings of new tokens, numbered after the base's last token, `[n, dim]`."""

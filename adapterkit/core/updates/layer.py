@@ -1,4 +1,4 @@
-"""The words of a layer that a formula may use, whatever backend the layer belongs to."""
+"""The interface of a layer that a formula may use, in any backend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Layer(Protocol):
-    """A backend's view of one target; `OutputUpdate` says what each word means.
+    """A backend's view of one target; `OutputUpdate` explains each name.
 
-    As in all formulas, tensors stand for numpy's arrays and symbolic values of a graph, too.
+    As in all formulas, the type `Tensor` also covers numpy arrays and symbolic values of a graph.
     """
 
     @property
@@ -60,16 +60,16 @@ class Layer(Protocol):
         ...
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Return the output before a residual is added and the sum normalised."""
+        """Return the output before a residual is added and the sum is normalised."""
         ...
 
     def residual(self, x: Tensor) -> Tensor | None:
-        """Return the value that is added to the output, if any."""
+        """Return the value that is added to the output, or None."""
 
     def norm(self, h: Tensor) -> Tensor:
-        """Normalise the sum; h itself if there is no normalisation."""
+        """Return the normalised sum; h itself if the layer does not normalise."""
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """Return the output for another hidden value; without `whole`, neither residual nor norm is part of it."""
+        """Return the output for another hidden value; without `whole`, it includes neither residual nor norm."""
         ...

@@ -1,4 +1,4 @@
-"""Rules of a method beyond its shape strings: plain values, positions, and conditions, as data."""
+"""Rules of a method beyond its shape strings, as data: ranges of values, positions, and conditions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .update import Update
 
 
-DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+DAMAGED = "The file is damaged, or the tool that wrote it has a fault; write it again"
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
@@ -35,11 +35,11 @@ def attribute(
     most: float | None = None,
     positive: bool = False, since: int = 1,
 ) -> Any:  # fmt: skip
-    """Declare a field for a plain value with rules beyond its type.
+    """Declare a field for a plain value, with rules beyond its type.
 
     Args:
         default: the value if none is given; without a default, the attribute is required.
-        among: the allowed words or numbers.
+        among: the allowed strings or numbers.
         least: the smallest allowed number.
         most: the largest allowed number.
         positive: require a number above 0.
@@ -53,8 +53,8 @@ def check_attribute(name: str, value: object, field: dataclasses.Field[Any]) -> 
     """Check a value against the type and the rules of its field.
 
     Raises:
-        Malformed: it has another type, is not finite, or is out of range.
-        Unsupported: it is a word that the method does not know.
+        Malformed: the value has another type, is not finite, or is out of range.
+        Unsupported: the value is a string that the method does not know.
     """
     _check_type(name, value, _type_name(field.type))
     _check_range(name, value, field.metadata)
@@ -76,7 +76,9 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     if rules.get("among") and value not in rules["among"]:
-        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
+        raise Unsupported(
+            f"the value {value!r} is unknown", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}"
+        )
     if rules.get("least") is not None and value < rules["least"]:
         raise Malformed(f"{value} is below {rules['least']}", where=name, cure=DAMAGED)
     if rules.get("positive") and not value > 0:
@@ -89,15 +91,15 @@ def _type_name(annotation: object) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
-# Check integer fields that hold positions: each must be on its axis, and none may repeat.
+# Check integer fields that hold positions: each position must be on its axis, and some fields forbid repetition.
 
 
 def misplaced(update: Update, sizes: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield the fields with a position that is not on its axis, and what is wrong.
+    """Yield each field with a position that is not on its axis, and a description of the error.
 
     Args:
-        update: its fields declare in `below` the axes, or products of axes, of their positions.
-        sizes: sizes of axes that the tensors do not show.
+        update: the update; its fields declare the axes, or products of axes, of their positions in `below`.
+        sizes: sizes of axes that the tensors do not determine.
     """
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
@@ -113,7 +115,7 @@ def misplaced(update: Update, sizes: Mapping[str, object]) -> Iterator[tuple[str
 
 
 def repeated(update: Update) -> str:
-    """Return the first field with a repeated position or pair of positions that its field forbids; "" if none."""
+    """Return the first field that repeats a position or pair of positions although it forbids this; "" if none does."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -122,7 +124,7 @@ def repeated(update: Update) -> str:
         if not tensor.nbytes:
             continue
         index = tensor.numpy()
-        # Pairs are compared as pairs: one number made of both overflows where positions are large.
+        # Compare pairs as pairs: one number that combines both would overflow for large positions.
         rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
         order = np.lexsort(rows, axis=-1)
         sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
@@ -149,8 +151,8 @@ class Rule:
 
     Attributes:
         require: the expression that must be true.
-        define: the axis that gets the value of `value`; if the tensors gave it another size, the shapes disagree.
-        value: the expression of that size.
+        define: the axis that gets the size `value`; if the tensors gave it another size, the shapes disagree.
+        value: the expression for that size.
         when: the rule applies only if this expression is true; empty means always.
         where: the field or attribute that an error names.
         error: the class of the error, `ShapeMismatch` or `Malformed`.
@@ -167,12 +169,12 @@ class Rule:
 
 
 def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
-    """Check an update against the rules of its method, in order, and add the sizes that they define to `dims`.
+    """Check an update against its method's rules, in order, and add the sizes that the rules define to `dims`.
 
     Args:
         update: the update; its forms, attributes and shapes are already checked.
-        dims: sizes of its axes, which rules read and extend.
-        stack: True if its tensors have a leading axis of experts.
+        dims: sizes of the update's axes, which rules read and extend.
+        stack: True if the tensors have a leading axis of experts.
 
     Raises:
         ShapeMismatch, Malformed: a rule does not hold.
@@ -184,7 +186,7 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
         if rule.define:
             size = _compiled(rule.value)(names)
             if not isinstance(size, int) or size is False or size < 0 or dims.setdefault(rule.define, size) != size:
-                why = f"{rule.define} is {dims.get(rule.define)}, and {rule.value} is {size}"
+                why = f"{rule.define} is {dims.get(rule.define)}, but {rule.value} is {size}"
                 raise ShapeMismatch(why, where=rule.where or None, cure=_AGAIN)
         elif not _compiled(rule.require)(names):
             known = names.shown(rule.require)
@@ -194,16 +196,16 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
 
 
 def check_fits(update: Update, shape: Shape) -> None:
-    """Check an update's `fits` against the shape `[out, in, *k]` of a weight.
+    """Check the conditions in an update's `fits` for a weight of shape `[out, in, *k]`.
 
     Raises:
-        ShapeMismatch: one does not hold.
+        ShapeMismatch: a condition does not hold.
     """
     if not update.fits:
         return
     fields = update.tensor_fields()
     held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # An axis more than the shape string says is that of experts; a star stands for any number of axes.
+    # A tensor with one axis more than its shape string has an axis of experts; a star can be any number of axes.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)
@@ -216,7 +218,7 @@ def check_fits(update: Update, shape: Shape) -> None:
 
 
 class _NoValue(Exception):
-    """A part of an expression without a value: an axis without a size, a quotient by 0, a text among numbers."""
+    """Part of an expression has no value: an axis without a size, a quotient by 0, or a text among numbers."""
 
 
 class _Names:
@@ -228,18 +230,18 @@ class _Names:
     def value(self, name: str) -> int | str:
         name = name.removesuffix("_")
         found = self.dims[name] if name in self.dims else self.update.attributes.get(name)
-        # A starred axis has several sizes, and rules compute with whole numbers.
+        # Refuse a starred axis: it has several sizes, and rules compute with integers.
         if not isinstance(found, int | str):
             raise _NoValue(name)
         return int(found) if isinstance(found, bool) else found
 
     def axes(self, tensor: str) -> int | None:
-        """How many axes a tensor has without that of experts; None where it is absent."""
+        """Return the number of a tensor's axes without the experts' axis; None if the tensor is absent."""
         leaf = getattr(self.update, tensor)
         return None if leaf is None else len(leaf.shape) - self.stack
 
     def shown(self, expression: str) -> str:
-        """The values of the names that an expression reads, as far as they have one."""
+        """Return the values of the names that an expression reads, as far as they have one."""
         return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
 
     def _known(self, name: str) -> int | str | None:
@@ -250,7 +252,7 @@ class _Names:
 
 
 class _Given(_Names):
-    """Names whose values are given one by one."""
+    """Names whose values are passed directly."""
 
     def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
         self.values, self.given_axes = values, axes
@@ -266,12 +268,12 @@ class _Given(_Names):
 
 
 def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, int]) -> int | str | None:
-    """Return the value of a rule's expression (spec/README.md, section 9), or None where it has none.
+    """Return the value of a rule's expression (spec/README.md, section 9), or None if it has none.
 
     Args:
         expression: the expression.
         values: name -> the size of an axis, or the value of an attribute.
-        axes: present tensor -> how many axes it has, without that of experts.
+        axes: tensor that is present -> number of its axes, without the experts' axis.
     """
     value = _compiled(expression)(_Given(values, axes))
     return None if value is False else value
@@ -292,12 +294,12 @@ def names_in(expression: str) -> tuple[str, ...]:
 
 
 def _without_keywords(expression: str) -> str:
-    """The expression with `in_` for the axis `in`, which is a keyword of Python."""
+    """Return the expression with `in_` for the axis `in`, which is a keyword of Python."""
     return re.sub(r"\bin\b(?!')", "in_", expression)
 
 
 Evaluate = Callable[[_Names], int | str]
-"""Returns a number or a text; raises `_NoValue` where there is none."""
+"""Returns a number or a text; raises `_NoValue` if it has none."""
 
 
 def _floor(a: int, b: int) -> int:
@@ -325,7 +327,7 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 
 @cache
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
-    """The function of an expression; False, which is no number here, where it has no value."""
+    """Return an expression as a function; the function returns False, which is never a value, if it has no value."""
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
     def guarded(names: _Names) -> int | str | Literal[False]:
@@ -338,7 +340,7 @@ def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]
 
 
 def _evaluator(node: ast.expr) -> Evaluate:
-    """Return the function of one node; nothing outside of the spec's grammar, which every reader must implement."""
+    """Return one node as a function; accepts only the spec's grammar, which every reader must implement."""
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):
             return lambda _: value
@@ -358,7 +360,7 @@ def _evaluator(node: ast.expr) -> Evaluate:
             return lambda names: int((all if every else any)(part(names) for part in parts))
         case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
             return _pair(type(op), _evaluator(left), _evaluator(right))
-    raise ValueError(f"not part of the grammar of rules: {ast.unparse(node)}")
+    raise ValueError(f"the grammar of rules does not contain {ast.unparse(node)}")
 
 
 def _pair(op: type[ast.AST], left: Evaluate, right: Evaluate) -> Evaluate:

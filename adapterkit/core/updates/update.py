@@ -1,4 +1,4 @@
-"""The base class of updates: fields with shape strings, checks, blocks, and what a kind derives from its formula."""
+"""The base class of updates: fields with shape strings, checks, blocks, and functions that a kind implements."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ class Update:
         kind: the name of the kind, set by the four kinds.
         since: for each version of the method, oldest first, the version of the spec that introduced it; empty for a
             version that is no longer read.
-        version: the newest version of the method; see `stated_version` for that of one update.
+        version: the newest version of the method; `stated_version` gives the version of one update.
         blocks: axes along which the formula can be split into blocks that are computed separately.
-        needs_bias: True if a change to the bias would be lost at a layer without one, so such a layer is refused.
+        needs_bias: True if a layer without a bias is refused, because the change of the bias would be lost there.
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
-        acts_on: what the update changes, for messages.
-        rules: conditions on its axes, attributes and tensors beyond shape strings, in order.
-        fits: conditions on the weight that it meets; `out`, `in` and `columns` in them are the weight's sizes, `kernel`
-            the number of its kernel axes.
-        forms: groups of optional tensors of which exactly one set must be present; `()` stands for none of the group.
-        frozen: names of tensors that are given, not trained, such as random projections and masks; integer tensors are
+        acts_on: a phrase for error messages that says what the update changes.
+        rules: conditions on the axes, attributes and tensors beyond shape strings, in order.
+        fits: conditions on the weight. In them, `out`, `in` and `columns` are the weight's sizes, and `kernel` is the
+            number of its kernel axes.
+        forms: groups of optional tensors. Exactly one set of each group must be present; `()` means no tensor at all.
+        frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
+            are never trained.
             never trained.
-        bias_sees_weight: True if the change to the bias needs the weight, so that `settled` must precede `new_bias`.
-        sizes: default sizes of a fresh update's own axes.
-        starts_at_base: True if a fresh update changes nothing; some methods are defined to start elsewhere.
+        bias_sees_weight: True if the change of the bias depends on the weight, so `settled` must precede `new_bias`.
+        sizes: default sizes for a new update's own axes.
+        starts_at_base: True if a new update changes nothing; some methods are defined to start elsewhere.
         shared_as: the choice of `tied` that decides whether the update changes all layers that share a tensor: `rows`,
-            `replacement`, or `layer` for none of them.
-        dropout: what dropout drops in training, as in PEFT: numbers of the change's `input`; `rows` of the change, or
-            `scaled rows` if the others grow accordingly; `blocks` along the axis `n` of a tensor (of one of its factors
-            if it has an axis `m`).
-        bound_to: the library and function that an update without some of its tensors depends on, so that no other
-            reader can compute it; empty for all others.
+            `replacement`, or `layer` if no choice does.
+        dropout: what dropout drops in training, as in PEFT. `input`: numbers of the change's input. `rows`: rows of the
+            change. `scaled rows`: the same, and the other rows grow accordingly. `blocks`: blocks along the axis `n` of
+            a tensor (of one of its factors if it has an axis `m`).
+        bound_to: the library and function that the formula depends on while some tensors are absent, so that no other
+            reader can compute it; empty for most methods.
         paper: the source of the formula.
         by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
     """
@@ -73,7 +74,7 @@ class Update:
     dropout: ClassVar[str] = "input"
     bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    # torch.compile can read class attributes, but not the fields of a dataclass.
+    # Copies of the fields' names as class attributes: torch.compile can read these, but not a dataclass's fields.
     _fields: ClassVar[tuple[str, ...]] = ()
     _names: ClassVar[tuple[str, ...]] = ()
     _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
@@ -98,7 +99,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # A product or quotient may use a name that only a later tensor defines, so those need a second round.
+        # A product or quotient may use a name that only a later tensor defines; then solve in two rounds.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -123,7 +124,7 @@ class Update:
 
     @property
     def tensors(self) -> dict[str, Leaf]:
-        """The tensors that are present, by field."""
+        """The tensors that are present, by field name."""
         found: dict[str, Leaf] = {}
         for name in self._names:
             leaf = getattr(self, name)
@@ -133,11 +134,11 @@ class Update:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The plain values by field; an integer in a float field becomes a float."""
+        """The plain values by field name; an integer in a float field becomes a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
     def attributes_of(self, version: int) -> dict[str, JsonValue]:
-        """Return the plain values that a version of the method has, by field."""
+        """Return the plain values that exist in a version of the method, by field name."""
         fields = self.attribute_fields()
         return {
             name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
@@ -156,18 +157,18 @@ class Update:
 
     def replace(self, **changes: Any) -> Self:
         """Return the same update with other field values."""
-        # `dataclasses.replace` takes twice as long, and a model has tens of thousands of experts to cut from stacks.
+        # Do not use `dataclasses.replace`: it takes twice as long, and stacks hold tens of thousands of experts to cut.
         return type(self)(**{name: getattr(self, name) for name in self._fields} | changes)
 
     @property
     def form(self) -> Hashable:
         """Everything about the update except the numbers in its tensors: class, plain values, shapes and dtypes.
 
-        Updates of equal form have equal `dims` and pass the same `check`. A model's tens of thousands of targets have a
-        few dozen forms, so they need not be checked one by one.
+        Updates with equal forms have equal `dims` and pass the same `check`. A model's tens of thousands of targets
+        have a few dozen forms, so each form is checked only once.
         """
         values = [getattr(self, name) for name in self._attributes]
-        # 1, 1.0 and True are equal in Python but not to `check`, so the types are included.
+        # Include the types: 1, 1.0 and True are equal in Python, but `check` distinguishes them.
         return type(self), self._held(), *values, *map(type, values)
 
     def _held(self) -> Held:
@@ -186,7 +187,7 @@ class Update:
             stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: tensors that belong together are incomplete, so that axes have no size.
+            Malformed: a set of tensors is incomplete, so that axes have no size.
             ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
         """
         if self.forms:
@@ -197,17 +198,17 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Check the plain values, and which tensors are present; methods with further rules extend it.
+        """Check the plain values, and which tensors are present; methods with further rules extend the check.
 
         Raises:
             Malformed: a value has the wrong type, is not finite or is out of range, or tensors do not go together.
-            Unsupported: a word is unknown to the method.
+            Unsupported: the method does not know a string value.
         """
         for name, field in self.attribute_fields().items():
             check_attribute(name, getattr(self, name), field)
         self._check_forms()
         if not self.tensors:
-            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
+            raise Malformed(f"the update needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def _check_forms(self) -> None:
         """Check that the present tensors make up exactly one set of each group in `forms`."""
@@ -215,20 +216,20 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
+                raise Malformed(f"the update needs exactly one of: {choices}", cure=DAMAGED)
 
     @property
     def file(self) -> str | None:
-        """The file that the tensors will be read from; None if they are loaded, or nothing tells."""
+        """The file that the tensors will be read from; None if they are loaded, or if it is unknown."""
         files = (as_lazy(leaf).file for leaf in self.tensors.values())
         return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
-        """Read every tensor and check its values; methods with further rules extend it.
+        """Read every tensor and check its values; methods with further rules extend the check.
 
         Raises:
-            Malformed: a NaN or an infinity, with field and first position; or a position in the weight that is out of
-                range or repeated.
+            Malformed: a tensor holds a NaN or an infinity (the message names the field and the first position), or a
+                position in the weight is out of range or repeated.
         """
         for name, leaf in self.tensors.items():
             check_finite(leaf, name)
@@ -239,32 +240,32 @@ class Update:
         self.check_distinct()
 
     def check_distinct(self) -> None:
-        """Check that no position repeats where the method forbids it.
+        """Check that no position repeats if the method forbids this.
 
         Raises:
-            Malformed: one does.
+            Malformed: a position repeats.
         """
         if self._positions and (name := repeated(self)):
-            raise Malformed("the same position twice", where=name, cure=DAMAGED)
+            raise Malformed("the same position occurs twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        """Check the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are in range.
+        """Check the update against the weight's shape `[out, in, *k]`: axes, `fits`, and the range of indices.
 
         Raises:
-            ShapeMismatch: it does not fit.
+            ShapeMismatch: the update does not fit.
         """
         self.check_axes(shape)
         check_fits(self, shape)
         if not self._positions:
             return
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
-            raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
+            raise ShapeMismatch(f"{name}: {why}", cure="The adapter was made for another base")
 
     def largest_shape(self) -> tuple[int, ...] | None:
-        """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several.
+        """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several shapes.
 
-        Methods whose tensors are shared by weights of several sizes override it. None means that the tensors do not
-        tell.
+        Methods override it if weights of several sizes share their tensors. None means that the tensors do not show
+        the size.
         """
         return None
 
@@ -273,14 +274,14 @@ class Update:
         """Check that the formula applies to weights with this number of axes.
 
         Raises:
-            ShapeMismatch: it does not.
+            ShapeMismatch: the formula does not apply.
         """
         if cls.linear_only and len(shape) != 2:
-            why = f"{cls.__name__} changes weights [out, in] only; this one is seen as {list(shape)}"
-            raise ShapeMismatch(why, cure="Take this target out")
+            why = f"{cls.__name__} changes weights [out, in] only; this weight is {list(shape)}"
+            raise ShapeMismatch(why, cure="Remove this target")
 
     def cuts(self, axis: str) -> bool:
-        """Whether this update can be split along an axis: one of `blocks`, unless a method overrides this."""
+        """Whether this update can be split along an axis: an axis in `blocks`, unless a method overrides this."""
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
@@ -293,18 +294,18 @@ class Update:
         return self.replace(**changes)
 
     def expert(self, index: int) -> Self:
-        """Return one expert's update from a stacked one: slice `index` of every tensor's leading axis."""
+        """Return one expert's update from a stacked update: slice `index` of each tensor's leading axis."""
         return self.map(lambda leaf: cast(Any, leaf)[index])
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Return a fresh update of a weight, before any training; it changes nothing if `starts_at_base`.
+        """Return a new update of a weight, before any training; it changes nothing if `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.
-            b: its bias `[out]`, if it has one.
+            b: the bias `[out]`, or None.
             rank: the inner size, for methods that have one.
-            random: shape -> numbers drawn uniformly from -1 to 1, in W's dtype.
+            random: a function from a shape to numbers drawn uniformly from -1 to 1, in W's dtype.
             attributes: the method's own plain values.
 
         Raises:
@@ -314,35 +315,35 @@ class Update:
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Return tensors that fresh updates of these weights share, by field; `initial` gets them as attributes."""
+        """Return tensors that new updates of these weights share, by field; `initial` gets them as attributes."""
         return {}
 
     @property
     def changes_weight(self) -> bool:
-        """Whether there is a change to fold into the weight."""
+        """Whether the update has a change to add to the weight."""
         return False
 
     @property
     def changes_bias(self) -> bool:
-        """Whether there is a change to fold into the bias."""
+        """Whether the update has a change to add to the bias."""
         return False
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
         """Return W' `[out, in, *k]`, or a block of it for a block of W.
 
         Raises:
-            NotMergeable: this update does not change weights only.
+            NotMergeable: the update changes more than weights.
         """
         raise NotMergeable(
             f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Return the same update with the parts of its bias change that depend on W `[out, in, *k]` computed."""
+        """Return the same update; parts of its bias change that depend on W `[out, in, *k]` are now computed."""
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
-        """Return `settled` for a weight, or for a stack of experts' weights `[e, out, in, *k]` if `stacked`."""
+        """Return `settled` for a weight, or, if `stacked`, for a stack of experts' weights `[e, out, in, *k]`."""
         if not stacked or not self.bias_sees_weight:
             return self.settled(W)
         experts = [self.expert(index).settled(W[index]) for index in range(len(W))]
@@ -356,11 +357,11 @@ class Update:
         return b
 
     def without_bias(self) -> Update:
-        """Return the same function for a layer without a bias, in a method that more formats support, if any."""
+        """Return the same function for a layer without a bias, as a method that more formats support, if possible."""
         return self
 
     def forward(self, x: Any, layer: Any) -> Any:
-        """Return y' for the input `x` of a layer, a backend's view of the target, over real or symbolic values."""
+        """Return y' for the input `x` of a layer (a backend's view of the target), for real or symbolic values."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
@@ -390,5 +391,5 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
 def _check_dtype(name: str, dtype: DType, integer: bool) -> None:
     fits = not dtype.floating and dtype.name != "BOOL" if integer else dtype.floating and dtype.name != "C64"
     if not fits:
-        expected = "whole numbers" if integer else "real numbers"
-        raise ShapeMismatch(f"{dtype} where {expected} belong", where=name, cure=DAMAGED)
+        expected = "integers" if integer else "real numbers"
+        raise ShapeMismatch(f"the tensor has dtype {dtype}, but must hold {expected}", where=name, cure=DAMAGED)

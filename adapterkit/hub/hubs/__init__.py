@@ -1,4 +1,4 @@
-"""The hubs, one module per scheme. Other packages add theirs by the entry point group `adapterkit.hubs`."""
+"""The hubs, one module per scheme. Other packages add hubs by the entry point group `adapterkit.hubs`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remo
 
 
 def hub_of(scheme: str) -> type[Remote]:
-    """Return the hub class of a scheme, or fsspec's if only fsspec knows the scheme.
+    """Return the hub class of a scheme; for a scheme that only fsspec knows, return the class that reads by fsspec.
 
     Raises:
-        UsageError: nobody knows the scheme.
+        UsageError: the scheme is unknown.
     """
     if scheme in HUBS:
         return HUBS[scheme]
@@ -29,7 +29,7 @@ def hub_of(scheme: str) -> type[Remote]:
 
 
 def remote_at(uri: Uri, token: str | None = None) -> Remote:
-    """Return the remote that a uri names."""
+    """Return the remote for a uri."""
     return hub_of(uri.scheme)(uri, token)
 
 
@@ -37,13 +37,13 @@ def parse(text: str) -> Uri:
     """Parse a uri.
 
     Raises:
-        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leaves the repository.
+        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leads outside the repository.
     """
     scheme, rest = scheme_of(text)
     named = hub_of(scheme or "hf").named
     uri = named(rest.removesuffix("/"))
     place, mark, member = rest.rpartition("#")
-    # `NAME#member` is the subfolder `member`. In an `Address`, `#` and a digest name a state of the place instead.
+    # `NAME#member` is the subfolder `member`. In an `Address`, however, `#` and a digest name a state of the folder.
     if mark and not isinstance(uri, Address):
         check_name(member, UsageError)
         uri = named(place.removesuffix("/"))
@@ -52,5 +52,5 @@ def parse(text: str) -> Uri:
     if uri is None:
         local = "" if scheme else ". A local file needs no transfer: copy it, or use 'adapterkit convert'"
         cure = f"Write {hub_of(scheme or 'hf').form}{local}"
-        raise UsageError(f"{text!r} is not the name of something on a hub", cure=cure)
+        raise UsageError(f"{text!r} is not a name on a hub", cure=cure)
     return uri

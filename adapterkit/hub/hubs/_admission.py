@@ -1,4 +1,4 @@
-"""Registry authentication: find credentials that `docker login` or `oras login` stored, and trade them for a token.
+"""Registry authentication: find credentials that `docker login` or `oras login` stored; exchange them for a token.
 
 Source: https://distribution.github.io/distribution/spec/auth/token/. Credential helper programs are not run: a config
 file must not be able to start a process.
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 MAX_ANSWER = 1 << 20
-"""Largest reply to a token request, in bytes; tokens with many scopes take some 10 KB."""
+"""Largest reply to a token request, in bytes; tokens with many scopes take about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""Names of Docker Hub. People, credential stores and the network each use a different one."""
+"""Names of Docker Hub: people, credential stores and the network each use a different one."""
 
 
 def is_near(host: str) -> bool:
-    """Whether a registry is on this machine. Like other tools, talk plain HTTP to such a registry."""
+    """Whether a registry is on this machine. If it is, adapterkit uses plain HTTP, as other tools do."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -47,7 +47,7 @@ class Admission:
         host: the registry's host name, with a port if it has one.
         url: the url of the repository.
         place: the uri that errors name.
-        token: `user:password` or a bearer token; if absent, the credentials that other tools stored.
+        token: `user:password` or a bearer token; if absent, the credentials that other tools stored are used.
     """
 
     def __init__(self, host: str, url: str, place: str, token: str | None) -> None:
@@ -61,7 +61,7 @@ class Admission:
 
     @cached_property
     def _credentials(self) -> str:
-        """The value of an `Authorization` header; empty without credentials."""
+        """The value of an `Authorization` header; empty if no credentials are known."""
         if self.token is None:
             return next(_left(self.host), "")
         return _basic(self.token) if ":" in self.token else f"Bearer {self.token}"
@@ -81,7 +81,7 @@ class Admission:
         realm = urlsplit(told["realm"])
         # The realm receives the password. A registry on this machine may use plain HTTP, but only for a local realm.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
-            why = f"the registry sends to {realm.scheme or 'nowhere'}://{realm.hostname or ''} for a token"
+            why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")
         asked = urlencode({key: told[key] for key in ("service", "scope") if key in told})
         url = told["realm"] + ("&" if realm.query else "?") + asked

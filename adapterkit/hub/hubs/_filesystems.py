@@ -1,4 +1,4 @@
-"""Read from any place that fsspec knows, and identify the states of places without commits."""
+"""Read from any location that fsspec supports, and identify states of locations that have no commits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..uris import Address, Uri, address
 
 
 class Listing(Remote):
-    """A place whose commit is the digest of its listing."""
+    """A location whose commit is the digest of its listing."""
 
     cards_below = True
 
@@ -27,7 +27,7 @@ class Listing(Remote):
             raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
         found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
-            cure = "Leave out the # and the digest to read the current files"
+            cure = "Omit the # and the digest to read the current files"
             raise RemoteNotFound("the files have changed since this digest was taken", path=str(self.uri), cure=cure)
         return found
 
@@ -38,12 +38,12 @@ def unknown(path: str, size: int, *signs: object) -> RemoteFile:
     return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
 
 
-# Read from any place that fsspec knows. Such places list no digests, so only sizes are checked; writing is refused.
+# Read from any location that fsspec supports. fsspec lists no digests, so only sizes are checked; writing is refused.
 
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
-"""Schemes that have their own reader here, or that wrap other places."""
+"""Schemes that have their own reader here, or that wrap other locations."""
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 """Hosts whose pages people copy from a browser."""
@@ -60,7 +60,7 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The file system, and its name for the container."""
+        """The file system, and the container's name in it."""
         import fsspec
 
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
@@ -70,13 +70,13 @@ class Filesystem(Listing):
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
         except ImportError as error:
-            cure = f"Install the package that fsspec wants for it ({error.name or 'see its documentation'})"
+            cure = f"Install the package that fsspec needs for it ({error.name or 'see its documentation'})"
             raise Unsupported(f"{self.scheme}:// cannot be read", path=str(self.uri), cure=cure) from None
 
     def listed(self) -> list[RemoteFile]:
         system, root = self._opened
         place = f"{root}/{self.uri.path}" if self.uri.path else root
-        # `find` on a file returns that file alone. Its siblings are listed too, because configs lie beside weights.
+        # List the siblings of a single file too, because configs lie next to weights; `find` returns only the file.
         found = self.call(lambda: system.find(place, detail=True))
         if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
             found = self.call(
@@ -88,7 +88,9 @@ class Filesystem(Listing):
         size, signs = told.get("size"), [told.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")]
         if type(size) is not int:
             cure = "Fetch it with another tool first"
-            raise Unsupported("the place does not tell the size of a file", path=str(self.uri), where=name, cure=cure)
+            raise Unsupported(
+                "the file system does not give the size of a file", path=str(self.uri), where=name, cure=cure
+            )
         return unknown(name.removeprefix(root).lstrip("/"), size, *signs)
 
     @contextmanager
@@ -115,7 +117,7 @@ class Filesystem(Listing):
 
 @cache
 def filesystem(scheme: str) -> type[Filesystem] | None:
-    """Return the hub class of a scheme that fsspec knows, else None."""
+    """Return the hub class of a scheme that fsspec knows, or None."""
     if scheme in LOCAL:
         return None
     import fsspec

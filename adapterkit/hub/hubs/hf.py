@@ -58,13 +58,13 @@ class HuggingFace(Remote):
 
         super().__init__(uri, token or get_token())
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        # False instead of None, which would make huggingface_hub look for a stored token again.
+        # Pass False, not None: with None, huggingface_hub would look for a stored token again.
         self.api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False)
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
         match = _NAME.fullmatch(rest)
-        # The hub itself refuses names with `..` or `--`.
+        # Return None for `..` and `--`: the hub itself refuses names that contain them.
         if "://" in rest or match is None or ".." in match["repo"] or "--" in match["repo"]:
             return None
         path = match["path"] or ""
@@ -78,7 +78,7 @@ class HuggingFace(Remote):
         at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
         found = self.call(lambda: self._told(f"{self._model}{at}")[0]["sha"])
         if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
-            raise NetworkError("the hub did not say which commit that is", path=str(self.uri), cure=_NOT_A_HUB)
+            raise NetworkError("the hub did not return the commit", path=str(self.uri), cure=_NOT_A_HUB)
         return found
 
     def call(self, act: Callable[[], T]) -> T:
@@ -90,7 +90,7 @@ class HuggingFace(Remote):
         while url is not None:
             here = url
             found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
-            # An empty page that links to another page would make this loop endless.
+            # Refuse an empty page that links to another page, because such pages could follow endlessly.
             if not isinstance(found, list) or (following and not found):
                 raise NetworkError("the hub's list of files is invalid", path=str(self.uri), cure=_NOT_A_HUB)
             yield from (self._file(entry) for entry in found if not _is_folder(entry))
@@ -101,10 +101,10 @@ class HuggingFace(Remote):
         return f"{self.endpoint}/api/models/{self.uri.repo}"
 
     def _told(self, url: str) -> tuple[Any, str | None]:
-        """Return the JSON document at a url of the hub, and the url of the next page, if there is one.
+        """Return the JSON document at a url of the hub, and the url of the next page, or None.
 
-        huggingface_hub's own functions are not used for reading, for two reasons. They read replies of any length. They
-        also send the token to any url that a page names as the next one, even if a redirect led to another server.
+        Do not read with huggingface_hub's own functions, for two reasons. They read replies of any length. They also
+        send the token to any url that a page names as the next one, even if a redirect led to another server.
 
         Raises:
             HfHubHTTPError: the hub refuses.
@@ -117,7 +117,7 @@ class HuggingFace(Remote):
 
     @contextmanager
     def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Yield an open reply that is not a refusal; send the token to the endpoint only.
+        """Yield an open reply that is not a refusal; the token is sent to the endpoint only.
 
         Raises:
             HfHubHTTPError: the hub refuses.
@@ -132,7 +132,7 @@ class HuggingFace(Remote):
             secret = {}
         with answered("GET", url, sent, secret, str(self.uri)) as response:
             if response.status_code >= 400:
-                # huggingface_hub reads the whole body of an error to explain it. It gets a copy with a short body.
+                # Pass a copy with a short body: huggingface_hub reads the whole body of an error to explain it.
                 told = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
                 copy = httpx.Response(
                     response.status_code, headers=told, content=said_in(response), request=response.request
@@ -193,19 +193,19 @@ class HuggingFace(Remote):
         place, status = str(self.uri), error.response.status_code
         hidden = isinstance(error, errors.RepositoryNotFoundError)
         if isinstance(error, errors.GatedRepoError):
-            cure = f"Accept its terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to a token of yours"
+            cure = f"Accept its terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to your token"
             return AccessDenied("access to this repository is gated", path=place, cure=cure)
         if isinstance(error, errors.RevisionNotFoundError):
             cure = "Check the branch, tag or commit after the @"
-            return RemoteNotFound(f"no revision {self.uri.revision or 'main'!r}", path=place, cure=cure)
+            return RemoteNotFound(f"the revision {self.uri.revision or 'main'!r} does not exist", path=place, cure=cure)
         if isinstance(error, errors.EntryNotFoundError):
-            return RemoteNotFound("no such file in the repository", path=place, cure="Check the spelling of the path")
+            return RemoteNotFound("the repository has no such file", path=place, cure="Check the spelling of the path")
         if status in (401, 403) and not hidden:
             return self._denial(status)
         if status == 404 or hidden:
             known = "with this token" if self.token else "without a token"
             cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
-            return RemoteNotFound(f"no such repository, or not visible {known}", path=place, cure=cure)
+            return RemoteNotFound(f"the repository does not exist, or is not visible {known}", path=place, cure=cure)
         return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
 
     def _denial(self, status: int) -> AccessDenied:
@@ -213,11 +213,11 @@ class HuggingFace(Remote):
         if status == 403:
             cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
             known = "with this token" if self.token else "without a token"
-            return AccessDenied(f"not allowed {known}", path=place, cure=cure)
+            return AccessDenied(f"the hub forbids this {known}", path=place, cure=cure)
         if self.token:
             cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
             return AccessDenied("the hub does not know this token", path=place, cure=cure)
-        return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
+        return AccessDenied("the hub requires a token", path=place, cure=_LOGIN)
 
     def _said(self, error: object) -> str:
         """Return the server's message with tokens and urls removed."""
@@ -228,7 +228,7 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # `send` creates a missing branch from the main one, so the push meets the main branch's files.
+            # `send` creates a missing branch from the main branch, so the push meets the main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -243,16 +243,16 @@ class HuggingFace(Remote):
     def tagged(self, tag: str, commit: str) -> None:
         if self._tag(tag) not in (None, commit):
             place, cure = str(self.uri.at(tag)), "Choose another tag"
-            raise StorageError("the tag is there, on something else", path=place, cure=cure)
+            raise StorageError("the tag exists and points to another commit", path=place, cure=cure)
         try:
             self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit, exist_ok=True))
         except NetworkError:
-            # The tag may be set although the reply was lost.
+            # Check for the tag: it may be set although the reply was lost.
             if self._tag(tag) != commit:
                 raise
 
     def _tag(self, name: str) -> str | None:
-        """Return the commit that a tag points to; None if there is no such tag."""
+        """Return the commit that a tag points to, or None if the tag does not exist."""
 
         def act() -> str | None:
             tags = self._told(f"{self._model}/refs")[0]["tags"]
@@ -266,7 +266,7 @@ def _is_folder(entry: object) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the original error of a failed upload: huggingface_hub wraps it into a `RuntimeError`."""
+    """Return the original error of a failed upload: huggingface_hub wraps it in a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
@@ -280,7 +280,7 @@ _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After",
 """Headers by which huggingface_hub distinguishes refusals."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
-_REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it goes on where it stopped"
+_REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it continues where it stopped"
 _NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
 
 
@@ -292,14 +292,14 @@ def send(
 ) -> str:
     """Create the repository and branch if needed, and make one commit; return its hash."""
     uri, api = remote.uri, remote.api
-    # None leaves the visibility of a new repository to the default of its organisation.
+    # Pass None for a public push: the organisation's default then decides the visibility of a new repository.
     remote.call(lambda: api.create_repo(uri.repo, private=private or None, exist_ok=True))
     head = head_of(remote)
 
     def act() -> str:
         from huggingface_hub import CommitOperationAdd
 
-        # Operations remember that they were uploaded, so each attempt needs new ones.
+        # Create new operations for each attempt: they remember that they were uploaded.
         operations = [CommitOperationAdd(name, _content(content)) for name, content in contents.items()]
         done = api.create_commit(
             uri.repo, operations, commit_message=message, revision=uri.revision, parent_commit=head, num_threads=2
@@ -311,7 +311,7 @@ def send(
 
 
 def head_of(remote: HuggingFace) -> str:
-    """Return the commit to build on; a missing branch is created from the main one."""
+    """Return the commit to build on; create a missing branch from the main branch."""
     uri, hub = remote.uri, type(remote)
     try:
         return hub(uri, remote.token).commit
@@ -319,7 +319,7 @@ def head_of(remote: HuggingFace) -> str:
         if uri.revision is None:
             raise
     branch = uri.revision
-    # The hub accepts commits to existing branches only.
+    # Create the branch first: the hub accepts commits to existing branches only.
     remote.call(lambda: remote.api.create_branch(uri.repo, branch=branch, exist_ok=True))
     return hub(uri, remote.token).commit
 
@@ -328,7 +328,7 @@ def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Cal
     """Commit once, even if the reply is lost.
 
     The request may have succeeded before the connection broke. Then the branch has moved away from `head` and already
-    holds the pushed files, and the new commit is returned instead of an error.
+    holds the pushed files. In that case, return the new commit instead of raising an error.
     """
     try:
         return remote.call(act)
@@ -342,10 +342,10 @@ def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Cal
         else:
             if moved:
                 return now.commit
-        # The hub answers 412 when `parent_commit` is no longer the head of the branch.
+        # The hub answers 412 if `parent_commit` is no longer the head of the branch.
         if "412" in error.why or "refresh" in error.why:
-            cure = "Look at what is there now, and run the same command again"
-            raise NetworkError("somebody else pushed meanwhile", path=str(remote.uri), cure=cure) from None
+            cure = "Look at the current files, and run the same command again"
+            raise NetworkError("somebody else pushed in the meantime", path=str(remote.uri), cure=cure) from None
         raise
 
 
@@ -357,7 +357,7 @@ def _content(content: Content) -> str | bytes:
 def _uploading(endpoint: str) -> Iterator[None]:
     """Silence huggingface_hub's logs and progress bars, and turn xet off for hubs other than Hugging Face's own.
 
-    Other servers do not speak the xet protocol. An environment that disables xet keeps it disabled.
+    Other servers do not support the xet protocol. An environment that disables xet keeps it disabled.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging

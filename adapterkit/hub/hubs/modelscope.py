@@ -1,4 +1,4 @@
-"""ModelScope: `modelscope://org/repo[@revision][/path]`, read through its light client, the package modelscope-hub.
+"""ModelScope: `modelscope://org/repo[@revision][/path]`, read with its light client, the package modelscope-hub.
 
 The client's environment variables apply (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified against the
 sha256 that the hub lists.
@@ -39,7 +39,7 @@ class ModelScope(Listing):
             from modelscope_hub import HubApi
         except ImportError:
             cure = "pip install modelscope-hub"
-            raise Unsupported("modelscope:// needs its own client", path=str(self.uri), cure=cure) from None
+            raise Unsupported("modelscope:// needs the package modelscope-hub", path=str(self.uri), cure=cure) from None
         api = HubApi(token=self.token) if self.token else HubApi()
         _guard(api.legacy, str(self.uri))
         return api
@@ -74,15 +74,17 @@ class ModelScope(Listing):
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
         if status == 404 or type(error).__name__ == "NotExistError":
-            return RemoteNotFound("no such repository, revision or file", path=place, cure="Check the spelling")
+            return RemoteNotFound(
+                "the repository, revision or file does not exist", path=place, cure="Check the spelling"
+            )
         return NetworkError(f"the hub cannot be read ({type(error).__name__})", path=place, cure="Try again")
 
 
 def _guard(client: Any, place: str) -> None:
     """Keep the token at the hub's own origin, and limit the size of all replies except files.
 
-    The client also sends its token as a cookie for the host. By default a cookie is bound to neither port nor scheme,
-    so after a redirect, requests would send it to another port or without encryption. The client itself drops the
+    The client also sends its token as a cookie for the host. By default, a cookie is bound to neither port nor scheme.
+    So after a redirect, requests would send it to another port or without encryption. The client itself drops the
     `Authorization` header in that case.
     """
     home = urlsplit(client._endpoint)

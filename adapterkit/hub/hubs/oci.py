@@ -1,6 +1,6 @@
 """Registries of the OCI distribution specification: `oci://registry/name:tag`.
 
-Write and read the manifest of a ModelPack artifact.
+This file writes and reads the manifest of a ModelPack artifact.
 
 Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
 https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
@@ -71,10 +71,10 @@ DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 
 FILE_PATH = "org.cncf.model.filepath"
 NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
-"""Annotations that name a layer's file; oras writes and reads the last one."""
+"""Annotations that hold the name of a layer's file; oras writes and reads the last one."""
 
 FOLDER = "io.deis.oras.content.unpack"
-"""oras's annotation for a layer that is an archived folder."""
+"""oras's annotation for a layer that is an archive of a folder."""
 
 CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
 DOCUMENTS = (".md",)
@@ -103,14 +103,16 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
 
     Raises:
         Malformed: the bytes are not a manifest.
-        Unsupported: they are an index of several manifests, and nothing says which one is meant.
+        Unsupported: they are an index of several manifests, and it is unclear which one is meant.
     """
     try:
         told = load_json(body.decode())
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the manifest is not valid JSON ({error})", path=place, cure=_ANOTHER) from None
     if isinstance(told, dict) and ("manifests" in told or told.get("mediaType") in INDEXES):
-        raise Unsupported("a list of artifacts, not one", path=place, cure="Name one of them by its digest")
+        raise Unsupported(
+            "this is a list of artifacts, not one artifact", path=place, cure="Name one of them by its digest"
+        )
     if not isinstance(told, dict) or not isinstance(told.get("layers"), list):
         raise Malformed("the manifest has no layers", path=place, cure=_ANOTHER)
     return told
@@ -133,21 +135,23 @@ def _file(layer: Any, where: str, place: str) -> RemoteFile:
     notes = notes if isinstance(notes, dict) else {}
     name = next((notes[key] for key in NAMES if isinstance(notes.get(key), str)), None)
     if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
-        raise Malformed("no sha256 digest", path=place, where=where, cure=_ANOTHER)
+        raise Malformed("the layer has no sha256 digest", path=place, where=where, cure=_ANOTHER)
     if type(size) is not int or size < 0:
-        raise Malformed("no size", path=place, where=where, cure=_ANOTHER)
+        raise Malformed("the layer has no size", path=place, where=where, cure=_ANOTHER)
     if notes.get(FOLDER) == "true" or (kind.startswith("application/vnd.cncf.model.") and ".tar" in kind):
         cure = "Fetch and unpack it with the tool that pushed it"
-        raise Unsupported("an archive of files, which is not unpacked", path=place, where=name or where, cure=cure)
+        raise Unsupported(
+            "the layer is an archive of files, which is not unpacked", path=place, where=name or where, cure=cure
+        )
     if name is None:
-        cure = "This is an image, or was pushed by a tool that names no files"
-        raise Unsupported("a layer without the name of a file", path=place, where=where, cure=cure)
+        cure = "This is an image, or was pushed by a tool that does not store file names"
+        raise Unsupported("the layer has no file name", path=place, where=where, cure=cure)
     return RemoteFile(name, size, digest)
 
 
 def _layer(name: str, digests: Digests) -> dict[str, JsonValue]:
     size, digest, _ = digests
-    # ModelPack tools read the first annotation, and oras the second.
+    # Write both annotations: ModelPack tools read the first, and oras the second.
     notes = {FILE_PATH: name, NAMES[-1]: name}
     return {"mediaType": _kind(name), "digest": digest, "size": size, "annotations": notes}
 
@@ -173,8 +177,8 @@ _ANOTHER = "Tell the artifact's owner, or use another tag"
 # Registries of the OCI distribution specification: `oci://registry/name:tag`.
 #
 # A push writes a ModelPack artifact (github.com/modelpack/model-spec): one raw layer per file, content-addressed, and
-# the tag last. A pull reads any artifact whose layers name their files, such as those of `oras push`. Urls inside a
-# manifest are never followed: they could point to any server.
+# the tag last. A pull reads any artifact whose layers have file names, such as those of `oras push`. Urls inside a
+# manifest are never followed, because they could point to any server.
 
 
 _NAME = re.compile(
@@ -187,12 +191,12 @@ MAX_MANIFEST = 4 << 20
 """Largest manifest that registries must accept, in bytes (OCI distribution specification)."""
 
 TRIES = 3
-"""How often a manifest is fetched while its bytes do not match the digest."""
+"""Number of attempts to fetch a manifest whose bytes do not match the digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class OciUri(Uri):
-    """An artifact, named by its tag or its digest."""
+    """An artifact, given by its tag or its digest."""
 
     def __str__(self) -> str:
         mark = "@" if (self.revision or "").startswith("sha256:") else ":"
@@ -208,7 +212,7 @@ class Distribution(Remote):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         self.host, _, name = uri.repo.partition("/")
-        # Docker Hub's API is on another host than the one in its names.
+        # Docker Hub's API has another host name than its repositories' names.
         server = "registry-1.docker.io" if self.host in DOCKER_HUB else self.host
         self.url = f"{'http' if is_near(server) else 'https'}://{server}/v2/{name}"
         self.admission = Admission(self.host, self.url, str(uri), token)
@@ -227,7 +231,7 @@ class Distribution(Remote):
         """The manifest's digest and content.
 
         Raises:
-            Corrupt: the bytes do not have the digest that the registry or the uri promises.
+            Corrupt: the bytes do not have the digest from the registry or the uri.
             Malformed: the bytes are not a manifest.
         """
         promised = ""
@@ -236,15 +240,15 @@ class Distribution(Remote):
             digest = digests_of(body)[1]
             if promised in ("", digest):
                 return digest, parsed(body, str(self.uri))
-        why = f"the manifest does not have the digest {promised} that is promised"
-        raise Corrupt(why, path=str(self.uri), cure="The registry or something on the way damages it")
+        why = f"the manifest does not have the promised digest {promised}"
+        raise Corrupt(why, path=str(self.uri), cure="The registry or a proxy in between damages it")
 
     def _manifest(self) -> tuple[bytes, str]:
         revision = self.uri.revision or LATEST
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             told = response.headers.get("Docker-Content-Digest", "")
-        # The header is optional and may use another algorithm; then there is nothing to compare with.
+        # Compare sha256 only: the header is optional and may use another algorithm.
         promised = revision if revision.startswith("sha256:") else told
         return body, promised if promised.startswith("sha256:") else ""
 
@@ -269,7 +273,7 @@ class Distribution(Remote):
         for attempt in range(2):
             secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
-                # Only the registry itself may ask for credentials. After a redirect another server answers, and its
+                # Answer a challenge only from the registry itself. After a redirect, another server answers, and its
                 # challenge would name its own realm. containerd sent the password there (CVE-2020-15157).
                 is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
@@ -310,13 +314,15 @@ class Distribution(Remote):
         place, known = str(self.uri), "with these credentials" if self.admission.known else "without credentials"
         login = f"Log in: 'oras login {self.host}' or 'docker login {self.host}'"
         if error.status == 401:
-            return AccessDenied(f"the registry lets nobody in {known}", path=place, cure=login)
+            return AccessDenied(f"the registry denies access {known}", path=place, cure=login)
         if error.status == 403:
             cure = "Use an account that has the right to do this (to write, for a push)"
-            return AccessDenied(f"not allowed {known}", path=place, cure=cure if self.admission.known else login)
+            return AccessDenied(
+                f"the registry forbids this {known}", path=place, cure=cure if self.admission.known else login
+            )
         if error.status == 404:
             named = "no such repository" if error.code == "NAME_UNKNOWN" else f"no tag {self.uri.revision!r}"
-            why = "no such blob: the artifact is not whole" if error.code == "BLOB_UNKNOWN" else named
+            why = "a blob is missing: the artifact is incomplete" if error.code == "BLOB_UNKNOWN" else named
             return RemoteNotFound(why, path=place, cure=f"Check the spelling. If it is private: {login}")
         said = f": {error.said}" if error.said else ""
         return NetworkError(f"the registry answered {error.status}{said}", path=place, cure="Is it an OCI registry?")
@@ -326,19 +332,19 @@ class Distribution(Remote):
         private: bool,
     ) -> str:  # fmt: skip
         if private:
-            cure = "Set it at the registry, and leave --private out"
-            raise UsageError("a registry decides by itself who sees what", path=str(self.uri), cure=cure)
+            cure = "Set the visibility at the registry, and omit --private (private=)"
+            raise UsageError("a push cannot set who sees an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
-        # A registry has no conditional PUT for tags. Comparing before and after the upload leaves a short race.
+        # Compare the tag before and after the upload, which leaves a short race: registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             upload(self, content, found[name][0], found[name][1])
         config, manifest = made(self.uri.repo, self.uri.revision or LATEST, found, message)
         upload(self, config, len(config), digests_of(config)[1])
         if self._now() != before:
-            cure = "Look at what is there now, and run the same command again"
-            raise NetworkError("somebody else pushed meanwhile", path=str(self.uri), cure=cure)
+            cure = "Look at the current files, and run the same command again"
+            raise NetworkError("somebody else pushed in the meantime", path=str(self.uri), cure=cure)
         return self._set(self.uri.revision or LATEST, manifest)
 
     def _now(self) -> str | None:
@@ -358,23 +364,23 @@ class Distribution(Remote):
     def tagged(self, tag: str, commit: str) -> None:
         uri = self.named(f"{self.uri.repo}:{tag}")
         if uri is None:
-            raise UsageError(f"{tag!r} cannot be a tag", path=str(self.uri), cure="Use letters, digits, . - and _")
+            raise UsageError(f"{tag!r} is not a valid tag", path=str(self.uri), cure="Use letters, digits, . - and _")
         there = Distribution(uri, self.token)
         now = there._now()
         if now not in (None, commit):
-            raise StorageError("the tag is there, on something else", path=str(uri), cure="Choose another tag")
+            raise StorageError("the tag exists and points to another commit", path=str(uri), cure="Choose another tag")
         body, _ = self.call(Distribution(self.uri.at(commit), self.token)._manifest)
         there._set(tag, body)
 
 
-# Upload blobs to a registry in chunks, skipping blobs that it already has. A lost chunk is sent again, not the blob.
+# Upload blobs to a registry in chunks; skip blobs that it already has. A lost chunk is sent again, not the whole blob.
 #
 # Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
 #
-# The upload's url is saved to disk, so that another process can continue it. The registry is then asked how many bytes
-# it has, which may end within a chunk. Docker's registry 2.8 puts a signed byte count into its upload urls. It refuses
-# an upload of which it received more than that count (half a chunk, or a chunk whose reply was lost). Then the blob is
-# sent again from its start.
+# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry for
+# the number of bytes received, which may end within a chunk. Docker's registry 2.8 puts a signed byte count into its
+# upload urls. It refuses to continue after more bytes than that count (half a chunk, or a chunk whose reply was lost).
+# Then the blob is sent again from its start.
 
 
 UPLOAD_CHUNK = 16 << 20
@@ -382,14 +388,14 @@ LONGEST = 256 << 20
 """Largest chunk that is held in memory for a registry that requires long chunks."""
 
 ANEW = 6
-"""How often a blob is started again after the registry has lost or damaged it."""
+"""Number of times that a blob is started again after the registry lost or damaged it."""
 
 
 def upload(remote: Distribution, content: Content, size: int, digest: str) -> None:
     """Send a blob unless the registry already has it.
 
     Raises:
-        Corrupt: the received bytes do not have the digest, however often they are sent.
+        Corrupt: the received bytes do not have the digest, even after several attempts.
         NetworkError: the registry cannot be reached or refuses.
     """
     if _has(remote, digest):
@@ -410,13 +416,13 @@ class _Upload:
     """The upload of one blob.
 
     Attributes:
-        location: the upload's current url; None if it has not been started.
-        at: how many bytes the registry has; None if the registry must be asked first.
+        location: the upload's current url; None if the upload has not been started.
+        at: the number of bytes that the registry has; None if the registry must be asked first.
     """
 
     def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
-        # One note for each repository and blob, so that any process pushing the same blob finds it.
+        # Keep one file for each repository and blob, so that any process pushing the same blob finds it.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None
@@ -450,7 +456,7 @@ class _Upload:
         self.at, self.chunk = 0, min(max(UPLOAD_CHUNK, least), LONGEST)
 
     def _step(self) -> None:
-        """Send one chunk, starting at the byte where the registry stands."""
+        """Send one chunk, starting after the last byte that the registry has."""
         location, at = str(self.location), self.at
         if at is None:
             location, at = _asked(self.remote, location)
@@ -458,7 +464,7 @@ class _Upload:
         if chunk:
             location = _patch(self.remote, location, at, chunk)
         self.location, self.at = location, at + len(chunk)
-        # A blob of a single chunk has no state worth saving.
+        # Save the url only for blobs of several chunks: a single chunk is not worth continuing.
         if self.size > self.chunk:
             _keep(self.note, location)
 
@@ -489,14 +495,14 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Start an upload; return its url and the registry's minimum size of all chunks but the last."""
+    """Start an upload; return its url and the registry's minimum size of all chunks except the last."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
 
 
 def _asked(remote: Distribution, location: str) -> tuple[str, int]:
-    """Return an upload's current url, and how many bytes the registry has."""
+    """Return an upload's current url, and the number of bytes that the registry has."""
     with remote.asked("GET", location) as response:
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
         # The range's end is inclusive. Registries answer "0-0" for an empty upload, so 0 means no bytes, not one.
@@ -519,7 +525,7 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
                 pass
         except Refused as error:
             # An earlier attempt may have succeeded although its reply was lost: then the upload is gone (404) and the
-            # blob is there.
+            # blob exists.
             if error.status != 404 or not _has(remote, digest):
                 raise
 
@@ -533,7 +539,7 @@ def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
     """Return the next url, which the registry chooses. It must not downgrade from https to http."""
     target = urljoin(url, response.headers.get("Location", "") or url)
     if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
-        why = f"sends the upload to {urlsplit(target).scheme}://, which is not safe"
+        why = f"the registry directs the upload to {urlsplit(target).scheme}://, which is not safe"
         raise NetworkError(why, path=str(remote.uri), cure="Check the registry's configuration")
     return target
 
@@ -548,14 +554,14 @@ def _read(content: Content, at: int, nbytes: int) -> bytes:
     except OSError as error:
         raise storage_error(error, content) from error
     if len(data) != nbytes:
-        raise Corrupt("has become shorter while it was pushed", path=content, cure="Push again")
+        raise Corrupt("the file became shorter while it was pushed", path=content, cure="Push again")
     return data
 
 
 def _keep(note: Path, location: str) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        # Only the user may read the file: an upload url can carry a signature that allows writing.
+        # Only the user may read the file, because an upload url can carry a signature that allows writing.
         descriptor = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(location)
@@ -573,6 +579,8 @@ def _noted(note: Path, remote: Distribution) -> str | None:
 
 def _said(remote: Distribution, error: Exception, digest: str) -> Exception:
     if getattr(error, "code", "") == "DIGEST_INVALID":
-        cure = "A file changed here while it was pushed, or something on the way damages it: push again"
-        return Corrupt("the registry got other bytes than were sent", path=str(remote.uri), where=digest, cure=cure)
+        cure = "A file changed here while it was pushed, or a proxy in between damages it: push again"
+        return Corrupt(
+            "the registry received other bytes than were sent", path=str(remote.uri), where=digest, cure=cure
+        )
     return remote.failure(error) or error

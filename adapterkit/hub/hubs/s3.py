@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 SIGNED = timedelta(minutes=15)
-"""How long a presigned url is valid. Each request gets its own."""
+"""Lifetime of a presigned url. Each request gets its own url."""
 
 
 class Bucket:
@@ -65,7 +65,7 @@ class Bucket:
             cure = "pip install 'adapterkit[s3]'"
             raise Unsupported("s3:// needs the package obstore", path=place, cure=cure) from None
         self.name, self.place, self.options = name, place, _options()
-        # S3 verifies each upload against this checksum.
+        # Request this checksum, so that S3 verifies each upload.
         self.store: S3Store = S3Store(name, config={"checksum_algorithm": "SHA256"}, **self.options)
         self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
         self.keys: Mapping[str, Any] = _NOBODY if self.anonymous else {}
@@ -93,8 +93,8 @@ class Bucket:
     def page(self, query: Mapping[str, str]) -> bytes:
         """Return the response to a query on the bucket itself.
 
-        obstore signs urls of objects only, and it appends the object's key to the endpoint's url. Here the endpoint
-        ends with the query and an `x-id=` parameter, so the appended key becomes the value of `x-id`. S3 ignores it.
+        obstore signs urls of objects only, and appends the object's key to the endpoint's url. Here, the endpoint
+        ends with the query and an `x-id=` parameter. So the appended key becomes the value of `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -123,12 +123,12 @@ class Bucket:
             yield response
 
 
-# obstore builds a url only while it signs. For anonymous access these keys sign it, and the signature is cut off.
+# For anonymous access, these keys sign a url and the signature is cut off: obstore builds urls only while signing.
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
 def _options() -> dict[str, Any]:
-    """Return the store's options: the same waits as all hubs, and plain HTTP for a server on this machine only."""
+    """Return the store's options: the same timeouts as for all hubs; plain HTTP only for a server on this machine."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
     waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
@@ -162,10 +162,10 @@ def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: b
     Empty objects whose key ends with a slash are skipped: consoles create them to show a folder.
 
     Args:
-        asked: returns the response to a query.
+        asked: a function that returns the response to a query.
         folder: the prefix, without a slash at its end; empty for the whole bucket.
         place: the uri that errors name.
-        deep: include objects in subfolders.
+        deep: True to include objects in subfolders.
 
     Raises:
         Malformed: a response is not a listing.
@@ -211,20 +211,19 @@ def _told(element: Element, name: str) -> str | None:
 
 
 def _name(element: Element) -> str:
-    """Return a tag without its namespace, which some servers leave out."""
+    """Return a tag without its namespace, which some servers omit."""
     return str(element.tag).rpartition("}")[2]
 
 
 # S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 #
-# A push writes a list of the files and their digests beside them. The list is marked as `pushing` before the first
-# upload and as `whole` after the last one. It is claimed by create-if-absent, or by a condition on the ETag that was
-# seen. So two pushes cannot mix, and no reader takes half of one for the whole. Without a list, the objects found in
-# the folder are read, and only sizes are checked.
+# A push writes a list of the files and their digests next to the files. The list is marked as `pushing` before the
+# first upload and as `whole` after the last one. A push claims the list by creating it only if it is absent, or only if
+# it still has the ETag that the push saw. So two pushes cannot mix, and no reader takes half a push for a whole one.
+# Without a list, the objects in the folder are read, and only sizes are checked.
 #
-# Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store's own requests are
-# uploads only; S3 verifies them against a sha256. For uploads the store ignores Retry-After and uses exponential
-# backoff.
+# Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store itself only uploads,
+# and S3 verifies each upload against a sha256. For uploads, the store ignores Retry-After and uses exponential backoff.
 
 
 LIST = ".adapterkit-files.json"
@@ -241,7 +240,7 @@ class S3(Listing):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         if token is not None:
-            raise UsageError("S3 takes no token", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise UsageError("S3 has no tokens", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         self.bucket = Bucket(uri.repo, str(uri))
 
     @classmethod
@@ -253,7 +252,7 @@ class S3(Listing):
 
     @cached_property
     def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
-        """The list of files: its key, content and ETag.
+        """The list of files: its key, content and ETag; None if it does not exist.
 
         A uri may name a file, so the list of the parent folder is tried second.
         """
@@ -284,7 +283,7 @@ class S3(Listing):
         ]
 
     def _found(self) -> Iterator[RemoteFile]:
-        """Yield the objects as they are listed: those of the folder, or those beside a named file."""
+        """Yield the objects in the bucket's listing: those in the folder, or those next to a named file."""
         path, place = self.uri.path, str(self.uri)
         found = objects(self._listing, path, place, deep=True)
         first = next(found, None)
@@ -307,7 +306,7 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing remote files; after an interrupted push, those of the state before it."""
+        """Return the existing remote files by path; after an interrupted push, the files before that push."""
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
         return super().there()
@@ -322,7 +321,7 @@ class S3(Listing):
             content = files[name]
             self._do(lambda name=name, content=content: self._put(name, content))
             if self._do(lambda name=name: self._size(name)) != found[name][0]:
-                raise Corrupt("has another size there than here", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
+                raise Corrupt("the uploaded file has another size", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
         sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
@@ -340,11 +339,11 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
-        # The random name distinguishes this push's claim from another one with the same files.
+        # Add a random name, which distinguishes this push's claim from another one with the same files.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, told: Mapping[str, JsonValue], tag: str | None) -> str | None:
-        """Write the list if it is still in the state that was seen (or still absent); return its new ETag."""
+        """Write the list if its ETag is unchanged, or if it is still absent; return the new ETag."""
         import obstore
 
         mode: Any = "create" if tag is None else {"e_tag": tag}
@@ -355,7 +354,7 @@ class S3(Listing):
                 lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
-            # The write may have succeeded although its reply was lost. Then the stored list is this one.
+            # Read the list back: the write may have succeeded although its reply was lost.
             there, written = self._there(key)
             if there != data:
                 raise error from None
@@ -371,7 +370,7 @@ class S3(Listing):
         return self.call(act)
 
     def passing(self, error: Exception) -> Passing | None:
-        # obstore has already retried its own requests, so its errors are final.
+        # Treat its errors as final: obstore has already retried its own requests.
         if isinstance(error, Passing):
             return error
         return Passing("the connection was lost") if is_transport(error) else None
@@ -387,19 +386,21 @@ class S3(Listing):
         if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
             return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
         if kind in ("AlreadyExistsError", "PreconditionError"):
-            cure = "Look at what is there now, and run the same command again"
-            return NetworkError("somebody else pushed meanwhile", path=place, cure=cure)
+            cure = "Look at the current files, and run the same command again"
+            return NetworkError("somebody else pushed in the meantime", path=place, cure=cure)
         if status is not None:
             return NetworkError(f"the store answered {status}", path=place, cure=_CREDENTIALS)
         if is_transport(error) or isinstance(error, (Passing, TimeoutError)):
             return unreachable(place, "the store", error)
         if type(error).__module__.startswith(("obstore", "builtins.pyo3")):
-            return NetworkError(f"the store cannot be reached or refuses ({kind})", path=place, cure=_CREDENTIALS)
+            return NetworkError(
+                f"the store is not reachable, or refuses access ({kind})", path=place, cure=_CREDENTIALS
+            )
         return None
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status of a refusal; obstore has it in its message only."""
+    """Return the HTTP status of a refusal; obstore gives it in its message only."""
     if isinstance(error, Refused):
         return error.status
     told = re.search(r"non-2xx status code: (\d{3})", str(error))
@@ -415,7 +416,7 @@ def _checked(body: bytes, place: str) -> Mapping[str, JsonValue]:
     """Return the parsed content of a list.
 
     Raises:
-        Corrupt: the bytes are not such a list.
+        Corrupt: the bytes are not a valid list.
     """
     try:
         told = load_json(body.decode())
