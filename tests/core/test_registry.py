@@ -63,6 +63,19 @@ def test_getting_imports_that_one_module(zoo):
 def test_third_parties_add_entries_and_shadow_none(zoo):
     assert zoo["yak"].__name__ == "Yak"
     assert zoo["cat"].__name__ == "Cat"
+    assert zoo.packages() == dict.fromkeys(["alias", "cat", "plain", "yak"], "farm 1.0")
+    assert zoo.refused() == {"cat": "farm 1.0 adds the animal 'cat', which is built in and cannot be replaced"}
+
+
+def test_a_name_in_two_packages_is_refused_and_both_are_named(zoo, tmp_path):
+    (tmp_path / "field-2.0.dist-info").mkdir()
+    (tmp_path / "field-2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: field\nVersion: 2.0\n")
+    (tmp_path / "field-2.0.dist-info" / "entry_points.txt").write_text("[zoo.animals]\nyak = field.yak:Yak\n")
+    assert "yak" in zoo
+    with pytest.raises(Unsupported, match="several packages add the animal 'yak'") as raised:
+        zoo["yak"]
+    assert all(package in str(raised.value) for package in ("farm 1.0", "field 2.0"))
+    assert raised.value.cure.startswith("pip uninstall all but one")
 
 
 @pytest.mark.parametrize("name", ["plain", "alias"])
@@ -83,7 +96,7 @@ def test_an_unknown_name_names_the_nearest(zoo, name, cure):
 
 @pytest.mark.parametrize(("name", "count"), [("twins", 2), ("empty", 0)])
 def test_a_module_without_exactly_one_entry_is_a_mistake_in_the_code(zoo, name, count):
-    with pytest.raises(TypeError, match=f"exactly one Animal, has {count}"):
+    with pytest.raises(TypeError, match=f"exactly one Animal, but has {count}"):
         zoo[name]
 
 
@@ -104,7 +117,7 @@ def test_a_module_may_have_several_entries_that_say_their_names(tmp_path, monkey
     for module, first in (("more", "Cow(Animal): name = 'cow'"), ("other", "Nameless(Animal): pass")):
         file = tmp_path / "farm" / f"{module}.py"
         file.write_text(f"from here import Animal\nclass {first}\nclass Second(Animal): pass\n")
-        with pytest.raises(TypeError, match=f"farm.{module} must define a Animal with a name of its own"):
+        with pytest.raises(TypeError, match=f"farm.{module} must define a Animal that sets `name`"):
             list(Registry("animal", "farm", "farm.animals", Animal, several=True))
         file.unlink()
     for name in [name for name in sys.modules if name.split(".")[0] == "farm"]:
