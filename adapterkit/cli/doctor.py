@@ -56,6 +56,7 @@ def all_checks() -> Iterator[Check]:
     yield Check("cores", "ok", str(_cores()))
     yield memory()
     yield from copies(Path.cwd())
+    yield from plugins()
     yield from defaults()
 
 
@@ -69,6 +70,26 @@ def kernel() -> Check:
         return Check("compiled merge", "ok", f"no, by {OFF}: merges go by numpy")
     cure = "Install a C compiler, then: pip install --force-reinstall --no-deps --no-binary adapterkit adapterkit"
     return Check("compiled merge", "warn", "no: merges go by numpy, with the same bits, about three times slower", cure)
+
+
+def plugins() -> Iterator[Check]:
+    """What installed packages add, and which of it is not used."""
+    from ..formats import FORMATS
+    from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
+    from ..formats.peft.families import FAMILIES as PEFT
+    from ..hub.hubs import HUBS
+    from ..methods import METHODS
+    from ..ops.combiners import COMBINERS
+    from ..quant import SCHEMES
+
+    for registry in (FORMATS, METHODS, COMBINERS, SCHEMES, HUBS, PEFT, ADAPTERHUB):
+        refused = registry.refused()
+        for name, package in registry.packages().items():
+            if name in refused:
+                cure = f"Rename it in the package, or: pip uninstall {package.split()[0]}"
+                yield Check(f"{registry.noun} {name}", "warn", refused[name], cure)
+            else:
+                yield Check(f"{registry.noun} {name}", "ok", f"by {package}")
 
 
 def defaults() -> Iterator[Check]:

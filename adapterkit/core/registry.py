@@ -74,19 +74,42 @@ class Registry(Mapping[str, T], Generic[T]):
         return frozenset(self._loaded)
 
     @cached_property
-    def _third_party(self) -> Mapping[str, EntryPoint]:
+    def _third_party(self) -> Mapping[str, list[EntryPoint]]:
+        """Return name -> the entry points of installed packages, built-in names included."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}
         from importlib.metadata import entry_points
 
-        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._builtin}
+        points: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self.group):
+            several = points.setdefault(point.name, [])
+            # A package that two folders of the path hold is found twice.
+            if point.value not in [each.value for each in several]:
+                several.append(point)
+        return points
+
+    def packages(self) -> dict[str, str]:
+        """Return the names that installed packages add -> the package, as `acme-adapters 1.0`; several with commas."""
+        return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
+
+    def refused(self) -> dict[str, str]:
+        """Return the names among `packages()` that are not used -> why: they are built in, or in several packages."""
+        return {
+            name: f"{packages} adds the {self.noun} {name!r}, which is built in and cannot be replaced"
+            if name in self._builtin
+            else f"several packages add the {self.noun} {name!r}: {packages}"
+            for name, packages in self.packages().items()
+            if name in self._builtin or len(self._third_party[name]) > 1
+        }
 
     def _load(self, name: str) -> T:
         if name in self._builtin:
             return self._loaded[name] if self.several else self._entry(import_module(f"{self.package}.{name}"))
-        if name in self._third_party:
-            return self._foreign(name, self._third_party[name].load())
+        if len(points := self._third_party.get(name, ())) == 1:
+            return self._foreign(name, points[0].load())
+        if points:
+            raise Unsupported(self.refused()[name], cure=f"pip uninstall all but one of {self.packages()[name]}")
         cure = nearest(name, self) or f"Known: {', '.join(self)}"
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
@@ -117,6 +140,11 @@ class Registry(Mapping[str, T], Generic[T]):
             value for value in vars(module).values()
             if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__
         ]  # fmt: skip
+
+
+def _package(point: EntryPoint) -> str:
+    """Return the name and version of the package that has an entry point."""
+    return point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
 @lru_cache

@@ -71,6 +71,7 @@ class CombinerTests:
         return combine(adapters, self.combiner, weights, **given)
 
     def test_it_says_where_it_is_from(self) -> None:
+        assert self.combiner not in COMBINERS.refused(), COMBINERS.refused()[self.combiner]
         cls = COMBINERS[self.combiner]
         assert cls.title, "set `title` to the combiner's name in print"
         assert cls.paper, "set `paper` to the source of the formula"

@@ -89,6 +89,7 @@ class FormatTests:
         return Adapter(updates)
 
     def test_it_is_one_class_in_a_module_of_its_name(self) -> None:
+        assert self.format not in FORMATS.refused(), FORMATS.refused()[self.format]
         cls = FORMATS[self.format]
         assert cls.__module__.rpartition(".")[2] == self.format
         assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the format"

@@ -37,6 +37,7 @@ class HubTests:
         return folder
 
     def test_it_is_registered(self) -> None:
+        assert self.scheme not in HUBS.refused(), HUBS.refused()[self.scheme]
         assert HUBS[self.scheme].__module__.rpartition(".")[2] == self.scheme
 
     def test_what_is_pushed_is_pulled(self, adapter: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class MethodTests:
         raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the class of its tests")
 
     def test_it_says_where_it_is_from(self) -> None:
+        assert self.method not in METHODS.refused(), METHODS.refused()[self.method]
         cls = METHODS[self.method]
         assert cls.__module__.rpartition(".")[2] == self.method
         assert cls.kind in ("additive", "weight", "output", "context")

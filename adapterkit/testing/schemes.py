@@ -41,6 +41,7 @@ class SchemeTests:
         return open_checkpoint(folder), numbers
 
     def test_it_says_what_it_is(self) -> None:
+        assert self.scheme not in SCHEMES.refused(), SCHEMES.refused()[self.scheme]
         cls = SCHEMES[self.scheme]
         assert cls.url.startswith(("http://", "https://")), "set `url` to the description of the layout"
         assert cls.description, "set `description` to one line about the scheme"

@@ -63,6 +63,19 @@ def test_getting_imports_that_one_module(zoo):
 def test_third_parties_add_entries_and_shadow_none(zoo):
     assert zoo["yak"].__name__ == "Yak"
     assert zoo["cat"].__name__ == "Cat"
+    assert zoo.packages() == dict.fromkeys(["alias", "cat", "plain", "yak"], "farm 1.0")
+    assert zoo.refused() == {"cat": "farm 1.0 adds the animal 'cat', which is built in and cannot be replaced"}
+
+
+def test_a_name_in_two_packages_is_refused_and_both_are_named(zoo, tmp_path):
+    (tmp_path / "field-2.0.dist-info").mkdir()
+    (tmp_path / "field-2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: field\nVersion: 2.0\n")
+    (tmp_path / "field-2.0.dist-info" / "entry_points.txt").write_text("[zoo.animals]\nyak = field.yak:Yak\n")
+    assert "yak" in zoo
+    with pytest.raises(Unsupported, match="several packages add the animal 'yak'") as raised:
+        zoo["yak"]
+    assert all(package in str(raised.value) for package in ("farm 1.0", "field 2.0"))
+    assert raised.value.cure.startswith("pip uninstall all but one")
 
 
 @pytest.mark.parametrize("name", ["plain", "alias"])

@@ -194,3 +194,14 @@ def test_a_fault_in_an_addition_fails_its_tests(package, forked, fault):
     path.write_text(text[:start] + text[start:].replace(right, wrong))
     code, said = forked(package, "-k", word)
     assert code == 1, said
+
+
+def test_an_addition_with_a_built_in_name_fails(package, forked):
+    """The built-in class would be tested in its place, and every test would pass."""
+    points = next(package.rglob("entry_points.txt"))
+    points.write_text(points.read_text().replace("acme = ", "minlora = "))
+    tests = next(path for path in package.rglob("test_*.py") if 'format = "acme"' in path.read_text())
+    tests.write_text(tests.read_text().replace('format = "acme"', 'format = "minlora"'))
+    code, said = forked(package, "-k", "module_of_its_name")
+    assert code == 1, said
+    assert "which is built in and cannot be replaced" in said
