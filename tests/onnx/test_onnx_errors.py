@@ -23,6 +23,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.methods import METHODS
+from adapterkit.testing import example
 
 
 def lora(out=8, into=16, path="0", **more):
@@ -100,8 +101,8 @@ def test_targets_and_shapes(plain, tmp_path):
 
 def test_methods_that_a_layer_or_a_mode_cannot_take(plain, tmp_path):
     out = tmp_path / "out.onnx"
-    dora = METHODS["dora"](A=torch.randn(2, 16), B=torch.randn(8, 2), magnitude=torch.ones(8))
-    refused(Unsupported, "leave the base as it is", plain, Adapter({Target("0"): (dora,)}), out, mode="slots")
+    compacter = Adapter({Target("0"): (example("compacter", {"out": 8, "in": 16}),)})
+    refused(Unsupported, "leave the base as it is", plain, compacter, out, mode="slots")
     refused(UsageError, "unknown mode", plain, lora(), out, mode="other")
     bare = graphs.saved(graphs.built("unbiased")[2], tmp_path / "bare.onnx")
     replaced = Adapter({Target("0"): (METHODS["replacement"](bias=torch.ones(8)),)})
