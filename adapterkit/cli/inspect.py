@@ -251,6 +251,8 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
     yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
     if record.get("architecture"):
         yield f"  GGUF of {record['architecture']}" + (f": {record['name']}" if record.get("name") else "")
+    if packed := record.get("quantized"):
+        yield "  " + _packed(packed)
     if record.get("families"):
         yield f"  family: {' or '.join(record['families'])}"
     if record.get("licence"):
@@ -268,6 +270,14 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
     yield TextTable(("dtype", "tensors", "parameters", "bytes"), counts)
     if len(record["tensors"]) > FEW and not every:
         yield "--all lists every tensor"
+
+
+def _packed(quantized: Mapping[str, Any]) -> str:
+    """The scheme of a quantized base, and its size without it."""
+    if quantized["scheme"] is None:
+        return f"quantized, in a way that is not read: {quantized['why']}"
+    weights = counted(quantized["weights"], "weight")
+    return f"quantized: {quantized['scheme']}, {weights}; {counted(quantized['parameters'], 'parameter')} in all"
 
 
 def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -396,7 +396,7 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
     return {
         "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
         "files": [file.name for file in base.files], **({"warnings": said} if said else {}), **told,
-        "tensors": tensors,
+        **_quantization(base), "tensors": tensors,
         "totals": {
             **_total(tensors),
             "dtypes": {dtype: _total([t for t in tensors if t["dtype"] == dtype]) for dtype in dtypes},
@@ -427,6 +427,21 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         told |= {word: said[key] for word, key in _GGUF.items() if key in said}
     found = _families_of_base(base, str(told.get("architecture", "")))
     return records, {**told, **({"families": found} if found else {})}
+
+
+def _quantization(base: Checkpoint) -> dict[str, Any]:
+    """Return the scheme of a quantized base, and how many parameters its packed weights stand for."""
+    from ..errors import AdapterkitError
+    from ..quant import dequantized, is_quantized
+
+    if not is_quantized(base):
+        return {}
+    try:
+        seen = dequantized(base)
+    except AdapterkitError as error:
+        return {"quantized": {"scheme": None, "why": error.why}}
+    count = sum(math.prod(tensor.shape) for tensor in seen.tensors.values())
+    return {"quantized": {"scheme": seen.scheme, "weights": len(seen.packed), "parameters": count}}
 
 
 def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
