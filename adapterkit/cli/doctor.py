@@ -73,7 +73,7 @@ def kernel() -> Check:
 
 
 def plugins() -> Iterator[Check]:
-    """What installed packages add, and which of it is not used."""
+    """Check what installed packages add, and which of their entries are not used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT

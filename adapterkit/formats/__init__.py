@@ -318,7 +318,7 @@ def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[st
         return
     first, second = public(str(place)), public(os.fspath(path))
     cure = f"Swap them: BASE comes first, then its adapters: {second} {first}"
-    raise UsageError(f"{first} is an adapter, and {second} is none", cure=cure)
+    raise UsageError(f"{first} is an adapter, and {second} is not", cure=cure)
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:

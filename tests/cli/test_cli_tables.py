@@ -45,8 +45,8 @@ def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Pa
 @pytest.mark.parametrize(
     ("texts", "why"),
     [
-        ([], "<!-- table:combine -->"),
-        (["nothing"], "<!-- table:combine -->"),
+        ([], "<!-- table:authors -->"),
+        (["nothing"], "<!-- table:authors -->"),
         ([BLOCKS + "<!-- table:colours -->\n<!-- /table -->\n"], "unknown table 'colours'"),
         ([BLOCKS, "<!-- table:quant -->\n<!-- /table -->\n"], "'quant' is in more than one page"),
     ],

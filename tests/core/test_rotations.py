@@ -313,7 +313,11 @@ BROKEN = [
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),
     ({"peft_type": "ROAD", "variant": "road_3"}, {"road_theta": (3,), "road_alpha": (3,)}, "road_3"),
-    ({"peft_type": "ROAD", "group_size": 3}, {"road_theta": (3,), "road_alpha": (3,)}, "do not go in pairs"),
+    (
+        {"peft_type": "ROAD", "group_size": 3},
+        {"road_theta": (3,), "road_alpha": (3,)},
+        "a group has an odd number of outputs",
+    ),
     ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, but by the config 5 stay"),
     ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a valid regular expression"),
     (PSOFT | {"psoft_orth": False}, {"psoft_R.weight": (3,)}, "rank 3"),

@@ -272,7 +272,7 @@ def test_a_checkpoint_with_sats_loras_inside_is_named(tmp_path):
     stem = "model.diffusion_model.transformer.layers.0.attention.query_key_value"
     tensors = {f"{stem}.original.weight": np.zeros((12, 4), "f4"), f"{stem}.matrix_A.0": np.zeros((2, 4), "f4")}
     save_file(tensors | {f"{stem}.matrix_B.0": np.zeros((4, 2), "f4")}, tmp_path / "given.safetensors")
-    assert "those of a LoRA of SwissArmyTransformer" in run("inspect", tmp_path / "given.safetensors").output
+    assert "belong to a LoRA of SwissArmyTransformer" in run("inspect", tmp_path / "given.safetensors").output
 
 
 def test_each_kind_has_a_case():

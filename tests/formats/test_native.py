@@ -289,7 +289,7 @@ def test_updates_that_disagree_at_one_target_are_refused():
     dense = METHODS["dense"](D=from_numpy(np.ones((3, 5))))
     with pytest.raises(ak.AdapterkitError, match="in is 5 here, but 4"):
         Adapter({Target("q"): (lora(), dense)}).validate()
-    with pytest.raises(ak.AdapterkitError, match="out=3 here, out=2"):
+    with pytest.raises(ak.AdapterkitError, match="out is 3 here, but 2"):
         Adapter({Target("q", rows=(4, 6)): (lora(),)}).validate()
 
 

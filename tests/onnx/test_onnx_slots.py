@@ -196,9 +196,9 @@ def test_the_check_sees_a_slot_that_nothing_fills(slots, tmp_path, monkeypatch):
     """A fault of the writer of the adapter file is found by the check, and what was there before stays."""
     before = {path.name: path.read_bytes() for path in tmp_path.glob("slots.*")}
 
-    def lacking(model, adapter, out):
+    def lacking(model, adapter, out, **options):
         rest = ak.Adapter({t: tuple(u.replace(scaling=1.0) for u in us) for t, us in adapter.updates.items()})
-        return real(model, rest, out)
+        return real(model, rest, out, **options)
 
     real = injecting.write_adapter
     monkeypatch.setattr(injecting, "write_adapter", lacking)

@@ -138,7 +138,7 @@ def test_a_dense_result_that_its_dtype_cannot_hold_names_the_target():
         for _ in range(2)
     ]
     made = ak.ops.combine(huge, "ties", dtype="F32")
-    with pytest.raises(Malformed, match=f"{re.escape(str(Q))}: a result that F32 cannot hold"):
+    with pytest.raises(Malformed, match=f"{re.escape(str(Q))}: a result is out of the range of F32"):
         made.updates[Q][0].D.numpy()
 
 

@@ -138,7 +138,7 @@ def licensed(path: Path, name: str | None) -> None:
 
 @pytest.mark.parametrize(("base", "lora", "words"), [
     ("llama3.1", "cc-by-nc-4.0", r"no commercial use, because of lora"),
-    ("gpl-2.0", "gpl-3.0", "each asks for the whole"),
+    ("gpl-2.0", "gpl-3.0", "each requires that the whole is under it"),
     ("apache-2.0", None, "lora names no licence"), (None, "mit", "the base names no licence"),
     ("apache-2.0", "acme-1", "lora is under acme-1, which is not in the table"),
 ])  # fmt: skip
