@@ -106,7 +106,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self, name: str) -> T:
         if name in self._builtin:
             return self._loaded[name] if self.several else self._entry(import_module(f"{self.package}.{name}"))
-        if len(points := self._third_party.get(name, ())) == 1:
+        if len(points := self._third_party.get(name, [])) == 1:
             return self._foreign(name, points[0].load())
         if points:
             raise Unsupported(self.refused()[name], cure=f"pip uninstall all but one of {self.packages()[name]}")

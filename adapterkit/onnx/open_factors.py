@@ -105,12 +105,12 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
 
     whole = adapter.replace(updates={target: adapter.updates[target]})
     (place, *_) = resolve(model, whole, None if base is None else opened_base(base))
-    if len(place.updates) > 1:
+    update, *more = place.updates
+    if more:
         methods = ", ".join(update.method for update in place.updates)
         raise Unsupported(f"slots for {methods} at one target", where=str(target), cure="Inject it as constants")
     spot = place.spots[0]
     W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)
-    (update,) = place.updates
     bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias else None
     b = None if bias is None else bias.numbers().astype(np.float64)
     rows = place.target.rows
