@@ -493,7 +493,7 @@ def test_a_name_that_fits_two_places_is_refused(name, files, tmp_path):
     if name == "tinker":
         path = tmp_path / "t"
         ak.write(ak.Adapter({**llama().updates, Target("lm_head"): (lora(12, 16),)}), path, name)
-    with pytest.raises(TargetNotFound, match="exactly one module must have this name|2 modules with this name"):
+    with pytest.raises(TargetNotFound, match=r"exactly one module must have this name|2 modules with this name"):
         ak.read(path, name, base)
 
 

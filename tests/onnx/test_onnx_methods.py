@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Unsupported
-from adapterkit.io.lazy import as_lazy
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
 
 OF_LAYERS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight", "output")]
@@ -37,6 +37,13 @@ def in_torch(model, adapter, x):
         return None
     handle.remove()
     return y, changed
+
+
+def is_base(model, update, kind, x, fill):
+    """Whether an update whose tensors hold nothing but `fill` leaves the model as it is, in torch."""
+    filled = update.map(lambda leaf: from_numpy(np.full_like(as_lazy(leaf).numpy(), fill)))
+    found = in_torch(model, adapter_of(filled, kind), x)
+    return found is not None and torch.allclose(*found, rtol=1e-9, atol=1e-9)
 
 
 MAIN = ["matmul", "gemm", "conv2d", "groups", "embedding"]
@@ -83,6 +90,11 @@ def test_slots_are_the_base_until_they_are_filled(method, kind, data, made, clos
     if wanted is None or update.attributes.get("residual") or update.attributes.get("norm"):
         return
     path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    if not any(is_base(model, update, kind, x, fill) for fill in (0.0, 1.0)):
+        # A bottleneck may read its layer norm, or add its input twice, whatever its matrices are.
+        with pytest.raises(Unsupported, match="leave the base as it is"):
+            ak.onnx.inject(path, adapter, out, mode="slots")
+        return
     ak.onnx.inject(path, adapter, out, mode="slots")
     np.testing.assert_array_equal(graphs.run(out, x), graphs.run(path, x))
     feeds = {f"0.{method}.{name}": as_lazy(leaf).numpy().astype("f4") for name, leaf in update.tensors.items()}
