@@ -393,7 +393,7 @@ def check_passed(found: Gate) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("size", [1.0, 0.1])
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.05])
 def test_a_sound_merge_into_16_bits_passes(root: str, tmp_path: Path, dtype: str, size: float) -> None:
     base, adapter = world("llama", root, dtype)
     adapter = scaled(adapter, size)

@@ -21,6 +21,8 @@ import adapterkit as ak
 from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
 from adapterkit.gating.inputs import texts_of
 from adapterkit.gating.null import null_adapter
+from adapterkit.gating.result import AdapterEffect, KeptEffect, ModulePart, Thresholds
+from adapterkit.gating.verdicts import checks_of
 from adapterkit.io.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -296,3 +298,22 @@ def test_another_base_is_a_warning_or_refused(root: str, tmp_path: Path) -> None
     assert "org/one" in ak.gate(other, tmp_path / "adapter", **FAST).warnings[0]
     with pytest.raises(CheckFailed, match="org/one"):
         ak.gate(other, tmp_path / "adapter", strict_base=True, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("rounded", "fault", "kept", "ok"),
+    [
+        (True, "", 0.995, True),
+        (False, "", 0.995, False),
+        (True, "scale x 0.9", 0.995, False),
+        (True, "", 0.5, False),
+    ],
+)
+def test_a_scale_that_rounding_explains_passes(rounded: bool, fault: str, kept: float, ok: bool) -> None:
+    """SmolLM2 in bfloat16 kept 99.5 % of a LoRA's effect and 90 % of its size: small numbers of the change were lost."""
+    effect = AdapterEffect(0.5, "nats a token", None, None, None, None, None, finite=True)
+    part = ModulePart("layers.0.q_proj", touched=True, scale=0.9, error=0.4, finite=True, fault=fault, rounded=rounded)
+    merged = KeptEffect("merged", "m", divergence=0.002, kept=kept, scale=0.9 - 1e-3, dtype="BF16", parts=(part,))
+    (scale,) = (check for check in checks_of(effect, [merged], Thresholds()) if check.name == "scale")
+    assert scale.ok is ok
+    assert ("Rounding to BF16" in scale.text) is ok
