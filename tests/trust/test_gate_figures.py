@@ -310,7 +310,7 @@ def test_another_base_is_a_warning_or_refused(root: str, tmp_path: Path) -> None
     ],
 )
 def test_a_scale_that_rounding_explains_passes(rounded: bool, fault: str, kept: float, ok: bool) -> None:
-    """SmolLM2 in bfloat16 kept 99.5 % of a LoRA's effect and 90 % of its size: small numbers of the change were lost."""
+    """SmolLM2 in bfloat16 kept 99.5 % of a LoRA's effect and 90 % of its size: small numbers were lost."""
     effect = AdapterEffect(0.5, "nats a token", None, None, None, None, None, finite=True)
     part = ModulePart("layers.0.q_proj", touched=True, scale=0.9, error=0.4, finite=True, fault=fault, rounded=rounded)
     merged = KeptEffect("merged", "m", divergence=0.002, kept=kept, scale=0.9 - 1e-3, dtype="BF16", parts=(part,))
