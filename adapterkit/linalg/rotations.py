@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Malformed, ShapeMismatch
 from .namespace import namespace
+from .torch_draws import seeded
 
 
 def block_size(pairs: int) -> int:
@@ -188,8 +189,7 @@ def singular_by_sketch(W: Any, r: int, steps: int, seed: int) -> tuple[Any, Any,
 
     live = isinstance(W, torch.Tensor)
     host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         U, S, V = torch.svd_lowrank(host, q=r, niter=steps)
     return tuple(
         part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype) for part in (U, S, V.T.contiguous())

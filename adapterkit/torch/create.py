@@ -18,6 +18,7 @@ from ..core.adapter import LAYOUTS, Adapter, BaseRef, Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
+from ..linalg.torch_draws import seeded
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
@@ -128,8 +129,7 @@ def create(
     if shared and rank_pattern:
         raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Leave it out")
     updates: dict[Target, tuple[Update, ...]] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         for path, target in places.items():
             given = shared | attributes | sizes[path].attributes(use_rslora)
             plain = replace(target, path=unwrapped(model, path))
