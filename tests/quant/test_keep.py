@@ -8,28 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import run
-from quantized_vectors import CASES, VECTORS, adapter_for
+from quantized_vectors import CASES, VECTORS, adapter_for, name, stored
 from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import UsageError
-from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.quant import dequantized
 
 FOUR = VECTORS / "gptq" / "four"
 SMALL = 0.02
 """Size of the change, relative to the weight: less than a step of four bits."""
-
-
-def name(case: Path) -> str:
-    return case.relative_to(VECTORS).as_posix()
-
-
-def stored(folder: Path) -> np.ndarray:
-    weights = [
-        weight.lazy().torch().double().numpy() for weight in dequantized(open_checkpoint(folder)).packed.values()
-    ]
-    return weights[0] if len(weights) == 1 else np.stack(weights)
 
 
 def along(case: Path, error: np.ndarray, delta: np.ndarray) -> float:

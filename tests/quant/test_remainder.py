@@ -9,27 +9,13 @@ import pytest
 import torch
 from command_line import record, run
 from peft import PeftModel
-from quantized_vectors import CASES, VECTORS, adapter_for
+from quantized_vectors import CASES, VECTORS, adapter_for, name, stored
 from safetensors.torch import save_file
 
 import adapterkit as ak
 from adapterkit.errors import UsageError
-from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.quant import dequantized
 
 FOUR = VECTORS / "gptq" / "four"
-
-
-def name(case: Path) -> str:
-    return case.relative_to(VECTORS).as_posix()
-
-
-def stored(folder: Path) -> np.ndarray:
-    """All packed weights, as the library of their scheme computes with them; experts that lie apart are stacked."""
-    weights = [
-        weight.lazy().torch().double().numpy() for weight in dequantized(open_checkpoint(folder)).packed.values()
-    ]
-    return weights[0] if len(weights) == 1 else np.stack(weights)
 
 
 def change(adapter: ak.Adapter) -> np.ndarray:

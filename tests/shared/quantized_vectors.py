@@ -7,11 +7,25 @@ import torch
 from safetensors.torch import load_file
 
 import adapterkit as ak
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.methods.lora import LoRA
+from adapterkit.quant import dequantized
 
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors" / "quant"
 
 CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json") if path.parts[-3] != "hqq")
+
+
+def name(case):
+    """The id of a vector in the names of tests."""
+    return case.relative_to(VECTORS).as_posix()
+
+
+def stored(folder):
+    """All packed weights, as the library of their scheme computes with them; experts that lie apart are stacked."""
+    packed = dequantized(open_checkpoint(folder)).packed.values()
+    weights = [weight.lazy().torch().double().numpy() for weight in packed]
+    return weights[0] if len(weights) == 1 else np.stack(weights)
 
 
 def target(case):
