@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import Malformed, UsageError, shown
+from ..gating.result import AdapterEffect, GateCheck, KeptEffect
 from ..io.inputs import read_input
 from ..io.strict_json import check_size, load_json
 
@@ -22,53 +23,6 @@ MOST_MODULES = 40
 """Modules that are shown of each model: those with a fault first, in the order in which they run."""
 
 
-class _Check(msgspec.Struct, frozen=True):
-    model: str
-    name: str
-    text: str
-    ok: bool | None = None
-    value: float | None = None
-    limit: float | None = None
-
-
-class _Effect(msgspec.Struct, frozen=True):
-    divergence: float
-    unit: str = ""
-    null: float | None = None
-    agreement: float | None = None
-    perplexity_base: float | None = None
-    perplexity: float | None = None
-
-
-class _Module(msgspec.Struct, frozen=True):
-    module: str
-    error: float
-    touched: bool = False
-    scale: float | None = None
-    fault: str = ""
-    rounded: bool = False
-
-
-class _Block(msgspec.Struct, frozen=True):
-    block: int
-    difference: float
-    change: float
-
-
-class _Kept(msgspec.Struct, frozen=True):
-    model: str
-    path: str
-    divergence: float | None = None
-    kept: float | None = None
-    scale: float | None = None
-    agreement: float | None = None
-    perplexity: float | None = None
-    dtype: str | None = None
-    parts: tuple[_Module, ...] = ()
-    blocks: tuple[_Block, ...] = ()
-    why: str | None = None
-
-
 class GateFigures(msgspec.Struct, frozen=True):
     """The fields of a gate's record that the page shows."""
 
@@ -76,9 +30,9 @@ class GateFigures(msgspec.Struct, frozen=True):
     base: str
     adapters: tuple[str, ...]
     data: str
-    effect: _Effect
-    checks: tuple[_Check, ...]
-    kept: tuple[_Kept, ...]
+    effect: AdapterEffect
+    checks: tuple[GateCheck, ...]
+    kept: tuple[KeptEffect, ...]
     verdicts: tuple[str, ...]
     seed: int = 0
     device: str = ""
@@ -143,7 +97,7 @@ def _runs(gate: GateFigures) -> list[tuple[Any, ...]]:
     ]
 
 
-def _modules(kept: _Kept) -> list[str]:
+def _modules(kept: KeptEffect) -> list[str]:
     found = [part for part in kept.parts if part.touched or part.fault]
     if not found:
         return []
@@ -160,7 +114,7 @@ def _modules(kept: _Kept) -> list[str]:
     return [f"<h3>Modules of {escape(kept.path)}</h3><p>{escape(told + more)}</p>", _table("Modules", names, rows)]
 
 
-def _blocks(kept: _Kept) -> list[str]:
+def _blocks(kept: KeptEffect) -> list[str]:
     if not kept.blocks:
         return []
     rows = [(each.block, each.difference, each.change) for each in kept.blocks]
