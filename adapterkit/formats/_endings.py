@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError
 from ..io import safetensors
@@ -11,6 +11,8 @@ from ..io.torch_file import is_torch_file, read_torch_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ..io.lazy import Lazy
 
 _ENDINGS = re.compile(
     r"(.+?)\.((?:lora_(?:A|B|down|up|mid|magnitude_vector|a|b)(?:\.[\w-]+)?(?:\.weight|\.bias)?"
@@ -21,7 +23,7 @@ _ENDINGS = re.compile(
 _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
-def adapter_modules(path: Path) -> dict[str, dict[str, Any]]:
+def adapter_modules(path: Path) -> dict[str, dict[str, Lazy | safetensors.Entry]]:
     """Group tensors as module -> slot -> tensor if every key ends like an adapter's; otherwise return an empty dict.
 
     Args:
@@ -30,12 +32,12 @@ def adapter_modules(path: Path) -> dict[str, dict[str, Any]]:
     try:
         if not path.is_file():
             return {}
-        tensors: dict[str, Any] = (
+        tensors: dict[str, Lazy | safetensors.Entry] = (
             dict(read_torch_file(path)) if is_torch_file(path) else dict(safetensors.read_header(path).entries)
         )
     except AdapterkitError:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Lazy | safetensors.Entry]] = {}
     told = False
     for key, tensor in tensors.items():
         match = _ENDINGS.fullmatch(key)

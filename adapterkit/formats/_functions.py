@@ -8,7 +8,7 @@ single elements are independent, so the total error is the root of a sum of squa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Target, Updates
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
 
     Array = np.ndarray[Any, Any]
 
@@ -207,7 +208,7 @@ class _Weight:
                     self._place(found, (part, expert), target, answer)
         return found
 
-    def _answers(self, target: Target, updates: list[Any]) -> Iterator[tuple[str, _Answer]]:
+    def _answers(self, target: Target, updates: Sequence[Update]) -> Iterator[tuple[str, _Answer]]:
         shape = self._shape(target)
         changing = [update for update in updates if update.changes_weight]
         if changing:
@@ -228,7 +229,7 @@ class _Weight:
     def _additive(self) -> bool:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
-    def _sum(self, updates: list[Any], shape: tuple[int, ...]) -> _Answer:
+    def _sum(self, updates: Sequence[Update], shape: tuple[int, ...]) -> _Answer:
         """Compute D @ x of additive updates; low-rank updates are applied factor by factor."""
         import numpy as np
 
@@ -243,12 +244,13 @@ class _Weight:
             answer.squares += squares * self.unit**2
         return answer
 
-    def _change(self, updates: list[Any], W: Array) -> _Answer:
+    def _change(self, updates: Sequence[Update], W: Array) -> _Answer:
         """Compute W' - W for updates that depend on the weight."""
-        new: Any = W
+        new = cast("torch.Tensor", W)
         for update in updates:
             new = update.new_weight(new)
-        return self._rounded((new - W).reshape(len(W), -1), new)
+        changed = cast("Array", new)
+        return self._rounded((changed - W).reshape(len(W), -1), changed)
 
     def _rounded(self, value: Array, numbers: Array) -> _Answer:
         import numpy as np
@@ -292,15 +294,16 @@ class _Weight:
         raise UsageError("only the base shows the shape of its weight", cure="Give the base with --base (base=)")
 
 
-def _random(shape: tuple[int, ...]) -> Any:
+def _random(shape: tuple[int, ...]) -> Array:
     import numpy as np
 
     return np.random.default_rng(7).normal(size=shape)
 
 
-def _values(leaf: Any) -> Any:
+def _values(leaf: Leaf) -> torch.Tensor:
+    """Return a leaf's numbers for a formula, whose type hints name torch tensors."""
     array = as_array(leaf)
-    return array.astype("<f8") if as_lazy(leaf).dtype.floating else array
+    return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 
 
 def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int], _Answer]) -> str:

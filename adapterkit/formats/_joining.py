@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Target
 from ..core.updates import Update
@@ -83,7 +83,7 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
     return made, lines
 
 
-def _summed(given: Sequence[Any], axis: int) -> LoRA:
+def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
     first: LoRA = given[0]
     As = [as_lazy(update.A) for update in given]
     Bs = [_scaled(as_lazy(u.B), u.scaling / first.scaling if first.scaling else 1.0) for u in given]
@@ -114,7 +114,7 @@ def _apart(parts: Sequence[Target]) -> bool:
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
-def _joined(parts: Sequence[tuple[Target, Any]], out: int) -> LoRA:
+def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
     parts = sorted(parts, key=lambda part: part[0].rows or (0, 0))
     axis = int(parts[0][0].stacked)
     first: LoRA = parts[0][1]
@@ -146,5 +146,5 @@ def _zeros(like: Lazy, count: int, axis: int) -> list[Lazy]:
     return [arrange.zeros(shape, like.dtype)] if count else []
 
 
-def _rank(update: Any, target: Target) -> int:
+def _rank(update: LoRA, target: Target) -> int:
     return int(update.A.shape[int(target.stacked)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
@@ -25,6 +25,7 @@ from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array
     from ._pairs import Pair, Slots
 
 FORMAT = "loralib"
@@ -86,7 +87,7 @@ class LoraLib(Format):
 
 
 def _decode(
-    tensors: Mapping[str, Lazy], settings: Mapping[str, Any], base: Checkpoint | None
+    tensors: Mapping[str, Lazy], settings: LoralibSettings, base: Checkpoint | None
 ) -> Iterator[tuple[Target, LoRA]]:
     enabled = settings.get("enable_lora")
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
@@ -152,7 +153,7 @@ def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) 
     return LoRA(**wide, scaling=alpha / rank)
 
 
-def _kron(k: int, A: Any) -> Any:
+def _kron(k: int, A: Array) -> Array:
     import numpy as np
 
     whole = np.zeros((k, A.shape[0], k, A.shape[1]), A.dtype)

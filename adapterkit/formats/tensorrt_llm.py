@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -168,7 +168,7 @@ def _swapped(B: Lazy) -> Lazy:
     return joined([part(B, half, B.shape[0]), part(B, 0, half)])
 
 
-def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
+def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
     flat = []
     records: list[int] = []
     for target, update in pairs.items():

@@ -5,7 +5,7 @@ A folder without a head and without experts looks like PEFT's, and is read as PE
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,9 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     return rank, alpha
 
 
-def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None) -> Any:
+def _decode(
+    tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None
+) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     own = _OwnNames(base)
     for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
         if not key.startswith(PREFIX):
@@ -120,7 +122,9 @@ def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoi
         yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
 
-def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -> Any:
+def _experts(
+    name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames
+) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     A, B = slots["A"], slots["B"]
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
     if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unsupported, UsageError
@@ -25,7 +25,9 @@ from ._pairs import check_factors, expressible, finite, grouped, in_row_order, p
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
+    from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
+    from ..naming.heads import Rows
     from ._pairs import Pair
 
 FORMAT = "torchtune"
@@ -96,10 +98,10 @@ class Torchtune(Format):
 class _Order:
     """Determines the order of rows from the base's family and heads."""
 
-    def __init__(self, known: Mapping[str, Any], base: Checkpoint | None) -> None:
+    def __init__(self, known: Mapping[str, int | bool], base: Checkpoint | None) -> None:
         self.known, self.base = dict(known), base
 
-    def of(self, foreign: str, rows: int) -> Any:
+    def of(self, foreign: str, rows: int) -> Rows | None:
         kind = next((kind for end, kind in turned().items() if foreign.endswith(end)), None)
         if kind is None or not self._turned(foreign):
             return None
@@ -133,9 +135,9 @@ def _alpha(path: Path) -> float:
     return float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <lora_alpha>}')["alpha"])
 
 
-def _undone(rows: Any) -> Any:
+def _undone(rows: Rows) -> Order:
     return lambda: undone(rows)
 
 
-def _as_is(rows: Any) -> Any:
+def _as_is(rows: Rows) -> Order:
     return lambda: rows

@@ -36,10 +36,10 @@ class DoRAOutputs(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
 
     def without_bias(self) -> Update:
         if self.scaling != 1 or self.factors is not None:
@@ -50,7 +50,7 @@ class DoRAOutputs(WeightUpdate):
     def changes_bias(self) -> bool:
         return True
 
-    def new_weight(self, W: Tensor) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         factors: Any = self.settled(W).factors
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
         return (V * factors[:, None]).reshape(W.shape)

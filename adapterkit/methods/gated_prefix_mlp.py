@@ -5,7 +5,8 @@ AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ._gates import gated
@@ -31,10 +32,11 @@ class GatedPrefixMLP(PrefixMLP):
     gate_bias: Tensor = tensor("shares")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: object
+    ) -> Self:
         gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
-        sizes = {**attributes.pop("sizes"), "layers": 1}
-        return super().initial(W, b, rank, random, sizes=sizes, **gate, **attributes)
+        return super().initial(W, b, rank, random, sizes={**sizes, "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
         """Return None: the gates need the attention's input, so there is no prefix for the whole model."""

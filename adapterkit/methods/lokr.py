@@ -54,14 +54,14 @@ class LoKr(Additive):
     stacked: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         (a, rows), (c, inner) = even_split(W.shape[0]), even_split(W.shape[1])
         columns = inner * math.prod(W.shape[2:])
         w1 = W.new_zeros(a, c)
         if rank >= max(rows, inner) / 2:
-            return cls(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
+            return cls.from_fields(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
         w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
-        return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
+        return cls.from_fields(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         D: Tensor = self._product.reshape(shape)
@@ -89,9 +89,9 @@ class LoKr(Additive):
         return cast(Self, Dense(D=rows, d=None))  # A part of a Kronecker product is not a Kronecker product.
 
     @property
-    def _product(self) -> Any:
+    def _product(self) -> Tensor:
         """The scaled product of both factors; it has as many numbers as the weight."""
-        w1: Any = self.scaling * self._first
+        w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)
         w2: Any = self.w2
@@ -99,12 +99,12 @@ class LoKr(Additive):
         return w1.reshape(1, len(w1), 1, -1, 1) * inner
 
     @property
-    def _first(self) -> Any:
+    def _first(self) -> Tensor:
         """The factor w1, `[a, c]`."""
         return cast(Any, self.w1) if self.w1_a is None else self.w1_a @ cast(Any, self.w1_b)
 
     @property
-    def _second(self) -> Any:
+    def _second(self) -> Tensor:
         """The factor w2, `[b, d * k]`."""
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)

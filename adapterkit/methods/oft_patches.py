@@ -79,7 +79,7 @@ class OFTPatches(OutputUpdate):
             total = total + _bordered(x, part, i, j, high, wide)
         return layer(total)
 
-    def _mix(self, channels: int, places: int) -> Any:
+    def _mix(self, channels: int, places: int) -> Tensor:
         """Return the matrix that mixes a patch position by position, as the rotations mix it channel by channel."""
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
@@ -94,7 +94,7 @@ def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
-def _bordered(x: Any, part: Any, i: int, j: int, high: int, wide: int) -> Any:
+def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
     """Put a part back to the position it was taken from, with zeros around it."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):

@@ -38,9 +38,9 @@ class OSF(WeightUpdate):
     V_own: Tensor | None = tensor("r in", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, V = _tail(W, min(rank, *W.shape))
-        return cls(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
+        return cls.from_fields(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         trained = (self.U * self.S) @ self.V
@@ -52,7 +52,7 @@ class OSF(WeightUpdate):
         return changed
 
 
-def _tail(W: Any, r: int) -> Any:
+def _tail(W: Tensor, r: int) -> Tensor:
     """Return U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
     U, S, V = singular(W)
     kept = len(S) - r

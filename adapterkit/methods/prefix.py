@@ -6,7 +6,8 @@ whose network has been replaced by its output, as in PEFT's files.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, attribute, tensor
 
@@ -26,10 +27,11 @@ class Prefix(ContextUpdate):
     step: int = attribute(1, least=1)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        sizes = attributes.pop("sizes")
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: object
+    ) -> Self:
         P = random((sizes["layers"], 2, sizes["heads"], rank, sizes["d"]))
-        return cls(P=P, **attributes)
+        return cls.from_fields(P=P, **attributes)
 
     def past(self) -> Tensor:
         layers = self.P.shape[0]

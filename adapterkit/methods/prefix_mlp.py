@@ -5,7 +5,8 @@ AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's files store
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, tensor
 from ..linalg.namespace import namespace
@@ -32,10 +33,20 @@ class PrefixMLP(ContextUpdate):
     b2: Tensor = tensor("layers 2 heads d")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        sizes, width, hidden = attributes.pop("sizes"), len(W), attributes.pop("hidden", 512)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        sizes: Mapping[str, int],
+        hidden: int = 512,
+        **attributes: object,
+    ) -> Self:
+        width = len(W)
         values = sizes["layers"], 2, sizes["heads"], sizes["d"]
-        return cls(
+        return cls.from_fields(
             E=random((rank, width)),
             W1=random((hidden, width)) / width**0.5,
             b1=W.new_zeros(hidden),

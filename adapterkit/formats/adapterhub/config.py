@@ -35,7 +35,7 @@ def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | Non
     return settings
 
 
-def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
+def parts(config: Mapping[str, object], settings: Settings) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
     """Yield (place in the config, family, typed fields) for the config, or for each member of a union.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from ...io.lazy import as_lazy
@@ -34,7 +34,7 @@ def _heads(updates: Updates) -> int | None:
     return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
 
 
-def _content(updates: Updates) -> dict[Any, Any]:
+def _content(updates: Updates) -> dict[tuple[str, tuple[int, int] | None], object]:
     return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
 
 

@@ -7,7 +7,7 @@ form of one release.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import Unrepresentable
 from ...io.lazy import as_lazy
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from ...io.strict_json import JsonValue
 
 NAME = "adapter"
 """The name of an adapter that was not read from AdapterHub's format."""
@@ -52,7 +53,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     return content, lines
 
 
-def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, Any]) -> Content:
+def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, JsonValue]) -> Content:
     root = hints.root or root_of(target.path for target in updates)
     naming = AdapterHubNaming(str(config["name"]), config.get("model_type"), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
@@ -78,7 +79,9 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
     return own, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
 
 
-def _config(adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None
+) -> dict[str, JsonValue]:
     own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None

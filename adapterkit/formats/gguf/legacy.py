@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Step, Target
 from ...errors import ShapeMismatch, TargetNotFound, UsageError
@@ -21,6 +21,7 @@ from .reader import FORMAT
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
+    from ...naming.heads import Rows
     from .._pairs import Pair
 
 
@@ -48,7 +49,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
 
 
-def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Any:
+def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
     """Return the order of rows, or None: llama.cpp's converter kept PEFT's order, its training has its base's."""
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":

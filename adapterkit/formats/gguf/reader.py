@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -25,6 +25,7 @@ from .invocation import activated, invocation_of
 from .place import EMBEDDING, SLOTS, GgufPlace
 
 if TYPE_CHECKING:
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from ...naming.architectures import Architecture
@@ -145,10 +146,12 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
     return update.replace(A=reordered(as_lazy(update.A), order, 1), B=reordered(as_lazy(update.B), order))
 
 
-def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None) -> dict[Target, Any]:
+def _own(
+    held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
+) -> dict[Target, tuple[Update, ...]]:
     """Return the updates with the family's own names, in the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
-    found: dict[Target, Any] = {}
+    found: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
         inputs_first = is_embedding(f"{target.path}.weight") or stored_in_out(target.path, config)
         layout = "in out *k" if inputs_first and not target.stacked else target.layout

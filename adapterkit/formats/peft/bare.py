@@ -75,7 +75,9 @@ def is_bare(path: Path) -> bool:
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 
-def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, str]]:
+def load(
+    path: Path, alpha: float | None, rank: int | None
+) -> tuple[dict[str, JsonValue], dict[str, Lazy], dict[str, str]]:
     """Return a config built from the keys and shapes, the tensors by key, and the strings in the header.
 
     Args:
@@ -114,7 +116,7 @@ def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, A
 def _config(
     tensors: Mapping[str, Lazy], alphas: Mapping[str, Lazy], header: Mapping[str, str], alpha: float | None,
     rank: int | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, JsonValue]:  # fmt: skip
     prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
     keys = [parse_key(text, prefix) for text in tensors]
     _check_trained(keys)
@@ -142,7 +144,7 @@ def _config(
 def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, JsonValue]:  # fmt: skip
     """Return `lora_alpha` and related fields, from the file or the caller; both together must not contradict."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):

@@ -51,7 +51,7 @@ def configs(
     peft_type: str,
     numbers: Mapping[str, object],
     base: Checkpoint | None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """Yield the source config, then one with new ranks and alphas, then one that also has new lists of modules."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
@@ -93,7 +93,7 @@ def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> dict[str, object]:
+def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, object]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
     pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.updates import ContextUpdate
 from ...io.lazy import Lazy, as_array, as_lazy
@@ -49,7 +49,7 @@ def without_encoders(
     return changed, lines
 
 
-def _computed(update: Any) -> Update:
+def _computed(update: ContextUpdate) -> Update:
     import numpy as np
 
     dtype = as_lazy(next(iter(update.tensors.values()))).dtype

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ...io.lazy import as_lazy
 from ...methods.ia3 import IA3
@@ -15,14 +15,16 @@ from .spelling import config_name, is_parameter, lora_paths
 
 if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
     from .families import Family
 
 NO_MODULE = "dummy-target-modules"
 """PEFT's value of `target_modules` for a LoRA config that adapts no module."""
 
 
-def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields for the modules, parameters, biases and tokens of a LORA file."""
     paths = lora_paths(updates)
     targets = [target for target in updates if target.path in paths]
@@ -40,7 +42,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields for the modules of an IA3 file, and for the modules whose inputs are scaled."""
     found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in found.items() if update.l_in is not None)
@@ -53,7 +55,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
+def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields for the modules of a file that belongs to one of the `families`."""
     paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
@@ -67,7 +69,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
     }
 
 
-def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields for the modules that an LN_TUNING file copies."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
@@ -79,7 +81,7 @@ def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the fields for the tokens and modules of a TRAINABLE_TOKENS file."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
     return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
@@ -108,7 +110,7 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
     return sorted(set(whole) - set(hidden)) or None
 
 
-def _is_whole(path: str, found: tuple[Any, ...], base: Checkpoint | None) -> bool:
+def _is_whole(path: str, found: Sequence[Update], base: Checkpoint | None) -> bool:
     """Whether a module has exactly these tensors, and no other module's name in the base ends with its path."""
     if base is None:
         return True

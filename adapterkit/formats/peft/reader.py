@@ -93,7 +93,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     """Return the updates by target, the keys of their tensors, and the keys that are only kept."""
-    found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
+    found: dict[Place, list[Found]] = {}
     kept: list[str] = []
     used: set[Key] = set()
     for decoder in _decoders(file.settings.peft_type):
@@ -126,10 +126,14 @@ def _check_all_used(file: File, used: set[Key]) -> None:
         raise Malformed(why, where=left.text, cure="Save the adapter again, or remove the tensor")
 
 
-def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[Any, list[Found]]]:
+Place = tuple[str, tuple[int, int] | None]
+"""The path of a module, and the rows of its weight, or None for all rows."""
+
+
+def _in_file_order(file: File, found: Mapping[Place, list[Found]]) -> list[tuple[Place, list[Found]]]:
     order = {key.text: position for position, key in enumerate(file.tensors)}
 
-    def position(item: tuple[Any, list[Found]]) -> tuple[int, tuple[int, int]]:
+    def position(item: tuple[Place, list[Found]]) -> tuple[int, tuple[int, int]]:
         (_, span), findings = item
         keys = [key for finding in findings for key in finding.keys.values()]
         return min([order[key.text] for key in keys if key.stem] or [order[key.text] for key in keys]), span or (0, 0)

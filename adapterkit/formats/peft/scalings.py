@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
     from ...io.lazy import Leaf
+    from ...io.strict_json import JsonValue
     from .hints import PeftHints
 
 
-def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
+def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
     """Return the fields for ranks and scalings; fold a scaling that no alpha yields into B, if this is allowed."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def says(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     tensors: Mapping[str, Lazy],
     spelled: Iterable[Spelled],
     updates: Updates,
@@ -88,7 +88,7 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
     return own
 
 
-def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
+def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
     """Return everything that a wrong config could change: targets, methods, values, shapes, token numbers.
 
     A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or selects
@@ -111,7 +111,7 @@ def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[object,
     return update.method, update.attributes, shapes
 
 
-def _values(leaf: Lazy, own: bool) -> Any:
+def _values(leaf: Lazy, own: bool) -> object:
     if not leaf.dtype.floating:
         return leaf.numpy().tolist()
     return leaf.dtype.name if own else (leaf.dtype.name, bytes(leaf.fetch()))
@@ -119,7 +119,7 @@ def _values(leaf: Lazy, own: bool) -> Any:
 
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
-) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+) -> tuple[dict[str, object], dict[str, Lazy], list[str]]:
     """Return the config, the tensors by key, and one line for each omission or rewriting.
 
     Raises:

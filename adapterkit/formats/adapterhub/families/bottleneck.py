@@ -23,8 +23,10 @@ from ..sublayers import EMBEDDINGS, MODELS, SublayerRule, hanging, standing
 from ._family import AdapterHubFamily, Fields, Number
 
 if TYPE_CHECKING:
+    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
+    from ....methods.invertible import Invertible
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
@@ -83,7 +85,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
+def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
     """Return the config fields that state which tensors these updates have; all of them have the same tensors."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
@@ -103,14 +105,14 @@ def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
     }
 
 
-def _one_rule(updates: Sequence[Any]) -> bool:
+def _one_rule(updates: Sequence[Update]) -> bool:
     """Whether all updates have the same rule tensors, down and up."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
 
 
-def _is_one(updates: Sequence[Any], field: str) -> bool:
+def _is_one(updates: Sequence[Update], field: str) -> bool:
     return all(update.tensors.get(field) is updates[0].tensors[field] for update in updates)
 
 
@@ -153,12 +155,12 @@ DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 
-def placed(updates: Updates) -> list[tuple[Target, Any]]:
+def placed(updates: Updates) -> list[tuple[Target, Update]]:
     """List every adapter inside a block, with its target."""
     return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
 
 
-def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
+def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
     """Group these adapters by their method and tensors, because a union may have two configs."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
@@ -239,7 +241,7 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
     return {"inv_adapter": "nice", "inv_adapter_reduction_factor": _factor(int(second), int(inner))}
 
 
-def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
+def _why_no_coupling(target: Target, update: Invertible, model_type: str | None) -> str:
     (a, second), (b, first) = update.F_down.shape, update.G_down.shape
     if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
         return "it does not follow the embeddings, or the base is unknown; give it with --base (base=)"
@@ -248,30 +250,30 @@ def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str
     return ""
 
 
-def _form(update: Any) -> tuple[Any, ...]:
+def _form(update: Update) -> tuple[object, ...]:
     """Return everything that a config states once: all settings except the position, and the size of each layer."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
-def _unbiased(update: Any) -> tuple[str, ...]:
+def _unbiased(update: Update) -> tuple[str, ...]:
     """Return the layers of a Compacter that lack a bias; the config has one setting for both."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
 
-def _bare_gate(update: Any) -> bool:
+def _bare_gate(update: Update) -> bool:
     return "gate" in update.tensors and "gate_bias" not in update.tensors
 
 
-def _stack_factors(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> float | dict[str, float]:
+def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
     """Return the reduction factor: one for all layers, or one for each layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
 
-def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[int]:
+def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
     """Return the layers whose adapters differ in size."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
@@ -279,7 +281,7 @@ def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[
     return {layer for layer, found in sizes.items() if len(found) > 1}
 
 
-def _sizes(update: Any) -> tuple[int, int]:
+def _sizes(update: Update) -> tuple[int, int]:
     """Return the sizes of the block and the bottleneck."""
     dims = update.dims()
     return int(dims["hidden"]), int(dims["d"])
@@ -291,7 +293,7 @@ def _factor(hidden: int, inner: int) -> float:
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
 
-def _rule_size(update: Any) -> int:
+def _rule_size(update: Update) -> int:
     rule = update.tensors.get("down_rule", update.tensors.get("down_rule_left"))
     return 4 if rule is None else int(rule.shape[0])
 

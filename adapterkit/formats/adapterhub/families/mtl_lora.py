@@ -17,6 +17,7 @@ from .lora import LoraFamily
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
+    from ....methods.mtl_lora import MTLLoRA
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
 
 KIND = "loras"
@@ -128,5 +129,5 @@ class MtlLoraFamily(AdapterHubFamily):
                     yield target, position, f"{update.method}: {why}"
 
 
-def _law(update: Any) -> tuple[int, int, float, float]:
+def _law(update: MTLLoRA) -> tuple[int, int, float, float]:
     return int(update.A.shape[0]), int(update.B.shape[0]), float(update.scaling), float(update.sharpness)

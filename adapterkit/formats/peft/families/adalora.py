@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 """A map from a word in the keys to the update's field."""
@@ -86,11 +87,11 @@ class AdaloraFamily(Family):
         return {field: (part, held[field]) for part, field in FIELDS.items()}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: AdaLoRA) -> str:
         return not_embedded(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         ranks = {path: int(update.E.shape[0]) for path, update in found.items()}
         scaling = next((update.scaling for update in found.values()), 1.0)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 GPT2 = "attn"
 """The name of GPT-2's attentions. PEFT adds to their outputs; in other models it adds before the heads are mixed."""
@@ -61,13 +62,13 @@ class AdaptionPromptFamily(Family):
         return {"P": ("adaption_prompt", P.reshape(1, *P.shape)), "gate": ("adaption_gate", as_lazy(update.gate))}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         name = next(iter(found)).rpartition(".")[2]
         return {"adapter_len": _length(found), "adapter_layers": len(found), "target_modules": name}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
         if update.gate.shape[0] != 1:
             return "it has a gate for each head, but PEFT has one for all"
         name = target.path.rpartition(".")[2]
@@ -77,7 +78,7 @@ class AdaptionPromptFamily(Family):
         return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 
-def _length(found: Mapping[str, Any]) -> int | None:
+def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
     """Return the number of virtual tokens; None if modules differ, which a config cannot state."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 
 class BOFTFields(Own, frozen=True, kw_only=True):
@@ -64,7 +65,7 @@ class BoftFamily(Family):
         return cls.encode(update) | turned
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         shapes = [tuple(map(int, update.R.shape)) for update in cls.of_it(updates).values()]
         factors, blocks, sizes = ({shape[axis] for shape in shapes} for axis in (0, 1, 2))
         by_size = len(sizes) == 1

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 PARTS = {"deft_P": "P", "deft_R": "R"}
 
@@ -68,7 +69,7 @@ class DeftFamily(Family):
         return not_embedded(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         some = max(found.values(), key=lambda update: int(update.P.shape[1]))
         scaled = next((u for u in found.values() if u.scaling != 1), None)

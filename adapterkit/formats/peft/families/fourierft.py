@@ -16,6 +16,7 @@ from ._weights import check_size, layout, not_linear, side, size_at, size_fields
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 PART = "fourierft_spectrum"
 
@@ -61,7 +62,7 @@ class FourierFTFamily(Family):
         return {"spectrum": (PART, as_lazy(update.spectrum))}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: FourierFT) -> str:
         return not_linear(target, update.method)
 
     @classmethod
@@ -69,7 +70,7 @@ class FourierFTFamily(Family):
         return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)

@@ -16,6 +16,7 @@ from ._weights import check_size, layout, not_linear, side, unlike
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
@@ -67,7 +68,7 @@ class GraLoRAFamily(Family):
         return {field: (part, as_lazy(update.tensors[field])) for part, field in fields.items()}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: GraLoRA) -> str:
         return not_linear(target, update.method)
 
     @classmethod
@@ -78,7 +79,7 @@ class GraLoRAFamily(Family):
         return unlike({path: float(update.scaling) for path, update in plain.items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         forms = Counter(_form(update) for update in cls.of_it(updates).values())
         g, r, hybrid, scaling = forms.most_common(1)[0][0]
         turned = any(target.layout == "in out *k" for target in updates)
@@ -86,6 +87,6 @@ class GraLoRAFamily(Family):
         return fields | {"alpha": exact_alpha((r + hybrid, scaling), False) or scaling * (r + hybrid)}
 
 
-def _form(update: Any) -> tuple[int, int, int, float]:
+def _form(update: GraLoRA) -> tuple[int, int, int, float]:
     hybrid = 0 if update.A_whole is None else int(update.A_whole.shape[0])
     return int(update.A.shape[0]), int(update.A.shape[2]), hybrid, float(update.scaling)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 PLAIN = {"A": "hira_A", "B": "hira_B"}
 EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
@@ -73,7 +74,7 @@ class HiraFamily(Family):
         )
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         from ..spelling import is_embedding  # It imports the families.
 
         paths = cls.of_it(updates)

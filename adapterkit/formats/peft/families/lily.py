@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ..file import Findings
     from ..settings import Settings
 
@@ -86,7 +87,7 @@ class LilyFamily(Family):
         return {field: (part, held[field]) for part, field in FIELDS.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         return {"num_B": some.B.shape[0], "r": some.A.shape[0], "scaling": some.scaling}
 

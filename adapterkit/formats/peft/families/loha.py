@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
@@ -52,7 +53,7 @@ class LohaFamily(Family):
         return {field: (part, _turned(part, as_lazy(update.tensors[field]), fields)) for part, field in fields.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         cored = any(update.t1 is not None for update in cls.of_it(updates).values())
         return {**scaled_numbers(cls.scales(updates)), "use_effective_conv2d": cored}
 

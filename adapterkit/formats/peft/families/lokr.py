@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 FIRST = {"lokr_w1": "w1"}, {"lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b"}
 SECOND = (
@@ -89,11 +90,11 @@ class LokrFamily(Family):
         return {field: (part, _turned(field, as_lazy(held[field]), forms)) for part, field in forms.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         return cls.numbers_at(updates, None)
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         factor, both = next(_splits(found, base), (-1, False))
         scales = {path: (_rank(update, both), float(update.scaling)) for path, update in found.items()}

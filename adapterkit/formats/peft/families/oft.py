@@ -121,7 +121,7 @@ class OftFamily(Family):
                 )
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = list(cls.of_it(updates).values())
         some, shapes = found[0], [tuple(map(int, update.pairs.shape)) for update in found]
         return {

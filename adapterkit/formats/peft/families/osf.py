@@ -16,6 +16,7 @@ from ._family import Family, Own, Parts, check_parts
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
 """A map from a word in the keys to the update's field."""
@@ -78,7 +79,7 @@ class OsfFamily(Family):
         )
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         kept = {path: _kept(update) for path, update in cls.of_it(updates).items()}
         common = Counter(kept.values()).most_common(1)[0][0]
         others = {exactly(path): count for path, count in kept.items() if count != common}

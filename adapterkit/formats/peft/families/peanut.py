@@ -14,6 +14,7 @@ from ._family import Family, Own, check_parts, check_rank
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 
 class PEANuTFields(Own, frozen=True, kw_only=True):
@@ -67,7 +68,7 @@ class PeanutFamily(Family):
         return encoded
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         depth = 0 if some.encoders is None else int(some.encoders.shape[0])
         return {"r": int(some.A.shape[0]), "depth": depth, "act_fn": some.activation, "scaling": some.scaling}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import as_lazy
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
 """A map from a word in the keys to the update's field."""
@@ -64,7 +65,7 @@ class PolyFamily(Family):
         return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         sizes = _sizes(next(iter(cls.of_it(updates).values())))
         return dict(zip(("r", "n_tasks", "n_skills", "n_splits"), sizes, strict=True))
 
@@ -77,11 +78,11 @@ class PolyFamily(Family):
             yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others"
 
 
-def _sizes(update: Any) -> tuple[int, int, int, int]:
+def _sizes(update: Poly) -> tuple[int, int, int, int]:
     """Return r, and the numbers of tasks, skills and splits.
 
     Raises:
         ShapeMismatch: the tensors contradict each other.
     """
-    dims = update.dims()
-    return dims["r"], dims["tasks"], dims["skills"], dims["splits"]
+    r, tasks, skills, splits = (cast(int, update.dims()[name]) for name in ("r", "tasks", "skills", "splits"))
+    return r, tasks, skills, splits

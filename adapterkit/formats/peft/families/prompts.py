@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ....methods.prefix import Prefix
     from ....methods.prompt import Prompt
 
@@ -72,7 +73,7 @@ class ContextFamily(Family):
         yield cls.found(file, keys)
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         return f"PEFT has {update.method} only for a whole model" if target.path else ""
 
 
@@ -92,7 +93,7 @@ class PromptLike(ContextFamily):
         return {"P": (EMBEDDINGS, as_lazy(update.P))}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         count, dim = update.P.shape
         parts = 2 if update.used else 1
@@ -100,7 +101,7 @@ class PromptLike(ContextFamily):
         return {**tokens, **stacks(parts), "num_layers": None, "num_attention_heads": None}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Prompt) -> str:
         if update.used and 2 * update.used != update.P.shape[0]:
             return f"it uses {update.used} of {update.P.shape[0]} rows, but PEFT uses all or the first half"
         return super().why_not(target, update)
@@ -130,14 +131,14 @@ class PrefixLike(ContextFamily):
         return {"P": (EMBEDDINGS, P.map(lambda values: values.transpose(3, 0, 1, 2, 4).reshape(flat), flat))}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         layers, _, heads, count, d = map(int, update.P.shape)
         tokens = {"num_virtual_tokens": count, "token_dim": heads * d}
         return {**tokens, **stacks(update.step), "num_layers": layers, "num_attention_heads": heads}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Prefix) -> str:
         return (
             f"its step is {update.step}, but PEFT's is at most 2"
             if update.step > 2
@@ -145,7 +146,7 @@ class PrefixLike(ContextFamily):
         )
 
 
-def stacks(parts: int) -> dict[str, Any]:
+def stacks(parts: int) -> dict[str, JsonValue]:
     """Return the config fields for a model with `parts` stacks of layers; two stacks also need a fitting task type."""
     return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
@@ -273,7 +274,7 @@ class MultitaskPromptFamily(ContextFamily):
         return {field: (word, as_lazy(update.tensors[field])) for word, field in FIELDS.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         parts = 2 if update.decoder else 1
         tasks, n, r = map(int, update.columns.shape)
@@ -282,7 +283,7 @@ class MultitaskPromptFamily(ContextFamily):
         return {**tokens, "num_ranks": r, **stacks(parts), **others}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: MultitaskPrompt) -> str:
         return (
             "it has a selected task, but in PEFT the caller selects the task"
             if update.task

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
 
@@ -109,7 +110,7 @@ class PsoftFamily(Family):
         return super().why_not(target, update)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         rank = int(some.R.shape[0]) if some.pairs is None else block_size(int(some.pairs.shape[0]))
         return {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
@@ -87,11 +88,11 @@ class RandloraFamily(Family):
         return words | {f"{field}.copy": (f".{part}", held[field]) for part, field in SHARED.items()}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         return not_embedded(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         r = int(some.lam.shape[0])
         alpha = exact_alpha((r, some.scaling), rslora=False)

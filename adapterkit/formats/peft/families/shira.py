@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
 """A map from a word in the keys to the update's field."""
@@ -47,7 +48,7 @@ class SHiRAFamily(Family):
         return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         raise AssertionError("numbers_at replaces this method, because r depends on the base")
 
     @classmethod

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
@@ -84,7 +85,7 @@ class SuperTuningFamily(Family):
         return unlike({path: float(update.scaling) for path, update in hybrid.items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next((update for update in cls.of_it(updates).values() if update.A is not None), None)
         if some is None:
             return {"r": None, "lora_alpha": None}
@@ -92,7 +93,7 @@ class SuperTuningFamily(Family):
         return {"r": r, "lora_alpha": exact_alpha((r, float(some.scaling)), False)}
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         counts = {}
         for path, update in cls.of_it(updates).items():
             rows, columns = weight_in(base, path, "Super-Tuning's sparsity depends on the size of a weight")

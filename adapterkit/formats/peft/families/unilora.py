@@ -5,7 +5,7 @@ Without `save_indices`, the positions are drawn for all modules together, in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.lazy import Buffer
     from ....io.strict_json import JsonValue
 
 THETA = "unilora_theta_d"
@@ -87,11 +88,11 @@ class UniLoRAFamily(Family):
         return frozenset() if config.get("save_indices") else frozenset(FIELDS.values())
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         return not_linear(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         turned = any(target.layout == "in out *k" for target in updates)
         sizes = {"r": int(some.indices_A.shape[0]), "theta_d_length": int(some.theta.shape[0])}
@@ -156,7 +157,7 @@ def _scale_dtype(file: File, path: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _drawn(total: int, length: int, seed: int) -> Any:
+def _drawn(total: int, length: int, seed: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Return a function that returns every element's position in theta, and the number of uses of each position."""
 
     @cache
@@ -175,10 +176,12 @@ def _drawn(total: int, length: int, seed: int) -> Any:
     return draw
 
 
-def _part(drawn: Any, dtype: str, start: int, stop: int, shape: tuple[int, int]) -> Lazy:
+def _part(
+    drawn: Callable[[], tuple[torch.Tensor, torch.Tensor]], dtype: str, start: int, stop: int, shape: tuple[int, int]
+) -> Lazy:
     kind = DTYPES[dtype]
 
-    def fetch() -> Any:
+    def fetch() -> Buffer:
         import torch
 
         positions, counts = drawn()

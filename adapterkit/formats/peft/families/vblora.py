@@ -19,6 +19,7 @@ from ._weights import check_size, layout, not_linear, side
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 BANK = "vblora_vector_bank"
 LOGITS = {"vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B"}
@@ -83,14 +84,14 @@ class VBLoRAFamily(Family):
         return {**tensors, "bank": (BANK, as_lazy(update.bank))}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         weights = [leaf for field, leaf in update.tensors.items() if field.startswith("weights")]
         if not all(_sums_to_one(as_lazy(leaf)) for leaf in weights):
             return "the weights of this vblora do not sum to 1"
         return not_linear(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         chosen = some.indices_A is not None
         return {

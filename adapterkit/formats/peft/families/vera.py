@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import File, Findings
     from ._family import Own
 
@@ -70,16 +71,16 @@ class Projections(Family):
         raise AssertionError("decode reads all modules together")
 
     @classmethod
-    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+    def encode(cls, update: Update) -> dict[str, tuple[str, Lazy]]:
         words = dict(zip("bdAB", (*cls.parts, *cls.shared), strict=True))
         return {field: (word, as_lazy(update.tensors[field])) for field, word in words.items()}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         return not_embedded(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         return {"r": int(some.B.shape[1]), "save_projection": True, "fan_in_fan_out": cls.turned(updates)}
 

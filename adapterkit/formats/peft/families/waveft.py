@@ -25,6 +25,7 @@ from ._weights import check_size, layout, not_linear, side, size_fields, unlike,
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 
 FAULTY = "coif4"
@@ -239,7 +240,7 @@ class WaveFTFamily(Family):
         return {"spectrum": (PART, as_lazy(update.spectrum))}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: WaveFT) -> str:
         unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
         return "PEFT has no name for the wavelet of this waveft" if unknown else not_linear(target, update.method)
 
@@ -248,7 +249,7 @@ class WaveFTFamily(Family):
         return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
         fields = size_fields(sizes, "n_frequency")

@@ -17,6 +17,7 @@ from ._family import Family, Own, Rank, check_parts
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
     from ..file import Findings
 
 LAYERS = "internal_xlora_classifier.layers"
@@ -115,13 +116,13 @@ class XloraFamily(Family):
         return coded
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: XLoRA) -> str:
         if update.A is not None:
             return "this xlora stores its experts, but PEFT has them in separate folders"
         return "" if not target.path else "PEFT has xlora only for a whole model"
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         reads = update.last if update.first is None else update.first
         return {
