@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.updates import Additive, ContextUpdate
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
@@ -20,6 +20,7 @@ from ..naming.binding.fitting import biasless
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from ..core.adapter import Target, Updates
     from ..core.updates import Update

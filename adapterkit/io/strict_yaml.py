@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Path
+
+if TYPE_CHECKING:
+    import yaml
 
 MAX_BYTES = 256 << 10
 """Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
@@ -50,7 +54,7 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
 
 
 @cache
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -60,7 +64,7 @@ def _loader() -> Any:
             for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
+        def compose_node(self, parent: Any, index: object) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
@@ -86,7 +90,7 @@ def _loader() -> Any:
                 made[key] = self.construct_object(value_node, deep=deep)
             return made
 
-        def construct_yaml_map(self, node: Any) -> Any:
+        def construct_yaml_map(self, node: Any) -> Iterator[dict[object, object]]:
             yield self.construct_mapping(node, deep=True)
 
         def construct_scalar(self, node: Any) -> Any:
@@ -110,7 +114,7 @@ def _loader() -> Any:
             number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
             return "tag:yaml.org,2002:str" if number and ":" in value else tag
 
-    def _fault(why: str, at: Any) -> Exception:
+    def _fault(why: str, at: yaml.Node | yaml.Event) -> Exception:
         return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
     for kind in ("map", "int", "float"):

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AdapterkitError, Malformed, Path, storage_error
 from .inputs import kept, open_input
@@ -233,7 +233,7 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
     return _lazies(path, _checked(value), places)
 
 
-def nested(path: str, value: Any, places: Places) -> Any:
+def nested(path: str, value: object, places: Places) -> object:
     """Return dicts and plain values unchanged; lazy tensors replace the views in them.
 
     Raises:
@@ -242,7 +242,7 @@ def nested(path: str, value: Any, places: Places) -> Any:
     """
     left = [_VALUES]
 
-    def made(value: Any, depth: int) -> Any:
+    def made(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
             raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
@@ -272,7 +272,7 @@ def _checked(value: object) -> dict[str, View]:
     return value
 
 
-def _unwrapped(value: dict[Any, Any]) -> object:
+def _unwrapped(value: Mapping[object, object]) -> object:
     wrapper = next((name for name in _WRAPPERS if type(value.get(name)) is dict), None)
     if wrapper is None:
         return value
@@ -369,7 +369,7 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     return dict(kept("state dict", path, read))
 
 
-def read_torch_value(path: Path) -> Any:
+def read_torch_value(path: Path) -> object:
     """Return a saved value that is more than a state dict: dicts and plain values that contain lazy tensors.
 
     Raises:

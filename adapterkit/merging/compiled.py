@@ -17,7 +17,7 @@ from .kernel import LEAST, LowRankSum, takes
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
-    from .arrays import Numbers
+    from ..linalg.namespace import Numbers
     from .blocks import Block
     from .planned import Output
     from .planned_update import PlannedUpdate

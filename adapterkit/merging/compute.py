@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..io.lazy import Array, DType, Leaf
-    from .arrays import Arrays, Numbers, Workspace
+    from ..linalg.namespace import Numbers
+    from .arrays import Arrays, Workspace
     from .planned_update import PlannedUpdate
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import msgspec
 
@@ -71,7 +70,7 @@ def _parts() -> frozenset[str]:
     return frozenset(beside.union(*table().parts.values()))
 
 
-def models_of(config: Mapping[str, Any]) -> dict[str, bool]:
+def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     """Map the model types of a base and of its parts to whether each belongs to the whole base.
 
     For a GGUF file, these are all model types that llama.cpp's converter writes with its `general.architecture`.

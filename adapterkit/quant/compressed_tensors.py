@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import Lazy, Shape
@@ -178,7 +178,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
     return tuple(name for word in words if (name := f"{module}.{word}") in base.tensors)
 
 
-def _weights(base: Checkpoint, key: str) -> Any:
+def _weights(base: Checkpoint, key: str) -> object:
     """Return the value of a property of weights that all groups in the config share."""
     groups = settings(base).get("config_groups")
     found = []

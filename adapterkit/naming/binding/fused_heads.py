@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import NotMergeable, ShapeMismatch, UsageError
 from ...io.lazy import as_lazy
@@ -22,6 +22,7 @@ from .sites import Site
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Array, Lazy, Leaf
     from .fitting import Shapes
 
 
@@ -98,11 +99,11 @@ def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
     return ungrouped(update, lambda: _order(rows, size), site.target.stacked)
 
 
-def _within(leaf: Any, rows: int, part: tuple[int, int]) -> Any:
+def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
     """Place a factor's rows in a tensor with `rows` rows that is otherwise zero."""
     tensor = as_lazy(leaf)
 
-    def spread(array: Any) -> Any:
+    def spread(array: Array) -> Array:
         import numpy as np
 
         whole = np.zeros((rows, *array.shape[1:]), array.dtype)
@@ -112,7 +113,7 @@ def _within(leaf: Any, rows: int, part: tuple[int, int]) -> Any:
     return tensor.map(spread, (rows, *tensor.shape[1:]))
 
 
-def _order(rows: int, size: int) -> Any:
+def _order(rows: int, size: int) -> Array:
     """Return the order in which row i of the base is row `order[i]` of all queries, then all keys, then all values."""
     import numpy as np
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from ...core.adapter import LAYOUTS
 from ...errors import ShapeMismatch
@@ -16,7 +15,7 @@ from .sites import Site
 
 
 def with_layouts(
-    sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None, forms: Sequence[Hashable] = ()
+    sites: list[Site], shapes: Shapes, config: Mapping[str, object] | None, forms: Sequence[Hashable] = ()
 ) -> list[Site]:
     """Return the sites with the layout in which the base stores each weight.
 
@@ -65,7 +64,7 @@ def _product_alone(site: Site) -> bool:
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
 
-def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, Any] | None) -> str:
+def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, object] | None) -> str:
     declared = site.target.layout
     if len(fits) < 2:
         return fits[0] if fits else declared

@@ -23,7 +23,7 @@ from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
 
 
-def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
+def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the one that the adapter names.
 
     The family may also be a part of the base: an adapter for a Llama fits a LLaVA whose language model is a Llama.
@@ -149,7 +149,7 @@ def find_sites(
     *,
     partial: bool,
     modules: Iterable[str] = (),
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     rename: str | Sequence[str | Rename] = (),
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
@@ -222,7 +222,7 @@ def find_sites(
     return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None, config)
 
 
-def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, Any], fits: Fits) -> None:
+def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
     """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
 
     TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
