@@ -239,7 +239,7 @@ class Adapter:
             if form is not None and form in passed:
                 continue
             _check_target(target, updates)
-            together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
+            together: dict[str, object] = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
             for update in updates:
                 _check_update(target, update, together)
             passed.add(form)
@@ -477,8 +477,8 @@ def _check_update(target: Target, update: Update, together: dict[str, object]) -
 def _shared(dims: Dims) -> dict[str, object]:
     """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in`."""
     rest = dims.get("rest")
-    inputs = {"in": rest[0]} if rest and isinstance(rest, tuple) else {}
-    return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
+    shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
+    return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})
 
 
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:

@@ -213,15 +213,22 @@ class _Weight:
         shape = self._shape(target)
         changing = [update for update in updates if update.changes_weight]
         if changing:
-            yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
+            yield (
+                "weight",
+                self._sum(cast("Sequence[Additive]", changing), shape)
+                if self._additive
+                else self._change(changing, _random(shape)),
+            )
         if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
-            new = b = _random(shape[:1])
+            b = _random(shape[:1])
+            new, W = cast("tuple[torch.Tensor, torch.Tensor]", (b, _random(shape)))
             for update in updates:
-                settled = update.settled(_random(shape)) if update.bias_sees_weight else update
+                settled = update.settled(W) if update.bias_sees_weight else update
                 new = settled.new_bias(new)
-            yield "bias", self._rounded(new - b, new)
+            changed = cast("Array", new)
+            yield "bias", self._rounded(changed - b, changed)
 
-    def _has_bias(self, target: Target, updates: list[Update]) -> bool:
+    def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
         """Whether there is a bias to compare; a factor on the bias has no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
@@ -230,14 +237,14 @@ class _Weight:
     def _additive(self) -> bool:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
-    def _sum(self, updates: Sequence[Update], shape: tuple[int, ...]) -> _Answer:
+    def _sum(self, updates: Sequence[Additive], shape: tuple[int, ...]) -> _Answer:
         """Compute D @ x of additive updates; low-rank updates are applied factor by factor."""
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
         answer = _Answer(np.zeros((shape[0], PROBES)), np.zeros((shape[0], PROBES)))
         for update in updates:
-            factors = update.pair(shape) or (update.delta(shape).reshape(shape[0], -1),)
+            factors = cast("tuple[Array, ...]", update.pair(shape) or (update.delta(shape).reshape(shape[0], -1),))
             value, squares = x, x * x
             for factor in reversed(factors):
                 value, squares = factor @ value, np.maximum(factor * factor, self.least**2) @ squares
@@ -387,6 +394,6 @@ def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: f
         if one.tensors.keys() != other.tensors.keys():
             return "the tensors have other names"
         for name, leaf in one.tensors.items():
-            if not _near(_values(leaf), _values(other.tensors[name]), unit, least):
+            if not _near(*cast("tuple[Array, Array]", (_values(leaf), _values(other.tensors[name]))), unit, least):
                 return f"the values of {name} differ"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..core.adapter import Target
 from ..core.updates import Update
@@ -46,7 +46,7 @@ def with_joined_rows(
             groups.setdefault(replace(target, rows=None), []).append(target)
     outs = {whole: (sizes or {}).get(whole.path) or _rows_of(whole, base) for whole in groups}
     joined = {
-        whole: _joined([(target, updates[target][0]) for target in parts], outs[whole])
+        whole: _joined([(target, cast(LoRA, updates[target][0])) for target in parts], outs[whole])
         for whole, parts in groups.items()
         if outs[whole] and whole not in updates and _apart(parts)
     }
@@ -76,7 +76,7 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
     lines = []
     for target, given in updates.items():
         if len(given) > 1 and all(type(each) is LoRA and each.bias is None for each in given):
-            one = _summed(given, int(target.stacked))
+            one = _summed(cast("tuple[LoRA, ...]", given), int(target.stacked))
             made[target] = (one,)
             if _rank(one, target) != _rank(given[0], target):
                 lines.append(f"joined {len(given)} LoRAs of {target} into one of rank {_rank(one, target)}")
@@ -146,5 +146,5 @@ def _zeros(like: Lazy, count: int, axis: int) -> list[Lazy]:
     return [arrange.zeros(shape, like.dtype)] if count else []
 
 
-def _rank(update: LoRA, target: Target) -> int:
-    return int(update.A.shape[int(target.stacked)])
+def _rank(update: Update, target: Target) -> int:
+    return int(update.tensors["A"].shape[int(target.stacked)])

@@ -34,7 +34,7 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
-) -> tuple[dict[Target, tuple[LoRA, ...]], dict[str, JsonValue]]:
+) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
     """Return the updates, and the names and order that the writer needs.
 
     Raises:
@@ -42,7 +42,7 @@ def decode(
         ShapeMismatch: shapes do not fit the heads.
     """
     own = _OwnNames(base)
-    updates: dict[Target, tuple[LoRA, ...]] = {}
+    updates: dict[Target, tuple[Pair, ...]] = {}
     prefix, fused = "", False
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
         found = LAYER.fullmatch(name)

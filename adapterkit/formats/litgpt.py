@@ -249,7 +249,8 @@ def _heads(model: Mapping[str, object], base: Checkpoint | None) -> Heads:
 def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
     if base is not None and base.config is not None:
         return heads_of(base.config, "config.json")
-    return Heads(*hints["heads"]) if hints.get("heads") else None
+    kept = hints.get("heads")
+    return Heads(*kept) if kept else None
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
@@ -67,7 +67,7 @@ class LoraLib(Format):
         settings = read_settings(path.with_name(SETTINGS), ("alpha", "enable_lora"), _EXAMPLE)
         try:
             tensors = load(path)
-            updates = {t: (u,) for t, u in _decode(tensors, settings, base)}
+            updates = {t: (u,) for t, u in _decode(tensors, cast(LoralibSettings, settings), base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"order": list(tensors), "settings": settings}

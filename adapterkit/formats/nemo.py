@@ -235,7 +235,8 @@ def _held(tensor: Lazy) -> Lazy:
 
 def _check(config: Mapping[str, object]) -> float:
     """Return alpha, after checking that the config has no unsupported settings."""
-    tuning = (config.get("peft") or {}).get("lora_tuning") if isinstance(config.get("peft"), dict) else None
+    peft = config.get("peft")
+    tuning = peft.get("lora_tuning") if isinstance(peft, dict) else None
     if not isinstance(tuning, dict):
         raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give an archive with a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):

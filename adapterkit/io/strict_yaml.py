@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def _loader() -> type[yaml.SafeLoader]:
             for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
-        def compose_node(self, parent: Any, index: object) -> Any:
+        def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
@@ -90,7 +89,7 @@ def _loader() -> type[yaml.SafeLoader]:
                 made[key] = self.construct_object(value_node, deep=deep)
             return made
 
-        def construct_yaml_map(self, node: Any) -> Iterator[dict[object, object]]:
+        def construct_yaml_map(self, node: Any) -> Any:
             yield self.construct_mapping(node, deep=True)
 
         def construct_scalar(self, node: Any) -> Any:
@@ -114,7 +113,7 @@ def _loader() -> type[yaml.SafeLoader]:
             number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
             return "tag:yaml.org,2002:str" if number and ":" in value else tag
 
-    def _fault(why: str, at: yaml.Node | yaml.Event) -> Exception:
+    def _fault(why: str, at: Any) -> Exception:
         return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
     for kind in ("map", "int", "float"):

@@ -250,8 +250,10 @@ def nested(path: str, value: object, places: Places) -> object:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:
             return {name: made(inner, depth + 1) for name, inner in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(made(inner, depth + 1) for inner in value)
+        if type(value) is list:
+            return [made(inner, depth + 1) for inner in value]
+        if type(value) is tuple:
+            return tuple(made(inner, depth + 1) for inner in value)
         return value
 
     return made(value, 0)

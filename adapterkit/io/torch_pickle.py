@@ -167,9 +167,11 @@ def _ordered() -> dict[str, JsonValue]:
 
 def _set(items: object = ()) -> object:
     """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names with the weights."""
-    if type(items) is not list and items != ():
+    if type(items) is list:
+        return list(items)
+    if items != ():
         raise damaged("a set is not made from a list")
-    return list(items)
+    return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,14 @@ class Activation(Protocol):
     def __call__(self, x: N, /) -> N: ...
 
 
-def layer_norm(x: N, weight: N, bias: N, axis: int = -1, eps: float = 1e-5) -> N:
+def layer_norm(x: N, weight: N, bias: N | None, axis: int = -1, eps: float = 1e-5) -> N:
     """Apply layer normalisation along one axis.  Ba et al. 2016, https://arxiv.org/abs/1607.06450"""
     xp = namespace(x)
     x = xp.moveaxis(x, axis, -1)
     centred = x - xp.mean(x, axis=-1, keepdims=True)
     variance = xp.mean(centred * centred, axis=-1, keepdims=True)
-    return xp.moveaxis(centred / (variance + eps) ** 0.5 * weight + bias, -1, axis)
+    y = centred / (variance + eps) ** 0.5 * weight
+    return xp.moveaxis(y if bias is None else y + bias, -1, axis)
 
 
 def sigmoid(x: N) -> N:

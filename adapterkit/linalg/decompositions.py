@@ -37,10 +37,11 @@ def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
         return _parts(W, decompose)
     # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.
     weight = cast("torch.Tensor", W)
+    decomposed = cast("Decompose[torch.Tensor]", decompose)
     state = weight._version, weight.data_ptr(), weight.dtype, weight.device
     held = _memory().setdefault(weight, {})
     if name not in held or held[name][0] != state:
-        held[name] = state, _parts(weight.detach(), cast("Decompose[torch.Tensor]", decompose))
+        held[name] = state, _parts(weight.detach(), decomposed)
     return cast("tuple[N, ...]", held[name][1])
 
 

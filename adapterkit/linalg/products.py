@@ -48,9 +48,11 @@ def kron(w1: N, w2: N) -> N:
     return (w1[:, None, :, None] * w2[None, :, None, :]).reshape((len(w1) * len(w2), -1))
 
 
-def sides(left: N, right: N, whole: N | None) -> tuple[N, N]:
+def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
     """Return two factors of a matrix: the given ones, or `whole` and an identity of its shorter side."""
     if whole is None:
+        assert left is not None
+        assert right is not None
         return left, right
     xp, (rows, columns) = namespace(whole), whole.shape
     identity = xp.eye(min(rows, columns), dtype=whole.dtype, device=getattr(whole, "device", None))

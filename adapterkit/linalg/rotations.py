@@ -202,7 +202,7 @@ def _like(W: N, part: torch.Tensor) -> N:
     import torch
 
     if isinstance(W, torch.Tensor):
-        return cast(N, part.to(W.device, W.dtype))
+        return cast(N, part.to(W))
     return cast(N, part.numpy().astype(cast("Array", W).dtype))
 
 

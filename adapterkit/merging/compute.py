@@ -146,7 +146,8 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
     if not stacked:
         return cast("Numbers", update.new_weight(_tensor(W)))
     xp = namespace(W)
-    return cast("Numbers", xp.stack([update.expert(e).new_weight(_tensor(W[e])) for e in range(W.shape[0])]))
+    experts = [update.expert(e).new_weight(_tensor(W[e])) for e in range(W.shape[0])]
+    return xp.stack(cast("list[Numbers]", experts))
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
@@ -454,7 +455,7 @@ def _tensor(array: Numbers) -> torch.Tensor:
 
 def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
     for update in updates:
-        view += weight * update.delta(tuple(view.shape))
+        view += cast("Numbers", weight * update.delta(tuple(view.shape)))
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:

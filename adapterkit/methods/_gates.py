@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..linalg.activations import sigmoid
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
     channel %= logits.ndim
     places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
     shares = sigmoid(logits)
-    return shares.mean(places, keepdims=True) if places else shares
+    return namespace(shares).mean(shares, axis=places, keepdims=True) if places else shares
 
 
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:

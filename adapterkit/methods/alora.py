@@ -86,8 +86,7 @@ class ALoRA(Routed):
         xp, behind = namespace(ids), len(self.invocation) - 1
         none = 0 * ids[:, :1] - 1
         ids = xp.concat([ids, *[none] * behind], axis=-1)
-        begins = None
-        for place in range(behind + 1):
-            same = ids[:, place : (place - behind) or None] == self.invocation[place]
-            begins = same if begins is None else begins & same
+        begins = ids[:, : -behind or None] == self.invocation[0]
+        for place in range(1, behind + 1):
+            begins = begins & (ids[:, place : (place - behind) or None] == self.invocation[place])
         return begins

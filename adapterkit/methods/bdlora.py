@@ -65,5 +65,8 @@ class BDLoRA(LowRank):
         return self.replace(A=A, B=B, A_blocks=None, B_blocks=None)
 
 
-def _whole(factor: Tensor, blocks: Tensor) -> Tensor:
-    return factor if blocks is None else block_diagonal(blocks)
+def _whole(factor: Tensor | None, blocks: Tensor | None) -> Tensor:
+    if factor is not None:
+        return factor
+    assert blocks is not None
+    return block_diagonal(blocks)

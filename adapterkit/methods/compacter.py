@@ -6,7 +6,7 @@ W_i) + bias. All layers may share the rules, or whole factors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from ..core.updates import tensor
 from ..linalg.activations import ACTIVATIONS
@@ -68,5 +68,5 @@ class Compacter(Narrow):
         return (rule[:, :, None, :, None] * W[:, None, :, None, :]).sum(0).reshape(a, b).mT
 
     def _factor(self, whole: str, halves: str) -> Tensor:
-        tensor = getattr(self, whole)
-        return tensor if tensor is not None else getattr(self, f"{halves}_left") @ getattr(self, f"{halves}_right")
+        held = cast("dict[str, Tensor]", self.tensors)
+        return held[whole] if whole in held else held[f"{halves}_left"] @ held[f"{halves}_right"]

@@ -55,7 +55,8 @@ def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     square = (G * G).sum(0)
     held = square > 1e-24
     length = xp.where(held, square, square * 0 + 1) ** 0.5
-    return tuple(xp.astype(part * xp.astype(held, G.dtype), W.dtype) for part in (G / length, length))
+    kept = xp.astype(held, G.dtype)
+    return xp.astype(G / length * kept, W.dtype), xp.astype(length * kept, W.dtype)
 
 
 def _solved(V: Tensor, W: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ._gates import gated
@@ -33,7 +33,7 @@ class GatedPrefixMLP(PrefixMLP):
 
     @classmethod
     def initial(
-        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: object
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: Any
     ) -> Self:
         gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
         return super().initial(W, b, rank, random, sizes={**sizes, "layers": 1}, **gate, **attributes)

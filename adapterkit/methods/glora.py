@@ -6,7 +6,7 @@ constant, or absent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
@@ -82,6 +82,6 @@ class GLoRA(WeightUpdate):
 
     def _support(self, name: str) -> Tensor:
         """Return one of the five supports; those that apply to a weight are a matrix or a column."""
-        held: Any = [leaf for field, leaf in self.tensors.items() if field[0] == name]
+        held = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
-        return held[0] @ held[1] if len(held) == 2 else sum(vectors)
+        return held[0] @ held[1] if len(held) == 2 else cast("Tensor", sum(vectors))

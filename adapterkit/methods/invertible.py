@@ -6,7 +6,7 @@ embeddings, and its inverse before the output head. For the inverse, the target 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..linalg.activations import ACTIVATIONS
@@ -81,6 +81,6 @@ class Invertible(OutputUpdate):
         return y[..., : len(self.F_up_bias)], y[..., len(self.F_up_bias) :]
 
     def _net(self, half: str, h: Tensor) -> Tensor:
-        own: dict[str, Any] = {**self.tensors}
+        own = cast("dict[str, Tensor]", self.tensors)
         inner = ACTIVATIONS[self.non_linearity](h @ own[f"{half}_down"].mT + own[f"{half}_down_bias"])
         return inner @ own[f"{half}_up"].mT + own[f"{half}_up_bias"]

@@ -7,7 +7,7 @@ a Tucker core and is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCOR
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Additive, tensor
 from ..linalg.products import contracted
@@ -58,4 +58,4 @@ class LoHa(Additive):
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
     """Return the right factor of a product, `[r, in * k]`; with a core, the core times its inputs."""
-    return b if b is not None else contracted(core, inputs)
+    return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

@@ -9,7 +9,7 @@ the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Additive, Rule, attribute, tensor
 from ..linalg.products import contracted, even_split, kron, sides, tucker
@@ -72,7 +72,7 @@ class LoKr(Additive):
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
-        right = self.w2_b if self.t2 is None else contracted(self.t2, self.w2_in)
+        right = self.w2_b if self.t2 is None else contracted(self.t2, cast("Tensor", self.w2_in))
         left_2, right_2 = sides(self.w2_a, right, None if self.w2 is None else self._second)
         return kron(self.scaling * left_1, left_2), kron(right_1, right_2)
 
@@ -94,18 +94,23 @@ class LoKr(Additive):
         w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)
-        w2: Any = self.w2
+        w2 = cast("Tensor", self.w2)
         inner = w2.reshape(len(w2), 1, w2.shape[1], 1, -1)
         return w1.reshape(1, len(w1), 1, -1, 1) * inner
 
     @property
     def _first(self) -> Tensor:
         """The factor w1, `[a, c]`."""
-        return cast(Any, self.w1) if self.w1_a is None else self.w1_a @ cast(Any, self.w1_b)
+        if self.w1_a is None or self.w1_b is None:
+            return cast("Tensor", self.w1)
+        return self.w1_a @ self.w1_b
 
     @property
     def _second(self) -> Tensor:
         """The factor w2, `[b, d * k]`."""
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
-        return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b
+        w2_a = cast("Tensor", self.w2_a)
+        if self.w2_b is not None:
+            return w2_a @ self.w2_b
+        return tucker(cast("Tensor", self.t2), w2_a, cast("Tensor", self.w2_in))

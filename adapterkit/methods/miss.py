@@ -59,7 +59,7 @@ class MiSS(Additive):
 
     @property
     def _any(self) -> Tensor:
-        return next(iter(self.tensors.values()))
+        return cast("Tensor", next(iter(self.tensors.values())))
 
 
 def _repeated(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:

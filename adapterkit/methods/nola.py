@@ -59,6 +59,7 @@ class NOLA(LowRank):
         return self.scaling * B, A if self.A0 is None else A + self.A0.reshape(A.shape)
 
 
-def _mixed(coefficients: Tensor, bases: Tensor) -> Tensor:
+def _mixed(coefficients: Tensor, bases: Tensor | None) -> Tensor:
+    assert bases is not None
     # The size is given explicitly, because -1 is ambiguous if there are no bases.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

@@ -10,7 +10,7 @@ it also rotates the bias (`on_output`).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..linalg.rotations import shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
@@ -69,8 +69,8 @@ class OFT(WeightUpdate):
         return axis != self.side
 
     def new_weight(self, W: Tensor) -> Tensor:
-        Q = self._constrained(skew(self.pairs) if self.square is None else self.square.mT - self.square)
-        R = turned(Q, self.terms, self.doubled)
+        Q = self.square.mT - self.square if self.square is not None else skew(cast("Tensor", self.pairs))
+        R = turned(self._constrained(Q), self.terms, self.doubled)
         new = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return new if self.rescale is None else new * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
 

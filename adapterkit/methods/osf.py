@@ -7,7 +7,7 @@ store it. PEFT's training avoids the directions of the remaining part; the formu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.rotations import singular
@@ -46,13 +46,15 @@ class OSF(WeightUpdate):
         trained = (self.U * self.S) @ self.V
         if self.S_own is None and len(self.S) == min(W.shape):
             return trained
-        own: Any = (self.U_own, self.S_own, self.V_own)
-        U, S, V = _tail(W, len(self.S)) if self.S_own is None else own
+        if self.U_own is None or self.S_own is None or self.V_own is None:
+            U, S, V = _tail(W, len(self.S))
+        else:
+            U, S, V = self.U_own, self.S_own, self.V_own
         changed: Tensor = W - (U * S) @ V + trained
         return changed
 
 
-def _tail(W: Tensor, r: int) -> Tensor:
+def _tail(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
     U, S, V = singular(W)
     kept = len(S) - r

@@ -66,7 +66,7 @@ class PSOFT(WeightUpdate):
         R: Tensor = self._rotation() if self.R is None else self.R
         turned = R if self.b is None else R * self.b[:, None]
         turned = turned if self.a is None else turned * self.a
-        A, B = self._own(W, len(R)) if self.A is None else (self.A, self.B)
+        A, B = self._own(W, len(R)) if self.A is None or self.B is None else (self.A, self.B)
         changed: Tensor = W + B @ (turned - identity(R)) @ A
         return changed
 
@@ -77,6 +77,7 @@ class PSOFT(WeightUpdate):
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)
 
     def _rotation(self) -> Tensor:
+        assert self.pairs is not None
         Q = skew(self.pairs)
         Q = shortened(Q, (Q * Q).sum(), self.eps, 0.0) if self.eps > 0 else Q
         return neumann(Q, self.terms) if self.terms else cayley(-Q)
@@ -89,5 +90,4 @@ def _principal(W: Tensor, r: int, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 
 def _split(U: Tensor, S: Tensor, V: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    left, right = (S**0.5, S[:, None] ** 0.5) if symmetric else (S, 1)
-    return right * V, U * left
+    return (S[:, None] ** 0.5 * V, U * S**0.5) if symmetric else (V, U * S)

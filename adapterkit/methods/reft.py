@@ -79,6 +79,8 @@ class ReFT(OutputUpdate):
         )
 
     def _changed(self, h: Tensor, source: Tensor | None, bias: Tensor | None, projection: Tensor | None) -> Tensor:
+        assert source is not None
+        assert projection is not None
         R = orthonormal_rows(projection) if self.orthogonality else projection
         told = h @ source.mT if bias is None else h @ source.mT + bias
         wanted = ACTIVATIONS[self.non_linearity](told)

@@ -59,7 +59,7 @@ class VBLoRA(LowRank):
         B = self._mixed(self.logits_B, self.indices_B, self.weights_B).swapaxes(1, 2)
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
-    def _mixed(self, logits: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
         """Return mixtures of the bank's vectors; an axis `b` replaces the last axis of the logits."""
         xp = namespace(self.bank)
         if logits is not None:
@@ -67,4 +67,6 @@ class VBLoRA(LowRank):
             kept = xp.take_along_axis(logits, indices, axis=-1)
             weights = xp.exp(kept - kept[..., :1])
             weights = weights / weights.sum(-1)[..., None]
+        assert indices is not None
+        assert weights is not None
         return (weights[..., None] * self.bank[xp.astype(indices, xp.int64)]).sum(-2)

@@ -45,7 +45,7 @@ class WaveFT(Coefficients):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         rows, columns = self.index[0], self.index[1]
         if self.low_pass is None:
-            return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)  # type: ignore[no-any-return]
+            return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
@@ -53,7 +53,7 @@ class WaveFT(Coefficients):
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
-        return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)  # type: ignore[no-any-return]
+        return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)
 
 
 def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ class WeightNorm(WeightUpdate):
     def new_weight(self, W: Tensor) -> Tensor:
         if self.into is None:
             norm = lengths((W * W).reshape(len(W), -1).sum(1))
-            wanted: Tensor | None = self.out
-            factors = wanted / (norm + self.eps)
+            assert self.out is not None
+            factors = self.out / (norm + self.eps)
             return W * factors.reshape(-1, *[1] * (W.ndim - 1))
         norm = lengths((W * W).reshape(len(W), W.shape[1], -1).sum(2).sum(0))
         factors = self.into / (norm + self.eps)

@@ -333,8 +333,9 @@ def _of_type(model_type: str) -> Architecture | None:
 def expert_count(config: Mapping[str, object] | None) -> int:
     """Return the number of experts in a layer, from the base's config; 0 if the config does not state it."""
     config = config or {}
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else config
+    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)
 
 
 def of_gguf(name: str) -> list[Architecture]:

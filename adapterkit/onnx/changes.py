@@ -94,12 +94,12 @@ class StoredChange:
     def array(self) -> Array:
         """Compute the numbers in memory."""
         output = self.output(0)
-        out = np.empty(self.source.shape, dtype=self.source.dtype.array)
+        out: Array = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
         with arrays.quiet():
             folder = BlockMerger(output, Workspace(arrays))
             for block in blocks(output):
-                raw = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
+                raw: Array = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
                 folder.compute(raw, flat[block.first : block.first + block.elements], block)
         return out
 

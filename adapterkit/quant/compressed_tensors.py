@@ -31,6 +31,7 @@ from ._scheme import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._scheme import Array, Merged
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -178,7 +179,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
     return tuple(name for word in words if (name := f"{module}.{word}") in base.tensors)
 
 
-def _weights(base: Checkpoint, key: str) -> object:
+def _weights(base: Checkpoint, key: str) -> JsonValue:
     """Return the value of a property of weights that all groups in the config share."""
     groups = settings(base).get("config_groups")
     found = []

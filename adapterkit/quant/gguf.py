@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from typing import TYPE_CHECKING, cast
 
 from ..errors import Malformed, Unsupported, UsageError
@@ -34,7 +35,6 @@ from ._scheme import DAMAGED, Packed, Rowwise, Scheme, numbers, steps
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ..io.gguf_file import Gguf
     from ..io.lazy import Buffer
     from ..io.strict_json import JsonValue
     from ..naming.architectures import Architecture, Place
@@ -441,7 +441,7 @@ def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
     return replace(base, packed=packed)
 
 
-def header(base: Dequantized, file: Gguf) -> bytes:
+def header(base: Dequantized, file: str | PathLike[str]) -> bytes:
     """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
     tensors = (each.tensor if isinstance(each, _Reshaped) else each for each in base.packed.values())
     kinds = {tensor.members[0]: tensor.new for tensor in tensors if isinstance(tensor, _Tensor)}

@@ -135,7 +135,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
 
 
-def way(entry: Format, method: type[Update]) -> str | None:
+def way(entry: type[Format], method: type[Update]) -> str | None:
     """Return how a format can store a method, a key of `WAYS`; None if it cannot."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"

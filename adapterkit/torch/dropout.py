@@ -11,7 +11,7 @@ losses are PEFT's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ..core.updates import Additive, Update
 from ..errors import Unsupported, UsageError
 from ..formats.peft.compose import DROPOUTS
 from .layers import Layer, WeightDifference
+
+if TYPE_CHECKING:
+    from ..core.updates.layer import Layer as FormulaLayer
 
 
 def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
@@ -66,7 +69,7 @@ def dropped_change(
         some = functional.dropout(x, p) if not whole and update.dropout == "input" else x
         kept = _without_blocks(update, p) if not whole and update.dropout == "blocks" else update
         if isinstance(update, Additive):
-            added = kept.forward(some, WeightDifference(layer))
+            added = kept.forward(some, cast("FormulaLayer", WeightDifference(layer)))
         else:
             W, b = seen.weight, seen.bias
             added = layer.op(some, kept.new_weight(W) - W)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from .scopes import SETTINGS, Recall, Route, Scope, current
 from .sharding import constants_on_every_process, is_sharded, whole
 from .slots import inner_slot, slot_of, value_in
 from .weights import changed_bias, changed_weight, settled, tensor_at
+
+if TYPE_CHECKING:
+    from ..core.updates.layer import Layer as FormulaLayer
 
 
 class ForwardHook:
@@ -721,7 +724,9 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     for part in parts:
         if all(isinstance(update, Additive) for update in part.updates):
             for update in part.updates:
-                y = y + part.switch.weight * _live(update, layer).forward(x, WeightDifference(layer))
+                y = y + part.switch.weight * _live(update, layer).forward(
+                    x, cast("FormulaLayer", WeightDifference(layer))
+                )
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y

@@ -197,7 +197,7 @@ class Update:
         """
         if self.forms:
             self._check_forms()
-        dims = dict(_solved(type(self), stack, self._held()))
+        dims = dict(_solved(cast(Hashable, type(self)), stack, self._held()))
         if self.rules:
             apply_rules(self, dims, stack)
         return dims
@@ -303,7 +303,7 @@ class Update:
         return self.map(lambda leaf: cast("torch.Tensor", leaf)[index])
 
     @classmethod
-    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         """Return a new update of a weight, before any training; it changes nothing if `starts_at_base`.
 
         Args:
@@ -391,9 +391,9 @@ def _solved(method: type[Update], stack: bool, held: Held) -> Dims:
 
 def _narrow(leaf: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
     """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
-    whole = slice(None)
-    here = slice(start, stop)
-    return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
+    whole, here = slice(None), slice(start, stop)
+    key: tuple[Any, ...] = (*[whole] * axis, here) if axis >= 0 else (..., here, *[whole] * (-axis - 1))
+    return leaf[key]
 
 
 def _check_dtype(name: str, dtype: DType, integer: bool) -> None:

@@ -188,7 +188,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
         if axis:
             return None
         changes[name] = place([(edge, None, leaf) for edge, leaf in zip(pairwise(edges), leaves, strict=True)], shape)
-    return cast(Update, first.replace(**changes))
+    return first.replace(**changes)
 
 
 def _with_rows(update: Update) -> dict[str, int]:
@@ -254,12 +254,12 @@ def _power_of_two(ratio: float) -> bool:
 
 def _shared(updates: Sequence[Update]) -> bool:
     """Whether all updates have the same A and the same scaling."""
-    first, *others = updates
-    if not all(isinstance(u, (LoRA, DoRA)) and u.scaling == first.scaling for u in updates):
+    pairs = [update for update in updates if isinstance(update, LoRA | DoRA)]
+    if len(pairs) < len(updates) or len({pair.scaling for pair in pairs}) > 1:
         return False
-    if all(u.A is first.A for u in others):
+    if all(pair.A is pairs[0].A for pair in pairs):
         return True
-    return len({fingerprint(u.A) for u in updates}) == 1
+    return len({fingerprint(pair.A) for pair in pairs}) == 1
 
 
 Place = tuple[tuple[int, int], tuple[int, int] | None, Any]

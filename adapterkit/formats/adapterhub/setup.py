@@ -169,7 +169,9 @@ def _child(said: object, at: str, depth: int) -> Setup | str:
 
 
 def _written(setup: Setup) -> dict[str, JsonValue]:
-    single = [{"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children]
+    single: list[JsonValue] = [
+        {"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children
+    ]
     word = WORDS.get(setup.kind, "")
     return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})
 

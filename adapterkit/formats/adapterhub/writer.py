@@ -7,7 +7,7 @@ form of one release.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...errors import Unrepresentable
 from ...io.lazy import as_lazy
@@ -55,7 +55,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
 
 def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, JsonValue]) -> Content:
     root = hints.root or root_of(target.path for target in updates)
-    naming = AdapterHubNaming(str(config["name"]), config.get("model_type"), root)
+    naming = AdapterHubNaming(str(config["name"]), cast("str | None", config.get("model_type")), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
     stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}

@@ -13,7 +13,6 @@ from ...methods.alora import ALoRA
 from .._pairs import DAMAGED
 
 if TYPE_CHECKING:
-    from ...core.updates import Update
     from .._pairs import Pair
 
 INVOCATION = "adapter.alora.invocation_tokens"
@@ -75,5 +74,5 @@ class Invocation:
         return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
 
 
-def _tokens(update: Update) -> tuple[int, ...] | None:
+def _tokens(update: object) -> tuple[int, ...] | None:
     return tuple(as_lazy(update.invocation).numpy().tolist()) if isinstance(update, ALoRA) else None

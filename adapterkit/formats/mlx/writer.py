@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...core.adapter import Adapter, Target
 from ...core.metadata import with_metadata
@@ -148,7 +148,7 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
         return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
-    first = _parameters(hints).get("scale")
+    first = cast("float | None", _parameters(hints).get("scale"))
     scale, pairs, folded = one_number(
         pairs, lambda u: u.scaling, lambda scale, _: scale, dialect="MLX-LM", on_loss=on_loss, default=1.0, first=first
     )

@@ -25,7 +25,7 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
     r = _most_common([rank for rank, _ in scales.values()], 8)
     alpha = _most_common(list(alphas.values()), r)
-    fields = {
+    fields: dict[str, JsonValue] = {
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": flag,

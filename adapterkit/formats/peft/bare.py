@@ -289,7 +289,8 @@ def _tensors(file: Path) -> dict[str, Lazy]:
     if _ZERO.fullmatch(file.name) is None:
         return read_torch_file(file)
     states = read_torch_value(file)
-    module = states.get("module") if isinstance(states, dict) else None
+    states = states if isinstance(states, dict) else {}
+    module = states.get("module")
     if not isinstance(module, dict) or not all(isinstance(leaf, Lazy) for leaf in module.values()):
         raise Malformed(
             "this is not a dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"

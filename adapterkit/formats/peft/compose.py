@@ -49,9 +49,9 @@ def configs(
     updates: Updates,
     hints: PeftHints,
     peft_type: str,
-    numbers: Mapping[str, object],
+    numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, JsonValue]]:
     """Yield the source config, then one with new ranks and alphas, then one that also has new lists of modules."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
@@ -80,7 +80,7 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
     return lists[peft_type](updates, base)
 
 
-def _over(config: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a config with changes; empty new fields are not added, because older releases of PEFT may lack them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
@@ -93,7 +93,7 @@ def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, object]:
+def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
     pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}

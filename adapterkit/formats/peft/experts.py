@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of
@@ -354,7 +354,7 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
-def as_written(config: Mapping[str, object]) -> dict[str, object]:
+def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
 
     PEFT does not know `lora_B_layout`, so with another order it would use the wrong experts without an error.
@@ -362,6 +362,6 @@ def as_written(config: Mapping[str, object]) -> dict[str, object]:
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):
         config["lora_B_layout"] = RANK_MAJOR
-    if parse_version(config.get("peft_version")) < SWAPPED_BEFORE:
+    if parse_version(cast("str | None", config.get("peft_version"))) < SWAPPED_BEFORE:
         config["peft_version"] = None
     return config

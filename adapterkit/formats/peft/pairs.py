@@ -110,7 +110,8 @@ def _router(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> d
         return None
     names = {"task": some.tasks, "gks": some.general}
     listed = {f"{name}_adapter_names": [f"{name}_{i}" for i in range(count)] for name, count in names.items()}
-    seed = (before.get("arrow_config") or {}).get("rng_seed")
+    said = before.get("arrow_config")
+    seed = said.get("rng_seed") if isinstance(said, Mapping) else None
     numbers = {"top_k": some.top_k, "router_temperature": some.temperature, "rng_seed": seed}
     return {**numbers, "use_gks": some.general > 0, **listed}
 

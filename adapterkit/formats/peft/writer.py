@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def says(
-    config: Mapping[str, object],
+    config: Mapping[str, JsonValue],
     tensors: Mapping[str, Lazy],
     spelled: Iterable[Spelled],
     updates: Updates,
@@ -63,7 +63,7 @@ def says(
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
         held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-        prefix, keys = parse_keys(held, prefix_of(config["peft_type"]))
+        prefix, keys = parse_keys(held, prefix_of(str(config["peft_type"])))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
@@ -119,7 +119,7 @@ def _values(leaf: Lazy, own: bool) -> object:
 
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
-) -> tuple[dict[str, object], dict[str, Lazy], list[str]]:
+) -> tuple[Mapping[str, JsonValue], dict[str, Lazy], list[str]]:
     """Return the config, the tensors by key, and one line for each omission or rewriting.
 
     Raises:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urljoin, urlsplit
 
 from ...errors import (
@@ -125,7 +125,8 @@ def files_of(manifest: Mapping[str, JsonValue], place: str) -> list[RemoteFile]:
         Malformed: a layer has no size or no digest.
         Unsupported: a layer is an archive, or has no file name.
     """
-    return [_file(layer, f"layer {at}", place) for at, layer in enumerate(manifest["layers"])]
+    layers = cast("Sequence[JsonValue]", manifest["layers"])  # `parsed` has checked it.
+    return [_file(layer, f"layer {at}", place) for at, layer in enumerate(layers)]
 
 
 def _file(layer: object, where: str, place: str) -> RemoteFile:

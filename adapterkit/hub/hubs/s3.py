@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -127,7 +127,7 @@ class Bucket:
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
-def _options() -> dict[str, object]:
+def _options() -> dict[str, Any]:
     """Return the store's options: the same timeouts as for all hubs; plain HTTP only for a server on this machine."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
@@ -259,7 +259,7 @@ class S3(Listing):
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
             try:
-                got = self.call(lambda key=key: self.bucket.whole(key))
+                got = self.call(partial(self.bucket.whole, key))
             except RemoteNotFound:
                 continue
             return key, _checked(got[0], str(self.uri)), got[1]
@@ -319,8 +319,8 @@ class S3(Listing):
         claim = self._claim(_entries(before, self.uri.path))
         for name in changed:
             content = files[name]
-            self.call(lambda name=name, content=content: self._put(name, content))
-            if self.call(lambda name=name: self._size(name)) != found[name][0]:
+            self.call(partial(self._put, name, content))
+            if self.call(partial(self._size, name)) != found[name][0]:
                 raise Corrupt("the uploaded file has another size", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
         sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)

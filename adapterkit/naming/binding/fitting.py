@@ -64,7 +64,8 @@ def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
         return True
     if not rest or dims["in"] != rest[0]:
         return False
-    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
+    kernel = dims.get("k")
+    return not isinstance(kernel, tuple) or _without_ones(kernel) == _without_ones(rest[1:])
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:

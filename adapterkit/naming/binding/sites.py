@@ -228,8 +228,7 @@ def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object
     TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
     """
     for key, part in config.items():
-        architecture = architecture_of(part) if isinstance(part, Mapping) else None
-        if architecture is None:
+        if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
             continue
         for prefix in (f"{key}.", f"{key.removesuffix('_config')}_model."):
             ours = [path.removeprefix(prefix) for path in found.missing if path.startswith(prefix)]

@@ -73,7 +73,7 @@ def _weights(base: Checkpoint) -> list[JsonValue]:
         template = shape_of(path)
         counts[template] = counts.get(template, 0) + 1
         examples.setdefault(template, path)
-    found = []
+    found: list[JsonValue] = []
     for template, count in counts.items():
         names: dict[str, str] = {}
         for naming in architecture.namings if architecture else ():

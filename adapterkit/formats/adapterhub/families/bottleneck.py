@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import msgspec
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
-    from ....methods.invertible import Invertible
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
@@ -95,7 +94,9 @@ def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
         "ln_before": "norm_before" in tensors,
         "ln_after": "norm_after" in tensors,
         "use_gating": "gate" in tensors,
-        "scaling": next((word for field, word in scaling.items() if field in tensors), updates[0].scaling),
+        "scaling": next(
+            (word for field, word in scaling.items() if field in tensors), updates[0].attributes["scaling"]
+        ),
         "phm_layer": phm,
         "phm_bias": not phm or "down_bias" in tensors,
         "factorized_phm_rule": "down_rule_left" in tensors,
@@ -177,8 +178,8 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         **words,
         **{name: some.attributes[name] for name in SAME},
         **{flag: flag in flags for flag in FLAGS},
-        "residual_before_ln": {"true": True, "false": False}.get(some.residual_before_ln, "post_add"),
-        "is_parallel": some.parallel,
+        "residual_before_ln": {"true": True, "false": False}.get(some.attributes["residual_before_ln"], "post_add"),
+        "is_parallel": some.attributes["parallel"],
         "leave_out": sorted({*range(_layers(base))} - {_layer(target, base) for target, _ in adapters}),
         **_coupling(updates),
         "phm_dim": _rule_size(some),
@@ -217,7 +218,10 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
 
 def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, SublayerRule]]:
     model_type = model_type_of(base)
-    found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
+    found = {
+        target: hanging(target.path, u.attributes["residual"], u.attributes["norm"], model_type)
+        for target, u in placed(updates)
+    }
     return {target: rule for target, rule in found.items() if rule is not None}
 
 
@@ -241,9 +245,9 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
     return {"inv_adapter": "nice", "inv_adapter_reduction_factor": _factor(int(second), int(inner))}
 
 
-def _why_no_coupling(target: Target, update: Invertible, model_type: str | None) -> str:
-    (a, second), (b, first) = update.F_down.shape, update.G_down.shape
-    if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
+def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> str:
+    (a, second), (b, first) = (update.tensors[name].shape for name in ("F_down", "G_down"))
+    if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
         return "it does not follow the embeddings, or the base is unknown; give it with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "no reduction factor yields the sizes of its halves"
@@ -283,8 +287,8 @@ def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> s
 
 def _sizes(update: Update) -> tuple[int, int]:
     """Return the sizes of the block and the bottleneck."""
-    dims = update.dims()
-    return int(dims["hidden"]), int(dims["d"])
+    hidden, inner = (cast(int, update.dims()[name]) for name in ("hidden", "d"))
+    return hidden, inner
 
 
 def _factor(hidden: int, inner: int) -> float:
@@ -428,7 +432,7 @@ class BottleneckFamily(AdapterHubFamily):
         for own in forms(updates):
             words = words_of([update for _, update in own])
             for target, update in own:
-                hung = hanging(target.path, update.residual, update.norm, naming.model_type)
+                hung = hanging(target.path, update.attributes["residual"], update.attributes["norm"], naming.model_type)
                 path = target.path if hung is None else hung[0]
                 for slot, field in {**own_slots(words), **(TWICE if words["ln_before"] else {})}.items():
                     yield naming.key(path, KIND, slot), as_lazy(update.tensors[field])

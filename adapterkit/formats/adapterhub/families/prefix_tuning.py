@@ -372,7 +372,7 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
 
 def _gates(update: Update) -> int:
     """Return the number of gates that weight an attention's keys and values."""
-    return int(update.gate.shape[0]) if "gate" in update.tensors else 0
+    return int(update.tensors["gate"].shape[0]) if "gate" in update.tensors else 0
 
 
 def _group(path: str, part: AdapterHubPart) -> str:

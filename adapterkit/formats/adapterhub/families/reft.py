@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Array
     from ....io.strict_json import JsonValue
-    from ....methods.reft import ReFT
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 
@@ -188,10 +187,10 @@ def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
 
 
-def _spelled(update: ReFT, prefix: str) -> Iterator[tuple[str, Lazy]]:
+def _spelled(update: Update, prefix: str) -> Iterator[tuple[str, Lazy]]:
     for slot, field in FIELDS.items():
         leaf = update.tensors.get(prefix + field)
-        if leaf is not None and field == "projection" and update.orthogonality:
+        if leaf is not None and field == "projection" and update.attributes["orthogonality"]:
             yield from zip((ORIGINAL, BASE), taken_apart(as_lazy(leaf)), strict=True)
         elif leaf is not None:
             yield slot, as_lazy(leaf)

@@ -8,7 +8,7 @@ module computes them from the base, too; the right singular vectors in the file 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
@@ -104,7 +104,7 @@ class AdamssFamily(Family):
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
         numbers = cls.numbers(updates)
-        own = AdaMSSFields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
+        own = AdaMSSFields(**{name: cast(int, numbers[name]) for name in ("r", "num_subspaces", "random_seed")})
         for target, found in updates.items():
             for update in found:
                 if isinstance(update, AdaMSS) and target.stacked:
@@ -256,7 +256,7 @@ def _raw(leaf: Lazy) -> Array:
     return np.frombuffer(bytes(leaf.fetch()), leaf.dtype.array).reshape(leaf.shape)
 
 
-def _cut(leaf: Lazy, at: int | Array, rank: int) -> Lazy:
+def _cut(leaf: Lazy, at: int | list[int], rank: int) -> Lazy:
     shape = (rank, leaf.shape[2]) if isinstance(at, int) else (len(at), rank)
     return leaf.map(lambda held: held[at][:rank] if isinstance(at, int) else held[at][:, :rank], shape)
 

@@ -73,8 +73,8 @@ class GloraFamily(Family):
         encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
         anchor, dims = next(iter(held)), dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1}
         for support, axes in _SIZES.items():
-            sizes = [dims.get(axis) for axis in axes]
-            if all(isinstance(size, int) for size in sizes) and not any(name[0] == support for name in held):
+            sizes = [size for axis in axes if isinstance(size := dims.get(axis), int)]
+            if len(sizes) == len(axes) and not any(name[0] == support for name in held):
                 encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, held[anchor])
         return encoded
 

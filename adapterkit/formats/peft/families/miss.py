@@ -85,10 +85,11 @@ class MissFamily(Family):
         return {"r": int(r), "mini_r": int(width) if mini else 1, "init_weights": "mini" if mini else True}
 
 
-def _form(update: MiSS | MiSSBat) -> tuple[str, tuple[int, ...]]:
+def _form(update: Update) -> tuple[str, tuple[int, ...]]:
     """Return the form's name, and the sizes that the config states for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
-    if update.mini is not None:
-        return "mini", tuple(update.mini.shape)
-    return "whole", () if update.D is None else (int(update.D.shape[0]),)
+    held = update.tensors
+    if "mini" in held:
+        return "mini", tuple(held["mini"].shape)
+    return "whole", (int(held["D"].shape[0]),) if "D" in held else ()

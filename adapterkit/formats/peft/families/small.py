@@ -86,7 +86,7 @@ class Renamed(Family):
         """
 
     @classmethod
-    def attributes(cls, own: Any) -> Mapping[str, object]:
+    def attributes(cls, own: Any) -> dict[str, Any]:
         """Return the update's attributes that the config states."""
         return {}
 
@@ -182,7 +182,7 @@ class HraFamily(Renamed):
         check_rank(key, file.tensors[key], file.settings.own.r, axis=1)
 
     @classmethod
-    def attributes(cls, own: HRAFields) -> dict[str, JsonValue]:
+    def attributes(cls, own: HRAFields) -> dict[str, bool]:
         return {"gram_schmidt": own.apply_GS}
 
     @classmethod
@@ -214,7 +214,7 @@ class RoadFamily(Renamed):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def attributes(cls, own: RoAdFields) -> dict[str, JsonValue]:
+    def attributes(cls, own: RoAdFields) -> dict[str, int]:
         return {"variant": int(own.variant[-1]), "group": own.group_size}
 
     @classmethod

@@ -7,7 +7,7 @@ random P shows it, because PEFT draws P from `projection_seed` plus this number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
@@ -68,7 +68,7 @@ class TinyLoRAFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         found = [each for each in super().decode(file) if isinstance(each, Found)]
-        numbers = _numbers({each.path: each.update for each in found}, file)
+        numbers = _numbers({each.path: cast(TinyLoRA, each.update) for each in found}, file)
         for each in found:
             number = None if numbers is None else numbers[each.path]
             yield _completed(file, each, number, len(found))

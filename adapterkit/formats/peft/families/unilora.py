@@ -96,7 +96,7 @@ class UniLoRAFamily(Family):
         some = next(iter(cls.of_it(updates).values()))
         turned = any(target.layout == "in out *k" for target in updates)
         sizes = {"r": int(some.indices_A.shape[0]), "theta_d_length": int(some.theta.shape[0])}
-        return sizes | {"save_indices": True, "fan_in_fan_out": turned}
+        return {**sizes, "save_indices": True, "fan_in_fan_out": turned}
 
 
 def _regenerated(file: File) -> Findings:

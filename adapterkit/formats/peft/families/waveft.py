@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ....errors import Unsupported
 from ....io.lazy import DTYPES, Lazy, as_lazy
@@ -253,7 +253,8 @@ class WaveFTFamily(Family):
         found = cls.of_it(updates)
         sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
         fields = size_fields(sizes, "n_frequency")
-        fields["n_frequency_pattern"] = {exactly(path): n for path, n in fields["n_frequency_pattern"].items()}
+        patterns = cast("Mapping[str, int]", fields["n_frequency_pattern"])
+        fields["n_frequency_pattern"] = {exactly(path): n for path, n in patterns.items()}
         taps = next(iter(found.values())).low_pass
         name = None if taps is None else name_of(as_lazy(taps))
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
