@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ..core.licences import Licence
+from ..core.licence_terms import Licence
 from ..io.locations import is_repo
 from .uris import Uri
 

@@ -6,12 +6,13 @@ Linear algebra runs in float32 or wider, because libraries have no 16-bit solver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..errors import Malformed, ShapeMismatch
 from .namespace import N, Numbers, namespace
-from .torch_draws import seeded
 
 if TYPE_CHECKING:
     import torch
@@ -217,3 +218,24 @@ class _Kind(TypedDict):
 
     dtype: object
     device: object
+
+
+# Seed torch's global generator for a block of code, one block at a time.
+
+
+_ONE_AT_A_TIME = RLock()
+"""All threads of a process share the generator, so that two workers of a merge would draw each other's numbers."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator within the block, and restore it afterwards; other threads wait for the block to end.
+
+    For functions of torch that take no generator, such as `torch.svd_lowrank`. Threads that draw without `seeded` are
+    not held up.
+    """
+    import torch
+
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

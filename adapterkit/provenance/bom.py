@@ -19,8 +19,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..core.licence_terms import BASE, Part, called, conflicts, parts_of, spdx_of, terms_of
-from ..core.licences import MAX_CARD, Licence, licence_at, metadata
+from ..core.licence_terms import (
+    BASE,
+    MAX_CARD,
+    Licence,
+    Part,
+    called,
+    conflicts,
+    licence_at,
+    metadata,
+    parts_of,
+    spdx_of,
+    terms_of,
+)
 from ..core.metadata import REPORT
 from ..errors import AdapterkitError, Malformed, StorageError, UsageError, storage_error
 from ..io.atomic import write_bytes

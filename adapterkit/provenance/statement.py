@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.licences import licence_at
+from ..core.licence_terms import licence_at
 from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import AdapterkitError, UnknownFormat, first_line, public
 from ..formats import detect, read

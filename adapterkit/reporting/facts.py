@@ -83,7 +83,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         name: its name in the report.
         path: the path it was read from; a model card there gives the licence.
     """
-    from ..core.licences import licence_at
+    from ..core.licence_terms import licence_at
 
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     sizes = [(math.prod(leaf.shape), dtype_of(leaf).name) for leaf in leaves.values()]

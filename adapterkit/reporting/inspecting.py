@@ -155,7 +155,7 @@ def inspected(
     """
     from ..errors import TargetNotFound, UnknownFormat
     from ..formats import detect, read
-    from ..formats._endings import adapter_modules
+    from ..formats._others import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
     from ..naming.binding.bases import check_base
@@ -232,8 +232,7 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 def _licence(path: Path) -> dict[str, JsonValue]:
     """Return the licence in the model card, and what it requires of derived works beyond notices."""
-    from ..core.licence_terms import spdx_of, terms_of
-    from ..core.licences import licence_at
+    from ..core.licence_terms import licence_at, spdx_of, terms_of
 
     found = licence_at(path)
     terms = terms_of(found)

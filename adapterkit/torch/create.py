@@ -18,7 +18,7 @@ from ..core.adapter import LAYOUTS, Adapter, BaseRef, Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
-from ..linalg.torch_draws import seeded
+from ..linalg.rotations import seeded
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from adapterkit import native
 from adapterkit.io.lazy import DTYPES
 from adapterkit.merging import kernel
-from adapterkit.merging.kernel import WRITTEN, LowRankSum
+from adapterkit.merging.compiled import WRITTEN, LowRankSum
 from adapterkit.native import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]

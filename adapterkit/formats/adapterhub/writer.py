@@ -6,18 +6,19 @@ form of one release.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from ...errors import Unrepresentable
+from ...errors import AdapterkitError, Unrepresentable
 from ...io.lazy import as_lazy
 from .._losses import Loss, expressible
 from .container import SAFETENSORS, Content
-from .families import family_of
+from .families import FAMILIES, family_of
 from .file import AdapterHubNaming, root_of
 from .layers import family_of_base, model_type_of, on_outputs
-from .proof import says
-from .reader import FORMAT, HEAD, AdapterHubHints, by_family, hints_of, spell
+from .reader import FORMAT, HEAD, AdapterHubHints, assemble, by_family, hints_of, spell
 from .settings import RELEASE
 
 if TYPE_CHECKING:
@@ -112,3 +113,31 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
 
 def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
+
+
+# Check that a folder's contents read back as the updates from which they were made; only headers are compared.
+
+
+def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
+    """Whether these contents would be read as these updates."""
+    written = json.loads(json.dumps(dict(content.config), sort_keys=True))
+    try:
+        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))
+    except AdapterkitError:
+        return False
+    return _outlines(read) == _outlines(updates)
+
+
+def _heads(updates: Updates) -> int | None:
+    prefixes = FAMILIES["prefix_tuning"].methods
+    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
+    return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
+
+
+def _outlines(updates: Updates) -> dict[tuple[str, tuple[int, int] | None], object]:
+    return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
+
+
+def _outline(update: Update) -> tuple[object, ...]:
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    return update.method, update.attributes, {name: (leaf.shape, leaf.dtype.name) for name, leaf in leaves.items()}

@@ -17,9 +17,8 @@ from ...naming.gguf import NAMING, family_of, name_for
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible
-from .invocation import INVOCATION, Invocation
 from .place import GgufPlace
-from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE
+from .reader import ALPHA, ARCHITECTURE, FORMAT, INVOCATION, KIND, TYPE, Invocation
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
