@@ -13,7 +13,7 @@ from ...io.lazy import as_lazy
 from ...methods.replacement import Replacement
 from .._format import UNKNOWN
 from . import config as fields
-from . import ia3, ln_tuning, lora, replacement, rows
+from . import lora, plain
 from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept, Key
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 BUILT_IN = {
-    "IA3": (replacement.decode, ia3.decode),
-    "LN_TUNING": (replacement.decode, ln_tuning.decode),
-    "LORA": (replacement.decode, lora.decode, rows.decode),
-    "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
+    "IA3": (plain.decode_replacement, plain.decode_ia3),
+    "LN_TUNING": (plain.decode_replacement, plain.decode_ln_tuning),
+    "LORA": (plain.decode_replacement, lora.decode, plain.decode_rows),
+    "TRAINABLE_TOKENS": (plain.decode_replacement, plain.decode_rows),
 }
 """The decoders of each peft_type, in the order in which PEFT applies updates; `families` has the other types."""
 
@@ -116,7 +116,7 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
 
 def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
     family = family_of_type(peft_type)
-    return BUILT_IN[peft_type] if family is None else (replacement.decode, family.decode)
+    return BUILT_IN[peft_type] if family is None else (plain.decode_replacement, family.decode)
 
 
 def _check_all_used(file: File, used: set[Key]) -> None:
