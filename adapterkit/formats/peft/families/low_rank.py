@@ -1,4 +1,4 @@
-"""Families like LoRA with more between its factors: AdaLoRA, DEFT and GraLoRA.
+"""Families like LoRA with more between or around its factors: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
 AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1], without the ranks that training removed.
 """
@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ....errors import Malformed
+from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....methods.adalora import AdaLoRA
 from ....methods.deft import DEFT
 from ....methods.gralora import GraLoRA
+from ....methods.osf import OSF
+from ....methods.peanut import PEANuT
 from ..alphas import exact_alpha
 from ..file import File, Found, Key, make
+from ..patterns import exactly, finds
 from ._family import Family, Own, Parts, Rank, check_parts, check_rank, minority
 from ._weights import check_size, layout, not_embedded, not_linear, side, unlike
 
@@ -295,3 +298,157 @@ class GraLoRAFamily(Family):
 def _form(update: GraLoRA) -> tuple[int, int, int, float]:
     hybrid = 0 if update.A_whole is None else int(update.A_whole.shape[0])
     return int(update.A.shape[0]), int(update.A.shape[2]), hybrid, float(update.scaling)
+
+
+# PEANuT: `peanut_A.weight` [r, out], `peanut_B.weight` [out, r], `peanut_encoders.<i>.weight` [r, r] and decoders.
+
+
+class PEANuTFields(Own, frozen=True, kw_only=True):
+    """The rank, depth, scaling and activation."""
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+
+
+class PeanutFamily(Family):
+    """The family of the peft_type PEANUT."""
+
+    name = "peanut"
+    peft_type = "PEANUT"
+    method = PEANuT
+    parts = ("peanut_A.weight", "peanut_B.weight", "peanut_encoders.*.weight", "peanut_decoders.*.weight")
+    own: ClassVar[type[Own]] = PEANuTFields
+    read: ClassVar[Mapping[str, str]] = {
+        "act_fn": "the activation",
+        "depth": "number of encoders and of decoders",
+        "scaling": "factor on the change",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        if not 0 <= own.depth <= len(keys):
+            some = next(iter(keys.values()))
+            why = f"the module has {len(keys)} tensors, but the config's depth states {own.depth} encoders"
+            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
+        inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(own.depth)}
+        parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
+        check_parts(keys, parts.values())
+        fields = {field: keys[part] for field, part in parts.items()}
+        check_rank(fields["A"], file.tensors[fields["A"]], own.r)
+        tensors = {name: file.tensors[fields[name]] for name in ("A", "B")}
+        if own.depth:
+            tensors |= {f"{s}s": _stacked([fields[f"{s}s.{i}"] for i in range(own.depth)], file) for s in _SIDES}
+        update = make("peanut", tensors, scaling=own.scaling).replace(activation=own.act_fn)
+        return Found(fields["A"].path, update, fields)
+
+    @classmethod
+    def encode(cls, update: PEANuT) -> dict[str, tuple[str, Lazy]]:
+        encoded = {name: (f"peanut_{name}.weight", as_lazy(update.tensors[name])) for name in ("A", "B")}
+        for part in _SIDES:
+            stack = update.tensors.get(f"{part}s")
+            for i in range(0 if stack is None else stack.shape[0]):
+                encoded[f"{part}s.{i}"] = f"peanut_{part}s.{i}.weight", _slice(as_lazy(stack), i)  # type: ignore[arg-type]
+        return encoded
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        some = next(iter(cls.of_it(updates).values()))
+        depth = 0 if some.encoders is None else int(some.encoders.shape[0])
+        return {"r": int(some.A.shape[0]), "depth": depth, "act_fn": some.activation, "scaling": some.scaling}
+
+
+def _stacked(keys: list[Key], file: File) -> Lazy:
+    first = file.tensors[keys[0]]
+    for key in keys:
+        if (file.tensors[key].shape, file.tensors[key].dtype) != (first.shape, first.dtype):
+            why = f"the shape {list(file.tensors[key].shape)} differs from {list(first.shape)}, or the dtypes differ"
+            raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
+    tensors = [file.tensors[key] for key in keys]
+    return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
+
+
+def _slice(stack: Lazy, position: int) -> Lazy:
+    return stack.map(lambda values: values[position], stack.shape[1:])
+
+
+_SIDES = ("encoder", "decoder")
+
+
+# OSF: `osf_svd_params.U_low` [out, r], `osf_svd_params.S_low` [r], `osf_svd_params.V_low` [r, in].
+
+
+OSF_FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
+"""A map from a word in the keys to the update's field."""
+
+Share = int | float | None
+
+
+class OSFFields(Own, frozen=True, kw_only=True):
+    """The number or the fraction of singular values that stay frozen."""
+
+    effective_rank: Share = None
+    rank_pattern: dict[str, int | float] | None = None
+
+    def kept(self, name: str, all_: int) -> int:
+        """Return how many of a module's singular values stay frozen."""
+        patterns = self.rank_pattern or {}
+        value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
+        if value is None:
+            return all_ // 2
+        share = isinstance(value, float) and 0 < value <= 1
+        return max(min(int(all_ * value) if share else int(value), all_), 0)
+
+
+class OsfFamily(Family):
+    """The family of the peft_type OSF."""
+
+    name = "osf"
+    peft_type = "OSF"
+    method = OSF
+    parts = tuple(OSF_FIELDS)
+    own: ClassVar[type[Own]] = OSFFields
+    read: ClassVar[Mapping[str, str]] = {
+        "effective_rank": "number or fraction of singular values that stay frozen, half by default; or rank_pattern",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT does not use it"}
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, OSF_FIELDS)
+        fields = {OSF_FIELDS[part]: key for part, key in keys.items()}
+        update = make("osf", {field: file.tensors[key] for field, key in fields.items()})
+        dims: Any = update.dims()
+        all_, key = min(dims["out"], dims["in"]), fields["S"]
+        kept = file.settings.own.kept(key.path, all_)
+        if kept + dims["r"] != all_ or not kept:
+            why = f"the file has {dims['r']} of {all_} singular values, but by the config {kept} stay in the base"
+            raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+        return Found(key.path, update, fields)
+
+    @classmethod
+    def encode(cls, update: OSF) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in OSF_FIELDS.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: OSF) -> str:
+        if update.S_own is not None:
+            return "this osf stores the part to subtract, but PEFT computes it from the base"
+        return super().why_not(target, update) or (
+            "" if _kept(update) else "this osf has all singular values; PEFT keeps some in the base"
+        )
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        kept = {path: _kept(update) for path, update in cls.of_it(updates).items()}
+        common = Counter(kept.values()).most_common(1)[0][0]
+        others = {exactly(path): count for path, count in kept.items() if count != common}
+        return {"effective_rank": common, "rank_pattern": others or None}
+
+
+def _kept(update: OSF) -> int:
+    return int(min(update.U.shape[0], update.V.shape[1]) - update.S.shape[0])
