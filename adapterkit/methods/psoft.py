@@ -90,4 +90,4 @@ def _principal(W: Tensor, r: int, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 
 def _split(U: Tensor, S: Tensor, V: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    return (S[:, None] ** 0.5 * V, U * S**0.5) if symmetric else (V, U * S)
+    return (S[:, None] ** 0.5 * V, U * S**0.5) if symmetric else (1 * V, U * S)
