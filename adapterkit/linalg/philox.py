@@ -19,7 +19,7 @@ CHUNK = 1 << 16
 """Random numbers in memory at a time; drawing is twice as fast if they fit in a core's cache."""
 
 
-def philox(counter: tuple[N, N, N, N], key: tuple[N, N]) -> tuple[N, N, N, N]:
+def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:
     """Return four words for a counter of four words and a key of two; words are int64 arrays of 32-bit values."""
     a, b, c, d = counter
     k, m = key

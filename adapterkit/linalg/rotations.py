@@ -68,8 +68,8 @@ def _orthonormal(R: N) -> N:
     L = xp.linalg.cholesky(square)
     # Check the lengths: rounding may leave a dependent row with a length just above 0, whose direction is noise.
     if _has_values(R):
-        left, was = (L * L).diagonal(), square.diagonal()
-        if bool((left <= 16 * len(R) * xp.finfo(R.dtype).eps * was).any()):
+        left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
+        if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
             raise _dependent(R)
     return xp.linalg.solve(L, R)
 

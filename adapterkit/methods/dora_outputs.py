@@ -7,7 +7,7 @@ the factor multiplies the layer's whole output, including the bias.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
@@ -51,7 +51,8 @@ class DoRAOutputs(WeightUpdate):
         return True
 
     def new_weight(self, W: Tensor) -> Tensor:
-        factors: Any = self.settled(W).factors
+        factors = self.settled(W).factors
+        assert factors is not None
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
         return (V * factors[:, None]).reshape(W.shape)
 

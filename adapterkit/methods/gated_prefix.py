@@ -5,8 +5,7 @@ AdapterHub uses this prefix in UniPELT: a flat prefix, or one whose network has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import ContextUpdate, Rule, tensor
 from ._gates import gated
@@ -30,10 +29,8 @@ class GatedPrefix(ContextUpdate):
     gate_bias: Tensor = tensor("shares")
 
     @classmethod
-    def initial(
-        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: object
-    ) -> Self:
-        width = len(W)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes, width = attributes.pop("sizes"), len(W)
         P, gate = random((1, 2, sizes["heads"], rank, sizes["d"])), random((1, width)) / width**0.5
         return cls.from_fields(P=P, gate=gate, gate_bias=W.new_zeros(1), **attributes)
 

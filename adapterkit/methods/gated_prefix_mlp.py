@@ -5,7 +5,6 @@ AdapterHub uses this prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, tensor
@@ -32,11 +31,9 @@ class GatedPrefixMLP(PrefixMLP):
     gate_bias: Tensor = tensor("shares")
 
     @classmethod
-    def initial(
-        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: Any
-    ) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
-        return super().initial(W, b, rank, random, sizes={**sizes, "layers": 1}, **gate, **attributes)
+        return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
         """Return None: the gates need the attention's input, so there is no prefix for the whole model."""

@@ -6,8 +6,7 @@ whose network has been replaced by its output, as in PEFT's files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import ContextUpdate, attribute, tensor
 
@@ -27,9 +26,8 @@ class Prefix(ContextUpdate):
     step: int = attribute(1, least=1)
 
     @classmethod
-    def initial(
-        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, sizes: Mapping[str, int], **attributes: object
-    ) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes = attributes.pop("sizes")
         P = random((sizes["layers"], 2, sizes["heads"], rank, sizes["d"]))
         return cls.from_fields(P=P, **attributes)
 

@@ -5,8 +5,7 @@ AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's files store
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import ContextUpdate, tensor
 from ..linalg.namespace import namespace
@@ -33,18 +32,8 @@ class PrefixMLP(ContextUpdate):
     b2: Tensor = tensor("layers 2 heads d")
 
     @classmethod
-    def initial(
-        cls,
-        W: Tensor,
-        b: Tensor | None,
-        rank: int,
-        random: Random,
-        *,
-        sizes: Mapping[str, int],
-        hidden: int = 512,
-        **attributes: object,
-    ) -> Self:
-        width = len(W)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes, width, hidden = attributes.pop("sizes"), len(W), attributes.pop("hidden", 512)
         values = sizes["layers"], 2, sizes["heads"], sizes["d"]
         return cls.from_fields(
             E=random((rank, width)),

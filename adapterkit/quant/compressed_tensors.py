@@ -207,5 +207,5 @@ def _bits(base: Checkpoint) -> int:
 
 def _block(base: Checkpoint) -> tuple[int, int] | None:
     block = _weights(base, "block_structure")
-    fits = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    return (block[0], block[1]) if fits else None
+    sizes = [n for n in block if type(n) is int and n > 0] if isinstance(block, list) and len(block) == 2 else []
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None

@@ -167,7 +167,7 @@ def _average(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-E = TypeVar("E", bound="Effect | Relation")
+E = TypeVar("E", bound="Effect | Relation | _At")
 
 
 def _map(

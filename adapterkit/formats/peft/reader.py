@@ -41,7 +41,7 @@ Places = dict[Target, list[Mapping[str, Key]]]
 
 
 def decode(
-    config: Mapping[str, object],
+    config: Mapping[str, JsonValue],
     tensors: Mapping[str, Lazy],
     *,
     compat: str | None = None,

@@ -75,7 +75,7 @@ class ContextFamily(Family):
         yield cls.found(file, keys)
 
     @classmethod
-    def why_not(cls, target: Target, update: Update) -> str:
+    def why_not(cls, target: Target, update: Any) -> str:
         return f"PEFT has {update.method} only for a whole model" if target.path else ""
 
 

@@ -166,7 +166,7 @@ class SHiRAFamily(Family):
         raise AssertionError("numbers_at replaces this method, because r depends on the base")
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, object]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         path, update = next(iter(cls.of_it(updates).items()))
         return {
             "r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r depends on the sizes of a weight"))
