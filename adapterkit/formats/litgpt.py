@@ -281,6 +281,6 @@ def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object
     make_folder(folder)
     save(file, tensors, "model")
     texts = hints.get("texts", {})
-    if hints.get("model"):
-        write_bytes(folder / MODEL, dump_yaml(dict(hints["model"]), texts.get(MODEL, "")))
+    if model := hints.get("model"):
+        write_bytes(folder / MODEL, dump_yaml(model, texts.get(MODEL, "")))
     write_bytes(folder / SETTINGS, dump_yaml(settings, texts.get(SETTINGS, "")))

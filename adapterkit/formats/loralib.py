@@ -89,7 +89,7 @@ class LoraLib(Format):
 def _decode(
     tensors: Mapping[str, Lazy], settings: LoralibSettings, base: Checkpoint | None
 ) -> Iterator[tuple[Target, LoRA]]:
-    enabled = settings.get("enable_lora")
+    enabled, alpha = settings.get("enable_lora"), settings.get("alpha", 0.0)  # `read_settings` requires an alpha.
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
         raise Malformed(
             f"enable_lora is {enabled!r}, not a list of true and false", where=SETTINGS, cure=f"Write {_EXAMPLE}"
@@ -97,11 +97,11 @@ def _decode(
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:
-            yield Target(path), _convolution(path, slots, settings["alpha"], weight.shape)
+            yield Target(path), _convolution(path, slots, alpha, weight.shape)
         elif slots["A"].shape[:1] != slots["B"].shape[1:2] or _alone(path, slots, enabled, weight):
-            yield from _merged(path, slots, settings["alpha"], enabled, base)
+            yield from _merged(path, slots, alpha, enabled, base)
         else:
-            update = LoRA(**slots, scaling=settings["alpha"] / check_factors(path, slots))
+            update = LoRA(**slots, scaling=alpha / check_factors(path, slots))
             yield Target(path, stored_layout(path, update, base)), update
 
 

@@ -114,7 +114,7 @@ class Nola(Format):
                 "files of NOLA's reference implementation cannot express these updates", items=lost, cure=cure
             )
         save(path, in_order(tensors, hints), "model_state_dict")
-        write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
+        write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints.get("device", "cpu")})
         return lost
 
 

@@ -45,7 +45,7 @@ class DType:
         return self.name
 
     @property
-    def array(self) -> np.dtype[np.generic]:
+    def array(self) -> np.dtype[Any]:
         """The numpy dtype for arithmetic; ml_dtypes provides the dtypes that numpy lacks."""
         import numpy as np
 

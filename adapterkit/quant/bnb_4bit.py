@@ -279,7 +279,7 @@ def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tupl
     table, above = (part_of(base, name, k, ("F32",)) for k in (table_key, above_key))
     expect(table.shape, (256,), table_key)
     expect(above.shape, (-(-blocks // nested),), above_key)
-    scales = _Blocks(stored, key, size, table, _Blocks(above, above_key, nested), state["nested_offset"])
+    scales = _Blocks(stored, key, size, table, _Blocks(above, above_key, nested), state.get("nested_offset", 0.0))
     return scales, (key, table_key, above_key)
 
 

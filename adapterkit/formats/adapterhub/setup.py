@@ -173,7 +173,8 @@ def _written(setup: Setup) -> dict[str, JsonValue]:
         {"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children
     ]
     word = WORDS.get(setup.kind, "")
-    return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})
+    kwargs: dict[str, JsonValue] = {"kwargs": {word: list(setup.numbers)}} if word else {}
+    return {"type": setup.kind, "children": single, **kwargs}
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:

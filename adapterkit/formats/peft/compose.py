@@ -161,7 +161,8 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
         pair = base is not None and (base.config or {}).get("is_encoder_decoder")
-        return ({"modules_to_save": saved} if saved else {}) | ({"task_type": "SEQ_2_SEQ_LM"} if pair else {})
+        fields: dict[str, JsonValue] = {"modules_to_save": saved} if saved else {}
+        return fields | ({"task_type": "SEQ_2_SEQ_LM"} if pair else {})
     return {
         "target_modules": endings(paths, base),
         "modules_to_save": saved_modules(updates, paths, base),

@@ -6,7 +6,7 @@ Updates of single experts whose destination is one stack become one update of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -328,7 +328,7 @@ def _one(updates: list[Update | None], target: Target) -> Update:
     )
 
 
-def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[object]) -> Update:
+def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
     """Join pairs of factors into a stack: pad ranks with zeros, and fold different scalings into B."""
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)

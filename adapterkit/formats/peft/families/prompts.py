@@ -150,7 +150,8 @@ class PrefixLike(ContextFamily):
 
 def stacks(parts: int) -> dict[str, JsonValue]:
     """Return the config fields for a model with `parts` stacks of layers; two stacks also need a fitting task type."""
-    return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
+    fields: dict[str, JsonValue] = {"num_transformer_submodules": parts}
+    return fields | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
 def rows(own: Any) -> int | None:
