@@ -6,18 +6,17 @@ with the same changes, and the factors of all changes in a segment are joined in
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-from .. import native
 from ..core.updates import Additive, Update
+from .kernel import LEAST, LowRankSum, takes
 
 if TYPE_CHECKING:
-    from ..io.lazy import Array, DType
+    from ..io.lazy import Array
     from ..linalg.namespace import Numbers
     from .blocks import Block
     from .planned import Output
@@ -147,125 +146,3 @@ def _cast(values: Array, out: Array) -> None:
     import numpy as np
 
     np.copyto(out, values, casting="unsafe")
-
-
-# The compiled inner loop of a merge, `native/merge.c`: base + B @ A in float32 with proven bounds, rounded once.
-#
-# The loop gives the same bits as numpy's float64 path, two to four times as fast.
-
-
-WRITTEN = ("BF16", "F16")
-"""Element types that the loop writes. A float32 output needs every sum in float64, where numpy is as fast."""
-
-PANEL, FILLED, CHUNK = 16, 32, 16
-
-LEAST = 1 << 14
-"""Smallest number of elements in a block for which calling the library is worthwhile."""
-
-
-class _Factors(ctypes.Structure):
-    _fields_ = [
-        ("left", ctypes.c_void_p),
-        ("panels", ctypes.c_void_p),
-        ("row_bound", ctypes.c_void_p),
-        ("column_bound", ctypes.c_void_p),
-        ("left64", ctypes.c_void_p),
-        ("right64", ctypes.c_void_p),
-        ("row_norm", ctypes.c_void_p),
-        ("column_norm", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-    ]
-
-
-def takes(source: DType, target: DType) -> bool:
-    """Whether the library is available and converts between these element types."""
-    return source.name in native.KINDS and target.name in WRITTEN and native.loops() is not None
-
-
-class LowRankSum:
-    """A change `left @ right`, prepared once for all blocks of a tensor.
-
-    Args:
-        left: float64 `[rows, rank]`, with scaling and weight.
-        right: float64 `[rank, width]`.
-    """
-
-    def __init__(self, left: Array, right: Array) -> None:
-        import numpy as np
-
-        rank, width = right.shape
-        padded = -(-width // FILLED) * FILLED
-        self.rows, self.width, self.rank = len(left), width, rank
-        panels = np.zeros((rank, padded), np.float32)
-        with np.errstate(over="ignore"):
-            panels[:, :width] = right
-            self._left = np.ascontiguousarray(left, np.float32)
-        self._panels = np.ascontiguousarray(panels.reshape(rank, -1, PANEL).swapaxes(0, 1))
-        self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # By the Cauchy-Schwarz inequality, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
-        weights = np.sqrt(_roundings(rank))
-        rows, columns = _norms(left * weights), _norms(right.T * weights)
-        self._row_bound = _upwards(rows, 2.0**-24)
-        self._column_bound = np.zeros(padded, np.float32)
-        self._column_bound[:width] = _upwards(columns, 1.0)
-        self._row_norm = np.where(rows == 0, 0.0, rows + 2.0**-300) * ((rank + 4) * 2.0**-51)
-        self._column_norm = np.where(columns == 0, 0.0, columns + 2.0**-300)
-
-    def add(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> bool:
-        """Write raw + rows `start` to `stop` of the change into `out`, rounded once; both are flat.
-
-        Returns:
-            False if float64 could not settle every element, so that numpy must compute the block; then `out` is
-            undefined.
-        """
-        loaded = cast("ctypes.CDLL", native.loops())
-        factors = _Factors(
-            left=self._left[start:].ctypes.data,
-            panels=self._panels.ctypes.data,
-            row_bound=self._row_bound[start:].ctypes.data,
-            column_bound=self._column_bound.ctypes.data,
-            left64=self._left64[start:].ctypes.data,
-            right64=self._right64.ctypes.data,
-            row_norm=self._row_norm[start:].ctypes.data,
-            column_norm=self._column_norm.ctypes.data,
-            rank=self.rank,
-        )
-        source, target = (native.KINDS[kind.name] for kind in kinds)
-        pointers = raw.ctypes.data, out.ctypes.data
-        open_: int = loaded.adapterkit_add(source, target, *pointers, stop - start, self.width, ctypes.byref(factors))
-        return open_ == 0
-
-
-def _roundings(rank: int) -> Array:
-    """Return an upper bound for the number of float32 roundings of each product b_k a_k in an element.
-
-    Both factors are rounded, and so is their product, unless it is added in the same step. Then come the sums: with the
-    later products in its chunk of 16, and with the chunks from its own on. One more rounding covers two small errors:
-    numpy's float64 sum, whose roundings are 2**-29 times as large, and the squares of all these errors.
-    """
-    import numpy as np
-
-    k = np.arange(rank)
-    within = np.minimum(rank - k, CHUNK - k % CHUNK)
-    roundings: Array = 3.0 + within + (-(-rank // CHUNK) - k // CHUNK) + 1.0
-    return roundings
-
-
-def _norms(factor: Array) -> Array:
-    """Return upper bounds for the norms of the rows; exactly zero for zero rows."""
-    import numpy as np
-
-    norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
-    # Bound tiny rows by their maximum: the squares of tiny numbers vanish, and a bound of zero would mean no change.
-    tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
-    return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
-
-
-def _upwards(norms: Array, factor: float) -> Array:
-    """Return norms times a factor as float32, rounded up; zero stays zero, and all other values stay away from zero."""
-    import numpy as np
-
-    # Add a small number: the product of two bounds must not vanish in float32, or a sum near zero would look exact.
-    with np.errstate(over="ignore"):
-        bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
-    return bound

@@ -37,7 +37,7 @@ enum { VERSION = 10 };
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
 enum { STRIP = 192 << 10 };
 
-/* One factor pair, as `merging/compiled.py` prepares it. */
+/* One factor pair, as `merging/kernel.py` prepares it. */
 typedef struct {
   const float *left;         /* [rows, rank] */
   const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, filled up with zeros to 32 */

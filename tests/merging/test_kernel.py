@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from adapterkit import native
 from adapterkit.io.lazy import DTYPES
-from adapterkit.merging.compiled import CHUNK, WRITTEN, LowRankSum, _Factors
+from adapterkit.merging import kernel
+from adapterkit.merging.kernel import WRITTEN, LowRankSum
 from adapterkit.native import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,9 +180,9 @@ def test_the_bound_of_the_roundings_holds() -> None:
     for rank in (1, 5, 16, 17, 40, 250):
         left, right = rng.standard_normal((64, rank)), rng.standard_normal((rank, 48))
         total = np.zeros((64, 48), np.float32)
-        for first in range(0, rank, CHUNK):
+        for first in range(0, rank, kernel.CHUNK):
             part = np.zeros((64, 48), np.float32)
-            for k in range(first, min(first + CHUNK, rank)):
+            for k in range(first, min(first + kernel.CHUNK, rank)):
                 part += left[:, k, None].astype(np.float32) * right[None, k].astype(np.float32)
             total += part
         summed = LowRankSum(left, right)
@@ -196,5 +197,5 @@ def test_ctypes_reads_the_fields_that_c_has() -> None:
     source = (ROOT / "adapterkit" / "native" / "merge.c").read_text("utf-8")
     body = source[source.index("typedef struct {") : source.index("} Factors;")]
     names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
-    assert names == [field[0] for field in _Factors._fields_]
-    assert ctypes.sizeof(_Factors) == 72
+    assert names == [field[0] for field in kernel._Factors._fields_]
+    assert ctypes.sizeof(kernel._Factors) == 72

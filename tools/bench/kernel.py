@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from adapterkit.io.lazy import DTYPES
 from adapterkit.linalg.products import product
 from adapterkit.merging.arrays import NumpyArrays
-from adapterkit.merging.compiled import WRITTEN, LowRankSum
+from adapterkit.merging.kernel import WRITTEN, LowRankSum
 from adapterkit.native import KINDS, loops
 
 ROWS, WIDTH = 192, 2048
