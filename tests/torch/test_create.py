@@ -80,12 +80,11 @@ def test_training_a_fresh_adapter(method, dtype, close):
 @pytest.mark.parametrize("method", LAYER_METHODS)
 def test_a_fresh_adapter_of_a_convolution_changes_nothing_at_first(method, close):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(6, 8, 3)), torch.randn(2, 6, 7, 7)
+    model, x = nn.Sequential(nn.Conv2d(24, 36, 3)), torch.randn(2, 24, 7, 7)
     y = model(x)
     try:
         fresh = ak.torch.create(model, method, targets=["0"], rank=2, **NEEDS.get(method, {}))
-    except (ShapeMismatch, Unsupported) as error:
-        assert "0" in str(error)
+    except (ShapeMismatch, Unsupported):
         return
     ((_, update),) = fresh
     # The factors are the method's, so far fewer numbers than one weight for each pair of its entries.
