@@ -1,4 +1,4 @@
-"""The group of commands: found by the names of their modules, imported when named, every error caught at the top."""
+"""The group of all commands: a command's module is imported only when needed; all errors are caught here."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from ._render import printable
 
 
 def completing() -> bool:
-    """Whether a shell asks for completions; see `_completion`."""
+    """Whether a shell is asking for completions; see `_completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
 class Commands(click.Group):
-    """A command `x` is `command` in module `x` of `package`; that module's docstring is its help.
+    """A click group that finds its commands as modules of a package.
+
+    The command `x` is the object `command` in module `x`, and the docstring of that module is its help.
 
     Args:
-        package: dotted name of the package of commands; names with a leading underscore are private.
-        attributes: those of any click group.
+        package: the dotted name of the package; modules whose names begin with an underscore are not commands.
+        attributes: the arguments of `click.Group`.
     """
 
     def __init__(self, *, package: str, **attributes: Any) -> None:
@@ -39,7 +41,7 @@ class Commands(click.Group):
 
     @cached_property
     def _names(self) -> list[str]:
-        # Once a process: reading the folder takes 5 ms, and a command line asks two or three times.
+        # Cached: reading the folder takes 5 ms, and one run of the command line needs the names two or three times.
         modules = pkgutil.iter_modules(import_module(self.package).__path__)
         return sorted(module.name for module in modules if not module.name.startswith("_"))
 
@@ -55,7 +57,7 @@ class Commands(click.Group):
             from ._completion import with_completions
 
             return with_completions(command)
-        # Each command is a plain click command; its help gets sections here, for all of them.
+        # Commands are plain click commands; their help gets its section headings here.
         from ._sections import HelpContext, write_options
 
         command.context_class = HelpContext
@@ -75,7 +77,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # `doctor` tells of files that cannot be read instead of failing by them.
+            # `doctor` reports files of defaults that cannot be read; it must not fail because of them.
             found = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: found}
             lines = ctx.meta.get(STAGES)
@@ -90,7 +92,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """The first line of a module's docstring, read from its source: importing all of them would be slow."""
+        """Return the first line of a module's docstring. It is read from the source: importing all modules is slow."""
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)
@@ -118,7 +120,7 @@ class Commands(click.Group):
         return done
 
     def _say_next(self, ctx: click.Context) -> None:
-        """A hint of the next command, to people at a terminal."""
+        """Print a hint about the next command, if both streams are terminals."""
         settings, name = ctx.obj, ctx.invoked_subcommand
         if settings.json or settings.quiet or name is None or not (sys.stderr.isatty() and sys.stdout.isatty()):
             return
@@ -135,7 +137,7 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> int:
-        """Runs the command line; exits with its code, or returns it where `standalone_mode` is off."""
+        """Run the command line. Exit with its exit code, or return the code if `standalone_mode` is off."""
         settings = CliSettings.of(sys.argv[1:] if args is None else args)
         run = super().main
         code = answer(

@@ -1,4 +1,4 @@
-"""The sections of a long help: options under headings by what they are about; and its width."""
+"""Help texts: long lists of options are split into sections, and lines fit narrow terminals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
         "private", "message", "tag", "revision", "license", "licence",
     ),
-    "What is computed": (
+    "Computation": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
         "onto", "keep", "keep_change", "remainder",
         "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
         "embeddings", "targets", "scope", "data", "texts",
         "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
     ),
-    "How adapters and bases are read": (
+    "Reading adapters and bases": (
         "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
         "match_base",
         "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
@@ -29,17 +29,17 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "min_effect", "min_kept", "max_scale_error", "max_part_error", "min_agreement", "max_perplexity",
         "min_over_null",
     ),
-    "How it runs": ("device", "engine", "address", "memory", "stream"),
-    "How it talks": ("json", "quiet", "verbose", "debug", "help"),
+    "Execution": ("device", "engine", "address", "memory", "stream"),
+    "Messages": ("json", "quiet", "verbose", "debug", "help"),
 }  # fmt: skip
-"""Heading -> names of parameters. Other options stand first, under Options."""
+"""Heading -> names of parameters. All other options are listed first, under Options."""
 
 FEW = 12
-"""Options that need no headings."""
+"""The largest number of options that are listed without headings."""
 
 
 def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """Write a command's options as its --help shows them."""
+    """Write the options of a command's --help."""
     home = {name: heading for heading, names in SECTIONS.items() for name in names}
     options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
     given = [(param, param.get_help_record(ctx)) for param in options]
@@ -53,8 +53,8 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
         rows = []
         for name, record in shown:
             at = home.get(name, "Options")
-            if name == "rank" and reads_rank:  # The rank that a file is expected to have.
-                at = "How adapters and bases are read"
+            if name == "rank" and reads_rank:  # Here --rank is the expected rank of a file.
+                at = "Reading adapters and bases"
             if at == heading:
                 rows.append(record)
         if rows:
@@ -63,12 +63,12 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
 
 
 class Formatter(click.HelpFormatter):
-    """Click's formatter, for terminals of fewer than 50 columns too: click's own lines are never shorter.
+    """A help formatter that also fits terminals of fewer than 50 columns, which click's formatter does not.
 
     Args:
-        indent_increment: as click's.
-        width: columns, if not those of the terminal.
-        max_width: the longest lines.
+        indent_increment: as in click.
+        width: the width in columns; the terminal's width if None.
+        max_width: the length of the longest lines.
     """
 
     def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Formatter(click.HelpFormatter):
         super().__init__(indent_increment, max(columns - 2, 24) if width is None and columns < 52 else width, max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Write a list of definitions; its first column takes a third of a narrow terminal."""
+        """Write a list of definitions; the first column takes at most a third of the width."""
         super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
 
 

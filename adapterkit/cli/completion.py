@@ -1,8 +1,8 @@
 """Print the script that completes adapterkit in a shell.
 
-Paths, formats, methods and devices are completed, too. For bash, put eval "$(adapterkit completion bash)" into
-~/.bashrc; for zsh the same with zsh into ~/.zshrc; for fish, write the script into
-~/.config/fish/completions/adapterkit.fish.
+It completes commands, options, paths, formats, methods and devices. For bash, add the line
+eval "$(adapterkit completion bash)" to ~/.bashrc. For zsh, add eval "$(adapterkit completion zsh)" to ~/.zshrc. For
+fish, write the script to ~/.config/fish/completions/adapterkit.fish.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_obj
 def command(settings: _options.CliSettings, shell: str) -> None:
-    """Prints `_completion.script`."""
+    """Print `_completion.script`."""
     if settings.json:
         show(settings, {"shell": shell, "script": script(shell)}, _view)
         return

@@ -1,8 +1,9 @@
-r"""Test another reader of adapterkit files.
+r"""Test another program that reads adapterkit files.
 
-It is run against the vectors of the specification. CMD is called with a verb (check, base, canonical, compute or merge)
-and paths, and prints one line of JSON for each path; section 16 of the specification says which. A program may know
-some methods only: those that it answers with Unsupported are counted apart. The exit code is 1 where a case fails.
+The program runs on the test vectors of the specification. CMD is called with a verb (check, base, canonical, compute or
+merge) and paths, and must print one line of JSON for each path; section 16 of the specification defines these lines. A
+program may support some methods only: cases that it answers with Unsupported are counted separately. The exit code is 1
+if a case fails.
 
 \b
 Examples:
@@ -25,11 +26,13 @@ from ._render import TextTable, View, show
 
 @click.command(help=__doc__)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
-@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors, or the archive of a release.")
+@click.option(
+    "--suite", type=click.Path(path_type=Path), help="Folder spec/vectors, or the conformance archive of a release."
+)
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, command: tuple[str, ...], suite: Path | None) -> None:
-    """Runs all cases and counts by conformance class and by requirement."""
+    """Run all cases and count the results by conformance class and by requirement."""
     from ..conformance import conformance
 
     outcomes = conformance(command, suite)
@@ -55,7 +58,7 @@ def _counts(counter: Counter[tuple[str, bool | None]], names: Iterable[str]) -> 
 
 
 def _number(rule: str) -> list[int]:
-    """The section and the number of a requirement such as R-3.1."""
+    """Return section and number of a requirement such as R-3.1, for sorting."""
     return [int(number) for number in rule.removeprefix("R-").split(".")]
 
 

@@ -1,6 +1,6 @@
-"""Merge trained adapters into a small model and measure it.
+"""Merge trained adapters into a small model and measure its accuracy.
 
-The model, its adapters and the test images come with the package: no network is used.
+The model, the adapters and the test images are part of the package; no network is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._render import TextTable, View, show
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Runs `adapterkit.demo.run`."""
+    """Run `adapterkit.demo.run`."""
     from ..demo import run
 
     settings: _options.CliSettings = ctx.obj
@@ -31,7 +31,7 @@ def command(ctx: click.Context) -> None:
 
 
 def _view(record: Mapping[str, Any]) -> View:
-    yield f"{record['images']} handwritten digits held out of training; the base reads {record['plain']:.1%} of them"
+    yield f"{record['images']} handwritten digits not used in training; the base reads {record['plain']:.1%} of them"
     columns = ("task", "method", "accuracy before", "accuracy merged", "verified", "seconds")
     yield TextTable(columns, [_row(row) for row in record["rows"]])
 

@@ -1,6 +1,6 @@
 """Show the help of a command, as its --help does.
 
-Without a command, all of them are listed.
+Without COMMAND, all commands are listed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, name: str | None) -> None:
-    """Prints what `adapterkit NAME --help` prints."""
+    """Print what `adapterkit NAME --help` prints."""
     from ..errors import UsageError, nearest
     from . import adapterkit
 

@@ -1,8 +1,8 @@
-"""Show what an adapter, a base or a graph holds.
+"""Show the contents of an adapter, a base or a graph.
 
-SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
-(hf://org/repo). Only headers are read, but with --layers. For an ONNX model, the layers that an adapter can name are
-shown.
+SRC is an adapter in any known format, a base (a folder of weights or one weight file), or an ONNX model, on disk or on
+a hub (hf://org/repo). Only file headers are read, except with --layers. For an ONNX model, the table shows the layers
+that an adapter can target.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base-weights", metavar="DIR", help="Of a graph: weights of the base, to find layers by their numbers.")
-@click.option("--all", "every", is_flag=True, help="List every target or tensor; groups if there are more than 24.")
-@click.option("--layers", is_flag=True, help="Show how much an adapter changes each layer; this reads its values.")
+@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by their values.")
+@click.option(
+    "--all", "every", is_flag=True,
+    help="List every target or tensor. Without it, more than 24 are summarized, one row for each module.",
+)  # fmt: skip
+@click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer; this reads all values.")
 @_options.reading
 @_options.rename
 @_options.flags
@@ -38,13 +41,13 @@ def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.inspect`."""
+    """Run `adapterkit.inspect`."""
     from ..api import inspect
 
     graph = graph_in(src) or is_graphs(src, None)
     if graph is None or graph != src:
         if base_weights is not None and graph is None:
-            raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
+            raise click.UsageError("--base-weights is only for ONNX models; for an adapter, type --base")
         if rename and base is None:
             raise click.UsageError("--rename requires --base")
     found = inspect(
@@ -55,7 +58,7 @@ def command(
 
 
 def _view(record: Mapping[str, object], every: bool) -> View:
-    """Yield the lines and tables of what was found, by its kind."""
+    """Yield the lines and tables for an adapter, a base or a graph."""
     if record["kind"] == "graph":
         return _graph_view(record, every)
     if record["kind"] == "base":
@@ -64,7 +67,7 @@ def _view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _unresolved_view(record: Mapping[str, Any]) -> View:
-    yield f"{record['path']}: an adapter whose modules are not resolved"
+    yield f"{record['path']}: an adapter whose targets are not resolved"
     rows = [
         [module, " ".join(f"{s}{shape}" for s, shape in slots.items())] for module, slots in record["modules"].items()
     ]
@@ -73,7 +76,7 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
 
 
 SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
-"""Columns that a narrow terminal may leave out, the first one first."""
+"""Columns that are dropped on a narrow terminal, in this order."""
 
 
 def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
@@ -97,21 +100,21 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
     if "values" in record:
-        yield f"values are not readable without the base: {record['values']}; --base BASE"
+        yield f"the values cannot be read without the base: {record['values']}; type --base BASE"
     if record["without_alpha"]:
-        yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
+        yield f"{counted(record['without_alpha'], 'module')} without alpha: the scaling is 1"
     yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
     if "loaders" in record:
         named = {
             word: [each["title"] for each in record["loaders"] if each["loads"] == word] for word in ("yes", "part")
         }
-        yield f"loaded as it is by: {', '.join(named['yes']) or 'no tool that is known'}"
+        yield f"loaded without conversion by: {', '.join(named['yes']) or 'no known tool'}"
         if named["part"]:
             yield f"loaded in part by: {', '.join(named['part'])}"
         again = f"adapterkit list loaders {quote(record['path'])}"
-        yield f"'{again}' says what loads it after a conversion, and why others do not"
+        yield f"'{again}' says which tools load it after a conversion, and why others do not"
     if record["unknown_fields"]:
-        yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
+        yield f"fields that the format does not define (kept): {', '.join(record['unknown_fields'])}"
     for step in record["recipe"]:
         if "subfolder" in step["args"]:
             yield f"read from the subfolder {step['args']['subfolder']}, the only adapter in the folder"
@@ -125,7 +128,7 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
 
 
 def _story(record: Mapping[str, Any], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
-    """Yield the summary of an adapter: name and value of each line."""
+    """Yield (name, value) for each line of an adapter's summary."""
     totals = record["totals"]
     yield "method", ", ".join(f"{name} ({count:,})" for name, count in totals["methods"].items())
     ranks = sorted({each["rank"] for each in record["updates"] if isinstance(each["rank"], int)})
@@ -158,7 +161,7 @@ def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 class _Group:
-    """Targets of one module that are alike but for their layer."""
+    """Targets of one module that differ only in their layer."""
 
     def __init__(self, module: str, first: Mapping[str, object]) -> None:
         self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
@@ -203,7 +206,7 @@ _LONG = (
     "ss_dataset_dirs",
     "ss_datasets",
 )
-"""Keys of metadata that are shown with --json only: their values are pictures and tables, or shown elsewhere."""
+"""Metadata keys that only --json shows: their values are pictures or tables, or are shown elsewhere."""
 
 
 def _short(value: str) -> str:
@@ -211,7 +214,7 @@ def _short(value: str) -> str:
 
 
 def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[Any]]:
-    """The rows of a table; updates that share all but their name share the work."""
+    """Return the rows of the table of updates. Updates that differ only in their names are formatted once."""
     known: dict[int, list[Any]] = {}
     found = []
     for update in updates:
@@ -273,15 +276,15 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
 
 
 def _packed(quantized: Mapping[str, Any]) -> str:
-    """The scheme of a quantized base, and its size without it."""
+    """Return the scheme of a quantized base and its number of parameters before quantization."""
     if quantized["scheme"] is None:
-        return f"quantized, in a way that is not read: {quantized['why']}"
+        return f"quantized in an unsupported way: {quantized['why']}"
     weights = counted(quantized["weights"], "weight")
     return f"quantized: {quantized['scheme']}, {weights}; {counted(quantized['parameters'], 'parameter')} in all"
 
 
 def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Tensors that are alike but for their layer, a row each."""
+    """Return one row for each group of tensors that differ only in their layer."""
     from ..reporting.grid import cells
 
     where = cells(tensor["name"] for tensor in tensors)
@@ -321,7 +324,7 @@ def _graph_view(record: Mapping[str, Any], every: bool) -> View:
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[object]:
-    """One row for the places of a module in a graph; what differs between its layers is listed or spanned."""
+    """Return the row of a module in a graph; values that differ between its layers are listed or shown as a range."""
     rows = [_layer_row(place) for place in group]
     shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

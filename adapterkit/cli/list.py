@@ -1,7 +1,7 @@
-"""List formats, methods, combiners, packings, or what loads FILE.
+"""List formats, methods, combiners, quantization schemes or loaders.
 
-`list loaders` names the tools that load adapter files. `list loaders FILE` says which of them load this file as it is,
-which load it after `adapterkit convert` with the arguments shown, and why the others do not.
+'list loaders' lists the known tools that load adapter files. 'list loaders FILE' says which of them load this file
+unchanged, which load it after the shown 'adapterkit convert' command, and why the others do not.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def command(
     settings: _options.CliSettings, what: str, file: str | None, source_format: str | None, base: str | None,
     compat: str | None,
 ) -> None:  # fmt: skip
-    """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
+    """List `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
     if file is not None and what != "loaders":
-        raise click.UsageError(f"FILE goes with 'list loaders'; 'list {what}' takes none")
+        raise click.UsageError(f"'list {what}' takes no FILE; only 'list loaders' does")
     said = {"from": source_format, "base": base, "compat": compat, **_options.stated()}
     given = next((name for name, value in said.items() if value is not None), None)
     if file is None and given is not None:
-        raise click.UsageError(f"--{given} goes with 'list loaders FILE'")
+        raise click.UsageError(f"--{given} requires 'list loaders FILE'")
     if file is not None:
         _loaders_of(settings, file, source_format, base, compat)
     elif what == "loaders":
@@ -51,7 +51,7 @@ def command(
 
 
 def formats() -> list[dict[str, JsonValue]]:
-    """One record a format, in the order of their names."""
+    """Return a record of each format, sorted by name."""
     from ..formats import FORMATS
 
     return [
@@ -64,7 +64,7 @@ def formats() -> list[dict[str, JsonValue]]:
 
 
 def methods() -> list[dict[str, Any]]:
-    """One record a method, in the order of their names: tensors with shape strings, attributes with defaults."""
+    """Return a record of each method, sorted by name: its tensors with shapes, its attributes with defaults."""
     from ..methods import METHODS
 
     return [
@@ -81,7 +81,7 @@ def methods() -> list[dict[str, Any]]:
 
 
 def combiners() -> list[dict[str, object]]:
-    """One record a way to combine, in the order of their names: parameters with defaults and meanings."""
+    """Return a record of each combiner, sorted by name: its parameters with defaults and meanings."""
     from ..ops import COMBINERS
 
     return [
@@ -98,7 +98,7 @@ def combiners() -> list[dict[str, object]]:
 
 
 def schemes() -> list[dict[str, JsonValue]]:
-    """One record a quantization scheme, in the order of their names."""
+    """Return a record of each quantization scheme, sorted by name."""
     from ..quant import SCHEMES
 
     return [
@@ -147,7 +147,7 @@ def _loaders_of(
 
 
 def _with_base(answer: Answer) -> Answer:
-    """Name the base in a conversion, where the file is not readable without it."""
+    """Add `--base BASE` to a conversion, for a file that cannot be read without its base."""
     from dataclasses import replace
 
     if not answer.convert or "--base" in answer.convert:
@@ -156,7 +156,7 @@ def _with_base(answer: Answer) -> Answer:
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return each tool's answer about a file as plain data."""
+    """Return the answers of all tools about a file as plain data."""
     fields = ("tool", "title", "loads", "why", "convert")
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 
@@ -200,7 +200,7 @@ def _tools_view(record: Mapping[str, Any]) -> View:
 def _loaders_view(record: Mapping[str, Any]) -> View:
     yield f"{record['path']}: {record['format']}"
     rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
-    yield TextTable(("tool", "loads", "after convert", "why"), rows)
+    yield TextTable(("tool", "loads", "command to convert", "why"), rows)
     yield from (f"warning: {warning}" for warning in record["warnings"])
 
 

@@ -1,8 +1,8 @@
-"""Show where an adapter's targets lie in a base.
+"""Show which weights of a base an adapter's targets match.
 
-BASE is a folder of weights or one weight file, ADAPTER an adapter in any known format. Only headers are read. The rules
-by which the adapter's names became the base's are shown below the table; --rename adds rules of your own. Without an
-adapter, the base's own names are shown with what other tools call them.
+BASE is a folder of weights or one weight file; ADAPTER is an adapter in any known format. Only headers are read. Below
+the table stand the rules that translate the adapter's names to those of the base; --rename adds rules of your own.
+Without ADAPTER, the table shows the names of the base and the names that other tools use for the same weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._render import TextTable, View, counted, show
 def command(
     settings: _options.CliSettings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
 ) -> None:
-    """Runs `adapterkit.names`."""
+    """Run `adapterkit.names`."""
     from ..api import names
 
     given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
@@ -55,7 +55,7 @@ def _view(record: Mapping[str, Any]) -> View:
         layout = "" if each["layout"] == "out *in" else each["layout"]
         key = _template(each["target"]), _template(each["path"]), cut, layout
         groups[key] = groups.get(key, 0) + 1
-    yield TextTable(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
+    yield TextTable(("adapter", "base", "rows", "layout", "targets"), [[*key, count] for key, count in groups.items()])
     for rule in record["rules"]:
         yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
     if record["missing"]:

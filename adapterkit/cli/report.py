@@ -1,7 +1,8 @@
-"""Show what adapters change, in one HTML page with verdicts.
+"""Write an HTML page that shows what adapters change.
 
-Each A is an adapter in any known format. The page needs no network: it holds norms by layer, spectra, ranks, what
-adapters have in common and where they conflict. With --base changes are held against its weights.
+Each A is an adapter in any known format. The page shows norms by layer, spectra, ranks, what the adapters have in
+common and where they conflict, and says in words what stands out. It works without a network. With --base, changes are
+compared with the weights of the base.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from ._writing import is_done, made_from
 @_options.base
 @_options.strict_base_of_read
 @click.option(
-    "--merged", metavar="OUT", help="What they were merged into: how much of each change is there. Needs --base."
-)
+    "--merged", metavar="OUT",
+    help="Merged model: show how much of each change it contains. Requires --base.",
+)  # fmt: skip
 @click.option(
-    "--gate", metavar="FILE", help="What adapterkit gate ... --json printed: the page shows it in a section of its own."
+    "--gate", metavar="FILE", help="Output of 'adapterkit gate ... --json', to show in a separate section of the page."
 )
-@click.option("-o", "--out", metavar="HTML", help="Page to write; without it only the verdicts are shown.")
-@click.option("--figures", metavar="DIR", help="Folder for every chart as PNG and SVG.")
+@click.option("-o", "--out", metavar="HTML", help="Page to write; without it, only the conclusions are printed.")
+@click.option("--figures", metavar="DIR", help="Folder to write every chart to, as PNG and SVG.")
 @_options.rename
 @_options.overwrite
 @_options.flags
@@ -38,7 +40,7 @@ def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
     figures: str | None, gate: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.report`."""
+    """Run `adapterkit.report`."""
     from .. import report
     from ..formats import files_read
     from ..io.locations import located
@@ -80,4 +82,4 @@ def _view(record: Mapping[str, Any]) -> View:
     if "out" in record:
         yield f"{record['out']}: {size(record['bytes'])}, opens in any browser"
     else:
-        yield "-o report.html writes the page with all numbers and pictures"
+        yield "-o report.html writes the page with all numbers and charts"

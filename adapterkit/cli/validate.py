@@ -1,6 +1,6 @@
-"""Check an adapter's file, shapes, values and fit to a base.
+"""Check an adapter's file, shapes and values, and whether it fits a base.
 
-Nothing is written. The first fault is reported with the file and the place in it.
+Nothing is written. The first error is reported with the file and the location in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     rename: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
+    """Run `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of

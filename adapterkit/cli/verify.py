@@ -1,11 +1,11 @@
-"""Check that a merged base is its base and these adapters.
+"""Check that a merged model equals its base with the adapters.
 
-Every tensor of MERGED is computed again from BASE and the adapters and compared bit by bit. Name the adapters, and
-their weights, in the order in which they were merged. Without a base and adapters, the files are compared with the
-checksums that were taken when they were written.
+Every tensor of MERGED is computed again from the base and the adapters and compared bit by bit. Name the adapters and
+their weights in the order in which they were merged. Without --base and --adapter, the files are compared with the
+checksums that 'adapterkit merge --checksums' recorded.
 
-With --signature, MERGED is any adapter or model: its files are compared with what was signed, and the signature is
-checked by --key, --trust, or --identity and --issuer. The exit code is 4 where it does not hold.
+With --signature, MERGED is any adapter or model. Its files are compared with the signed digests, and the signature is
+checked with --key, --trust, or --identity and --issuer. The exit code is 4 if a file or the signature is not valid.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ if TYPE_CHECKING:
 @click.command(help=__doc__)
 @click.argument("merged")
 @click.argument("more", metavar="", nargs=-1)
-@click.option("--base", metavar="BASE", help="The base that was merged into.")
+@click.option("--base", metavar="BASE", help="The base that the adapters were merged into.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="A",
-    help="An adapter that was merged; give one --adapter each, or name the others after the first.",
+    help="A merged adapter. Repeat the option, or name the other adapters after the first one.",
 )  # fmt: skip
 @_options.weights
 @_options.compat
 @_options.allow_partial
 @_options.rename
-@click.option("--seed", type=int, help="The seed that the merge was rounded with.")
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
+@click.option("--seed", type=int, help="The --seed of the merge, if it was rounded stochastically.")
+@click.option(
+    "--sample", type=click.IntRange(1), metavar="N",
+    help="Check only N of the tensors that adapters change, and N of the others.",
+)  # fmt: skip
 @_options.strict_base
-@click.option("--signature", metavar="FILE", help="Check this signature, made by adapterkit sign or model_signing.")
-@click.option("--key", metavar="PUB.pem", help="The signer's public key.")
-@click.option("--trust", multiple=True, metavar="CERT.pem", help="Certificates to trust, instead of a key. Repeatable.")
-@click.option("--identity", metavar="WHO", help="Who signed with sigstore, e.g. an e-mail address. Needs a network.")
-@click.option("--issuer", metavar="URL", help="Who vouches for the --identity.")
+@click.option("--signature", metavar="FILE", help="Signature to check, written by adapterkit sign or model_signing.")
+@click.option("--key", metavar="PUB.pem", help="Public key of the signer.")
+@click.option("--trust", multiple=True, metavar="CERT.pem", help="Certificate to trust instead of a key. Repeatable.")
+@click.option(
+    "--identity", metavar="WHO", help="Expected sigstore identity, e.g. an e-mail address. Requires a network."
+)
+@click.option("--issuer", metavar="URL", help="The OpenID provider that issued --identity.")
 @_options.flags
 @click.pass_context
 def command(
@@ -52,11 +57,11 @@ def command(
     compat: str | None, strict_base: bool, signature: str | None, key: str | None, trust: tuple[str, ...],
     identity: str | None, issuer: str | None,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
+    """Run `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
     if more and len(adapters) > 1:
-        raise click.UsageError("give each adapter an --adapter of its own")
+        raise click.UsageError("type --adapter before each adapter, or only before the first one")
     if (base is None) != (not adapters) and (signature is None or base is None):
-        raise click.UsageError("give --base and --adapter both, or neither")
+        raise click.UsageError("--base and --adapter require each other: type both or neither")
     if signature is None and (key or trust or identity or issuer):
         raise click.UsageError("--key, --trust, --identity and --issuer require --signature")
     settings: _options.CliSettings = ctx.obj
@@ -77,7 +82,7 @@ def _signed(
     path: str, signature: str, key: str | None, trust: Sequence[str], identity: str | None, issuer: str | None,
     base: str | None,
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Checks the signature; with a base, also that it is the one that the signed statement names."""
+    """Check the signature; if a base is given, also check that the signed statement names this base."""
     from ..io.locations import local, located
     from ..provenance import check_signature, other_base
 
@@ -93,7 +98,7 @@ def record_of(
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Verifies with a progress meter; the verification as plain data."""
+    """Verify with a progress meter and return the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
@@ -105,7 +110,7 @@ def record_of(
 
 
 def verdict(record: Mapping[str, Any]) -> View:
-    """The lines for people."""
+    """Yield the lines and the table that show a verification."""
     if "signature" in record:
         yield from _signature(record["signature"])
     if "tensors" not in record:
@@ -128,18 +133,18 @@ def verdict(record: Mapping[str, Any]) -> View:
 def _other_bases(record: Mapping[str, Any]) -> View:
     for base in record.get("base", ()):
         yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
-        yield f"              the base that was given has {base['given']}"
+        yield f"              the given base has the fingerprint {base['given']}"
         if base.get("how"):
             yield f"              {base['how']}"
 
 
 def _signature(signed: Mapping[str, Any]) -> View:
     by = f"the key {signed['key'][:16]}..." if signed["key"] else f"a {signed['kind']}"
-    yield f"signature holds: {counted(signed['files'], 'file')} as signed by {by}"
+    yield f"signature is valid: {counted(signed['files'], 'file')} as signed by {by}"
     yield from (f"not signed: {name}" for name in signed["not_covered"])
     told = signed["statement"]
     if told is None:
-        yield "it says nothing of base and lineage: it was not made by adapterkit"
+        yield "the signature does not name base and lineage: it was not made by adapterkit"
         return
     made = told.get("made_from") or {}
     yield f"signed as: {told['kind']}, by adapterkit {told['adapterkit']}"

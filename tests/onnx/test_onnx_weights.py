@@ -229,7 +229,7 @@ def test_the_command_line_exports_any_module(tmp_path, monkeypatch):
         "export", tmp_path / "weights.safetensors", "--model", maker, "-o", tmp_path / "out", "--quantize", "int8"
     )
     assert done.exit_code == 0, done
-    assert "1 weight packed" in done.stdout
+    assert "1 weight quantized" in done.stdout
     wanted = model(args[0]).detach().numpy()
     assert abs(graphs.run(tmp_path / "out" / "model.onnx", args[0]) - wanted).max() < 0.02 * abs(wanted).max()
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "bad.safetensors")
