@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class CliSettings:
-    """What a command prints besides its result, and in which form.
+    """The choices for the output of a command.
 
     Attributes:
         json: print one JSON document on standard output, also for errors.

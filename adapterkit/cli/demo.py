@@ -1,4 +1,4 @@
-"""Merge trained adapters into a small model and measure its accuracy.
+"""Merge adapters into a small model and measure its accuracy.
 
 The model, the adapters and the test images are part of the package; no network is used.
 """

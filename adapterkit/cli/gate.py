@@ -1,4 +1,4 @@
-"""Run a model and check that a merged model or graph keeps the adapter's effect.
+"""Check that a merged model or graph keeps its adapters' effect.
 
 BASE is a transformers model, as a folder or on a hub; each A is an adapter. The base runs with the adapters, without
 them, and with random changes of the same size. --merged and --onnx name the merged model and the graph to compare.

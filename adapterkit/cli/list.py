@@ -1,4 +1,4 @@
-"""List formats, methods, combiners, quantization schemes or loaders.
+"""List formats, methods, combiners, quant schemes or loaders.
 
 'list loaders' lists the known tools that load adapter files. 'list loaders FILE' says which of them load this file
 unchanged, which load it after the shown 'adapterkit convert' command, and why the others do not.

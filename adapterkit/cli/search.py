@@ -1,4 +1,4 @@
-"""Find the combination of adapters with the lowest loss on your texts.
+"""Find the combination of adapters with the lowest loss on texts.
 
 Each A is an adapter in any known format. Each trial combines the adapters, attaches the result to the base in memory
 and measures the loss. Trials are recorded in RECIPE.trials: run an interrupted search again to resume it.

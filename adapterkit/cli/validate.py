@@ -1,4 +1,4 @@
-"""Check an adapter's file, shapes and values, and whether it fits a base.
+"""Check an adapter's file, shapes, values and fit to a base.
 
 Nothing is written. The first error is reported with the file and the location in it.
 """

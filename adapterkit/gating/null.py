@@ -1,4 +1,4 @@
-"""The null adapter: random changes of the same size at the same targets, to hold an adapter's effect against."""
+"""Make the null adapter: random changes of the same size at the same targets, to compare an adapter's effect with."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from ..ops.lowering import Change, Delta
 
 RANK = 8
-"""Rank of the random change where the adapter's own change is of full rank."""
+"""The rank of the random change if the adapter's change has full rank."""
 
 
 def null_adapter(
     adapters: Sequence[Adapter], base: Checkpoint, *, weights: Sequence[float], seed: int, rename: str | Sequence[str]
 ) -> Adapter:
-    """Return an adapter of random changes with the Frobenius norm that the adapters' sum has at each target.
+    """Return an adapter whose random change at each target has the Frobenius norm of the adapters' summed change.
 
     Args:
         adapters: the adapters.
-        base: their base, its weights not packed.
-        weights: one factor an adapter.
+        base: the base of the adapters, with weights that are not quantized.
+        weights: a factor for each adapter.
         seed: the seed of the random numbers.
         rename: rules for names, as in `adapterkit.merge`.
 
     Raises:
-        NotMergeable: an adapter changes more than weights, so that its change has no norm.
-        AdapterkitError: it does not fit the base.
+        NotMergeable: an adapter changes more than weights, so its change has no norm.
+        AdapterkitError: an adapter does not fit the base.
     """
     import numpy as np
 
@@ -77,7 +77,7 @@ def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[o
         return []
     whole: Any = sum(present)
     drawn = rng.standard_normal(whole.shape)
-    # Each bias of stacked experts keeps its own norm.
+    # For stacked experts, compute the norm of each expert's bias separately.
     axis = -1 if stacked else None
     size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
     return [Dense(D=None, d=_torch(drawn * size))]
@@ -104,7 +104,7 @@ def _random(deltas: Sequence[Delta], rng: Any) -> tuple[Array, Array]:
 
 
 def _norm(B: Array, A: Array) -> float:
-    """Frobenius norm of B @ A, which is not formed."""
+    """Return the Frobenius norm of B @ A without computing the product."""
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 

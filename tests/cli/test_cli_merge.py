@@ -175,7 +175,7 @@ def test_an_interrupted_merge_says_how_to_go_on(
         patch.setattr("adapterkit.merging.execute.execute", interrupted)
         result = run(*words)
     assert result.exit_code == 130
-    assert result.stderr.strip() == "Interrupted. Run the same command again; merge and pull go on where they stopped."
+    assert result.stderr.strip() == "Interrupted. Run the same command again; merge and pull resume where they stopped."
     assert not (tmp_path / "out").exists()
     assert run(*words).exit_code == 0
     assert same(load_file(tmp_path / "out" / "model.safetensors"), expected(base, (adapters[0], 1.0)))
