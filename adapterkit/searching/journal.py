@@ -16,11 +16,11 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """Appends trials to a file, each in one write, and reads the trials of an earlier run.
+    """A file of trials: reads the trials of an earlier run, and appends each new trial in a single write.
 
     Args:
         path: the file; None keeps trials only in memory.
-        searched: everything that decides the trials: adapters, data, methods, seed and so on. It is compared with the
+        searched: everything that decides the trials, such as adapters, data, methods and seed. It is compared with the
             first line of the file.
         overwrite: start again if the file belongs to another search.
 
@@ -43,7 +43,7 @@ class Journal:
                 raise UsageError("the file holds trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Skip the last line if it has no end: the run was killed during its write, so that trial is repeated.
+        # Drop the last line if it is incomplete: the run was killed while writing it. That trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..ops.lowering import Base
 
 COUNT, LENGTH = 64, 256
-"""Most texts that are scored, and most tokens of each, so that a trial of a small model takes seconds."""
+"""The largest number of texts, and of tokens in each text, so that a trial with a small model takes seconds."""
 
 
 class TextScore:
-    """A loss: the mean over all tokens except the first of each text, in nats.
+    """A function that returns the loss of an adapter: the mean over all tokens except the first of each text, in nats.
 
     Args:
         base: a folder with a transformers language model and its tokenizer; it is loaded once.
@@ -28,7 +28,7 @@ class TextScore:
         seed: the seed that selects texts if the file has more than `COUNT`.
 
     Raises:
-        UsageError: the model gives no logits for tokens, or the file has no texts.
+        UsageError: the model does not predict tokens, or the file contains no texts.
         StorageError, Malformed: a file cannot be read.
     """
 
@@ -41,7 +41,7 @@ class TextScore:
         self.checkpoint, self.device = checkpoint, device_of(device)
         self.model: Any = load(checkpoint, "float32", self.device)
         if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
-            why = "the model has no head over tokens, so texts have no loss"
+            why = "the model does not predict tokens, so texts have no loss"
             raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
         self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
 

@@ -50,12 +50,10 @@ class CombinerTests:
         Returns:
             The change `[out, in]`. If a subclass defines this method, the combiner is compared with it.
         """
-        raise Unsupported(
-            "the tests have no formula to compare with", cure="Define `combined` in the class of its tests"
-        )
+        raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 
     def adapters(self) -> list[Adapter]:
-        """Return the adapters: rank-2 LoRAs at two targets, in float64, so that nothing is rounded on the way."""
+        """Return the adapters to combine: rank-2 LoRAs at two targets, in float64 to avoid rounding."""
         made = []
         for number in range(self.count):
             updates = {}

@@ -43,15 +43,16 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """Return an update that changes a linear layer; a method without `initial` must override this."""
+        """Return an update that changes a linear layer. Tests of a method without `initial` must override this."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Any) -> Any:
-        """Return W' - W of `update()` at a weight, in float64 numpy, without using the method's class.
+        """Return the change W' - W that `update()` makes to a weight W, in float64 numpy.
 
-        Write the paper's formula here a second time. If a subclass defines this method, the class is compared with it.
+        Write the paper's formula here independently, without the method's class. If a subclass defines this function,
+        the method's class is compared with it.
         """
-        raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the class of its tests")
+        raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 
     def test_it_says_where_it_is_from(self) -> None:
         assert self.method not in METHODS.refused(), METHODS.refused()[self.method]

@@ -25,16 +25,17 @@ class SchemeTests:
     scheme: ClassVar[str] = ""
 
     def base(self, folder: Path) -> dict[str, Any]:
-        """Write a base with this scheme into `folder`; return its numbers as dequantized by its own library.
+        """Write a base that is quantized with this scheme into `folder`, and return its dequantized weights.
 
         Returns:
-            A map from each packed weight's name to a numpy array `[out, in]` from the library that wrote it.
+            The name of each quantized weight -> its values, a numpy array `[out, in]`, dequantized by the library that
+            wrote it.
         """
-        raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the class of its tests")
+        raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 
     @pytest.fixture
     def packed(self, tmp_path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-        """Return the opened base, and the numbers of its packed weights."""
+        """Return the opened base and the dequantized values of its weights."""
         folder = tmp_path / "base"
         folder.mkdir()
         numbers = self.base(folder)
@@ -59,7 +60,7 @@ class SchemeTests:
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
     def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Compare all rows, and some blocks of rows, because a merge reads a weight in blocks of rows."""
+        """Compare whole weights and blocks of rows, because a merge reads weights in blocks of rows."""
         import numpy as np
 
         base, numbers = packed
@@ -89,7 +90,7 @@ class SchemeTests:
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
     def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Remove each part of a packed weight in turn."""
+        """Remove each tensor of a quantized weight in turn; reading must skip the weight or raise a typed error."""
         from dataclasses import replace
 
         base, numbers = packed

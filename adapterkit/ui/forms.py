@@ -31,10 +31,10 @@ LEFT_OUT = frozenset({
 """Options that forms omit: output options, other machines, and files that name further files."""
 
 LONGEST = 4096
-"""Most characters in one value."""
+"""The largest number of characters in one value."""
 
 MANY = 64
-"""Most values of one option."""
+"""The largest number of values of one option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Field:
 
 
 OUTPUTS = frozenset({"dst", "figures", "out"})
-"""Parameters that name outputs."""
+"""The parameters that name outputs."""
 
 
 def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]:
@@ -123,7 +123,7 @@ class Forms:
             UsageError: the path is elsewhere, or is an address.
         """
         if is_address(value):
-            cure = "Start the page with --hubs, or fetch it first: adapterkit pull"
+            cure = "Start the page with --hubs, or download it first with adapterkit pull"
             why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
             raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
@@ -190,7 +190,7 @@ class Forms:
             )
         for each in many:
             if not isinstance(each, str | int | float) or isinstance(each, bool):
-                raise UsageError("text or a number was expected", where=field.label, cure="Write a value")
+                raise UsageError("the value must be text or a number", where=field.label, cure="Write a value")
             text = str(each)
             if len(text) > LONGEST or "\0" in text:
                 raise UsageError("the value is too long", where=field.label, cure="Write a shorter one")
@@ -216,7 +216,7 @@ class Forms:
                 names = sorted((each for each in found if not each.name.startswith(".")), key=_natural)
         except OSError as error:
             raise UsageError(
-                f"cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"
+                f"the folder cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"
             ) from None
         entries = [{"name": each.name, "path": str(path / each.name), "kind": _kind(each)} for each in names[:LISTED]]
         parent = "" if path in self.roots else str(path.parent)
@@ -224,13 +224,13 @@ class Forms:
 
 
 LISTED = 1000
-"""Most entries of a folder that are listed."""
+"""The largest number of entries of a folder that are listed."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return the likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
+    """Return the kind of an entry as its name suggests: adapter, base, weights, graph, page, folder or file."""
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:

@@ -1,4 +1,4 @@
-"""The page: its contents, its requests, and the server, which listens on this machine only."""
+"""Serve the page and answer its requests; the server can be reached only from this machine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             given = json.loads(await request.body())
             command, values = given["command"], given["values"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return JSONResponse({"error": {"why": "not a filled form", "cure": "Reload the page"}}, 400)
+            return JSONResponse({"error": {"why": "the request is not a form", "cure": "Reload the page"}}, 400)
         return await run_in_threadpool(told, lambda: jobs.start(forms.words(command, values)).record())
 
     measuring = threading.Lock()
@@ -138,15 +138,15 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""Most adapters whose sum is measured."""
+"""The largest number of adapters whose sum is measured."""
 
 
 def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
-    """Return the inner products of adapters' changes, per target; they give the size of every weighted sum.
+    """Return the inner products of the adapters' changes at each target, which give the norm of any weighted sum.
 
     Args:
         adapters: two or more adapters.
-        base: their base, if measuring them needs it.
+        base: the base of the adapters, if measuring them needs one.
     """
     from ..api import report
 
@@ -186,7 +186,7 @@ def serve(
         roots: folders that may be read and written.
         hubs: whether adapters and bases may be addresses on hubs.
         port: the port on 127.0.0.1; 0 for a free one.
-        started: a function that is called with the address, once the server answers.
+        started: a function that is called with the address once the server answers.
 
     Raises:
         Unsupported: starlette or uvicorn is not installed.
@@ -222,7 +222,7 @@ def serve(
             jobs.close()
 
 
-def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - it returns an instance of the class below
+def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - called like a class
     """Return a server that calls `started` when it answers requests."""
     import uvicorn
 

@@ -133,10 +133,10 @@ def test_what_a_search_refuses() -> None:
         return 1.0
 
     for match, words in (
-        ("two adapters or more", {"adapters": PAIR[:1]}),
+        ("at least two adapters", {"adapters": PAIR[:1]}),
         ("every search begins with", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
-        ("learns from data of its own", {"methods": ["lorahub"]}),
+        ("needs data of its own to learn from", {"methods": ["lorahub"]}),
         ("slerp does not take 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
         ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),

@@ -83,7 +83,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Tensors], Tensors], str]] = {
     "half": (lambda base, d: merged(base, d, 0.5), "half the change"),
     "sign turned": (lambda base, d: merged(base, d, -1), "opposite sign"),
     "nothing": (lambda base, d: merged(base, d, 0), "is the base"),
-    "one target missed": (lambda base, d: merged(base, without(d, DOWN)), "layer 1 down_proj is the first module that differs"),
+    "one target missed": (
+        lambda base, d: merged(base, without(d, DOWN)),
+        "layer 1 down_proj is the first module that differs",
+    ),
     "one layer missed": (lambda base, d: merged(base, without(d, "layers.1.")), "nothing of the change"),
     "attention missed": (lambda base, d: merged(base, without(d, "self_attn")), "8 of"),
     "layers shifted": (lambda base, d: merged(base, shifted(d)), "hold the change of another module"),
