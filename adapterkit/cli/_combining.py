@@ -93,7 +93,7 @@ def named_by(recipe: Recipe | None) -> Iterator[None]:
         raise
 
 
-def setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, object]:
     """Split `density=0.5` into a name and a value.
 
     Raises:

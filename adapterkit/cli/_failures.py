@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import TextIOWrapper
-from typing import Any
 
 import click
 
@@ -54,7 +53,7 @@ def carried() -> Iterator[None]:
         raise Carried(error) from error
 
 
-def answer(run: Callable[[], Any], settings: CliSettings) -> int:
+def answer(run: Callable[[], object], settings: CliSettings) -> int:
     """Run a command and return its exit code. Print errors on standard error, and with --json also as JSON."""
     try:
         _escape_unprintable()

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _modules
 from ._options import CliSettings
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
 from ._writing import is_done, made_from, refuse_place
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
 
 MOST_SHOWN = 8
 """The number of targets whose quantization error is printed; --json has all of them."""
 
 
-def damage_lines(damage: Mapping[str, Mapping[str, float]], beside: Sequence[str] = ()) -> Iterator[str]:
+def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
     """Yield a line for each target about the error of quantizing again, worst first, and a line about kept changes.
 
     Args:
-        damage: target -> its `error`, and the share of its change that is `kept`.
-        beside: the targets whose change was kept as separate floating-point factors instead.
+        record: the record of a merge. `damage` has for each target its `error`, and the share of its change that is
+            `kept`; `beside` lists the targets whose change was kept as separate floating-point factors instead.
     """
-    apart = set(beside)
-    rounded = {name: told for name, told in damage.items() if name not in apart}
-    worst = sorted(rounded, key=lambda name: rounded[name]["kept"])
+    every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
+    damage = {name: part(every, name) for name in every}
+    rounded = {name: told for name, told in damage.items() if name not in beside}
+    worst = sorted(rounded, key=lambda name: number(rounded[name], "kept"))
     for name in worst[:MOST_SHOWN]:
-        yield f"{name}: error {rounded[name]['error']:.3%}, {rounded[name]['kept']:.1%} of the change kept"
+        error, kept = number(rounded[name], "error"), number(rounded[name], "kept")
+        yield f"{name}: error {error:.3%}, {kept:.1%} of the change kept"
     if worst[MOST_SHOWN:]:
-        kept = rounded[worst[len(worst) // 2]]["kept"]
+        kept = number(rounded[worst[len(worst) // 2]], "kept")
         yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; the median keeps {kept:.1%} of its change"
     if beside:
-        tried = [damage[name]["kept"] for name in beside if name in damage]
+        tried = [number(damage[name], "kept") for name in beside if name in damage]
         why = f": quantizing again would keep only {min(tried):.1%} to {max(tried):.1%} of it" if tried else ""
         yield f"{counted(len(beside), 'change')} kept next to the quantized weight, as floating-point factors{why}"
 
@@ -93,7 +98,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Adapter | str], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, keep_change: str | None, tied: str | None, strict_base: bool,
     check: bool, overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
@@ -201,11 +206,13 @@ def warn(warnings: Sequence[str]) -> None:
         click.echo(f"warning: {line}", err=True)
 
 
-def targets_view(record: Mapping[str, Any], every: bool = False) -> View:
+def targets_view(record: Mapping[str, object], every: bool = False) -> View:
     """Show the nodes of each target in a graph, or one row for each module if there are many targets."""
-    targets = _modules.in_order(record["targets"])
+    targets = _modules.in_order(parts(record, "targets"))
     if every or len(targets) <= _modules.FEW:
-        rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in targets]
+        rows = [
+            [t["target"], ", ".join(texts(t, "nodes")), t["method"], f"{number(t, 'confidence'):.2f}"] for t in targets
+        ]  # fmt: skip
         columns: tuple[str, ...] = ("target", "node", "found by", "confidence")
         if "graphs" in record:
             columns, rows = ("graph", *columns), [[t["graph"], *row] for t, row in zip(targets, rows, strict=True)]
@@ -214,38 +221,42 @@ def targets_view(record: Mapping[str, Any], every: bool = False) -> View:
     groups = _modules.by_module(targets)
     rows = [
         [
-            module, len(group), _modules.layers_of(group, layers), ", ".join(dict.fromkeys(t["method"] for t in group)),
-            _modules.span([f"{t['confidence']:.2f}" for t in group]),
+            module, len(group), _modules.layers_of(group, layers),
+            ", ".join(dict.fromkeys(str(t["method"]) for t in group)),
+            _modules.span([f"{number(t, 'confidence'):.2f}" for t in group]),
         ]
         for module, group, layers in groups
     ]  # fmt: skip
     yield TextTable(("module", "targets", "layers", "found by", "confidence"), rows)
 
 
-def graphs_lines(record: Mapping[str, Any]) -> Iterator[str]:
+def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
     """Yield the number of targets in each graph of a folder, and the result of its check."""
-    for name, each in record.get("graphs", {}).items():
-        yield f"{name}: {counted(each['targets'], 'target')}; {checked(each)}"
+    graphs = part_or_none(record, "graphs") or {}
+    for name in graphs:
+        each = part(graphs, name)
+        yield f"{name}: {counted(integer(each, 'targets'), 'target')}; {checked(each)}"
 
 
-def checked(record: Mapping[str, Any]) -> str:
+def checked(record: Mapping[str, object]) -> str:
     """Return the result of the check as text."""
-    found = record["difference"]
-    return record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
+    if record["note"]:
+        return str(record["note"])
+    if record["difference"] is None:
+        return "not checked"
+    return f"largest difference {number(record, 'difference'):.2g} of the output"
 
 
-def _plan_view(record: Mapping[str, Any]) -> View:
+def _plan_view(record: Mapping[str, object]) -> View:
     yield f"merge into {record['base']}"
     yield from targets_view(record)
-    yield f"{counted(len(record['targets']), 'target')}, {counted(_weights(record), 'weight')} to compute"
+    targets = parts(record, "targets")
+    weights = {name for target in targets for name in texts(target, "weight")}
+    yield f"{counted(len(targets), 'target')}, {counted(len(weights), 'weight')} to compute"
 
 
-def _merged_view(record: Mapping[str, Any]) -> View:
+def _merged_view(record: Mapping[str, object]) -> View:
     yield from targets_view(record)
     yield from graphs_lines(record)
-    yield from damage_lines(record.get("damage", {}), record.get("beside", ()))
-    yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"
-
-
-def _weights(record: Mapping[str, Any]) -> int:
-    return len({name for target in record["targets"] for name in target["weight"]})
+    yield from damage_lines(record)
+    yield f"wrote {record['out']}: {counted(len(parts(record, 'targets')), 'target')} merged; {checked(record)}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import click
+
+from ._render import number
 
 FEW = 24
 """The largest number of targets or tensors that are listed one by one without --all."""
@@ -19,14 +20,21 @@ every = click.option(
 HINT = "--all lists every target"
 
 
-def in_order(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+Record = Mapping[str, object]
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
     """Sort records by the names of their targets, with numbers in numeric order: 2 before 10."""
     from ..reporting.grid import natural
 
-    return sorted(records, key=lambda record: natural(record["target"] or ""))
+    return sorted(records, key=lambda record: natural(_target(record)))
 
 
-def by_module(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]], dict[str, str]]]:
+def _target(record: Record) -> str:
+    return str(record["target"] or "")
+
+
+def by_module(records: Sequence[Record]) -> list[tuple[str, list[Record], dict[str, str]]]:
     """Group records by module, in the order in which a transformer block computes its modules.
 
     Returns:
@@ -34,11 +42,11 @@ def by_module(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapp
     """
     from ..reporting.grid import cells, reading_order
 
-    where = cells(record["target"] or "" for record in records)
+    where = cells(_target(record) for record in records)
     layers = {target: cell.layer for target, cell in where.items()}
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(where[record["target"] or ""].module, []).append(record)
+        groups.setdefault(where[_target(record)].module, []).append(record)
     return [(module or "(model)", groups[module], layers) for module in sorted(groups, key=reading_order)]
 
 
@@ -47,40 +55,48 @@ def ranges(layers: Sequence[str]) -> str:
     if not all(layer.isdecimal() for layer in layers):
         return f"{len(layers):,}"
     runs: list[list[int]] = []
-    for number in sorted(map(int, layers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+    for layer in sorted(map(int, layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
         else:
-            runs.append([number, number])
+            runs.append([layer, layer])
     texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
     return ", ".join(texts) if len(texts) <= 4 else f"{len(layers):,}: {', '.join(texts[:3])}, ... {texts[-1]}"
 
 
-def layers_of(group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> str:
+def layers_of(group: Sequence[Record], layers: Mapping[str, str]) -> str:
     """Return the layers of a module's records in the form of `ranges`."""
-    named = dict.fromkeys(layers[each["target"] or ""] for each in group)
+    named = dict.fromkeys(layers[_target(each)] for each in group)
     return ranges([layer for layer in named if layer])
 
 
-def largest(group: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+def largest(group: Sequence[Record], name: str) -> Record | None:
     """Return the record with the largest value of a field, or None if no value is above zero."""
-    return max((each for each in group if each[name]), key=lambda each: each[name], default=None)
+    return max((each for each in group if each[name]), key=lambda each: number(each, name), default=None)
 
 
-def together(group: Sequence[Mapping[str, Any]], name: str) -> Any:
+def together(group: Sequence[Record], name: str) -> object:
     """Return the norm of several changes taken together, or None if one norm is unknown."""
-    values = [each[name] for each in group]
-    return None if None in values else short(math.hypot(*values))
+    if any(each[name] is None for each in group):
+        return None
+    return short(math.hypot(*(number(each, name) for each in group)))
 
 
-def short(value: Any) -> Any:
+def short(value: object) -> object:
     """Round a float to four significant digits, which keeps tables narrow; return other values unchanged."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def span(values: Sequence[Any]) -> Any:
-    """Return the only value, or the smallest and largest of several as `2-8`; None if no value is known."""
-    known = [value for value in values if value is not None]
-    if not known:
+def span(values: Sequence[object]) -> object:
+    """Return the only value, or the smallest and largest of several as `2-8`; None if no value is known.
+
+    Args:
+        values: numbers, or texts of numbers, or None.
+    """
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    if numbers:
+        return min(numbers) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
+    names = [value for value in values if isinstance(value, str)]
+    if not names:
         return None
-    return min(known) if min(known) == max(known) else f"{min(known)}-{max(known)}"
+    return min(names) if min(names) == max(names) else f"{min(names)}-{max(names)}"

@@ -6,11 +6,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import nearest
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,10 +78,10 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 class ComputeType(click.Choice[str]):
     """A torch dtype under any of its usual names: float16, fp16, half, F16, torch.float16."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from ..io.lazy import dtype_named
 
-        kind = dtype_named(value) if isinstance(value, str) else None
+        kind = dtype_named(value)
         return super().convert(value if kind is None else kind.torch, param, ctx)
 
 
@@ -124,7 +127,10 @@ STATED = "adapterkit.stated"
 """Key in the context's `meta`: arguments of `adapterkit.read` that supply what a file does not state."""
 
 
-def _state(ctx: click.Context, param: click.Parameter, value: object) -> Any:
+V = TypeVar("V")
+
+
+def _state(ctx: click.Context, param: click.Parameter, value: V) -> V:
     if value not in (None, False):
         ctx.meta.setdefault(STATED, {})[param.name] = value
     return value
@@ -163,7 +169,9 @@ def reading_to_cut(command: F) -> F:
     return command
 
 
-def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) -> tuple[Any, ...]:
+def in_reading(
+    adapters: Sequence[Adapter | str], compat: str | None, base: str | None
+) -> tuple[Adapter | str, ...]:  # fmt: skip
     """Return the adapters unchanged, or read them first if an option says how to interpret them."""
     options = stated()
     if compat is None and not options:
@@ -175,12 +183,11 @@ def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) ->
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
-        read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
-        for adapter in adapters
-    )
+        read(adapter, base=base, **options) if isinstance(adapter, str) else adapter for adapter in adapters
+    )  # fmt: skip
 
 
-def base_warnings(sources: Sequence[Any], adapters: Sequence[Any], base: str | None) -> list[str]:
+def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
     """Return a warning for each statement of an adapter about its base that the given base contradicts.
 
     Args:
@@ -193,8 +200,8 @@ def base_warnings(sources: Sequence[Any], adapters: Sequence[Any], base: str | N
     from ..formats import read
     from ..naming.binding.bases import check_base
 
-    held = [read(each, base=base) if isinstance(each, (str, os.PathLike)) else each for each in adapters]
-    found = check_base([*zip(map(str, sources), held, strict=True)], base, strict=False)
+    held = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
+    found = check_base([*zip(sources, held, strict=True)], base, strict=False)
     return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
 
 

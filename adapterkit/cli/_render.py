@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -26,7 +25,7 @@ class TextTable:
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     spare: Sequence[str] = ()
 
     def shown(self) -> TextTable:
@@ -53,18 +52,58 @@ _LARGE = 1 << 20
 """The number of characters from which JSON is formatted by msgspec: for less, the import takes longer."""
 
 
-def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, Any]], View]) -> None:
+def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
     """Print a result: `record` as JSON, or the lines and tables that `view` makes from it."""
     if settings.json:
         click.echo(as_json(record))
         return
-    for part in view(record):
-        if isinstance(part, str):
-            click.echo(folded(printable(part)) if sys.stdout.isatty() else printable(part))
+    for piece in view(record):
+        if isinstance(piece, str):
+            click.echo(folded(printable(piece)) if sys.stdout.isatty() else printable(piece))
         elif sys.stdout.isatty():
-            _print_drawn(part.shown())
+            _print_drawn(piece.shown())
         else:
-            click.echo("\n".join(_aligned(part.shown())))
+            click.echo("\n".join(_aligned(piece.shown())))
+
+
+def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """Return an entry of a record that is a record itself."""
+    value = record[name]
+    assert isinstance(value, Mapping), name
+    return value
+
+
+def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
+    """Return an entry of a record that is a record itself; None if it is absent, null or empty."""
+    return part(record, name) if record.get(name) else None
+
+
+def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
+    """Return an entry of a record that is a list of records; an absent list is empty."""
+    value = record.get(name, ())
+    assert isinstance(value, Sequence), name
+    return value
+
+
+def texts(record: Mapping[str, object], name: str) -> list[str]:
+    """Return an entry of a record that is a list, as texts; an absent list is empty."""
+    value = record.get(name, ())
+    assert isinstance(value, Iterable), name
+    return [str(each) for each in value]
+
+
+def integer(record: Mapping[str, object], name: str) -> int:
+    """Return an entry of a record that is an integer."""
+    value = record[name]
+    assert isinstance(value, int), name
+    return value
+
+
+def number(record: Mapping[str, object], name: str) -> float:
+    """Return an entry of a record that is a number."""
+    value = record[name]
+    assert isinstance(value, (int, float)), name
+    return value
 
 
 def folded(line: str) -> str:
@@ -113,7 +152,7 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in shown)
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """Return the text of a table cell."""
     if value is None:
         return ""
@@ -139,7 +178,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {public(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -162,7 +201,7 @@ def _aligned(table: TextTable) -> list[str]:
 
 def _cells(values: Sequence[object]) -> list[str]:
     """Return the text of each cell of a column. Each distinct value is formatted once: long tables have few of them."""
-    known: dict[tuple[type, Any], str] = {}
+    known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
         key = type(value), value if isinstance(value, str | int | float | None) else id(value)

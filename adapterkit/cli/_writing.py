@@ -12,10 +12,11 @@ import click
 from ..formats._format import ON_LOSS
 from . import _modules, _options
 from ._options import CliSettings, stated
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, parts, show, texts
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..io.strict_json import JsonValue
 
 
 PLACES = {"out", "dst", "overwrite", "every"}
@@ -125,7 +126,7 @@ class CommandDestination:
         self.place.check()
         return False
 
-    def write(self, adapter: Adapter, on_loss: str) -> dict[str, Any]:
+    def write(self, adapter: Adapter, on_loss: str) -> dict[str, JsonValue]:
         """Write the adapter and return the result as plain data."""
         return self.place.write(adapter, on_loss, made_from=self.made_from).record()
 
@@ -143,20 +144,20 @@ def refuse_place(out: str) -> None:
         raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")
 
 
-def outcome(record: Mapping[str, Any]) -> Iterable[str]:
+def outcome(record: Mapping[str, object]) -> Iterable[str]:
     """Yield the lines that say what was written, and what the target format could not hold."""
-    updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+    updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} holds the same"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
-    yield from (f"  {loss}" for loss in record["losses"])
-    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
+    yield from (f"  {loss}" for loss in texts(record, "losses"))
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def cuts_view(record: Mapping[str, Any], every: bool) -> View:
+def cuts_view(record: Mapping[str, object], every: bool) -> View:
     """Show rank, norm and error of each target or module, and the error of the whole adapter."""
-    cuts = _modules.in_order(record["cuts"])
+    cuts = _modules.in_order(parts(record, "cuts"))
     if every or len(cuts) <= _modules.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")
         rows = [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts]
@@ -165,15 +166,15 @@ def cuts_view(record: Mapping[str, Any], every: bool) -> View:
         headings = ("module", "targets", "layers", "rank before", "rank", "norm", "largest error", "in layer")
         yield TextTable(headings, [_cuts_row(*group) for group in _modules.by_module(cuts)], ("layers", "norm"))
     yield from outcome(record)
-    yield f"relative error over all targets: {record['relative_error']:.4g}"
+    yield f"relative error over all targets: {number(record, 'relative_error'):.4g}"
     if len(cuts) > _modules.FEW and not every:
         yield _modules.HINT
 
 
-def _cuts_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[Any]:
+def _cuts_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
     most = _modules.largest(group, "relative_error")
     return [
         module, len(group), _modules.layers_of(group, layers), _modules.span([each["before"] for each in group]),
         _modules.span([each["rank"] for each in group]), _modules.together(group, "norm"),
-        None if most is None else _modules.short(most["relative_error"]), most and layers[most["target"]],
+        None if most is None else _modules.short(most["relative_error"]), most and layers[str(most["target"])],
     ]  # fmt: skip

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import View, counted, show
+from ._render import View, counted, integer, show
 from ._writing import is_done, made_from, refuse_place
 
 
@@ -53,6 +52,6 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    parts = counted(record["ancestors"], "ancestor")
-    yield f"{record['out']}: {record['name']}, {counted(record['files'], 'file')}, {parts}"
+def _view(record: Mapping[str, object]) -> View:
+    files, ancestors = counted(integer(record, "files"), "file"), counted(integer(record, "ancestors"), "ancestor")
+    yield f"{record['out']}: {record['name']}, {files}, {ancestors}"

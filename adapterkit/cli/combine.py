@@ -8,16 +8,20 @@ parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options, _writing
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+    from ..ops import Cut
 
 
 @click.command(help=__doc__)
@@ -70,7 +74,7 @@ def command(
     read = _options.in_reading(sources, None, options.get("base"))
     cuts: list[ops.Cut] = []
 
-    def refuse_early(outline: Any) -> None:
+    def refuse_early(outline: Adapter) -> None:
         if read_from is not None:
             read_from.check_layers(outline.updates)
         what = f"{target_format} cannot hold the result of {options.get('method', 'linear')}"
@@ -84,7 +88,7 @@ def command(
             if options.get("rank") is not None:
                 raise
             made = ops.combine(read, **options | {"rank": "fit"}, **working)
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
     told = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
@@ -97,7 +101,7 @@ def command(
     show(settings, record | said(made), _view)
 
 
-def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str) -> None:
+def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str, what: str) -> None:
     from tempfile import TemporaryDirectory
 
     from ..formats import FORMATS
@@ -109,43 +113,45 @@ def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str)
         check_writable(outline, lambda adapter: write(adapter, place, name, base, on_loss), what)
 
 
-def _error(cuts: Sequence[Any]) -> float | None:
+def _error(cuts: Sequence[Cut]) -> float | None:
     """Return the error over all targets relative to the norm of the result, or None if nothing was cut."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
-def said(made: Any) -> dict[str, Any]:
+def said(made: Adapter) -> dict[str, object]:
     """Return the method and the parameters of a combination from the lineage of the result."""
     args = made.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
-def _format_of(sources: Sequence[str], detect: Any) -> str:
+def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
     """Return the format of the sources if all have the same, otherwise adapterkit's own."""
     found = {detect(source) for source in sources}
     return found.pop() if len(found) == 1 else "adapterkit"
 
 
-def _used(name: str, record: Mapping[str, Any]) -> str:
+def _used(name: str, record: Mapping[str, object]) -> str:
     """Return the value of a parameter, or the values of all adapters in order if they differ, as text."""
-    shared, own = record["parameters"][name], record["each"] or []
+    shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)
     return ", ".join(str(each.get(name, shared)) for each in own)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield f"{record['method']}, weights {' '.join(map(str, record['weights']))}"
+def _view(record: Mapping[str, object]) -> View:
+    yield f"{record['method']}, weights {' '.join(texts(record, 'weights'))}"
     if record["parameters"]:
-        yield TextTable(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
+        yield TextTable(("parameter", "value"), [[name, _used(name, record)] for name in part(record, "parameters")])
     yield from _writing.outcome(record)
-    if record["cuts"]:
-        worst = max(record["cuts"], key=lambda cut: cut["relative_error"])
-        ranks = sorted({cut["rank"] for cut in record["cuts"]})
+    if cuts := parts(record, "cuts"):
+        worst = max(cuts, key=lambda cut: number(cut, "relative_error"))
+        ranks = sorted({integer(cut, "rank") for cut in cuts})
         said_ranks = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        error = number(record, "relative_error") if record["relative_error"] else 0.0
+        largest = number(worst, "relative_error")
         yield (
-            f"cut to rank {said_ranks} at {counted(len(record['cuts']), 'target')}: relative error over all targets "
-            f"{record['relative_error'] or 0.0:.4g}, at most {worst['relative_error']:.4g} at {worst['target']}; "
+            f"cut to rank {said_ranks} at {counted(len(cuts), 'target')}: relative error over all targets {error:.4g}, "
+            f"at most {largest:.4g} at {worst['target']}; "
             "a higher --rank keeps more, --to adapterkit keeps everything"
         )

@@ -8,7 +8,6 @@ fish, write the script to ~/.config/fish/completions/adapterkit.fish.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
@@ -29,5 +28,5 @@ def command(settings: _options.CliSettings, shell: str) -> None:
     click.echo(script(shell))
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield record["script"]
+def _view(record: Mapping[str, object]) -> View:
+    yield str(record["script"])

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, show
+from ._render import TextTable, View, part, parts, show, texts
 
 
 @click.command(help=__doc__)
@@ -62,13 +61,15 @@ def _number(rule: str) -> list[int]:
     return [int(number) for number in rule.removeprefix("R-").split(".")]
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     for what in ("requirement", "class"):
-        counts = record["requirements" if what == "requirement" else "classes"]
-        rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in counts.items()]
+        counts = part(record, "requirements" if what == "requirement" else "classes")
+        each_count = [(name, part(counts, name)) for name in counts]
+        rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in each_count]
         yield TextTable((what, "passed", "failed", "without formula"), rows)
-    if record["failed"]:
-        failed = [[each["case"], " ".join(each["requirements"]), each["why"]] for each in record["failed"]]
-        yield TextTable(("case", "requirements", "why"), failed)
-    total = f"{record['passed']} passed, {len(record['failed'])} failed"
-    yield f"{total}, {len(record['without_formula'])} without a formula"
+    failed = parts(record, "failed")
+    if failed:
+        lines = [[each["case"], " ".join(texts(each, "requirements")), each["why"]] for each in failed]
+        yield TextTable(("case", "requirements", "why"), lines)
+    total = f"{record['passed']} passed, {len(failed)} failed"
+    yield f"{total}, {len(texts(record, 'without_formula'))} without a formula"

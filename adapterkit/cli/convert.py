@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
 from ..core.collection import collection_off
 from . import _options, _writing
-from ._render import View, counted, show
+from ._render import View, counted, integer, show, texts
 
 
 @click.command(help=__doc__)
@@ -71,11 +70,11 @@ def _without_collection() -> Iterator[None]:
             gc.freeze()
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+def _view(record: Mapping[str, object]) -> View:
+    updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} holds the same"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
-    yield from (f"  {loss}" for loss in record["losses"])
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    yield from (f"  {loss}" for loss in texts(record, "losses"))
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import click
 
 from . import _modules, _options
 from ._modules import FEW, HINT, by_module, in_order, largest, short, together
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, parts, show, texts
 
 COLUMNS = {
     "target": "target", "equal": "equal", "relative error": "relative_error", "norm A": "norm_a", "norm B": "norm_b",
@@ -63,37 +62,39 @@ def command(
         ctx.exit(1 if found.equal is False else 3)
 
 
-def _view(record: Mapping[str, Any], every: bool) -> View:
-    targets = in_order(record["targets"])
+def _view(record: Mapping[str, object], every: bool) -> View:
+    targets = in_order(parts(record, "targets"))
     if every or len(targets) <= FEW:
         rows = [[short(target[name]) for name in COLUMNS.values()] for target in targets]
         yield TextTable(tuple(COLUMNS), rows, SPARE)
     else:
         yield TextTable(MODULES, _module_rows(targets), ("least cosine", "norm A", "norm B"))
     same = sum(target["equal"] is True for target in targets)
-    bits = sum(target["bits"] for target in targets)
+    bits = sum(integer(target, "bits") for target in targets)
     verdict = {True: "the same change", False: "not the same change", None: "undecided without a base: type --base"}
-    yield f"{verdict[record['equal']]}: {same:,} of {counted(len(targets), 'target')} equal, {bits:,} bit by bit"
+    equal = record["equal"]
+    assert equal is None or isinstance(equal, bool)
+    yield f"{verdict[equal]}: {same:,} of {counted(len(targets), 'target')} equal, {bits:,} bit by bit"
     if record["relative_error"] is not None:
-        cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
-        yield f"relative error over all targets: {record['relative_error']:.4g}{cosine}"
+        cosine = "" if record["cosine"] is None else f", cosine {number(record, 'cosine'):.4g}"
+        yield f"relative error over all targets: {number(record, 'relative_error'):.4g}{cosine}"
     most = largest(targets, "relative_error")
     if most is not None and len(targets) > 1:
-        yield f"largest difference: {most['target']}, relative error {most['relative_error']:.4g}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+        yield f"largest difference: {most['target']}, relative error {number(most, 'relative_error'):.4g}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
     if len(targets) > FEW and not every:
         yield HINT
 
 
-def _module_rows(targets: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def _module_rows(targets: Sequence[Mapping[str, object]]) -> list[list[object]]:
     """Return one row for each module: total norms, the largest error and its layer, and the smallest cosine."""
-    rows = []
+    rows: list[list[object]] = []
     for module, group, layers in by_module(targets):
         most = largest(group, "relative_error")
-        cosines = [each["cosine"] for each in group if each["cosine"] is not None]
+        cosines = [number(each, "cosine") for each in group if each["cosine"] is not None]
         rows.append([
             module, len(group), sum(each["equal"] is True for each in group),
-            None if most is None else short(most["relative_error"]), most and layers[most["target"]],
+            None if most is None else short(most["relative_error"]), most and layers[str(most["target"])],
             short(min(cosines)) if cosines else None, together(group, "norm_a"), together(group, "norm_b"),
         ])  # fmt: skip
     return rows

@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .. import __version__
 from ..errors import AdapterkitError
 from . import _options
-from ._render import TextTable, View, show, size
+from ._render import TextTable, View, parts, show, size
 
 NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
 """Packages that the commands import; `doctor` reports every missing or broken one."""
@@ -47,7 +46,7 @@ class Check:
     found: str
     cure: str | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, str | None]:
         return asdict(self)
 
 
@@ -297,6 +296,6 @@ def command(ctx: click.Context) -> None:
         ctx.exit(3)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    checks = record["checks"]
+def _view(record: Mapping[str, object]) -> View:
+    checks = parts(record, "checks")
     yield TextTable(("", "what", "found", "cure"), [[c["status"], c["name"], c["found"], c["cure"]] for c in checks])

@@ -10,6 +10,7 @@ and compared with the torch model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import click
 
 from . import _options
 from ._graphs import checked, refuse
-from ._render import View, counted, show
+from ._render import View, counted, number, part, part_or_none, show, texts
 from ._writing import is_done, made_from, refuse_place
 
 ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
@@ -105,30 +106,31 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
 
 
-def _view(record: Any) -> View:
+def _view(record: Mapping[str, object]) -> View:
     yield f"wrote {record['out']}: {record['mode']}; {checked(record)}"
-    if damage := record.get("damage"):
-        worst = max(damage, key=lambda name: damage[name]["error"])
-        found = f"{damage[worst]['error']:.2%} ({worst})"
+    if damage := part_or_none(record, "damage"):
+        errors = {name: number(part(damage, name), "error") for name in damage}
+        worst = max(errors, key=lambda name: errors[name])
+        found = f"{errors[worst]:.2%} ({worst})"
         yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of one is {found}"
-    yield f"  {', '.join(record['files'])}"
+    yield f"  {', '.join(texts(record, 'files'))}"
     yield from _try(record)
 
 
-def _try(record: Any) -> View:
-    """Yield lines of Python that run what was written."""
-    graph, parts = Path(record["out"]), record.get("graphs")
-    adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
+def _try(record: Mapping[str, object]) -> View:
+    """Yield lines of Python that run the exported graph."""
+    graph, graphs = Path(str(record["out"])), texts(record, "graphs") if record.get("graphs") else []
+    adapters = [Path(file) for file in texts(record, "files") if file.endswith(".onnx_adapter")]
     yield "in Python:"
-    if parts:
+    if graphs:
         names = dict.fromkeys(path.name.removesuffix(".onnx_adapter").partition(".")[2] for path in adapters)
         yield f'  session = adapterkit.onnx.FolderSession("{graph}")'
         yield from (f'  session.load("{name}")' for name in names)
         which = f', adapter="{next(iter(names))}"' if names else ""
-        if "encoder_model.onnx" in parts:
+        if "encoder_model.onnx" in graphs:
             yield f"  session.generate(inputs{which})  # inputs: {{name: array}} of the encoder"
         else:
-            yield f'  session.run("{next(iter(parts))}", inputs{which})  # each graph by its name'
+            yield f'  session.run("{graphs[0]}", inputs{which})  # each graph by its name'
         return
     loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")

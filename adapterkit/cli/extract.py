@@ -7,14 +7,18 @@ TUNED and BASE are folders of weights, or weight files, of one architecture. Cha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _modules, _options, _writing
 from ._progress import progress
 from ._render import show
+
+if TYPE_CHECKING:
+    from ..ops import Cut
 
 
 @click.command(help=__doc__)
@@ -67,7 +71,7 @@ def command(
             method=method, dtype=dtype, report=cuts.append, progress=meter, rename=rename,
             strict_base=strict_base,
         )  # fmt: skip
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = [
         f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)
@@ -75,6 +79,6 @@ def command(
     show(settings, record, partial(_writing.cuts_view, every=every))
 
 
-def _error(cuts: Any) -> float:
+def _error(cuts: Sequence[Cut]) -> float:
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0

@@ -8,14 +8,16 @@ to decide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options
 from ._graphs import warn
 from ._render import TextTable, View, counted, show
+
+if TYPE_CHECKING:
+    from ..gating.result import Gate
 
 RESULTS = {True: "passed", False: "failed", None: "undecided"}
 
@@ -100,27 +102,25 @@ def command(
     held = _options.in_reading(adapters, compat, base)
     chosen = list(weights) or None
     found = gate(base, held, merged=merged, onnx=onnx, data=data, weights=chosen, **options)
-    record = found.record()
     warn(found.warnings)
-    show(ctx.obj, record, _view)
+    show(ctx.obj, found.record(), lambda _: _view(found))
     if found.outcome != "passed":
         ctx.exit(1 if found.outcome == "failed" else 3)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(found: Gate) -> View:
     yield TextTable(
         ("model", "check", "result", "value", "limit"),
-        [[c["model"], c["name"], RESULTS[c["ok"]], c["value"], c["limit"]] for c in record["checks"]],
+        [[check.model, check.name, RESULTS[check.ok], check.value, check.limit] for check in found.checks],
     )
-    effect = record["effect"]
-    figures = ("model", "divergence", "kept", "perplexity", "agreement")
-    rows: list[list[Any]] = [
-        ["base", None, None, effect["perplexity_base"], effect["agreement"]],
-        ["base + adapters", effect["divergence"], None, effect["perplexity"], None],
-        ["base + random changes", effect["null"], None, None, None],
-        *([each[name] for name in figures] for each in record["kept"]),
+    effect = found.effect
+    rows: list[list[object]] = [
+        ["base", None, None, effect.perplexity_base, effect.agreement],
+        ["base + adapters", effect.divergence, None, effect.perplexity, None],
+        ["base + random changes", effect.null, None, None, None],
+        *([each.model, each.divergence, each.kept, each.perplexity, each.agreement] for each in found.kept),
     ]
     yield TextTable(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
-    yield from record["verdicts"]
-    adapters = counted(len(record["adapters"]), "adapter")
-    yield f"{record['outcome']}: {adapters} on {record['data']}, {record['device']}, {record['seconds']:.1f} s"
+    yield from found.verdicts
+    adapters = counted(len(found.adapters), "adapter")
+    yield f"{found.outcome}: {adapters} on {found.data}, {found.device}, {found.seconds:.1f} s"

@@ -6,7 +6,6 @@ Without COMMAND, all commands are listed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
@@ -39,5 +38,5 @@ def command(ctx: click.Context, name: str | None) -> None:
     click.echo(text)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield record["help"]
+def _view(record: Mapping[str, object]) -> View:
+    yield str(record["help"])

@@ -8,16 +8,20 @@ are copied to the folder OUT.onnx.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _modules, _options
 from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
-from ._render import View, show
+from ._render import View, parts, show
 from ._writing import is_done, refuse_place
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @click.command(help=__doc__)
@@ -90,7 +94,7 @@ def command(
     show(settings, report.record(), partial(_view, every=every))
 
 
-def _inputs(path: str, check: bool) -> dict[str, Any]:
+def _inputs(path: str, check: bool) -> dict[str, np.ndarray]:
     """Return the arrays of a file, by name."""
     if not check:
         raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")
@@ -111,9 +115,10 @@ def _call(words: tuple[str, ...]) -> dict[str, str | int]:
     return told
 
 
-def _view(record: Any, every: bool) -> View:
+def _view(record: Mapping[str, object], every: bool) -> View:
+    targets = parts(record, "targets")
     yield from targets_view(record, every)
     yield from graphs_lines(record)
-    yield f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}"
-    if len(record["targets"]) > _modules.FEW and not every:
+    yield f"wrote {record['out']}: {len(targets)} targets; {checked(record)}"
+    if len(targets) > _modules.FEW and not every:
         yield _modules.HINT

@@ -1,20 +1,22 @@
 """List formats, methods, combiners, quant schemes or loaders.
 
 'list loaders' lists the known tools that load adapter files. 'list loaders FILE' says which of them load this file
-unchanged, which load it after the shown 'adapterkit convert' command, and why the others do not.
+unchanged, which load it after 'adapterkit convert' with the shown arguments, and why the others do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _options
-from ._render import TextTable, View, show
+from ._render import TextTable, View, part, parts, show, texts
 
 if TYPE_CHECKING:
+    from dataclasses import Field
+
     from ..io.strict_json import JsonValue
     from ..loaders import Answer
 
@@ -63,7 +65,7 @@ def formats() -> list[dict[str, JsonValue]]:
     ]  # fmt: skip
 
 
-def methods() -> list[dict[str, Any]]:
+def methods() -> list[dict[str, object]]:
     """Return a record of each method, sorted by name: its tensors with shapes, its attributes with defaults."""
     from ..methods import METHODS
 
@@ -161,29 +163,30 @@ def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 
 
-def _default(field: Any) -> Any:
+def _default(field: Field[object]) -> object:
     import dataclasses
 
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _formats_view(record: Mapping[str, Any]) -> View:
-    columns = ("format", "description", "methods", "compat")
-    yield TextTable(
-        columns,
-        [[f["name"], f["description"], " ".join(f["methods"]), " ".join(f["compat"])] for f in record["formats"]],
-    )
+def _formats_view(record: Mapping[str, object]) -> View:
+    rows = [
+        [each["name"], each["description"], " ".join(texts(each, "methods")), " ".join(texts(each, "compat"))]
+        for each in parts(record, "formats")
+    ]
+    yield TextTable(("format", "description", "methods", "compat"), rows)
 
 
-def _combiners_view(record: Mapping[str, Any]) -> View:
-    yield TextTable(("method", "what it is", "parameters"), [_combiner_row(c) for c in record["combine"]])
+def _combiners_view(record: Mapping[str, object]) -> View:
+    rows = [_combiner_row(each) for each in parts(record, "combine")]
+    yield TextTable(("method", "what it is", "parameters"), rows)
 
 
-def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
+def _combiner_row(entry: Mapping[str, object]) -> list[object]:
     before = {"then": entry["then"]} if entry["then"] else {}
-    values = (f"{name}={_shown(value)}" for name, value in {**before, **entry["parameters"]}.items())
-    title = entry["title"] + "; needs data" * (entry["data"] is not None) + "; needs the base" * entry["based"]
-    return [entry["name"], title, " ".join(values)]
+    values = (f"{name}={_shown(value)}" for name, value in {**before, **part(entry, "parameters")}.items())
+    data = "" if entry["data"] is None else "; needs data"
+    return [entry["name"], f"{entry['title']}{data}" + ("; needs the base" if entry["based"] else ""), " ".join(values)]
 
 
 def _shown(value: object) -> str:
@@ -192,27 +195,29 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _tools_view(record: Mapping[str, Any]) -> View:
-    rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in record["loaders"]]
+def _tools_view(record: Mapping[str, object]) -> View:
+    rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in parts(record, "loaders")]
     yield TextTable(("loader", "tool", "version", "models"), rows)
 
 
-def _loaders_view(record: Mapping[str, Any]) -> View:
+def _loaders_view(record: Mapping[str, object]) -> View:
     yield f"{record['path']}: {record['format']}"
-    rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
-    yield TextTable(("tool", "loads", "command to convert", "why"), rows)
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in parts(record, "loaders")]
+    yield TextTable(("tool", "loads", "arguments of convert", "why"), rows)
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def _schemes_view(record: Mapping[str, Any]) -> View:
+def _schemes_view(record: Mapping[str, object]) -> View:
     columns = ("scheme", "description", "checked against")
-    yield TextTable(columns, [[s["name"], s["description"], s["oracle"]] for s in record["quant"]])
+    yield TextTable(columns, [[s["name"], s["description"], s["oracle"]] for s in parts(record, "quant")])
 
 
-def _methods_view(record: Mapping[str, Any]) -> View:
-    yield TextTable(("method", "kind", "tensors", "formula"), [_method_row(m) for m in record["methods"]])
+def _methods_view(record: Mapping[str, object]) -> View:
+    rows = [_method_row(each) for each in parts(record, "methods")]
+    yield TextTable(("method", "kind", "tensors", "formula"), rows)
 
 
-def _method_row(method: Mapping[str, Any]) -> list[str]:
-    tensors = (f"{f}[{axes}]" + "?" * (f in method["optional"]) for f, axes in method["tensors"].items())
+def _method_row(method: Mapping[str, object]) -> list[object]:
+    optional = texts(method, "optional")
+    tensors = (f"{f}[{axes}]" + "?" * (f in optional) for f, axes in part(method, "tensors").items())
     return [method["name"], method["kind"], " ".join(tensors), method["formula"]]

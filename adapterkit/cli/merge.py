@@ -16,10 +16,13 @@ from . import _options
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import progress
-from ._render import TextTable, View, counted, show, size
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
 from .verify import record_of, verdict
 
 if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+    from ..io.strict_json import JsonValue
+    from ..ops import Cut
     from ..ops.recipes import Recipe
 
 
@@ -108,7 +111,7 @@ if TYPE_CHECKING:
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str | None, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
+    ctx: click.Context, base: str | None, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], recipe: str | None, device: str, dtype: str | None,
     shard_size: int | None, engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None,
     stream: bool,
@@ -144,16 +147,15 @@ def command(
 
     settings: _options.CliSettings = ctx.obj
     chosen = list(weights) or None
-    named = adapters
-    adapters = _options.in_reading(adapters, compat, base)
+    read = _options.in_reading(adapters, compat, base)
     if method is not None or read_from is not None:
         # The result already has the names of the base, so there is nothing left to rename.
-        adapters, chosen, rename = _combined(base, adapters, method, weights, parameters, rename, read_from), None, ()
+        read, chosen, rename = _combined(base, read, method, weights, parameters, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set requires --method")
     if only_plan:
         planned = plan(
-            base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
+            base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
             tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
             keep=keep,
@@ -166,7 +168,7 @@ def command(
         _check_remainder(out, quantized, keep)
     with progress(settings, "merge") as meter:
         report = merge(
-            base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
+            base, read, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
@@ -174,16 +176,16 @@ def command(
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
-        record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
+        record["warnings"] = [*record["warnings"], *_tokenizers_of(adapters)]
     if read_from is not None:
         record["warnings"] = [*record["warnings"], *read_from.notes]
     if remainder is not None:
         record["remainder"] = _remainder(
-            settings, out, base, adapters, remainder, weights=chosen, allow_partial=allow_partial, rename=rename
+            settings, out, base, read, remainder, weights=chosen, allow_partial=allow_partial, rename=rename
         )
     if verified:
         record["verification"] = record_of(
-            settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
+            settings, out, onto or base, read, chosen, allow_partial, seed, rename=rename
         )
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
@@ -205,8 +207,9 @@ def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
 
 
 def _remainder(
-    settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Any], rank: int, **options: Any
-) -> dict[str, Any]:
+    settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Adapter | str], rank: int, *,
+    weights: Sequence[float] | None, allow_partial: bool, rename: Sequence[str],
+) -> dict[str, JsonValue]:  # fmt: skip
     """Write the remainder next to the merged weights; return its path, size, and norms of the loss before and after."""
     import math
     from pathlib import Path
@@ -214,9 +217,12 @@ def _remainder(
     from ..merging import remainder
     from ..writing import write
 
-    cuts: list[Any] = []
+    cuts: list[Cut] = []
     with progress(settings, "remainder") as meter:
-        lost = remainder(out, base, adapters, rank, report=cuts.append, progress=meter, **options)
+        lost = remainder(
+            out, base, adapters, rank, report=cuts.append, progress=meter, weights=weights,
+            allow_partial=allow_partial, rename=rename,
+        )  # fmt: skip
     there = Path(out) / "remainder"
     write(lost, there, format="peft", overwrite=True)
     whole, left = (math.hypot(*(getattr(cut, field) for cut in cuts)) for field in ("norm", "error"))
@@ -224,9 +230,9 @@ def _remainder(
 
 
 def _combined(
-    base: str, adapters: Sequence[Any], method: str | None, weights: Sequence[float], parameters: Sequence[str],
-    rename: Sequence[str], recipe: Recipe | None,
-) -> tuple[Any, ...]:  # fmt: skip
+    base: str, adapters: Sequence[Adapter | str], method: str | None, weights: Sequence[float],
+    parameters: Sequence[str], rename: Sequence[str], recipe: Recipe | None,
+) -> tuple[Adapter, ...]:  # fmt: skip
     """Return a tuple with the single adapter that combines the given ones."""
     from .. import ops
 
@@ -252,75 +258,84 @@ def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _plan_view(record: Mapping[str, Any]) -> View:
+def _plan_view(record: Mapping[str, object]) -> View:
     yield f"merge into {record['base']}"
     yield _adapters_table(record)
     columns = ("file", "bytes", "copied", "computed", "targets")
-    files = record["files"]
+    files = parts(record, "files")
     yield TextTable(
         columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
     )  # fmt: skip
     yield from _names(record)
-    held = size(record["peak_memory"])
-    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, {held} of memory at most"
+    memory, written = size(integer(record, "peak_memory")), size(integer(record, "bytes"))
+    yield f"{counted(integer(record, 'targets'), 'target')}, {written} to write, {memory} of memory at most"
     yield from _quantized(record)
     yield from _warnings(record)
 
 
-def _report_view(record: Mapping[str, Any]) -> View:
+def _report_view(record: Mapping[str, object]) -> View:
     if record.get("already_done"):
         yield f"already done: {record['out']} was made from the same inputs and is unchanged"
-    targets, seconds = counted(record["targets"], "target"), f"{record['seconds']:.2f} s"
-    files = counted(len(record["files"]), "file")
-    yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"
+    targets, seconds = counted(integer(record, "targets"), "target"), f"{number(record, 'seconds'):.2f} s"
+    files = counted(len(parts(record, "files")), "file")
+    yield f"{record['out']}: {targets} merged, {files} of {size(integer(record, 'bytes'))} in {seconds}"
     yield _adapters_table(record)
     yield from _names(record)
-    yield from _extremes(record["norms"])
+    yield from _extremes(part(record, "norms"))
     yield from _quantized(record)
     if "remainder" in record:
-        held = record["remainder"]
-        share, of = 1 - held["left"] ** 2 / (held["lost"] ** 2 or 1.0), counted(held["targets"], "target")
-        yield f"{held['path']}: LoRA of rank {held['rank']}, {of}, has {share:.0%} of what rounding lost (squared norm)"
-    if record["resumed"] and not record.get("already_done"):
-        yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
+        yield _remainder_line(part(record, "remainder"))
+    if (resumed := texts(record, "resumed")) and not record.get("already_done"):
+        yield f"{counted(len(resumed), 'file')} kept from the interrupted run"
     yield from _warnings(record)
     if "verification" in record:
-        yield from verdict(record["verification"])
+        yield from verdict(part(record, "verification"))
 
 
-def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
-    chosen = record["quantized"]
+def _remainder_line(record: Mapping[str, object]) -> str:
+    lost, left = number(record, "lost"), number(record, "left")
+    share, targets = 1 - left**2 / (lost**2 or 1.0), counted(integer(record, "targets"), "target")
+    kept = f"{targets}, has {share:.0%} of what rounding lost (squared norm)"
+    return f"{record['path']}: LoRA of rank {record['rank']}, {kept}"
+
+
+def _quantized(record: Mapping[str, object]) -> Iterator[str]:
+    chosen = part_or_none(record, "quantized")
     if chosen is not None:
-        weights = counted(chosen["weights"], "weight")
+        weights = counted(integer(chosen, "weights"), "weight")
         yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
-    yield from damage_lines(record.get("damage", {}))
+    yield from damage_lines(record)
 
 
-def _adapters_table(record: Mapping[str, Any]) -> TextTable:
-    rows = [[a["name"], float(a["weight"]), a["targets"], (a["digest"] or "")[:12]] for a in record["adapters"]]
+def _adapters_table(record: Mapping[str, object]) -> TextTable:
+    rows = [
+        [each["name"], number(each, "weight") * 1.0, each["targets"], str(each["digest"] or "")[:12]]
+        for each in parts(record, "adapters")
+    ]
     return TextTable(("adapter", "weight", "targets", "digest"), rows)
 
 
-def _names(record: Mapping[str, Any]) -> Iterator[str]:
+def _names(record: Mapping[str, object]) -> Iterator[str]:
     """Yield the rules that translated the names of each adapter to those of the base."""
-    for adapter in record["adapters"]:
-        used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in adapter.get("names", ()))
+    for adapter in parts(record, "adapters"):
+        used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(adapter, "names"))
         if used:
             yield f"names of {adapter['name']} were translated by {used}"
 
 
-def _extremes(norms: Mapping[str, Sequence[float]]) -> Iterator[str]:
+def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
     """Yield the smallest and the largest norm of a change: they reveal an adapter that does nothing or too much."""
     if norms:
-        low, high = (choose(norms, key=lambda name: max(norms[name])) for choose in (min, max))
-        yield f"norm of a change: {max(norms[low]):.4g} ({low}) to {max(norms[high]):.4g} ({high})"
+        sizes = {name: max(map(float, texts(norms, name))) for name in norms}
+        low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))
+        yield f"norm of a change: {sizes[low]:.4g} ({low}) to {sizes[high]:.4g} ({high})"
 
 
-def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
-    for adapter in record["adapters"]:
+def _warnings(record: Mapping[str, object]) -> Iterator[str]:
+    for adapter in parts(record, "adapters"):
         if adapter["missing"]:
-            names = ", ".join(adapter["missing"])
+            names = ", ".join(texts(adapter, "missing"))
             yield f"warning: {adapter['name']}: skipped, because the base does not have them: {names}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
     if record.get("left_out"):
-        yield f"warning: files of the base that were not copied: {', '.join(record['left_out'])}"
+        yield f"warning: files of the base that were not copied: {', '.join(texts(record, 'left_out'))}"

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, part, parts, show, texts
 
 
 @click.command(help=__doc__)
@@ -38,34 +37,35 @@ def command(
     show(settings, {**record, "adapter": adapter, "warnings": warnings}, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     family = f", architecture {record['family']}" if record["family"] else ", no architecture file"
     yield f"{record['base']}: model_type {record['model_type'] or 'not given'}{family}"
     if "weights" in record:
-        namings = list(dict.fromkeys(naming for weight in record["weights"] for naming in weight["names"]))
+        weights = parts(record, "weights")
+        namings = list(dict.fromkeys(naming for weight in weights for naming in part(weight, "names")))
         rows = [
-            [_numbered(weight["name"]), weight["tensors"], *(_other(weight, naming) for naming in namings)]
-            for weight in record["weights"]
+            [_numbered(str(weight["name"])), weight["tensors"], *(_other(weight, naming) for naming in namings)]
+            for weight in weights
         ]
         yield TextTable(("name", "modules", *namings), rows)
         return
     groups: dict[tuple[str, str, str, str], int] = {}
-    for each in record["targets"]:
-        cut = "" if each["rows"] is None else f"[{each['rows'][0]}:{each['rows'][1]}]"
-        layout = "" if each["layout"] == "out *in" else each["layout"]
-        key = _template(each["target"]), _template(each["path"]), cut, layout
+    for each in parts(record, "targets"):
+        cut = "" if each["rows"] is None else f"[{':'.join(texts(each, 'rows'))}]"
+        layout = "" if each["layout"] == "out *in" else str(each["layout"])
+        key = _template(str(each["target"])), _template(str(each["path"])), cut, layout
         groups[key] = groups.get(key, 0) + 1
     yield TextTable(("adapter", "base", "rows", "layout", "targets"), [[*key, count] for key, count in groups.items()])
-    for rule in record["rules"]:
-        yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
+    for rule in parts(record, "rules"):
+        yield f"{rule['rule']}: {counted(integer(rule, 'targets'), 'target')}"
     if record["missing"]:
-        yield f"not in the base: {', '.join(record['missing'])}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+        yield f"not in the base: {', '.join(texts(record, 'missing'))}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def _other(weight: Mapping[str, Any], naming: str) -> str:
-    name = weight["names"].get(naming, "")
-    return "" if _numbered(re.sub(r"\{[a-z]\}", "#", name)) == _numbered(weight["name"]) else name
+def _other(weight: Mapping[str, object], naming: str) -> str:
+    name = str(part(weight, "names").get(naming, ""))
+    return "" if _numbered(re.sub(r"\{[a-z]\}", "#", name)) == _numbered(str(weight["name"])) else name
 
 
 def _template(name: str) -> str:

@@ -7,13 +7,12 @@ the folder to write. Run an interrupted pull again to resume it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
 from ._progress import progress
-from ._render import TextTable, View, counted, show, size
+from ._render import TextTable, View, counted, integer, parts, show, size
 
 
 @click.command(help=__doc__)
@@ -67,15 +66,16 @@ def _scan(uri: str) -> None:
         raise CheckFailed(why, path=uri, cure=cure)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield TextTable(("file", "bytes", "digest"), [[f["name"], f["bytes"], f["digest"][:23]] for f in record["files"]])
-    files = f"{counted(len(record['files']), 'file')} of {size(record['bytes'])}"
+def _view(record: Mapping[str, object]) -> View:
+    listed = parts(record, "files")
+    yield TextTable(("file", "bytes", "digest"), [[f["name"], f["bytes"], str(f["digest"])[:23]] for f in listed])
+    files = f"{counted(len(listed), 'file')} of {size(integer(record, 'bytes'))}"
     if record["dry_run"]:
         yield f"{record['uri']}: {files} to download"
         return
     if record["already_done"]:
         yield f"already done: {record['out']} holds {files} from {record['uri']}, unchanged"
         return
-    plain = sum(file["digest"].startswith("unknown:") for file in record["files"])
+    plain = sum(str(file["digest"]).startswith("unknown:") for file in listed)
     verified = f"{plain} verified by size alone, as the hub has no digest" if plain else "all verified"
-    yield f"{record['out']}: {files} from {record['uri']}, {size(record['fetched'])} downloaded, {verified}"
+    yield f"{record['out']}: {files} from {record['uri']}, {size(integer(record, 'fetched'))} downloaded, {verified}"

@@ -8,14 +8,13 @@ merge copied from the base is replaced.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from ..formats._format import ON_LOSS
 from . import _options
 from ._graphs import warn
-from ._render import TextTable, View, show
+from ._render import TextTable, View, show, texts
 
 
 @click.command(help=__doc__)
@@ -66,9 +65,9 @@ def command(
     show(settings, pushed.record(), _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     kinds = ("added", "replaced", "unchanged", "removed")
-    yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in record[kind]])
+    yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in texts(record, kind)])
     if record["dry_run"]:
         made = "; the repository would be created" if record["created"] else ""
         yield f"{record['uri']}: nothing was written{made}"

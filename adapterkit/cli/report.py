@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import _options
 from ._progress import progress
-from ._render import View, counted, show, size
+from ._render import View, counted, integer, parts, show, size, texts
 from ._writing import is_done, made_from
 
 
@@ -73,13 +72,13 @@ def command(
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    for verdict in record["verdicts"]:
+def _view(record: Mapping[str, object]) -> View:
+    for verdict in parts(record, "verdicts"):
         yield f"{verdict['level']}: {verdict['text']}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    if record.get("figures"):
-        yield f"{counted(len(record['figures']), 'figure')} in {Path(record['figures'][0]).parent}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    if figures := texts(record, "figures"):
+        yield f"{counted(len(figures), 'figure')} in {Path(figures[0]).parent}"
     if "out" in record:
-        yield f"{record['out']}: {size(record['bytes'])}, opens in any browser"
+        yield f"{record['out']}: {size(integer(record, 'bytes'))}, opens in any browser"
     else:
         yield "-o report.html writes the page with all numbers and charts"

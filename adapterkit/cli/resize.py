@@ -64,7 +64,7 @@ def command(
         adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append, rename=rename, **by_values,
     )  # fmt: skip
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = _options.base_warnings([src], [adapter], base)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, parts, show, texts
 
 LEVELS = ("note", "low", "medium", "high", "never")
 
@@ -57,13 +56,13 @@ def _warnings(src: str, base: str | None) -> list[str]:
         return []
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    findings = record["findings"]
+def _view(record: Mapping[str, object]) -> View:
+    findings = parts(record, "findings")
     if findings:
         columns = ("severity", "finding", "file", "where", "evidence")
         yield TextTable(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
         yield from dict.fromkeys(f"{f['title']}: {f['why']}" for f in findings)
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    yield from (f"not scanned: {each}" for each in record["unread"])
-    yield f"{counted(len(findings), 'finding')} in {counted(record['files'], 'file')} of {record['source']}"
-    yield record["note"]
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    yield from (f"not scanned: {each}" for each in texts(record, "unread"))
+    yield f"{counted(len(findings), 'finding')} in {counted(integer(record, 'files'), 'file')} of {record['source']}"
+    yield str(record["note"])

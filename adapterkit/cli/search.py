@@ -6,15 +6,18 @@ and measures the loss. Trials are recorded in RECIPE.trials: run an interrupted 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _options
 from ._render import TextTable, View, counted, show
 from ._writing import is_done, made_from, refuse_place
+
+if TYPE_CHECKING:
+    from ..searching.result import Search
 
 SHOWN = 8
 """The number of trials in the table; the best ones are shown."""
@@ -93,22 +96,24 @@ def command(
     with staged(Path(out), overwrite=overwrite, made_from=digest) as path:
         path.write_text(found.recipe(), "utf-8")
     warned = _options.base_warnings(adapters, adapters, base)
-    show(settings, found.record() | {"out": out, "trials_file": str(kept), "warnings": warned}, _view)
+    record = found.record() | {"out": out, "trials_file": str(kept), "warnings": warned}
+    show(settings, record, lambda _: _view(found, out, str(kept), warned))
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    ranked = sorted((trial for trial in record["trials"] if trial["loss"] is not None), key=lambda trial: trial["loss"])
+def _view(found: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:
+    ranked = sorted((trial.loss, trial.number) for trial in found.trials if trial.loss is not None)
+    by_number = {trial.number: trial for trial in found.trials}
     rows = [
         [
-            trial["number"], trial["method"], " ".join(f"{weight:.3g}" for weight in trial["weights"]),
-            " ".join(f"{name}={value:.3g}" for name, value in trial["parameters"].items()), f"{trial['loss']:.5g}",
+            number, by_number[number].method, " ".join(f"{weight:.3g}" for weight in by_number[number].weights),
+            " ".join(f"{name}={value:.3g}" for name, value in by_number[number].parameters.items()), f"{loss:.5g}",
         ]
-        for trial in ranked[:SHOWN]
+        for loss, number in ranked[:SHOWN]
     ]  # fmt: skip
     yield TextTable(("trial", "method", "weights", "parameters", "loss"), rows)
-    for name, loss in zip(record["adapters"], record["alone"], strict=True):
-        yield f"{name} alone: {'no loss' if loss is None else f'loss {loss:.5g}'}"
-    left = len(record["trials"]) - len(ranked)
-    yield f"{counted(len(record['trials']), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    yield f"{record['out']}: the recipe of the best trial; {record['trials_file']}: all trials"
+    for adapter, alone in zip(found.adapters, found.alone, strict=True):
+        yield f"{adapter} alone: {'no loss' if alone is None else f'loss {alone:.5g}'}"
+    left = len(found.trials) - len(ranked)
+    yield f"{counted(len(found.trials), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
+    yield from (f"warning: {warning}" for warning in warnings)
+    yield f"{out}: the recipe of the best trial; {trials_file}: all trials"

@@ -9,15 +9,17 @@ public log.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _options
 from ._render import View, counted, show
 from ._writing import is_done, made_from, refuse_place
+
+if TYPE_CHECKING:
+    from ..provenance import Signed
 
 
 @click.command(help=__doc__)
@@ -61,7 +63,7 @@ def command(
         root, place, key=key, password=_password(password_file), certificate=certificate, chain=chain,
         sigstore=sigstore, allow_symlinks=allow_symlinks, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
-    show(settings, signed.record(), _view)
+    show(settings, signed.record(), lambda _: _view(signed))
 
 
 def _password(file: str | None) -> bytes | None:
@@ -80,9 +82,9 @@ def _password(file: str | None) -> bytes | None:
         raise storage_error(error, Path(file)) from error
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    told = record["statement"]
-    yield f"{record['out']}: {counted(record['files'], 'file')} of {record['path']} signed, as {told['kind']}"
-    if told.get("unread"):
-        yield f"warning: the lineage could not be read: {told['unread']}"
-    yield from (f"not signed: {name}" for name in record["not_covered"])
+def _view(signed: Signed) -> View:
+    statement = signed.statement
+    yield f"{signed.out}: {counted(signed.files, 'file')} of {signed.path} signed, as {statement['kind']}"
+    if statement.get("unread"):
+        yield f"warning: the lineage could not be read: {statement['unread']}"
+    yield from (f"not signed: {name}" for name in signed.not_covered)

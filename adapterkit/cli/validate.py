@@ -6,12 +6,11 @@ Nothing is written. The first error is reported with the file and the location i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import View, counted, show
+from ._render import View, counted, integer, show, texts
 
 
 @click.command(help=__doc__)
@@ -48,8 +47,8 @@ def command(
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     fits = f", fits {record['base']}" if record["base"] else ""
-    targets, updates = counted(record["targets"], "target"), counted(record["updates"], "update")
+    targets, updates = counted(integer(record, "targets"), "target"), counted(integer(record, "updates"), "update")
     yield f"{record['path']}: valid {record['format']}, {updates} at {targets}, all values finite{fits}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))

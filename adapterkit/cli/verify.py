@@ -18,9 +18,10 @@ import click
 from . import _options
 from ._graphs import warn
 from ._progress import progress
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
 
 if TYPE_CHECKING:
+    from ..core.adapter import Adapter
     from ..io.strict_json import JsonValue
 
 
@@ -94,7 +95,8 @@ def _signed(
 
 
 def record_of(
-    settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
+    settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Adapter | str],
+    weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False,
 ) -> dict[str, object]:  # fmt: skip
@@ -109,50 +111,51 @@ def record_of(
     return dict(verification.record())
 
 
-def verdict(record: Mapping[str, Any]) -> View:
+def verdict(record: Mapping[str, object]) -> View:
     """Yield the lines and the table that show a verification."""
     if "signature" in record:
-        yield from _signature(record["signature"])
+        yield from _signature(part(record, "signature"))
     if "tensors" not in record:
         yield from _other_bases(record)
         return
-    files = record.get("files")
+    files = integer(record, "files") if record.get("files") else 0
     kind = "file" if files else "tensor"
-    checked = counted(files or record["tensors"], kind)
+    checked = counted(files or integer(record, "tensors"), kind)
     if record["ok"]:
         yield f"verified: {checked} checked, all {'as written' if files else 'equal bit by bit'}"
         return
     yield from _other_bases(record)
-    if not record["differences"]:
+    differences = parts(record, "differences")
+    if not differences:
         return
-    yield f"not verified: {len(record['differences']):,} of {checked} differ"
-    rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in record["differences"]]
+    yield f"not verified: {len(differences):,} of {checked} differ"
+    rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in differences]
     yield TextTable((kind, "why", "elements", "largest"), rows)
 
 
-def _other_bases(record: Mapping[str, Any]) -> View:
-    for base in record.get("base", ()):
+def _other_bases(record: Mapping[str, object]) -> View:
+    for base in parts(record, "base"):
         yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
         yield f"              the given base has the fingerprint {base['given']}"
         if base.get("how"):
             yield f"              {base['how']}"
 
 
-def _signature(signed: Mapping[str, Any]) -> View:
-    by = f"the key {signed['key'][:16]}..." if signed["key"] else f"a {signed['kind']}"
-    yield f"signature is valid: {counted(signed['files'], 'file')} as signed by {by}"
-    yield from (f"not signed: {name}" for name in signed["not_covered"])
-    told = signed["statement"]
-    if told is None:
+def _signature(signed: Mapping[str, object]) -> View:
+    by = f"the key {str(signed['key'])[:16]}..." if signed["key"] else f"a {signed['kind']}"
+    yield f"signature is valid: {counted(integer(signed, 'files'), 'file')} as signed by {by}"
+    yield from (f"not signed: {name}" for name in texts(signed, "not_covered"))
+    statement = part_or_none(signed, "statement")
+    if statement is None:
         yield "the signature does not name base and lineage: it was not made by adapterkit"
         return
-    made = told.get("made_from") or {}
-    yield f"signed as: {told['kind']}, by adapterkit {told['adapterkit']}"
-    for adapter in made.get("adapters", ()):
-        yield f"  merged: {adapter['name']} with weight {adapter['weight']:g}, digest {adapter['digest']}"
+    made = part_or_none(statement, "made_from") or {}
+    yield f"signed as: {statement['kind']}, by adapterkit {statement['adapterkit']}"
+    for adapter in parts(made, "adapters"):
+        yield f"  merged: {adapter['name']} with weight {number(adapter, 'weight'):g}, digest {adapter['digest']}"
     if made.get("base_fingerprint"):
         yield f"  into: {made.get('base_uri') or 'a base'} with the fingerprint {made['base_fingerprint']}"
-    base = told.get("base") or {}
+    base = part_or_none(statement, "base") or {}
     if base.get("id"):
         yield f"  base: {base['id']}" + (f"@{base['revision']}" if base.get("revision") else "")
-    yield from (f"  base: fingerprint {each}" for each in base.get("fingerprints", ()))
+    yield from (f"  base: fingerprint {each}" for each in texts(base, "fingerprints"))

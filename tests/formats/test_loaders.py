@@ -127,7 +127,7 @@ def test_the_command_lists_tools_and_answers_for_a_file(tmp_path):
     assert found["musubi_tuner"]["convert"] == "--to kohya"
     assert found["sd_scripts"]["why"] == "it has no wan"
     text = run("list", "loaders", tmp_path / "wan.safetensors").stdout
-    assert "command to convert" in text
+    assert "arguments of convert" in text
     assert {each["name"] for each in record("list", "loaders")["loaders"]} == set(loaders())
     shown = record("inspect", tmp_path / "wan.safetensors")["loaders"]
     loading = {each["tool"] for each in shown if each["loads"] == "yes"}
