@@ -408,7 +408,7 @@ class SuspectWeights:
         if there.ndim == 2 and there.shape[0] == there.shape[1] and _cosine(there, delta.T) > ALIKE:
             return "contains the change transposed"
         if there.ndim == 3 and _scrambled_rows(there, delta):
-            return "contains the changes of its experts in another order"
+            return "contains the changes of the experts in another order"
         for each in self.held[:MOST_COMPARED]:
             other = self.changes[each.name].double()
             if each.name != held.name and other.shape == there.shape and _cosine(there, other) > ALIKE:

@@ -78,7 +78,7 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
             # small change. The check `kept` says whether that matters.
             rounded = not near and bool(ok) and not each.faults and any(part.rounded for part in each.parts)
             text = f"{name} contains {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
-            text += f". Rounding to {each.dtype} explains the difference" if rounded else ""
+            text += f"; {_rounding(each)} explains the difference" if rounded else ""
             yield GateCheck(
                 "scale", each.model, (near or rounded) if known else None, each.scale, limits.max_scale_error, text
             )
@@ -96,6 +96,10 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         ok = None if ratio is None else ratio <= limits.max_perplexity
         text = "perplexity, relative to the base with the adapters"
         yield GateCheck("perplexity", each.model, ok, ratio, limits.max_perplexity, text)
+
+
+def _rounding(each: KeptEffect) -> str:
+    return "quantization" if each.dtype == "quantized" else f"rounding to {each.dtype}"
 
 
 def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Sequence[GateCheck]) -> tuple[str, ...]:
@@ -120,7 +124,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
             notes.append(f"{NAMES[each.model]} keeps {100 * min(each.kept, 1.0):.4g} % of the effect")
         below = sum(part.rounded for part in each.parts)
         if below:
-            notes.append(f"at {below} modules rounding to {each.dtype} explains the difference")
+            notes.append(f"at {below} modules {_rounding(each)} explains the difference")
     faults += [check.text for check in checks if check.ok is False and check.name in ("over null",)]
     return tuple(dict.fromkeys([*faults, *notes]))
 

@@ -125,22 +125,22 @@ LLAMA: dict[str, tuple[Callable[[ak.Adapter, ak.Adapter], Callable[[Tensors], ob
     "merged twice": (lambda a, _: also(a, added(deltas(a))), "twice the change"),
     "rsLoRA taken as LoRA": (lambda a, _: added(deltas(a), 1 / math.sqrt(4)), "half the change"),
     "wrong alpha": (lambda a, _: added(deltas(scaled(a, 16 / 64))), "0.25 times the change"),
-    "not merged": (lambda *_: dict, "the merged model is the base"),
-    "A and B crossed between targets": (lambda a, _: added(deltas(crossed(a))), "hold another change"),
+    "not merged": (lambda *_: dict, "the merged model equals the base"),
+    "A and B crossed between targets": (lambda a, _: added(deltas(crossed(a))), "contain another change"),
     "one square layer transposed": (
         lambda a, _: also(a, put(O1, lambda t: t[O1] - deltas(a)[O1] + deltas(a)[O1].T)),
         "layer 1 o_proj contains the change transposed",
     ),
-    "q and k exchanged": (lambda a, _: added(exchanged(deltas(a))), "hold the change of another module"),
+    "q and k exchanged": (lambda a, _: added(exchanged(deltas(a))), "contain the change of another module"),
     "attention lost": (lambda a, _: added(named(deltas(a), "mlp")), "8 of 22 modules"),
     "one layer missed": (lambda a, _: added(deltas(only(a, lambda p: "layers.1." not in p))), "layer 1 q_proj"),
     "one target missed": (
         lambda a, _: added(deltas(only(a, lambda p: p != DOWN))), "layer 1 down_proj is the first module that differs",
     ),
-    "layers shifted by one": (lambda a, _: added(shifted(deltas(a))), "hold the change of another module"),
-    "half of the rank": (lambda a, _: added(deltas(cut(a, 2))), "hold another change"),
-    "another adapter's weights": (lambda _, b: added(deltas(b)), "hold another change"),
-    "two adapters where one was asked": (lambda a, b: also(a, added(deltas(b))), "hold another change"),
+    "layers shifted by one": (lambda a, _: added(shifted(deltas(a))), "contain the change of another module"),
+    "half of the rank": (lambda a, _: added(deltas(cut(a, 2))), "contain another change"),
+    "another adapter's weights": (lambda _, b: added(deltas(b)), "contain another change"),
+    "two adapters where one was asked": (lambda a, b: also(a, added(deltas(b))), "contain another change"),
     "norm weights lost": (
         lambda a, _: also(a, put("model.norm.weight", lambda _: torch.ones(32))), "model.norm has other weights",
     ),
@@ -151,7 +151,7 @@ LLAMA: dict[str, tuple[Callable[[ak.Adapter, ak.Adapter], Callable[[Tensors], ob
     ),
     "a NaN": (lambda a, _: also(a, nan), "NaN or infinities, first at layer 1 up_proj"),
     "cut to fp8": (lambda a, _: also(a, fp8), "other weights"),
-    "quantized away": (lambda a, _: also(a, coarse), "hold another change"),
+    "quantized away": (lambda a, _: also(a, coarse), "contain another change"),
 }  # fmt: skip
 """Fault -> a merge of the adapter, beside another one, by the formula and with the fault; words of a verdict."""
 
@@ -229,9 +229,9 @@ def test_one_of_two_adapters_lost_and_weights_exchanged(root: str, tmp_path: Pat
     other = lora("llama", model_of(base), seed=2)
     ak.merge(base, [adapter], tmp_path / "one")
     ak.merge(base, [adapter, other], tmp_path / "exchanged", weights=[0.3, 0.7])
-    check_failed(ak.gate(base, [adapter, other], merged=tmp_path / "one", **FAST), "hold another change")
+    check_failed(ak.gate(base, [adapter, other], merged=tmp_path / "one", **FAST), "contain another change")
     found = ak.gate(base, [adapter, other], merged=tmp_path / "exchanged", weights=[0.7, 0.3], **FAST)
-    check_failed(found, "hold another change")
+    check_failed(found, "contain another change")
 
 
 def experts_rolled(tensors: Tensors, changes: Tensors) -> None:
@@ -255,7 +255,7 @@ def test_scrambled_and_lost_experts_are_found(root: str, tmp_path: Path) -> None
         experts_rolled(tensors, experts)
 
     merged = changed(tmp_path / "sound", tmp_path / "scrambled", scrambled)
-    check_failed(ak.gate(base, adapter, merged=merged, **FAST), "hold the changes of its experts in another order")
+    check_failed(ak.gate(base, adapter, merged=merged, **FAST), "contain the changes of the experts in another order")
     lost = {name for name in experts if "layers.1." in name and "experts.2." in name}
     assert len(lost) == 3
     merged = changed(tmp_path / "sound", tmp_path / "lost", lambda t: t.update({name: before[name] for name in lost}))
@@ -477,7 +477,7 @@ def test_a_graph_is_held_against_the_adapters(root: str, tmp_path: Path) -> None
         found = ak.gate(base, adapter, onnx=made, **told, **FAST)
         assert found.outcome == "passed", found.verdicts
         assert found.onnx is not None
-    check_failed(ak.gate(base, adapter, onnx=plain, **FAST), "the graph is the base")
+    check_failed(ak.gate(base, adapter, onnx=plain, **FAST), "the graph equals the base")
     check_failed(
         ak.gate(base, scaled(adapter, 0.5), onnx=graph, **FAST), "the graph contains twice the change (scale x 2)"
     )

@@ -85,7 +85,7 @@ def test_the_figures_are_those_of_pefts_model_in_numpy(tmp_path: Path) -> None:
     assert found.merged.scale == pytest.approx(0, abs=1e-6)
     same = [next((at for at in range(6) if one[at] != two[at]), 6) for one, two in zip(*texts, strict=True)]
     assert found.effect.agreement == sum(same) / 12
-    assert found.data == "2 texts that were given"
+    assert found.data == "2 given texts"
 
 
 def test_the_null_adapter_has_the_norm_of_the_change(root: str) -> None:
@@ -246,7 +246,7 @@ def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp
     assert found.merged.dtype == "quantized"
     assert found.merged.scale == pytest.approx(weight, abs=0.05)
     assert found.outcome == ("passed" if weight == 1 else "failed"), found.verdicts
-    words = {1.0: "% of the effect", 2.0: "twice the change", 0.0: "is the base"}
+    words = {1.0: "% of the effect", 2.0: "twice the change", 0.0: "equals the base"}
     assert any(words[weight] in verdict for verdict in found.verdicts), found.verdicts
 
 
