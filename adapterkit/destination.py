@@ -17,6 +17,8 @@ from .io.staging import check_free, check_inputs, replaced_at, take_over
 from .writing import write
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from .core.adapter import Adapter
     from .io.checkpoint import Checkpoint
     from .io.strict_json import JsonValue
@@ -78,8 +80,8 @@ class Destination:
     """
 
     def __init__(
-        self, out: str, sources: Sequence[str], overwrite: bool, *, format: str, base: Any = None,  # noqa: A002
-        inputs: Sequence[str] = (),
+        self, out: str, sources: Sequence[str], overwrite: bool, *, format: str,  # noqa: A002 - as in `write`
+        base: Checkpoint | str | PathLike[str] | None = None, inputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.out = path_text(out)
         self.sources, self.overwrite, self.format, self.base = sources, overwrite, format, base
@@ -137,7 +139,7 @@ class Destination:
         )
 
     @contextmanager
-    def _path(self, unchanged: Callable[[], Any]) -> Iterator[Path]:
+    def _path(self, unchanged: Callable[[], object]) -> Iterator[Path]:
         import shutil
 
         from .io.locations import outgoing

@@ -113,7 +113,7 @@ class AdapterkitError(Exception):
         self.where = where
         self.cure = cure
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, str):
             if name in ("why", "where", "cure"):
                 value = brief(public(value))

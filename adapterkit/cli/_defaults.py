@@ -126,7 +126,7 @@ def _entries(
             raise UsageError(why, path=path, where=str(key), cure=cure)
 
 
-def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
     """Yield the files of defaults and their content, those with the highest precedence first.
 
     Raises:
@@ -147,7 +147,7 @@ def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
         yield own, _table(own)
 
 
-def _project() -> tuple[Path, Mapping[str, Any]] | None:
+def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
     """Return the nearest adapterkit.toml or pyproject.toml with a table for adapterkit, here or in a folder above."""
     try:
         folder = Path.cwd()

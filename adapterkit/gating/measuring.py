@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 PROMPT, PROMPTS = 8, 4
 """The number of tokens in a prompt, and the number of prompts for which text is generated."""
@@ -34,11 +34,11 @@ class ModelOutput:
         return bool(self.main.isfinite().all())
 
 
-Run = Callable[[Mapping[str, Any]], ModelOutput]
+Run = Callable[[Mapping[str, "Tensor"]], ModelOutput]
 """A function that runs a model on one input."""
 
 
-def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> ModelOutput:
+def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> ModelOutput:
     """Run a transformers model on one input."""
     import torch
 
@@ -113,7 +113,7 @@ def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[
     return float((p * there * asked).sum()), float((p * asked * asked).sum())
 
 
-def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
+def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
     """Whether a model predicts the next token: then another last token has no influence on earlier positions."""
     if set(feeds) != {"input_ids"}:
         return False
@@ -127,7 +127,7 @@ def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
     return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
 
 
-def surprise(output: ModelOutput, feeds: Mapping[str, Any]) -> tuple[float, int]:
+def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, int]:
     """Return the sum of -log p over all next tokens, and the number of these tokens."""
     ids = feeds["input_ids"]
     known = output.main.shape[-1]
@@ -136,7 +136,7 @@ def surprise(output: ModelOutput, feeds: Mapping[str, Any]) -> tuple[float, int]
     return -float(told.gather(1, wanted[:, None]).sum()), len(wanted)
 
 
-def greedy(run: Run, feeds: Sequence[Mapping[str, Any]], new: int) -> list[list[int]]:
+def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
     """Generate the `new` most likely tokens after the beginning of each of the first texts."""
     import torch
 

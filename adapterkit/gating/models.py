@@ -15,6 +15,8 @@ from ..quant import dequantized, is_quantized
 from .measuring import ModelOutput, output_of, run_torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
@@ -131,7 +133,7 @@ class Adapted:
             if self.null is not None:
                 self.null.set_active(False)
 
-    def run(self, feeds: Mapping[str, Any], state: str) -> ModelOutput:
+    def run(self, feeds: Mapping[str, Tensor], state: str) -> ModelOutput:
         """Run one input."""
         with self.as_(state):
             return run_torch(self.model, feeds, self.device)
@@ -163,7 +165,7 @@ class Graph:
                 self.session.load(f"adapter{at}", adapter)
                 self.chosen[f"adapter{at}"] = weight
 
-    def run(self, feeds: Mapping[str, Any]) -> ModelOutput:
+    def run(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         """Run one input.
 
         Raises:

@@ -11,16 +11,17 @@ model's dtype distorts is not a fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError
 from .result import ModulePart
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from ..torch.handle import Handle
 
@@ -102,7 +103,7 @@ class ModuleComparison:
 class Watched:
     """Hooks that compare the modules of a merged model while the base with adapters runs."""
 
-    def __init__(self, model: Any, other: Any, handles: Sequence[Handle]) -> None:
+    def __init__(self, model: nn.Module, other: nn.Module, handles: Sequence[Handle]) -> None:
         self.other, self.handles, self.on = dict(other.named_modules()), handles, False
         self.names = [
             name for name, module in model.named_modules() if any(True for _ in _own(module)) and name in self.other
@@ -129,8 +130,10 @@ class Watched:
             hook.remove()
         return ModuleComparison(self.sums, self.missing, tuple(name for name in self.names if name not in self.sums))
 
-    def _hook(self, name: str) -> Any:
-        def compare(module: Any, args: Any, kwargs: Any, adapted: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]:
+        def compare(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], adapted: object
+        ) -> None:  # fmt: skip
             if not self.on:
                 return
             self.on = False  # Running the module again below would call this hook again.
@@ -145,7 +148,9 @@ class Watched:
 
         return compare
 
-    def _add(self, name: str, base: Any, adapted: object, args: Any, kwargs: Any) -> None:
+    def _add(
+        self, name: str, base: object, adapted: object, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:  # fmt: skip
         sums = self.sums.setdefault(name, ModuleSums())
         try:
             other = self.other[name](*args, **kwargs)
@@ -156,14 +161,16 @@ class Watched:
             sums.add(*three)
 
 
-def _own(module: Any) -> Iterator[Any]:
+def _own(module: nn.Module) -> Iterator[Tensor]:
     """Yield the parameters and floating-point buffers of a module, without those of its children."""
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None and b.is_floating_point())
 
 
-def _floats(output: Any) -> Iterator[Tensor]:
-    if hasattr(output, "is_floating_point"):
+def _floats(output: object) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
@@ -181,8 +188,8 @@ def scale_of(comparison: ModuleComparison) -> float | None:
 
 
 def judged(
-    comparison: ModuleComparison, model: Any, other: Any, handles: Sequence[Handle], *, dtype: str, coarse: float,
-    max_scale_error: float, max_part_error: float,
+    comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
+    coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
     """Return each module with its fault, if any. This merges the adapters into the model's weights.
 
@@ -227,7 +234,7 @@ def _plain_fault(sums: ModuleSums) -> str:
     return "gives values that are not finite" if not sums.finite else sums.why
 
 
-def _is_stack(module: Any) -> bool:
+def _is_stack(module: nn.Module) -> bool:
     return any(p is not None and p.ndim == 3 for p in module._parameters.values()) and not hasattr(module, "stride")
 
 
@@ -269,7 +276,7 @@ class _Held:
 class SuspectWeights:
     """The weights of suspected modules in the base, in the base with merged adapters, and in the merged model."""
 
-    def __init__(self, model: Any, other: Any, names: Sequence[str], dtype: str) -> None:
+    def __init__(self, model: nn.Module, other: nn.Module, names: Sequence[str], dtype: str) -> None:
         self.model, self.other, self.names, self.dtype = model, dict(other.named_parameters()), {*names}, dtype
         self.held: list[_Held] = []
         self.why = ""
@@ -435,7 +442,7 @@ class _WeightFound:
     same: bool
 
 
-def _kind(name: str) -> Any:
+def _kind(name: str) -> torch.dtype:
     """Return the torch dtype to which weights of a stored dtype are rounded."""
     import torch
 

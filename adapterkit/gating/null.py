@@ -13,7 +13,11 @@ from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.random import Generator
+
     from ..core.adapter import Target
+    from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
     from ..ops.lowering import Change, Delta
@@ -51,7 +55,7 @@ def null_adapter(
     return Adapter(updates)
 
 
-def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[Any]:
+def _weights(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
     import numpy as np
 
     shape = next(change.shape for change in changes if change is not None)
@@ -68,7 +72,7 @@ def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[
     return [LoRA(A=_torch(A), B=_torch(B), bias=None)]
 
 
-def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[object]:
+def _biases(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
     import numpy as np
 
     moved = [change.bias() for change in changes if change is not None]
@@ -87,7 +91,7 @@ def _sum(row: Sequence[Delta | None]) -> list[Delta]:
     return [delta for delta in row if delta is not None]
 
 
-def _random(deltas: Sequence[Delta], rng: Any) -> tuple[Array, Array]:
+def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
     """Return random factors whose product has the norm of the sum of the changes."""
     import numpy as np
 
@@ -108,7 +112,7 @@ def _norm(B: Array, A: Array) -> float:
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 
-def _torch(array: Array) -> Any:
+def _torch(array: Array) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(array.astype("float32"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.tables import html_table
 
@@ -242,5 +242,5 @@ class Gate:
         }  # fmt: skip
 
 
-def _kept(each: KeptEffect) -> Mapping[str, Any]:
+def _kept(each: KeptEffect) -> Mapping[str, JsonValue]:
     return {**asdict(each), "parted": each.parted}

@@ -25,10 +25,12 @@ from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart
 from .verdicts import checks_of, verdicts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
 
     from ..merging.planned import Plan
-    from .measuring import ModelOutput, StateSums
+    from .measuring import ModelOutput, Run, StateSums
     from .models import Adapted, Graph
 
     Base = Checkpoint | str | PathLike[str]
@@ -226,15 +228,15 @@ class _Run:
         self.new = new if self.causal else 0
         self.words = self._greedy(self._adapted)
 
-    def _greedy(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> list[list[int]]:
+    def _greedy(self, run: Run) -> list[list[int]]:
         from .measuring import greedy
 
         return greedy(run, self.inputs.feeds, self.new) if self.new else []
 
-    def _base(self, feeds: Mapping[str, object]) -> ModelOutput:
+    def _base(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         return self.adapted.run(feeds, "base")
 
-    def _adapted(self, feeds: Mapping[str, object]) -> ModelOutput:
+    def _adapted(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         return self.adapted.run(feeds, "adapted")
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
@@ -262,7 +264,7 @@ class _Run:
             moved.value if finite else math.nan, unit, null, why_no_null, common, before.value, after.value, finite
         )
 
-    def graph(self, path: Any, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:
+    def graph(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:
         """Measure how much of the effect a graph keeps."""
         from .models import Graph
 
@@ -279,7 +281,7 @@ class _Run:
             return replace(told, why=error.why)
         return told
 
-    def _scale(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> float | None:
+    def _scale(self, run: Run) -> float | None:
         """Return the multiple of the change that a graph contains, or None if it contains no tried multiple.
 
         The multiple is found by trial: the slope of the logits shows it only for small changes, and a graph has no
@@ -322,7 +324,7 @@ class _Run:
         told = replace(told, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
-        def looked_at(feeds: Mapping[str, object]) -> ModelOutput:
+        def looked_at(feeds: Mapping[str, Tensor]) -> ModelOutput:
             with watched.looking():
                 return self._adapted(feeds)
 
@@ -342,8 +344,7 @@ class _Run:
                        blocks=_blocks(states))  # fmt: skip
 
     def _kept(
-        self, told: KeptEffect, run: Callable[[Mapping[str, Any]], ModelOutput],
-        with_adapters: Callable[[Mapping[str, Any]], ModelOutput], states: StateSums | None = None,
+        self, told: KeptEffect, run: Run, with_adapters: Run, states: StateSums | None = None,
     ) -> KeptEffect:  # fmt: skip
         from .measuring import agreement, along, divergence, positions
 
@@ -398,7 +399,7 @@ class _Perplexity:
     def __init__(self, causal: bool) -> None:
         self.causal, self.mean = causal, _Mean()
 
-    def add(self, output: ModelOutput, feeds: Mapping[str, Any]) -> None:
+    def add(self, output: ModelOutput, feeds: Mapping[str, Tensor]) -> None:
         if self.causal:
             from .measuring import surprise
 

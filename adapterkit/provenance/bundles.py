@@ -12,7 +12,6 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import Corrupt, storage_error
 from ..io.inputs import open_input
@@ -57,15 +56,15 @@ class SignatureBundle:
     path: Path
     kind: str
     key: str | None
-    payload: Mapping[str, Any]
+    payload: Mapping[str, object]
 
     @property
-    def predicate(self) -> Mapping[str, Any]:
+    def predicate(self) -> Mapping[str, object]:
         found = self.payload.get("predicate")
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def statement(self) -> Mapping[str, Any] | None:
+    def statement(self) -> Mapping[str, object] | None:
         """The statement that adapterkit added when it signed; None in signatures by other tools."""
         found = self.predicate.get(PREDICATE)
         return found if isinstance(found, Mapping) else None
@@ -99,7 +98,7 @@ def read_bundle(path: Path) -> SignatureBundle:
     return SignatureBundle(path, kind, material, _payload(path, told))
 
 
-def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:
+def _kind(path: Path, told: Mapping[str, object]) -> tuple[str, str | None]:
     material = told.get("verificationMaterial")
     if not isinstance(material, dict):
         raise _corrupt(path, "it has no verificationMaterial")
@@ -133,18 +132,20 @@ def _check(path: Path, value: object, place: str = "") -> None:
         raise _corrupt(path, f"{place} contains values that are not objects")
 
 
-def _decoded(path: Path, place: str, text: Any) -> bytes:
+def _decoded(path: Path, place: str, text: object) -> bytes:
     """Decode base64, and refuse it unless it is canonical: padded, and without bits after the last byte."""
+    if not isinstance(text, str):
+        raise _corrupt(path, f"{place} is not base64")
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError):
         raise _corrupt(path, f"{place} is not base64") from None
     if base64.b64encode(data).decode() != text:
         raise _corrupt(path, f"{place} is not canonical base64")
     return data
 
 
-def _payload(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
+def _payload(path: Path, told: Mapping[str, object]) -> Mapping[str, object]:
     envelope = told.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
         raise _corrupt(path, "it is not an envelope with one signature")

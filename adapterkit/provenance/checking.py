@@ -103,10 +103,11 @@ def check_signature(
     config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
     _verify(config, root, bundle)
+    resources = bundle.predicate.get("resources")
+    count = len(resources) if isinstance(resources, list) else 0
     return SignatureCheck(
-        public(str(path)), str(file), bundle.kind, bundle.key, len(bundle.predicate.get("resources") or ()),
-        bundle.statement, _left_out(root, bundle),
-    )  # fmt: skip
+        public(str(path)), str(file), bundle.kind, bundle.key, count, bundle.statement, _left_out(root, bundle)
+    )
 
 
 def other_base(

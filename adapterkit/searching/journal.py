@@ -30,7 +30,7 @@ class Journal:
         StorageError: the file is not readable or writable.
     """
 
-    def __init__(self, path: Path | None, searched: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path | None, searched: dict[str, object], *, overwrite: bool = False) -> None:
         self.path, self.head = path, {"adapterkit_search": VERSION, **searched}
         self.trials: list[Trial] = []
         if path is None or not path.exists():
@@ -67,9 +67,10 @@ class Journal:
             raise storage_error(error, self.path) from error
 
 
-def _parsed(line: str, path: Path, at: int) -> Any:
+def _parsed(line: str, path: Path, at: int) -> object:
     try:
-        return json.loads(line)
+        found: object = json.loads(line)
+        return found
     except (ValueError, RecursionError):
         why = "the file does not hold trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None

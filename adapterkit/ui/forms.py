@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -51,7 +51,7 @@ class Field:
     default: str
     output: bool
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the field as plain data."""
         return {
             "name": self.name, "label": self.label, "help": self.help, "kind": self.kind, "many": self.many,
@@ -108,7 +108,7 @@ class Forms:
         self.roots = tuple(root.resolve() for root in roots)
         self.fields = {name: list(fields_of(command, paths)) for name, command in self.commands.items()}
 
-    def record(self) -> list[dict[str, Any]]:
+    def record(self) -> list[dict[str, JsonValue]]:
         """Return all forms as plain data."""
         return [
             {"name": name, "help": (self.commands[name].help or "").strip(),
@@ -143,7 +143,7 @@ class Forms:
             raise UsageError("an open folder itself cannot be replaced", where=value, cure="Name a folder inside it")
         return real
 
-    def words(self, command: str, values: Mapping[str, Any]) -> list[str]:
+    def words(self, command: str, values: Mapping[str, object]) -> list[str]:
         """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
@@ -248,6 +248,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "graph" if name.endswith(".onnx") else "page" if name.endswith((".html", ".htm")) else "file"
 
 
-def _natural(entry: os.DirEntry[str]) -> tuple[bool, list[Any]]:
+def _natural(entry: os.DirEntry[str]) -> tuple[bool, list[int | str]]:
     parts = re.split(r"(\d+)", entry.name.lower())
     return not entry.is_dir(), [int(part) if part.isdecimal() else part for part in parts]

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError, public
 
@@ -55,7 +55,7 @@ class PageJob:
     process: subprocess.Popen[str] | None = None
     thread: threading.Thread | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the job as plain data."""
         seconds = time.monotonic() - self.started if self.state == "running" else self.seconds
         return {

@@ -7,10 +7,10 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from ..errors import AdapterkitError, Unsupported, UsageError, storage_error
 from .forms import Forms
 from .guard import REPORT_POLICY, Application, Guard
 from .jobs import Jobs
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 HERE = Path(__file__).parent
 FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
@@ -57,7 +60,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
         answer.set_cookie(guard.cookie, token, httponly=True, samesite="strict", path="/")
         return answer
 
-    def told(work: Callable[[], Any]) -> Response:
+    def told(work: Callable[[], object]) -> Response:
         try:
             return JSONResponse(work())
         except AdapterkitError as error:
@@ -85,7 +88,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     measuring = threading.Lock()
 
-    def sums(given: Any) -> dict[str, object]:
+    def sums(given: object) -> Mapping[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
             raise UsageError("the value must be a list of adapters", cure="Fill in the form")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
@@ -105,7 +108,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
     async def end_job(request: Request) -> Response:
         number = request.path_params["number"]
 
-        def work() -> Any:
+        def work() -> object:
             jobs.end(number)
             return jobs.job(number).record()
 
@@ -141,7 +144,7 @@ MOST = 8
 """The largest number of adapters whose sum is measured."""
 
 
-def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
+def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
     """Return the inner products of the adapters' changes at each target, which give the norm of any weighted sum.
 
     Args:
