@@ -180,8 +180,8 @@ method, given in diffusers' names. `=`: the format supports the method. `L` and 
 writes an exactly equal LoRA (`L`) or a difference of weights (`D`). A number: the writer refuses, for the numbered
 reason below. If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as
 queries, keys and values, with separate factors for each part. A difference becomes a LoRA of full rank, with the
-identity as one factor, as diffusers itself converts it. With `--base`, methods that depend on the weight become differences in
-formats that support these.
+identity as one factor, as diffusers itself converts it. With `--base`, methods that depend on the weight become
+differences in formats that support these.
 
 XLabs' files support LoRA on FLUX's attention; BFL's control files support LoRA and whole scales of norms of FLUX.
 """

@@ -1,11 +1,12 @@
-"""The group of all commands: a command's module is imported only when needed; all errors are caught here."""
+"""The group of all commands: imports a command's module only when needed, writes its help, and catches all errors."""
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +19,84 @@ from ._examples import epilog, next_step
 from ._failures import answer, carried
 from ._options import RUNNING, CliSettings
 from ._render import printable
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Output": (
+        "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
+        "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
+        "private", "message", "tag", "revision", "license", "licence",
+    ),
+    "Computation": (
+        "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
+        "onto", "keep", "keep_change", "remainder",
+        "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
+        "embeddings", "targets", "scope", "data", "texts",
+        "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
+    ),
+    "Reading adapters and bases": (
+        "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
+        "match_base",
+        "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
+    ),
+    "Thresholds": (
+        "min_effect", "min_kept", "max_scale_error", "max_part_error", "min_agreement", "max_perplexity",
+        "min_over_null",
+    ),
+    "Execution": ("device", "engine", "address", "memory", "stream"),
+    "Messages": ("json", "quiet", "verbose", "debug", "help"),
+}  # fmt: skip
+"""Heading -> names of parameters. All other options are listed first, under Options."""
+
+FEW = 12
+"""The largest number of options that are listed without headings."""
+
+
+def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write the options of a command's --help."""
+    home = {name: heading for heading, names in SECTIONS.items() for name in names}
+    options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
+    given = [(param, param.get_help_record(ctx)) for param in options]
+    shown = [(param.name or "", record) for param, record in given if record is not None]
+    if len(shown) <= FEW:
+        with formatter.section("Options"):
+            formatter.write_dl([record for _, record in shown])
+        return
+    reads_rank = any(param.name == "rank" and not param.expose_value for param in command.params)
+    for heading in ("Options", *SECTIONS):
+        rows = []
+        for name, record in shown:
+            at = home.get(name, "Options")
+            if name == "rank" and reads_rank:  # Here --rank is the expected rank of a file.
+                at = "Reading adapters and bases"
+            if at == heading:
+                rows.append(record)
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+class Formatter(click.HelpFormatter):
+    """A help formatter that also fits terminals of fewer than 50 columns, which click's formatter does not.
+
+    Args:
+        indent_increment: as in click.
+        width: the width in columns; the terminal's width if None.
+        max_width: the length of the longest lines.
+    """
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(indent_increment, max(columns - 2, 24) if width is None and columns < 52 else width, max_width)
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write a list of definitions; the first column takes at most a third of the width."""
+        super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
+
+
+class HelpContext(click.Context):
+    """A context whose help fits narrow terminals."""
+
+    formatter_class = Formatter
 
 
 def completing() -> bool:
@@ -58,8 +137,6 @@ class Commands(click.Group):
 
             return with_completions(command)
         # Commands are plain click commands; their help gets its section headings here.
-        from ._sections import HelpContext, write_options
-
         command.context_class = HelpContext
         command.format_options = partial(write_options, command)  # type: ignore[method-assign]
         return command
@@ -104,8 +181,6 @@ class Commands(click.Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
     ) -> click.Context:
-        from ._sections import HelpContext
-
         self.context_class = HelpContext
         with carried():
             return super().make_context(info_name, args, parent, **extra)
