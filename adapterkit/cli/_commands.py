@@ -22,7 +22,8 @@ from ._render import printable
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Output": (
-        "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
+        "out", "dst", "target_format", "on_loss", "max_error", "profile", "match_base", "dtype", "shard_size", "link",
+        "share_weights", "checksums",
         "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
         "private", "message", "tag", "revision", "license", "licence",
     ),
@@ -35,15 +36,14 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "Reading adapters and bases": (
         "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
-        "match_base",
-        "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
+        "rename", "allow_partial", "experts", "call", "words", "merged", "onnx",
     ),
     "Thresholds": (
         "min_effect", "min_kept", "max_scale_error", "max_part_error", "min_agreement", "max_perplexity",
         "min_over_null",
     ),
     "Execution": ("device", "engine", "address", "memory", "stream"),
-    "Messages": ("json", "quiet", "verbose", "debug", "help"),
+    "Messages": ("json", "quiet", "verbose", "debug", "help", "_click_default_help"),
 }  # fmt: skip
 """Heading -> names of parameters. All other options are listed first, under Options."""
 

@@ -83,17 +83,24 @@ max_error = click.option(
 dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16; float32 or wider if absent.")
 
 
-def writing(command: F) -> F:
-    """Add the options for the destination and the format of the result."""
+def writing(default: str) -> Callable[[F], F]:
+    """Add the options for the destination and the format of the result.
+
+    Args:
+        default: the default of the format, for the help.
+    """
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or hub URI to write.")
     target_format = click.option(
         "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
-        help="Format of DST; the source's format if absent. For extract: peft, or adapterkit if DST is a .safetensors "
-        "file.",
+        help=f"Format of DST. Default: {default}.",
     )  # fmt: skip
-    for option in (_options.overwrite, on_loss, target_format, out):
-        command = option(command)
-    return command
+
+    def decorated(command: F) -> F:
+        for option in (_options.overwrite, on_loss, target_format, out):
+            command = option(command)
+        return command
+
+    return decorated
 
 
 class CommandDestination:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--compat", metavar="NAME", help="Compute as another tool does: mergekit or peft.")
 @_options.rename
 @_options.stating
-@_writing.writing
+@_writing.writing("the format of the adapters if they share one, otherwise adapterkit")
 @_options.flags
 @click.pass_obj
 def command(

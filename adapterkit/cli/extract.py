@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @_options.strict_base
 @_options.rename
 @_writing.dtype
-@_writing.writing
+@_writing.writing("peft, or adapterkit if DST is a .safetensors file")
 @_modules.every
 @_options.flags
 @click.pass_obj

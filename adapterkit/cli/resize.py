@@ -34,7 +34,7 @@ from ._render import show
 @_options.rename
 @_writing.dtype
 @_options.reading_to_cut
-@_writing.writing
+@_writing.writing("the format of A")
 @_modules.every
 @_options.flags
 @click.pass_obj
