@@ -1,9 +1,9 @@
 """Check that a merged model or graph keeps its adapters' effect.
 
-BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters, without
-them, and with random changes of the same size. --merged and --onnx name the merged model and the graph to compare.
-Texts are built in, or come from --data. The exit code is 1 if a threshold is missed, and 3 if the effect is too small
-to decide.
+BASE is the folder or hub address of a transformers model; each A is an adapter. The base runs with the adapters,
+without them, and with random changes of the same size. --merged and --onnx name the merged model and the graph to
+compare. Texts are built in, or come from --data. The exit code is 1 if a threshold is missed, and 3 if the effect is
+too small to decide.
 """
 
 from __future__ import annotations

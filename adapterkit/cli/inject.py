@@ -1,9 +1,9 @@
 """Attach an adapter to an ONNX graph, or to a folder of graphs.
 
-MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. The result is run
-and compared with the same change computed in another way, unless --no-check is given. MODEL.onnx may also be a folder,
-as optimum and onnxruntime-genai write it: each graph gets the targets that it contains, and all other files are copied
-to the folder OUT.onnx.
+MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. The result is
+run and compared with the same change computed in another way, unless --no-check is given. MODEL.onnx may also be a
+folder, as optimum and onnxruntime-genai write it: each graph gets the targets that it contains, and all other files are
+copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
