@@ -49,7 +49,7 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""The number of characters from which JSON is formatted by msgspec: for less, the import takes longer."""
+"""JSON with at least this many characters is formatted by msgspec; for shorter JSON, importing msgspec takes longer."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
