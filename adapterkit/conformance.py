@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from .errors import Corrupt, UsageError
 
@@ -58,7 +58,30 @@ class CaseOutcome:
     why: str = ""
 
 
-Ask = Callable[[str, Sequence[Path]], Iterable[dict[str, Any]]]
+class Expected(TypedDict, total=False):
+    """The expected answer of a case in the index: an error with its place, or what the answer must contain."""
+
+    error: str
+    where: str
+    exact: bool
+    digest: str
+    tensors: dict[str, list[object]]
+    tolerance: float
+
+
+Case = TypedDict(
+    "Case",
+    {
+        "case": str, "class": str, "requirements": list[str], "verb": str, "methods": NotRequired[list[str]],
+        "inputs": dict[str, str], "path": NotRequired[str], "expected": Expected,
+    },
+)  # fmt: skip
+"""An entry of the index of vectors; section 16 of the specification defines the fields."""
+
+Line = Mapping[str, object]
+"""An answer of the program: a JSON object whose fields and types are not yet checked."""
+
+Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
 """A function that returns the program's line for each path of a verb; for `compute` and `merge`, one for both paths."""
 
 
@@ -87,7 +110,7 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     if not (root / "index.json").is_file():
         cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
         raise UsageError("the folder has no index.json of vectors", path=root, cure=cure)
-    cases = json.loads((root / "index.json").read_text("utf-8"))["cases"]
+    cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
         if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
             raise Corrupt(
@@ -118,11 +141,11 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     return found
 
 
-def _methods(case: Mapping[str, Any]) -> list[str]:
+def _methods(case: Case) -> list[str]:
     return list(case.get("methods", ()))
 
 
-def _foreign(case: Mapping[str, Any], line: Mapping[str, Any], known: set[str]) -> bool:
+def _foreign(case: Case, line: Line, known: set[str]) -> bool:
     """Whether a program that knows only some methods refuses a case because it does not know its method (R-7.1)."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
@@ -133,7 +156,7 @@ def _foreign(case: Mapping[str, Any], line: Mapping[str, Any], known: set[str]) 
     return not right and not known.issuperset(_methods(case))
 
 
-def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable[dict[str, Any]]:
+def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable[Line]:
     for start in range(0, len(paths), BATCH):
         batch = paths[start : start + BATCH]
         done = subprocess.run([*command, verb, *map(str, batch)], capture_output=True, timeout=SECONDS, check=False)
@@ -148,11 +171,11 @@ def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable
             yield line if isinstance(line, dict) else {"ok": False, "error": "not a JSON object", "where": ""}
 
 
-def _outcome(case: Mapping[str, Any], passed: bool | None, why: str = "") -> CaseOutcome:
+def _outcome(case: Case, passed: bool | None, why: str = "") -> CaseOutcome:
     return CaseOutcome(case["case"], case["class"], tuple(case["requirements"]), case["verb"], passed, why)
 
 
-def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
+def _judged(case: Case, line: Line) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
@@ -172,7 +195,7 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
     return _outcome(case, not why, why)
 
 
-def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> CaseOutcome:
+def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
     """Compare canonical JSON, one text at a time."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
@@ -186,7 +209,7 @@ def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> 
     return _outcome(case, not why, why)
 
 
-def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> CaseOutcome:
+def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
     """Compare all bytes of a merged base; if the case has no result, the program must refuse the merge."""
     from .io import safetensors
 
@@ -223,7 +246,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
     return ["0" * width if dtype in SIGNED_ZEROS and each == negative else each for each in elements]
 
 
-def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> CaseOutcome:
+def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
     For a path without a formula, a program answers Unsupported. If all other paths are right, such a case is counted

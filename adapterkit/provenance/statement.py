@@ -48,7 +48,7 @@ def statement_of(path: Path) -> dict[str, JsonValue]:
     return plain
 
 
-def _kind(path: Path) -> dict[str, Any]:
+def _kind(path: Path) -> Mapping[str, object]:
     if (path / REPORT).is_file():
         return _merged(path)
     try:
@@ -102,7 +102,7 @@ def _original(path: Path) -> dict[str, JsonValue]:
         return {"unread": first_line(error)}
 
 
-def _without_metadata(args: object) -> Any:
+def _without_metadata(args: object) -> object:
     """Remove the metadata of training tools, which can be megabytes; the files that contain it are signed."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}

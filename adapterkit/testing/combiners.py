@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -13,6 +13,10 @@ from ..formats import read
 from ..ops import COMBINERS, combine
 from ..writing import write
 from .examples import example
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
+    from ..io.lazy import Leaf
 
 
 class CombinerTests:
@@ -40,7 +44,7 @@ class CombinerTests:
         """Return further arguments for `adapterkit.combine`: `base`, `data`, `compat`."""
         return {}
 
-    def combined(self, changes: list[Any], weights: list[float]) -> Any:
+    def combined(self, changes: list[Array], weights: list[float]) -> Array:
         """Return the combined change of one weight, in float64 numpy, without using the combiner's class.
 
         Args:
@@ -124,5 +128,8 @@ class CombinerTests:
             self.result([])
 
 
-def _wide(leaf: Any) -> Any:
+def _wide(leaf: Leaf) -> Leaf:
+    import torch
+
+    assert isinstance(leaf, torch.Tensor)
     return leaf.double()
