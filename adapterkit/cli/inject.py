@@ -21,7 +21,7 @@ from ._render import View, parts, show
 from ._writing import is_done, refuse_place
 
 if TYPE_CHECKING:
-    import numpy as np
+    from ..io.lazy import Array
 
 
 @click.command(help=__doc__)
@@ -94,7 +94,7 @@ def command(
     show(settings, report.record(), partial(_view, every=every))
 
 
-def _inputs(path: str, check: bool) -> dict[str, np.ndarray]:
+def _inputs(path: str, check: bool) -> dict[str, Array]:
     """Return the arrays of a file, by name."""
     if not check:
         raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")

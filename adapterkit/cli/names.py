@@ -33,7 +33,7 @@ def command(
 
     given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
     record = names(base, given, rename=rename, allow_partial=allow_partial)
-    warnings = [] if given is None else _options.base_warnings([adapter], [given], base)
+    warnings = [] if adapter is None or given is None else _options.base_warnings([adapter], [given], base)
     show(settings, {**record, "adapter": adapter, "warnings": warnings}, _view)
 
 
