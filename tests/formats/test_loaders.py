@@ -212,4 +212,4 @@ def test_a_file_that_is_read_with_its_base_is_answered_for_with_it(tmp_path):
     assert all("--base BASE" in each["convert"] for each in without if each.get("convert"))
     found = record("list", "loaders", tmp_path / "a.gguf", "--base", tmp_path / "base")["loaders"]
     assert {each["tool"]: each["loads"] for each in found}["llama_cpp"] == "yes"
-    assert "goes with 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr
+    assert "requires 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr

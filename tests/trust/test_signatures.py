@@ -208,7 +208,7 @@ def test_what_no_reader_reads_is_signed_all_the_same(tmp_path: Path, keys: tuple
     lora = save_peft(tmp_path / "lora")
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 4, "target_modules": ["q"]}')
     assert "unread" in sign(lora, key=keys[0]).statement
-    assert "its lineage could not be read" in run("sign", lora, "--key", keys[0], "--overwrite").stdout
+    assert "the lineage could not be read" in run("sign", lora, "--key", keys[0], "--overwrite").stdout
 
 
 # What must be refused
@@ -395,7 +395,7 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path, merged: Path, k
         with pytest.raises(Malformed, match="not a regular file"):
             call()
     (tmp_path / "pipe").rename(merged / "pipe")
-    with pytest.raises(Unsupported, match="cannot be signed"):
+    with pytest.raises(Unsupported, match="cannot hash the files"):
         sign(merged, tmp_path / "x.sig", key=keys[0])
     with pytest.raises(Corrupt):
         check_signature(merged, good, key=keys[1])
@@ -540,7 +540,7 @@ def test_sign_and_verify_on_the_command_line(tmp_path: Path, merged: Path, keys:
         (tmp_path / "base" / "model.safetensors").read_bytes()[:-1] + b"\1"
     )
     other = run(*checks, "--base", tmp_path / "base2")
-    assert (other.exit_code, "the base that was given has" in other.stdout) == (1, True), other.output
+    assert (other.exit_code, "the given base has" in other.stdout) == (1, True), other.output
     (merged / "config.json").write_text("{}")
     changed = run(*checks)
     assert (changed.exit_code, "config.json" in changed.stderr) == (4, True), changed.output
@@ -556,7 +556,7 @@ def test_sign_and_verify_on_the_command_line(tmp_path: Path, merged: Path, keys:
 
 def test_verify_refuses_keys_without_a_signature(merged: Path, keys: tuple[Path, Path]) -> None:
     assert "require --signature" in run("verify", merged, "--key", keys[1]).stderr
-    assert "--base and --adapter both" in run("verify", merged, "--base", merged).stderr
+    assert "--base and --adapter require each other" in run("verify", merged, "--base", merged).stderr
 
 
 @pytest.mark.parametrize("quote", ["'", "\"'"])
