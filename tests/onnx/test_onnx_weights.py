@@ -237,7 +237,7 @@ def test_the_command_line_exports_any_module(tmp_path, monkeypatch):
         (2, ("--model", "flat"), "names no function"),
         (2, ("--model", "test_onnx_weights:rounded"), "cannot be called"),
         (2, ("--model", "test_onnx_weights:net"), "returns something else"),
-        (2, ("--model", maker, "--dtype", "float16"), "--dtype is for a folder"),
+        (2, ("--model", maker, "--dtype", "float16"), "--dtype is only for the folder"),
         (2, (tmp_path / "bad.safetensors", "--model", maker), "size mismatch|Missing key"),
         (6, ("--model", maker), "already there"),
         (2, (), "Missing argument"),
