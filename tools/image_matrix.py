@@ -173,16 +173,17 @@ def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str
 
 
 HEADER = """\
-# Methods, dialects and families of image, video and audio models
+# Methods, formats and families of image, video and audio models
 
-Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does with an adapter of the family and
-method in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as
-a difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has
-two marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values,
-each with factors of its own. A difference becomes a LoRA of full rank with the identity for one factor, as diffusers
-itself converts it. With `--base`, methods that see the weight become differences of it in the dialects that have these.
+Made by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
+method, given in diffusers' names. `=`: the format supports the method. `L` and `D` need `--on-loss promote`: the writer
+writes an exactly equal LoRA (`L`) or a difference of weights (`D`). A number: the writer refuses, for the numbered
+reason below. If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as
+queries, keys and values, with separate factors for each part. A difference becomes a LoRA of full rank, with the
+identity as one factor, as diffusers itself converts it. With `--base`, methods that depend on the weight become
+differences in formats that support these.
 
-XLabs' files hold LoRA on FLUX's attention, BFL's control files LoRA and whole scales of norms of FLUX.
+XLabs' files support LoRA on FLUX's attention; BFL's control files support LoRA and whole scales of norms of FLUX.
 """
 
 if __name__ == "__main__":

@@ -172,14 +172,14 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(tmp_path: Path, mo
     result = run("combine", *sources, "--method", "ties", "--to", "kohya", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 3
     assert len(result.stderr.strip().splitlines()) == 2  # What is wrong, and what to type.
-    assert "kohya cannot hold what ties makes" in result.stderr
+    assert "kohya cannot hold the result of ties" in result.stderr
     assert "--to adapterkit" in result.stderr
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_cut_is_said_in_words(adapters: list[Path], tmp_path: Path) -> None:
     shown = run("combine", *adapters, "--method", "ties", "-o", tmp_path / "out")
-    assert "cut to rank 2 at 2 targets: relative error of all together 0." in shown.stdout
+    assert "cut to rank 2 at 2 targets: relative error over all targets 0." in shown.stdout
     assert "a higher --rank keeps more" in shown.stdout
 
 

@@ -210,8 +210,8 @@ def test_a_change_beside_by_the_command(exported, tmp_path):
     assert "--keep-change float" in refused.output
     told = run(*words, "--quantized", "requantize")
     assert told.exit_code == 0, told.output
-    assert "1 change kept beside the quantized weight" in told.stdout
-    assert "quantizing again would leave" in told.stdout
+    assert "1 change kept next to the quantized weight" in told.stdout
+    assert "quantizing again would keep only" in told.stdout
     packed = record(*words, "--quantized", "requantize", "--keep-change", "packed", "--overwrite")
     assert "beside" not in packed
     assert packed["damage"]["up"]["kept"] < 0.95
