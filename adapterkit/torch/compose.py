@@ -1,7 +1,7 @@
-"""Composition: several adapters in one model, in the blocks of AdapterHub's, https://docs.adapterhub.ml.
+"""Combine several adapters in one model, in AdapterHub's composition blocks (https://docs.adapterhub.ml).
 
-`stack`, `average`, `split` and `fuse` make one adapter of several, to be injected, weighed, switched and trained like
-any other; blocks nest. `batch_split` and `parallel` send rows through adapters that are attached already.
+`stack`, `average`, `split` and `fuse` combine several adapters into one, which can be injected, weighted, switched and
+trained like any other; blocks nest. `batch_split` and `parallel` route rows through adapters that are already attached.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """One after the other: at each target a later adapter sees the layer as the earlier ones leave it.
+    """Return an adapter that applies the given adapters in sequence: each sees the layer as the earlier ones change it.
 
-    Updates of weights that meet there add up; virtual tokens follow each other.
+    At one target, changes of weights add up, and virtual tokens follow each other.
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
@@ -44,47 +44,48 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """The weighted mean of what the adapters make of each layer, before its residual and norm where they stand there.
+    """Return an adapter whose layer outputs are the weighted mean of the outputs under each given adapter.
 
-    The unchanged layer counts in the place of an adapter that has no update at a target.
+    The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
+    target, the unchanged layer takes its place in the mean.
 
     Args:
-        adapters: those with additive and output updates.
-        weights: one each; equal shares of 1 if not given. They are used as they are.
+        adapters: adapters with additive and output updates.
+        weights: one weight for each adapter, not normalised; equal weights with the sum 1 if not given.
 
     Raises:
-        UsageError: another number of weights.
+        UsageError: the number of weights is not the number of adapters.
         Unsupported: raised by `inject`, for updates of other kinds.
     """
     count = len(_some(adapters))
     shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
     if len(shares) != count:
-        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure="Pass one each")
+        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure="Pass one for each")
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
 def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
-    """Each adapter changes positions of its own: the first `sizes[0]` tokens, the next `sizes[1]`, and so on.
+    """Return an adapter that splits the tokens: the first adapter changes the first `sizes[0]` tokens, and so on.
 
     Raises:
-        UsageError: another number of sizes.
-        ShapeMismatch: raised by a call with another number of tokens.
+        UsageError: the number of sizes is not the number of adapters.
+        ShapeMismatch: raised by a call whose number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
-        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one each")
+        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one for each")
     return _blocks("split", adapters, lambda children, _: SplitBlock(children=children, lengths=tuple(sizes)))
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
-    """AdapterFusion: at each layer an attention over what the adapters' bottlenecks change.
+    """Return the AdapterFusion of adapters: at each layer, an attention over the outputs of their bottlenecks.
 
     Args:
-        adapters: in the order of the fusion.
-        fusion: the folder of AdapterHub's with the attentions' weights.
+        adapters: the adapters, in the order in which the fusion was trained.
+        fusion: a fusion folder of AdapterHub, with the weights of the attentions.
 
     Raises:
-        TargetNotFound: the fusion has no weights at a target of the adapters'.
-        Unsupported: raised by `inject`, for updates other than bottlenecks in sequence.
+        TargetNotFound: the fusion has no weights for one of the adapters' targets.
+        Unsupported: raised by `inject`, if an update is not a sequential bottleneck.
     """
     settings, weights = read_fusion(fusion)
 
@@ -92,7 +93,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
         own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
         if own is None:
             raise TargetNotFound(
-                "no weights of a fusion there", where=str(target), cure="Pass the adapters' own fusion"
+                "the fusion has no weights for it", where=str(target), cure="Pass the fusion of these adapters"
             )
         return Fuse(children=children, **own, **settings)
 
@@ -100,14 +101,14 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
 
 
 def load(folder: str | PathLike[str], *, base: Any = None) -> Adapter:
-    """One adapter of the composition that AdapterHub's `save_adapter_setup` wrote: its blocks are those of this module.
+    """Read a composition that AdapterHub's `save_adapter_setup` wrote, and return it as one adapter.
 
     Args:
-        folder: with `adapter_setup.json`, and a folder for each adapter and fusion.
-        base: for adapters that need it to be read, see `ak.read`.
+        folder: the folder with `adapter_setup.json` and one subfolder for each adapter and fusion.
+        base: the base model, for adapters that cannot be read without it; see `ak.read`.
 
     Raises:
-        Unsupported: a block is one of rows, which is a matter of calls and not of an adapter.
+        Unsupported: a block routes rows (BatchSplit, Parallel). Such a block belongs to a call, not to an adapter.
     """
     return _loaded(read_setup(folder), Path(folder), base)
 
@@ -118,8 +119,8 @@ def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
         return FORMATS["adapterhub"]().read(folder / setup, base=checkpoint)
     if setup.kind not in ("Average", "Fuse", "Split", "Stack"):
         why, cure = (
-            f"{setup.kind} sends rows through several adapters",
-            "Inject them by names; see batch_split, parallel",
+            f"{setup.kind} sends rows through several adapters, so it is not one adapter",
+            "Inject the adapters under their names, and use batch_split() or parallel()",
         )
         raise Unsupported(why, path=folder, cure=cure)
     children = [_loaded(child, folder, base) for child in setup.children]
@@ -131,24 +132,26 @@ def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
-    """Inside the `with`, the first `sizes[0]` rows go through the adapter `names[0]`, and so on; see `route`."""
+    """Inside the `with`, send the first `sizes[0]` rows through the adapter `names[0]`, and so on; see `route`."""
     if len(sizes) != len(names):
-        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one each")
+        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one for each")
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
 def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any]:
-    """The model with its input repeated once an adapter: what comes out has all rows of the first, then of the next.
+    """Return a function that runs the model on its input repeated once for each adapter.
+
+    The output has all rows of the first adapter, then all rows of the next.
 
     Args:
-        model: with the adapters attached.
-        names: their names; None for the base.
+        model: the model, with the adapters attached.
+        names: the names of the adapters; None for the base.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
-            raise ShapeMismatch("a call without rows", where="(model)", cure="Call it with tensors, rows first")
+            raise ShapeMismatch("a call without tensors has no rows", where="(model)", cure="Pass tensors, rows first")
         rows = len(tensors[0])
 
         def repeated(leaf: Any) -> Any:
@@ -165,13 +168,13 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any
 def _blocks(
     name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Any, ...], Target], ComposedBlock]
 ) -> Adapter:
-    """An adapter of blocks, one at each target of any of them."""
+    """Return an adapter with one block at each target of any of the given adapters."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:
         found = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in found for update in each):
-            raise Unsupported(f"context in a block {name!r}", where=str(target), cure="Stack those adapters")
+            raise Unsupported(f"a block {name!r} cannot hold context", where=str(target), cure="Stack those adapters")
         updates[target] = (made(tuple(map(_one, found)), target),)
     return _composed(name, updates)
 
@@ -190,21 +193,21 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]]) -> Adapte
 
 def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     if not adapters:
-        raise UsageError("nothing to compose", where="adapters", cure="Pass adapters")
+        raise UsageError("there are no adapters to compose", where="adapters", cure="Pass at least one adapter")
     return adapters
 
 
 def _alike(path: str, other: str) -> bool:
-    """Whether two paths differ by a prefix at most."""
+    """Whether two paths are equal except for a prefix of one of them."""
     return path == other or path.endswith(f".{other}") or other.endswith(f".{path}")
 
 
 Child = Update | None
-"""An adapter's update at the target; None where it has none, so that the layer stays as it is."""
+"""An adapter's update at the target, or None if it has none, so that the layer stays unchanged."""
 
 
 class ComposedBlock(OutputUpdate):
-    """A subclass says in `joined` what becomes of its children's values."""
+    """A block of several updates; each subclass defines in `joined` how it combines their outputs."""
 
     children: tuple[Any, ...] = ()
 
@@ -214,7 +217,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def present(self) -> list[Update]:
-        """The children that are there."""
+        """The children that are not None."""
         return [child for child in self.children if child is not None]
 
     @property
@@ -228,7 +231,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        # They say where the residual and the norm are; children that stand at several places are refused below.
+        # The attributes say where the residual and the norm are; `check` refuses children that disagree about that.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -281,18 +284,19 @@ class ComposedBlock(OutputUpdate):
         for child in self.present:
             if child.kind not in ("additive", "output"):
                 why = f"{child.method} changes {child.acts_on}, which blocks do not combine"
-                raise Unsupported(why, cure="Stack it, or combine the adapters another way")
+                raise Unsupported(why, cure="Stack the adapters, or merge them")
             child.check()
             places.add((child.attributes.get("residual", ""), child.attributes.get("norm", "")))
         if len(places) > 1 and self.placed:
-            raise Unsupported("updates of one target with residuals at several places", cure="Make them alike")
+            why = "the updates of one target name residuals in different places"
+            raise Unsupported(why, cure="Give all of them the same `residual` and `norm`")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         for child in self.present:
             child.check_against(shape)
 
     def value(self, child: Child, x: Any, layer: Any) -> Any:
-        """Return a child's output of the layer, before its end if the block stands there."""
+        """Return the layer's output under a child, before the residual and norm if the block acts there."""
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
         return cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
@@ -304,12 +308,12 @@ class ComposedBlock(OutputUpdate):
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
     def joined(self, x: Any, layer: Any) -> Any:
-        """Return the block's value from those of its children."""
+        """Return the block's output, combined from the outputs under its children."""
         raise AssertionError("each block defines it")
 
 
 class Chain(ComposedBlock):
-    """One after the other: each sees the layer as those before it leave it."""
+    """Apply the children in sequence: each sees the layer as the earlier ones change it."""
 
     def joined(self, x: Any, layer: Any) -> Any:
         from ..core.composed_layer import Composed
@@ -321,7 +325,7 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """The weighted sum of what all make of the layer."""
+    """Take the weighted sum of the layer's outputs under each child."""
 
     weights: tuple[float, ...] = ()
 
@@ -331,19 +335,20 @@ class Average(ComposedBlock):
 
 
 class SplitBlock(ComposedBlock):
-    """Each changes positions of its own, which follow each other."""
+    """Apply each child to its own range of token positions, one range after the other."""
 
     lengths: tuple[int, ...] = ()
 
     def check(self) -> None:
         super().check()
         if self.asks:
-            raise Unsupported("a law that looks at the model's call, on some positions", cure="Leave it out of splits")
+            why = "a formula that reads the model's call cannot run on some of the positions"
+            raise Unsupported(why, cure="Leave this adapter out of split()")
 
     def joined(self, x: Any, layer: Any) -> Any:
         if sum(self.lengths) != x.shape[-2]:
-            why = f"{x.shape[-2]} positions, where the split is {list(self.lengths)}"
-            raise ShapeMismatch(why, cure="Call the model with as many tokens")
+            why = f"the input has {x.shape[-2]} positions, but the split is {list(self.lengths)}"
+            raise ShapeMismatch(why, cure=f"Call the model with {sum(self.lengths)} tokens")
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
@@ -353,10 +358,10 @@ class SplitBlock(ComposedBlock):
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: h' = residual + attention of the layer over what its bottlenecks change.
+    """AdapterFusion: h' = residual + an attention of the layer over the outputs of its bottlenecks.
 
-    Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are left out where the config
-    does without them.
+    Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are None if the config does not
+    use them.
     """
 
     query: Any = tensor("hidden hidden", optional=True)
@@ -372,7 +377,7 @@ class Fuse(ComposedBlock):
         super().check()
         for child in self.children:
             if not isinstance(child, Narrow) or child.parallel:
-                why = "fusion is of bottlenecks that are not parallel, with one of each adapter"
+                why = "fusion needs one sequential bottleneck from each adapter"
                 raise Unsupported(why, cure="Average the adapters instead")
 
     def joined(self, x: Any, layer: Any) -> Any:
@@ -392,7 +397,7 @@ class Fuse(ComposedBlock):
 
 
 class Positions:
-    """A layer at some positions of its input, in the words of `OutputUpdate`."""
+    """A view of a layer at some positions of its input, with the interface that `OutputUpdate` uses."""
 
     def __init__(self, layer: Any, x: Any, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions

@@ -1,8 +1,9 @@
-"""Prefixes of single attentions: keys and values before those that an attention computes, in any family of models.
+"""Prefixes of single attentions, in any model family: keys and values that precede those the attention computes.
 
-transformers' attentions give queries, keys and values to a function that their config names. While an attention with a
-prefix runs, its config names one that puts the prefix first and goes on with the function named before. The cache
-never holds the prefix, and positions are counted as without it.
+transformers' attentions pass queries, keys and values to a function that their config names. While an attention with a
+prefix runs, its config names a function that puts the prefix first and then calls the original function. The cache
+never
+contains the prefix, and positions are counted without it.
 """
 
 from __future__ import annotations
@@ -21,29 +22,32 @@ from ..errors import ShapeMismatch, Unsupported
 from .layers import moved
 
 NAME = "adapterkit_prefix"
-"""The name in a config of the function that puts prefixes first."""
+"""The name, in a config, of the function that puts prefixes first."""
 
 KNOWN = ("eager", "sdpa")
-"""The functions that it can go on with."""
+"""The original functions that it can call."""
 
 _EXCHANGING = threading.Lock()
 """Held while the config of an attention is exchanged."""
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""Names in attentions of the number of heads of their keys, and of their width."""
+"""The names, in attentions, of the number of heads of the keys, and of the width of a head."""
 
 
 class Prefix(threading.local):
-    """The prefix `[batch, 2, heads, n, d]` that an attention runs with in this thread; `biased` has T5's table."""
+    """The prefix `[batch, 2, heads, n, d]` of an attention in one thread.
 
-    def __init__(self) -> None:  # Once a thread: torch.compile guards attributes of the instance alone.
+    `biased` is the attention with T5's table of relative positions.
+    """
+
+    def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
         self.past: Any = None
         self.biased: Any = None
 
 
 class Prefixed:
-    """An attention's config while threads run it with prefixes of their own; it looks as before to all others."""
+    """An attention's config while threads run it with their own prefixes; other threads see the original config."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.prefix, self.users = config, Prefix(), 0
@@ -57,13 +61,13 @@ class Prefixed:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module gives keys and values to the function that its config names."""
+    """Whether a module passes keys and values to the function that its config names."""
     own = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
     return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def key_sizes(module: Any) -> dict[str, int]:
-    """`heads` and `d` of an attention's own keys, and the `width` of what enters it, as far as it tells."""
+    """Return `heads` and `d` of an attention's keys, and the `width` of its input, as far as they are known."""
     grouped = getattr(module.config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
     d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
@@ -72,7 +76,7 @@ def key_sizes(module: Any) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """The attention whose table of relative positions that at `path` uses too: in T5 the first of a stack has it."""
+    """Return the attention whose table of relative positions the one at `path` uses: in T5 the first of a stack."""
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
     tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
@@ -82,11 +86,11 @@ def positions_of(model: nn.Module, path: str) -> nn.Module | None:
 def with_prefixes(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: dict[str, Any]
 ) -> Any:
-    """An attention's forward with prefixes, the first update's in front.
+    """Run an attention's forward with prefixes, the first update's in front.
 
     Raises:
-        Unsupported: it computes attention in a way that takes none.
-        ShapeMismatch: a prefix has other heads than its keys.
+        Unsupported: the attention is computed by a function that cannot take a prefix.
+        ShapeMismatch: a prefix does not have as many heads, or as wide ones, as the keys.
     """
     x = words["hidden_states"]
     live: list[Any] = [moved(update, x.device, x.dtype) for update in updates]
@@ -105,7 +109,7 @@ def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
         held = module.config
         own = held if isinstance(held, Prefixed) else Prefixed(held)
         if own.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
-            why = f"a prefix in an attention computed as {own.config._attn_implementation!r}"
+            why = f"an attention computed by {own.config._attn_implementation!r} cannot take a prefix"
             raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
         AttentionInterface.register(NAME, _attend)
         module.__dict__["config"] = own
@@ -124,12 +128,12 @@ def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: Any
 ) -> tuple[Tensor, Any]:
-    """The function that the config named before, with more keys, values and places in the mask."""
+    """Call the config's original function, with the prefix added to keys and values, and the mask extended."""
     own: Prefixed = module.config
     past = own.prefix.past
     made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
     if made != found:
-        why = f"made for {made[0]} heads of {made[1]}; the keys have {found[0]} of {found[1]}"
+        why = f"made for {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
     n = past.shape[3]
@@ -147,11 +151,11 @@ def _function(module: Any, name: str) -> Any:
 
 
 def _mask(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, words: dict[str, Any]) -> Tensor | None:
-    """The mask without the prefix: a causal one in so many words, where sdpa would have made it from the shapes."""
+    """Return the mask without the prefix; if sdpa would build a causal mask from the shapes, build it here."""
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise Unsupported(
-                "a prefix under a mask that is not [batch, 1, queries, keys]", cure="Pass none, or [batch, tokens]"
+                "a prefix needs a mask of shape [batch, 1, queries, keys]", cure="Pass no mask, or one [batch, tokens]"
             )
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
@@ -162,7 +166,7 @@ def _mask(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, words: d
 
 
 def _padded(mask: Tensor | None, n: int) -> Tensor | None:
-    """A mask with n places in front that all queries see."""
+    """Return a mask with n more positions in front, which all queries can see."""
     if mask is None:
         return None
     shape = (*mask.shape[:-1], n)
@@ -171,9 +175,11 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 
 
 def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
-    """T5's bias of relative positions: AdapterHub's library counts keys from the first of the prefix, queries do not.
+    """Return T5's bias of relative positions for the longer keys.
 
-    The prefix has none where there is no table, as in attention to an encoder.
+    As in AdapterHub's library, keys are counted from the start of the prefix, but queries are not. The bias of the
+    prefix
+    is 0 if there is no table, as in attention to an encoder.
     """
     count, total = bias.shape[2:]
     if biased is None:
@@ -188,6 +194,6 @@ def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many parts of two paths agree from the first on."""
+    """Return how many names two paths share from the start."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)

@@ -585,7 +585,14 @@ REFUSED = {
         "does not apply to a Own, which takes no cache or past_key_values",
     ),
     "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "the base does not have this part"),
-    "no embedding": (llama, "lm_head", "textual_inversion", (2, 8), Unsupported, "new tokens in a Linear"),
+    "no embedding": (
+        llama,
+        "lm_head",
+        "textual_inversion",
+        (2, 8),
+        Unsupported,
+        "new tokens cannot be added to a Linear",
+    ),
     "new width": (llama, "model.embed_tokens", "textual_inversion", (2, 5), ShapeMismatch, "made for embeddings of 5"),
 }
 
@@ -610,15 +617,18 @@ def test_adaption_prompts_belong_to_attentions():
 def test_there_is_no_half_of_a_prompt(saved):
     _, folder, _ = saved("prompt of llama")
     model, adapter = fresh(llama), ak.read(folder)
-    with pytest.raises(UsageError, match="context has no half measures"):
+    with pytest.raises(UsageError, match="context can only have the weight 1"):
         ak.torch.inject(model, adapter, weight=0.5)
     handle = ak.torch.inject(model, adapter)
-    with pytest.raises(UsageError, match="context has no half measures"):
+    with pytest.raises(UsageError, match="context can only have the weight 1"):
         handle.weight = 2
     handle.weight = 1
-    with pytest.raises(NotMergeable, match=r"\(model\): is not a change of weights"):
+    with pytest.raises(NotMergeable, match=r"\(model\): the update does not change weights"):
         handle.merge_()
-    with pytest.raises(Unsupported, match="context for some rows"), ak.torch.route(model, ["default", None]):
+    with (
+        pytest.raises(Unsupported, match="context cannot be added to some rows"),
+        ak.torch.route(model, ["default", None]),
+    ):
         model(IDS)
     with pytest.raises(UsageError, match="of this name"):
         ak.torch.inject(model, adapter)
@@ -640,7 +650,7 @@ def test_a_prefix_that_would_be_lost_is_refused(saved):
     handle.remove()
     deaf = Deaf()
     ak.torch.inject(deaf, Adapter({Target(""): (METHODS["prefix"](P=torch.ones(3, 2, 4, 2, 2)),)}))
-    with pytest.raises(Unsupported, match="did not read its past keys and values"):
+    with pytest.raises(Unsupported, match="did not use its past keys and values"):
         deaf(IDS)
 
 

@@ -143,7 +143,7 @@ def test_laws_on_outputs_go_with_laws_of_weights(close):
         ak.torch.inject(base, Adapter({Target("fc"): (lora(),)}), name="b"),
     ]
     close(base["fc"](x), 2 * (y + 12))
-    with pytest.raises(NotMergeable, match=r"fc: is not a change of weights. Keep it injected"):
+    with pytest.raises(NotMergeable, match=r"fc: the update does not change weights. Keep the adapter injected"):
         handles[0].merge_()
     handles[1].merge_()
     close(base["fc"](x), 2 * (y + 12))
@@ -152,7 +152,7 @@ def test_laws_on_outputs_go_with_laws_of_weights(close):
 def test_names():
     base = model()
     handle = ak.torch.inject(base, Adapter({Target("fc"): (lora(),)}))
-    with pytest.raises(UsageError, match=r"default: an adapter of this name is attached. Pass another name="):
+    with pytest.raises(UsageError, match=r"default: an adapter with this name is attached. Pass another name="):
         ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))
     handle.remove()
     ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))

@@ -438,7 +438,7 @@ def test_errors_name_rows_and_adapters():
             assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_hook.original(draw(4, 16))[0])
     with handles[1].disable(), pytest.raises(UsageError, match="row 2: the adapter is switched off"):
         ak.torch.route(model, names).__enter__()
-    with pytest.raises(UsageError, match="a route of no rows"):
+    with pytest.raises(UsageError, match="the route has no rows"):
         ak.torch.route(model, []).__enter__()
     with pytest.raises(UsageError, match="rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more: no such adapter"):
         ak.torch.route(model, ["zz"] * 12).__enter__()

@@ -145,7 +145,7 @@ def test_lora_fa_resumes_bit_for_bit_and_refuses_other_methods():
     assert runs[0] == runs[1]
     model = llama()
     handle = ak.torch.inject(model, ak.torch.create(model, "ia3", targets="q_proj"), trainable=True)
-    with pytest.raises(UsageError, match="ia3 is no LoRA"):
+    with pytest.raises(UsageError, match="ia3 is not LoRA"):
         ak.torch.LoRAFA(handle)
     frozen = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, targets="v_proj"), name="frozen")
     with pytest.raises(UsageError, match="no trained tensors"):

@@ -826,7 +826,7 @@ def _():
     return out, linear(model[0])
 
 
-@odd("pruned after, merged", raises=NotMergeable, match="made from other tensors")
+@odd("pruned after, merged", raises=NotMergeable, match="computed from other tensors")
 def _():
     model = one()
     handle = inject(model)

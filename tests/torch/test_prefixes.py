@@ -196,7 +196,7 @@ FAULTS = {
     ),
     "no attention": (f"{SELF}.q_proj", ONE_GATE, Unsupported, "gated_prefix at a Linear"),
     "the model": ("", ONE_GATE, Unsupported, "gated_prefix at a LlamaForCausalLM"),
-    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens behind a LlamaAttention"),
+    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens cannot follow a LlamaAttention"),
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_models_without_such_attentions_have_no_place_for_it():
     model = nn.Module()
     model.embed = nn.Embedding(4, 8)
     model.get_input_embeddings = lambda: model.embed
-    with pytest.raises(TargetNotFound, match="no attention of transformers' matches"):
+    with pytest.raises(TargetNotFound, match="no attention of transformers matches"):
         ak.torch.create(model, "gated_prefix", rank=2, sizes={"layers": 1, "heads": 1, "d": 8})
 
 
@@ -250,5 +250,5 @@ def test_a_prompt_behind_embeddings(build):
 
 
 def test_a_prompt_where_a_model_cannot_take_one_is_refused():
-    with pytest.raises(Unsupported, match="tokens behind a Dropout"):
+    with pytest.raises(Unsupported, match="tokens cannot follow a Dropout"):
         ak.torch.inject(fresh(gpt2), Adapter({Target("transformer.drop"): (METHODS["prompt"](P=torch.ones(2, 8)),)}))
