@@ -230,7 +230,7 @@ REFUSED = {
     ),
     "both lists": (
         "models: [{model: one}]\nslices:\n  - sources: [{model: one, layer_range: [0, 5]}]\nmerge_method: linear\n",
-        "slices", "Leave one of them out",
+        "slices", "Remove one of them",
     ),
     "whole models": ("models: [{model: base}, {model: one}]\nmerge_method: linear\n", "models[0].model",
                      "extract base"),
