@@ -44,7 +44,8 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
     if thin:
         # Beyond the rank of the weight, joined factors only take space, so the sum is cut to that rank, without loss.
         # Stacking keeps them all, because it must not compute anything.
-        whole = len(place.shape) < 2 or sum(_rank(place, u) for u, _ in thin) > _most(place)
+        ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
+        whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
     if stacking:
         return made + [update.scaled(weight) or _dense(place, [(update, weight)]) for update, weight in rest]
@@ -120,14 +121,6 @@ def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
 
 def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
-
-
-def _rank(place: AlignedPlace, update: LoRA) -> int:
-    return int(update.A.shape[int(place.target.stacked)])
-
-
-def _most(place: AlignedPlace) -> int:
-    return min(place.shape[0], math.prod(place.shape[1:]))
 
 
 # The public operations. A sum is defined as the merge of several adapters: W' = W + sum_i weight_i * (f_i(W) - W).

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType, Lazy, Shape
-    from ..io.strict_json import JsonValue
 
     Hold = Callable[[Array, DType], Lazy]
 
@@ -90,7 +89,7 @@ def of_several(
     """Return an adapter made of several, with their common base, if any, and their lineages inside its first step."""
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
-    lineages = [[_plain(step) for step in adapter.recipe] for adapter in adapters]
+    lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]
     named = [None if each is None else each.id for each in bases]
     carried = merged_metadata(adapters)
     if carried:
@@ -101,10 +100,6 @@ def of_several(
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
-
-
-def _plain(step: Step) -> dict[str, JsonValue]:
-    return {"op": step.op, "args": dict(step.args)}
 
 
 def _filled(array: Array, rank: int, axis: int) -> Array:

@@ -414,8 +414,9 @@ class Evaluation:
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
-        def products(target: Target, gradient: Any) -> Array:
-            G = np.asarray(gradient.detach().cpu() if hasattr(gradient, "detach") else gradient, np.float64)
+        def products(target: Target, gradient: object) -> Array:
+            given: Any = gradient
+            G = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given, np.float64)
             return method.products(by_target[target].changes(), self.asked.weights_at(target), G)
 
         assert self.data is not None
@@ -425,7 +426,9 @@ class Evaluation:
             lambda target: by_target[target].changes(), self.asked.depths.known, self.asked.each, wanted,
         )  # fmt: skip
 
-    def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
+    def _asking(
+        self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]
+    ) -> Callable[..., object] | None:
         data = self.data
         if data is None or not method.sequential:
             return data

@@ -205,7 +205,7 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
     ], []
 
 
-def _sliced(found: Any, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
     """Return the models of slices that keep every layer in its place: all models in each slice, ranges in sequence.
 
     Raises:
@@ -415,7 +415,7 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
     return made
 
 
-def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
+def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
     """Return the boolean parameters of the method (True) and the switches of mergekit that it ignores (False).
 
     mergekit accepts `normalize` and `rescale` for any method; methods that do not read them ignore them.

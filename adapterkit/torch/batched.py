@@ -35,13 +35,14 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from .layers import Layer
+from .layers import Layer, live_tensor
 from .lean import is_eager, is_wide, may_overwrite
 from .outputs import Switch
 from .routing import check_switches
 from .scopes import SETTINGS, Route, Scope
 
 if TYPE_CHECKING:
+    from .forward_hook import ForwardHook
     from .lean import LeanPlan
     from .leaves import Leaf
     from .parts import Part
@@ -122,12 +123,12 @@ class KeptStacks:
         self.stack: FactorStack | None = None
         self.plan: LeanPlan | None = None
         self.rows: RowPlan | None = None
-        self.model: tuple[object, list[Any], dict[str, Switch]] | None = None  # See routing.py.
+        self.model: tuple[object, list[ForwardHook], dict[str, Switch]] | None = None  # See routing.py.
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> KeptStacks:
+    def __deepcopy__(self, _memo: dict[int, object]) -> KeptStacks:
         return KeptStacks()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[KeptStacks], tuple[()]]:
         return KeptStacks, ()
 
 
@@ -147,13 +148,13 @@ def rank_of(part: Part, layer: Layer) -> int:
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
     out, *rest = layer.shape
-    ranks = [_rank(update, layer.shape) for update in part.updates]
+    ranks = [_rank(update, layer.shape) for update in part.updates if isinstance(update, Additive)]
     rank = 0 if None in ranks else sum(rank or 0 for rank in ranks)
     return rank if rank * (out + prod(rest)) <= out * prod(rest) else 0
 
 
 @torch.no_grad()
-def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
+def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
     """Return the rank of an update's factors at a layer of this shape, or None if it has no factors.
 
     The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
@@ -162,7 +163,7 @@ def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
     key = update.form, tuple(shape)
     if key not in _RANKS:
         try:
-            pair = update.map(lambda leaf: leaf.to("meta")).pair(shape)
+            pair = update.map(lambda leaf: live_tensor(leaf).to("meta")).pair(shape)
         # torch raises one of these errors when a formula reads a value of a meta tensor, as NOLA's formula reads its
         # seeds.
         except (RuntimeError, NotImplementedError, TypeError):
@@ -275,7 +276,7 @@ class Places:
     """
 
     token: object
-    active: Mapping[Any, bool]
+    active: Mapping[Switch, bool]
     index: Tensor
     used: Tensor | None
     padded: Tensor | None
@@ -348,7 +349,7 @@ class RowPlan:
         self.kind = self.device.type
         self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
 
-    def run(self, route: Route, scope: Scope, x: Any) -> Tensor | None:
+    def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
         """Return the layer's output, or None if the plan does not apply, or not yet to this route."""
         places: Places | None = route.plans.get(self.place)
         token, held = SETTINGS.token, self.module._parameters
@@ -405,9 +406,11 @@ def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
     return leaves
 
 
-def factors_of(update: Any, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
+def factors_of(update: Additive, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
     """Return B `[out, r]`, A `[r, in * k]` and the factor of their product, with the device and dtype of `like`."""
-    B, A, weight = update.factors(layer.shape)
+    found = update.factors(layer.shape)
+    assert found is not None
+    B, A, weight = found
     if A.dtype != like.dtype or B.dtype != like.dtype or A.device != like.device:
         A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
     return B, A, weight
@@ -416,8 +419,8 @@ def factors_of(update: Any, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor,
 def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return A `[r, in * k]`, B^T `[r, out]` and the bias of one part: all its updates joined, its weight included."""
     all_A, all_B, bias = [], [], None
-    for each in part.updates:
-        update: Any = each
+    for update in part.updates:
+        assert isinstance(update, Additive)
         B, A, weight = factors_of(update, layer, like)
         all_A.append(A)
         all_B.append(B.mT * (weight * part.switch.weight))

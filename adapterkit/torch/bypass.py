@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ class Hook(Protocol):
     traced: bool
 
 
-class WatchedParameters(dict[str, Any]):
+class WatchedParameters(dict[str, "nn.Parameter | None"]):
     """The parameters of a module with an adapter, in a dictionary that records reads.
 
     Attributes:
@@ -66,7 +66,7 @@ class WatchedParameters(dict[str, Any]):
     hook: Hook
     names: frozenset[str] = frozenset()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> nn.Parameter | None:
         if not torch.compiler.is_compiling():
             calls = _LOCAL.calls
             if calls is not None and name in self.names:
@@ -107,7 +107,7 @@ class Calls:
         outer: the record of the enclosing forward, if any.
     """
 
-    def __init__(self, hooks: Mapping[Any, int], counts: Sequence[int], outer: Calls | None) -> None:
+    def __init__(self, hooks: Mapping[Hook, int], counts: Sequence[int], outer: Calls | None) -> None:
         self.hooks, self.counts, self.outer = hooks, counts, outer
         self.reads: list[tuple[Hook, str, str]] = []
 
@@ -124,7 +124,7 @@ class Calls:
         if reader is not None:
             self.reads.append((hook, name, reader))
 
-    def check(self, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
+    def check(self, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
         """Check that every module whose weight was read was called too.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
@@ -162,13 +162,13 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-def begin_calls(hooks: Mapping[Any, int]) -> Calls:
+def begin_calls(hooks: Mapping[Hook, int]) -> Calls:
     """Start watching one forward of a model."""
     made = _LOCAL.calls = Calls(hooks, [hook.calls for hook in hooks], _LOCAL.calls)
     return made
 
 
-def end_calls(hooks: Mapping[Any, int], failed: bool, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
+def end_calls(hooks: Mapping[Hook, int], failed: bool, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
     """Stop the watch that `begin_calls` started with the same hooks.
 
     Args:
@@ -259,10 +259,10 @@ class Block:
         self.module, self.hooks = module, list(hooks)
         self.met = self._forward()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "met": None}
 
-    def _forward(self) -> tuple[Any, Any]:
+    def _forward(self) -> tuple[object, object]:
         return self.module.__dict__.get("forward"), type(self.module).forward
 
     def look(self) -> None:
@@ -287,11 +287,11 @@ class _BlockProbe:
         module = block.module
         self.handles = [module.register_forward_pre_hook(self.begin), module.register_forward_hook(self.end)]
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, *_: object) -> None:
         """Store the number of calls of each hook before the block runs."""
         self.counts = [hook.calls for hook in self.block.hooks]
 
-    def end(self, module: nn.Module, *_: Any) -> None:
+    def end(self, module: nn.Module, *_: object) -> None:
         """Warn if the block called none of the hooks."""
         if torch.compiler.is_compiling():
             return

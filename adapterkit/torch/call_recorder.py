@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,17 +29,23 @@ SHADOW: Final = "shadow"
 """The names of call inputs that are more than an argument of the call, see `OutputUpdate`."""
 
 
+class KeyValueCache(Protocol):
+    """A cache of past keys and values, as transformers has it."""
+
+    def get_seq_length(self) -> int: ...
+
+
 class Recording(threading.local):
     """One thread's arguments of a call, and its Shadow networks, because functional_call exchanges their parameters."""
 
     def __init__(self) -> None:
-        self.words: Mapping[str, Any] = {}
-        self.networks: dict[Any, nn.Module] = {}
+        self.words: Mapping[str, object] = {}
+        self.networks: dict[Hashable, nn.Module] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
+    def __deepcopy__(self, memo: dict[int, object]) -> Recording:
         return Recording()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Recording], tuple[()]]:
         return Recording, ()
 
 
@@ -48,17 +54,17 @@ class CallRecorder:
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
-        self.recording, self.last = Recording(), dict[str, Any]()
+        self.recording, self.last = Recording(), dict[str, object]()
         self.seen: Any = WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Token ids by cache belong to calls in progress; a copy starts without any.
         return {**self.__dict__, "seen": None, "last": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, seen=WeakKeyDictionary())
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> dict[str, object]:
         """Return the inputs of the call in progress."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -66,11 +72,11 @@ class CallRecorder:
             words = self.last
         return dict(words)
 
-    def record(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
+    def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
         """Keep those of a call's arguments that the updates ask for."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
-            heard[TOKENS] = self._with_earlier(heard[TOKENS], cache_of(words))
+            heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))
         if FIRST_PASS in self.asks:
             with switched(self.switch, False):
                 heard[FIRST_PASS] = first_pass()
@@ -82,12 +88,12 @@ class CallRecorder:
         if model.training:
             self.last = heard
 
-    def remember(self, cache: Any) -> None:
+    def remember(self, cache: KeyValueCache | None) -> None:
         """Keep the token ids for later calls that continue with the cache."""
         if cache is not None and TOKENS in self.recording.words:
             self.seen[cache] = self.recording.words[TOKENS]
 
-    def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
+    def _with_earlier(self, ids: Tensor, cache: KeyValueCache | None) -> Tensor:
         if cache is None or (earlier := self.seen.get(cache)) is None:
             return ids
         earlier = earlier[:, : int(cache.get_seq_length())]
@@ -105,9 +111,9 @@ def words_of(model: nn.Module, update: Update) -> set[str]:
 
 
 def run_recorded(
-    module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., Any],
-    passes: bool, scope: Scope, args: Any, kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
+    module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., object],
+    passes: bool, scope: Scope, args: Sequence[object], kwargs: Mapping[str, object],
+) -> object:  # fmt: skip
     """Run the model's forward and record its arguments; `passes` forwards all of them, for context that reads them."""
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
@@ -125,15 +131,17 @@ def run_recorded(
             recorder.recording.words = {}
 
 
-def cache_of(words: Any) -> Any:
+def cache_of(words: object) -> KeyValueCache | None:
     """Return the cache in a call's arguments or in its output, or None if there is none."""
     found = (words.get(name) if isinstance(words, Mapping) else getattr(words, name, None) for name in sorted(CACHES))
-    cache = next((each for each in found if each is not None), None)
+    cache: Any = next((each for each in found if each is not None), None)
     return cache if hasattr(cache, "get_seq_length") else None
 
 
 @torch.no_grad()
-def _first_pass(forward: Callable[..., Any], words: Mapping[str, Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+def _first_pass(
+    forward: Callable[..., object], words: Mapping[str, object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> Tensor:
     """Return the last hidden state without the adapter."""
     if cache_of(words) is not None:
         cure = "Pass use_cache=False (in generate() too)"

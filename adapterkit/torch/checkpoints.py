@@ -33,7 +33,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import nearest
 from .leaves import Leaf, is_leaf_name
@@ -74,7 +74,7 @@ def leave_state(model: nn.Module) -> None:
             del hooks[key]
 
 
-def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     handles: list[Saved] = module.__dict__.get(HANDLES, [])
     for handle in handles:
         handle._watch.reclaim()
@@ -131,7 +131,7 @@ def _reader(module: str, function: str) -> FrameType | None:
 
 @torch.no_grad()
 def _load(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
     """Copy an adapter's tensors out of a state dict, if it has any, and report keys that do not fit as torch does."""
@@ -187,7 +187,7 @@ _WARNED: set[int] = set()
 """The ids of the handles that a warning has named."""
 
 
-def _keep_base(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _keep_base(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Add the base's own tensors to a state dict that has none of them.
 
     Loading that state dict then leaves the base unchanged.

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.adapter import Adapter, Target
+from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats import FORMATS
@@ -27,6 +28,12 @@ from ..linalg.activations import softmax
 from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
 from .routing import route
+
+if TYPE_CHECKING:
+    from ..core.updates.layer import Layer
+    from ..io.lazy import Leaf
+
+    Base = Checkpoint | str | PathLike[str]
 
 __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack"]
 
@@ -89,7 +96,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     """
     settings, weights = read_fusion(fusion)
 
-    def made(children: tuple[Any, ...], target: Target) -> ComposedBlock:
+    def made(children: tuple[Child, ...], target: Target) -> ComposedBlock:
         own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
         if own is None:
             raise TargetNotFound(
@@ -100,7 +107,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     return _blocks("fuse", adapters, made)
 
 
-def load(folder: str | PathLike[str], *, base: Any = None) -> Adapter:
+def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
     """Read a composition that AdapterHub's `save_adapter_setup` wrote, and return it as one adapter.
 
     Args:
@@ -113,7 +120,7 @@ def load(folder: str | PathLike[str], *, base: Any = None) -> Adapter:
     return _loaded(read_setup(folder), Path(folder), base)
 
 
-def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
+def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
     if isinstance(setup, str):
         checkpoint = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
         return FORMATS["adapterhub"]().read(folder / setup, base=checkpoint)
@@ -138,7 +145,7 @@ def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[i
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
-def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any]:
+def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., object]:
     """Return a function that runs the model on its input repeated once for each adapter.
 
     The output has all rows of the first adapter, then all rows of the next.
@@ -148,15 +155,16 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any
         names: the names of the adapters; None for the base.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
             raise ShapeMismatch("a call without tensors has no rows", where="(model)", cure="Pass tensors, rows first")
         rows = len(tensors[0])
 
-        def repeated(leaf: Any) -> Any:
-            fits = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
-            return torch.cat([leaf] * len(names)) if fits else leaf
+        def repeated(leaf: object) -> object:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != rows:
+                return leaf
+            return torch.cat([leaf] * len(names))
 
         some, named = pytree.tree_map(repeated, (args, kwargs))
         with route(model, [name for name in names for _ in range(rows)]):
@@ -166,7 +174,7 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any
 
 
 def _blocks(
-    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Any, ...], Target], ComposedBlock]
+    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
     """Return an adapter with one block at each target of any of the given adapters."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
@@ -209,7 +217,7 @@ Child = Update | None
 class ComposedBlock(OutputUpdate):
     """A block of several updates; each subclass defines in `joined` how it combines their outputs."""
 
-    children: tuple[Any, ...] = ()
+    children: tuple[Child, ...] = ()
 
     @property
     def method(self) -> str:
@@ -221,16 +229,16 @@ class ComposedBlock(OutputUpdate):
         return [child for child in self.children if child is not None]
 
     @property
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Leaf]:
         return {**super().tensors, **dict(self._leaves())}
 
-    def _leaves(self) -> Iterator[tuple[str, Any]]:
+    def _leaves(self) -> Iterator[tuple[str, Leaf]]:
         for position, child in enumerate(self.children):
             if child is not None:
                 yield from ((f"{position}.{name}", leaf) for name, leaf in child.tensors.items())
 
     @property
-    def attributes(self) -> dict[str, Any]:
+    def attributes(self) -> dict[str, object]:
         # The attributes say where the residual and the norm are; `check` refuses children that disagree about that.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
@@ -261,7 +269,7 @@ class ComposedBlock(OutputUpdate):
         told = (child.channels for child in self.present if isinstance(child, OutputUpdate))
         return next((count for count in told if count is not None), None)
 
-    def map(self, f: Callable[[Any], Any]) -> Self:
+    def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         own = {name: f(leaf) for name, leaf in super().tensors.items()}
         return super().replace(children=tuple(None if c is None else c.map(f) for c in self.children), **own)
 
@@ -274,7 +282,7 @@ class ComposedBlock(OutputUpdate):
         children = tuple(c if at not in inner else c.replace(**inner[at]) for at, c in enumerate(given))
         return super().replace(children=children, **changes)
 
-    def dims(self, stack: bool = False) -> dict[str, Any]:
+    def dims(self, stack: bool = False) -> Dims:
         for child in self.present:
             child.dims(stack)
         return {}
@@ -295,19 +303,20 @@ class ComposedBlock(OutputUpdate):
         for child in self.present:
             child.check_against(shape)
 
-    def value(self, child: Child, x: Any, layer: Any) -> Any:
+    def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
         """Return the layer's output under a child, before the residual and norm if the block acts there."""
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
-        return cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
+        y: Tensor = cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
+        return y
 
-    def inside(self, x: Any, layer: Any) -> Any:
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
         return self.joined(x, layer)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         """Return the block's output, combined from the outputs under its children."""
         raise AssertionError("each block defines it")
 
@@ -315,7 +324,7 @@ class ComposedBlock(OutputUpdate):
 class Chain(ComposedBlock):
     """Apply the children in sequence: each sees the layer as the earlier ones change it."""
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.composed_layer import Composed
 
         *before, last = self.present
@@ -329,7 +338,7 @@ class Average(ComposedBlock):
 
     weights: tuple[float, ...] = ()
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         values = [weight * self.value(c, x, layer) for c, weight in zip(self.children, self.weights, strict=True)]
         return sum(values[1:], values[0])
 
@@ -345,16 +354,18 @@ class SplitBlock(ComposedBlock):
             why = "a formula that reads the model's call cannot run on some of the positions"
             raise Unsupported(why, cure="Leave this adapter out of split()")
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         if sum(self.lengths) != x.shape[-2]:
             why = f"the input has {x.shape[-2]} positions, but the split is {list(self.lengths)}"
             raise ShapeMismatch(why, cure=f"Call the model with {sum(self.lengths)} tokens")
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            values.append(self.value(child, part.cut(x), part))
+            # Blocks and formulas of outputs never ask for the weight, which `Positions` does not have.
+            values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
-        return namespace(x).concat(values, axis=-2)
+        joined: Tensor = namespace(x).concat(values, axis=-2)
+        return joined
 
 
 class Fuse(ComposedBlock):
@@ -380,7 +391,7 @@ class Fuse(ComposedBlock):
                 why = "fusion needs one sequential bottleneck from each adapter"
                 raise Unsupported(why, cure="Average the adapters instead")
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         bottlenecks = cast(list[Narrow], self.children)
         hidden, residual = layer.hidden(x), layer.residual(x)
         read, skip = bottlenecks[-1].read(hidden, residual, layer)
@@ -391,7 +402,7 @@ class Fuse(ComposedBlock):
         shares = softmax((k @ q[..., None])[..., 0])
         if self.value_before_softmax:
             values = _mapped(values, self.values)
-        found = (shares[..., None, :] @ values)[..., 0, :]
+        found: Tensor = (shares[..., None, :] @ values)[..., 0, :]
         found = found if self.value_before_softmax else _mapped(found, self.values)
         return found if self.residual_before else found + skip
 
@@ -399,27 +410,27 @@ class Fuse(ComposedBlock):
 class Positions:
     """A view of a layer at some positions of its input, with the interface that `OutputUpdate` uses."""
 
-    def __init__(self, layer: Any, x: Any, positions: slice) -> None:
+    def __init__(self, layer: Layer, x: Tensor, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions
         self.op, self.mix, self.per_channel, self.norm = layer.op, layer.mix, layer.per_channel, layer.norm
         self.shape, self.channel = layer.shape, layer.channel
-        self.call: Mapping[str, Any] = {}
+        self.call: Mapping[str, object] = {}
 
-    def cut(self, whole: Any) -> Any:
+    def cut(self, whole: Tensor) -> Tensor:
         return whole[..., self.positions, :]
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.cut(self.layer(self.x))
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x: Tensor) -> Tensor:
         return self.cut(self.layer.hidden(self.x))
 
-    def residual(self, x: Any) -> Any:
+    def residual(self, x: Tensor) -> Tensor | None:
         found = self.layer.residual(self.x)
         return None if found is None else self.cut(found)
 
 
-def _mapped(x: Any, W: Any, b: Any = None) -> Any:
+def _mapped(x: Tensor, W: Tensor | None, b: Tensor | None = None) -> Tensor:
     if W is None:
         return x
     return x @ W.mT if b is None else x @ W.mT + b

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .structure import embedding_of, heads_of, is_encoder_decoder, sizes_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 CACHES = {"cache", "past_key_values"}
 """The names of the argument for past keys and values: `cache` since transformers 5.24, `past_key_values` before."""
@@ -68,11 +71,11 @@ class ContextPart:
 
 
 def surround(
-    module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., Any], args: Any,
-    kwargs: Words,
-) -> Any:  # fmt: skip
+    module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., object],
+    args: Sequence[object], kwargs: Mapping[str, object],
+) -> object:  # fmt: skip
     """Run the module's forward with the parts' context added; `names` are the parameter names of its forward."""
-    words = {**dict(zip(names, args, strict=False)), **kwargs}
+    words: Words = {**dict(zip(names, args, strict=False)), **kwargs}
     updates = [update for part in parts for update in part.updates]
     place = updates[0].place
     if place == "vocabulary":
@@ -153,12 +156,13 @@ def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tupl
     return [(module, part), (owner, replace(part, masks=True))]
 
 
-def _behind(updates: Sequence[ContextUpdate], y: Tensor) -> Tensor:
+def _behind(updates: Sequence[ContextUpdate], y: object) -> Tensor:
+    assert isinstance(y, Tensor)
     fronts = present([update.embeddings() for update in updates])
     return torch.cat((*(front.to(y).expand(len(y), *front.shape[-2:]) for front in fronts), y), 1)
 
 
-def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], **words: Any) -> Any:
+def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object], **words: object) -> object:
     mask, extra = words.get("attention_mask"), sum(u.shape[-2] for u in present([u.embeddings() for u in updates]))
     if isinstance(mask, Tensor):
         words["attention_mask"] = extended(mask, extra, mask.shape[1] + extra)
@@ -179,37 +183,38 @@ def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
 
 
 def _with_tokens(
-    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], ids: Tensor, words: Words
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], ids: Tensor, words: Words
 ) -> Tensor:
     """Run an embedding with the rows of new tokens added."""
     held: Any = module.weight
     more = torch.cat(present([update.vocabulary() for update in updates])).to(held)
     new = ids >= len(held)
-    y: Tensor = forward(torch.where(new, 0, ids), **words)
+    y = forward(torch.where(new, 0, ids), **words)
+    assert isinstance(y, Tensor)
     return torch.where(new[..., None], more[torch.where(new, ids - len(held), 0)].to(y.dtype), y)
 
 
 def _at_attention(
-    module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: Words
-) -> Any:
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
+    words: Words,
+) -> object:  # fmt: skip
     """Run an attention with its prefixes, and add the output of its attention over prompts."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
-    inner = partial(_prefixed, module, prefixes, biased, forward) if prefixes else forward
+    inner: Callable[..., object] = forward
+    if prefixes:
+        inner = lambda **words: with_prefixes(module, prefixes, biased, forward, words)  # noqa: E731
     return _with_prompts(module, prompts, inner, words) if prompts else inner(**words)
 
 
-def _prefixed(module: nn.Module, updates: Any, biased: Any, forward: Callable[..., Any], **words: Any) -> Any:
-    return with_prefixes(module, updates, biased, forward, words)
-
-
 def _with_prompts(
-    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], words: Words
-) -> Any:
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], words: Words
+) -> object:
     """Run an attention and add to its output what the same queries read from the prompts."""
     heads, x = heads_of(module), words["hidden_states"]
     out = forward(**words)
     y = out[0] if isinstance(out, tuple) else out
+    assert isinstance(y, Tensor)
     q = heads.queries(x, words)
     for update in updates:
         prompt: Any = update
@@ -285,14 +290,15 @@ Words = dict[str, Any]
 """Arguments of a call, by name."""
 
 
-def check_tasks(updates: Sequence[Update], tasks: Any) -> None:
+def check_tasks(updates: Sequence[Update], tasks: object) -> None:
     """Check the task ids of a call; indexing would read -1 as the last task.
 
     Raises:
         UsageError: an update does not have such a task.
     """
-    known = isinstance(tasks, Tensor) and type(tasks) is Tensor and not tasks.is_meta and tasks.numel() > 0
-    if not known or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
+        return
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return
     for update in updates:
         count: Any = update.dims().get("tasks")
@@ -336,13 +342,13 @@ class ContextCall:
         cache = self.words.get(self.cache_word)
         return 0 if cache is None else int(cache.get_seq_length())
 
-    def run(self, forward: Callable[..., Any]) -> Any:
+    def run(self, forward: Callable[..., object]) -> object:
         seen, given = self.seen, self.words.get(self.cache_word)
         if self.pair:
             self._extend_encoder_mask()
         if self.past or self.front:
             self._extend_decoder(seen)
-        out = forward(**self.words)
+        out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
             raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
         # A caller that did not want a cache must not get one: it would continue with the cache and repeat its tokens.
@@ -468,7 +474,7 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, own: str)
     return torch.cat((*rows, embeds), 1)
 
 
-def extended(mask: Any, extra: int, total: int) -> Any:
+def extended(mask: object, extra: int, total: int) -> object:
     """Return a mask extended by ones for `extra` virtual tokens, unless it covers all `total` tokens already."""
     if mask is None or not extra:
         return mask
@@ -483,7 +489,7 @@ def extended(mask: Any, extra: int, total: int) -> Any:
     return torch.cat((mask.new_ones(len(mask), extra), mask), 1)
 
 
-def _new_cache(pair: bool) -> Any:
+def _new_cache(pair: bool) -> Cache:
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if pair else DynamicCache()

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
@@ -37,7 +38,7 @@ class Conversion:
         self.module, self.is_leaf = module, is_leaf
         self.before = module.__dict__.get(APPLY)
 
-    def __call__(self, function: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+    def __call__(self, function: Callable[[Tensor], Tensor], *args: object, **kwargs: object) -> nn.Module:
         """Convert the module's tensors, as `nn.Module._apply` does.
 
         Raises:
@@ -88,7 +89,8 @@ def casts_layerwise(module: nn.Module) -> bool:
     return compute_dtype(module) is not None
 
 
-def compute_dtype(module: nn.Module) -> Any:
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
     """Return the dtype that diffusers casts the module's weights to for each forward, or None if it does not."""
     hooks = module.__dict__.get("_diffusers_hook")
-    return getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
+    found: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ..core.updates import Random
     from ..io.strict_json import JsonValue
 
+
+Value = TypeVar("Value")
 
 Choice = str | re.Pattern[str] | type[nn.Module]
 """One choice of targets: a glob, "re:" and a regular expression, a compiled one, a module class, or "all-linear"."""
@@ -209,7 +211,7 @@ class _Size:
         return {"scaling": self.alpha / (self.rank**0.5 if use_rslora else self.rank)}
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Value] | None, name: str, otherwise: Value) -> Value:
     """Return the value of the first pattern that matches the end of a name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
@@ -217,7 +219,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -
     return otherwise
 
 
-def _refuse(method: str, given: Mapping[str, Any]) -> None:
+def _refuse(method: str, given: Mapping[str, object]) -> None:
     name = next((name for name, value in given.items() if value), None)
     if name is not None:
         raise UsageError(f"{method} does not use {name}", where=name, cure=f"Leave {name}= out")
@@ -249,8 +251,8 @@ def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: fl
 
 
 def _started(
-    cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int, attributes: dict[str, Any],
-    seen: Moments | None,
+    cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int,
+    attributes: Mapping[str, object], seen: Moments | None,
 ) -> tuple[Update, ...]:  # fmt: skip
     """Return the updates of a new LoRA: first the part that its initialiser subtracts from the base, if any."""
     W, module = _weight(model, path, target), _module(model, path)
@@ -277,7 +279,7 @@ def _random(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> R
 
 def _fresh(
     cls: type[Update], model: nn.Module, path: str, target: Target, rank: int, generator: torch.Generator,
-    attributes: dict[str, Any],
+    attributes: Mapping[str, object],
 ) -> Update:  # fmt: skip
     W, b = _weight(model, path, target), _bias(model, path)
     random = _random(generator, W.dtype)
@@ -461,8 +463,9 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def create_context(
-    model: nn.Module, cls: type[ContextUpdate], targets: Any, tokens: int, seed: int, attributes: dict[str, Any]
-) -> Adapter:
+    model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], tokens: int, seed: int,
+    attributes: Mapping[str, object],
+) -> Adapter:  # fmt: skip
     """Return a new adapter that adds context to the model; sizes come from the model and its config.
 
     Args:
@@ -486,7 +489,7 @@ def create_context(
     def random(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=W.dtype) * 2 - 1
 
-    given = dict(attributes)
+    given: dict[str, Any] = dict(attributes)
     if cls.place in ("past", "prefix"):
         given.setdefault("sizes", sizes_of(model))
         if given["sizes"].keys() != {"layers", "heads", "d"}:
@@ -502,7 +505,7 @@ def create_context(
                 str(error).rpartition("() ")[2], where=cls.__name__, cure=f"Choose among {known}"
             ) from None
 
-    paths = _paths(model, cls, targets, embedding)
+    paths = _paths(model, cls, targets, embedding.weight)
     # Modules that share the embedding's weight share its new tokens too.
     same = made() if cls.place == "vocabulary" else None
     adapter = Adapter({Target(path): (same or made(),) for path in paths})
@@ -512,14 +515,14 @@ def create_context(
     return adapter
 
 
-def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:
+def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], table: Tensor) -> list[str]:
     if cls.place == "vocabulary":
-        sharing = set(names_sharing(model, embedding.weight))
+        sharing = set(names_sharing(model, table))
         alike = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         return [name for name in alike if f"{name}.weight".lstrip(".") in sharing]
     if cls.place not in ("attention", "prefix"):
         return [""]
-    globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
+    globs = ["*"] if targets == "all-linear" else [str(choice) for choice in _choices(targets)]
     takes = is_attention if cls.place == "prefix" else _has_heads
     found = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
     if not found:

@@ -49,7 +49,7 @@ def dropout_of(adapter: Adapter) -> float:
 
 def dropped_change(
     layer: Layer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
-) -> Any:
+) -> Tensor | float:
     """Return the sum of the changes of updates in order, without the base, each computed from its own dropped input.
 
     Args:
@@ -59,7 +59,7 @@ def dropped_change(
         p: the probability that a number is 0; the other numbers are divided by 1 - p.
         live: a function that moves an update to the layer's device and dtype.
     """
-    change: Any = 0.0
+    change: Tensor | float = 0.0
     seen: Any = layer
     for update in map(live, updates):
         whole = p == 0 or set(update.tensors) <= update.frozen or not x.is_floating_point()

@@ -6,7 +6,6 @@ The paths of experts in a router's file are not followed: they are plain strings
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ def _prototype(A: Tensor, B: Tensor) -> Tensor:
     return first
 
 
-def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Any]:
+def _stacked(path: str, experts: Sequence[Pairs], *, one_rank: bool = False) -> dict[str, Tensor]:
     """Stack the experts' factors at a path; pad smaller and absent ones with zeros."""
     found = [expert.get(path) for expert in experts]
     present = [pair for pair in found if pair is not None]

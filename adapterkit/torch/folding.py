@@ -103,12 +103,13 @@ class Merged:
     dtype: torch.dtype | None = None
     stack: list[Merged] = field(default_factory=list)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "version": self.version - self.parameter._version}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
         # The parameter of a copied model starts its count of changes at zero.
-        self.__dict__.update(state, version=state["version"] + state["parameter"]._version)
+        self.version += self.parameter._version
         _MERGES.setdefault(self.parameter, self.stack)
 
     @property

@@ -12,10 +12,11 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,13 @@ from .scopes import SETTINGS, Recall, Route, Scope, current
 from .sharding import constants_on_every_process, is_sharded, whole
 from .slots import inner_slot, slot_of, value_in
 from .weights import changed_bias, changed_weight, settled, tensor_at
+
+if TYPE_CHECKING:
+    from ..core.adapter import Target
+    from .weights import Change
+
+    Arguments = Sequence[object]
+    Keywords = Mapping[str, object]
 
 
 class ForwardHook:
@@ -70,7 +78,7 @@ class ForwardHook:
         self.copied: Mapping[str, Tensor | None] | None = None
         self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
         self.probe: ForwardProbe | None = None
-        self.known: Any = None  # Another tool's forward that replaced this one and was seen to call it.
+        self.known: object = None  # Another tool's forward that replaced this one and was seen to call it.
         self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
@@ -79,21 +87,23 @@ class ForwardHook:
         """The switches of the adapters that have a part here."""
         return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "home": None}  # A weak reference cannot be pickled.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         ALIVE.add(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
         """Copy the hook with its module; if only the module is copied, not its model, store the module's parameters."""
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         home = None if self.home is None else self.home()
         if home is not None and id(home) in memo:
-            made.home = weakref.ref(memo[id(home)])
+            copied = memo[id(home)]
+            assert isinstance(copied, nn.Module)
+            made.home = weakref.ref(copied)
         elif home is not None:
             held: dict[str, Tensor | None] = dict(self.module._parameters)
             made.copied = copy.deepcopy(held, memo)  # The copied module itself is not complete yet.
@@ -181,7 +191,7 @@ class ForwardHook:
         else:  # Another tool wrapped it after it was attached, and calls whatever this slot holds.
             owner.__dict__[name] = self.original
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         scope = self.recall.scope(self.module.training, self.recalled)
         if self.trained is not None and self.module.training:
             self._check_trains(*self.trained)
@@ -217,7 +227,7 @@ class ForwardHook:
             return self._surrounded(scope, args, kwargs)
         passes = any(part.switch.on(scope) for part in self.contexts)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             return self._surrounded(current(), args, kwargs)
 
         return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
@@ -228,7 +238,7 @@ class ForwardHook:
         self.traced = True
         return True
 
-    def _check_spread(self, scope: Scope, args: Any) -> None:
+    def _check_spread(self, scope: Scope, args: Arguments) -> None:
         """Check that a tensor-parallel weight gets a tensor-parallel input.
 
         transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor. A
@@ -286,7 +296,7 @@ class ForwardHook:
             why = "a copy of one layer got a new weight and bias that its adapter was not made for"
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
-    def _planned(self, scope: Scope, x: Any) -> Any:
+    def _planned(self, scope: Scope, x: object) -> Tensor | None:
         """Return the output of a linear layer with thin updates by a cached plan, or None if no plan applies."""
         if self.drops and self.module.training:
             return None
@@ -313,7 +323,7 @@ class ForwardHook:
         plan = self.kept.plan = LeanPlan(token, scope, active[0] if alone else None, self.layer)
         return plan
 
-    def _row_by_row(self, route: Route, scope: Scope, x: Any) -> Any:
+    def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
         """Return the output of a linear layer with a stack of frozen adapters, or None if there is no current stack."""
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
@@ -326,7 +336,7 @@ class ForwardHook:
         except AdapterkitError as error:
             raise error.at(where=str(self.parts[0].target)) from None
 
-    def _surrounded(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+    def _surrounded(self, scope: Scope, args: Arguments, kwargs: Keywords) -> object:
         around = [part for part in self.contexts if part.switch.on(scope)]
         if not around:
             return self._inner(scope, args, kwargs)
@@ -334,15 +344,16 @@ class ForwardHook:
             cure = "Run the rows of each adapter by themselves"
             raise Unsupported("context cannot be added to some rows of a batch", where=str(around[0].target), cure=cure)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             return self._inner(scope, args, kwargs)
 
         return surround(self.module, around, self.names, forward, args, kwargs)
 
-    def _inner(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+    def _inner(self, scope: Scope, args: Arguments, kwargs: Keywords) -> object:
         for recorder in self.input_recorders:
             if recorder.switch.acts(scope):
-                recorder.value = args[0] if args else next(iter(kwargs.values()))
+                x: Any = args[0] if args else next(iter(kwargs.values()))
+                recorder.value = x
         active = [part for part in self.parts if part.switch.acts(scope)]
         beside = {p.switch.name: p.output_site.beside() for p in active if p.output_site}
         route = scope.routes.get(self)
@@ -350,7 +361,7 @@ class ForwardHook:
             return self._routed(route, scope, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
-    def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
+    def _run(self, parts: list[Part], args: Arguments, kwargs: Keywords, beside: dict[str, Beside]) -> object:
         inner = [part for part in parts if part.output_site is None]
         outer = [(part, part.output_site) for part in parts if part.output_site]
         changes = [OutputChange(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
@@ -366,17 +377,17 @@ class ForwardHook:
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
-    def _weighed(self, parts: list[Part], args: Any, kwargs: Any, without: str | None = None) -> Any:
+    def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
         """Return the module's output under updates of its weights, with the norm `without` skipped."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
+        x: Any = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         if len(parts) == 1 and not skipped and len(args) + len(kwargs) == 1 and torch.is_grad_enabled():
-            y = self._scaled(parts[0], [*args, *kwargs.values()][0])
-            if y is not None:
-                return y
+            scaled = self._scaled(parts[0], x)
+            if scaled is not None:
+                return scaled
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
-            x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
             if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
@@ -399,7 +410,7 @@ class ForwardHook:
         with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
             return self.original(*args, **kwargs)
 
-    def _original(self, args: Any, kwargs: Any) -> Any:
+    def _original(self, args: Arguments, kwargs: Keywords) -> object:
         if self._rebinds or torch.compiler.is_compiling() or all(part.direct for part in self.parts):
             return self.original(*args, **kwargs)
         with _EXCHANGING:
@@ -483,8 +494,9 @@ class ForwardHook:
         return y
 
     def _routed(
-        self, route: Route, scope: Scope, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]
-    ) -> Any:
+        self, route: Route, scope: Scope, parts: list[Part], args: Arguments, kwargs: Keywords,
+        beside: dict[str, Beside],
+    ) -> object:  # fmt: skip
         compiling = torch.compiler.is_compiling()
         if not compiling:
             check_switches(route, self.switches, scope.active)
@@ -500,7 +512,7 @@ class ForwardHook:
         ):
             if not compiling:
                 check_expert(route, where)
-            x = [*args, *kwargs.values()][0]
+            x: Any = [*args, *kwargs.values()][0]
             thin = [part for part in self.parts if self.ranks.get(part)]
             layer = self.layer.like(x)
             try:
@@ -548,27 +560,27 @@ class ForwardHook:
         path: str,
         dtype: torch.dtype | None,
         parts: list[Part],
-        law: Any,
+        formula: Callable[[Tensor, Sequence[Change]], Tensor],
         updates: Sequence[tuple[Update, ...]] | None = None,
     ) -> Tensor:
-        targets: dict[Switch, list[Any]] = {}
+        targets: dict[Switch, list[tuple[Target, Sequence[Update]]]] = {}
         for part, own in zip(parts, updates or [part.updates for part in parts], strict=True):
             targets.setdefault(part.switch, []).append((part.target, own))
         changes = [(switch.weight, own) for switch, own in targets.items()]
         before = whole(lasting(self.module, tensor_at(self.module, path)))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
-        after: Tensor = law(before.to(wide), changes)
+        after = formula(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
 
 
-def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
+def _replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
     """Return a module with the same state except some attributes, which are given by path.
 
     Other threads continue to use the module itself.
     """
     replica: nn.Module = object.__new__(type(module))
     replica.__dict__.update(module.__dict__)
-    inner: dict[str, dict[str, Any]] = {}
+    inner: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         child, dot, rest = path.partition(".")
         if dot:
@@ -584,7 +596,7 @@ def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+def _exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
     """Give the module itself other values for a while: an attribute of the instance hides its parameter.
 
     This serves compilers, which cannot trace `_replica`, and forwards that are not plain methods of the module.
@@ -625,7 +637,7 @@ def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
     return torch.equal(new.detach().to(old.device, dtype), old.detach().to(dtype))
 
 
-def _narrowed(y: Any, kind: str) -> Any:
+def _narrowed(y: object, kind: str) -> object:
     """Return a float32 output of a layer in the dtype that autocast uses on this kind of device."""
     if not torch.is_autocast_enabled(kind) or not isinstance(y, Tensor) or y.dtype is not torch.float32:
         return y
@@ -711,14 +723,14 @@ class HookEntry:
         return own.replace(parameters=[*named, *([] if rest else [last]), *more, *rest])
 
     @property
-    def __code__(self) -> Any:
+    def __code__(self) -> CodeType:
         return self.__self__.forward.__code__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.__self__.forward(*args, **kwargs)
 
 
-def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
+def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
     """Return y + sum of weight * (f(x) - y), running the base once; a single part of weight 1 is just its formula."""
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
@@ -734,7 +746,7 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     for part in parts:
         if all(isinstance(update, Additive) for update in part.updates):
             for update in part.updates:
-                y = y + part.switch.weight * _live(update, layer).forward(x, WeightDifference(layer))
+                y = y + part.switch.weight * _change_by(update, layer, x)
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y
@@ -764,11 +776,17 @@ def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
         raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 
-def _chain(layer: Any, updates: Sequence[Update]) -> Any:
-    like = layer
+def _chain(layer: Layer, updates: Sequence[Update]) -> Callable[[Tensor], Tensor]:
+    made: Any = layer
     for update in updates:
-        layer = Composed(layer, _live(update, like))
-    return layer
+        made = Composed(made, _live(update, layer))
+    return made  # type: ignore[no-any-return]
+
+
+def _change_by(update: Update, layer: Layer, x: Tensor) -> Tensor:
+    alone: Any = WeightDifference(layer)
+    change: Tensor = _live(update, layer).forward(x, alone)
+    return change
 
 
 def _live(update: Update, layer: Layer) -> Update:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -122,10 +122,11 @@ def inject(
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
     shared = _tied(model, sites, adapter, parse_tied(tied))
-    once: dict[Any, tuple[Part, Part]] = {}
+    once: dict[Hashable, tuple[Part, Part]] = {}
     twice: list[tuple[Target, Part]] = []
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
-        holder, part = _part(model, site, switch, recorder)
+        outer = site.updates[0].kind == "output"
+        holder, part = _outer(model, site, switch, recorder) if outer else _inner(model, site, switch)
         place = _place(holder, part)
         first, standing = once.get(place, (part, part))
         if first.target.path != part.target.path:
@@ -171,7 +172,7 @@ def inject(
         return handle
 
 
-def _place(holder: nn.Module, part: Part) -> tuple[Any, ...]:
+def _place(holder: nn.Module, part: Part) -> Hashable:
     """Return a key of what a part changes, which is the same for every name of its module."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
@@ -393,10 +394,6 @@ def _pieces(site: Site) -> list[Site]:
     ]
 
 
-def _part(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
-    return _outer(model, site, switch, recorder) if site.updates[0].kind == "output" else _inner(model, site, switch)
-
-
 def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
     """Return the module whose output changes, and the part that changes it."""
     path = site.target.path
@@ -461,7 +458,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
             yield hook
 
 
-def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
+def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
     """Return the site in the layout of its module's class, and whether that is known and the updates fit it."""
     if site.weight is None or site.target.stacked:
         return site, False
@@ -522,12 +519,11 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 
 
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
+    """Whether the updates can run as formulas over the layer: they change its whole weight, in its own layout."""
     layer = layer_of(holder, holder.forward)
-    return layer is not None and layer.direct and site.weight == f"{prefix}weight" and _natural(site, layer.layout)
-
-
-def _natural(site: Site, layout: str) -> bool:
-    return site.target.layout == layout and site.target.rows is None
+    if layer is None or not layer.direct or site.weight != f"{prefix}weight":
+        return False
+    return site.target.layout == layer.layout and site.target.rows is None
 
 
 _UNPACKED = "Load the base unquantized, or quantized by bitsandbytes"

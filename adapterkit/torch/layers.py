@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ from ..core.updates import Update
 from ..errors import ShapeMismatch
 from .conversions import casts_layerwise
 
-Forward = Callable[..., Any]
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
+
+Forward = Callable[..., Tensor]
 
 
 class Layer:
@@ -46,7 +49,7 @@ class Layer:
     def __init__(self, module: nn.Module, forward: Forward) -> None:
         self.module, self.forward = module, forward
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
     def like(self, x: Tensor) -> Layer:
@@ -191,8 +194,9 @@ class Conv(Layer):
         return out
 
     @property
-    def _convolve(self) -> Any:
-        return (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.shape) - 3]
+    def _convolve(self) -> Callable[..., Tensor]:
+        convolutions: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
+        return convolutions[len(self.shape) - 3]
 
     def per_channel(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
@@ -283,18 +287,24 @@ def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
     """Return the update on a device, in the dtype to compute in (integers in int64); the same object if unchanged."""
 
-    def wanted(leaf: Any) -> torch.dtype:
+    def wanted(leaf: Tensor) -> torch.dtype:
         return dtype if leaf.is_floating_point() else torch.int64
 
-    def there(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(device, wanted(leaf))
-        return out
+    def there(leaf: Leaf) -> Tensor:
+        tensor = live_tensor(leaf)
+        return tensor.to(device, wanted(tensor))
 
     # Not by `there(leaf) is leaf`: torch.jit.trace would record that conversion in the first of the two runs it
     # compares.
-    leaves: list[Any] = list(update.tensors.values())
+    leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
+
+
+def live_tensor(leaf: Leaf) -> Tensor:
+    """Return a leaf of an attached update, which is always a tensor."""
+    assert isinstance(leaf, Tensor)
+    return leaf
 
 
 def stored_layout(module: nn.Module) -> str | None:
@@ -382,13 +392,12 @@ def device_of(module: nn.Module) -> torch.device:
     return W.device if found is None and W is not None else found or torch.device("cpu")
 
 
-def _unpacks(W: Any) -> bool:
+def _unpacks(W: object) -> bool:
     """Whether a tensor's class has its own `dequantize`."""
-    kind: Any = type(W)
-    return isinstance(W, Tensor) and kind.dequantize is not Tensor.dequantize
+    return isinstance(W, Tensor) and type(W).dequantize is not Tensor.dequantize
 
 
-def _is_narrow(W: Any) -> bool:
+def _is_narrow(W: object) -> bool:
     """Whether a weight is stored in 8-bit floating point."""
     return isinstance(W, Tensor) and W.is_floating_point() and W.dtype.itemsize < 2
 
@@ -403,8 +412,9 @@ def _of_bitsandbytes(module: nn.Module) -> bool:
     return bool(kinds) and kinds[-1].__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def _by_bitsandbytes(module: Any) -> Tensor:
+def _by_bitsandbytes(packed: nn.Module) -> Tensor:
     library: Any = importlib.import_module("bitsandbytes.functional")
+    module: Any = packed
     W = module.weight
     state: Any = getattr(W, "quant_state", None)
     if state is not None:
@@ -416,7 +426,8 @@ def _by_bitsandbytes(module: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _by_identity(module: Any) -> Tensor:
+def _by_identity(packed: nn.Module) -> Tensor:
+    module: Any = packed
     if callable(getattr(type(module), "dequantize", None)):
         out: Tensor = module.dequantize()
         return out.reshape(module.out_features, module.in_features)

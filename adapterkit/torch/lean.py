@@ -23,8 +23,9 @@ other types (DTensor, FakeTensor, sparse, nested).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -211,22 +212,41 @@ def _blocks(*tensors: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _without_autocast(y: Tensor) -> Any:
+def _without_autocast(y: Tensor) -> AbstractContextManager[object]:
     kind = y.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+class _Context(Protocol):
+    """The context of an autograd function, with all attributes that the functions below use."""
+
+    weight: float
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
 
 
 class _LowRankLinear(torch.autograd.Function):
     """x W^T + b + weight * (x A^T) B^T with frozen W and b; keeps x, W, A and B for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
         ctx.weight = weight
         return _added(functional.linear(x, W, b), x, A, B, weight, True)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, W, A, B = ctx.saved_tensors
         into, _, _, to_A, to_B, _ = ctx.needs_input_grad
@@ -242,14 +262,14 @@ class _ScaledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
         plain = _added(functional.linear(x, W), x, A, B, 1.0, True)
         ctx.save_for_backward(x, W, s, A, B, plain if ctx.needs_input_grad[3] else None)
         out = plain * s.to(plain.dtype)
         return out if b is None else out.add_(b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, W, s, A, B, plain = ctx.saved_tensors
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
@@ -268,7 +288,7 @@ class _LowRankSum(torch.autograd.Function):
     """y + weight * (x A^T) B^T; keeps x, A and B for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
+    def forward(ctx: _Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.weight = weight
         if fresh:
@@ -276,7 +296,7 @@ class _LowRankSum(torch.autograd.Function):
         return _added(y, x, A, B, weight, fresh)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, A, B = ctx.saved_tensors
         _, into, to_A, to_B, *_ = ctx.needs_input_grad
@@ -370,17 +390,6 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
-
-
 # At one token, the products of a LoRA take some microseconds. Finding out which adapters act, which kind their formulas
 # are and whether the layer is plain takes several times as long, and the answer is the same in every forward. A plan
 # caches that answer. It is discarded when a switch or weight changes (`scopes.SETTINGS`), in another scope, and when
@@ -428,7 +437,7 @@ class LeanPlan:
         assert self.part is not None
         return B, A, scaling * self.part.switch.weight
 
-    def run(self, x: Any) -> Tensor | None:
+    def run(self, x: object) -> Tensor | None:
         """Return the layer's output, or None if the plan does not apply and the hook must decide itself."""
         if not self.usable or type(x) is not Tensor or self.part is None:
             return None

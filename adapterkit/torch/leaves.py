@@ -26,7 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,13 @@ from ..core.updates import Update
 from ..errors import Unsupported
 from .conversions import guard, unguard
 from .sharding import put, spread
+
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    from ..io.lazy import Leaf as Value
+
+    Device = torch.device | str | int
 
 PREFIX = "adapterkit:"
 """The start of the names of registered tensors. Python source cannot spell such an attribute name."""
@@ -195,7 +202,7 @@ class LiveUpdates:
         self._updates, self.leaves = tuple(updates), tuple(leaves or [{} for _ in updates])
         self._seen = self._flat()
 
-    def _flat(self) -> tuple[tuple[Leaf, Any], ...]:
+    def _flat(self) -> tuple[tuple[Leaf, object], ...]:
         """Return each leaf with the tensor that the updates hold for it."""
         each = zip(self._updates, self.leaves, strict=True)
         return tuple((leaf, update.tensors[name]) for update, leaves in each for name, leaf in leaves.items())
@@ -360,13 +367,22 @@ def on_disk(modules: Iterable[nn.Module]) -> set[int]:
     return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
 
 
-def _groups_on_disk(modules: Iterable[nn.Module]) -> list[Any]:
+class _DiskGroup(Protocol):
+    """A group of tensors that diffusers' group offloading keeps on disk."""
+
+    tensor_to_key: dict[Tensor, str]
+    key_to_tensor: dict[str, Tensor]
+    safetensors_file_path: str
+    onload_device: torch.device
+
+
+def _groups_on_disk(modules: Iterable[nn.Module]) -> list[_DiskGroup]:
     registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
     groups = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
     return [group for group in groups if _is_on_disk(group)]
 
 
-def _is_on_disk(group: Any) -> bool:
+def _is_on_disk(group: object) -> TypeGuard[_DiskGroup]:
     return bool(getattr(group, "offload_to_disk_path", None) and getattr(group, "_is_offloaded_to_disk", False))
 
 
@@ -382,11 +398,11 @@ def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> No
         raise Unsupported("diffusers' group offloading keeps one of its tensors on disk", where=where, cure=cure)
 
 
-def loading_device(model: nn.Module, module: nn.Module) -> Any:
+def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
     """Return the device where accelerate's hooks load a module's parameters for its forward, or None without hooks."""
     for above in _above(model, module):
         for hook in _hooks_of_accelerate(above):
-            device = getattr(hook, "execution_device", None)
+            device: Device | None = getattr(hook, "execution_device", None)
             if device is not None and any(each is module for each in _loaded_by(hook, above)):
                 return device
     return None
@@ -430,12 +446,12 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     return [name for name, each in named if each is parameter or id(each) in tied]
 
 
-def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
+def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
     """Return the modules whose parameters a module's hook loads: with `preload_module_classes`, all modules inside."""
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 
-def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
+def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
     """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor in its original precision.
 
     If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is whole in every process.
@@ -457,7 +473,7 @@ def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Param
     return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 
-def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
+def _hooks_of_accelerate(module: nn.Module) -> list[object]:
     hook = module.__dict__.get("_hf_hook")
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
@@ -469,11 +485,11 @@ def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
 
 
-def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _leave_out(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     for name in (*module._parameters, *module._buffers):
         if is_leaf_name(name):
             state_dict.pop(prefix + name, None)
 
 
-def _forgive(_module: nn.Module, incompatible: Any) -> None:
+def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_leaf_name(key)]

@@ -63,7 +63,7 @@ class LoRAFA(torch.optim.Optimizer):
         super().__init__(list(dict.fromkeys(trained)), settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step, and return the result of the closure, if there is one."""
         loss = None
         if closure is not None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,18 @@ from torch.nn import functional
 
 from ..core.adapter import Target
 from ..core.composed_layer import Composed
-from ..core.updates import Update
+from ..core.updates import OutputUpdate, Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from .layers import Layer, moved
 from .scopes import SETTINGS, Scope
 
-Run = Callable[[Sequence[Any], dict[str, Any], "str | None"], Any]
+Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward: takes positional arguments, named arguments, and the name of a norm inside it to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
 """Returns a map from each parameter name of the module to its value after the attached updates of weights."""
 
-Beside = tuple[Tensor | None, dict[str, Any]]
+Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
@@ -57,7 +57,7 @@ class Switch:
     active: bool = True
     attached: bool = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         SETTINGS.renew()
 
@@ -77,10 +77,10 @@ class InputRecorder(threading.local):
         self.where, self.switch = where, switch
         self.value: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputRecorder:
+    def __deepcopy__(self, memo: dict[int, object]) -> InputRecorder:
         return InputRecorder(self.where, copy.deepcopy(self.switch, memo))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[InputRecorder], tuple[str, Switch]]:
         return InputRecorder, (self.where, self.switch)
 
     def take(self) -> Tensor:
@@ -117,7 +117,7 @@ class OutputSite:
     norm: nn.Module | None = None
     own: tuple[int, str] | None = None
     own_norm: str | None = None
-    call_words: Callable[[], dict[str, Any]] = dict
+    call_words: Callable[[], dict[str, object]] = dict
 
     def beside(self) -> Beside:
         """Return the residual of this pass and the arguments of the model's call."""
@@ -125,7 +125,7 @@ class OutputSite:
 
 
 def find_output_site(
-    module: nn.Module, updates: Sequence[Any], target: Target, switch: Switch, find: Callable[[str], nn.Module]
+    module: nn.Module, found: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
 ) -> OutputSite:
     """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
 
@@ -134,6 +134,7 @@ def find_output_site(
         TargetNotFound: an update names a residual or norm module that does not exist.
     """
     _check(module, target)
+    updates = [update for update in found if isinstance(update, OutputUpdate)]
     channels = next((update.channels for update in updates if update.channels is not None), None)
     placed = [update for update in updates if update.placed]
     if not placed:
@@ -186,10 +187,10 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
     return norms[0] if norms else None
 
 
-class CallArguments(dict[str, Any]):
+class CallArguments(dict[str, object]):
     """The arguments of the model's call, by name; reading any other name is an error."""
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
         cure = f"Call the model that it was injected into, with {given}="
         raise UsageError(f"its formula needs {name}, which the model was not called with", cure=cure)
@@ -199,15 +200,15 @@ class ModuleCall:
     """One call of a module, with the interface of `adapterkit.core.updates.OutputUpdate`; runs the module on demand."""
 
     def __init__(
-        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, output_site: OutputSite,
-        parameters: Parameters,
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
+        output_site: OutputSite, parameters: Parameters,
     ) -> None:  # fmt: skip
-        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
+        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, dict(kwargs)
         self.output_site, self.parameters = output_site, parameters
         self.given: Tensor | None = None
-        self.call: Mapping[str, Any] = {}
+        self.call: Mapping[str, object] = {}
         self.x = args[0] if args else next(iter(kwargs.values()), None)
-        self.rest: tuple[Any, ...] | None = None
+        self.rest: tuple[object, ...] | None = None
         self.kept: Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.shape = layer.shape if layer else ()
@@ -240,7 +241,7 @@ class ModuleCall:
             return self.norm(h + residual) if whole else h
         return h if whole or self.given is None else h - self.given
 
-    def ended(self, y: Tensor) -> Any:
+    def ended(self, y: Tensor) -> object:
         """Return the module's result with another output; if it returns several values, the output is the first."""
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
             y = y.to(self.dtype)  # Float32 factors made it wider than the module's own output.
@@ -298,7 +299,7 @@ class ModuleCall:
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         return h
 
-    def _before_the_end(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _before_the_end(self, args: list[Tensor], kwargs: dict[str, Tensor]) -> object:
         assert self.output_site.own is not None
         position, name = self.output_site.own
         if name in kwargs:
@@ -316,13 +317,13 @@ class OutputChange:
     updates: Sequence[Update]
     output_site: OutputSite
     residual: Tensor | None
-    call: Mapping[str, Any]
+    call: Mapping[str, object]
 
 
 def through(
-    module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[OutputChange],
-    parameters: Parameters,
-) -> Any:  # fmt: skip
+    module: nn.Module, layer: Layer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
+    changes: Sequence[OutputChange], parameters: Parameters,
+) -> object:  # fmt: skip
     """Return y + sum of weight * (f(x) - y).
 
     The module runs once for all updates with the same residual and norm.

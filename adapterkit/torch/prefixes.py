@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +42,30 @@ class Prefix(threading.local):
     """
 
     def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
-        self.past: Any = None
-        self.biased: Any = None
+        self.past: Tensor | None = None
+        self.biased: nn.Module | None = None
+
+
+class AttentionConfig(Protocol):
+    """An attention's config, which names the function that computes it."""
+
+    @property
+    def _attn_implementation(self) -> str: ...
 
 
 class Prefixed:
     """An attention's config while threads run it with their own prefixes; other threads see the original config."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: AttentionConfig) -> None:
         self.config, self.prefix, self.users = config, Prefix(), 0
 
     @property
-    def _attn_implementation(self) -> Any:
+    def _attn_implementation(self) -> str:
         return self.config._attn_implementation if self.prefix.past is None else NAME
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.config, name)
+    def __getattr__(self, name: str) -> object:
+        found: object = getattr(self.config, name)
+        return found
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -66,12 +74,13 @@ def is_attention(module: nn.Module) -> bool:
     return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def key_sizes(module: Any) -> dict[str, int]:
+def key_sizes(module: nn.Module) -> dict[str, int]:
     """Return `heads` and `d` of an attention's keys, and the `width` of its input, as far as they are known."""
-    grouped = getattr(module.config, HEADS[0], None)
+    config = module.config
+    grouped = getattr(config, HEADS[0], None)
     heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
     d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
-    found = {"heads": heads, "d": d, "width": getattr(module.config, "hidden_size", None)}
+    found = {"heads": heads, "d": d, "width": getattr(config, "hidden_size", None)}
     return {name: int(size) for name, size in found.items() if size}
 
 
@@ -84,8 +93,9 @@ def positions_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def with_prefixes(
-    module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: dict[str, Any]
-) -> Any:
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
+    words: Mapping[str, object],
+) -> object:  # fmt: skip
     """Run an attention's forward with prefixes, the first update's in front.
 
     Raises:
@@ -93,6 +103,7 @@ def with_prefixes(
         ShapeMismatch: a prefix does not have as many heads, or as wide ones, as the keys.
     """
     x = words["hidden_states"]
+    assert isinstance(x, Tensor)
     live: list[Any] = [moved(update, x.device, x.dtype) for update in updates]
     pasts: list[Tensor] = [update.prefix(x) for update in live]
     past = torch.cat([each.expand(len(x), *each.shape[1:]) for each in pasts], 3)
@@ -102,11 +113,11 @@ def with_prefixes(
 
 
 @contextmanager
-def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
+def _named(module: nn.Module, past: Tensor, biased: nn.Module | None) -> Iterator[None]:
     from transformers import AttentionInterface
 
     with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
-        held = module.config
+        held: Any = module.config
         own = held if isinstance(held, Prefixed) else Prefixed(held)
         if own.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
             why = f"an attention computed by {own.config._attn_implementation!r} cannot take a prefix"
@@ -126,31 +137,36 @@ def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: Any
-) -> tuple[Tensor, Any]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: object
+) -> tuple[Tensor, Tensor | None]:
     """Call the config's original function, with the prefix added to keys and values, and the mask extended."""
-    own: Prefixed = module.config
-    past = own.prefix.past
+    own: Any = module.config
+    past: Tensor = own.prefix.past
     made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
     if made != found:
         why = f"made for {made[0]} heads of width {made[1]}, but the keys have {found[0]} of width {found[1]}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
     n = past.shape[3]
-    if words.get("position_bias") is not None:
-        words["position_bias"] = _bias(own.prefix.biased, words["position_bias"], n)
+    bias = words.get("position_bias")
+    if isinstance(bias, Tensor):
+        words["position_bias"] = _bias(own.prefix.biased, bias, n)
     keys, values = (torch.cat((past[:, i], each), 2) for i, each in enumerate((key, value)))
     before = _function(module, own.config._attn_implementation)
-    out: tuple[Tensor, Any] = before(module, query, keys, values, _padded(mask, n), **words)
-    return out
+    return before(module, query, keys, values, _padded(mask, n), **words)
 
 
-def _function(module: Any, name: str) -> Any:
-    found = sys.modules[type(module).__module__]
-    return found.ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(found, "eager_attention_forward", None))
+def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    found: Any = sys.modules[type(module).__module__]
+    function: Callable[..., tuple[Tensor, Tensor | None]] = found.ALL_ATTENTION_FUNCTIONS.get_interface(
+        name, getattr(found, "eager_attention_forward", None)
+    )
+    return function
 
 
-def _mask(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, words: dict[str, Any]) -> Tensor | None:
+def _mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, words: Mapping[str, object]
+) -> Tensor | None:
     """Return the mask without the prefix; if sdpa would build a causal mask from the shapes, build it here."""
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -160,7 +176,8 @@ def _mask(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, words: d
         return mask
     causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if not causal or count == 1 or module.config.config._attn_implementation == "eager":
+    own: Any = module.config
+    if not causal or count == 1 or own.config._attn_implementation == "eager":
         return None
     return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
 
@@ -174,7 +191,7 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
     return torch.cat((seen, mask), -1)
 
 
-def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
+def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
     """Return T5's bias of relative positions for the longer keys.
 
     As in AdapterHub's library, keys are counted from the start of the prefix, but queries are not. The bias of the
@@ -184,12 +201,13 @@ def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
     count, total = bias.shape[2:]
     if biased is None:
         return torch.cat((bias.new_zeros(*bias.shape[:3], n), bias), -1)
-    table = biased.relative_attention_bias
+    attention: Any = biased
+    table = attention.relative_attention_bias
     if table.weight.is_meta and not hasattr(table, "_hf_hook"):
         why = "a prefix needs the table of relative positions of another attention, which accelerate has offloaded"
         cure = "Offload without preload_module_classes="
         raise Unsupported(why, cure=cure)
-    out: Tensor = biased.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
+    out: Tensor = attention.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
     return out.to(bias.dtype)
 
 

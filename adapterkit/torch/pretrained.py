@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Malformed, Unsupported, UsageError, first_line, nearest
 from ..io.inputs import read_input
 from ..io.stages import stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
 """Implementations of attention and experts that are part of transformers and torch."""
@@ -47,8 +50,8 @@ def check_transformers(path: Path, work: str) -> None:
 
 
 def load_pretrained(
-    source: Path, dtype: str, state: Mapping[str, Any] | None = None, lacking: list[str] | None = None
-) -> Any:
+    source: Path, dtype: str, state: Mapping[str, Tensor] | None = None, lacking: list[str] | None = None
+) -> nn.Module:
     """Return the model of a folder, in evaluation mode.
 
     Args:
@@ -104,10 +107,11 @@ def load_pretrained(
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     if lacking is not None:
         lacking += sorted(told["missing_keys"])
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
-def _check_no_kernel(config: Any, source: Path) -> None:
+def _check_no_kernel(config: object, source: Path) -> None:
     """Check that a config, including all configs inside it, does not name a kernel that transformers would download.
 
     transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;

@@ -8,7 +8,7 @@ Inspecting the module does not distinguish the two; a call does.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -27,14 +27,14 @@ class ForwardProbe:
         standing: the other tool's forward.
     """
 
-    def __init__(self, hook: ForwardHook, standing: Any) -> None:
+    def __init__(self, hook: ForwardHook, standing: object) -> None:
         self.hook, self.standing = hook, standing
         self.met: set[int] = set()  # The ids of threads in which the hook ran.
         hook.probe = self
         hook.module.register_forward_pre_hook(self.begin)
         hook.module.register_forward_hook(self.end)
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, *_: object) -> None:
         """Reset the check for this thread."""
         self.met.discard(threading.get_ident())
 
@@ -42,7 +42,7 @@ class ForwardProbe:
         """Record that the hook runs."""
         self.met.add(threading.get_ident())
 
-    def end(self, module: nn.Module, *_: Any) -> None:
+    def end(self, module: nn.Module, *_: object) -> None:
         """Check that the hook ran.
 
         Raises:

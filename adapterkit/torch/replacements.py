@@ -79,7 +79,7 @@ def is_tuner(module: nn.Module) -> bool:
     return hasattr(type(module), "merged") and any(k.__module__.startswith("peft.") for k in type(module).__mro__)
 
 
-def check_tuner(tuner: Any, module: nn.Module, where: str) -> None:
+def check_tuner(tuner: nn.Module, module: nn.Module, where: str) -> None:
     """Check that a PEFT layer has not merged into a weight whose adapter depends on the order of changes.
 
     If both changes are additive, their order does not matter.
@@ -92,7 +92,7 @@ def check_tuner(tuner: Any, module: nn.Module, where: str) -> None:
     Raises:
         Unsupported: PEFT has merged, and one of the two changes is not additive.
     """
-    if not is_tuner(tuner) or not tuner.merged:
+    if not is_tuner(tuner) or not getattr(tuner, "merged"):  # noqa: B009 - PEFT's layers have no type
         return
     ours = [update for part in module.__dict__[HOOK].parts for update in part.updates]
     if _is_sum(tuner) and all(update.kind == "additive" and not update.changes_bias for update in ours):
@@ -102,7 +102,7 @@ def check_tuner(tuner: Any, module: nn.Module, where: str) -> None:
     raise Unsupported(why, where=where, cure="Call handle.merge_() first, or keep PEFT's adapter unmerged")
 
 
-def _is_sum(tuner: Any) -> bool:
+def _is_sum(tuner: nn.Module) -> bool:
     """Whether a PEFT layer adds a change to the weight that does not depend on the weight."""
     kind = _kind(tuner)
     family = family_of_type(kind.upper())

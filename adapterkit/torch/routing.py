@@ -12,10 +12,10 @@ so, or if it is an expert, which sees only the tokens that chose it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from torch.utils import _pytree as pytree
 from ..errors import Unsupported, UsageError, nearest
 from .parts import HOOK
 from .scopes import SETTINGS, Route, current, routed
+
+if TYPE_CHECKING:
+    from .forward_hook import ForwardHook
+    from .outputs import Beside, Switch
 
 
 @contextmanager
@@ -79,18 +83,17 @@ def route(
         yield
 
 
-def _switches_of(hooks: list[Any]) -> dict[str, Any]:
+def _switches_of(hooks: list[ForwardHook]) -> dict[str, Switch]:
     """Return the adapters attached to a model, by name; cached at its first hook until one is attached or changed."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept
     if kept.model is None or kept.model[0] is not token or kept.model[1] != hooks:
         kept.model = token, hooks, {switch.name: switch for hook in hooks for switch in hook.switches}
-    found: dict[str, Any] = kept.model[2]
-    return found
+    return kept.model[2]
 
 
-def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> None:
+def _check_names(names: tuple[str | None, ...], switches: dict[str, Switch]) -> None:
     if not names:
         raise UsageError("the route has no rows", cure="Pass one name, or None, for each row of the batch")
     scope = current()
@@ -102,7 +105,7 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> Non
             raise _switched_off(names, name)
 
 
-def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
+def check_switches(route: Route, switches: Sequence[Switch], active: Mapping[Switch, bool]) -> None:
     """Check that the adapters a route names were not removed or switched off for all threads since it was entered.
 
     Raises:
@@ -120,7 +123,7 @@ def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
             raise _switched_off(route.names, name)
 
 
-def check_unrouted(switch: Any) -> None:
+def check_unrouted(switch: Switch) -> None:
     """Check that no route of this context names an adapter that is about to be removed.
 
     Raises:
@@ -162,8 +165,9 @@ def check_expert(route: Route, where: str) -> None:
 
 
 def split(
-    route: Route, module: nn.Module, args: Any, kwargs: Any, beside: Any, where: str
-) -> Iterator[tuple[str | None, Any, Any, Any]]:
+    route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], beside: dict[str, Beside],
+    where: str,
+) -> Iterator[tuple[str | None, Sequence[object], dict[str, object], dict[str, Beside]]]:  # fmt: skip
     """Yield the arguments of a module's forward for each group of rows: (name, args, kwargs, beside).
 
     Args:
@@ -189,7 +193,7 @@ def split(
         yield name, some, named | same, more
 
 
-def join(route: Route, module: nn.Module, outputs: Sequence[Any], where: str) -> Any:
+def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str) -> object:
     """Join the results of the groups' forwards: concatenate tensors along the axis of rows, in the order of the rows.
 
     Raises:
@@ -209,7 +213,7 @@ Axis = Callable[[int, Tensor], int] | None
 """A function from a tensor's position in a call, and the tensor, to the axis of its rows; None: always the first."""
 
 
-def _turned(tree: Any, axis: Axis, front: bool) -> Any:
+def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:
     """Return the tree with the axis of rows moved to the front of each tensor, or moved back."""
     if axis is None:
         return tree
@@ -225,22 +229,23 @@ def _turned(tree: Any, axis: Axis, front: bool) -> Any:
     return pytree.tree_unflatten(moved, spec)
 
 
-def _axes(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> tuple[Axis, dict[str, Any]]:
+def _axes(
+    route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], where: str
+) -> tuple[Axis, dict[str, object]]:
+    given: list[Any] = [*args, *kwargs.values()]
     """Return the axis of rows of a module's arguments, and the keyword arguments that are the same for all rows."""
     if isinstance(module, nn.MultiheadAttention):
-        mask = kwargs.get("attn_mask")
+        mask: Any = kwargs.get("attn_mask")
         if len(args) > 5 or (mask is not None and mask.ndim > 2):
             raise Unsupported(
                 "each row has its own mask", where=where, cure="Pass one two-dimensional attn_mask= by name"
             )
-        given = [*args, *kwargs.values()]
         if not given or given[0].ndim != 3:
             raise Unsupported("the input has no rows", where=where, cure="Pass three-dimensional tensors")
         second = 0 if module.batch_first else 1
         # In queries, keys and values, batch_first gives the axis of rows; in a padding mask they are always first.
         return (lambda _, leaf: second if leaf.ndim == 3 else 0), {"attn_mask": mask} if "attn_mask" in kwargs else {}
     if isinstance(module, nn.RNNBase):
-        given = [*args, *kwargs.values()]
         if isinstance(given[0], PackedSequence) or given[0].ndim != 3:
             why = "the input has no axis of rows"
             raise Unsupported(why, where=where, cure="Pass a padded three-dimensional tensor")
@@ -270,7 +275,7 @@ def _count(route: Route, tensors: list[Tensor], where: str) -> int:
     raise route.mismatch(sizes[0] if sizes else 0).at(where=where)
 
 
-def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:
+def _taken(leaf: object, rows: list[int], total: int, count: int) -> object:
     if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != count:
         return leaf
     if count == total:
@@ -280,16 +285,18 @@ def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:
     return leaf.reshape(total, count // total, *leaf.shape[1:])[rows].flatten(0, 1)
 
 
-def _joined(leaves: Sequence[Any], groups: list[list[int]], back: list[int], where: str) -> Any:
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+def _joined(leaves: Sequence[object], groups: list[list[int]], back: list[int], where: str) -> object:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(tensors) < len(leaves):
         if any(leaf is not leaves[0] and leaf != leaves[0] for leaf in leaves):
             raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
         return leaves[0]
-    lengths = [leaf.shape[0] // len(rows) if leaf.ndim else 0 for leaf, rows in zip(leaves, groups, strict=True)]
-    fits = all(leaf.ndim and leaf.shape[0] == lengths[0] * len(rows) for leaf, rows in zip(leaves, groups, strict=True))
+    pairs = list(zip(tensors, groups, strict=True))
+    lengths = [tensor.shape[0] // len(rows) if tensor.ndim else 0 for tensor, rows in pairs]
+    fits = all(tensor.ndim and tensor.shape[0] == lengths[0] * len(rows) for tensor, rows in pairs)
     if not fits or not lengths[0]:
         raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
-    whole = torch.cat(list(leaves))
+    whole = torch.cat(tensors)
     if lengths[0] == 1:
         return whole[back]
     return whole.reshape(len(back), lengths[0], *whole.shape[1:])[back].flatten(0, 1)

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatch, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from .batched import Places
+    from .forward_hook import ForwardHook
+    from .outputs import Switch
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,11 @@ class Route:
     flattened: bool
     axis: int = 0
     known: tuple[str, ...] = field(default=(), compare=False)
-    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    switches: tuple[Switch, ...] = field(default=(), compare=False, repr=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    plans: dict[tuple[tuple[Switch, ...], torch.device], Places] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def groups(self) -> dict[str | None, list[int]]:
         """Return a map from each name to its rows."""
@@ -87,8 +94,8 @@ class Route:
 class Scope:
     """The settings of one context: a map from hook to its route, and from switch to whether its adapter is on."""
 
-    routes: Mapping[Any, Route] = field(default_factory=dict)
-    active: Mapping[Any, bool] = field(default_factory=dict)
+    routes: Mapping[ForwardHook, Route] = field(default_factory=dict)
+    active: Mapping[Switch, bool] = field(default_factory=dict)
 
 
 _EVERYWHERE = Scope()
@@ -155,13 +162,13 @@ class ScopeSettings:
 SETTINGS = ScopeSettings()
 
 
-def routed(routes: Mapping[Any, Route]) -> Any:
+def routed(routes: Mapping[ForwardHook, Route]) -> AbstractContextManager[None]:
     """Return `within` for the context's scope with these routes added."""
     scope = current()
     return within(Scope({**scope.routes, **routes}, scope.active))
 
 
-def switched(switch: Any, active: bool) -> Any:
+def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
     """Return `within` for the context's scope with one adapter switched on or off."""
     scope = current()
     return within(Scope(scope.routes, {**scope.active, switch: active}))
@@ -181,7 +188,7 @@ class Recall:
         self._task = -1
         self._token: object = None
 
-    def scope(self, training: bool, switches: Sequence[Any] = ()) -> Scope:
+    def scope(self, training: bool, switches: Sequence[Switch] = ()) -> Scope:
         """Return the scope to run in.
 
         Args:
@@ -231,5 +238,5 @@ class Recall:
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
 
-States = tuple[tuple[Any, float, bool], ...]
+States = tuple[tuple["Switch", float, bool], ...]
 """Each adapter's switch, its weight, and whether it is on."""

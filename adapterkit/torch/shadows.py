@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ShapeMismatch, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from ..methods.shadow import Shadow
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -29,12 +32,13 @@ class ShadowState:
     """The state that each block passes to the next, from the network's output to the result of the last block."""
 
     def __init__(
-        self, model: nn.Module, words: Mapping[str, Any], cached: bool, networks: dict[Any, nn.Module]
+        self, model: nn.Module, words: Mapping[str, object], cached: bool, networks: dict[Hashable, nn.Module]
     ) -> None:
         self.model, self.words, self.cached, self.networks = model, words, cached, networks
-        self.value: Tensor | None = words.get("shadow")
+        before = words.get("shadow")
+        self.value = before if isinstance(before, Tensor) else None
 
-    def state(self, update: Any) -> Tensor:
+    def state(self, update: Shadow) -> Tensor:
         """Return the state that the previous block left; at the first block, the network's output.
 
         Raises:
@@ -57,9 +61,9 @@ class ShadowState:
         if self.cached:
             cure = "Pass use_cache=False (in generate() too)"
             raise Unsupported("the side network has no cache of the earlier tokens", cure=cure)
-            if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
-                why = "gradient checkpointing runs blocks again, but the state between them exists only once"
-                raise Unsupported(why, cure="Train without gradient checkpointing")
+        if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
+            why = "gradient checkpointing runs blocks again, but the state between them exists only once"
+            raise Unsupported(why, cure="Train without gradient checkpointing")
 
 
 class Standing(nn.Module):
@@ -71,7 +75,7 @@ class Standing(nn.Module):
         words: the names of the network's inputs.
     """
 
-    def __init__(self, model: nn.Module, update: Any, words: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, update: Shadow, words: Sequence[str]) -> None:
         super().__init__()
         self.network, self.words, self.projection = network_of(model, update), tuple(words), update.projection
         given = tensors_of(update)
@@ -87,14 +91,14 @@ class Standing(nn.Module):
         return out if self.projection is None else out @ self.projection.mT
 
 
-def network_of(model: nn.Module, update: Any) -> nn.Module:
+def network_of(model: nn.Module, update: Shadow) -> nn.Module:
     """Return the network without values; each call gives it its tensors.
 
     Raises:
         Unsupported: no such network can be built for this model.
         ShapeMismatch: the update's tensors do not fit such a network.
     """
-    body = _body(model)
+    body: Any = _body(model)
     config = copy.deepcopy(body.config)
     width = None if update.projection is None else update.projection.shape[1]
     for names, size in ((LAYERS, update.layers), (WIDTHS, width), (INNERS, update.inner), (HEADS, update.heads)):
@@ -107,15 +111,13 @@ def network_of(model: nn.Module, update: Any) -> nn.Module:
     _check_parts(network, update)
     network.to(update.network.device)
     for module in network.modules():
-        module._parameters.update({name: _empty(p) for name, p in module._parameters.items() if p is not None})
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     return network
 
 
-def _empty(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def _check_parts(network: nn.Module, update: Any) -> None:
+def _check_parts(network: nn.Module, update: Shadow) -> None:
     parts, own = update.parts, {name: tuple(p.shape) for name, p in network.named_parameters()}
     lost = [name for name in own if name not in parts and not (update.shared_embeddings and name == EMBEDDINGS)]
     wrong = next((name for name, shape in parts.items() if own.get(name) != shape), lost[0] if lost else None)
@@ -124,7 +126,7 @@ def _check_parts(network: nn.Module, update: Any) -> None:
         raise ShapeMismatch(why, where="network", cure="Is this the base that the adapter was trained on?")
 
 
-def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[str, Any]) -> Tensor:
+def _output(network: nn.Module, model: nn.Module, update: Shadow, words: Mapping[str, object]) -> Tensor:
     given = {name: words[name] for name in ("attention_mask", "position_ids") if words.get(name) is not None}
     ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
     if ids is None and embeds is None:
@@ -138,27 +140,29 @@ def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[st
     return out if update.projection is None else out @ update.projection.mT
 
 
-def tensors_of(update: Any) -> dict[str, Tensor]:
+def tensors_of(update: Shadow) -> dict[str, Tensor]:
     """Return the network's tensors, by name."""
     sizes = [prod(shape) for shape in update.parts.values()]
-    pieces = zip(update.parts.items(), update.network.split(sizes), strict=True)
+    network: Any = update.network
+    pieces = zip(update.parts.items(), network.split(sizes), strict=True)
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
-def _embed(model: nn.Module) -> Callable[..., Any]:
+def _embed(model: nn.Module) -> nn.Module:
     found: Any = model
-    embed: Callable[..., Any] = found.get_input_embeddings()
+    embed: nn.Module = found.get_input_embeddings()
     return embed
 
 
-def _body(model: nn.Module) -> Any:
+def _body(model: nn.Module) -> nn.Module:
     """Return the part of a transformers model that holds its blocks."""
     found: Any = getattr(model, "base_model", model)
     body = found if hasattr(found, "layers") or hasattr(found, "h") else getattr(found, "decoder", None)
     if body is None or not hasattr(body, "config") or "inputs_embeds" not in inspect.signature(body.forward).parameters:
         why = f"a network like a {type(model).__name__} cannot be built"
         raise Unsupported(why, cure="Use Shadow with a decoder of transformers")
-    return body
+    found_body: nn.Module = body
+    return found_body
 
 
 EMBEDDINGS = "embed_tokens.weight"

@@ -37,7 +37,7 @@ def gathered(update: Update) -> Update:
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
 
 
-def is_sharded(leaf: Any) -> bool:
+def is_sharded(leaf: object) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(leaf, "full_tensor")
 
@@ -75,15 +75,16 @@ def constants_on_every_process() -> Iterator[None]:
         dispatcher._allow_implicit_replication = before
 
 
-def is_partitioned(leaf: Any) -> bool:
+def is_partitioned(leaf: object) -> bool:
     """Whether a parameter belongs to ZeRO stage 3 and is not gathered at the moment, so that it has no elements."""
     status = getattr(leaf, "ds_status", None)
     return status is not None and getattr(status, "name", "") != "AVAILABLE"
 
 
-def shape_of(tensor: Any) -> tuple[int, ...]:
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape of a tensor, even if it is partitioned."""
-    return tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+    held: Any = tensor
+    return tuple(held.ds_shape if is_partitioned(tensor) else tensor.shape)
 
 
 @torch.no_grad()

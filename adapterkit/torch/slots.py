@@ -11,11 +11,10 @@ accelerate keeps the inner forward in an attribute of the module, diffusers in a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-Slot = tuple[Any, str]
+Slot = tuple[object, str]
 """(object, attribute) that holds a forward: the module itself, or one of diffusers' references."""
 
 
@@ -36,9 +35,10 @@ def slot_of(module: nn.Module, owner: object) -> Slot | None:
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 
 
-def value_in(slot: Slot) -> Any:
+def value_in(slot: Slot) -> object:
     """Return the value in a slot, or None if the class's own forward applies."""
-    return slot[0].__dict__.get(slot[1])
+    found: object = slot[0].__dict__.get(slot[1])
+    return found
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:

@@ -226,7 +226,7 @@ NF4 = (
 )  # fmt: skip
 """The levels of NF4 (appendix E of https://arxiv.org/abs/2305.14314)."""
 
-OF_DATA: Any = {"corda", "corda_kpm", "eva"}
+OF_DATA = frozenset({"corda", "corda_kpm", "eva"})
 """The initialisers that use the inputs of the layers."""
 
 
@@ -253,7 +253,7 @@ class Moments:
         largest = flat.max().abs()
         if not torch.isfinite(flat).all() or largest == 0:
             raise UsageError("the inputs of a layer are all zero, or not finite", where="data", cure="Check the data")
-            scaled = flat / largest  # As in PEFT, every batch counts equally.
+        scaled = flat / largest  # As in PEFT, every batch counts equally.
         self.scaled = self.scaled + scaled.T @ scaled
         self.batches += 1
         flat = (flat if kept is None else flat[kept.flatten().to("cpu")]).double()
@@ -275,7 +275,7 @@ class Moments:
 
 
 @torch.no_grad()
-def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> dict[str, Moments]:
+def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -> dict[str, Moments]:
     """Run a model over data and return the moments of the inputs of some of its modules.
 
     Args:
@@ -290,9 +290,9 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> d
     found = {path: Moments() for path in paths}
     mask: list[Tensor | None] = [None]
 
-    def hook_of(moments: Moments) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+    def hook_of(moments: Moments) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            x: Any = args[0] if args else next(iter(kwargs.values()))
             fits = mask[0] is not None and mask[0].shape == x.shape[:-1]
             moments.add(x, mask[0] if fits else None)
 
@@ -325,7 +325,7 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> d
     return found
 
 
-def _mask(batch: Any) -> Tensor | None:
+def _mask(batch: object) -> Tensor | None:
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         return None
     kept = batch.get("attention_mask")

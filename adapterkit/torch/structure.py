@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ class HeadSizes(ABC):
 
     width: int
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.d = module, int(module.head_dim)
+    def __init__(self, module: nn.Module) -> None:
+        held: Any = module
+        self.module, self.d = held, int(held.head_dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape((*x.shape[:-1], -1, self.d))
 
     @abstractmethod
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         """Return the queries of an input `[batch, m, width]`, with positions applied: `[batch, heads, m, d]`."""
 
     @abstractmethod
@@ -46,15 +48,16 @@ class HeadSizes(ABC):
 class Separate(HeadSizes):
     """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves if the model has them."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.width = module.q_proj.in_features
+        self.width = self.module.q_proj.in_features
 
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         q: Tensor = self._heads(self.module.q_proj(x)).transpose(1, 2)
-        if words.get("position_embeddings") is None:
+        angles: Any = words.get("position_embeddings")
+        if angles is None:
             return q
-        cos, sin = (each.unsqueeze(1) for each in words["position_embeddings"])
+        cos, sin = (each.unsqueeze(1) for each in angles)
         if cos.shape[-1] != self.d:
             raise Unsupported("rotary positions cover only a part of each head", cure="Choose a model like Llama")
         first, second = q.chunk(2, -1)
@@ -73,11 +76,11 @@ class Separate(HeadSizes):
 class Fused(HeadSizes):
     """The projections of GPT-2: `c_attn` for queries, keys and values, and `c_proj`."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.width = module.embed_dim
+        self.width = self.module.embed_dim
 
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         q: Tensor = self.module.c_attn(x).chunk(3, -1)[0]
         return self._heads(q).transpose(1, 2)
 
@@ -104,7 +107,8 @@ def heads_of(module: nn.Module) -> HeadSizes:
     raise Unsupported(why, cure="Target the attentions of such a model")
 
 
-def _without_bias(layer: Any, h: Tensor) -> Tensor:
+def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
+    layer: Any = module
     y: Tensor = layer(h)
     if layer.bias is None:
         return y
@@ -137,7 +141,7 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
     return {name: size for name, size in {**found, "d": d}.items() if size}
 
 
-def _first(config: Any, *names: str) -> int:
+def _first(config: object, *names: str) -> int:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
 
 

@@ -9,13 +9,17 @@ Accelerate and Lightning need no callback: they save the state dict that `handle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..writing import write
 from .handle import Handle
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
 
 
 class TrainerCallback:
@@ -53,14 +57,15 @@ class TrainerCallback:
         if self.to is not None:
             write(adapter, folder / self.name, format=self.to, **self.options)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         """Return a function without effect for all other events of the Trainer."""
         if not name.startswith("on_"):
             raise AttributeError(name)
         return _nothing
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
         """Write the adapter into the checkpoint that the Trainer has just written."""
+        assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         adapter = self.handle.adapter() if self.to else None  # In every process, because each gathers its part.
         if not args.should_save:
@@ -72,5 +77,5 @@ class TrainerCallback:
             self._write(adapter, folder)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _nothing(*_: object, **__: object) -> None:
     pass

@@ -32,7 +32,7 @@ _TABLES = (
 
 @contextmanager
 def all_or_nothing(
-    model: nn.Module, objects: Iterable[Any] = (), undo: Callable[[], None] | None = None
+    model: nn.Module, objects: Iterable[object] = (), undo: Callable[[], None] | None = None
 ) -> Iterator[None]:
     """Restore a model if the `with` ends in an exception.
 
@@ -41,16 +41,16 @@ def all_or_nothing(
         objects: further objects whose attributes are restored: a handle and its leaves.
         undo: a function that restores the values of the weights, called first.
     """
-    states: list[Any] = [_State(module) for module in model.modules()]
+    kept: list[_State | _Attributes] = [_State(module) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     held = [each for module in model.modules() for each in _ours(module)]
-    kept = [_Attributes(each) for each in (*objects, *held)]
+    kept += [_Attributes(each) for each in (*objects, *held)]
     try:
         yield
     except BaseException:
         if undo is not None:
             undo()
-        for each in (*states, *kept):
+        for each in kept:
             each.restore()
         for parameter, flag in gradients:
             if parameter.requires_grad is not flag:
@@ -59,7 +59,7 @@ def all_or_nothing(
         raise
 
 
-def _ours(module: nn.Module) -> Iterator[Any]:
+def _ours(module: nn.Module) -> Iterator[object]:
     """Yield the objects other than the module itself that an adapter changes.
 
     These are the module's hook, other tools' references to its forward, and the model's watch.
@@ -96,7 +96,7 @@ class _State:
 class _Attributes:
     """A copy of an object's attributes, and of the elements of those that are lists."""
 
-    def __init__(self, each: Any) -> None:
+    def __init__(self, each: object) -> None:
         self.held = each.__dict__
         self.before = dict(self.held)
         self.lists = [(value, value.copy()) for value in self.before.values() if isinstance(value, list)]

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .bypass import Block, begin_calls, end_calls, warn_of_untraced
+from .bypass import Block, Hook, begin_calls, end_calls, warn_of_untraced
 from .forward_hook import ForwardHook
 from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
@@ -62,7 +62,7 @@ class Watch:
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A class function that was patched since cannot be pickled; a copy looks up the current functions.
         return {**self.__dict__, "_forwards": None}
 
@@ -178,16 +178,16 @@ class _Step:
         self.home: weakref.ref[nn.Module] | None = weakref.ref(home)
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook restores it.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Step:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Step:
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return made
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
             self.note_traced()
             for parent, name, child in self.places:  # The compiler guards each of these steps.
@@ -249,15 +249,15 @@ class _Hook:
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
-        self.hooks: dict[ForwardHook, int] = {}
+        self.hooks: dict[Hook, int] = {}
         self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
         self.told: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}, "told": set()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         for step in self.steps:
             step.home = weakref.ref(self.model)
@@ -343,7 +343,7 @@ class _Hook:
         self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
         self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
 
-    def __call__(self, model: nn.Module, *_: Any) -> None:
+    def __call__(self, model: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
             for parent, name, child in self.steps_of_model:  # The compiler guards each of these steps.
                 if parent._modules.get(name) is not child:
@@ -384,7 +384,7 @@ class _Hook:
             block.look()
         begin_calls(self.hooks)
 
-    def finish(self, _model: nn.Module, _args: Any, result: Any) -> None:
+    def finish(self, _model: nn.Module, _args: object, result: object) -> None:
         """Check what the forward read and called; after a forward that raised, torch calls this without a result.
 
         Raises:
@@ -405,7 +405,7 @@ class _Hook:
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
         return True
 
-    def _is_own(self, hook: ForwardHook, reader: str) -> bool:
+    def _is_own(self, hook: Hook, reader: str) -> bool:
         """Whether a function, given by its full name, is defined in a class around a hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
@@ -452,7 +452,7 @@ def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
         raise Unsupported(why, cure="Call enable_group_offload() without offload_to_disk_path, or run under no_grad()")
 
 
-def _no_fused_path(_: nn.Module, args: Any) -> None:
+def _no_fused_path(_: nn.Module, args: tuple[object, ...]) -> None:
     """A forward pre-hook whose presence makes torch avoid its fused path.
 
     Raises:

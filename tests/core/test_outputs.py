@@ -383,7 +383,7 @@ REFUSED = [
     ("m.dense", {"residual_before_ln": "maybe"}, Unsupported, "the value 'maybe' is unknown"),
     ("m.nothing", {}, TargetNotFound, "not in the base"),
     ("listed", {}, Unsupported, "does not define a forward"),
-    ("attn.out_proj", {}, Unsupported, "never runs"),
+    ("attn.out_proj", {}, Unsupported, "never calls its output projection"),
 ]
 
 
@@ -409,7 +409,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     reft = METHODS["reft"](source=torch.randn(2, 8).double(), projection=torch.randn(2, 8).double())
     placed = bottleneck(residual="first")
     for updates, why in (
-        ((placed, bottleneck()), "several places"),
+        ((placed, bottleneck()), "in different places"),
         ((reft, placed), "before one inside it"),
     ):
         with pytest.raises(Unsupported, match=why):

@@ -297,10 +297,10 @@ def test_dropout_acts_in_training_alone_and_where_it_can():
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"init": "svd"}, "no initialiser"),
+        ({"init": "svd"}, "unknown initialiser"),
         ({"init": "orthogonal", "rank": 3}, "even rank"),
         ({"init": "eva"}, "needs data"),
-        ({"data": [IDS]}, "looks at no data"),
+        ({"data": [IDS]}, "does not use data"),
         ({"use_rslora": True}, "divides alpha"),
         ({"rank_pattern": {"q_proj": 0}}, "below 1"),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
@@ -346,5 +346,5 @@ def test_groups_of_lora_plus_are_pefts(use_dora):
     assert got == pytest.approx(losses(reference, optimizer=theirs), rel=1e-5)
     model = llama()
     other = ak.torch.inject(model, ak.torch.create(model, "loha", rank=2), trainable=True)
-    with pytest.raises(UsageError, match="no factor B"):
+    with pytest.raises(UsageError, match="needs a trained factor B"):
         other.parameter_groups(0.01)

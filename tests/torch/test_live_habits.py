@@ -87,7 +87,7 @@ def test_more_steps_of_loftq_are_no_worse():
 
 def test_unknown_starts_are_refused():
     for init in ("loftq_iter_0", "loftq_4", "loftq_iter_"):
-        with pytest.raises(UsageError, match="no initialiser"):
+        with pytest.raises(UsageError, match="unknown initialiser"):
             ak.torch.create(nn.Sequential(nn.Linear(8, 8)), "lora", targets="0", rank=2, init=init)
 
 

@@ -117,7 +117,7 @@ class Sparse(Entrywise):
         kept = self._kept(blocks, at)
 
         def majority() -> int:
-            return at.census.majority if self.counts else self._majority(blocks, weights, at)
+            return at.census.majority if self.counts else -1 if self._signs(blocks, weights, at) < 0 else 1
 
         return lambda changes, rows: self._fused(kept(changes, rows), weights, majority)
 
@@ -172,9 +172,6 @@ class Sparse(Entrywise):
             votes = self._votes(kept(changes, rows), weights)
             total += int(np.count_nonzero(votes > 0)) - int(np.count_nonzero(votes < 0))
         return total
-
-    def _majority(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
-        return -1 if self._signs(blocks, weights, at) < 0 else 1
 
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:
         """Return the sum of the entries with the elected sign, divided by the denominator."""

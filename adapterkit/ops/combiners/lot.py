@@ -1,4 +1,4 @@
-"""LOT: find the change whose outputs differ least from each task's on that task's inputs, by a pseudoinverse.
+"""LOT: find the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t.  Sun et al. 2025, https://arxiv.org/abs/2505.23859,
 equation 9, https://github.com/SunWenJu123/model-merging. It is RegMean without the factor of off-diagonal entries.

@@ -1,4 +1,4 @@
-"""RegMean: find the change whose outputs are nearest to each task's on that task's inputs, in closed form.
+"""RegMean: find the change whose outputs on each task's inputs are nearest to that task's outputs, in closed form.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, off-diagonal entries times alpha.
 Jin et al. 2022, https://arxiv.org/abs/2212.09849
