@@ -125,8 +125,7 @@ class Evaluation:
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
-        # Only the final result is spooled: a method that learns weights computes hundreds of trials, each of which is
-        # freed.
+        # Only the final result is spooled: a method that learns weights computes hundreds of trials and frees them.
         self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)

@@ -80,7 +80,9 @@ def surround(
     place = updates[0].place
     if place == "vocabulary":
         _check_tokens(module, parts)
-        return _with_tokens(module, updates, forward, words.pop(names[0]), words)
+        ids = words.pop(names[0])
+        assert isinstance(ids, Tensor)
+        return _with_tokens(module, updates, forward, ids, words)
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
     if place == "embeddings" and not hasattr(module, "get_input_embeddings"):
@@ -212,6 +214,7 @@ def _with_prompts(
 ) -> object:
     """Run an attention and add to its output what the same queries read from the prompts."""
     heads, x = heads_of(module), words["hidden_states"]
+    assert isinstance(x, Tensor)
     out = forward(**words)
     y = out[0] if isinstance(out, tuple) else out
     assert isinstance(y, Tensor)
@@ -286,7 +289,7 @@ def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
-Words = dict[str, Any]
+Words = dict[str, object]
 """Arguments of a call, by name."""
 
 
@@ -339,7 +342,7 @@ class ContextCall:
 
     @property
     def seen(self) -> int:
-        cache = self.words.get(self.cache_word)
+        cache: Any = self.words.get(self.cache_word)
         return 0 if cache is None else int(cache.get_seq_length())
 
     def run(self, forward: Callable[..., object]) -> object:
@@ -376,7 +379,7 @@ class ContextCall:
             shifted: Any = self.module
             ids = shifted.prepare_decoder_input_ids_from_labels(labels=self.words["labels"])
             self.words["decoder_input_ids"] = ids
-        tokens = ids if embeds is None else embeds
+        tokens: Any = ids if embeds is None else embeds
         if tokens is None:
             raise Unsupported("the call brings no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
         self.batch = int(tokens.shape[0])
@@ -387,7 +390,7 @@ class ContextCall:
         words[f"{own}inputs_embeds"] = _joined(self.module, self.fronts, words, own)
         words.pop(f"{own}input_ids", None)
         for name, value in (("labels", -100), ("token_type_ids", 0)):
-            given = words.get(name)
+            given: Any = words.get(name)
             if given is not None and given.ndim == 2:
                 words[name] = torch.cat((given.new_full((len(given), self.front), value), given), 1)
 
@@ -413,17 +416,17 @@ class ContextCall:
         Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
         layerwise casting).
         """
-        embeds = self.words.get(f"{self.own}inputs_embeds")
+        embeds: Any = self.words.get(f"{self.own}inputs_embeds")
         if embeds is not None:
             return embeds.device, embeds.dtype
         embedding: Any = embedding_of(self.module)
         weight = embedding.weight
-        tokens: Tensor = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
+        tokens: Any = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
         return tokens.device, compute_dtype(embedding) or weight.dtype
 
     def _move_positions(self, seen: int, extra: int) -> None:
         name = f"{self.own}position_ids"
-        given = self.words.get(name)
+        given: Any = self.words.get(name)
         if given is None:
             return
         moved = given + extra
@@ -434,9 +437,9 @@ class ContextCall:
 
     def _extend_encoder_mask(self) -> None:
         """Extend the mask of the encoder's output by its virtual tokens, which the encoder adds itself."""
-        hidden = self.words.get("encoder_outputs")
+        hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
-        given = next((each for each in tokens if each is not None), None)
+        given: Any = next((each for each in tokens if each is not None), None)
         extra = sum(front.shape[-2] for front in present([update.embeddings() for update in self.updates]))
         if hidden is not None:
             total = hidden[0].shape[1]

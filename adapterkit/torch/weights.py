@@ -15,7 +15,7 @@ from ..naming.binding import fold, view
 Change = tuple[float, Sequence[tuple[Target, Sequence[Update]]]]
 """The weight of an adapter, and its targets at one parameter with their updates, all in order."""
 
-Law = Callable[[Tensor, Target, Sequence[Update]], Tensor]
+Formula = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 """A function that applies the updates of one target to a stored weight or bias."""
 
 
@@ -49,14 +49,12 @@ def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Updat
     return tuple(done)
 
 
-def _mixed(
-    before: Tensor, changes: Iterable[Change], law: Callable[[Tensor, Target, Sequence[Update]], Tensor]
-) -> Tensor:
+def _mixed(before: Tensor, changes: Iterable[Change], formula: Formula) -> Tensor:
     after = before
     for weight, targets in changes:
         new = before
         for target, updates in targets:
-            new = law(new, target, updates)
+            new = formula(new, target, updates)
         after = new if after is before and weight == 1 else after + weight * (new - before)
     return after
 

@@ -202,5 +202,7 @@ def _number(said: SupportsFloat) -> float:
 
     loss = float(said)
     if not math.isfinite(loss):
-        raise UsageError("the score is not a finite number", where="data", cure="Look at what the score computes")
+        raise UsageError(
+            "the score is not a finite number", where="data", cure="Correct the function that is passed as data="
+        )
     return loss
