@@ -53,7 +53,7 @@ class Likeness:
         cosine: cosine of the angle between the two changes of weight and bias, seen as vectors.
         overlap_out: the part of the smaller output space that lies in the larger one, 0 to 1; the mean over experts.
         overlap_in: the same for input spaces.
-        sign_conflict: of the weight's elements that both change, the share whose signs differ.
+        sign_conflict: the share of different signs among the weight's elements that both change.
         interference: the share of the weight's summed absolute changes that cancels when both are added.
     """
 

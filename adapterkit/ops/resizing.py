@@ -1,6 +1,6 @@
 """Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
 
-Of all products of that rank, the first singular values have the smallest Frobenius error (Eckart and Young 1936).
+The first singular values have the smallest Frobenius error of all products of that rank (Eckart and Young 1936).
 """
 
 from __future__ import annotations

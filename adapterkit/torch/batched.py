@@ -37,12 +37,10 @@ from ..core.updates import Additive
 from ..errors import ShapeMismatch
 from .layers import Layer, live_tensor
 from .lean import is_eager, is_wide, may_overwrite
-from .outputs import Switch
 from .routing import check_switches
-from .scopes import SETTINGS, Route, Scope
+from .scopes import SETTINGS, Route, Scope, Switch
 
 if TYPE_CHECKING:
-    from .forward_hook import ForwardHook
     from .lean import LeanPlan
     from .leaves import Leaf
     from .parts import Part
@@ -123,7 +121,7 @@ class KeptStacks:
         self.stack: FactorStack | None = None
         self.plan: LeanPlan | None = None
         self.rows: RowPlan | None = None
-        self.model: tuple[object, list[ForwardHook], dict[str, Switch]] | None = None  # See routing.py.
+        self.model: tuple[object, Sequence[object], dict[str, Switch]] | None = None  # See routing.py.
 
     def __deepcopy__(self, _memo: dict[int, object]) -> KeptStacks:
         return KeptStacks()
@@ -294,8 +292,8 @@ def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: 
     key = switches, device
     if torch._C._get_tracing_state() is not None:
         return _placed(switches, route, scope, device)
-    found: Places | None = route.plans.get(key)
-    if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
+    found = route.plans.get(key)
+    if not isinstance(found, Places) or found.token is not SETTINGS.token or found.active is not scope.active:
         found = _placed(switches, route, scope, device)
         if type(found.index) is Tensor:
             route.plans[key] = found
@@ -351,9 +349,14 @@ class RowPlan:
 
     def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
         """Return the layer's output, or None if the plan does not apply, or not yet to this route."""
-        places: Places | None = route.plans.get(self.place)
+        places = route.plans.get(self.place)
         token, held = SETTINGS.token, self.module._parameters
-        if places is None or token is not self.token or places.token is not token or places.active is not scope.active:
+        if (
+            not isinstance(places, Places)
+            or token is not self.token
+            or places.token is not token
+            or places.active is not scope.active
+        ):
             return None
         mask = places.masks.get(self.mask)
         if mask is None or type(x) is not Tensor or x.dtype is not self.dtype or torch.is_grad_enabled():

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..core.updates import Update
 from ..errors import ShapeMismatch, Unsupported
 from .context import CACHES
-from .outputs import Switch
-from .scopes import Scope, switched
+from .scopes import Scope, Switch, switched
 from .shadows import ShadowState
 
 TOKENS: Final = "input_ids"

@@ -57,10 +57,10 @@ def create(
     """Return a new adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
     With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
-    initialiser changes the model. Where PEFT overwrites the base (PiSSA, OLoRA, CorDA, LoftQ), the adapter stores the
-    subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same in every
-    file, and `handle.remove()` restores the base. LoRA-only formats store it with `on_loss="promote"`, as one LoRA of
-    twice the rank. This is not possible for LoftQ, which subtracts a full matrix.
+    initialiser changes the model. PEFT overwrites the base in some cases (PiSSA, OLoRA, CorDA, LoftQ); here the adapter
+    stores the subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same
+    in every file, and `handle.remove()` restores the base. LoRA-only formats store it with `on_loss="promote"`, as one
+    LoRA of twice the rank. This is not possible for LoftQ, which subtracts a full matrix.
 
     Args:
         model: the model that the adapter is for. Target names omit wrappers (`torch.compile`, DDP, PEFT).

@@ -31,8 +31,8 @@ from ..merging.planned_update import PlannedUpdate
 from .forward_hook import ForwardHook
 from .layers import Quantized
 from .leaves import LiveUpdates, on_disk
-from .outputs import Switch
 from .parts import Part
+from .scopes import Switch
 from .sharding import gathered, is_sharded, put
 from .weights import tensor_at
 
@@ -387,7 +387,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
 
 
 def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
-    """Of equal parts at layers that share a parameter, keep one, if all layers that share it are changed alike.
+    """Keep one of several equal parts at layers that share a parameter, if all these layers are changed alike.
 
     Returns:
         the hooks with the remaining parts, and the ids of the shared parameters.

@@ -33,11 +33,11 @@ from .dropout import dropped_change
 from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
-from .outputs import Beside, InputRecorder, OutputChange, Switch, through
+from .outputs import Beside, InputRecorder, OutputChange, through
 from .parts import HOOK, SCRIPTING, Part
 from .probes import ForwardProbe
 from .routing import check_expert, check_switches, is_expert, join, split
-from .scopes import SETTINGS, Recall, Route, Scope, current
+from .scopes import SETTINGS, Recall, Route, Scope, Switch, current
 from .sharding import constants_on_every_process, is_sharded, whole
 from .slots import inner_slot, slot_of, value_in
 from .weights import changed_bias, changed_weight, settled, tensor_at

@@ -31,10 +31,9 @@ from .folding import (
 )
 from .forward_hook import ForwardHook, hook_again, hooks_of, names_of
 from .leaves import Leaf, LiveUpdates, is_leaf_name
-from .outputs import Switch
 from .parts import Part
 from .routing import check_unrouted
-from .scopes import switched
+from .scopes import Switch, switched
 from .sharding import is_partitioned, shape_of, whole
 from .transaction import all_or_nothing
 from .watch import Watch

@@ -32,8 +32,9 @@ from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle, check_weight
 from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device, names_sharing
-from .outputs import OutputSite, Switch, find_output_site
+from .outputs import OutputSite, find_output_site
 from .parts import Part
+from .scopes import Switch
 from .sharding import check_gathered, check_unwrapped
 from .structure import embedding_of
 from .transaction import all_or_nothing

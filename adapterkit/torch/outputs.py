@@ -26,7 +26,7 @@ from ..core.composed_layer import Composed
 from ..core.updates import OutputUpdate, Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from .layers import Layer, moved
-from .scopes import SETTINGS, Scope
+from .scopes import Switch
 
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward: takes positional arguments, named arguments, and the name of a norm inside it to skip."""
@@ -39,35 +39,6 @@ Beside = tuple[Tensor | None, dict[str, object]]
 
 RESIDUALS = ("input_tensor", "residual")
 """The names in transformers of the second input of modules that add this input to their output."""
-
-
-@dataclass(eq=False)
-class Switch:
-    """The state that all attached parts of one adapter share.
-
-    Attributes:
-        name: the adapter's name.
-        weight: the factor of the adapter's change.
-        active: whether the adapter is on, unless a context has switched it, see scopes.py.
-        attached: False after its handle was removed or merged.
-    """
-
-    name: str
-    weight: float
-    active: bool = True
-    attached: bool = True
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        SETTINGS.renew()
-
-    def on(self, scope: Scope) -> bool:
-        """Whether the adapter is on in a scope."""
-        return scope.active.get(self, self.active)
-
-    def acts(self, scope: Scope) -> bool:
-        """Whether the adapter changes anything in a scope."""
-        return self.on(scope) and self.weight != 0
 
 
 class InputRecorder(threading.local):

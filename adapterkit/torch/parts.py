@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .leaves import LiveUpdates
-from .outputs import OutputSite, Switch
+from .outputs import OutputSite
+from .scopes import Switch
 
 if TYPE_CHECKING:
     from ..core.adapter import Target

@@ -72,9 +72,11 @@ def load_pretrained(
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
-    raise Malformed(f"architectures is {name!r}", path=source / "config.json", cure="Fetch it again")
+    # Only class names pass: a name from the file must not reach another attribute of the library.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
-        raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
+        raise Malformed(
+            f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Fetch it again"
+        )
     built = getattr(transformers, name, None)
     if built is None or not hasattr(built, "from_pretrained"):
         known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])

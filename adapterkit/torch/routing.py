@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import Unsupported, UsageError, nearest
 from .parts import HOOK
-from .scopes import SETTINGS, Route, current, routed
+from .scopes import SETTINGS, Route, Switch, current, routed
 
 if TYPE_CHECKING:
-    from .forward_hook import ForwardHook
-    from .outputs import Beside, Switch
+    from .outputs import Beside
 
 
 @contextmanager
@@ -83,7 +82,21 @@ def route(
         yield
 
 
-def _switches_of(hooks: list[ForwardHook]) -> dict[str, Switch]:
+class _KeptSwitches(Protocol):
+    model: tuple[object, Sequence[object], dict[str, Switch]] | None
+
+
+class _Hook(Protocol):
+    """A forward hook of a model, with the switches of its adapters and what it keeps for routes."""
+
+    @property
+    def kept(self) -> _KeptSwitches: ...
+
+    @property
+    def switches(self) -> Sequence[Switch]: ...
+
+
+def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
     """Return the adapters attached to a model, by name; cached at its first hook until one is attached or changed."""
     if not hooks:
         return {}

@@ -12,21 +12,44 @@ reads that. Only one case fails: a task that awaits inside the `with` and runs a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatch, Unsupported, UsageError
 
-if TYPE_CHECKING:
-    from .batched import Places
-    from .forward_hook import ForwardHook
-    from .outputs import Switch
+
+@dataclass(eq=False)
+class Switch:
+    """The state that all attached parts of one adapter share.
+
+    Attributes:
+        name: the adapter's name.
+        weight: the factor of the adapter's change.
+        active: whether the adapter is on, unless a context has switched it, see `Scope`.
+        attached: False after its handle was removed or merged.
+    """
+
+    name: str
+    weight: float
+    active: bool = True
+    attached: bool = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        SETTINGS.renew()
+
+    def on(self, scope: Scope) -> bool:
+        """Whether the adapter is on in a scope."""
+        return scope.active.get(self, self.active)
+
+    def acts(self, scope: Scope) -> bool:
+        """Whether the adapter changes anything in a scope."""
+        return self.on(scope) and self.weight != 0
 
 
 @dataclass(frozen=True)
@@ -49,9 +72,7 @@ class Route:
     known: tuple[str, ...] = field(default=(), compare=False)
     switches: tuple[Switch, ...] = field(default=(), compare=False, repr=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-    plans: dict[tuple[tuple[Switch, ...], torch.device], Places] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
         """Return a map from each name to its rows."""
@@ -94,7 +115,7 @@ class Route:
 class Scope:
     """The settings of one context: a map from hook to its route, and from switch to whether its adapter is on."""
 
-    routes: Mapping[ForwardHook, Route] = field(default_factory=dict)
+    routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)
 
 
@@ -162,7 +183,7 @@ class ScopeSettings:
 SETTINGS = ScopeSettings()
 
 
-def routed(routes: Mapping[ForwardHook, Route]) -> AbstractContextManager[None]:
+def routed(routes: Mapping[object, Route]) -> AbstractContextManager[None]:
     """Return `within` for the context's scope with these routes added."""
     scope = current()
     return within(Scope({**scope.routes, **routes}, scope.active))
@@ -238,5 +259,5 @@ class Recall:
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
 
-States = tuple[tuple["Switch", float, bool], ...]
+States = tuple[tuple[Switch, float, bool], ...]
 """Each adapter's switch, its weight, and whether it is on."""

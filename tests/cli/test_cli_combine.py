@@ -191,7 +191,7 @@ def test_a_cut_is_said_in_words(adapters: list[Path], tmp_path: Path) -> None:
         (["--method", "ties", "--set", "density"], "NAME=VALUE"),
         (["--method", "ties", "--set", "weights=1"], "NAME=VALUE"),
         (["--weight", "1"], "1 weights for 2 adapters"),
-        (["--rank", "9"], "rank 9"),
+        (["--rank", "9"], "rank is 9"),
         (["--method", "regmean"], "needs data"),
         (["--method", "ties", "--compat", "kohya"], "kohya"),
     ],

@@ -180,7 +180,7 @@ def test_one_budget_is_spent_where_it_saves_most(criterion, tmp_path):
 def test_a_common_budget_is_of_loras_and_of_exact_extraction_too(tmp_path):
     base = model(0, np.float32)
     folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned_from(base))
-    with pytest.raises(UsageError, match="not dora"):
+    with pytest.raises(UsageError, match="not for dora"):
         ops.extract(folders[1], folders[0], error=0.1, scope="all", method="dora")
     made = ops.extract(folders[1], folders[0], error=0, scope="all")
     ak.merge(folders[0], [made], tmp_path / "merged")

@@ -202,7 +202,5 @@ def _number(said: SupportsFloat) -> float:
 
     loss = float(said)
     if not math.isfinite(loss):
-        raise UsageError(
-            "the score is not a finite number", where="data", cure="Correct the function that is passed as data="
-        )
+        raise UsageError("the score is not a finite number", where="data", cure="Correct the score function")
     return loss

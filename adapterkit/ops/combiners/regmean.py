@@ -46,7 +46,7 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
     whole = summed(grams)
-    # Where no task has inputs, the result is the mean.
+    # Directions without inputs from any task get the mean.
     unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
     below = np.linalg.pinv(summed(grams), 1e-12, hermitian=True)
