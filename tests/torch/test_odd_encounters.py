@@ -25,7 +25,7 @@ from adapterkit.errors import Unsupported, UsageError
 pytestmark = pytest.mark.filterwarnings("ignore")
 SITUATIONS = Situations()
 odd = SITUATIONS.odd
-GONE = "does not act any more"
+GONE = "no longer acts"
 
 
 class Block(nn.Module):
@@ -386,7 +386,7 @@ def _():
         for handle in handles:
             handle.merge_(keep=keep)
         model, handles = copy.deepcopy((model, handles))
-        with pytest.raises(UsageError, match="last merge"):
+        with pytest.raises(UsageError, match="in reverse order"):
             handles[0].unmerge_()
         for handle in reversed(handles):
             handle.unmerge_()

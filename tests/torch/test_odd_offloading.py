@@ -232,7 +232,7 @@ def _():
         return torch.cat([on, model(ids).logits]), torch.cat([changed, y])
 
 
-@odd("a trained adapter on the disk, trained", Unsupported, "training a model.*on the disk")
+@odd("a trained adapter on the disk, trained", Unsupported, "on disk cannot be trained")
 def _():
     model, _, x = on_disk(trainable=True)
     model(x).sum().backward()
