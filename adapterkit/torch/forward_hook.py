@@ -601,22 +601,29 @@ def _exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None
 
     This serves compilers, which cannot trace `_replica`, and forwards that are not plain methods of the module.
     """
-    placed = []
+    placed: list[tuple[dict[str, Any], str, Any]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
     try:
         for path, value in values.items():
             owner, _, name = path.rpartition(".")
             held = module.get_submodule(owner)
-            held.__dict__[name] = value
-            placed.append((held, name))
+            own = held.__dict__
+            if torch.compiler.is_compiling():
+                # Exchange the entry itself: compilers before torch 2.13 cannot trace that an attribute is deleted.
+                own = next(each for each in (held._parameters, held._buffers, held._modules) if name in each)
+            placed.append((own, name, own.get(name)))
+            own[name] = value
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield
     finally:
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
-        for held, name in placed:
-            del held.__dict__[name]
+        for own, name, before in placed:
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
 
 
 def _in_order(parts: list[Part]) -> bool:

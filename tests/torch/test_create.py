@@ -243,6 +243,16 @@ def test_stacked_experts(family, method, close):
     assert all(p.grad is not None for p in handle.parameters())
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_first_factors_of_stacked_experts_spread_as_those_of_one_layer(method: str) -> None:
+    model = moe("Qwen2Moe", **EXPERTS["Qwen2Moe"][0])
+    ((_, update),) = ak.torch.create(model, method, targets=["experts.down_proj"], rank=64)
+    one = nn.Linear(12, 16, bias=False)
+    ((_, single),) = ak.torch.create(nn.Sequential(one), method, targets=["0"], rank=64)
+    assert float(update.A.std()) == pytest.approx(float(single.A.std()), rel=0.06)
+    assert float(update.A.abs().max()) == pytest.approx(12**-0.5, rel=0.03)
+
+
 def test_parameters_of_a_model_without_a_family():
     model = nn.Module()
     model.table = nn.Parameter(torch.randn(4, 6))
