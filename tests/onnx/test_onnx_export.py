@@ -377,7 +377,7 @@ def test_what_export_refuses(tmp_path):
         (UsageError, "cannot name a file", {"adapter": {"../a": lora()}}),
         (TargetNotFound, "firs", {"adapter": lora(path="firsd")}),
         (ShapeMismatch, "the update has out=5", {"adapter": lora(5)}),
-        (NotMergeable, "not a change of weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
+        (NotMergeable, "does not change weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
         (Unsupported, "changes the context", {"adapter": prompt, "mode": "slots"}),
     ):
         with pytest.raises(error, match=match):
