@@ -422,7 +422,7 @@ def test_errors_name_rows_and_adapters():
     )
     with (
         ak.torch.route(model, names),
-        pytest.raises(ShapeMismatch, match=r"0: an input of \[4, 15\] where.*16 features"),
+        pytest.raises(ShapeMismatch, match=r"0: the input has shape \[4, 15\], but.*16 features"),
     ):
         model(draw(4, 15))
     handles[0].set_active(False)
