@@ -477,7 +477,7 @@ class ForwardHook:
                 weight *= part.switch.weight
                 if (B.shape[0], A.shape[1]) != layer.shape:
                     made = [B.shape[0], A.shape[1]]
-                    why = f"made for a weight of shape {made}, but the shape is {list(layer.shape)} now"
+                    why = f"the update was made for a weight of shape {made}, but the shape is {list(layer.shape)} now"
                     raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
                 if y is None and plain:
                     y = low_rank_linear(x, like, layer.bias, A, B, weight)

@@ -265,8 +265,9 @@ class ModuleCall:
         if not isinstance(h, Tensor):
             raise Unsupported(f"it returns a {type(h).__name__}, not a tensor", cure="Target a module inside it")
         self.dtype = h.dtype
-        if self.output_site.channels not in (None, h.shape[self.channel]):
-            why = f"made for {self.output_site.channels} channels, but the module's output has {h.shape[self.channel]}"
+        wanted, given = self.output_site.channels, h.shape[self.channel]
+        if wanted not in (None, given):
+            why = f"the update was made for {wanted} channels, but the module's output has {given}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         return h
 
