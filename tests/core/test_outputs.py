@@ -426,7 +426,7 @@ def test_order_and_places_that_contradict_each_other_are_refused():
 def test_faults_that_only_a_pass_can_show_name_the_target():
     model, x = nn.ModuleDict({"m": Block(nn.Sequential(nn.Linear(8, 8)), None)}).double(), torch.randn(2, 8).double()
     handle = ak.torch.inject(model, Adapter({Target("m.dense"): (bottleneck(hidden=6),)}))
-    with pytest.raises(ShapeMismatch, match=r"m\.dense: the update was made for 6 channels, but the module's output has 8"):
+    with pytest.raises(ShapeMismatch, match=r"m\.dense: the update was made for 6 channels, but .* has 8"):
         model["m"](x, x)
     handle.remove()
     ak.torch.inject(model, Adapter({Target("m.dense"): (bottleneck(residual="first"),)}))
