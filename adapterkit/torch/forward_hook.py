@@ -610,7 +610,8 @@ def _exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None
             own = held.__dict__
             if torch.compiler.is_compiling():
                 # Exchange the entry itself: compilers before torch 2.13 cannot trace that an attribute is deleted.
-                own = next(each for each in (held._parameters, held._buffers, held._modules) if name in each)
+                tables: tuple[dict[str, Any], ...] = (held._parameters, held._buffers, held._modules)
+                own = next(table for table in tables if name in table)
             placed.append((own, name, own.get(name)))
             own[name] = value
         if isinstance(module, nn.RNNBase):
