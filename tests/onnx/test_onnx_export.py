@@ -410,7 +410,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     out = tmp_path / "out"
     for code, words, match in (
         (2, (empty, "-o", out), "no config.json"),
-        (3, (odd, "-o", out), "no BertForTime"),
+        (3, (odd, "-o", out), "no class BertForTime"),
         (2, (broken, "-o", out), "cannot load it"),
         (6, (base, "-o", taken), "already there"),
         (6, (base, "-o", taken, "--overwrite"), "not a folder that an export wrote"),
