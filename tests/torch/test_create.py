@@ -14,7 +14,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.core.updates import Additive, Update, tensor
-from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported, UsageError
+from adapterkit.errors import ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,6 +75,23 @@ def test_training_a_fresh_adapter(method, dtype, close):
     assert torch.equal(model(x), y)
     ak.torch.inject(model, trained)
     close(model(x), now, y, tolerance=1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", LAYER_METHODS)
+def test_a_fresh_adapter_of_a_convolution_changes_nothing_at_first(method, close):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(24, 36, 3)), torch.randn(2, 24, 7, 7)
+    y = model(x)
+    try:
+        fresh = ak.torch.create(model, method, targets=["0"], rank=2, **NEEDS.get(method, {}))
+    except (ShapeMismatch, Unsupported):
+        return
+    ((_, update),) = fresh
+    # The factors are the method's, so far fewer numbers than one weight for each pair of its entries.
+    assert sum(leaf.numel() for leaf in update.tensors.values()) <= 40 * model[0].weight.numel()
+    ak.torch.inject(model, fresh)
+    if METHODS[method].starts_at_base:
+        close(model(x), y, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("method", LAYER_METHODS)
