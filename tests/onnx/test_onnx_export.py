@@ -377,7 +377,7 @@ def test_what_export_refuses(tmp_path):
         (UsageError, "cannot name a file", {"adapter": {"../a": lora()}}),
         (TargetNotFound, "firs", {"adapter": lora(path="firsd")}),
         (ShapeMismatch, "the update has out=5", {"adapter": lora(5)}),
-        (NotMergeable, "not a change of weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
+        (NotMergeable, "does not change weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
         (Unsupported, "changes the context", {"adapter": prompt, "mode": "slots"}),
     ):
         with pytest.raises(error, match=match):
@@ -410,7 +410,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     out = tmp_path / "out"
     for code, words, match in (
         (2, (empty, "-o", out), "no config.json"),
-        (3, (odd, "-o", out), "no BertForTime"),
+        (3, (odd, "-o", out), "no class BertForTime"),
         (2, (broken, "-o", out), "cannot load it"),
         (6, (base, "-o", taken), "already there"),
         (6, (base, "-o", taken, "--overwrite"), "not a folder that an export wrote"),

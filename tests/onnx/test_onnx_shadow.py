@@ -308,7 +308,7 @@ def test_what_is_refused(fixed, made, tmp_path):
         ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
         ({}, Unsupported, "of the type None"),
         (json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"}, Malformed, "makes no model by"),
-        (base(gpt2).config.to_dict(), ShapeMismatch, "where a GPT2Model has"),
+        (base(gpt2).config.to_dict(), ShapeMismatch, "but a GPT2Model has"),
         (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
         (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),
     ):
