@@ -1,4 +1,4 @@
-"""Check exports against the torch model: on the example inputs, without an adapter and with each one."""
+"""Compare an exported graph with its torch model on example inputs, without an adapter and with each adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""Factor on 16-bit rounding noise: two roundings of the same outputs can each be as far off as the other."""
+"""A 16-bit difference may be this many times torch's rounding error, because the graph rounds as much as torch does."""
 
 Run = tuple[Callable[[], AbstractContextManager[Any]], Path | None]
-"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots."""
+"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots, if it has
+any."""
 
 
 def compared(
@@ -32,10 +33,10 @@ def compared(
 
     Args:
         model: the torch model.
-        examples: (positional, named) arguments.
+        examples: pairs of positional and named arguments.
         out: the graph.
-        runs: adapter name -> how to attach it; None for the run without an adapter.
-        judged: False to return a difference without raising.
+        runs: for each adapter's name, how to attach the adapter; the name None is the run without an adapter.
+        judged: False to return the difference however large it is.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -59,7 +60,7 @@ def compared(
 
 
 def compared_packed(packed: Path, plain: Path, examples: Sequence[object]) -> float:
-    """Return the largest difference between a graph with packed weights and one with their dequantized numbers.
+    """Return the largest difference between a graph with packed weights and the same graph with dequantized weights.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -89,10 +90,10 @@ def told_by(session: Any, example: Any, adapter: str | None = None) -> list[obje
 
 
 def _most(model: nn.Module, example: Any, wanted: Sequence[Any]) -> float:
-    """Return the largest difference that rounding explains: for 16-bit outputs, twice torch's own rounding error.
+    """Return the largest difference that rounding explains: for 16-bit outputs, twice the rounding error of torch.
 
-    The error is measured, not assumed: a model with a few large activations loses much of its precision in 16 bits, by
-    whatever route it is run.
+    The error is measured for each model: one with a few large activations loses much of its precision in 16 bits, in
+    any runtime.
     """
     if not is_narrow(wanted):
         return MOST_NOISE
@@ -137,7 +138,7 @@ def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
 
 
 def outputs_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the tensors that a torch model returns, as arrays."""
+    """Run a torch model, and return its output tensors as arrays."""
     import torch
 
     with torch.no_grad(), quiet():
@@ -157,10 +158,10 @@ def _array(leaf: Any) -> Any:
     import ml_dtypes
     import torch
 
-    # numpy has no bfloat16, so the bits travel as int16.
+    # numpy has no bfloat16, so pass the bits through int16.
     if leaf.dtype != torch.bfloat16:
         return np.asarray(leaf)
     return leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-_CURE = "Report this; with check off the file is kept"
+_CURE = "Report this. To keep the file, turn the check off: --no-check (check=False)"

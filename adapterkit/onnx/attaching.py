@@ -1,4 +1,4 @@
-"""Attach an adapter to a graph: the nodes of its formulas take over the output of each target."""
+"""Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .values import Unsayable, Value
 
 
 class Slice:
-    """The outputs `start` to `stop` of a layer: the view of an update on rows of a fused weight."""
+    """The outputs `start` to `stop` of a layer, as an update of these rows of a fused weight sees them."""
 
     def __init__(self, layer: Layer | Normed, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -67,7 +67,7 @@ class Slice:
 
 
 class Normed:
-    """A layer with a folded batch normalisation, as a formula sees it: the layer before that norm."""
+    """A layer with a folded batch normalisation; formulas see the layer as it was before the fold."""
 
     def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
@@ -84,7 +84,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # A channel that the norm scales to 0 is lost. Any factor will do, since `around` scales it to 0 again.
+            # A channel that the norm scales to 0 cannot be restored. Use any factor: `around` scales the channel to 0
+            # again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -102,7 +103,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Return the output after the norm for a new one before it; keeps every bit if the two are equal."""
+        """Return the output after the norm for a new output before the norm; if that is unchanged, so is every bit."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -138,20 +139,20 @@ class Turned:
         raise Unsayable("a mix of channels behind a turned weight")
 
 
-# Attach an adapter to a graph: the nodes of its formulas take over the output of each target layer.
+# Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target.
 
 
 def attach(found: Sequence[Found], building: Building, slots: Any = None, words: CallWords | None = None) -> None:
-    """Put every target's branch of nodes into the graph; several targets of one node are rows of a fused weight.
+    """Insert the nodes of every target into the graph. Several targets at one node are row slices of a fused weight.
 
     Args:
         found: the targets.
-        building: collects what the model gets.
-        slots: creates graph inputs for the tensors of adapters to come, see slots.py; None for constants.
+        building: collects the changes to the model.
+        slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store constants.
         words: access to the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
-        Unsupported: a layer cannot take a method.
+        Unsupported: a layer cannot have an update of this method.
     """
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
@@ -164,7 +165,7 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the layer; split a fused attention node first, because its layer is inside of it."""
+    """Return the layer. Split a fused attention node first, because the layer is inside that node."""
     if spot.kind is not Attention:
         return spot
     if spot.node not in apart:
@@ -196,16 +197,18 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
         cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
-        raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
+        raise Unsupported(
+            f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
+        ) from None
     except AdapterkitError as error:
         raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
 
 
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
-    """Sort the targets: those that pass a state on come first, in the order of the graph.
+    """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
 
-    Their state is read by the branches of the layers inside of them.
+    The nodes that are added for layers inside such a block read its state.
 
     Raises:
         Unsupported: such a target is inside a subgraph.
@@ -217,7 +220,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     places: dict[Found, int] = {}
     for place in moving:
         if place.last is None or place.last not in at:
-            why = "a state that is handed on in a graph inside a node"
+            why = "the block passes on a state, and it is in a subgraph"
             raise Unsupported(why, where=str(place.asked), cure=_KEEP)
         places[place] = at[place.last]
     return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
@@ -229,10 +232,10 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
     if place.norm is not None and place.outlet is not None:
-        why = f"a residual or norm outside of a layer that the batch normalisation {place.norm.name} is folded into"
+        why = f"the update has a residual or norm, and the batch norm {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.merge_only:
-        why = f"no branch beside a {spot.node.op_type} says this"
+        why = f"no nodes beside a {spot.node.op_type} can express this change"
         raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
     layer = spot.kind(spot.node, branch)
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
@@ -242,11 +245,11 @@ def _check(place: Found, layer: Any, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):
-        why = "an update of weights behind one of the output"
+        why = "an update of weights follows an update of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
-            why = f"{update.method}, which is of whole outputs, at rows of one"
+            why = f"{update.method} changes the whole output, and the target is a row slice"
             raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
@@ -257,8 +260,8 @@ def _check(place: Found, layer: Any, bias: object) -> None:
 
 
 def _eaten(layer: Any) -> str | None:
-    """Return the type of the fused node that adds the layer's bias together with other work; None if none does."""
-    # Position of the bias among the fused node's inputs, by onnxruntime's contrib operators.
+    """Return the operator of the fused node that also adds the layer's bias; None if there is no such node."""
+    # The position of the bias among the inputs of each fused operator of onnxruntime.
     uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
@@ -272,7 +275,7 @@ def _eaten(layer: Any) -> str | None:
 
 
 def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any) -> Update:
-    """Return the update over graph values, in the dtype that the layer computes in."""
+    """Return the update with graph values in place of its tensors, in the dtype that the layer computes in."""
     if slots is not None:
         opened: Update = slots.opened(update, layer, place, position)
         return opened
@@ -301,8 +304,8 @@ def _wide(leaf: Any) -> Any:
 
 
 def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
-    """Return the update itself if nodes can express its formula, else its dense equivalent at this weight."""
-    # Try the formula; nodes that it appended are removed again in any case.
+    """Return the update if nodes can express its formula; otherwise, return its dense equivalent at this weight."""
+    # Try the formula, and always remove the nodes that it appended.
     if isinstance(update, OutputUpdate):
         return update
     before = len(branch.nodes)
@@ -318,7 +321,7 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
 
 
 def _slotted(update: Update, position: int, seen: Any, layer: Any, place: Found, slots: Any) -> Update:
-    """Return the update over slots: its own tensors, or what they come to at the base's weight."""
+    """Return the update over slots for its own tensors, or for factors computed from them and the base's weight."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
@@ -329,7 +332,7 @@ def _slotted(update: Update, position: int, seen: Any, layer: Any, place: Found,
 
 
 def _worked_out(update: Update, layer: Any) -> Update:
-    """Evaluate the formula at a known weight, in float64 with one rounding: as a sum or a replaced weight."""
+    """Evaluate the formula at a known weight, in float64 with one rounding; return an added or a replaced weight."""
     held = update.map(_numbers)
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
@@ -355,12 +358,12 @@ def _constant(layer: Any, array: Any) -> Any:
 
 
 def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
-    """Return the layer's new output, by the formulas; for grouped layers, by weights and biases only.
+    """Return the layer's new output by its updates' formulas; a grouped layer only gets a new weight and bias.
 
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: add changes of weights to the layer's own output, so that an update without effect keeps every bit.
+        added: add the output of the changes to the layer's output, so that an update without effect keeps every bit.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
@@ -371,7 +374,7 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
     if (layer.direct and (not added or not weights or not inner)) or not inner:
         return cast(Value, chain(layer.x))
     if outer:
-        raise Unsayable("an output update behind one of weights")
+        raise Unsayable("an output update follows an update of weights")
     if not added:
         y: Value = layer.op(layer.x, chain.weight)
         return y if chain.bias is None else y + layer.per_channel(chain.bias)
@@ -380,11 +383,11 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
 
 
 def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
-    """Replace a layer's output (and input, if the update moved it), and remove nodes that nothing reads any more."""
+    """Replace a layer's output, and its input if the update moved it; remove nodes that nothing reads any more."""
     last = layer.end.producer()
     if layer.moved is not None:
         if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):
-            raise Unsupported("a block whose input a graph inside a node reads", where=branch.name, cure=_KEEP)
+            raise Unsupported("a subgraph reads the input of this block", where=branch.name, cure=_KEEP)
         before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
     behind(layer.end, new, branch)
     if not layer.call.shadow.hand_on(new):
