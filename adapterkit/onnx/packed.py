@@ -1,4 +1,4 @@
-"""Layers with packed integer weights: read them, convert them to floating point, and pack changed weights again."""
+"""Layers with packed integer weights: read them, convert them to floating point, or pack changed weights again."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ class PackedNumbers(Grouped):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """How an integer tensor maps to rows, in which each run of columns has one scale.
+    """The layout of an integer tensor as a matrix whose rows, or groups of columns, have one scale each.
 
     Attributes:
         shape: the tensor's shape.
-        scale: the stored scales: one, one per channel, or one per block.
-        axis: the axis along which scales differ.
-        block: how many numbers along the axis share a scale; 0 for channels.
+        scale: the stored scales: a single one, one per channel, or one per block.
+        axis: the axis along which the scales differ.
+        block: how many numbers along the axis share a scale; 0 for a scale per channel.
     """
 
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class Seen:
 
     def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> PackedNumbers:
         limits = import_module("ml_dtypes").iinfo(q.dtype)
-        # The rows have no padding for a last, shorter block.
+        # Refuse a shorter last block, because the rows are not padded.
         uneven = self.block and self.shape[self.axis] % self.block
         if uneven or (zero is not None and zero.size not in (1, self.scale.size)) or (zero is None and limits.min == 0):
             raise unknown(node)
@@ -129,7 +129,7 @@ class Seen:
 
 
 def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> PackedNumbers:
-    """Return integers `[rows, columns]` with zero points and scales `[rows, groups]` and the stored type's limits."""
+    """Return packed numbers of integers `[rows, columns]`, and zero points and scales `[rows, groups]`."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -137,17 +137,17 @@ def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[i
 
 def unknown(node: ir.Node) -> Unsupported:
     """Return the error for an unknown packing scheme."""
-    why = "a weight in an unknown packing scheme"
-    return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
+    why = "the packing scheme of the weight is unknown"
+    return Unsupported(why, where=node.name, cure="Merge with --quantized dequantize (quantized='dequantize')")
 
 
 def split(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits from bytes, `[rows, columns]`, int32."""
+    """Unpack numbers of a few bits from bytes to `[rows, columns]`, int32."""
     return unpacked(rows, bits).astype(np.int32)
 
 
 def joined_bits(rows: Array, bits: int) -> Array:
-    """Pack numbers of a few bits into bytes, lowest bits first; rows are padded with zeros."""
+    """Pack numbers of a few bits into bytes, lowest bits first; pad rows with zeros."""
     per = 8 // bits
     full = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per))).astype(np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -155,9 +155,9 @@ def joined_bits(rows: Array, bits: int) -> Array:
     return packed
 
 
-# Layers as onnxruntime's tools write them: fused ones, and those that compute with packed weights.
-#
-# Packed numbers stay unchanged. A branch computes in floating point beside them, on the input before it is quantized.
+# Layers that onnxruntime's tools write: fused layers, and layers that compute with packed weights.
+# To attach an adapter, the packed numbers stay unchanged. The added nodes compute in floating point beside them, on the
+# input before it is quantized.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
 
@@ -179,7 +179,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # A Transpose needs the number of axes, which saved sessions leave out; this operator does not.
+        # Use this operator instead of a Transpose, which needs the number of axes: saved sessions omit it.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -187,7 +187,7 @@ class FusedMatMul(MatMul):
 
 
 class MatMulNBits(Layer):
-    """`x @ W.T` with `W` `[N, K]` in `bits`-bit blocks along K, each with a scale and perhaps a zero point."""
+    """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K that have a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
 
@@ -195,7 +195,7 @@ class MatMulNBits(Layer):
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 2
         plain = known and all(is_constant(one) for one in node.inputs[1:] if one is not None)
-        # Input 4 is `g_idx`, which assigns columns to groups; layers with it are not read.
+        # Skip layers with input 4, `g_idx`, which assigns columns to groups.
         ordered = len(node.inputs) < 5 or node.inputs[4] is None
         return plain and ordered and attribute(node, "bits", 4) in (2, 4, 8)
 
@@ -224,7 +224,7 @@ class MatMulNBits(Layer):
         blocks = -(-K // size)
         q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
-            # Without zero points, the middle of the range stands for 0.
+            # Without zero points, the middle of the range is 0.
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
             zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
@@ -245,7 +245,7 @@ class MatMulNBits(Layer):
 
 
 class MatMulInteger(Layer):
-    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, as dynamic quantization writes it."""
+    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, the result of dynamic quantization."""
 
     op_type = "MatMulInteger"
 
@@ -294,14 +294,14 @@ class MatMulInteger(Layer):
 
 
 def unpacked(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits, lowest bits of a byte first."""
+    """Unpack numbers of a few bits from bytes, lowest bits first; keeps the dtype uint8."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each: Array = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return each.reshape(len(rows), -1)
 
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """Return the weight's scales of a MatMulInteger, and the Mul that multiplies its result by them."""
+    """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by them."""
     found = _scaled(node)
     assert found is not None
     mul = found[0].producer()
@@ -316,7 +316,7 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for another pattern."""
+    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for other patterns."""
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
     if quantizer is None or cast is None or mul is None:
@@ -331,27 +331,27 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     return mul.outputs[0], of_weight[0]
 
 
-# Convert packed layers to floating point, so that a merge can change them; and the choices for packed weights.
+# The choices for packed weights, and the conversion of packed layers to floating point for a merge.
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""Choices of a merge for a packed weight -> their meaning."""
+"""Choice of a merge for a packed weight -> its meaning."""
 
 EXPLAINED = (
-    "Choose: (1) keep_change='float' (--keep-change float): keep the weight as it is, and the change beside it as "
-    "factors of floating point; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
-    "and write a layer of floating point; (3) quantized='requantize' (--quantized requantize): quantize the result "
-    "again in the same scheme, and say how much of the change is left"
+    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
+    "floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
+    "and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): quantize the result "
+    "again in the same scheme, and report how much of the change is left"
 )
 
 KEEPING = {
     "float": "keep each packed weight as it is, and the change beside it as factors of floating point",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""Choices of a merge for the change of a packed weight -> their meaning."""
+"""Choice of a merge for the change of a packed weight -> its meaning."""
 
 MOST_LOST = 0.05
-"""The part of a change that quantizing again may lose by default; if it loses more, the change is kept beside."""
+"""The fraction of a change that quantizing again may lose; by default, a change that would lose more is attached."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -366,7 +366,7 @@ def is_packed(spot: Spot) -> bool:
 
 
 def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
-    """Convert a packed layer to floating point, including its input and output; return the new layer."""
+    """Convert a packed layer, its input and its output to floating point; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
     whole = isinstance(layer, MatMulNBits | MatMulInteger)
     value = _unpacked(spot, layer, whole, building, made)
@@ -378,7 +378,7 @@ def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
 
 
 def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
-    """Return the node with its weight, input and output no longer quantized and dequantized."""
+    """Remove the QuantizeLinear and DequantizeLinear of a node's weight, input and output; return the node."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
     node.replace_input_with(other, layer.read)
@@ -392,7 +392,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
-    """Return the dequantized weight, one initializer per packed one; computed when it is written."""
+    """Return the dequantized weight, which is computed when it is written; one initializer for each packed weight."""
     operand = layer.operand
     key = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
     if key not in made:
@@ -408,13 +408,13 @@ def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: d
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
         made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
         building.model.graph.register_initializer(made[key])
-        # Keep the operand alive, so that no other object gets its id.
+        # Keep the operand alive, so that its id is not reused.
         building.keep(operand)
     return made[key]
 
 
 def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
-    """Replace a node that computes with packed weights by a MatMul, and an Add if it had a bias."""
+    """Replace a node that computes with packed weights by a MatMul, and by an Add if the node has a bias."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
@@ -430,7 +430,7 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Replace all uses of `old` with `new`, and remove the nodes that are left unused."""
+    """Replace all uses of `old` with `new`, and remove the nodes that become unused."""
     if old is new:
         return
     takes_over(old, new, branch)
@@ -438,7 +438,7 @@ def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def drop(node: ir.Node | None) -> None:
-    """Remove a node that nothing reads, and the nodes before it that served only that one."""
+    """Remove a node that nothing reads, and the nodes before it that are then unused."""
     if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
         return
     before = [value.producer() for value in node.inputs if value is not None]
@@ -447,7 +447,7 @@ def drop(node: ir.Node | None) -> None:
         drop(one)
 
 
-# Pack changed weights again, in their original scheme.
+# Pack changed weights again in their original scheme.
 #
 # Scales and zero points are chosen by the same code that requantizes any base; see `adapterkit/quant/_grouped.py`.
 
@@ -457,11 +457,11 @@ class Packing:
     """How a layer's weight is packed.
 
     Attributes:
-        stored: the tensor, and whether the layer sees it transposed.
+        stored: the stored tensor, and whether the layer reads it transposed.
         shape: the stored weight's shape.
-        numbers: its integers, zero points and scales, as rows.
-        rows: converts a weight in stored order to rows.
-        put: gives the layer other integers, zero points and scales.
+        numbers: the integers, zero points and scales, as rows.
+        rows: a function that converts a weight in its stored axis order to rows.
+        put: a function that replaces the layer's integers, zero points and scales.
     """
 
     stored: Stored
@@ -471,7 +471,7 @@ class Packing:
     put: Callable[[PackedNumbers], None]
 
     def tried(self, change: StoredChange) -> tuple[PackedNumbers, dict[str, float]]:
-        """Pack a changed weight; return its numbers and their error, see `damage_of`."""
+        """Pack a changed weight; return the packed numbers and their error (see `damage_of`)."""
         merged = self.rows(change.array()).astype(np.float32)
         found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
         count = len(merged)
@@ -479,7 +479,7 @@ class Packing:
         return found, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
     def source(self, spot: Spot) -> Any:
-        """Return the dequantized numbers in stored order, float32."""
+        """Return the dequantized weight in its stored axis order, float32."""
         make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
         value = self.stored.value
         made = make or (lambda: numbers(value))
@@ -578,7 +578,7 @@ def _in_linear(
 def _in_product(
     spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
 ) -> Packing:  # fmt: skip
-    """`Cast(q) * scale`: 8-bit weights stored without quantization operators."""
+    """Return the packing of `Cast(q) * scale`: 8-bit weights that are stored without quantization operators."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
@@ -606,7 +606,7 @@ def _in_product(
 
 
 def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], building: Building) -> None:
-    """Connect a layer to a copy of its dequantizing node, because others may read the original."""
+    """Connect a layer to a copy of its dequantizing node, because other nodes may read the original."""
     out = ir.Value(name=building.name(f"{node.outputs[0].name}.merged"), type=node.outputs[0].type)
     out.shape = node.outputs[0].shape
     words = {name: one.value for name, one in node.attributes.items()}
@@ -618,12 +618,12 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor in place of an old one and in its dtype; nodes with equal numbers share it."""
+    """Return a new tensor that replaces an old one, in the same dtype; nodes with equal numbers share it."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # By content, so that layers which share a tensor and get equal numbers share the new one, too.
+    # Use the content as key, so that layers that shared a tensor and get equal numbers share the new tensor, too.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

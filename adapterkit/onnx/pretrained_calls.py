@@ -1,4 +1,4 @@
-"""How a transformers model is called for its export: example inputs, names of inputs and outputs, open sizes."""
+"""Describe the call of a transformers model for its export: example inputs, names of inputs and outputs, open sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExportWords:
     Attributes:
         module: a wrapper that takes positional tensors and returns tensors.
         examples: example arguments of several sizes; the first one is traced.
-        inputs: names of the inputs, flattened.
+        inputs: names of the inputs, with nested ones flattened.
         outputs: names of the outputs.
         shapes: names of the open sizes, in the structure of the arguments.
     """
@@ -35,18 +35,18 @@ class ExportWords:
 
 
 def words_of(model: Any, source: Path) -> ExportWords:
-    """Return how a model is called, judging by its class and its forward's signature.
+    """Return a description of a model's call, found from its class and the signature of `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
-        source: its folder, for errors.
+        source: the model's folder, for errors.
 
     Raises:
-        Unsupported: an unknown kind of model.
+        Unsupported: the kind of model is unknown.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         cure = "Export the torch model by adapterkit.onnx.export"
-        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
+        raise Unsupported(f"a {type(model).__name__} does not read tokens", path=source, cure=cure)
     names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
     return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
@@ -71,7 +71,7 @@ def _encoder(model: Any) -> ExportWords:
 
     def example(batch: int, length: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        # Hide a position, so that the check covers padding.
+        # Hide one position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
         kind = torch.zeros_like(mask)
         kind[:, length // 2 :] = 1
@@ -112,10 +112,10 @@ def _causal(model: Any, source: Path) -> ExportWords:
 
     def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        # Hide a position of the past, so that the check covers left padding.
+        # Hide one position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
-        # The past is random instead of zero, so that outputs depend on it.
+        # Use a random past instead of zeros, so that the outputs depend on it.
         held = [
             tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
             for pair in sizes
@@ -134,7 +134,7 @@ def _causal(model: Any, source: Path) -> ExportWords:
 
 
 def past_names(word: str, layers: int) -> list[str]:
-    """Return the names of cached keys and values, as optimum gives them to inputs and outputs."""
+    """Return the names of the inputs or outputs for cached keys and values, as in optimum."""
     return [f"{word}.{at}.{part}" for at in range(layers) for part in ("key", "value")]
 
 
@@ -144,7 +144,7 @@ def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
 
 
 def tokens(model: Any, batch: int, length: int) -> Any:
-    """Return random tokens of a model's vocabulary."""
+    """Return random tokens from a model's vocabulary, `[batch, length]`."""
     import torch
 
     most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
@@ -157,8 +157,8 @@ def pairs(cache: Any) -> list[tuple[Any, Any]]:
 
 
 def past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return heads and head size of each layer's keys and values, by running the model once."""
-    # Configs name these sizes differently per architecture, so they are read off a real cache.
+    """Run the model once; return the number and size of heads of each layer's keys and values."""
+    # Read these sizes from a real cache, because configs name them differently for each architecture.
     import torch
 
     cache = import_module("transformers").DynamicCache()
@@ -167,9 +167,9 @@ def past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int
             model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)
         sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs(cache)]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
+        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({error})"
         raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
     if not sizes:
-        why = f"a {type(model).__name__} that keeps no keys and values"
+        why = f"a {type(model).__name__} does not cache keys and values"
         raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
     return sizes

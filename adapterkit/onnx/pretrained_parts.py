@@ -1,6 +1,6 @@
-"""Models that are exported as several graphs: encoder-decoders, and language models that read images.
+"""Export models as several graphs: encoder-decoders, and language models that read images.
 
-The files have the names that optimum and transformers.js look for. An encoder-decoder becomes `encoder_model.onnx`,
+The files have the names that optimum and transformers.js expect. An encoder-decoder becomes `encoder_model.onnx`,
 `decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. A language model that reads
 images becomes `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx`, which reads embeddings.
 """
@@ -23,32 +23,33 @@ ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decod
 VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 
 FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
-"""All graphs that an export of a folder of graphs writes."""
+"""The names of all graphs that an export may write for the parts of a model."""
 
 MASKED = ("input_ids",)
-"""Main inputs of encoders that need a mask beside them."""
+"""Main inputs of encoders that also need a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Other main inputs -> the types of models whose encoder reads nothing else."""
+"""Other main inputs -> the `model_type` of models whose encoder reads only this input."""
 
 CLOSE = 1e-4
-"""Largest relative difference between the parts and the whole torch model, in float32."""
+"""Largest relative difference between the parts and the whole torch model in float32."""
 
 CLOSE_NARROW = 3e-2
-"""The same, where the model computes in 16 bits."""
+"""Largest relative difference between the parts and the whole torch model in 16 bits."""
 
 _WHOLE = "Export the torch model by adapterkit.onnx.export"
 
 
 def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
-    """Return the graphs that a model becomes, by file name; an empty dictionary if it is exported as one graph.
+    """Return the parts of a model to export as graphs, by file name; empty if the model becomes one graph.
 
     Args:
-        model: a transformers model in evaluation mode. Its attention is set to `eager`, which all exporters can trace.
-        source: its folder, for errors.
+        model: a transformers model in evaluation mode. Its attention implementation is set to `eager`, which can be
+            traced.
+        source: the model's folder, for errors.
 
     Raises:
-        Unsupported: an encoder-decoder of an unknown kind, or a model that is not the sum of such parts.
+        Unsupported: the kind of encoder-decoder is unknown, or the model computes more than its parts do.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _encoder_decoder(model, source)
@@ -65,20 +66,20 @@ def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
 
     main, kind = model.main_input_name, model.config.model_type
     if main not in MASKED and kind not in UNMASKED.get(main, ()):
-        why = f"an encoder-decoder of the type {kind}, whose encoder reads {main}"
+        why = f"the model is an encoder-decoder of the unknown type {kind}, whose encoder reads {main}"
         raise Unsupported(why, path=source, cure=_WHOLE)
     if not hasattr(model, "lm_head") and not hasattr(model, "proj_out") and not hasattr(model, "decoder"):
-        why = f"a {type(model).__name__}, which writes no tokens"
+        why = f"a {type(model).__name__} does not generate tokens"
         raise Unsupported(why, path=source, cure="Name the folder of a model that generates, or " + _WHOLE.lower())
-    # torch.export cannot follow the strides of its fused attention beside a position bias, as in T5.
+    # torch.export cannot trace the strides of torch's fused attention with a position bias, as in T5.
     with silent():
         model.set_attn_implementation("eager")
     masked = main in MASKED
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # In the encoder's output, the number of positions is fixed for sounds and images, and so are the heads of the
-        # past, which configs name differently.
+        # Run the encoder to get the sizes of its output: configs name them differently, and for sounds and images, the
+        # number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
     sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
@@ -101,7 +102,7 @@ def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ..
     rng = torch.Generator().manual_seed(batch)
     if main in MASKED:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide a position, so that the check covers padding.
+        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide one position, so that the check covers padding.
         return tokens(model, batch, length), mask
     # Whisper's second convolution halves the number of frames.
     frames = (model.config.num_mel_bins, 2 * model.config.max_source_positions) if main == "input_features" else (0, 0)
@@ -147,7 +148,7 @@ def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
 
 
 def _empty_cache(past: Sequence[Sequence[Any]] = ()) -> Any:
-    """Return a cache; with the keys and values of the encoder, attentions read them instead of computing them."""
+    """Return a cache with a past; attentions read the encoder's keys and values from it if it has them."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -157,7 +158,7 @@ def _empty_cache(past: Sequence[Sequence[Any]] = ()) -> Any:
 
 
 def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return heads and head size of each layer's keys and values: the decoder's own, then those of the encoder."""
+    """Return the number and size of heads of each layer's keys and values: the decoder's, then the encoder's."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -167,10 +168,10 @@ def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
         sizes = [tuple((one.shape[1], one.shape[3]) for one in (*own, *cross)) for own, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({first_line(error)})"
+        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     if not sizes:
-        raise Unsupported(f"a {type(model).__name__} that keeps no keys and values", path=source, cure=_WHOLE)
+        raise Unsupported(f"a {type(model).__name__} does not cache keys and values", path=source, cure=_WHOLE)
     return sizes
 
 
@@ -182,9 +183,9 @@ def _decoder(
     model: Any, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]], masked: bool,
     past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Return the decoder's call: for the first token, or with a past.
+    """Return a description of the decoder's call: for the first token, or with a past.
 
-    With a past, it does not read the encoder's output, whose keys and values are in the past already.
+    With a past, the decoder does not read the encoder's output: the past has the keys and values of that output.
     """
     import torch
     from torch import nn
@@ -197,7 +198,7 @@ def _decoder(
         def forward(self, ids: Any, mask: Any, states: Any, held: Any) -> Any:
             if past:
                 cross = held[0][2]
-                # Nothing reads these numbers: attentions take the encoder's keys and values from the past.
+                # Pass zeros, which are not used: attentions read the encoder's keys and values from the past.
                 states = cross.new_zeros(cross.shape[0], cross.shape[2], width)
             cache = _empty_cache(held or ())
             logits = _decode(self.model, ids, states, mask, cache)
@@ -215,7 +216,7 @@ def _decoder(
         mask = torch.ones(batch, size, dtype=torch.int64)
         mask[0, size - 1 :] = 0 if batch > 1 else 1
         counts = (before, before, size, size)
-        # The past is random instead of zero, so that outputs depend on it.
+        # Use a random past instead of zeros, so that the outputs depend on it.
         held = [tuple(drawn(batch, n, c, w) for (n, w), c in zip(layer, counts, strict=True)) for layer in heads]
         return (
             tokens(model, batch, length), mask if masked else None, None if past else drawn(batch, size, width),
@@ -239,7 +240,7 @@ def _decoder(
     return ExportWords(Decoder().eval(), examples, inputs, outputs, shapes)
 
 
-# Language models that read images: their features take the places of image tokens among the embeddings.
+# Language models that read images: image features replace the embeddings of image tokens.
 
 
 def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
@@ -291,14 +292,14 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
         other = torch.randn(pixels.shape, generator=rng).to(kind)
         _check_parts(model, vision, embedding, decoder, pixels, told)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
-        why = f"a {type(model).__name__} is not called part by part like LLaVA ({first_line(error)})"
+        why = f"a {type(model).__name__} cannot be called part by part like LLaVA ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     sizes = past_sizes(model, word, source)
     width = embedding(tokens(model, 1, 1)).shape[-1]
 
     def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide a position of the past, so that the check covers padding.
+        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide one position, so that the check covers padding.
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         embedded = torch.randn(batch, length, width, generator=rng).to(kind)
         held = [
@@ -325,10 +326,10 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
 
 
 def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: Any, told: Sequence[str]) -> None:
-    """Check that embeddings with image features in place of image tokens give the whole model's logits.
+    """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
-    Some models look at image tokens in other places too, for example for a mask that is not causal, or for positions of
-    rows and columns. Their graphs would run and be wrong.
+    Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for positions of rows
+    and columns. Their graphs would run, but compute something else.
 
     Raises:
         ValueError: the logits differ.
@@ -346,7 +347,7 @@ def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: 
         around[around == mark] = (mark + 1) % int(model.config.get_text_config().vocab_size)
         ids = torch.cat([around[:, :2], torch.full((1, count), mark), around[:, 2:]], 1)
         asked = inspect.signature(model.forward).parameters
-        # Processors tell image tokens from others, by which some models let them attend to each other.
+        # Pass token types, with which processors mark image tokens: some models let image tokens attend to each other.
         kinds = {name: (ids == mark).long() for name in ("token_type_ids", "mm_token_type_ids") if name in asked}
         mask = torch.ones_like(ids)
         whole = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, **kinds, return_dict=True).logits
@@ -356,4 +357,4 @@ def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: 
         logits, _ = decoder(embedded, *(given[name] for name in told), None)
     apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
     if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
-        raise ValueError(f"its logits differ by {apart:.2g} if they are computed from embeddings")
+        raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")

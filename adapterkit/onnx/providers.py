@@ -1,4 +1,4 @@
-"""Find the provider that onnxruntime really runs on: it lists all built-in ones, and silently falls back to another."""
+"""Find an execution provider that works: onnxruntime lists all built-in ones, and silently falls back to others."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from typing import Any
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-"""Providers that need NVIDIA's driver; without it, onnxruntime would load their libraries and print errors."""
+"""Providers that need NVIDIA's driver; without the driver, onnxruntime would load their libraries and print errors."""
 
 WORDS = {
     "cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider",
     "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "dml": "DmlExecutionProvider",
     "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider", "webgpu": "WebGpuExecutionProvider",
 }  # fmt: skip
-"""Short names of providers -> onnxruntime's."""
+"""Short name of a provider -> onnxruntime's name."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
-"""Provider options for full float32 precision: by default, CUDA may round to TF32."""
+"""Options of providers for full float32 precision: by default, CUDA may round to TF32."""
 
 
 def named(provider: str) -> str:
-    """Return onnxruntime's name of a provider, which may be given by a short one such as `openvino`."""
+    """Return onnxruntime's name of a provider; accepts short names such as `openvino`."""
     return WORDS.get(provider.lower(), provider)
 
 
 @cache
 def best_provider() -> str:
-    """Return CUDA if a session really starts on it, else the CPU."""
+    """Return CUDA if a session starts on it, otherwise the CPU."""
     return CUDA if runs_on(CUDA) else CPU
 
 
 @cache
 def runs_on(provider: str) -> bool:
-    """Whether a session of one node starts on a provider and stays there."""
+    """Whether a session with a graph of one node starts on a provider, without a fallback to another one."""
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
-        # CUDA libraries from pip's nvidia packages are not on the loader's search path.
+        # Load the CUDA libraries of pip's nvidia packages, which are not on the loader's search path.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
     except Exception:  # onnxruntime's errors have no common base class.
         return False
-    # onnxruntime may fall back to the CPU without an error.
+    # Compare the provider, because onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 
 def with_options(provider: str) -> list[object]:
-    """Return a provider with its options, followed by the CPU for operators that it has no kernel for."""
+    """Return a provider with its options, and the CPU as fallback for operators without a kernel on that provider."""
     first = (provider, EXACT[provider]) if provider in EXACT else provider
     return [first] if provider == CPU else [first, CPU]
 
@@ -64,7 +64,7 @@ def quiet_options() -> Any:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
-    # 4 means fatal. Anything milder would be printed to stderr, past Python's logging.
+    # 4 means fatal. onnxruntime would print messages of other levels to stderr, without Python's logging.
     options.log_severity_level = 4
     return options
 

@@ -1,4 +1,4 @@
-"""Open the arguments that the functions of this package share: a model, an adapter, and the base's weights."""
+"""Open the arguments that functions of this package share: an adapter and the base's weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
 
 
 def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> list[Path]:
-    """Return the files that an adapter and the base's weights are read from."""
+    """Return the files of an adapter and of the base's weights."""
     from ..formats import files_of, files_read
 
     files = [] if base_weights is None else list(opened_base(base_weights).files)
@@ -42,15 +42,15 @@ def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None)
 
 
 def name_of(adapter: Adapter | str | PathLike[str]) -> str:
-    """Return the name of an adapter in messages."""
+    """Return the name of an adapter for messages."""
     return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
 
 
 def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
-    """Return warnings if adapters name another base than this one; none if no base is given.
+    """Return a warning for each adapter that names another base than this one; none if no base is given.
 
     Raises:
-        CheckFailed: there is a warning, and `strict` is set.
+        CheckFailed: there would be a warning, and `strict` is set.
     """
     if base is None:
         return ()
@@ -60,16 +60,16 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object]:
-    """Return the config of the exported model: the base's, or the one beside the graph.
+    """Return the config of the exported model, from the base or from the graph's folder.
 
     Raises:
-        UsageError: there is neither.
-        Malformed: it is not a JSON object.
+        UsageError: there is no config.
+        Malformed: the config is not a JSON object.
     """
     if base is not None and base.config is not None:
         return base.config
     beside = None if path is None else path.parent / "config.json"
     if beside is None or not beside.is_file():
         why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
-        raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
+        raise UsageError(why, path=path, cure="Pass the base's folder: --base-weights DIR (base_weights=DIR)")
     return read_json(beside)
