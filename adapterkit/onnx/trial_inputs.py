@@ -1,4 +1,4 @@
-"""Inputs to try a graph on, of sizes that go together."""
+"""Make inputs for a trial run of a graph, with sizes that match each other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import AdapterkitError
 from ..io.inputs import read_input
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for open sizes by axis, tried one after the other. onnxruntime's GroupQueryAttention takes several tokens
-behind a past for one text alone."""
+"""Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
+onnxruntime's GroupQueryAttention only takes several tokens after a past for a single text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -29,14 +29,15 @@ _TYPES = {
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 Sizes = Mapping[str, int]
-"""Sizes from the configs beside a graph: `head_size`, `heads` of the past, `channels`, `height`, `width` of images."""
+"""Sizes from the configs beside a graph: `head_size` and `heads` of the past; `channels`, `height`, `width` of
+images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
-    """Return the sizes that the configs beside a graph give: of onnxruntime-genai, and of transformers.
+    """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
-    A graph of onnxruntime-genai leaves the head size open, and one of an image model its channels, height and width,
-    though it runs with one size alone.
+    A graph by onnxruntime-genai declares the head size as open, and the graph of an image model its channels, height
+    and width, although each runs with a single size only.
     """
     if graph is None:
         return {}
@@ -54,7 +55,7 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    """Return a config; an empty one if it is missing or damaged, since it only helps."""
+    """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
     try:
         told = json.loads(read_input(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError, AdapterkitError):
@@ -63,7 +64,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Any]:
-    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch.
+    """Return inputs for a graph; open axes of the same name have the same size, and the first axis is the batch.
 
     Args:
         session: the graph in onnxruntime.
@@ -81,11 +82,12 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # A mask of onnxruntime-genai's graphs counts tokens, so that a hidden last one leaves memory unwritten.
+            # Show all tokens to onnxruntime-genai's graphs: they use the mask to count tokens, and with a hidden last
+            # token, some output memory is not written.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
-            # 0 and 1 are valid as tokens, token types and masks of any model.
+            # Use 0 and 1, which are valid tokens, token types and masks for any model.
             feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
         else:
             feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
@@ -93,7 +95,7 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
 
 
 def _name_sizes(entry: Any, known: Sizes, named: dict[str, int]) -> None:
-    """Give the open axes of an input their sizes from the configs."""
+    """Set the sizes of an input's open axes from the configs."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
@@ -114,7 +116,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
+    """Return ones with a 0 at the end: some entries stay visible, whether 0 or 1 means hidden."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False
@@ -128,5 +130,5 @@ def _size(axis: object, position: int, named: dict[str, int], sizes: Sequence[in
 
 
 def numbers_in(feeds: Feeds) -> int:
-    """Return how many numbers inputs have."""
+    """Return the total number of elements of inputs."""
     return sum(math.prod(np.shape(array)) for array in feeds.values())
