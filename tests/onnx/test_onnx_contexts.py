@@ -111,8 +111,8 @@ def test_what_context_refuses(base, encoders, tmp_path):
     for error, match, adapter, words in (
         (ShapeMismatch, "embeddings of 6", of("prompt", P=torch.randn(2, 6)), {}),
         (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
-        (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
-        (TargetNotFound, "no node tells of such a module", gated, {}),
+        (Unsupported, "prompts and prefixes cannot be slots", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
+        (TargetNotFound, "no module of this name", gated, {}),
     ):
         with pytest.raises(error, match=match):
             ak.onnx.inject(graph, adapter, out, **words)

@@ -63,7 +63,7 @@ def in_a_node(proto):
 
 def nameless(proto):
     proto.graph.initializer[0].name = ""
-    return "nothing gives its input|without a name"
+    return "nothing computes its input|without a name"
 
 
 def in_circles(proto):
@@ -73,7 +73,7 @@ def in_circles(proto):
 
 def from_nowhere(proto):
     proto.graph.node[1].input[1] = "nowhere"
-    return "/0/MatMul: nothing gives its input 'nowhere'"
+    return "/0/MatMul: nothing computes its input 'nowhere'"
 
 
 def twice(proto):

@@ -204,7 +204,7 @@ def test_targets_of_one_weight_whose_order_counts(tmp_path, plain):
         Target("0", rows=(0, 4)): (METHODS["lora"](A=torch.randn(2, 16), B=torch.randn(4, 2)),),
         Target("0", rows=(4, 8)): (METHODS["ia3"](l=torch.rand(4)),),
     })  # fmt: skip
-    refused(Unsupported, "several targets of one adapter at one weight", plain, whole, tmp_path / "out.onnx")
-    with pytest.raises(Unsupported, match="several targets of one adapter at one weight"):
+    refused(Unsupported, "several targets of one adapter are at one weight", plain, whole, tmp_path / "out.onnx")
+    with pytest.raises(Unsupported, match="several targets of one adapter are at one weight"):
         ak.onnx.merge(plain, whole, tmp_path / "out.onnx")
     ak.onnx.merge(plain, apart_, tmp_path / "out.onnx")
