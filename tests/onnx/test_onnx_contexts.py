@@ -109,8 +109,8 @@ def test_what_context_refuses(base, encoders, tmp_path):
     gate = {"gate": torch.randn(1, 8), "gate_bias": torch.zeros(1)}
     gated = of("gated_prefix", P=torch.randn(1, 2, 1, 4, 4), **gate)
     for error, match, adapter, words in (
-        (ShapeMismatch, "embeddings of 6", of("prompt", P=torch.randn(2, 6)), {}),
-        (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
+        (ShapeMismatch, "made for 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
+        (ShapeMismatch, "the prefix has 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
         (Unsupported, "prompts and prefixes cannot be slots", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
         (TargetNotFound, "no module of this name", gated, {}),
     ):
