@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -21,13 +21,20 @@ from .found import FoldedNorm, Found, Spot
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
 from .rowwise import RowSlots
-from .values import Unsayable, Value
+from .values import Unsayable, Value, computed_over
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.updates.layer import Layer as FormulaLayer
+    from ..io.lazy import Leaf
+    from .slots import Slots
 
 
 class Slice:
     """The outputs `start` to `stop` of a layer, as an update of these rows of a fused weight sees them."""
 
-    def __init__(self, layer: Layer | Normed, rows: tuple[int, int]) -> None:
+    def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
         self.x, self.branch = layer.x, layer.branch
         self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
@@ -42,7 +49,7 @@ class Slice:
 
     @property
     def weight(self) -> Value:
-        return self.layer.weight[self.rows]
+        return known_weight(self.layer)[self.rows]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,8 +114,7 @@ class Normed:
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
-        spread: Value = self.per_channel(self._known(array))
-        return spread
+        return self.per_channel(self._known(array))
 
     def _known(self, array: Array) -> Value:
         return Value(self.branch, array.shape, self.dtype, None, lambda: array)
@@ -117,7 +123,7 @@ class Normed:
 class Turned:
     """A layer with the first two axes of its weight swapped, the orientation in which embeddings store weights."""
 
-    def __init__(self, layer: Layer | Normed) -> None:
+    def __init__(self, layer: Layer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
         self.channel, self.direct, self.per_channel, self.bias = layer.channel, False, layer.per_channel, layer.bias
 
@@ -126,7 +132,7 @@ class Turned:
 
     @property
     def weight(self) -> Value:
-        return self.layer.weight.swapaxes(0, 1)
+        return known_weight(self.layer).swapaxes(0, 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,10 +145,28 @@ class Turned:
         raise Unsayable("a mix of channels behind a turned weight")
 
 
+TargetView = Layer | Ended | Normed | Slice | Turned
+"""A target as formulas see it."""
+
+
+def known_weight(layer: TargetView) -> Value:
+    """Return the weight of a target.
+
+    Raises:
+        Unsayable: the target is a module without a weight.
+    """
+    weight = layer.weight
+    if weight is None:
+        raise Unsayable("a module has no weight")
+    return weight
+
+
 # Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target.
 
 
-def attach(found: Sequence[Found], building: Building, slots: Any = None, words: CallWords | None = None) -> None:
+def attach(
+    found: Sequence[Found], building: Building, slots: Slots | RowSlots | None = None, words: CallWords | None = None
+) -> None:
     """Insert the nodes of every target into the graph. Several targets at one node are row slices of a fused weight.
 
     Args:
@@ -173,12 +197,17 @@ def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spo
     return replace(spot, node=apart[spot.node], kind=MatMul)
 
 
-def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: CallWords) -> None:
+def _attach(
+    place: Found, spot: Spot | None, building: Building, slots: Slots | RowSlots | None, words: CallWords
+) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
     layer = _layer(place, spot, branch)
     layer.call = words.at(layer)
-    core: Any = layer if place.norm is None else Normed(layer, place.norm)
-    seen: Any = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
+    core: Layer | Ended | Normed = layer
+    if place.norm is not None:
+        assert isinstance(layer, Layer)  # `_layer` refuses other targets with a folded norm.
+        core = Normed(layer, place.norm)
+    seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
     if isinstance(slots, RowSlots):
         y = slots.output(seen, layer, place)
@@ -226,7 +255,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
 
 
-def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
+def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
     """Return the target with the interface that formulas use."""
     if spot is None:
         assert place.outlet is not None
@@ -241,7 +270,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Any, bias: object) -> None:
+def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):
@@ -259,7 +288,7 @@ def _check(place: Found, layer: Any, bias: object) -> None:
             raise Unsupported(why, where=str(place.asked), cure="Inject into the graph before it is optimised")
 
 
-def _eaten(layer: Any) -> str | None:
+def _eaten(layer: Layer | Ended) -> str | None:
     """Return the operator of the fused node that also adds the layer's bias; None if there is no such node."""
     # The position of the bias among the inputs of each fused operator of onnxruntime.
     uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
@@ -274,19 +303,18 @@ def _eaten(layer: Any) -> str | None:
     return None
 
 
-def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any) -> Update:
+def _valued(update: Update, layer: Layer | Ended, place: Found, position: int, slots: Slots | None) -> Update:
     """Return the update with graph values in place of its tensors, in the dtype that the layer computes in."""
     if slots is not None:
-        opened: Update = slots.opened(update, layer, place, position)
-        return opened
+        return slots.opened(update, layer, place, position)
     building, dtype = layer.branch.building, layer.dtype
     name = (
         f"{place.target}.{update.method}" if len(place.updates) == 1 else f"{place.target}.{position}.{update.method}"
     )
 
-    def value(field: str, leaf: Any) -> Value:
-        def make() -> Any:
-            array = as_array(leaf)
+    def value(field: str, leaf: Leaf) -> Value:
+        def make() -> Array:
+            array: Array = as_array(leaf)
             return array.astype("i8" if array.dtype.kind in "iu" else dtype)
 
         key = building.keep(leaf), dtype.str
@@ -298,12 +326,12 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
     return update.replace(**{field: value(field, leaf) for field, leaf in update.tensors.items()})
 
 
-def _wide(leaf: Any) -> Any:
-    array = as_array(leaf)
+def _wide(leaf: Leaf) -> Array:
+    array: Array = as_array(leaf)
     return array.astype("i8" if array.dtype.kind in "iu" else np.float64)
 
 
-def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
+def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
     """Return the update if nodes can express its formula; otherwise, return its dense equivalent at this weight."""
     # Try the formula, and always remove the nodes that it appended.
     if isinstance(update, OutputUpdate):
@@ -320,24 +348,26 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
     return update
 
 
-def _slotted(update: Update, position: int, seen: Any, layer: Any, place: Found, slots: Any) -> Update:
+def _slotted(
+    update: Update, position: int, seen: TargetView, layer: Layer | Ended, place: Found, slots: Slots
+) -> Update:
     """Return the update over slots for its own tensors, or for factors computed from them and the base's weight."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
-        factors: Update | None = slots.factored(place.updates[position], layer, place, position)
+        factors = slots.factored(place.updates[position], layer, place, position)
         if factors is None:
             raise
         return factors
 
 
-def _worked_out(update: Update, layer: Any) -> Update:
+def _worked_out(update: Update, layer: TargetView) -> Update:
     """Evaluate the formula at a known weight, in float64 with one rounding; return an added or a replaced weight."""
-    held = update.map(_numbers)
+    held = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
         return Dense(D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
-    W: Any = layer.weight.numbers().astype(np.float64)
+    W: Any = known_weight(layer).numbers().astype(np.float64)
     held = held.settled(W) if held.bias_sees_weight else held
     weight: Any = held.new_weight(W) if held.changes_weight else None
     b = layer.bias if held.changes_bias else None
@@ -345,19 +375,20 @@ def _worked_out(update: Update, layer: Any) -> Update:
     return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 
-def _numbers(value: Any) -> Any:
-    known = value.known()
-    return np.array(known)
+def _numbers(value: Value) -> Array:
+    assert value.known is not None
+    return np.array(value.known())
 
 
-def _constant(layer: Any, array: Any) -> Any:
+def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
+    """Return numbers as a constant of the layer's dtype, of the type of formulas."""
     if array is None:
         return None
-    kind = layer.weight.dtype
-    return Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array))
+    kind = known_weight(layer).dtype
+    return cast("Tensor", Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array)))
 
 
-def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
+def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -> Value:
     """Return the layer's new output by its updates' formulas; a grouped layer only gets a new weight and bias.
 
     Args:
@@ -368,31 +399,36 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
-    chain = layer
+    # Formulas are typed for tensors, and compute with graph values in the same way.
+    chain = cast("FormulaLayer", layer)
     for update in updates:
-        chain = Composed(chain, update)
+        chain = cast("FormulaLayer", Composed(chain, update))
     if (layer.direct and (not added or not weights or not inner)) or not inner:
-        return cast(Value, chain(layer.x))
+        return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:
         raise Unsayable("an output update follows an update of weights")
     if not added:
-        y: Value = layer.op(layer.x, chain.weight)
-        return y if chain.bias is None else y + layer.per_channel(chain.bias)
-    y = layer(layer.x) + layer.op(layer.x, chain.weight - layer.weight)
-    return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)
+        y = layer.op(layer.x, cast(Value, chain.weight))
+        return y if chain.bias is None else y + layer.per_channel(cast(Value, chain.bias))
+    y = layer(layer.x) + layer.op(layer.x, cast(Value, chain.weight) - known_weight(layer))
+    return y if layer.bias is None else y + layer.per_channel(cast(Value, chain.bias) - layer.bias)
 
 
-def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
+def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
     """Replace a layer's output, and its input if the update moved it; remove nodes that nothing reads any more."""
     last = layer.end.producer()
-    if layer.moved is not None:
-        if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):
+    if isinstance(layer, Ended) and layer.moved is not None:
+        graph = None if layer.node is None else layer.node.graph
+        if any(use.node.graph is not graph for use in layer.x.value.uses() if use.node.graph is not None):
             raise Unsupported("a subgraph reads the input of this block", where=branch.name, cure=_KEEP)
         before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
     behind(layer.end, new, branch)
+    assert layer.call is not None
     if not layer.call.shadow.hand_on(new):
         branch.close()
     for node in dict.fromkeys((last, layer.node)):
+        if node is None or node.graph is None:
+            continue
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             node.graph.remove(node, safe=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,10 +18,13 @@ from ..core.adapter import Target
 from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import as_array
-from .building import Branch, Building, before, element_type
+from .building import Branch, Building, Dtype, before, element_type
 from .modules import Module, module_at
 from .operands import is_constant, shape_of
-from .values import SYMBOLS, Value, concatenated
+from .values import SYMBOLS, Value, computed_over, concatenated
+
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
 
 _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
@@ -121,14 +124,15 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     branch.close()
 
 
-def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Any, target: Target) -> Value:
+def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
     """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
 
-    def value(leaf: Any) -> Value:
+    def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)
         return Value(branch, array.shape, kind, None, lambda: array)
 
-    found: Any = update.map(value).prefix(_reads(update, at, branch, target))  # type: ignore[arg-type]
+    gate_input: Any = _reads(update, at, branch, target)
+    found: Any = computed_over(update, value).prefix(gate_input)
     heads = found.shape[2]
     if at.heads % heads:
         why = f"the prefix was made for {heads} heads, and the attention has {at.heads}"
@@ -139,7 +143,7 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Any, 
     return out
 
 
-def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Any:
+def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Value | None:
     """Return the attention's input, if the prefix has a gate that reads it; otherwise None."""
     gate = update.tensors.get("gate")
     if gate is None:
@@ -156,7 +160,7 @@ def _of_rows(past: Value, at: AttentionNodes, branch: Branch) -> Value:
     return past * _ones(at, branch, past.dtype)[:, None]
 
 
-def _ones(at: AttentionNodes, branch: Branch, kind: Any) -> Value:
+def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
     """Return ones `[rows, heads, 1, 1]`; a product with them expands a constant to the rows of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])

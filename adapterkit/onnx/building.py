@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, Unsupported
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 Array = np.ndarray[Any, Any]
+
+Dtype = np.dtype[np.generic]
+
+Attribute = str | int | float | Sequence[int] | Sequence[float] | ir.TensorProtocol | ir.Attr
+"""The value of a node's attribute."""
 
 OPSET = 13
 """The oldest opset that the added nodes support; models of an older opset are first converted to this one."""
@@ -31,8 +39,8 @@ class Building:
         self.opset = model.graph.opset_imports.get("", OPSET)
         self.taken = {value.name for graph in model.graphs() for value in _values(graph)}
         self.taken |= {node.name for graph in model.graphs() for node in graph}
-        self.tensors: dict[Any, ir.Value] = {}
-        self.kept: list[Any] = []
+        self.tensors: dict[Hashable, ir.Value] = {}
+        self.kept: list[object] = []
         self.inputs: list[ir.Value] = []
         self.moved: dict[ir.Value, ir.Value] = {}
 
@@ -52,7 +60,7 @@ class Building:
         self.taken.add(name)
         return name
 
-    def tensor(self, key: Any, wanted: str, make: Callable[[], Array]) -> ir.Value:
+    def tensor(self, key: Hashable, wanted: str, make: Callable[[], Array]) -> ir.Value:
         """Return the initializer made from `key`. `settle` registers it with the graph if a node reads it."""
         if key not in self.tensors:
             array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
@@ -69,7 +77,7 @@ class Building:
             ("literal", array.dtype.str, array.shape, array.tobytes()), "adapterkit.constant", lambda: array
         )
 
-    def slot(self, key: Any, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
+    def slot(self, key: Hashable, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
         """Return an optional input: an initializer, which holds the default, that is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
@@ -78,7 +86,7 @@ class Building:
             self.inputs.append(value)
         return self.tensors[key]
 
-    def keep(self, thing: Any) -> int:
+    def keep(self, thing: object) -> int:
         """Return the `id` of an object, and keep the object alive so that the id is not reused."""
         self.kept.append(thing)
         return id(thing)
@@ -109,8 +117,8 @@ class Branch:
         return self.building.opset
 
     def node(
-        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any,
-        position: int = 0, domain: str = "",
+        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
+        dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
         """Append a node of which only the output at `position` is read; return that output."""
         name = self.building.name(f"{self.name}/{op}")
@@ -147,7 +155,7 @@ KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueez
 """Operators whose output has the element type of their first input."""
 
 
-def element_type(value: ir.Value | None) -> np.dtype[Any]:
+def element_type(value: ir.Value | None) -> Dtype:
     """Return the numpy dtype of a value. If the graph does not give it, follow the producers; by default, float32."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
@@ -163,7 +171,7 @@ def element_type(value: ir.Value | None) -> np.dtype[Any]:
     return np.dtype(np.float32)
 
 
-def _cast_to(node: ir.Node) -> np.dtype[Any]:
+def _cast_to(node: ir.Node) -> Dtype:
     to = node.attributes["to"].as_int()
     try:
         return ir.DataType(to).numpy()
@@ -179,14 +187,17 @@ def kind_of(value: ir.Value) -> ir.DataType:
     return ir.DataType.from_numpy(element_type(value))
 
 
-def _typed(name: str, value: Any) -> Any:
+def _typed(name: str, value: Attribute) -> Attribute:
     """Return an attribute in the form that `ir.node` accepts.
 
     Give the type of a list of integers here. Otherwise, onnx-ir checks each of its protocols to find the type, which
     took a quarter of the time of an injection.
     """
-    whole = isinstance(value, list | tuple) and bool(value) and {*map(type, value)} == {int}
-    return ir.AttrInt64s(name, value) if whole else value
+    if isinstance(value, list | tuple):
+        whole = [one for one in value if type(one) is int]
+        if whole and len(whole) == len(value):
+            return ir.AttrInt64s(name, whole)
+    return value
 
 
 def _disconnect(nodes: Sequence[ir.Node]) -> None:

@@ -7,7 +7,7 @@ the tokens of the call; see tokens.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +35,8 @@ from .values import SYMBOLS, Value, plain
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
+    from .outlets import Ended
+    from .tokens import Size
 
 
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
@@ -48,7 +50,7 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of graph outputs that hold the last layer's output."""
 
 
-def first_pass(words: CallWords, told: Any) -> ir.Value:
+def first_pass(words: CallWords, told: str | None) -> ir.Value:
     """Copy the nodes that compute the last layer's output; return the copy's output for the tokens of the call.
 
     Args:
@@ -103,7 +105,7 @@ def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(element_type(other)).value
 
 
-def _last(model: ir.Model, told: Any) -> ir.Value:
+def _last(model: ir.Model, told: str | None) -> ir.Value:
     values = {out.name: out for node in model.graph for out in node.outputs}
     if told is not None:
         if told not in values:
@@ -158,7 +160,7 @@ class CallWords:
 
     def __init__(
         self, building: Building, updates: Iterable[object], told: Mapping[str, JsonValue] | None = None,
-        config: Callable[[], Mapping[str, Any]] | None = None,
+        config: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
@@ -171,7 +173,8 @@ class CallWords:
                 cure = "Give the name of a value of the graph; for task_ids, the number of one task is possible, too"
                 raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
         self.made: dict[str, ir.Value] = {}
-        self.hidden = first_pass(self, self.told.get(LAST)) if LAST in asked else None
+        last = self.told.get(LAST)
+        self.hidden = first_pass(self, last if isinstance(last, str) else None) if LAST in asked else None
         self.shadows = Shadows(self, config)
 
     @property
@@ -180,7 +183,7 @@ class CallWords:
         said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
         return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
 
-    def at(self, layer: Layer) -> Heard:
+    def at(self, layer: Layer | Ended) -> Heard:
         """Return the inputs as a layer's formula sees them."""
         return Heard(self, layer)
 
@@ -194,7 +197,7 @@ class CallWords:
             raise UsageError(f"the graph has no input {name}", where=f"call: {word}", cure="Name one of its inputs")
         return found
 
-    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
+    def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
         """Add an integer input to the graph, once per name."""
         if word not in self.made:
             kind = ir.TensorType(ir.DataType.INT64)
@@ -212,11 +215,11 @@ class Heard:
         layer: the layer whose formula reads them.
     """
 
-    def __init__(self, words: CallWords, layer: Layer) -> None:
+    def __init__(self, words: CallWords, layer: Layer | Ended) -> None:
         self.words, self.layer = words, layer
         self.shadow = State(words.shadows, self)
 
-    def __getitem__(self, word: str) -> Any:
+    def __getitem__(self, word: str) -> State | Value:
         if word == SHADOW:
             return self.shadow
         formula = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)

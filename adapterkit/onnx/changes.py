@@ -5,10 +5,9 @@ If a node reads a weight through transpositions, the stored tensor is changed, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +18,7 @@ from ..merging.blocks import blocks
 from ..merging.compute import BlockMerger
 from ..merging.planned import Output
 from ..merging.planned_update import PlannedUpdate
-from .building import Array, Building, kind_of
+from .building import Array, Building, Dtype, kind_of
 from .operands import attribute, numbers, shape_of
 
 
@@ -118,7 +117,7 @@ def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType)
     return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
 
-def bytes_of(tensor: Any) -> Lazy:
+def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
     """Return a stored tensor of any dtype as bytes, for copying."""
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
@@ -127,7 +126,7 @@ def bytes_of(tensor: Any) -> Lazy:
     return Lazy(shape, kind, held.whole, part=held.part)
 
 
-def _flat_bytes(tensor: Any) -> Array:
+def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
     """Return the bytes of a tensor; without a copy, except for 4-bit types, which numpy stores differently."""
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
@@ -163,7 +162,7 @@ class _Once:
         return held[first : first + count].view(np.uint8).data
 
 
-def _dtype(kind: np.dtype[Any]) -> DType:
+def _dtype(kind: Dtype) -> DType:
     return next(known for known in DTYPES.values() if known.array == kind)
 
 
@@ -180,9 +179,11 @@ class Changed(ir.LazyTensor):
         self.change = change
 
 
-def fresh_value(
-    building: Building, fresh: dict[Any, ir.Value], key: object, old: ir.Value, change: StoredChange
-) -> ir.Value:
+Fresh = dict[Hashable, ir.Value]
+"""The new tensors of a merge, each under a key of its sources."""
+
+
+def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
     """Return the changed tensor, a new initializer beside `old`; nodes with the same changes share it."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
@@ -193,9 +194,7 @@ def fresh_value(
     return fresh[key]
 
 
-def settled_from(
-    building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: object
-) -> ir.Value:
+def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
     """Register a new tensor. If nothing reads the old one any more, `settle` later gives its name to the new one."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old

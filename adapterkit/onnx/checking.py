@@ -17,7 +17,7 @@ from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
-from .building import Building
+from .building import Array, Building
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
@@ -29,6 +29,15 @@ from .saturation import compared as saturation
 from .slots import fills_of, neutral, sizes_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
 
+if TYPE_CHECKING:
+    import onnx
+
+    from ..io.checkpoint import Checkpoint
+    from .found import Found
+    from .providers import OrtSession
+    from .reading import Base, Model
+    from .tying import Tying
+
 SMALL = 1 << 25
 """Largest model to run, in bytes, data files included."""
 
@@ -39,7 +48,7 @@ ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
 """Operators that round their inputs: there, another order of summation can change a value by a whole step."""
 
 
-def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
+def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
     """Return the outputs of ONNX's reference implementation; None if it cannot run the model or would take too long."""
     from onnx.reference import ReferenceEvaluator
 
@@ -62,7 +71,7 @@ def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
     return [np.asarray(array) for array in told]
 
 
-def _proto(model: Path | bytes) -> Any:
+def _proto(model: Path | bytes) -> onnx.ModelProto | None:
     """Return the whole model, or None if it has too many bytes."""
     import onnx
 
@@ -105,13 +114,13 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
     return worst
 
 
-def is_narrow(outputs: Sequence[Any]) -> bool:
+def is_narrow(outputs: Sequence[object]) -> bool:
     """Whether any output has floating-point numbers of 16 bits or fewer."""
-    arrays = map(np.asarray, outputs)
+    arrays = (np.asarray(one) for one in outputs)
     return any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in arrays)
 
 
-def most_of_oracles(outputs: Sequence[Any]) -> float:
+def most_of_oracles(outputs: Sequence[object]) -> float:
     """Return the largest difference between onnxruntime and the reference implementation that rounding explains."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
@@ -119,13 +128,6 @@ def most_of_oracles(outputs: Sequence[Any]) -> float:
 # Run written graphs in onnxruntime on trial inputs, and compare them with the same change made another way.
 # An injection is compared with merged weights, and a merge with an injection. An injection runs the formulas over graph
 # values; a merge runs them over float64 numbers.
-
-
-if TYPE_CHECKING:
-    from ..io.checkpoint import Checkpoint
-    from .found import Found
-    from .reading import Base, Model
-    from .tying import Tying
 
 
 LARGE = 1 << 29
@@ -327,7 +329,7 @@ def _exact(model: ir.Model) -> bool:
     )
 
 
-def _session(model: bytes | str, bare: bool) -> Any:
+def _session(model: bytes | str, bare: bool) -> OrtSession:
     """Start a session; if `bare`, inputs of packed layers are not rounded, which correct graphs may do differently."""
     if not bare:
         return session_of(model)
@@ -468,7 +470,7 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
     return saturation(ir.from_proto(onnx.ModelProto.FromString(plain)), after, feeds, both)
 
 
-def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any]) -> float | None:
+def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
     The reference implementation has bugs, too. Its result only counts if it agrees with onnxruntime on the original
@@ -490,19 +492,21 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 
-def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
+def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
     names = {entry.name for entry in session.get_inputs()}
     return {name: array for name, array in given.items() if name in names}
 
 
-def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None) -> Feeds:
+def _of_new_inputs(
+    session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
+) -> Feeds:
     """Return inputs that only the written graph has, such as the task of each row: given ones, or zeros."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
-def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:
+def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float) -> float:
     """Return the largest difference that rounding explains."""
     # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
     if is_narrow(results):

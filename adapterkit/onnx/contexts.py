@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,10 @@ from .modules import Module, module_at, modules_of, same_end
 from .operands import input_behind
 from .resolving import spots_of
 from .tokens import past_inputs
-from .values import SYMBOLS, Value, plain
+from .values import SYMBOLS, Value, computed_over, plain
+
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
 
 # New tokens at a graph's embeddings: token numbers after the vocabulary, with vectors from a second table.
 # The new vectors replace looked-up rows at the embedding, or at the output of a module that also adds positions and
@@ -184,34 +187,34 @@ def _added(
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width
 
-    def value(array: Any) -> Value:
+    def value(array: Array) -> Value:
         return Value(branch, array.shape, kind, None, lambda: array)
 
     P = as_array(update.tensors["P"]).astype(np.float64)
     k, v = (value(_of_heads(array, at.heads, d)) for array in _keys_values(P, layers, target))
-    held: Any = update.map(lambda leaf: value(as_array(leaf).astype(np.float64)))  # type: ignore[arg-type, return-value]
+    held: Any = computed_over(update, lambda leaf: value(as_array(leaf).astype(np.float64)))
     heads = held.attention(Value(branch, (None, at.heads, None, d), kind, queries), k, v).swapaxes(1, 2)
     out: Value = heads.reshape(*heads.shape[:2], at.heads * d)
     return out
 
 
-def _keys_values(P: object, layers: Mapping[str, Layer], target: Target) -> tuple[Any, Any]:
+def _keys_values(P: Array, layers: Mapping[str, Layer], target: Target) -> tuple[Array, Array]:
     if "c_attn" in layers:
         _, k, v = np.split(_projected(P, layers["c_attn"], target), 3, -1)
         return k, v
     return _projected(P, layers["k_proj"], target), _projected(P, layers["v_proj"], target)
 
 
-def _projected(P: Any, layer: Layer, target: Target) -> Any:
+def _projected(P: Array, layer: Layer, target: Target) -> Array:
     W = layer.weight.numbers().astype(np.float64)
     if P.shape[1] != W.shape[1]:
         why = f"the prompt was made for {P.shape[1]} channels, and the attention reads {W.shape[1]}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    y = P @ W.T
+    y: Array = P @ W.T
     return y if layer.bias is None else y + layer.bias.numbers()
 
 
-def _of_heads(array: Any, heads: int, d: int) -> Any:
+def _of_heads(array: Array, heads: int, d: int) -> Array:
     """Reshape `[n, groups * d]` to `[heads, n, d]`; repeat the groups of grouped-query attention."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
     # In grouped-query attention, several query heads share a key head.
@@ -254,7 +257,7 @@ def _at_attention(target: Target, updates: Sequence[ContextUpdate], building: Bu
         with_prefixes(target, prefixes, building)
 
 
-def _placed(update: Any) -> bool:
+def _placed(update: object) -> bool:
     return isinstance(update, ContextUpdate) and update.place in PLACES
 
 
@@ -277,7 +280,7 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
         if of_attention(target, update):
             beside.setdefault(target, []).append(update)
             continue
-        held = update.map(_wide)
+        held = computed_over(update, _wide)
         if update.place == "past":
             pasts.append((target, _numbers(held.past())))
         else:
@@ -294,12 +297,12 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     return "; ".join(said)
 
 
-def _wide(leaf: Any) -> Any:
-    array = as_array(leaf)
+def _wide(leaf: Leaf) -> Array:
+    array: Array = as_array(leaf)
     return array if array.dtype.kind in "iu" else array.astype(np.float64)
 
 
-def _numbers(found: Any) -> Array:
+def _numbers(found: object) -> Array:
     array: Array = np.asarray(found)
     return array
 

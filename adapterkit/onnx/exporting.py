@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..io.strict_json import JsonValue
+    from ..torch import Handle
+    from .against_torch import Example
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
@@ -106,7 +108,7 @@ def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> Gr
 # Attach adapters to live torch models while the models are traced or run; afterwards, the models are unchanged.
 
 
-def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[Any]:
+def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[object]:
     """Return a context in which the live model is ready to be traced: with its adapters merged, attached, or absent."""
     if mode == "merged":
         return _merged(model, adapters)
@@ -114,11 +116,11 @@ def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> Ab
 
 
 @contextmanager
-def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
+def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Handle]]:
     """Inject adapters into the live model for the block."""
     from ..torch import inject
 
-    handles: list[Any] = []
+    handles: list[Handle] = []
     try:
         for name, adapter in adapters.items():
             handles.append(inject(model, adapter, name=f"export {name}"))
@@ -206,7 +208,7 @@ def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[
     return named or list(sized.values())
 
 
-def _same(tensor: Any, leaf: Lazy) -> bool:
+def _same(tensor: ir.TensorProtocol, leaf: Lazy) -> bool:
     """Whether two tensors are equal bit for bit; stored 16-bit numbers are first converted to the graph's float32."""
     theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
@@ -328,7 +330,7 @@ def export(
     }  # fmt: skip
     held = getattr(torch_model, inside) if inside else torch_model
     config = config_of_model(held)
-    examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
+    examples: list[Example] = [(tuple(args), dict(kwargs or {})), *((tuple(one), {}) for one in also)]
     told = CheckOutcome(None)
     left: dict[str, tuple[Target, ...]] = {}
     stays: tuple[Path, ...] = ()
@@ -403,7 +405,7 @@ def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
 
 
 def _checked(
-    model: nn.Module, examples: Sequence[object], plain: Path, out: Path, runs: Mapping[str | None, Run],
+    model: nn.Module, examples: Sequence[Example], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
     """Check the graph; if it is quantized, also check the float graph that it was made from."""
@@ -455,7 +457,7 @@ def _stem(path: str | PathLike[str]) -> str:
     return name.removesuffix(".safetensors") or "adapter"
 
 
-def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str, part: bool) -> None:
+def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: str, part: bool) -> None:
     from torch import nn
 
     if mode not in MODES:
@@ -513,7 +515,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
     return list(places.values())
 
 
-def _form(place: Found) -> list[Any]:
+def _form(place: Found) -> list[object]:
     """Return the properties that two adapters must share at a target to use the same slots."""
     return [
         # Omit `scaling`: it has its own slot, so adapters may differ in it.

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +24,9 @@ from .session import PAST, Provider, Session
 from .slots import slotted
 
 if TYPE_CHECKING:
-    from .reading import Base
+    import numpy.typing as npt
+
+    from .reading import Base, Source
 
 ENDS = ("generation_config.json", "config.json")
 """Config files that give the first and the last token of a text; the first file that gives a token is used."""
@@ -85,7 +88,9 @@ class FolderSession:
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
         """
-        held = self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+        held: Mapping[str, Source] = (
+            self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+        )
         for key in self._adapters.get(name, ()):
             self.parts[key].unload(name)
         self._adapters.pop(name, None)
@@ -93,7 +98,7 @@ class FolderSession:
             self.parts[key].load(name, own, base_weights=base_weights)
         self._adapters[name] = set(held)
 
-    def _files(self, name: str) -> dict[str, Any]:
+    def _files(self, name: str) -> dict[str, Path]:
         """Return, for each graph, the adapter file that an export wrote."""
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
@@ -104,9 +109,9 @@ class FolderSession:
             raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
         return there
 
-    def _parts(self, adapter: Adapter) -> dict[str, Any]:
+    def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """Return, for each graph with slots for some of an adapter's targets, that part of the adapter."""
-        held: dict[str, Any] = {}
+        held: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:
             key = part.name.as_posix()
@@ -133,7 +138,7 @@ class FolderSession:
         for key in self._adapters.pop(name):
             self.parts[key].unload(name)
 
-    def run(self, part: str, inputs: Mapping[str, Any], adapter: str | None = None) -> dict[str, Array]:
+    def run(self, part: str, inputs: Mapping[str, npt.ArrayLike], adapter: str | None = None) -> dict[str, Array]:
         """Run one graph.
 
         Args:
@@ -154,8 +159,8 @@ class FolderSession:
         return self.parts[part].run(inputs, own)
 
     def generate(
-        self, inputs: Mapping[str, Any] | object, *, max_new_tokens: int = 32, adapter: str | None = None,
-        start: int | None = None, end: int | Sequence[int] | None = None,
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
+        adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
         """Generate texts greedily from the encoder's inputs: texts, sounds or images.
 
@@ -203,9 +208,15 @@ class FolderSession:
                 break
         return tokens
 
-    async def generate_async(self, inputs: Mapping[str, Any] | object, **options: Any) -> Array:
+    async def generate_async(
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
+        adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
+    ) -> Array:  # fmt: skip
         """Call `generate` in a thread."""
-        return await asyncio.to_thread(partial(self.generate, inputs, **options))
+        call = partial(
+            self.generate, inputs, max_new_tokens=max_new_tokens, adapter=adapter, start=start, end=end
+        )  # fmt: skip
+        return await asyncio.to_thread(call)
 
     def _check_loaded(self, name: str) -> None:
         if name not in self._adapters:

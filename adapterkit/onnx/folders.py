@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..errors import (
@@ -43,8 +43,10 @@ from .resolving import is_named, spots_of, taken
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
     from .found import Found
-    from .reading import Base
+    from .reading import Base, Model, Source
     from .tying import Tying
 
 DEEP = 2
@@ -107,7 +109,7 @@ class GraphPart:
         return said is None or self.role is None or said in TAKES.get(self.role, {self.role})
 
 
-def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
+def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
     """Return the model's folder if a folder must be written; None for a single graph, in a file or in memory."""
     if not isinstance(model, str | PathLike) or str(model).lower().endswith(".onnx"):
         return None
@@ -123,7 +125,7 @@ def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
     return path
 
 
-def only_graph(model: Any) -> Any:
+def only_graph(model: Model) -> Model:
     """Return the graph of a folder with one graph; return anything else unchanged, for `opened` to check."""
     found = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
     return found[0] if len(found) == 1 else model
@@ -209,7 +211,9 @@ def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
     return (f"left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
 
 
-def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tuple[Adapter, tuple[str, ...]]:
+def left_out(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None, tying: Tying
+) -> tuple[Adapter, tuple[str, ...]]:
     """Return the part of an adapter whose targets a graph has, and a sentence about the other targets.
 
     Raises:
@@ -220,7 +224,7 @@ def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tupl
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 
-def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
+def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
     """Give each graph the updates whose targets it has.
 
     Raises:
@@ -249,14 +253,14 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_parti
     return Division(adapter, own, lost)
 
 
-def _of(context: Iterable[tuple[Target, object]]) -> dict[Target, tuple[Any, ...]]:
-    found: dict[Target, tuple[Any, ...]] = {}
+def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, ...]]:
+    found: dict[Target, tuple[Update, ...]] = {}
     for target, update in context:
         found[target] = (*found.get(target, ()), update)
     return found
 
 
-def _config(base: Any, path: Path) -> Mapping[str, Any] | None:
+def _config(base: Checkpoint | None, path: Path) -> Mapping[str, object] | None:
     try:
         return config_of(base, path)
     except UsageError:
@@ -303,7 +307,7 @@ def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
 
 
 def inject_folder(
-    inject: Callable[..., GraphReport], folder: Path, adapter: Any, out: str | PathLike[str], *,
+    inject: Callable[..., GraphReport], folder: Path, adapter: Source, out: str | PathLike[str], *,
     base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
@@ -325,7 +329,7 @@ def inject_folder(
 
 
 def merge_folder(
-    merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
+    merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Source], out: str | PathLike[str], *,
     weights: Sequence[float] | None,
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: object,
@@ -355,7 +359,7 @@ def merge_folder(
 
 
 def plan_folder(
-    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Any, *,
+    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Source | Sequence[Source], *,
     weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
     base_weights: Base | None, **options: object,
 ) -> tuple[Found, ...]:  # fmt: skip
@@ -379,8 +383,8 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _read(
-    folder: Path, adapters: Sequence[Any], base_weights: Base | None, rename: str | Sequence[str]
-) -> tuple[list[GraphPart], list[Adapter], Any]:  # fmt: skip
+    folder: Path, adapters: Sequence[Source], base_weights: Base | None, rename: str | Sequence[str]
+) -> tuple[list[GraphPart], list[Adapter], Checkpoint | None]:  # fmt: skip
     read = renamed([loaded(one, base_weights)[0] for one in adapters], rename)
     return parts_of(folder), read, None if base_weights is None else opened_base(base_weights)
 

@@ -6,10 +6,10 @@ layer gets its own copy, and the others keep the old tensor. Changes are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,12 +19,16 @@ from ..errors import Malformed, NotMergeable, Unsupported
 from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
-from .changes import Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
+from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .layers import Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
+from .values import computed_over
+
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
 
 PlannedUpdate = tuple[Found, float]
 """A target of one adapter, and that adapter's weight in the merge."""
@@ -50,7 +54,7 @@ def fold(
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
-    fresh: dict[tuple[Any, ...], ir.Value] = {}
+    fresh: Fresh = {}
     # Fold all targets of a node together, because the node's weight is rounded only once.
     # The queries, keys and values of one packed layer are different spots at one node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
@@ -69,7 +73,7 @@ def fold(
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
-    made: dict[Any, ir.Value] = {}
+    made: Fresh = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
     for spot in dict.fromkeys(spot for place in found for spot in place.spots):
@@ -97,7 +101,7 @@ class Folding:
     spot: Spot
     at: list[PlannedUpdate]
     building: Building
-    fresh: dict[tuple[Any, ...], ir.Value]
+    fresh: Fresh
 
     @property
     def name(self) -> str:
@@ -109,7 +113,7 @@ class Folding:
         return [update for place, _ in self.at for update in place.updates]
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Hashable, ...]:
         return tuple((id(place), factor) for place, factor in self.at)
 
     def done(
@@ -200,7 +204,7 @@ class Folding:
         make = kind.changed(self.spot.node, partial(_added, self.at))
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
 
-    def _made(self, old: ir.Value, make: Callable[[], Array], *key: object) -> ir.Value:
+    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
         """Return a tensor that replaces an old one, in the same dtype, and is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
@@ -294,11 +298,11 @@ def through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
 def wide(update: Update) -> Update:
     """Return an update with its tensors in float64."""
 
-    def wide(leaf: Any) -> Any:
+    def wide(leaf: Leaf) -> Array:
         array = as_array(leaf)
         return array if array.dtype.kind in "iub" else array.astype(np.float64)
 
-    return update.map(wide)
+    return computed_over(update, wide)
 
 
 def seen_by(W: Array, spot: Spot) -> Array:

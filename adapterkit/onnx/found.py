@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..io.strict_json import JsonValue
     from .building import Array
     from .layers import Layer
     from .outlets import Outlet
@@ -55,7 +56,7 @@ Known = dict[str, tuple[str, list[Spot]]]
 """Name of a weight -> the method that found the name, and the layers with that weight."""
 
 
-def distance(W: Any, spot: Spot) -> float | None:
+def distance(W: Array, spot: Spot) -> float | None:
     """Return the relative distance of a layer's weight, transposed or not, from a weight; None if the shapes differ."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
@@ -143,7 +144,7 @@ class Found:
         """The names of the target's nodes; for a module, only of its last node."""
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the target as plain data."""
         return {
             "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,

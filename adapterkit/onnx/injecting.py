@@ -35,8 +35,12 @@ from .slots import fills_of, neutral, sizes_of, slots_of, write_adapter, write_s
 from .tying import Tying
 
 if TYPE_CHECKING:
+    import onnx
+
     from ..io.strict_json import JsonValue
-    from .reading import Base, Model
+    from .reading import Base, Model, Source
+    from .rowwise import RowSlots
+    from .slots import Slots
     from .trial_inputs import Feeds
 
 
@@ -184,7 +188,7 @@ def inject(
     )  # fmt: skip
 
 
-def _beside(out: Path, adapter: Any) -> Path:
+def _beside(out: Path, adapter: Source) -> Path:
     """Return the path of the adapter file of a graph with slots.
 
     Raises:
@@ -198,7 +202,7 @@ def _beside(out: Path, adapter: Any) -> Path:
     return file
 
 
-def _slots(mode: str, building: Building) -> Any:
+def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
     if mode == "constant":
         return None
     from .rowwise import RowSlots
@@ -279,7 +283,7 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     return target
 
 
-def _proto(path: Path) -> Any:
+def _proto(path: Path) -> onnx.ModelProto:
     import onnx
 
     proto = onnx.ModelProto()

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, Unsupported
-from .building import Array, Branch, Building, element_type, kind_of, takes_over
+from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
+
+if TYPE_CHECKING:
+    from .calls import Heard
 
 
 class Layer:
@@ -56,7 +59,7 @@ class Layer:
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
         self.y = self._value(self.end, like=self.dtype)
-        self.call: Any = None
+        self.call: Heard | None = None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -114,7 +117,7 @@ class Layer:
         return self.operand_of(self.node)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         """The dtype that the layer computes in."""
         return element_type(self.operand)
 
@@ -187,13 +190,13 @@ class Layer:
     def mix(self, h: Value, w: Value) -> Value:
         return h @ self._of(h, w).mT
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v
 
     def _of(self, x: Value, w: object) -> Value:
         return w if isinstance(w, Value) else x.like(w)
 
-    def _value(self, value: ir.Value, like: Any = None) -> Value:
+    def _value(self, value: ir.Value, like: Dtype | None = None) -> Value:
         sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
         dtype = element_type(value) if value.dtype is not None or like is None else like
         return Value(self.branch, sizes, dtype, value)
@@ -237,7 +240,7 @@ class LeftMatMul(Layer):
     def mix(self, h: Value, w: Value) -> Value:
         return self._of(h, w) @ h
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v.reshape(-1, 1)
 
 
@@ -472,13 +475,13 @@ class Conv(Layer):
         point = w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2))
         return self._node("Conv", h, point, w.shape[0], {})
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
-    def _convolved(self, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+    def _convolved(self, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
         return self._node(self.op_type, x, w, out, attributes)
 
-    def _node(self, op: str, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+    def _node(self, op: str, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
         sizes = (None, out, *[None] * (len(self.shape) - 2))
         node = self.branch.node(op, [x.value, w.value], attributes, x.dtype, None)
         return Value(self.branch, sizes, x.dtype, node)
@@ -606,7 +609,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     return branch.nodes[0]
 
 
-def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: object) -> ir.Value:
+def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.Value:
     limits = [branch.building.literal(np.array([number], dtype=np.int64)) for number in (start, stop, -1)]
     return branch.node("Slice", [y, *limits], None, kind, None)
 
@@ -684,7 +687,7 @@ class Recurrent(Layer):
         return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
 
 
-def _reordered(W: Any, order: Any) -> Array:
+def _reordered(W: Array, order: Array) -> Array:
     gates: Array = W.reshape(len(order), -1, W.shape[-1])[order]
     return gates.reshape(W.shape)
 

@@ -23,6 +23,7 @@ from .norms import refuse_folded, with_norms
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from .building import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
     return compared
 
 
-def _compare_rows(place: Found, W: Any) -> None:
+def _compare_rows(place: Found, W: Array) -> None:
     """Compare the rows of a packed layer that head counts assign to a target with the base's weight.
 
     Raises:
@@ -104,7 +105,7 @@ def _compare_rows(place: Found, W: Any) -> None:
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
-def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
+def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
     """Return another weight of the base with equal numbers, which may also be that of the same nodes; else None."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
@@ -112,7 +113,7 @@ def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
     return next((other for other in same if np.array_equal(_array(base, other), W)), None)
 
 
-def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
     """Return how the layers that store a weight were found, and the layers.
 
     Raises:
@@ -140,7 +141,7 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
-def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
+def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
     """Return layers that hold a weight among their rows, as for packed queries, keys and values."""
     found = []
     for spot in spots:
@@ -155,5 +156,6 @@ def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
     return found
 
 
-def _array(base: Checkpoint, name: str) -> Any:
-    return as_array(base.tensors[name]).astype(np.float32)
+def _array(base: Checkpoint, name: str) -> Array:
+    array: Array = as_array(base.tensors[name]).astype(np.float32)
+    return array

@@ -31,10 +31,8 @@ from .saturation import clipping
 from .tying import Tying
 
 if TYPE_CHECKING:
-    from .reading import Base, Model
+    from .reading import Base, Model, Source
     from .trial_inputs import Feeds
-
-    Source = Adapter | str | PathLike[str]
 
 
 @places_errors

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -121,6 +121,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
             stage.discard()
             raise
     for value, output in zip(values, planned.outputs, strict=True):
+        assert value.const_value is not None
         value.const_value = placed(value.const_value, file, output.offset)
     return [file]
 
@@ -157,10 +158,16 @@ def alignment(nbytes: int) -> int:
     return PAGE if nbytes > 1 << 20 else 64
 
 
-def placed(tensor: Any, file: Path, offset: int) -> ir.ExternalTensor:
+def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTensor:
     """Return a tensor that refers to its bytes in a file."""
     return ir.ExternalTensor(
-        file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
+        file.name,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        base_dir=file.parent,
     )
 
 
@@ -489,8 +496,8 @@ def _take_in(values: Iterable[ir.Value], out: Path) -> None:
             value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
 
 
-def _moves(tensor: Any) -> bool:
-    return tensor.nbytes > INLINE and STAYS not in tensor.meta
+def _moves(tensor: ir.TensorProtocol | None) -> bool:
+    return tensor is not None and tensor.nbytes > INLINE and STAYS not in tensor.meta
 
 
 def _check_out(source: GraphSource | None, out: Path) -> None:
@@ -528,7 +535,7 @@ def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
             value.const_value = _placed(target, tensor, file)
 
 
-def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
+def _placed(target: BinaryIO, tensor: ir.TensorProtocol, file: Path) -> ir.ExternalTensor:
     target.write(b"\0" * (-target.tell() % alignment(tensor.nbytes)))
     offset = target.tell()
     target.write(tensor.tobytes())

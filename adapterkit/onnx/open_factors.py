@@ -10,7 +10,7 @@ graph's defaults stay small.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.adapter import Adapter, Target
+    from ..core.updates.layer import Layer as FormulaLayer
     from .found import Found
     from .reading import Base
 
@@ -44,18 +45,18 @@ class OpenFactors(Additive):
 
     neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: FormulaLayer) -> Tensor:
         y, b = layer(x), layer.bias
         core = y if b is None else y - layer.per_channel(b)
         h = layer.mix(layer.op(x, self.A), self.B)
         out = y + core * layer.per_channel(self.s - 1) + h * layer.per_channel(self.s)
         return out if self.d is None else out + layer.per_channel(self.d)
 
-    def new_weight(self, W: Any) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(W.shape[0], -1) + self.B @ self.A.reshape(self.A.shape[0], -1)
         return (V * self.s[:, None]).reshape(W.shape)
 
-    def bias_delta(self) -> Any:
+    def bias_delta(self) -> Tensor | None:
         return self.d
 
 
@@ -82,7 +83,7 @@ def _made(held: Mapping[str, Array]) -> OpenFactors:
     return OpenFactors(**leaves)
 
 
-def _factors_of(update: Update) -> Any:
+def _factors_of(update: Update) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor] | None] | None:
     """Return the update's function from a weight to scales and factors; None if it has no such function."""
     if not isinstance(update, WeightUpdate) or type(update).scaled_factors is WeightUpdate.scaled_factors:
         return None
@@ -123,7 +124,7 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
 def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
     (update,) = place.updates
     held: dict[str, Array] = {}
-    f = _factors_of(wide(update))
+    f: Any = _factors_of(wide(update))
     scaled = None if f is None else f(W)
     after, new_b = through(place, W, b)
     if scaled is not None:

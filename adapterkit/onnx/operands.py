@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import onnx_ir as ir
@@ -110,8 +110,19 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(numbers(value).shape)
 
 
-def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    """Return a node's attribute, or its default.
+Value = TypeVar("Value")
+
+
+@overload
+def attribute(node: ir.Node, name: str, default: None) -> Sequence[int] | None: ...
+
+
+@overload
+def attribute(node: ir.Node, name: str, default: Value) -> Value: ...
+
+
+def attribute(node: ir.Node, name: str, default: object) -> object:
+    """Return a node's attribute, or its default; the default None is for lists of integers.
 
     Raises:
         Malformed: the attribute has another type than the default.

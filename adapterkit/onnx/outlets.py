@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from ..core.adapter import Target
+from ..core.updates import OutputUpdate
 from ..errors import Unsupported
-from .building import Branch, Copies, between, copied
+from .building import Branch, Copies, Dtype, between, copied
 from .modules import Module, module_at
 from .operands import attribute, is_constant
 from .values import Unsayable, Value, plain
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from .calls import Heard
+    from .layers import Layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +57,7 @@ class Outlet:
     nodes: tuple[ir.Node, ...] = ()
 
 
-def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bool) -> Outlet | None:
+def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer: bool) -> Outlet | None:
     """Return the output site of a target for output updates; None for a plain layer.
 
     Raises:
@@ -59,7 +65,8 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bo
         Unsupported: the updates name different residuals.
     """
     where = str(target)
-    placed = [update for update in updates if getattr(update, "placed", False)]
+    outer = [update for update in updates if isinstance(update, OutputUpdate)]
+    placed = [update for update in outer if update.placed]
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         cure = "Give each update its own adapter, or change the order"
@@ -73,11 +80,11 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bo
     if is_layer:
         return Outlet(residual=reads, norm=through) if residual or norm else None
     module = module_at(model, target.path, where)
-    channels = next((update.channels for update in updates if update.channels is not None), None)
+    channels = next((update.channels for update in outer if update.channels is not None), None)
     end = module.given(channels, where)
     own = _own(module, end) if named == {("", "")} else None
     found = own or Outlet(end, module.read, reads, through)
-    if not any(getattr(update, "moves_input", False) for update in updates):
+    if not any(update.moves_input for update in outer):
         return found
     return replace(found, read=module.fed(channels, where), nodes=module.nodes)
 
@@ -139,7 +146,7 @@ class Ended:
 
     direct = True
 
-    def __init__(self, outlet: Outlet, branch: Branch, layer: Any = None) -> None:
+    def __init__(self, outlet: Outlet, branch: Branch, layer: Layer | None = None) -> None:
         self.outlet, self.branch, self.layer = outlet, branch, layer
         if layer is None:
             assert outlet.end is not None
@@ -149,7 +156,7 @@ class Ended:
             self.node, self.channel = self.end.producer(), -1
         else:
             self.end, self.y, self.x, self.node, self.channel = layer.end, layer.y, layer.x, layer.node, layer.channel
-        self.call: Any = None
+        self.call: Heard | None = None
         self.asked: Value | None = None
 
     @property
@@ -158,15 +165,15 @@ class Ended:
         return None if self.asked is self.x else self.asked
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Dtype:
         return self.y.dtype
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Value | None:
         return None if self.layer is None else self.layer.weight
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Value | None:
         return None if self.layer is None else self.layer.bias
 
     @property
@@ -223,13 +230,13 @@ class Ended:
             raise Unsayable("the graph pads the input itself, or the kernel is dilated")
         return self.op(x, w)
 
-    def mix(self, h: Value, w: Any) -> Value:
+    def mix(self, h: Value, w: Value) -> Value:
         if self.layer is not None:
             y: Value = self.layer.mix(h, w)
             return y
         return h @ (w if isinstance(w, Value) else h.like(w)).mT
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v if self.layer is None else self.layer.per_channel(v)
 
     def _read(self) -> Value:

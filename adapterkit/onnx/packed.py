@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from ..merging.quantized import WHY
 from ..merging.requantize import damage_of
 from ..quant._grouped import Grouped
 from ..quant._scheme import joined
-from .building import Array, Branch, Building, element_type, takes_over
-from .changes import Stored, StoredChange, exchange, lazily, settled_from, unturned
+from .building import Array, Branch, Building, Dtype, element_type, takes_over
+from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
 from .layers import Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 if TYPE_CHECKING:
+    from ..io.lazy import Lazy
     from .found import Spot
 
 
@@ -128,7 +129,9 @@ class Seen:
         return numbers_in(node, self.rows(q.astype(np.int32)), zeros, self.wide(self.scale), span, bits)
 
 
-def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> PackedNumbers:
+def numbers_in(
+    node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
+) -> PackedNumbers:
     """Return packed numbers of integers `[rows, columns]`, and zero points and scales `[rows, groups]`."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
@@ -234,7 +237,7 @@ class MatMulNBits(Layer):
         return W
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         scales = self.node.inputs[2]
         assert scales is not None
         return element_type(scales)
@@ -286,10 +289,10 @@ class MatMulInteger(Layer):
         return found[0]
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         found = _scaled(self.node)
         assert found is not None
-        kind: np.dtype[Any] = numbers(found[1]).dtype
+        kind: Dtype = numbers(found[1]).dtype
         return kind
 
 
@@ -365,7 +368,7 @@ def is_packed(spot: Spot) -> bool:
     )
 
 
-def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
+def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
     """Convert a packed layer, its input and its output to floating point; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
     whole = isinstance(layer, MatMulNBits | MatMulInteger)
@@ -391,10 +394,10 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
     return node
 
 
-def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
+def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: Fresh) -> ir.Value:
     """Return the dequantized weight, which is computed when it is written; one initializer for each packed weight."""
     operand = layer.operand
-    key = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
+    key: Hashable = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
     if key not in made:
         make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
         shape, turn = spot.kind.held_shape(spot.node), whole and not spot.kind.turns(spot.node)
@@ -478,7 +481,7 @@ class Packing:
         M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), found.rows(0, count)))
         return found, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
-    def source(self, spot: Spot) -> Any:
+    def source(self, spot: Spot) -> Lazy:
         """Return the dequantized weight in its stored axis order, float32."""
         make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
         value = self.stored.value
@@ -486,7 +489,7 @@ class Packing:
         return lazily(lambda: np.asarray(made()).astype(np.float32), self.shape, ir.DataType.FLOAT)
 
 
-def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def packing_of(spot: Spot, building: Building, fresh: Fresh) -> Packing:
     """Return how a layer's weight is packed.
 
     Raises:
@@ -505,7 +508,7 @@ def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Pa
     raise unknown(spot.node)
 
 
-def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     (N, K), bits, size = MatMulNBits.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
     blocks, given = -(-K // size), [*node.inputs[1:4], None][:3]
     packed, scale = numbers(given[0]), numbers(given[1])  # type: ignore[arg-type]
@@ -533,7 +536,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> P
     return Packing(Stored(given[0], False, ()), (N, K), found, rows, put)  # type: ignore[arg-type]
 
 
-def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     held, scale, mul = node.inputs[1], *product_behind(node)
     zero = node.inputs[3] if len(node.inputs) > 3 else None
     assert held is not None
@@ -558,7 +561,7 @@ def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) 
 
 
 def _in_linear(
-    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
     given = [*node.inputs, None][:3]
     held, scale, zero = (None if one is None else numbers(one) for one in given)
@@ -576,7 +579,7 @@ def _in_linear(
 
 
 def _in_product(
-    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
     """Return the packing of `Cast(q) * scale`: 8-bit weights that are stored without quantization operators."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
@@ -617,7 +620,7 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
     drop(node)
 
 
-def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None, array: Array) -> ir.Value:
+def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
     """Return a new tensor that replaces an old one, in the same dtype; nodes with equal numbers share it."""
     assert old is not None
     assert old.const_value is not None

@@ -46,6 +46,8 @@ from .report import GraphReport
 from .tracing import quiet
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .exporting import Adapters
 
 
@@ -87,7 +89,7 @@ def export_factory(
     return moved(report, target)
 
 
-def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
     from torch import nn
 
     module, colon, name = factory.partition(":")
@@ -116,7 +118,7 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return found[0], tuple(found[1]), more
 
 
-def _load(module: Any, weights: str | PathLike[str]) -> None:
+def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
     held = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
     try:
         module.load_state_dict(held, strict=True)
@@ -220,7 +222,7 @@ def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
     )  # fmt: skip
 
 
-def _check_for_parts(adapter: Adapters, source: Path, model: Any, rename: str | Sequence[str]) -> None:
+def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: str | Sequence[str]) -> None:
     """Check that the model has all targets, and refuse new tokens and prefixes, which do not belong to a single graph.
 
     Raises:

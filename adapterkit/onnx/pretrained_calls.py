@@ -3,16 +3,82 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import Unsupported
 from .tracing import quiet
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Nested = Tensor | Sequence["Nested"] | None
+    Open = dict[int, str] | Sequence["Open"] | None
+
 INSIDE = "model"
 """Name of the attribute that holds the model inside the wrapper modules of this file."""
+
+
+class ModelConfig(Protocol):
+    """A config of transformers; each architecture has its own attributes."""
+
+    model_type: str
+
+    def get_text_config(self) -> ModelConfig: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class ModelOutput(Protocol):
+    """The outputs of a transformers model, by name."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def get(self, name: str) -> object: ...
+
+
+class CacheLayer(Protocol):
+    """The cached keys and values of one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Cache(Protocol):
+    """A cache of transformers; `EncoderDecoderCache` has the last three attributes."""
+
+    layers: Sequence[CacheLayer]
+    self_attention_cache: Cache
+    cross_attention_cache: Cache
+    is_updated: dict[int, bool]
+
+
+class PretrainedModel(Protocol):
+    """The attributes of transformers' `PreTrainedModel` that an export uses."""
+
+    config: ModelConfig
+    main_input_name: str
+
+    @property
+    def forward(self) -> Callable[..., object]: ...
+
+    def __call__(self, *args: object, **kwargs: object) -> ModelOutput: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def get_encoder(self) -> Callable[..., ModelOutput]: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def get_image_features(self, *, pixel_values: Tensor) -> object: ...
+
+    def set_attn_implementation(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +93,14 @@ class ExportWords:
         shapes: names of the open sizes, in the structure of the arguments.
     """
 
-    module: Any
-    examples: tuple[tuple[Any, ...], ...]
+    module: nn.Module
+    examples: tuple[tuple[Nested, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: tuple[Any, ...]
+    shapes: tuple[Open, ...]
 
 
-def words_of(model: Any, source: Path) -> ExportWords:
+def words_of(model: PretrainedModel, source: Path) -> ExportWords:
     """Return a description of a model's call, found from its class and the signature of `forward`.
 
     Args:
@@ -52,7 +118,7 @@ def words_of(model: Any, source: Path) -> ExportWords:
     return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
 
 
-def _encoder(model: Any) -> ExportWords:
+def _encoder(model: PretrainedModel) -> ExportWords:
     import torch
     from torch import nn
 
@@ -65,11 +131,11 @@ def _encoder(model: Any) -> ExportWords:
             super().__init__()
             self.model = model
 
-        def forward(self, *given: Any) -> Any:
+        def forward(self, *given: Tensor) -> list[Tensor]:
             told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
             return [told[name] for name in outputs]
 
-    def example(batch: int, length: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int) -> tuple[Tensor, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
         # Hide one position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
@@ -86,7 +152,7 @@ def _encoder(model: Any) -> ExportWords:
     return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
 
-def _causal(model: Any, source: Path) -> ExportWords:
+def _causal(model: PretrainedModel, source: Path) -> ExportWords:
     import torch
     from torch import nn
 
@@ -100,8 +166,8 @@ def _causal(model: Any, source: Path) -> ExportWords:
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any, mask: Any, *rest: Any) -> Any:
-            cache = transformers.DynamicCache(rest[-1])
+        def forward(self, ids: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            cache: Cache = transformers.DynamicCache(rest[-1])
             given = dict(zip(told, (ids, mask, *rest[:-1]), strict=True))
             logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
             return logits, pairs(cache)
@@ -110,7 +176,7 @@ def _causal(model: Any, source: Path) -> ExportWords:
     kind = next(model.parameters()).dtype
     rng = torch.Generator().manual_seed(0)
 
-    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         # Hide one position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
@@ -143,7 +209,7 @@ def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
     return [({0: "batch", 2: "past"},) * 2 for _ in range(layers)]
 
 
-def tokens(model: Any, batch: int, length: int) -> Any:
+def tokens(model: PretrainedModel, batch: int, length: int) -> Tensor:
     """Return random tokens from a model's vocabulary, `[batch, length]`."""
     import torch
 
@@ -151,17 +217,17 @@ def tokens(model: Any, batch: int, length: int) -> Any:
     return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def pairs(cache: Any) -> list[tuple[Any, Any]]:
+def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Return the keys and values of each layer of a cache."""
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Run the model once; return the number and size of heads of each layer's keys and values."""
     # Read these sizes from a real cache, because configs name them differently for each architecture.
     import torch
 
-    cache = import_module("transformers").DynamicCache()
+    cache: Cache = import_module("transformers").DynamicCache()
     try:
         with torch.no_grad(), quiet():
             model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)

@@ -11,12 +11,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, first_line
 from ..torch.pretrained import silent
 from .pretrained_calls import ExportWords, pairs, past_axes, past_names, past_sizes, tokens
 from .tracing import quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .pretrained_calls import Cache, ModelConfig, Nested, PretrainedModel
 
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 
@@ -40,7 +45,7 @@ CLOSE_NARROW = 3e-2
 _WHOLE = "Export the torch model by adapterkit.onnx.export"
 
 
-def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
+def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
     """Return the parts of a model to export as graphs, by file name; empty if the model becomes one graph.
 
     Args:
@@ -61,7 +66,7 @@ def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
 # Encoder-decoders.
 
 
-def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
+def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
     import torch
 
     main, kind = model.main_input_name, model.config.model_type
@@ -95,7 +100,7 @@ def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
     }
 
 
-def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ...]:
+def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> tuple[Tensor, ...]:
     """Return an example of the encoder's inputs."""
     import torch
 
@@ -110,18 +115,18 @@ def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ..
     return (torch.randn(batch, *shape, generator=rng).to(next(model.parameters()).dtype),)
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: ModelConfig) -> tuple[int, int, int]:
     size = config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
-def _encode(model: Any, given: Any, mask: Any = None) -> Any:
+def _encode(model: PretrainedModel, given: Tensor, mask: Tensor | None = None) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
     return model.get_encoder()(given, **more, return_dict=True).last_hidden_state
 
 
-def _encoder_module(model: Any) -> Any:
+def _encoder_module(model: PretrainedModel) -> nn.Module:
     from torch import nn
 
     class Encoder(nn.Module):
@@ -129,17 +134,17 @@ def _encoder_module(model: Any) -> Any:
             super().__init__()
             self.model = model
 
-        def forward(self, given: Any, *mask: Any) -> Any:
+        def forward(self, given: Tensor, *mask: Tensor) -> Tensor:
             return _encode(self.model, given, *mask)
 
     return Encoder().eval()
 
 
-def _cache_word(model: Any) -> str:
+def _cache_word(model: PretrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
+def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
     return model(
         decoder_input_ids=ids, encoder_outputs=(hidden,), **more, **{_cache_word(model): cache}, use_cache=True,
@@ -147,17 +152,17 @@ def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
     ).logits  # fmt: skip
 
 
-def _empty_cache(past: Sequence[Sequence[Any]] = ()) -> Any:
+def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
     """Return a cache with a past; attentions read the encoder's keys and values from it if it has them."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
-    cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
+    cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
     for layer in range(len(past)):
         cache.is_updated[layer] = True
     return cache
 
 
-def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
+def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
     """Return the number and size of heads of each layer's keys and values: the decoder's, then the encoder's."""
     import torch
 
@@ -180,8 +185,8 @@ KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 
 
 def _decoder(
-    model: Any, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]], masked: bool,
-    past: bool,
+    model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
+    masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
     """Return a description of the decoder's call: for the first token, or with a past.
 
@@ -195,11 +200,14 @@ def _decoder(
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any, mask: Any, states: Any, held: Any) -> Any:
-            if past:
-                cross = held[0][2]
+        def forward(
+            self, ids: Tensor, mask: Tensor | None, states: Tensor | None, held: Sequence[Sequence[Tensor]] | None
+        ) -> tuple[Tensor, list[list[Tensor]]]:
+            if held:
+                first = held[0][2]
                 # Pass zeros, which are not used: attentions read the encoder's keys and values from the past.
-                states = cross.new_zeros(cross.shape[0], cross.shape[2], width)
+                states = first.new_zeros(first.shape[0], first.shape[2], width)
+            assert states is not None
             cache = _empty_cache(held or ())
             logits = _decode(self.model, ids, states, mask, cache)
             own, cross = (pairs(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
@@ -208,10 +216,10 @@ def _decoder(
     kind, rng = next(model.parameters()).dtype, torch.Generator().manual_seed(0)
     width = hidden[2][1]
 
-    def drawn(*shape: int) -> Any:
+    def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng).to(kind)
 
-    def example(batch: int, length: int, before: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, before: int) -> tuple[Nested, ...]:
         size = hidden[batch][0]
         mask = torch.ones(batch, size, dtype=torch.int64)
         mask[0, size - 1 :] = 0 if batch > 1 else 1
@@ -243,7 +251,7 @@ def _decoder(
 # Language models that read images: image features replace the embeddings of image tokens.
 
 
-def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
+def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
     import torch
     from torch import nn
 
@@ -259,9 +267,9 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
             super().__init__()
             self.model = model
 
-        def forward(self, pixels: Any) -> Any:
-            found = self.model.get_image_features(pixel_values=pixels)
-            found = getattr(found, "pooler_output", found)
+        def forward(self, pixels: Tensor) -> Tensor:
+            output = self.model.get_image_features(pixel_values=pixels)
+            found = getattr(output, "pooler_output", output)
             return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
     class Embedding(nn.Module):
@@ -269,16 +277,17 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any) -> Any:
-            return self.model.get_input_embeddings()(ids)
+        def forward(self, ids: Tensor) -> Tensor:
+            embedded: Tensor = self.model.get_input_embeddings()(ids)
+            return embedded
 
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, embedded: Any, mask: Any, *rest: Any) -> Any:
-            cache = transformers.DynamicCache(rest[-1])
+        def forward(self, embedded: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            cache: Cache = transformers.DynamicCache(rest[-1])
             given = dict(zip(told, (mask, *rest[:-1]), strict=True))
             logits = self.model(
                 inputs_embeds=embedded, **given, **{word: cache}, use_cache=True, return_dict=True
@@ -297,7 +306,7 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
     sizes = past_sizes(model, word, source)
     width = embedding(tokens(model, 1, 1)).shape[-1]
 
-    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
         mask[0, : int(batch > 1 and past > 0)] = 0  # Hide one position, so that the check covers padding.
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
@@ -325,7 +334,10 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
     }  # fmt: skip
 
 
-def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: Any, told: Sequence[str]) -> None:
+def _check_parts(
+    model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
+    told: Sequence[str],
+) -> None:  # fmt: skip
     """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
     Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for positions of rows

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .building import Array
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -22,6 +26,70 @@ WORDS = {
 
 EXACT = {CUDA: {"use_tf32": "0"}}
 """Options of providers for full float32 precision: by default, CUDA may round to TF32."""
+
+
+class OrtInput(Protocol):
+    """An input of a session: its name, element type such as `tensor(float)`, and sizes; an open size is a name."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+class OrtValue(Protocol):
+    """A tensor of onnxruntime."""
+
+    _ortvalue: object
+
+    def data_type(self) -> str: ...
+
+    def numpy(self) -> Array: ...
+
+
+class OrtBinding(Protocol):
+    """The inputs and outputs of a run, bound by name; onnxruntime's `IOBinding` has further methods."""
+
+    def bind_cpu_input(self, name: str, arr_on_cpu: Array) -> None: ...
+
+    def bind_ortvalue_input(self, name: str, ortvalue: OrtValue) -> None: ...
+
+    def bind_output(self, name: str, device_type: str = "cpu") -> None: ...
+
+    def bind_ortvalue_output(self, name: str, ortvalue: OrtValue) -> None: ...
+
+    def get_outputs(self) -> Sequence[OrtValue]: ...
+
+    def copy_outputs_to_cpu(self) -> list[Array]: ...
+
+
+class ModelMetadata(Protocol):
+    """The metadata of a session's model."""
+
+    custom_metadata_map: Mapping[str, str]
+
+
+class OrtSession(Protocol):
+    """The methods of onnxruntime's `InferenceSession` that this package uses; onnxruntime has no type hints."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]: ...
+
+    def run_with_ort_values(
+        self, output_names: Sequence[str], input_dict_ort_values: Mapping[str, OrtValue]
+    ) -> list[OrtValue]: ...
+
+    def run_with_iobinding(self, iobinding: OrtBinding) -> None: ...
+
+    def io_binding(self) -> OrtBinding: ...
+
+    def get_inputs(self) -> list[OrtInput]: ...
+
+    def get_overridable_initializers(self) -> list[OrtInput]: ...
+
+    def get_outputs(self) -> list[OrtInput]: ...
+
+    def get_providers(self) -> list[str]: ...
+
+    def get_modelmeta(self) -> ModelMetadata: ...
 
 
 def named(provider: str) -> str:
@@ -60,16 +128,17 @@ def with_options(provider: str) -> list[object]:
     return [first] if provider == CPU else [first, CPU]
 
 
-def quiet_options() -> Any:
+def quiet_options() -> object:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
+    options: Any = onnxruntime.SessionOptions()
     # 4 means fatal. onnxruntime would print messages of other levels to stderr, without Python's logging.
     options.log_severity_level = 4
-    return options
+    quiet: object = options
+    return quiet
 
 
-def session_of(model: bytes | str, optimized: bool = True) -> Any:
+def session_of(model: bytes | str, optimized: bool = True) -> OrtSession:
     """Start a quiet onnxruntime session on the best provider.
 
     Args:
@@ -77,10 +146,11 @@ def session_of(model: bytes | str, optimized: bool = True) -> Any:
         optimized: False to keep onnxruntime from fusing nodes.
     """
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()
+    options: Any = quiet_options()
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
+    session: OrtSession = onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
+    return session
 
 
 def _has_driver() -> bool:

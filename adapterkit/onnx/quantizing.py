@@ -22,7 +22,7 @@ import onnx_ir as ir
 from ..errors import Unsupported, first_line
 from ..io.stages import stage
 from .building import Building
-from .changes import settle, settled_from, unturned
+from .changes import Fresh, settle, settled_from, unturned
 from .model_file import opened, save_fresh
 from .modules import SCOPES, listed
 from .operands import attribute, is_constant, nodes_of
@@ -46,7 +46,7 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
         graph: a traced export, in which each weight has its own Transpose.
         names: the names of the weights to quantize, without the tensors of adapters.
     """
-    building, made = Building(graph), dict[Any, ir.Value]()
+    building, made = Building(graph), Fresh()
     for node in list(nodes_of(graph)):
         if node.op_type == "Gemm" and node.domain == "":
             _prepare_gemm(node, names, building, made)
@@ -60,7 +60,7 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
     graph.metadata_props.update(_PREPARED)
 
 
-def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: dict[Any, ir.Value]) -> None:
+def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: Fresh) -> None:
     x, W, *rest = node.inputs
     plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attribute(node, "transA", 0)
     if W is None or W.name not in names or W.const_value is None or not plain or node.graph is None:
@@ -75,7 +75,7 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, mad
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [node.outputs[0]], [out])
 
 
-def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
+def _turned(node: ir.Node, W: ir.Value, building: Building, made: Fresh) -> ir.Value:
     """Return the weight stored as `[in, out]`; under a new name if other nodes, e.g. embeddings, read the original."""
     tensor = W.const_value
     assert tensor is not None
@@ -184,7 +184,7 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 def as_floats(packed: Path, out: Path) -> None:
     """Write a graph with dequantized weights, to compare it with the packed one."""
     model = opened(packed).model
-    building, made = Building(model), dict[Any, ir.Value]()
+    building, made = Building(model), Fresh()
     for spot in spots_of(model):
         if is_packed(spot):
             as_float(spot, building, made)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     Model = ir.Model | str | PathLike[str]
     Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
 
 
-def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
+def loaded(adapter: Source, base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
     """Read and validate an adapter, and open the base's weights."""
     base = None if base_weights is None else opened_base(base_weights)
     if not isinstance(adapter, Adapter):
@@ -33,7 +34,7 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
     return adapter, base
 
 
-def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> list[Path]:
+def inputs_of(adapter: Source, base_weights: Base | None) -> list[Path]:
     """Return the files of an adapter and of the base's weights."""
     from ..formats import files_of, files_read
 
@@ -41,7 +42,7 @@ def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None)
     return files + (list(files_of(adapter)) if isinstance(adapter, Adapter) else files_read(adapter))
 
 
-def name_of(adapter: Adapter | str | PathLike[str]) -> str:
+def name_of(adapter: Source) -> str:
     """Return the name of an adapter for messages."""
     return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
 

@@ -385,7 +385,7 @@ def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
 Placed = list[tuple[Site, Target]]
 """Pairs of a site, under the graph's names, and the adapter's target for it."""
 
-Config = Mapping[str, Any] | None
+Config = Mapping[str, object] | None
 
 
 def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None, config: Config) -> Placed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,11 @@ from .values import Value
 
 if TYPE_CHECKING:
     from ..core.updates import Update
+    from .attaching import TargetView
     from .found import Found
+    from .layers import Layer
+    from .outlets import Ended
+    from .providers import OrtInput
 
 INDEX = "adapter_index"
 """Name of the input with the number of an adapter for each row."""
@@ -54,7 +58,7 @@ class RowSlots:
         self.index = building.slot(("rows", INDEX), INDEX, default, ["batch_of_adapters"])
         self.shapes = _shapes(building.model)
 
-    def output(self, seen: Any, layer: Any, place: Found) -> Value:
+    def output(self, seen: TargetView, layer: Layer | Ended, place: Found) -> Value:
         """Return a layer's output, with the change of each row's adapter.
 
         Args:
@@ -86,7 +90,7 @@ class RowSlots:
         total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
         return Value(branch, before.sizes, np.dtype(layer.dtype), total)
 
-    def _slots(self, update: Update, layer: Any, place: Found) -> dict[str, ir.Value]:
+    def _slots(self, update: Update, layer: Layer | Ended, place: Found) -> dict[str, ir.Value]:
         stem, (out, into) = (
             f"{place.target}.{update.method}",
             (update.tensors["B"].shape[0], update.tensors["A"].shape[1]),
@@ -155,7 +159,7 @@ def factors_of(update: Update) -> dict[str, Array]:
 
 
 def stacked(
-    names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, Any]
+    names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, OrtInput]
 ) -> dict[str, Array]:  # fmt: skip
     """Return the slots' values for a batch.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,9 @@ from .building import Array
 from .model_file import inline
 from .operands import attribute, is_constant, numbers
 from .providers import session_of
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 CURE = (
     "The ranges were calibrated without the adapter: merge the adapter into the floating-point model, and quantize "
@@ -58,7 +61,7 @@ class Saturation:
             f"it, most of them at {worst}. {CURE}"
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the numbers as plain data."""
         nodes = {name: list(counts) for name, counts in self.nodes.items()}
         return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes}

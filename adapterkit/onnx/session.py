@@ -19,17 +19,17 @@ from ..io.lazy import as_array
 from ..io.locations import located
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from ..io.safetensors import handles, read_header
-from .building import Array
+from .building import Array, Dtype
 from .folders import graphs_in
 from .model_file import opened
-from .providers import CPU, CUDA, best_provider, named, quiet_options
+from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ..io.strict_json import JsonValue
+    from ..io.lazy import Lazy
     from .reading import Base
 
 _KINDS = {
@@ -39,7 +39,7 @@ _KINDS = {
 """onnxruntime's name of an element type -> numpy's name."""
 
 
-def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
+def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
     """Check that a tensor fits its slot.
 
     Raises:
@@ -61,7 +61,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> 
         )
 
 
-def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
+def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
     """Check that the tensors of one update agree on open sizes such as the rank; a missing tensor has size 0.
 
     Raises:
@@ -81,7 +81,7 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: A
                 raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
 
 
-def kind_of(entry: Any) -> np.dtype[Any]:
+def kind_of(entry: OrtInput) -> Dtype:
     """Return the numpy dtype of a session's input or slot.
 
     Raises:
@@ -95,7 +95,7 @@ def kind_of(entry: Any) -> np.dtype[Any]:
             cure="Run the model with onnxruntime itself",
         )
     if name == "bfloat16":
-        kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        kind: Dtype = np.dtype(import_module("ml_dtypes").bfloat16)
         return kind
     return np.dtype(name)
 
@@ -161,9 +161,9 @@ class Session:
         self._neutral = {name: _value(array) for name, array in neutral(fills, declared).items()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
-        self._loaded: dict[str, dict[str, tuple[Array, Any]]] = {}
+        self._loaded: dict[str, dict[str, tuple[Array, OrtValue]]] = {}
         self._by_rows = ROWS in metadata
-        self._stacks: dict[tuple[str | None, ...], dict[str, Any]] = {}
+        self._stacks: dict[tuple[str | None, ...], dict[str, OrtValue]] = {}
         for name, adapter in (adapters or {}).items():
             self.load(name, adapter)
 
@@ -204,7 +204,7 @@ class Session:
             Malformed: the file is damaged.
         """
         path = None if isinstance(adapter, Adapter) else adapter
-        values = {} if path is None else _slot_values(path)
+        values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
         # Read a file with Olive's names as an adapter: the names are those of Olive's graph, but they contain the
@@ -311,7 +311,7 @@ class Session:
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
         tokens, mask = _prompt(input_ids, attention_mask)
         ends = [end] if isinstance(end, int) else list(end)
-        feeds: dict[str, Any] = {"input_ids": tokens}
+        feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
             told = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
@@ -336,11 +336,18 @@ class Session:
         """Call `run` in a thread; meanwhile, onnxruntime does not block Python."""
         return await asyncio.to_thread(self.run, inputs, adapter, outputs)
 
-    async def generate_async(self, input_ids: object, **options: Any) -> Array:
+    async def generate_async(
+        self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
+        attention_mask: object = None,
+    ) -> Array:  # fmt: skip
         """Call `generate` in a thread."""
-        return await asyncio.to_thread(partial(self.generate, input_ids, **options))
+        call = partial(
+            self.generate, input_ids, max_new_tokens=max_new_tokens, adapter=adapter, end=end,
+            attention_mask=attention_mask,
+        )  # fmt: skip
+        return await asyncio.to_thread(call)
 
-    def _usual(self, inputs: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Array]:
+    def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
         """Return defaults for missing inputs of a language model: empty past, mask that shows all tokens, positions."""
         ids = inputs.get("input_ids")
         if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
@@ -375,7 +382,7 @@ class Session:
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
-    def binding(self, adapter: Choice = None) -> Any:
+    def binding(self, adapter: Choice = None) -> OrtBinding:
         """Return an onnxruntime binding with an adapter's slots; bind inputs and outputs to it, then call `run_bound`.
 
         With a binding, outputs such as past keys and values stay on the device. Use this method for adapters:
@@ -393,7 +400,7 @@ class Session:
             binding.bind_ortvalue_input(key, value)
         return binding
 
-    def run_bound(self, binding: object) -> None:
+    def run_bound(self, binding: OrtBinding) -> None:
         """Run the model on a binding, which receives the outputs.
 
         Raises:
@@ -423,15 +430,15 @@ class Session:
             )
         return array
 
-    def _named(self, name: str) -> dict[str, tuple[Array, Any]]:
+    def _named(self, name: str) -> dict[str, tuple[Array, OrtValue]]:
         if name not in self._loaded:
             cure = nearest(name, self._loaded) or f"Loaded: {', '.join(self._loaded) or 'none'}"
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
         return self._loaded[name]
 
-    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, JsonValue]:
+    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, OrtValue]:
         weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-        feeds: dict[str, Any] = {}
+        feeds: dict[str, OrtValue] = {}
         for name, weight in weights.items():
             held = self._named(name)
             if both := sorted(feeds.keys() & held.keys()):
@@ -442,7 +449,7 @@ class Session:
                 feeds |= self._weighed(name, held, weight)
         return feeds
 
-    def _of_rows(self, names: list[str | None], inputs: Mapping[str, Any]) -> dict[str, JsonValue]:
+    def _of_rows(self, names: list[str | None], inputs: Mapping[str, npt.ArrayLike]) -> dict[str, OrtValue]:
         """Return the stacked slots for a batch with an adapter for each row.
 
         Raises:
@@ -466,7 +473,7 @@ class Session:
         index = np.array([order.index(name) for name in names], np.int64)
         return self._stacks[order] | {INDEX: self._placed(index)}
 
-    def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, JsonValue]:
+    def _weighed(self, name: str, held: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
         """Return the scaling slots of an adapter, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in held}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
@@ -475,7 +482,7 @@ class Session:
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
         return {key: self._placed((held[key][0] * weight).astype(held[key][0].dtype)) for key in keys}
 
-    def _placed(self, array: Array) -> Any:
+    def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
 
 
@@ -518,7 +525,7 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     return tokens, mask
 
 
-def _slot_values(path: str | PathLike[str]) -> dict[str, Any] | None:
+def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
     """Return the tensors of a file by the names of slots; None for an adapter in another format."""
     if is_ort_adapter(path):
         return dict(read_ort_adapter(path).tensors)
@@ -528,18 +535,20 @@ def _slot_values(path: str | PathLike[str]) -> dict[str, Any] | None:
     return handles(header) if header.metadata.get("format") == KIND["format"] else None
 
 
-def _value(array: Array, device: str = "cpu") -> Any:
+def _value(array: Array, device: str = "cpu") -> OrtValue:
     onnxruntime: Any = import_module("onnxruntime")
     whole = np.ascontiguousarray(array)
     if whole.dtype.kind == "V" or whole.dtype.name == "bfloat16":
         from onnx import TensorProto
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+        narrow: OrtValue = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+        return narrow
     # Restore the shape, because ascontiguousarray turns a scalar into shape [1].
-    return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
+    value: OrtValue = onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
+    return value
 
 
-def _array(value: Any) -> Array:
+def _array(value: OrtValue) -> Array:
     """Return a result as an array; convert bfloat16 with torch, because onnxruntime cannot convert it to numpy."""
     if value.data_type() != "tensor(bfloat16)":
         array: Array = value.numpy()
@@ -549,7 +558,7 @@ def _array(value: Any) -> Array:
     return bits.view(ml_dtypes.bfloat16)
 
 
-def _started(path: Path, providers: Sequence[Provider] | None) -> Any:
+def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     onnxruntime: Any = import_module("onnxruntime")
     options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because slots are not constant.
     given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
@@ -558,9 +567,10 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> Any:
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
     # Check the providers first: for a missing one, onnxruntime warns, fails or silently uses another, by version.
     names = [name for name, _ in asked]
-    _refuse([name for name in names if name not in onnxruntime.get_available_providers()], onnxruntime)
+    available: list[str] = onnxruntime.get_available_providers()
+    _refuse([name for name in names if name not in available], available)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        session: OrtSession = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error) or type(error).__name__ == "NotImplemented":
             why, cure = (
@@ -571,14 +581,13 @@ def _started(path: Path, providers: Sequence[Provider] | None) -> Any:
         raise Malformed(
             f"onnxruntime refuses the model ({first_line(error)})", path=path, cure="Export it again"
         ) from None
-    _refuse([name for name in names if name not in session.get_providers()], onnxruntime)
+    _refuse([name for name in names if name not in session.get_providers()], available)
     return session
 
 
-def _refuse(lacking: Sequence[str], onnxruntime: Any) -> None:
+def _refuse(lacking: Sequence[str], available: Sequence[str]) -> None:
     if lacking:
-        available = ", ".join(onnxruntime.get_available_providers())
-        cure = f"onnxruntime here was built with {available}; adapterkit doctor shows which of these run"
+        cure = f"onnxruntime here was built with {', '.join(available)}; adapterkit doctor shows which of these run"
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 

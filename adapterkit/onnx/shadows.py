@@ -36,7 +36,12 @@ from .tokens import (
 from .values import Sizes, Value, plain
 
 if TYPE_CHECKING:
+    from ..io.lazy import Leaf
+    from ..methods.shadow import Shadow
     from .calls import CallWords, Heard
+    from .layers import Layer
+    from .outlets import Ended
+    from .pretrained_calls import PretrainedModel
 
 SHADOW = "shadow"
 
@@ -52,12 +57,12 @@ class Shadows:
         config: returns the base's config, from which the network is created.
     """
 
-    def __init__(self, words: CallWords, config: Callable[[], Mapping[str, Any]] | None) -> None:
+    def __init__(self, words: CallWords, config: Callable[[], Mapping[str, object]] | None) -> None:
         self.words, self.config = words, config
         self.value = words.input(SHADOW)
         self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None
 
-    def reached(self, update: Any, heard: Heard) -> ir.Value:
+    def reached(self, update: Shadow, heard: Heard) -> ir.Value:
         """Return the state before a block: the state of the previous block, or the network's output."""
         if self.waiting is not None:
             branch, y, state = self.waiting
@@ -74,7 +79,7 @@ class Shadows:
             self.waiting[0].close()
             self.waiting = None
 
-    def _model(self) -> Any:
+    def _model(self) -> PretrainedModel:
         """Return a model of the base's architecture without weights."""
         if find_spec("transformers") is None:
             cure = "pip install 'adapterkit[transformers]'"
@@ -91,7 +96,8 @@ class Shadows:
         try:
             # Use the meta device, on which a model takes no memory: the weights come from the adapter.
             with quiet(), torch.device("meta"):
-                return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+                model: PretrainedModel = auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+                return model
         except Exception as error:  # transformers raises many types of errors for bad configs.
             why = f"transformers cannot create a model from the base's config.json ({first_line(error)})"
             raise Malformed(why, cure="Fetch the config again") from error
@@ -104,7 +110,7 @@ class State:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
-    def state(self, update: Any) -> Value:
+    def state(self, update: Shadow) -> Value:
         """Return the state before the block; if it has the same width as the block's input, use the sizes of that."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
@@ -124,7 +130,7 @@ class State:
         return True
 
 
-def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
+def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
     """Append the network's nodes to the block's branch; return the network's output."""
     given, branch = _given(update, heard), heard.layer.branch
     own = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
@@ -148,15 +154,23 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
             raise Unsupported(why, cure="Export the graph in a newer operator set")
 
 
-def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value], sizes: Fixed) -> ir.Model:
+def _traced(
+    model: PretrainedModel, update: Shadow, layer: Layer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
+) -> ir.Model:
     """Return the network as a separate graph, with the fixed sizes of the main graph or with open ones."""
     import torch
 
     from ..torch.shadows import Standing
     from .tracing import traced
 
-    kind = getattr(torch, layer.dtype.name)
-    held = update.map(lambda value: torch.tensor(value.known()).to(kind))
+    kind: torch.dtype = getattr(torch, layer.dtype.name)
+
+    def known(value: Leaf) -> torch.Tensor:
+        numbers = cast(Value, value).known  # The update's tensors are graph values here.
+        assert numbers is not None
+        return torch.tensor(numbers()).to(kind)
+
+    held = update.map(known)
     network = Standing(model, held, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
     # Use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor per input, because
@@ -167,7 +181,7 @@ def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value], 
         for name in given
     ]
     is_open = (tuple(dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for _ in examples),)
-    options = {"dynamic_shapes": None if sizes else is_open, "opset_version": layer.branch.opset}
+    options: dict[str, Any] = {"dynamic_shapes": None if sizes else is_open, "opset_version": layer.branch.opset}
     return traced(network, examples, inside="network", **options)
 
 
@@ -186,7 +200,7 @@ def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     return None if len(sizes) < 2 or sizes[0] is None or sizes[1] is None else (sizes[0], sizes[1])
 
 
-def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
+def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
     """Return the network's inputs: the graph's inputs, extended to cover the past."""
     words, graph = heard.words, heard.words.building.model.graph
     found = {name: value for name in CALL if (value := words.input(name)) is not None}
@@ -200,7 +214,7 @@ def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
     return _tokens(update, heard, found, bool(past)) | _beside(heard, found)
 
 
-def _tokens(update: Any, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
+def _tokens(update: Shadow, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
     if EMBEDS in found:
         if past:
             raise Unsupported(

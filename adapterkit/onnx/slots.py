@@ -26,7 +26,7 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
-from .building import FREE, Array, Building, element_type
+from .building import FREE, Array, Building, Dtype, element_type
 from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
@@ -36,7 +36,9 @@ from .reading import loaded
 from .values import OpenSize, Value
 
 if TYPE_CHECKING:
+    from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
+    from .outlets import Ended
     from .reading import Base, Model
 
 
@@ -62,7 +64,7 @@ class Slot:
 
     value: ir.Value
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class SlotRecord:
             Target(place.asked.path, rows=place.asked.rows), Target(place.target.path, rows=place.target.rows), []
         )
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, JsonValue]:
         """Return the record as JSON values."""
         return {
             "asked": [self.asked.path, self.asked.rows], "target": [self.target.path, self.target.rows],
@@ -181,12 +183,12 @@ def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
         raise Malformed(why, where=REQUIRED, cure=_AGAIN) from None
 
 
-def sizes_of(value: ir.Value) -> tuple[list[object], np.dtype[Any]]:
+def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
     """Return the sizes of a slot, with names for open sizes, and its numpy dtype."""
     return list(value.shape or ()), element_type(value)
 
 
-def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Any]]) -> dict[str, Array]:
+def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
     """Return tensors for required slots with which the graph computes the base; open sizes are 1.
 
     Args:
@@ -221,9 +223,9 @@ class Slots:
         self.fills: dict[str, float] = {}
         self.free: dict[str, int] = {}
         self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
-        self.scalings: dict[int, Any] = {}
+        self.scalings: dict[int, Leaf] = {}
 
-    def opened(self, update: Update, layer: Layer, place: Found, position: int) -> Update:
+    def opened(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update:
         """Return the update with slots in place of its tensors and its scaling.
 
         Args:
@@ -248,7 +250,7 @@ class Slots:
                 self.made[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def factored(self, update: Update, layer: Layer, place: Found, position: int) -> Update | None:
+    def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
         """Return slots for factors computed from an update and the base's weight; None if there are no factors."""
         if (factors := template(update, place)) is None:
             return None
@@ -256,7 +258,7 @@ class Slots:
         self.made[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def _values(self, update: Update, layer: Layer, key: tuple[int, int]) -> Update:
+    def _values(self, update: Update, layer: Layer | Ended, key: tuple[int, int]) -> Update:
         """Return the update with its slots in place of its tensors."""
         place, slots = self.made[key]
         if is_worked_out(update, dict.fromkeys(slots, "")):
@@ -291,7 +293,7 @@ class Slots:
         fills = {name: fill for name, fill in self.fills.items() if name in used}
         self.building.model.metadata_props[REQUIRED] = json.dumps(fills, separators=(",", ":"))
 
-    def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
+    def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
         """Return field -> slot."""
         # Fix the shapes for a Conv, because OpenVINO does not run one with an open number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
@@ -313,7 +315,7 @@ class Slots:
             made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
         return made
 
-    def _shape(self, update: Update, name: str, leaf: Any, fixed: bool) -> tuple[int, ...]:
+    def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
         """Return a tensor's shape, with numbers from FREE on for open sizes; if `fixed`, no size is open."""
         if fixed:
             return tuple(leaf.shape)
@@ -332,7 +334,7 @@ class Slots:
     def _open(self, axis: str) -> int:
         return self.free.setdefault(axis, OpenSize(FREE + len(self.free)))
 
-    def _slot(self, name: str, leaf: Any, shape: tuple[int, ...], default: Array, dtype: np.dtype[Any]) -> Slot:
+    def _slot(self, name: str, leaf: Leaf, shape: tuple[int, ...], default: Array, dtype: Dtype) -> Slot:
         names = {size: axis for axis, size in self.free.items()}
         declared = [f"{name}.{names[size]}" if size in names else size for size in shape]
         kind = dtype if as_array(leaf).dtype.kind not in "iu" else as_array(leaf).dtype
@@ -409,26 +411,28 @@ class _Stub:
     channel = -1
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.W: Any = np.random.default_rng(0).normal(size=(shape[0], math.prod(shape[1:])))
+        self.W: Array = np.random.default_rng(0).normal(size=(shape[0], math.prod(shape[1:])))
 
-    def __call__(self, x: object) -> Any:
-        return x @ self.W.mT
+    def __call__(self, x: Array) -> Array:
+        y: Array = x @ self.W.mT
+        return y
 
     hidden = __call__
 
-    def residual(self, x: Any) -> None:
+    def residual(self, x: Array) -> None:
         return None
 
-    def norm(self, h: Any) -> Any:
+    def norm(self, h: Array) -> Array:
         return h
 
-    def close(self, h: Any, x: Any, whole: bool = True) -> Any:
+    def close(self, h: Array, x: Array, whole: bool = True) -> Array:
         return h
 
-    def mix(self, h: Any, w: Any) -> Any:
-        return h @ w.mT
+    def mix(self, h: Array, w: Array) -> Array:
+        y: Array = h @ w.mT
+        return y
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Array) -> Array:
         return v
 
 
@@ -592,7 +596,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 
 
 def _paired(
-    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, Any]
+    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
     """Pair updates with their slots. The updates must be in the record's order; some of the record may be missing."""
     pairs, left = [], list(record.updates)

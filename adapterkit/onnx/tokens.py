@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,10 @@ from .values import SYMBOLS, Value, concatenated, plain
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Names of the inputs of a model's call."""
+
+
+Size = int | str | ir.SymbolicDim
+"""A size of a graph value's axis, or the name of an open size."""
 
 
 class Call(Protocol):
@@ -35,7 +39,7 @@ class Call(Protocol):
     def input(self, word: str) -> ir.Value | None:
         """Return the graph input for an input of the call; None if there is none."""
 
-    def new(self, word: str, axes: Sequence[object]) -> ir.Value:
+    def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
         """Add an integer input to the graph, once per name."""
         ...
 
@@ -120,6 +124,6 @@ def last_columns(value: Value, own: Value) -> ir.Value:
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 
 
-def first_axis(value: ir.Value) -> Any:
+def first_axis(value: ir.Value) -> Size:
     """Return the size of a value's first axis, or the name of an open size."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

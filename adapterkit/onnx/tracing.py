@@ -25,8 +25,8 @@ SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
 
 
 def traced(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, inside: str = "",
-    **options: Any,
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None, *, inside: str = "",
+    **options: object,
 ) -> ir.Model:  # fmt: skip
     """Return a module as a graph, whose weights remain torch tensors until they are written.
 
@@ -43,7 +43,7 @@ def traced(
     stage("tracing the model")
     import torch
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         with quiet():
             program = torch.onnx.export(

@@ -6,12 +6,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import AdapterkitError
 from ..io.inputs import read_input
+from .building import Array
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+    from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
 """Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
@@ -26,7 +31,7 @@ _TYPES = {
     "int32": np.int32,
 }
 
-Feeds = Mapping[str, np.ndarray[Any, Any]]
+Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
 """Sizes from the configs beside a graph: `head_size` and `heads` of the past; `channels`, `height`, `width` of
@@ -41,8 +46,9 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     """
     if graph is None:
         return {}
-    decoder = _config(graph.parent / "genai_config.json").get("model", {})
-    decoder = decoder.get("decoder", {}) if isinstance(decoder, dict) else {}
+    model = _config(graph.parent / "genai_config.json").get("model")
+    found_decoder = model.get("decoder") if isinstance(model, dict) else None
+    decoder = found_decoder if isinstance(found_decoder, dict) else {}
     config = _config(graph.parent / "config.json")
     image = config.get("image_size", config.get("sample_size"))
     height, width = image[:2] if isinstance(image, list) and len(image) > 1 else (image, image)
@@ -54,7 +60,7 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     return {word: size for word, size in found.items() if isinstance(size, int) and 0 < size < 1 << 16}
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> dict[str, JsonValue]:
     """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
     try:
         told = json.loads(read_input(file).decode("utf-8"))
@@ -63,7 +69,7 @@ def _config(file: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Any]:
+def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
     """Return inputs for a graph; open axes of the same name have the same size, and the first axis is the batch.
 
     Args:
@@ -72,7 +78,7 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
         known: sizes from configs; see `sizes_beside`.
     """
     rng, named = np.random.default_rng(0), dict[str, int]()
-    feeds: dict[str, Any] = {}
+    feeds: dict[str, Array] = {}
     entries = session.get_inputs()
     for entry in entries:
         _name_sizes(entry, known or {}, named)
@@ -94,7 +100,7 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
     return feeds
 
 
-def _name_sizes(entry: Any, known: Sizes, named: dict[str, int]) -> None:
+def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
     """Set the sizes of an input's open axes from the configs."""
     if len(entry.shape) != 4:
         return
@@ -115,7 +121,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
         mask[1] = past + tokens[1]
 
 
-def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+def _mask(shape: Sequence[int]) -> Array:
     """Return ones with a 0 at the end: some entries stay visible, whether 0 or 1 means hidden."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:

@@ -11,12 +11,17 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from ..errors import Malformed
 from .building import OPSET
+
+if TYPE_CHECKING:
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+    Schema = tuple[list[int], int, dict[str, tuple[int, bool]]]
 
 MAX_AXES = 64
 """Largest number of axes of a tensor."""
@@ -39,11 +44,11 @@ POSITIVE = {
 _AGAIN = "Export the model again, or fetch the file again"
 
 
-def check_model(proto: Any, path: Path | None) -> None:
+def check_model(proto: ModelProto, path: Path | None) -> None:
     """Check a model's tensors, nodes and names.
 
     Args:
-        proto: an `onnx.ModelProto`.
+        proto: the model.
         path: its file, for errors.
 
     Raises:
@@ -57,7 +62,9 @@ def check_model(proto: Any, path: Path | None) -> None:
             _check_node(node, own, path)
 
 
-def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int) -> None:
+def _check_graph(
+    graph: GraphProto, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int
+) -> None:
     if depth > MAX_NESTING:
         raise Malformed(f"more than {MAX_NESTING} graphs inside each other", path=path, where=graph.name, cure=_AGAIN)
     for tensor in graph.initializer:
@@ -84,7 +91,7 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
             raise Malformed(f"nothing computes the output {value.name!r}", path=path, where=graph.name, cure=_AGAIN)
 
 
-def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path | None) -> None:
+def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path: Path | None) -> None:
     """Check that every name is defined once and that there are no cycles; accept nodes in any order."""
     made: dict[str, int] = {}
     for at, node in enumerate(graph.node):
@@ -120,7 +127,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
         raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
 
 
-def _read(node: Any, depth: int = 0) -> Iterator[str]:
+def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
     """Yield the names that a node reads, including outer values that its subgraphs read."""
     yield from (name for name in node.input if name)
     if depth > MAX_NESTING:
@@ -134,7 +141,7 @@ def _read(node: Any, depth: int = 0) -> Iterator[str]:
             yield from (value.name for value in graph.output if value.name not in own)
 
 
-def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
+def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:
     for text in (node.name, node.op_type, node.domain, *node.input):
         _check_text(text, "a node's text", path)
     where = _name(node)
@@ -167,12 +174,13 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
     held = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
         if (needed and name not in held) or (name in held and held[name] != kind):
-            why = f"a {node.op_type} {'with another type of' if name in held else 'without'} the attribute {name}"
+            fault = "has the wrong type" if name in held else "is missing"
+            why = f"the attribute {name} of a {node.op_type} {fault}"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 
 @lru_cache(maxsize=4096)
-def _schema(op_type: str, domain: str, version: int) -> Any:
+def _schema(op_type: str, domain: str, version: int) -> Schema | None:
     """Return an operator's required inputs, its largest number of inputs, and attributes: name -> (type, required)."""
     from onnx import defs
 
@@ -192,7 +200,7 @@ def _schema(op_type: str, domain: str, version: int) -> Any:
     return required, schema.max_input, attributes
 
 
-def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
+def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
     _check_text(tensor.name, "a tensor's name", path)
     try:
         kind = ir.DataType(tensor.data_type)
@@ -220,7 +228,7 @@ def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 
-def _number(attribute: Any) -> list[int]:
+def _number(attribute: AttributeProto) -> list[int]:
     return [attribute.i] if attribute.HasField("i") else []
 
 
@@ -229,5 +237,5 @@ def _check_text(text: object, what: str, path: Path | None) -> None:
         raise Malformed(f"{what} is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
 
 
-def _name(node: Any) -> str:
+def _name(node: NodeProto) -> str:
     return str(node.name or (node.output[0] if node.output else node.op_type))

@@ -6,12 +6,18 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NoReturn, Union
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from .building import FREE, Array, Branch, element_type
+from .building import FREE, Array, Attribute, Branch, element_type
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from ..io.lazy import Leaf
+
+Updates = TypeVar("Updates", bound="Update")
 
 Sizes = tuple[int | None, ...]
 """The sizes of a value's axes; None for an open size."""
@@ -569,7 +575,7 @@ class Value:
     def __array__(self, *_: object, **__: object) -> Array:
         raise Unsayable("a value is converted to an array of another library")
 
-    def tolist(self) -> Any:
+    def tolist(self) -> object:
         return self.numbers().tolist()
 
     def __float__(self) -> float:
@@ -580,7 +586,8 @@ class Value:
 
     def apply(
         self, op: str, inputs: Sequence[object], f: Callable[..., Array], shape: Sizes | None,
-        dtype: Kind | None = None, attributes: Mapping[str, object] | None = None, more: Sequence[ir.Value | None] = (),
+        dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
+        more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
         """Append a node and return its output. `f` computes the output in numpy; it does not take the inputs `more`."""
         values = [self.like(one) for one in inputs]
@@ -728,7 +735,7 @@ class Value:
 
     def _reduced(self, op: str, f: Callable[..., Array], axis: Axes, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-        attributes: dict[str, object] = {"keepdims": int(keepdims)}
+        attributes: dict[str, Attribute] = {"keepdims": int(keepdims)}
         # Axes are an input of ReduceSum since opset 13, and of the other reductions since opset 18.
         more: list[ir.Value | None] = []
         if axes is not None and in_input:
@@ -752,6 +759,11 @@ class Value:
         raise Unsayable("there is no node for this operator")
 
     __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
+
+
+def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
+    """Return an update whose formulas compute with numpy arrays or graph values, which `f` returns for its tensors."""
+    return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 
 def plain(value: ir.Value, branch: Branch) -> Value:

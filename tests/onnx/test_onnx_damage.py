@@ -83,17 +83,17 @@ def twice(proto):
 
 def without_inputs(proto):
     del proto.graph.node[1].input[1]
-    return "/0/MatMul: a MatMul of 1 inputs"
+    return "/0/MatMul: a MatMul has the wrong inputs"
 
 
 def wrong_attribute(proto):
     proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", 1))
-    return "another type of the attribute perm"
+    return "the attribute perm of a Transpose has the wrong type"
 
 
 def wrong_order(proto):
     proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", [0, 7]))
-    return r"order \[0, 7\] of 2 axes"
+    return r"order \[0, 7\] for 2 axes"
 
 
 DAMAGES = [

@@ -166,7 +166,7 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     stop = int(batch[0, 5])
     got = session.generate(texts, attention_mask=mask, max_new_tokens=6, adapter="one", end=[stop])
     assert (got[0, 5:] == stop).all()
-    for given, match in (((texts,), "no mask for 2 texts"), ((texts, mask[:, ::-1]), "hides the last token")):
+    for given, match in (((texts,), "a mask is required for 2 texts"), ((texts, mask[:, ::-1]), "hides the last token")):
         with pytest.raises(UsageError, match=match):
             session.generate(given[0], attention_mask=given[1] if len(given) > 1 else None)
     assert repr(session).startswith("Session('model.onnx': input_ids, attention_mask")
@@ -272,7 +272,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
     for error, match, words in (
         (UsageError, "no input attention_mask", ({k: v for k, v in feeds.items() if k != "attention_mask"},)),
         (UsageError, "no input 'input_id'", ({**feeds, "input_id": feeds["input_ids"]},)),
-        (UsageError, "float32 for an input of int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
+        (UsageError, "has dtype float32, and the input int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
         (UsageError, "no adapter 'three'", (feeds, "three")),
         (Unsupported, r"use the same slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
         (UsageError, "no output 'logit'", (feeds, None, ["logit"])),
@@ -285,7 +285,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
     for error, match, changed in (
         (TargetNotFound, "no slot other", tensors | {"other": tensors[factor]}),
         (ShapeMismatch, "in another tensor of the same update", {k: v for k, v in tensors.items() if k != factor}),
-        (ShapeMismatch, "for a slot of", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
+        (ShapeMismatch, "has shape .*, and its slot", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
         (ShapeMismatch, "float64 for", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
     ):
         write_ort_adapter(tmp_path / "bad.onnx_adapter", OrtAdapter(changed))
