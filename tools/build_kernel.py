@@ -2,9 +2,9 @@
 
     python tools/build_kernel.py [--target x86_64-linux-gnu.2.17]
 
-The build of a wheel and `pip install -e .` call it, too, by hatchling. It needs a C compiler (`CC`, cc, gcc or clang);
-with a target it needs ziglang from PyPI, which compiles for all platforms. Without a compiler, and on processors that
-the loop was not written for, the package works by numpy: more slowly, with the same bits.
+Hatchling also calls this script to build a wheel and for `pip install -e .`. It needs a C compiler (`CC`, cc, gcc or
+clang); for another platform, it needs ziglang from PyPI, which compiles for all platforms. Without a compiler, and on
+processors that the loops do not support, the package uses numpy, which is slower and gives the same bits.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> int:
     """Compile for one target; exit 1 if that is not possible."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=sorted(TARGETS), help="a platform other than this one")
-    parser.add_argument("--if-older", action="store_true", help="only if the library is older than its sources")
+    parser.add_argument("--if-older", action="store_true", help="compile only if the library is older than its sources")
     arguments = parser.parse_args()
     path = library(arguments.target)
     if (

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Writes docs/image-families.md: what becomes of each method in each dialect of image models, by family.
+"""Writes docs/image-families.md: how each format of image models stores each method, by family of models.
 
-Every cell is what the writer does with an adapter of that family and method in diffusers' names. `--check` compares.
-Exit codes: 0 written or up to date, 1 not up to date (`--check`).
+Each cell shows what the format's writer does with an adapter of that family and method in diffusers' names. `--check`
+only compares. Exit codes: 0 written or up to date, 1 not up to date (`--check`).
 """
 
 from __future__ import annotations

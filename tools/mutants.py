@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Mutation testing of formulas and of the engine: change one operator or number, and see whether a test fails.
+"""Test the tests of formulas and of the engine by mutation: change one operator or number, and check that a test fails.
 
     python tools/mutants.py                      all chapters of tools/mutants.toml
     python tools/mutants.py lora blocks          these
     python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed
     python tools/mutants.py --list               what there is
 
-cosmic-ray makes the mutants. It writes them into the files, so everything happens in a copy of the checkout. A mutant
-that survives is a line that no test holds: write the test, or say in tools/mutants.toml why the line computes the same.
-Exit code 1 if one survives without a reason.
+cosmic-ray makes the mutants. It writes them into the files, so this script works in a copy of the checkout. If all
+tests pass with a mutant, no test covers the changed code: write a test, or give the reason in tools/mutants.toml why
+the mutant computes the same. The exit code is 1 if a mutant survives without a reason.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each chapter")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed for --sample")
     parser.add_argument("--list", action="store_true", help="list the chapters")
     options = parser.parse_args()
     known = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text("utf-8"))

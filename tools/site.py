@@ -1,7 +1,8 @@
-"""Pages of the documentation that are generated when the site is built; a hook of mkdocs, see mkdocs.yml.
+"""Generates pages of the documentation when the site is built, as a hook of mkdocs; see mkdocs.yml.
 
-One page a method, a format and a way to combine, from the spec and the registries; the reference of the commands from
-their own help; the reference of the errors and of the Python functions from their docstrings. They are not committed.
+There is one page for each method, format and combiner, from the spec and the registries. The reference of the commands
+comes from their help; the references of errors and Python functions come from docstrings. These pages are not
+committed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant, invariances, ranking, authors or commands; each in exactly one page.
-Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
+A table is between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is methods, formats, matrix, families, combine,
+quant, invariances, ranking, authors or commands; each table is in exactly one page. Exit codes: 0 written or up to
+date, 1 not up to date (`--check`), 2 a source of a table is missing.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="another folder to work on")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if a page is not up to date")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the pages")
     chosen = parser.parse_args(words)
     try:
         return _work(chosen.docs, chosen.check)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Train the demo's base and adapters, write adapterkit/demo/data, and print how well each reads held-out digits.
+"""Train the demo's base and adapters, write adapterkit/demo/data, and print the accuracies on held-out digits.
 
     python tools/train_demo.py [--out DIR]
 
-Needs torch, peft and scikit-learn (whose copy of the digits is real and needs no network); about two minutes on one
-core. The split is by the file's order, not shuffled: 1257 images to train on, the last 540 held out. Training runs for
-a fixed number of epochs, and the held-out images choose nothing. One thread, fixed seeds and deterministic kernels make
-the bytes the same from run to run on one machine; another processor or another release of torch or PEFT may round
+Needs torch, peft and scikit-learn, which contains the digits; takes about two minutes on one core. The data is split in
+the order of the file: the first 1257 images are for training, the last 540 are held out. Training runs for a fixed
+number of epochs, and the held-out images are only used for the accuracies. One thread, fixed seeds and deterministic
+kernels give the same bytes in every run on one machine; another processor or another release of torch or PEFT may round
 differently.
 """
 
@@ -75,7 +75,7 @@ RECIPES = {
 def main() -> None:
     """Parses the one option, trains, writes, and prints what the written files score."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DATA, help="folder to write (default: the package's own data)")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write (default: the data of the package)")
     out = parser.parse_args().out
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
-"""Hubs at scale, by hand: flipped bits, pulls and pushes killed at random moments, on each kind of hub.
+"""Tests each kind of hub with large files: flipped bits, and pulls and pushes that are killed at random moments.
 
-Run as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`; every line is a figure, and any that
-is not as it must be ends it with exit code 1. The faults of networks are in `tests/hub/test_hub_faults.py`.
+Run it as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`. It prints one figure per line,
+and exits with 1 at the first wrong one. Network faults are tested in `tests/hub/test_hub_faults.py`.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Runs one benchmark by name: `python tools/bench merge --rounds 5`; without a name, lists what there is."""
+"""Runs one benchmark by name: `python tools/bench merge --rounds 5`. Without a name, it lists all benchmarks."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
+"""Times combinations of one target side by side: on factors, by the formula on whole matrices, by PEFT and mergekit.
 
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
         [--only tsv] [--no-dense] [--single]
 
-Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds;
-for the peers, set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the
-same changes; decompositions that several begin with are made once and charged to each. The error is that of our
-result against it, relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold,
-by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is
-timed where it is installed.
+Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, as medians of the
+rounds; set OMP_NUM_THREADS=1 for PEFT and mergekit if other work runs at the same time. The dense formula is the
+paper's formula in float64 numpy on the same changes. If several methods begin with the same decomposition, it is
+computed once, and its time is added to each. The error is the relative difference of adapterkit's result from the dense
+formula in the Frobenius norm. Memory is the largest allocation in addition to the adapters, by tracemalloc, which sees
+numpy and Python; it is not shown for PEFT and mergekit, whose tensors tracemalloc does not see. mergekit is timed if it
+is installed.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=1, help="targets for adapterkit; others are timed on one")
-    parser.add_argument("--rounds", type=int, default=3, help="of each contender; formulas on whole matrices run once")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), help="these methods, and no peers")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; formulas on whole matrices run once")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="only these methods, without the other tools")
     parser.add_argument("--single", action="store_true", help="decompose whole matrices in float32, by torch")
-    parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
+    parser.add_argument("--no-dense", action="store_true", help="omit the formulas on whole matrices")
     chosen = parser.parse_args()
     adapters = made(chosen.size, chosen.tasks, chosen.rank, chosen.targets)
     print(f"{chosen.tasks} adapters of rank {chosen.rank}, {chosen.size} x {chosen.size}, per target")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""An adapter of thousands of tensors from PEFT's format to kohya's and back, beside `cp` and `sync` of the same bytes.
+"""Times converting an adapter of thousands of tensors from PEFT to kohya and back, and copying the same bytes.
 
-Whole processes, each way behind a copy of what it reads, several rounds; then a tenth of the adapter, to tell what of
-the memory grows with it.
-The adapter is a LoRA of 2,500 linear layers of an image model, bfloat16, 1 GB; the base is its headers alone.
+Each conversion runs as a whole process, after a copy (`cp` and `sync`) of its input, in several rounds. Then a tenth of
+the adapter is converted, to show how much of the memory grows with the adapter. The adapter is a LoRA of 2,500 linear
+layers of an image model, 1 GB in bfloat16; the base consists of headers only.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments(parser, 3)
     parser.add_argument("--modules", type=int, default=2500)
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     chosen = parser.parse_args()
     figures = Figures("convert")
     if chosen.work is not None:

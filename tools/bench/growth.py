@@ -1,10 +1,10 @@
-"""How a merge grows: with the base from 0.1 to 10 B parameters, with rank, with DoRA, with adapters at once. Linux.
+"""Measures how time and memory of a merge grow with the base, the rank, DoRA and the number of adapters. Linux.
 
     python tools/bench growth [--rounds 3] [--work FOLDER] [--row NAME]...
 
-Bases are TinyLlama's shape with more or fewer layers, all zeros in sparse files, so that 10 B take no space but in the
-output (20 GB, removed after each run); each is read once before it is merged, so that it is in the page cache where it
-fits. Rows of a round run one after the other; ratios are of medians.
+The bases have TinyLlama's shapes with more or fewer layers, 0.1 to 10 B parameters. They are zeros in sparse files, so
+only the outputs take space (20 GB for 10 B, removed after each run). Each base is read once before the merge, to load
+it into the page cache if it fits. The rows of a round run one after the other; ratios are ratios of medians.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Merging into a live model where its weights lie: its share of memory's bandwidth, and the memory that it takes.
+"""Measures merging into the weights of a live model in place: the share of the memory bandwidth, and the memory used.
 
     python tools/bench in_place [--device cuda] [--layers 8] [--width 4096] [--rank 16] [--rounds 3]
 
-A bfloat16 weight is read once and written once; the yardstick is a copy of as many bytes by torch, on the same device.
+The merge reads and writes each bfloat16 weight once; it is compared with a copy of the same number of bytes by torch on
+the same device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Holds the compiled loop of a merge against numpy: equal bits on many random numbers, and processor time.
+"""Compares the compiled loop of a merge with numpy: equal bits on many random numbers, and processor time.
 
     python tools/bench/kernel.py [--numbers 1e9] [--rank 16] [--rounds 3] [--json FILE]
 
-For each pair of element types it draws weights and factors at changing scales until so many numbers are compared. It
-ends with 1 if a bit differs. Blocks that the loop leaves to numpy are counted; times are of one core.
+For each pair of element types, the script draws weights and factors at different scales until it has compared
+`--numbers` numbers. It exits with 1 if a bit differs. It also counts the blocks that the loop leaves to numpy. Times
+are for one core.
 """
 
 from __future__ import annotations

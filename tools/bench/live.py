@@ -1,10 +1,10 @@
-"""Live adapters against PEFT in one run: many in one batch at one token, one adapter's forward and step, peak memory.
+"""Compares live adapters with PEFT's in one run: a batch of many adapters, one adapter's forward and step, peak memory.
 
     python tools/bench live [--hidden 256] [--layers 2] [--tokens 128] [--rounds 15] [--threads 1] [--only NAME]
 
-A randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. Contenders take turns within each
-round, in either order; figures are medians and minima of processor time, all threads together. Peak memory is what
-torch allocates on the CPU during one training step, beyond what the model and the optimizer hold before.
+The model is a randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. The contenders run in turn
+in each round, in alternating order. Figures are medians and minima of the processor time of all threads. Peak memory is
+what torch allocates on the CPU during one training step, in addition to the model and the optimizer.
 """
 
 from __future__ import annotations

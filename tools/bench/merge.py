@@ -1,13 +1,13 @@
-"""Times a merge side by side: adapterkit, PEFT, mergekit, axolotl, and plainly copying the base. Linux.
+"""Times a merge side by side: adapterkit, PEFT, mergekit, axolotl, and a plain copy of the base. Linux.
 
     python tools/bench/merge.py [--rounds 3] [--scale 0.1] [--work FOLDER] [--only NAME] [--full-error]
         [--mergekit PYTHON] [--axolotl PYTHON] [--device DEVICE]
 
-The base has 1.1 B parameters in bfloat16 (TinyLlama's shape, random values, 2.2 GB in 5 shards), the adapter is a PEFT
-LoRA of rank 16 on all 154 linears. Both are made once and kept in the work folder. Every contender runs as a process of
-its own, in turn, with the base in the page cache and nothing left to write back; outputs are removed after each run.
-mergekit and axolotl take part where the python of an environment that has them is given; of axolotl no more is needed
-than `pip install --no-deps axolotl` beside torch, PEFT and transformers.
+The base has 1.1 B parameters in bfloat16 (TinyLlama's shapes, random values, 2.2 GB in 5 shards). The adapter is a PEFT
+LoRA of rank 16 on all 154 linear layers. Both are created once and kept in the work folder. The contenders run in turn,
+each as a separate process, with the base in the page cache and no data left to write back; outputs are removed after
+each run. mergekit and axolotl are included if you pass the python of an environment with them. For axolotl, `pip
+install --no-deps axolotl` in addition to torch, PEFT and transformers is enough.
 """
 
 from __future__ import annotations
@@ -247,13 +247,13 @@ def main() -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the base's full size, for a quick try")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the base's full size, for a quick run")
     arguments(parser, 3)
     names = [c.name for c in contenders("auto", "", "")]
     parser.add_argument("--only", action="append", choices=names, help="may be repeated")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit and PEFT")
-    parser.add_argument("--axolotl", metavar="PYTHON", help="of an environment with axolotl, torch, PEFT, transformers")
-    parser.add_argument("--device", default="auto", help="where adapterkit computes")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment with mergekit and PEFT")
+    parser.add_argument("--axolotl", metavar="PYTHON", help="python of an environment with axolotl and transformers")
+    parser.add_argument("--device", default="auto", help="device for adapterkit")
     parser.add_argument("--full-error", action="store_true", help="check every element, not one target of each kind")
     options = parser.parse_args()
     all_of_them = contenders(options.device, options.mergekit, options.axolotl)

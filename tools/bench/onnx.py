@@ -1,9 +1,10 @@
-"""Times changes of a 2.7 GB graph side by side: adapterkit's inject and merge, and copying its data file. Linux.
+"""Times changes of a 2.7 GB graph side by side: adapterkit's inject and merge, and a copy of the data file. Linux.
 
     python tools/bench onnx [--rounds 3] [--work FOLDER]
 
-The graph is a chain of ten float32 linears of 8192 x 8192 with its numbers in a data file, the adapter a PEFT LoRA of
-rank 16 on each. Both are made once and kept in the work folder. Every contender runs as a process of its own, in turn.
+The graph is a chain of ten float32 linear layers of 8192 x 8192 with its weights in a data file. The adapter is a PEFT
+LoRA of rank 16 on each layer. Both are created once and kept in the work folder. The contenders run in turn, each as a
+separate process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""What the writers' proof takes of `adapterkit convert`: reading back what was written and comparing it.
+"""Measures the part of `adapterkit convert` that reads the written file back and compares it.
 
-Whole processes, several rounds, an adapter of about 100 MB in bfloat16: LoRA whose scaling every format can say and one
-that many fold, DoRA and LoHa. The base is its headers alone.
+The conversions run as whole processes, in several rounds. The adapters have about 100 MB in bfloat16: a LoRA whose
+scaling every format can store, a LoRA whose scaling many formats must fold into the factors, DoRA and LoHa. The base
+consists of headers only.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", nargs="+", choices=[*INTO], default=[*INTO])
     parser.add_argument("--to", nargs="+", metavar="FORMAT", help="only these formats")
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     chosen = parser.parse_args()
     if chosen.work is not None:
         chosen.work.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""How well each task goes under every way to combine two adapters, against each adapter and joint training.
+"""Measures the tasks of two adapters after each way to combine them, against single adapters and joint training.
 
     python tools/bench/quality.py [--seeds 1 2 3] [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
     python tools/bench/quality.py --model DIR [--seeds 1 2 3] [--steps 12]
 
-Without --model: accuracy of the demo's digit tasks, a LoRA of rank 8 each by the recipe of `tools/train_demo.py`, two
-minutes a core. With one, the folder that `tools/real_model.py` writes: loss on source code and on prose, some
-minutes. One adapter is trained for each task and one for all together; they are combined by each method with each
-weight. The best weight on data that no adapter saw is chosen, and what is shown is measured on other data still: the
-mean over the seeds, which training and what methods draw start from, and the standard deviation of the last column.
-Adapters are kept in --work.
+Without --model, the figure is the accuracy of the demo's digit tasks, with a LoRA of rank 8 for each task, trained as
+in `tools/train_demo.py`; this takes two minutes on one core. With --model, the folder that `tools/real_model.py`
+writes, the figure is the loss on source code and on prose; this takes some minutes. One adapter is trained for each
+task, and one for all tasks together. The single adapters are combined by each method with each weight. The weight is
+chosen on data that no adapter saw, and the figures are measured on further data. They are means over the seeds of
+training and of random methods; the last column also has the standard deviation. Adapters are kept in --work.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def main() -> None:
     """Trains what is not there yet, combines, scores, prints one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["rotated", "negative"], choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run for each seed")
     parser.add_argument("--scales", nargs="+", type=float, help="weights to choose from")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--model", type=Path, help="folder of a language model: two kinds of text instead of digits")
-    parser.add_argument("--steps", type=int, default=12, help="of training for each kind of text")
+    parser.add_argument("--steps", type=int, default=12, help="steps of training for each kind of text")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-quality")
     chosen = parser.parse_args()
     torch.set_num_threads(1)

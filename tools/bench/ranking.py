@@ -1,18 +1,19 @@
-"""Which way to combine comes nearest to the single adapters, for two, four and six tasks, with paired intervals.
+"""Ranks combiners by their distance from the single adapters, for two, four and six tasks, with paired intervals.
 
     python tools/bench/ranking.py OUT.json [--seeds 1 2 3] [--counts 2 4 6] [--search 40]
     python tools/bench/ranking.py OUT.json --model DIR [--steps 150] [--items 500]
 
-Six mild changes of the demo's digits (tools/bench/rig/mild.py), a LoRA of rank 8 for each task and seed. Each method
-gets one scale for all tasks, the best on images that no adapter saw; other images are reported. An accuracy is divided
-by that of the task's own adapter. The difference from task arithmetic is of the same images: its interval of 95 % comes
-from 2,000 resamples of them. Seconds are processor time of one combination. Results of methods without low-rank factors
-are cut to the adapters' rank in a second run, and sums of ranks as well: `rank`. --search runs `ak.search` with so many
-trials on the same choosing images, and tells how its best compares with the best row. About ten minutes on two cores.
+The tasks are six mild changes of the demo's digits (tools/bench/rig/mild.py), with a LoRA of rank 8 for each task and
+seed. Each method has one scale for all tasks, which is the best on images that no adapter saw; the figures are measured
+on further images. Each accuracy is divided by the accuracy of the task's own adapter. The difference from task
+arithmetic is measured on the same images; its 95 % interval comes from 2,000 resamples of them. Seconds are processor
+time of one combination. A second run, `rank`, cuts results without low-rank factors, and sums of ranks, to the rank of
+the adapters. --search runs `ak.search` with this number of trials on the same images that choose the scale, and
+compares its best result with the best row. The benchmark takes about ten minutes on two cores.
 
-With --model, the folder of a language model such as SmolLM2-135M, the tasks are six that it answers in a few tokens
-(tools/bench/rig/answers.py), with LoRAs of rank 16. A step of training takes 0.5 seconds of processor time, and 1,000
-answers take 8: 50 minutes for 37 methods with one seed, half of that on two cores.
+With --model, the folder of a language model such as SmolLM2-135M, there are six tasks with answers of a few tokens
+(tools/bench/rig/answers.py), and LoRAs of rank 16. A training step takes 0.5 seconds of processor time, and 1,000
+answers take 8 seconds. 37 methods with one seed take 50 minutes on one core, and half of that on two.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 4, 6])
     parser.add_argument("--cut", nargs="*", type=int, default=[4], help="counts with a table of results at the rank")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rank", type=int, help="of the adapters; 8, and 16 with --model")
-    parser.add_argument("--model", type=Path, help="folder of a language model: answers in place of images")
-    parser.add_argument("--steps", type=int, default=150, help="of training, with --model")
-    parser.add_argument("--items", type=int, default=500, help="reported for each task, with --model")
+    parser.add_argument("--rank", type=int, help="rank of the adapters (default: 8; 16 with --model)")
+    parser.add_argument("--model", type=Path, help="folder of a language model, for tasks with text instead of images")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, with --model")
+    parser.add_argument("--items", type=int, default=500, help="items that each task is measured on, with --model")
     parser.add_argument("--tasks", nargs="+", help="the tasks and their order; the counts take the first ones")
     parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
     parser.add_argument("--methods", nargs="+", default=METHODS)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""How much of what an adapter does survives a requantized merge, with --keep, and with a remainder beside it.
+"""Measures how much of an adapter's effect is left after a requantized merge, with --keep, and with a remainder.
 
     python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
 
-The base stands for its weights rounded to a scheme. Compared with the exact merge into these, by the mean KL divergence
-of the next token over the paragraphs of a text: the base alone, the requantized merge, with rounding that keeps the
-adapter, and with the best LoRA of each rank of what rounding lost. Kept is 1 - KL / KL of the base alone. The weights
-that the adapter changes are rounded; all others are exact in every model.
+The base's weights are rounded to a quantization scheme. The reference is the exact merge into these rounded weights.
+The script compares it with the base alone, with the requantized merge, with rounding that keeps the adapter (--keep),
+and with the best LoRA of each rank for the rounding loss. The measure is the mean KL divergence of the next token over
+the paragraphs of a text. Kept is 1 - KL / KL of the base alone. Only the weights that the adapter changes are rounded;
+all others are exact in every model.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=[*SCHEMES, *BLOCKS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--modules", nargs="+", default=[""], help="the last words of the targets to merge")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the adapter's change")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the adapter's change")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a paragraph at most")
+    parser.add_argument("--length", type=int, default=LENGTH, help="largest number of tokens of a paragraph")
     chosen = parser.parse_args()
     import torch
     import transformers

@@ -1,11 +1,11 @@
-"""Times merges into quantized bases that are quantized again: by the compiled loops, by numpy, and a plain copy. Linux.
+"""Times merges that quantize the base again: with the compiled loops, with numpy, and against a plain copy. Linux.
 
     python tools/bench requantize [--layers 6] [--rounds 3] [--only NAME] [--work FOLDER] [--json FILE]
 
-The bases have a Llama's shapes at random values: GGUF files of Q4_K (with Q6_K for the embedding) and Q8_0, one cast to
-F16 on the way, one whose adapter changes an embedding of 152,000 rows, and a folder of nf4 with double quantization as
-bitsandbytes stores it. The adapter is a LoRA of rank 16 on all linears. Each merge is a process of its own; the two
-ways must write the same bytes. GGUF needs gguf-py.
+The bases have a Llama's shapes and random values: GGUF files of Q4_K (with Q6_K for the embedding) and Q8_0, one that
+the merge casts to F16, one with an adapter of an embedding of 152,000 rows, and a folder of bitsandbytes' nf4 with
+double quantization. The adapter is a LoRA of rank 16 on all linear layers. Each merge is a separate process. The
+compiled loops and numpy must write the same bytes. GGUF needs gguf-py.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def main() -> int:
     arguments(parser, 3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="may be repeated")
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     options = parser.parse_args()
     figures, wrong = Figures("requantize"), []
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")

@@ -1,13 +1,13 @@
-"""Combinations of whole adapters, as a command from files to a file: processor time and memory, beside the peers'.
+"""Measures combinations of whole adapters by the command line: processor time and memory, compared with other tools.
 
     python tools/bench/scale.py [--targets 224] [--size 4096] [--tasks 8] [--rank 16] [--only METHOD...] [--busy]
         [--peers]
 
 Random float32 LoRA adapters in PEFT's format are written to --work once, 0.9 GB by default. Each method runs as
-`adapterkit combine ... -o DIR`; methods that look at every entry are cut to the rank. Seconds are user and system time
-of the process; memory is its largest part that no file backs, and in brackets the largest resident size, in which pages
-of the input files count. --busy runs each again while other processes keep every processor busy. PEFT's `ties_svd` and
-mergekit's `ties` are timed on one target, and told for all.
+`adapterkit combine ... -o DIR`; results of methods that compute with every entry are cut to the rank. Seconds are user
+and system time of the process. Memory is the largest anonymous memory; the largest resident size, which includes pages
+of the input files, is in brackets. --busy repeats each run while other processes keep every processor busy. PEFT's
+`ties_svd` and mergekit's `ties` are timed on one target, and the time is multiplied by the number of targets.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=224)
     parser.add_argument("--only", nargs="+", default=list(GOALS), metavar="METHOD")
-    parser.add_argument("--busy", action="store_true", help="once more, beside a busy process for each processor")
-    parser.add_argument("--peers", action="store_true", help="PEFT and mergekit, too")
+    parser.add_argument("--busy", action="store_true", help="repeat each run with a busy process on each processor")
+    parser.add_argument("--peers", action="store_true", help="also time PEFT and mergekit")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-scale")
     chosen = parser.parse_args()
     folders = [written(chosen, task) for task in range(chosen.tasks)]

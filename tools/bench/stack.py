@@ -1,9 +1,9 @@
-"""Times stacking of adapters on disk against copying as many bytes: `cp` of the inputs and `sync`, in turns.
+"""Times stacking of adapters on disk against a copy of the same number of bytes: `cp` of the inputs and `sync`.
 
     python tools/bench/stack.py [--size 4096] [--tasks 8] [--rank 16] [--targets 224] [--rounds 5] [--work DIR]
 
-Both read the same bytes and make them durable; the result of stacking is as large as its inputs together. The time
-of ours is that of the work, imports aside; every value is also looked at, so that nothing that is not finite passes.
+Both run in turn, read the same bytes and make the result durable; the result of stacking is as large as all inputs
+together. The time of adapterkit is without imports; it includes the check that every value is finite.
 """
 
 from __future__ import annotations

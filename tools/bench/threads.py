@@ -1,15 +1,15 @@
-"""Threads with one model: each runs many forwards, each of another route, and checks every row of every one.
+"""Runs many forwards of one model in several threads, each with another route, and checks every row of each result.
 
     python tools/bench threads [--threads 8] [--forwards 1000] [--only METHOD]... [--dtype float32]
 
-Three adapters of each method of weights that `create` makes are attached to one linear layer, and of each method of
-outputs beside it. Each forward must give what the same route gave in one thread before. Methods that a route cannot
-send by rows (contexts, invocations, rows of an embedding) or that ask the call for words run in a small Llama, or in a
-model that hands on `task_ids`: each thread turns the adapter on and off for itself, and has inputs of its own.
+For each weight method that `create` supports, and each output method, three adapters are attached to one linear layer.
+Each forward must give the same result as the same route gave before in a single thread. Some methods cannot be routed
+by rows (contexts, invocations, rows of an embedding), or read inputs of the model's call. They run in a small Llama, or
+in a model that passes `task_ids` on: each thread enables and disables the adapter for itself, and has its own inputs.
 
-It prints one line for each method, as it is done, with the seconds that passed and those of the processor: a forward
-with its route takes 0.5 to 2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any
-forward differed. Routers (Arrow, X-LoRA) need experts: tests/formats/test_experts.py runs them in threads.
+The script prints one line for each method with wall time and processor time. A forward with its route takes 0.5 to 2.5
+milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any forward differs. Routers (Arrow,
+X-LoRA) need experts; tests/formats/test_experts.py runs them in threads.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("base", "adapter", "merged"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--full", action="store_true", help="every target, not one of each kind")
+    parser.add_argument("--full", action="store_true", help="check every target, not one of each kind")
     options = parser.parse_args()
     formulas = read_formulas(options.adapter)
     base, merged, rounding = Weights(options.base), Weights(options.merged), Rounding()

@@ -1,6 +1,6 @@
 """Writes bases and adapters with tens of thousands of targets: mixtures of experts in sparse files of zeros.
 
-Only the headers take space on the disk. Names, shapes and shards are those of the models on their hubs.
+Only the headers take space on the disk. Names, shapes and shards are those of the published models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of a benchmark as data: what was measured, on which machine, with which versions of the peers."""
+"""Records the figures of a benchmark as data, with the machine and the versions of the compared tools."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Writes the inputs of the benchmark of graphs: a chain of float32 linears in one data file, and a LoRA on each.
+"""Writes the inputs of the graph benchmark: a chain of float32 linear layers in one data file, and a LoRA on each.
 
-The graph is one of those that the legacy exporter writes: weights `[in, out]` whose names are lost, nodes with the
-modules' paths. Values are random from fixed seeds and written a tensor at a time, so memory stays small.
+The graph is like those of torch's old exporter: it has weights `[in, out]` whose names are lost, and nodes with the
+paths of modules. Values are random from fixed seeds and written one tensor at a time, so memory stays small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes the benchmark's inputs: a llama-shaped bfloat16 base in five shards, and a PEFT LoRA on all of its linears.
+"""Writes the benchmark's inputs: a bfloat16 base of Llama's shapes in five shards, and a PEFT LoRA on all its layers.
 
-The shape is that of TinyLlama 1.1B. Values are random from fixed seeds; what a merge costs does not depend on them.
-Tensors are drawn and written a block of rows at a time, so memory stays small.
+The shapes are those of TinyLlama 1.1B. Values are random from fixed seeds; the time of a merge does not depend on them.
+Tensors are drawn and written in blocks of rows, so memory stays small.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def main() -> int:
     """Writes DEST/base and DEST/adapter; DEST appears whole or not at all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dest", type=Path)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size; layers and vocabulary shrink")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full size (fewer layers and tokens)")
     options = parser.parse_args()
     layers, vocabulary = max(1, round(LAYERS * options.scale)), max(64, round(VOCABULARY * options.scale))
     scratch = Path(tempfile.mkdtemp(prefix=f".{options.dest.name}.", dir=options.dest.parent))

@@ -1,4 +1,4 @@
-"""mergekit's `model+lora`: `python mergekit_merge.py BASE ADAPTER OUT`, its cache of merged models removed."""
+"""Runs mergekit's `model+lora` and removes its cache of merged models: `python mergekit_merge.py BASE ADAPTER OUT`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Six mild changes of the demo's digits, whose adapters can be combined; the base alone reads them badly."""
+"""Makes six mild changes of the demo's digits, which the base alone reads badly and whose adapters can be combined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in every scheme of quantized bases, in memory: each packed by the scheme's own formula, and packed again."""
+"""Packs weights in memory by the formula of every quantization scheme, and packs them again."""
 
 from __future__ import annotations
 

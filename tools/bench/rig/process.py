@@ -1,4 +1,4 @@
-"""One command as a whole process, measured from outside: wall time and memory. Linux."""
+"""Runs a command as a process, and measures its wall time and memory from outside. Linux."""
 
 from __future__ import annotations
 

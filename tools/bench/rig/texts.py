@@ -1,4 +1,4 @@
-"""Two kinds of text that every Python has at hand, and a language model that adapters are trained and judged on."""
+"""Loads two kinds of text that come with Python, and trains and measures adapters of a language model on them."""
 
 from __future__ import annotations
 
