@@ -371,7 +371,8 @@ def _worked_out(update: Update, layer: TargetView) -> Update:
     held = held.settled(W) if held.bias_sees_weight else held
     weight: Any = held.new_weight(W) if held.changes_weight else None
     b = layer.bias if held.changes_bias else None
-    bias: Any = None if b is None else held.new_bias(b.numbers().astype(np.float64))
+    known: Any = None if b is None else b.numbers().astype(np.float64)
+    bias = None if b is None else held.new_bias(known)
     return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, first_line
 from ..torch.pretrained import silent
@@ -269,7 +269,7 @@ def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWo
 
         def forward(self, pixels: Tensor) -> Tensor:
             output = self.model.get_image_features(pixel_values=pixels)
-            found = getattr(output, "pooler_output", output)
+            found: Any = getattr(output, "pooler_output", output)
             return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
     class Embedding(nn.Module):

@@ -36,6 +36,8 @@ from .tokens import (
 from .values import Sizes, Value, plain
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..io.lazy import Leaf
     from ..methods.shadow import Shadow
     from .calls import CallWords, Heard
@@ -171,7 +173,7 @@ def _traced(
         return torch.tensor(numbers()).to(kind)
 
     held = update.map(known)
-    network = Standing(model, held, list(given)).eval()
+    network = Standing(cast("nn.Module", model), held, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
     # Use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor per input, because
     # a tensor that is passed twice would become one input.
