@@ -16,7 +16,7 @@ from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
-from .calls import CallWords
+from .calls import CallWords, Heard
 from .found import FoldedNorm, Found, Spot
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
@@ -424,7 +424,7 @@ def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
             raise Unsupported("a subgraph reads the input of this block", where=branch.name, cure=_KEEP)
         before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
     behind(layer.end, new, branch)
-    assert layer.call is not None
+    assert isinstance(layer.call, Heard)
     if not layer.call.shadow.hand_on(new):
         branch.close()
     for node in dict.fromkeys((last, layer.node)):

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Container, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +19,6 @@ from ..errors import Malformed, Unsupported
 from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
-
-if TYPE_CHECKING:
-    from .calls import Heard
 
 
 class Layer:
@@ -59,7 +56,7 @@ class Layer:
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
         self.y = self._value(self.end, like=self.dtype)
-        self.call: Heard | None = None
+        self.call: object = None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:

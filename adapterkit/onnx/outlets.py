@@ -23,7 +23,6 @@ from .values import Unsayable, Value, plain
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .calls import Heard
     from .layers import Layer
 
 
@@ -156,7 +155,7 @@ class Ended:
             self.node, self.channel = self.end.producer(), -1
         else:
             self.end, self.y, self.x, self.node, self.channel = layer.end, layer.y, layer.x, layer.node, layer.channel
-        self.call: Heard | None = None
+        self.call: object = None
         self.asked: Value | None = None
 
     @property

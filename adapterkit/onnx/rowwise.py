@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,6 @@ from .values import Value
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .attaching import TargetView
     from .found import Found
     from .layers import Layer
     from .outlets import Ended
@@ -44,6 +43,14 @@ LINEAR = (MatMul, Gemm, MatMulNBits, MatMulInteger, Attention)
 """Kinds of layers whose first axis is the batch and whose last axis is the channels."""
 
 
+class TargetRows(Protocol):
+    """A layer, or a view of some of its rows: its input, and its output for an input."""
+
+    x: Value
+
+    def __call__(self, x: Value) -> Value: ...
+
+
 class RowSlots:
     """Adds slots for stacked adapters to a graph.
 
@@ -58,7 +65,7 @@ class RowSlots:
         self.index = building.slot(("rows", INDEX), INDEX, default, ["batch_of_adapters"])
         self.shapes = _shapes(building.model)
 
-    def output(self, seen: TargetView, layer: Layer | Ended, place: Found) -> Value:
+    def output(self, seen: TargetRows, layer: Layer | Ended, place: Found) -> Value:
         """Return a layer's output, with the change of each row's adapter.
 
         Args:
