@@ -199,7 +199,8 @@ class FolderSession:
             part = WITH_PAST if step else DECODER
             feeds = {"input_ids": tokens[:, -1:], **more, **past}
             wanted = self.parts[part].inputs
-            told = self.run(part, {name: feeds[name] for name in wanted if feeds.get(name) is not None}, adapter)
+            inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
+            told = self.run(part, inputs_now, adapter)
             past |= {name.replace("present.", PAST, 1): array for name, array in told.items() if name != "logits"}
             new = np.where(done, ends[0] if ends else 0, told["logits"][:, -1].argmax(-1)).astype(np.int64)
             tokens = np.concatenate([tokens, new[:, None]], 1)

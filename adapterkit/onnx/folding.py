@@ -202,7 +202,7 @@ class Folding:
 
     def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
         make = kind.changed(self.spot.node, partial(_added, self.at))
-        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
+        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
         """Return a tensor that replaces an old one, in the same dtype, and is computed as a whole."""

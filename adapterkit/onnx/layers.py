@@ -580,7 +580,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
         Unsupported: the node has a past or a position bias, or applies rotary embeddings.
     """
     more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
-    if more or attribute(node, "do_rotary", 0):
+    if more or attribute(node, "do_rotary", 0) != 0:
         why = "an Attention node has a past, a position bias or rotary embeddings"
         raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
     x, W, bias, mask = (*node.inputs, None, None)[:4]

@@ -222,7 +222,7 @@ class Ended:
         return y
 
     def zero_padded(self, x: Value, w: Value) -> Value:
-        node = self.layer and self.layer.node
+        node = None if self.layer is None else self.layer.node
         own = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
         before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
         if any(size != 1 for size in own or ()) or (before is not None and before.op_type == "Pad"):

@@ -311,8 +311,8 @@ class Slots:
         if isinstance(getattr(update, "scaling", None), float | int):
             # Use one slot for the scaling of an update that changes two tied layers, as for each of its tensors.
             number = from_numpy(np.array([update.attributes["scaling"]]))
-            number = self.scalings.setdefault(self.building.keep(update), number)
-            made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
+            shared = self.scalings.setdefault(self.building.keep(update), number)
+            made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
         return made
 
     def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
