@@ -225,7 +225,13 @@ def _attach(
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
-        cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
+        cure = (
+            "Inject it with --mode constant (mode='constant')"
+            if slots is not None
+            else _KEEP
+            if outer
+            else "Merge it instead"
+        )
         raise Unsupported(
             f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
         ) from None

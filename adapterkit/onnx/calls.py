@@ -118,7 +118,7 @@ def _last(model: ir.Model, told: str | None) -> ir.Value:
     if len(heads) == 1 and heads[0].node.inputs[0] is not None:
         return heads[0].node.inputs[0]
     why = "the graph does not show which value is the output of its last layer"
-    raise UsageError(why, where=f"call: {WORD}", cure=f"Name the value: call={{{WORD!r}: NAME}}, --call {WORD}=NAME")
+    raise UsageError(why, where=f"call: {WORD}", cure=f"Name the value: --call {WORD}=NAME (call={{{WORD!r}: NAME}})")
 
 
 def _is_head(node: ir.Node) -> bool:

@@ -462,7 +462,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
     """Count the values that static quantization clips, with and without the adapter."""
-    # Read only graphs that contain the operator's name once more, because that takes as long as an injection.
+    # Only read a graph again if it contains the operator's name, because reading takes as long as an injection.
     if plain is None or b"QuantizeLinear" not in plain or not quantizers(after := opened(out).model):
         return None
     import onnx

@@ -100,7 +100,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     tokens = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(tokens) != 1:
         why = f"the module {module.path} has {len(tokens)} embeddings of the graph's tokens, and must have one"
-        raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+        raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
     branch = Branch(building, f"adapterkit/{target}")
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]

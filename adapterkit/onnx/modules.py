@@ -79,7 +79,7 @@ class Module:
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
             why = f"{len(found)} values of {channels} channels enter the module {self.path}, and one must be its input"
-            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+            raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return found[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
@@ -93,7 +93,7 @@ class Module:
         rows = [value for value in found if len(_sizes(value)) == 3] or found
         if len(rows) != 1:
             why = f"{len(rows)} values of {channels} channels leave the module {self.path}, and one must be its output"
-            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+            raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return rows[0]
 
 

@@ -54,7 +54,7 @@ def refuse_folded(found: Sequence[Found]) -> None:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = f"a batch normalisation may be folded into this layer ({trace}), which scales the change"
-                cure = "Pass the base's weights, which show it: --base-weights DIR, base_weights="
+                cure = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 

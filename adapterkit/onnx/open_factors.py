@@ -111,7 +111,9 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
     if more:
         methods = ", ".join(update.method for update in place.updates)
         raise Unsupported(
-            f"{methods} at one target cannot share slots", where=str(target), cure="Inject it as constants"
+            f"{methods} at one target cannot share slots",
+            where=str(target),
+            cure="Inject it with --mode constant (mode='constant')",
         )
     spot = place.spots[0]
     W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)

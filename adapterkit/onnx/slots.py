@@ -239,7 +239,7 @@ class Slots:
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
-            raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
+            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
         key = self.building.keep(place), position
         if key not in self.made:
             try:
@@ -372,7 +372,7 @@ def _neutral(
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
-    raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
+    raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
