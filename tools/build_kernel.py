@@ -42,7 +42,10 @@ EXACT = dict.fromkeys(("ggml.c", "quantize.c", "dropping.c"), ("-ffp-contract=of
 """Further flags of sources that must round as often as numpy does."""
 
 WIDE = dict.fromkeys(("x86_64", "amd64"), ("-DLANES_512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"))
-"""Flags with which `merge.c` is compiled once more, by processor: sixteen numbers at a time where there is AVX-512."""
+"""Flags with which the sources of TWICE are compiled once more, by processor: for AVX-512."""
+
+TWICE = ("merge.c", "normalize.c")
+"""Sources that compute eight numbers at a time, and sixteen on processors with AVX-512."""
 
 TARGETS = {
     "x86_64-linux-gnu.2.17": "manylinux_2_17_x86_64.manylinux2014_x86_64",
@@ -90,7 +93,7 @@ def compile_kernel(target: str | None = None) -> Path | None:
     with tempfile.TemporaryDirectory() as name:
         compiled = [(source, EXACT.get(source.name, ())) for source in SOURCES]
         if processor in WIDE:
-            compiled.append((FOLDER / "merge.c", WIDE[processor]))
+            compiled += [(FOLDER / name, WIDE[processor]) for name in TWICE]
         objects = [Path(name, f"{number}.o") for number in range(len(compiled))]
         steps = [
             [*command, *flags, *more, "-c", source, "-o", each]

@@ -35,12 +35,16 @@ class DoRA(WeightUpdate):
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
 
+    def normalized(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.magnitude, self.scaling * self.B, self.A.reshape(len(self.A), -1)
+
     def scaled_factors(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, A = self.scaling * self.B, self.A.reshape(len(self.A), -1)
+        magnitude, B, A = self.normalized()
         V = W.reshape(len(W), -1) + constant(B) @ constant(A)
-        return self.magnitude / lengths((V * V).sum(1)), B, A
+        return magnitude / lengths((V * V).sum(1)), B, A
 
     def new_weight(self, W: Tensor) -> Tensor:
-        V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
+        magnitude, B, A = self.normalized()
+        V = W.reshape(len(W), -1) + B @ A
         norm: Tensor = constant(lengths((V * V).sum(1)))
-        return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)
+        return (V * (magnitude / norm)[:, None]).reshape(W.shape)

@@ -121,6 +121,13 @@ class WeightUpdate(Update):
         """
         return None
 
+    def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by rows, V = W + B @ A; or None.
+
+        A merge computes such a method in a compiled loop.
+        """
+        return None
+
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer.op(x, self.new_weight(layer.weight))
         settled = self.settled(layer.weight) if self.bias_sees_weight else self
