@@ -110,7 +110,11 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     branch = Branch(building, f"adapterkit/{target}")
     kind = element_type(at.mixed.outputs[0])
     pasts = [_past(update, at, branch, kind, target) for update in updates]
-    past = pasts[0] if len(pasts) == 1 else concatenated([_of_rows(each, at, branch) for each in pasts], 3)
+    past = (
+        pasts[0]
+        if len(pasts) == 1
+        else concatenated([each * _ones(at, branch, each.dtype)[:, None] for each in pasts], 3)
+    )
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
@@ -154,10 +158,6 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
         why = f"{len(found)} values of {width} channels enter the attention, and the prefix's gate reads exactly one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
-
-
-def _of_rows(past: Value, at: AttentionNodes, branch: Branch) -> Value:
-    return past * _ones(at, branch, past.dtype)[:, None]
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:

@@ -168,7 +168,11 @@ class CallWords:
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
-                raise UsageError(f"no update reads {word}", where="call", cure=f"Updates read: {_listed(asked)}")
+                raise UsageError(
+                    f"no update reads {word}",
+                    where="call",
+                    cure=f"Updates read: {', '.join(sorted(asked)) or 'nothing'}",
+                )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
                 cure = "Give the name of a value of the graph; for task_ids, the number of one task is possible, too"
                 raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
@@ -284,7 +288,3 @@ class Heard:
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))
         every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
         return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())
-
-
-def _listed(words: set[str]) -> str:
-    return ", ".join(sorted(words)) or "nothing"

@@ -358,7 +358,8 @@ def export(
         if quantize is not None:
             damage = packed(plain, quantize, path)
         if mode == "slots":
-            _adapter_files(path, adapters, allow_partial)
+            for name, each in adapters.items():
+                write_adapter(path, each, _file(path, name, allow_partial))
         runs = _runs(held, path, adapters, mode, allow_partial)
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
@@ -535,8 +536,3 @@ def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None)
     if quantized is not None:
         prepare(graph, set(quantized.state_dict(keep_vars=True)))
     save_fresh(graph, out)
-
-
-def _adapter_files(out: Path, adapters: Mapping[str, Adapter], part: bool) -> None:
-    for name, adapter in adapters.items():
-        write_adapter(out, adapter, _file(out, name, part))

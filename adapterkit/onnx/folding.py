@@ -239,15 +239,15 @@ def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: 
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         norm = place.norm
-        own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
+        if norm is None:
+            own, scale = flat, np.ones(1)
+        else:
+            own = np.zeros_like(flat) if norm.bias is None else norm.bias
+            scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
         # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
         after[rows] += factor * scale * (through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
-
-
-def _or_zeros(array: Array | None, like: Array) -> Array:
-    return np.zeros_like(like) if array is None else array
 
 
 def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array]) -> Array:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,9 @@ from .reading import loaded
 from .values import OpenSize, Value
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..core.updates.layer import Layer as FormulaLayer
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
     from .outlets import Ended
@@ -439,7 +442,7 @@ class _Stub:
 def _same_output(update: Update, shape: tuple[int, ...]) -> bool:
     stub = _Stub(shape)
     x = np.random.default_rng(2).normal(size=(2, 3, stub.W.shape[1]))
-    return bool((update.forward(x, stub) == stub(x)).all())
+    return bool((update.forward(*cast("tuple[torch.Tensor, FormulaLayer]", (x, stub))) == stub(x)).all())
 
 
 # Match an adapter's tensors with the slots of a model, to feed them or to write an `.onnx_adapter` file.
