@@ -22,7 +22,7 @@ import adapterkit as ak
 
 
 def main() -> int:
-    """Prints what was wrong, and how many points there were; 1 when anything was wrong."""
+    """Print the faults and the number of points; return 1 if there was a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--shards", type=int, default=5)

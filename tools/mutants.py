@@ -28,11 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("adapterkit", "spec", "tests", "tools", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
 TIMEOUT = 300
-"""Seconds that the tests of one mutant may take."""
+"""Time limit of the tests of one mutant, in seconds."""
 
 
 def main() -> int:
-    """Run the chapters that are asked for; return the exit code."""
+    """Run the requested chapters; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each chapter")
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def copied(folder: Path) -> Path:
-    """Copy what the tests need, and link the environment."""
+    """Copy the files that the tests need, and link the environment."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -73,7 +73,7 @@ def copied(folder: Path) -> Path:
 def survivors(
     chapter: dict[str, Any], copy: Path, sample: int | None, seed: int, reasons: dict[tuple[str, str], str]
 ) -> list[str]:
-    """Run one chapter's mutants; print and return those that no test noticed and no reason explains."""
+    """Run the mutants of one chapter; print and return those that no test detected and that have no reason."""
     source = (copy / chapter["module"]).read_text("utf-8")
     python = ROOT / ".venv" / "bin" / "python"
     command = f"{python} -m pytest -q -x -p no:cacheprovider {chapter['tests']}"
@@ -107,7 +107,7 @@ def survivors(
 
 
 def ray(copy: Path, *words: str) -> None:
-    """Run cosmic-ray in the copy, quietly."""
+    """Run cosmic-ray in the copy, without output."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "cosmic_ray.cli", *words]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
@@ -129,7 +129,7 @@ def thinned(session: Path, sample: int, seed: int) -> int:
 
 
 def records(session: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each mutant, with where it is and what became of it."""
+    """Yield each mutant with its position and its result."""
     from cosmic_ray.work_db import WorkDB, use_db
 
     found = []

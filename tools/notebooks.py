@@ -23,16 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "notebooks"
 LARGEST = 200_000
-"""Characters of HTML that are stored; a larger output is shown by its `repr` alone."""
+"""Largest HTML output that is stored, in characters; of a larger one, only the `repr` is stored."""
 
 
 def notebooks() -> list[Path]:
-    """The notebooks, in order of their names."""
+    """Return the notebooks, sorted by name."""
     return sorted(FOLDER.glob("*.ipynb"))
 
 
 def executed(path: Path) -> dict[str, Any]:
-    """Run a notebook in a new folder and return it with its outputs.
+    """Run a notebook in a new working folder, and return it with its outputs.
 
     Raises:
         Exception: whatever a cell raises, with a note that names the cell.
@@ -54,7 +54,7 @@ def executed(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
-    """A working folder of its own, so that notebooks may write."""
+    """Change to a new working folder, so that notebooks can write files."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
         os.chdir(folder)
