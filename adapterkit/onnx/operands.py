@@ -110,7 +110,7 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(numbers(value).shape)
 
 
-Value = TypeVar("Value")
+Default = TypeVar("Default")
 
 
 @overload
@@ -118,7 +118,7 @@ def attribute(node: ir.Node, name: str, default: None) -> Sequence[int] | None: 
 
 
 @overload
-def attribute(node: ir.Node, name: str, default: Value) -> Value: ...
+def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
