@@ -47,19 +47,34 @@ class OrtValue(Protocol):
 
 
 class OrtBinding(Protocol):
-    """The inputs and outputs of a run, bound by name; onnxruntime's `IOBinding` has further methods."""
+    """onnxruntime's `IOBinding`: the inputs and outputs of a run, bound by name."""
 
     def bind_cpu_input(self, name: str, arr_on_cpu: Array) -> None: ...
 
+    def bind_input(
+        self, name: str, device_type: str, device_id: int, element_type: object, shape: Sequence[int], buffer_ptr: int
+    ) -> None: ...
+
     def bind_ortvalue_input(self, name: str, ortvalue: OrtValue) -> None: ...
 
-    def bind_output(self, name: str, device_type: str = "cpu") -> None: ...
+    def synchronize_inputs(self) -> None: ...
+
+    def bind_output(
+        self, name: str, device_type: str = "cpu", device_id: int = 0, element_type: object = None,
+        shape: Sequence[int] | None = None, buffer_ptr: int | None = None,
+    ) -> None: ...  # fmt: skip
 
     def bind_ortvalue_output(self, name: str, ortvalue: OrtValue) -> None: ...
+
+    def synchronize_outputs(self) -> None: ...
 
     def get_outputs(self) -> Sequence[OrtValue]: ...
 
     def copy_outputs_to_cpu(self) -> list[Array]: ...
+
+    def clear_binding_inputs(self) -> None: ...
+
+    def clear_binding_outputs(self) -> None: ...
 
 
 class ModelMetadata(Protocol):
