@@ -112,7 +112,7 @@ def regressions(record: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Run the command line; 1 when a benchmark fails or a figure is worse."""
+    """Run the command line; return 1 if a benchmark fails or a figure is worse."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, help="rounds of every benchmark (default: each benchmark's default)")
     parser.add_argument("--only", action="append", choices=benchmarks(), help="may be repeated")

@@ -44,7 +44,7 @@ class Seen:
 
 
 def compare(method: str, kinds_of: tuple[str, str], numbers: float, rank: int, rng: np.random.Generator) -> Seen:
-    """Compare block by block until so many numbers were seen."""
+    """Compare block by block until this many numbers were compared."""
     source, target = kinds_of
     seen, arrays = Seen(), NumpyArrays()
     kinds = DTYPES[source], DTYPES[target]

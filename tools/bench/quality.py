@@ -40,11 +40,11 @@ METHODS = [name for name in ALONE if COMBINERS[name].data is None] + [
 
 
 Row = tuple[float | None, list[float]]
-"""The weight of a combination, if it is one, and the score of each task."""
+"""The score of each task, and the weight, if the row is a combination."""
 
 
 def main() -> None:
-    """Trains what is not there yet, combines, scores, prints one table."""
+    """Train missing adapters, combine, measure, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["rotated", "negative"], choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run for each seed")
@@ -76,7 +76,7 @@ def _suite(chosen: Any, seed: int) -> Any:
 
 
 def rows(suite: Any, scales: list[float], seed: int) -> Iterator[tuple[str, Row]]:
-    """The base, each adapter, the joint one, and each way to combine: name, weight and scores."""
+    """Return name, weight and scores of the base, each adapter, the joint adapter, and each combiner."""
     yield "base", (None, suite.scores(None, True))
     adapters = {name: suite.adapter(name) for name in [*suite.names, "joint"]}
     for name, adapter in adapters.items():
@@ -89,12 +89,12 @@ def rows(suite: Any, scales: list[float], seed: int) -> Iterator[tuple[str, Row]
 
 
 def computed(adapter: ak.Adapter) -> ak.Adapter:
-    """The adapter with every tensor worked out once, not each time that it is read."""
+    """Return the adapter with every tensor computed once, instead of at each read."""
     return adapter.map(lambda leaf: from_numpy(leaf.numpy()))  # type: ignore[union-attr]
 
 
 def best(suite: Any, made: ak.Adapter, scales: list[float]) -> tuple[float, ak.Adapter]:
-    """The best of the combination times a factor: the paper's lambda, for methods with and without one."""
+    """Return the best combination times a factor, which is the paper's lambda, for all methods."""
     tried = {scale: ak.ops.scale(made, scale) for scale in scales}
     found = {scale: mean(suite.scores(adapter, False)) for scale, adapter in tried.items()}
     scale = (min if suite.lower else max)(found, key=lambda s: found[s])
@@ -107,7 +107,7 @@ def mean(values: list[float]) -> float:
 
 
 def table(suite: Any, found: dict[str, list[Row]]) -> None:
-    """Means over the seeds; the weights that were chosen; how far the seeds are apart."""
+    """Return means over the seeds, the chosen weights, and the standard deviations over the seeds."""
     print(f"{'':<24}{'weights':>12}" + "".join(f"{name:>12}" for name in suite.names) + f"{'mean':>10}{'between':>10}")
     form = ".3f" if suite.lower else ".2%"
     for name, several in found.items():

@@ -46,11 +46,11 @@ REFERENCE = "task_arithmetic"
 
 
 _OWN: dict[tuple[int, str, bool], float] = {}
-"""Accuracies of single adapters, which every method is divided by."""
+"""The row of single adapters, by whose accuracies all others are divided."""
 
 
 def main() -> None:
-    """Trains what is not there yet, combines, scores, and writes the figures."""
+    """Train missing adapters, combine, measure, and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -112,7 +112,7 @@ def _own(suite: Any, adapter: ak.Adapter, name: str, testing: bool) -> float:
 
 
 def _ranked(suites: dict[int, Any], alone: dict[int, dict[str, ak.Adapter]], count: int, chosen: Any) -> Any:
-    """Return the rows of a number of tasks: as the methods have it, and cut to the adapters' rank."""
+    """Return the rows for a number of tasks: the results as they are, and cut to the adapters' rank."""
     tasks = list(next(iter(alone.values())))[:count]
     made: dict[str, Any] = {}
     for cut in (None, chosen.rank) if count in chosen.cut else (None,):
@@ -147,7 +147,7 @@ def _scored(
     seed: int,
     scales: Sequence[float],
 ) -> dict[str, Any] | None:
-    """Combine by one method, choose the scale, and return what it reads right; None if the method cannot be cut."""
+    """Combine by one method, choose the scale, and return its correct answers; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
     own, tested = (np.array([_own(suite, alone[name], name, testing) for name in tasks]) for testing in (False, True))
     started = time.process_time()
@@ -173,7 +173,7 @@ def _compare(rows: dict[str, dict[str, Any]], right: dict[str, list[Any]]) -> No
     drawn = random.integers(shape[-1], size=(RESAMPLES, shape[-1]))
     for method, row in rows.items():
         values = np.stack(right[method])
-        # One resample takes the same images for all tasks and seeds, since these look at the same digits.
+        # Use the same resampled images for all tasks and seeds, because these have the same digits.
         apart = (values - np.stack(right[REFERENCE])).mean((0, 1))
         low, high = np.quantile(apart[drawn].mean(1), [0.025, 0.975])
         row["mean"] = round(float(values.mean()), 4)
@@ -185,7 +185,7 @@ def _compare(rows: dict[str, dict[str, Any]], right: dict[str, list[Any]]) -> No
 def _searched(
     suites: dict[int, Any], alone: dict[int, dict[str, ak.Adapter]], tasks: list[str], rows: Any, chosen: Any
 ) -> list[dict[str, Any]]:
-    """Search on the choosing images, one row a seed; `row` is the best that the table reaches on them."""
+    """Search on the images for choices, one row for each seed; `row` is the best row of the table on them."""
     found = []
     for place, (seed, suite) in enumerate(suites.items()):
         several = [alone[seed][name] for name in tasks]
@@ -197,7 +197,7 @@ def _searched(
 
         best_row = max(rows, key=lambda name: rows[name]["choosing"][place])
         methods = list(dict.fromkeys([best_row, *SEARCHED]))
-        # The table scales results. Equal weights do the same with methods that are linear in the size of the changes.
+        # The table scales results, so use equal weights: for methods that are linear in the changes, both are the same.
         start = [(best_row, [min(rows[best_row]["scales"][place], 1.5)] * len(tasks), {})]
         best = ak.search(
             several,

@@ -30,13 +30,13 @@ from adapterkit.io.ggml_blocks import BLOCKS  # noqa: E402
 from adapterkit.merging.keeping import directions, kept  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
-"""Tokens of a paragraph at most, and how many are read; of 300 characters or more."""
+"""Largest number of tokens of a paragraph, and the number of paragraphs; they have 300 characters or more."""
 
 KINDS = [*SCHEMES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def main() -> None:
-    """Measures and prints the rows of each scheme."""
+    """Measure and print the rows of each scheme."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("lora")
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any]) -> None:
-    """Prints the rows of one scheme."""
+    """Print the rows of one scheme."""
     packed = {path: PackedWeight(kind, W) for path, W in weights.items()}
     base = {path: each.rows for path, each in packed.items()}
     exact = {path: (W + changes[path]).astype("f4") for path, W in base.items()}
@@ -105,13 +105,13 @@ def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Cal
 
 
 def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
-    """The numbers that `merge --keep adapter` packs."""
+    """Return the numbers that `merge --keep adapter` packs."""
     Vh = directions(np.asarray(change, np.float64), 0)[None]
     return kept(lambda M: packed.again(M[0])[None], W[None], Vh)[0]
 
 
 def best(lost: Any, rank: int) -> Any:
-    """The best matrix of a rank, by numpy: the eigenvectors of the smaller square are singular vectors."""
+    """Return the best matrix of a rank; its singular vectors are the eigenvectors of the smaller Gram matrix."""
     if lost.shape[0] > lost.shape[1]:
         return best(lost.T, rank).T
     U = np.linalg.eigh(lost @ lost.T)[1][:, -rank:]

@@ -49,12 +49,12 @@ NF4 = np.array(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A base, and how it is merged into.
+    """A base, and the options of its merge.
 
     Attributes:
-        name: what the table calls it.
-        make: writes base and adapter into a folder.
-        options: of the merge.
+        name: the name in the table.
+        make: a function that writes base and adapter to a folder.
+        options: the options of the merge.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case:
 
 
 def numbers(rows: int, width: int) -> np.ndarray:
-    """Random numbers, of which 256 rows repeat."""
+    """Return random numbers; the same 256 rows are repeated."""
     own = (np.random.default_rng(width).standard_normal((min(rows, 256), width)) * 0.02).astype(np.float32)
     return np.resize(own, (rows, width))
 
@@ -97,7 +97,7 @@ def write_adapter(folder: Path, layers: int, embedding: tuple[int, int] | None =
 
 
 def gguf_base(kind: str, embedding: str, vocabulary: int, *, adapted: bool = False) -> Callable[[Path, int], None]:
-    """Return what writes a GGUF base of these types."""
+    """Return a function that writes a GGUF base of these types."""
 
     def make(folder: Path, layers: int) -> None:
         import gguf
@@ -198,7 +198,7 @@ def remove(path: Path) -> None:
 
 
 def main() -> int:
-    """Run the command line; 1 if the two ways write other bytes."""
+    """Run the command line; return 1 if the two ways write different bytes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments(parser, 3)
     parser.add_argument("--layers", type=int, default=6)
@@ -213,7 +213,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=options.work) as name:
             folder, work = Path(name, "in"), Path(name)
             folder.mkdir()
-            # In a process of its own: a child's memory is measured from what its parent holds.
+            # Write the inputs in a separate process, because the memory of a child includes that of this process.
             making = multiprocessing.get_context("spawn").Process(target=make, args=(case.name, folder, options.layers))
             making.start()
             making.join()

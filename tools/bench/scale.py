@@ -39,14 +39,14 @@ GOALS = {
     "linear": 30, "tsv": 30, "iso_c": 30, "core_ties": 30, "knots_ties": 30, "ctm": 45, "ties": 600, "dare_ties": 600,
     "della": 600, "breadcrumbs": 600, "sce": 600,
 }  # fmt: skip
-"""Seconds that 8 adapters with 224 targets of 4096 x 4096 may take, by method."""
+"""Time limits by method for 8 adapters with 224 targets of 4096 x 4096, in seconds."""
 
 RANKED = ("linear", "ties", "dare_ties", "della", "breadcrumbs", "sce")
-"""Methods whose result is cut to the rank here."""
+"""Methods whose result this script cuts to the rank."""
 
 
 def main() -> None:
-    """Writes the adapters, runs the methods, prints one table."""
+    """Write the adapters, run the methods, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tasks", type=int, default=8)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def written(chosen: Any, task: int) -> Path:
-    """The folder of one adapter; its factors have a third in common with the others'."""
+    """Write the folder of one adapter, whose factors have a third in common with the others."""
     from safetensors.numpy import save_file
 
     folder = Path(chosen.work) / f"{chosen.targets}x{chosen.size}-r{chosen.rank}-{task}"
@@ -97,7 +97,7 @@ def written(chosen: Any, task: int) -> Path:
 
 
 def combined(method: str, folders: list[Path], chosen: Any) -> Run:
-    """One run of the command."""
+    """Run the command once."""
     cut = ["--rank", str(chosen.rank)] if method in RANKED else []
     out = Path(chosen.work) / "out"
     command = [sys.executable, "-m", "adapterkit", "combine", *map(str, folders), "--method", method, *cut]
@@ -119,7 +119,7 @@ def busy() -> Iterator[None]:
 
 
 def told(chosen: Any) -> None:
-    """Print what the peers take on one target, times the targets."""
+    """Print the other tools' times for one target, times the number of targets."""
     import combine as one_target
 
     adapters = one_target.made(chosen.size, chosen.tasks, chosen.rank, 1)

@@ -38,10 +38,10 @@ class Row:
     """One step on one adapter.
 
     Attributes:
-        name: model, kind of adapter and step.
-        command: what follows the interpreter.
-        runs: one a round.
-        fault: why it could not be measured.
+        name: the model, the kind of adapter and the step.
+        command: the arguments after the interpreter.
+        runs: one measurement for each round.
+        fault: why the step could not be measured.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Row:
     fault: str = ""
 
     def record(self) -> dict[str, Any]:
-        """Medians as plain data: seconds, and bytes."""
+        """Return the medians as plain data: seconds and bytes."""
         if self.fault or not self.runs:
             return {"name": self.name, "fault": self.fault}
         return {
@@ -65,7 +65,7 @@ STEPS = ("read", "inspect", "inspect --json", "validate", "bind", "plan")
 
 
 def rows(inputs: Path) -> list[Row]:
-    """Everything that is measured."""
+    """Return all rows."""
     found = [Row("start", ("-c", START)), Row("help", ("-m", "adapterkit", "--help"))]
     for model in MODELS:
         for kind in ("lora", "dora", "stacked"):
@@ -84,7 +84,7 @@ def rows(inputs: Path) -> list[Row]:
 
 
 def write_inputs(inputs: Path) -> None:
-    """Writes what all rows take; a few megabytes of headers each."""
+    """Write the inputs of all rows, a few megabytes of headers each."""
     for name, model in MODELS.items():
         write_base(inputs / name / "base", model)
         for kind in ("lora", "dora", "stacked"):
@@ -92,7 +92,7 @@ def write_inputs(inputs: Path) -> None:
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments(parser, 3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))

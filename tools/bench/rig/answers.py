@@ -30,20 +30,20 @@ LANGUAGES = {
 }  # fmt: skip
 
 PACKAGES = ("numpy", "scipy", "sympy", "torch", "networkx", "transformers")
-"""Packages whose docstrings are told apart."""
+"""Packages whose docstrings a task distinguishes."""
 
 BATCH, RATE, TOKENS = 16, 1e-3, 32
-"""Items of a step, Adam's step, and the most tokens of an item."""
+"""Items per step, Adam's learning rate, and the largest number of tokens of an item."""
 
 CHOOSING = 64
-"""Items of each task by which a scale is chosen."""
+"""Number of items of each task for the choice of a scale."""
 
 Item = tuple[str, str]
-"""What is asked, and the answer."""
+"""Pairs of a question and its answer."""
 
 
 def language() -> Iterator[Item]:
-    """Which language a name of a country or language is in."""
+    """Return items that ask for the language of a country's or language's name."""
     from babel import Locale
 
     names: dict[str, set[str]] = {}
@@ -57,7 +57,7 @@ def language() -> Iterator[Item]:
 
 
 def kind() -> Iterator[Item]:
-    """Whether a line is of code or of prose."""
+    """Return items that ask whether a line is code or prose."""
     for text, answer in ((code(), " code"), (prose(), " prose")):
         for line in text.splitlines():
             if len(line.strip()) >= 20:
@@ -65,7 +65,7 @@ def kind() -> Iterator[Item]:
 
 
 def topic() -> Iterator[Item]:
-    """Which package a docstring is from."""
+    """Return items that ask for the package of a docstring."""
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None
@@ -81,14 +81,14 @@ def topic() -> Iterator[Item]:
 
 
 def arithmetic() -> Iterator[Item]:
-    """Sums of two numbers of two digits."""
+    """Return items with sums of two two-digit numbers."""
     for a in range(10, 60):
         for b in range(10, 60):
             yield f"{a}+{b}=", f"{a + b}"
 
 
 def sorting() -> Iterator[Item]:
-    """Three letters in order."""
+    """Return items that sort three letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     for a in letters:
         for b in letters:
@@ -98,7 +98,7 @@ def sorting() -> Iterator[Item]:
 
 
 def case() -> Iterator[Item]:
-    """Names with an underscore as names with a capital."""
+    """Return items that convert names from snake case to camel case."""
     words = sorted(set(re.findall(r"\b[a-z]{4,6}\b", prose())))[:400]
     draw = random.Random(0)
     for word in words:
@@ -112,14 +112,14 @@ TASKS: dict[str, Callable[[], Iterator[Item]]] = {
 
 
 class Answers:
-    """Which items a model answers right, each token of the answer the most probable one.
+    """Measures which items a model answers right: each token of the answer must be the most probable one.
 
     The base is held in float32; sums of weights and changes are rounded to bfloat16, in which the model runs.
 
     Attributes:
-        names: of the tasks.
-        what: what is answered.
-        sizes: how many of each task choose a scale, and how many are reported.
+        names: the names of the tasks.
+        what: a phrase for the items.
+        sizes: how many items of each task are for the choice of a scale, and how many are reported.
     """
 
     names: ClassVar = list(TASKS)
@@ -137,7 +137,7 @@ class Answers:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=kind, trust_remote_code=False)
 
     def _items(self, make: Callable[[], Iterator[Item]]) -> list[tuple[list[int], list[int]]]:
-        """Tokens of the questions and answers of a task, in an order drawn once, every answer as often as may be."""
+        """Return the tokens of a task's questions and answers, in a fixed random order, with balanced answers."""
         found = sorted(dict(make()).items())
         random.Random(0).shuffle(found)
         classes: dict[str, list[Item]] = {}
@@ -147,7 +147,7 @@ class Answers:
             least = min(map(len, classes.values()))
             found = [item for several in classes.values() for item in several[: max(least, 400)]]
             random.Random(1).shuffle(found)
-        # Both are cut apart, so that an answer has the same tokens behind every question.
+        # Tokenize both separately, so that an answer has the same tokens after every question.
         coded = [tuple(self.tokenizer(text)["input_ids"] for text in item) for item in found[:6000]]
         return [(asked, answer) for asked, answer in coded if len(asked) + len(answer) <= TOKENS]
 
@@ -158,7 +158,7 @@ class Answers:
 
     @staticmethod
     def _batch(items: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """Token numbers, filled up behind, and the labels of the answers; -100 for what is no answer."""
+        """Return token numbers, padded at the end, and labels, which are -100 outside of the answers."""
         width = max(len(asked) + len(answer) for asked, answer in items)
         tokens, labels = torch.zeros(len(items), width, dtype=torch.long), torch.full((len(items), width), -100)
         for row, (asked, answer) in enumerate(items):
@@ -168,7 +168,7 @@ class Answers:
         return tokens, labels
 
     def adapter(self, name: str) -> ak.Adapter:
-        """The LoRA of one task; trained if it is not there yet."""
+        """Return the LoRA of one task; trains it if it does not exist."""
         folder = self.work / f"{name}-r{self.rank}-n{self.steps}-s{self.seed}"
         if not (folder / "adapter_config.json").is_file():
             self._train(name, folder)
@@ -176,7 +176,7 @@ class Answers:
 
     def _train(self, name: str, folder: Path) -> None:
         torch.manual_seed(self.seed)
-        # The kinds of layers that every LoRA of these models adapts; the factors stay in float32.
+        # Adapt all linear layers of a block, as is usual for these models; the factors stay in float32.
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear")
         adapted = get_peft_model(self._loaded(torch.bfloat16), config)
         adam = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], RATE)
@@ -195,18 +195,18 @@ class Answers:
         adapted.save_pretrained(str(folder))
 
     def changes(self, adapter: ak.Adapter | None) -> dict[str, Tensor]:
-        """The change of each weight, float32."""
+        """Return the change of each weight, float32."""
         return {f"{target}.weight": torch.as_tensor(adapter.delta(str(target))) for target, _ in adapter or ()}  # type: ignore[union-attr]
 
     @torch.no_grad()
     def right(self, changes: dict[str, Tensor], scale: float, tasks: list[str], testing: bool) -> Tensor:
-        """Whether each item of each task is answered right with so much of the changes, bool `[tasks, items]`."""
+        """Return whether each item of each task is answered right with scaled changes, bool `[tasks, items]`."""
         for name, weight in self.model.named_parameters():
             weight.copy_(self.base[name] + scale * changes[name] if name in changes else self.base[name])
         return torch.stack([self._right(self._part(name, testing)) for name in tasks])
 
     def _right(self, items: list[tuple[list[int], list[int]]]) -> Tensor:
-        # Items of one length together: nothing is filled up that would be computed for nothing.
+        # Group items by length, to avoid computing with padding.
         order = sorted(range(len(items)), key=lambda at: len(items[at][0]) + len(items[at][1]))
         made = torch.zeros(len(items), dtype=torch.bool)
         for start in range(0, len(order), 32):
@@ -214,7 +214,7 @@ class Answers:
             tokens, labels = self._batch([items[at] for at in places])
             asked = labels >= 0
             found = torch.full_like(labels, -100)
-            # Weights of the vocabulary are a quarter of the model, and only answers need them.
+            # Only compute the head for the answers, because its weights are a quarter of the model.
             found[asked] = self.model.lm_head(self.model.model(input_ids=tokens)[0][asked]).argmax(-1)
             made[places] = (found == labels).all(1)
         return made

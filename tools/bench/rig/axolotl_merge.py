@@ -18,7 +18,7 @@ PLACE = "axolotl/cli/utils/lora_merge.py"
 
 
 def merging() -> Any:
-    """The module, whose one import out of its own package is where it gets a logger."""
+    """Load the module; its only import from its own package is for a logger."""
     loggers = types.ModuleType("axolotl.utils.logging")
     loggers.get_logger = logging.getLogger  # type: ignore[attr-defined]
     for name in ("axolotl", "axolotl.utils"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(base: str, adapter: str, out: str) -> int:
-    """What the command returns; its configuration and its cache lie beside the output while it runs."""
+    """Run the command and return its exit code; its configuration and cache are beside the output during the run."""
     work = Path(f"{out}.mergekit")
     work.mkdir(parents=True)
     try:
