@@ -225,13 +225,7 @@ def _attach(
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
-        cure = (
-            "Inject it with --mode constant (mode='constant')"
-            if slots is not None
-            else _KEEP
-            if outer
-            else "Merge it instead"
-        )
+        cure = _CONSTANT if slots is not None else _KEEP if outer else "Merge it instead"
         raise Unsupported(
             f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
         ) from None
@@ -442,3 +436,4 @@ def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
 
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"
+_CONSTANT = "Inject it with --mode constant (mode='constant')"
