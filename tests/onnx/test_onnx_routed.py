@@ -116,7 +116,7 @@ def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, tmp_path_factory
     graph.graph.inputs[0].name = "words"
     with pytest.raises(Unsupported, match="no input input_ids"):
         ak.onnx.inject(graph, tmp_path / "adapter", out)
-    for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update asks for task_ids")):
+    for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update reads task_ids")):
         with pytest.raises(UsageError, match=match):
             ak.onnx.inject(graph, tmp_path / "adapter", out, call=call)
     assert not out.exists()
