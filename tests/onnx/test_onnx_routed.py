@@ -92,7 +92,7 @@ def test_a_graph_computes_what_peft_computes(case, graphs, tmp_path, close):
     words = {name: torch.tensor(array) for name, array in call.items()}
     wanted = trained(build, config, tmp_path / "adapter")(input_ids=IDS, **words)
     report = ak.onnx.inject(graphs(build), tmp_path / "adapter", tmp_path / "out.onnx")
-    assert ("task_ids takes one number of a task" in (report.note or "")) == bool(call)
+    assert ("task_ids takes the number of a task" in (report.note or "")) == bool(call)
     close(run(report.out, **call), wanted.logits, tolerance=1e-5)
     assert (run(graphs(build)) - wanted.logits).abs().max() > 1e-3
     ak.onnx.eject(report.out, tmp_path / "back.onnx")

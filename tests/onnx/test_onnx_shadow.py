@@ -305,8 +305,8 @@ def test_what_is_refused(fixed, made, tmp_path):
     with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
-        ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
-        ({}, Unsupported, "of the type None"),
+        ({"model_type": "nothing"}, Unsupported, "no model type 'nothing'"),
+        ({}, Unsupported, "no model type None"),
         (
             json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"},
             Malformed,
