@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Writes docs/image-families.md: what becomes of each method in each dialect of image models, by family.
+"""Writes docs/image-families.md: how each format of image models stores each method, by family of models.
 
-Every cell is what the writer does with an adapter of that family and method in diffusers' names. `--check` compares.
-Exit codes: 0 written or up to date, 1 not up to date (`--check`).
+Each cell shows what the format's writer does with an adapter of that family and method in diffusers' names. `--check`
+only compares. Exit codes: 0 written or up to date, 1 not up to date (`--check`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Make = Callable[[int, int], Any]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit code."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
     check = parser.parse_args(words).check
@@ -85,11 +85,11 @@ MAKERS: dict[str, Make] = {
     "diff_b": lambda out, _: METHODS["dense"](d=_leaf(out)),
     "norm": lambda out, _: METHODS["dense"](D=_leaf(out)),
 }
-"""What a column is called -> an update of a weight of so many outputs and inputs."""
+"""Name of a column -> a function that makes an update of a weight with these outputs and inputs."""
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     reasons: dict[str, int] = {}
     lines = [HEADER]
     for dialect in DIALECTS:
@@ -113,7 +113,7 @@ def _cell(family: ImageFamily, dialect: str, method: str, reasons: dict[str, int
 
 
 def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
-    """The first module of the blocks, or norm, that is whole in every naming -> its outputs."""
+    """Return the first module or norm of the blocks that is a whole weight in every naming -> its outputs."""
     for name, out in _modules(family, norm):
         pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
         if not pieces or (len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole):
@@ -122,7 +122,7 @@ def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
 
 
 def fused(family: ImageFamily) -> dict[str, int]:
-    """The modules that are one fused weight in the authors' naming -> their outputs; none where nothing is fused."""
+    """Return the modules that are one fused weight in the authors' naming -> their outputs; none if none are fused."""
     for name, _ in _modules(family, norm=False):
         pieces = family.moves(name, "diffusers", "native")
         if len(pieces) == 1 and pieces[0].here.whole and not pieces[0].there.whole:
@@ -145,13 +145,13 @@ def _modules(family: ImageFamily, norm: bool) -> Iterator[tuple[str, int]]:
 
 
 def adapter_of(family: ImageFamily, method: str, targets: dict[str, int]) -> Adapter:
-    """An adapter of one method on these modules, each with factors of its own."""
+    """Return an adapter of one method on these modules, with different factors for each."""
     updates = {Target(f"{family.component}.{name}"): (MAKERS[method](out, SIZE),) for name, out in targets.items()}
     return read_with(Adapter(updates, recipe=(Step("read", {"format": "diffusers"}),)), {FAMILY: family.name})
 
 
 def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
-    """`=`, `L`, `D`, or the reason why a dialect refuses a method on these modules."""
+    """Return `=`, `L`, `D`, or the reason why a format refuses a method on these modules."""
     adapter = adapter_of(family, method, targets)
     writer = FORMATS[dialect]()
     kinds: list[str] = []

@@ -16,7 +16,7 @@ LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, next to this file."""
 
 VERSION = 11
-"""Version of the functions in the library: one that is older than this file is left alone."""
+"""Version of the library's functions; a library of another version is not used."""
 
 OFF = "ADAPTERKIT_KERNEL"
 """The environment variable that disables the library, by the value `off`."""
@@ -25,7 +25,7 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """Element type -> its number in the library."""
 
 MOST_LANES = 16
-"""Numbers that a merge computes at a time, at most: 16 on processors with AVX-512, 8 on all others."""
+"""Largest number of elements that a merge computes at a time: 16 on processors with AVX-512, 8 on all others."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double

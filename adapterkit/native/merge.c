@@ -24,8 +24,8 @@
 typedef double doubles __attribute__((vector_size(32)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 
-/* A tile's rows: their sums fill the registers; the last rows of a block go by three and one. A tile is two vectors wide.
- * Columns of the right factor are stored in panels of 16, and filled up to 32. */
+/* The number of rows of a tile, whose sums fill the registers; the last rows of a block are computed three or one at a
+ * time. A tile is two vectors wide. Columns of the right factor are stored in panels of 16, and padded to 32. */
 enum { WIDE = 2 * LANES, PANEL = 16, SHORT = 3, CHUNK = 16 };
 #if defined(LANES_512)
 enum { TALL = 7 };
@@ -34,7 +34,7 @@ enum { TALL = 6 };
 #endif
 enum { VERSION = 11 };
 
-/* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
+/* Bytes of the right factor that are used at a time; they stay in a core's L2 cache for all rows. */
 enum { STRIP = 192 << 10 };
 
 /* One factor pair, as `merging/kernel.py` prepares it. */
@@ -127,7 +127,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
       floats right0 = *(const loose_floats *)(panel + PANEL * k);
       floats right1 = *(const loose_floats *)(second + PANEL * k);
 #if defined(LANES_512)
-      /* Keeps both in registers: compilers load them again for each row, and loads would be the limit. */
+      /* Keep both in registers. Compilers would load them again for each row, and the loads would limit the speed. */
       __asm__("" : "+v"(right0), "+v"(right1));
 #endif
 #pragma GCC unroll 12
@@ -173,7 +173,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
 }
 
-/* A tile at the right edge, in memory of its own: the rows of the weight end before WIDE columns are full. */
+/* Computes a tile at the right edge in a separate buffer, because the rows of the weight end within its columns. */
 INLINE int64_t edge(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
@@ -214,7 +214,7 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
   return open;
 }
 
-/* `adapterkit_add` of this file as it is compiled with LANES_512. */
+/* `adapterkit_add` of this file, compiled with LANES_512. */
 int64_t adapterkit_add_512(int32_t, int32_t, const char *, uint16_t *, int64_t, int64_t, const Factors *);
 
 #if defined(LANES_512)
@@ -268,7 +268,7 @@ int64_t ADD(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t
 #if defined(__x86_64__) && !defined(LANES_512)
   if (adapterkit_used_lanes > LANES) return adapterkit_add_512(from, to, weight, out, rows, width, f);
 #endif
-  /* Another library may have made this thread flush small numbers to zero, which the bounds do not know. */
+  /* Disable flushing of small numbers to zero, which another library may have enabled; the bounds do not cover it. */
   fenv_t before;
   fegetenv(&before);
   fesetenv(FE_DFL_ENV);

@@ -1,9 +1,10 @@
-"""Holds the compiled loops of a merge against numpy: equal bits on many random numbers, and processor time.
+"""Compares the compiled loops of a merge with numpy: equal bits on many random numbers, and processor time.
 
     python tools/bench/kernel.py [--numbers 1e9] [--rank 16] [--rounds 3] [--json FILE]
 
-For LoRA and DoRA and each pair of element types it draws weights and factors at changing scales until so many numbers
-are compared. It ends with 1 if a bit differs. Blocks that a loop leaves to numpy are counted; times are of one core.
+For LoRA and DoRA and each pair of element types, the script draws weights and factors at different scales until it has
+compared `--numbers` numbers. It exits with 1 if a bit differs. It also counts the blocks that a loop leaves to numpy.
+Times are for one core.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Seen:
 
 
 def compare(method: str, kinds_of: tuple[str, str], numbers: float, rank: int, rng: np.random.Generator) -> Seen:
-    """Compare block by block until so many numbers were seen."""
+    """Compare block by block until this many numbers were compared."""
     source, target = kinds_of
     seen, arrays = Seen(), NumpyArrays()
     kinds = DTYPES[source], DTYPES[target]
