@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .exporting import Adapters
+    from .pretrained_calls import PretrainedModel
 
 
 # Export a torch module that a user's function returns together with example inputs.
@@ -188,8 +189,9 @@ def export_pretrained(
         _to_carry(source)
     with quiet():
         torch_model = load_pretrained(source, dtype)
-    parts = parts_of_model(torch_model, source)
-    words = {} if parts else {"model.onnx": words_of(torch_model, source)}
+    as_trained = cast("PretrainedModel", torch_model)
+    parts = parts_of_model(as_trained, source)
+    words = {} if parts else {"model.onnx": words_of(as_trained, source)}
     options: dict[str, Any] = {
         "adapter": adapter, "mode": mode, "opset": opset, "quantize": quantize, "check": check, "rename": rename,
         "share": source if share_weights else None,

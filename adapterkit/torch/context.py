@@ -332,7 +332,7 @@ class ContextCall:
         self.cache_word = "cache" if "cache" in self.names else "past_key_values"
         if self.cache_word == "cache" and "past_key_values" in self.words:
             self.words["cache"] = self.words.pop("past_key_values")
-        task = self.words.pop("task_ids", None)
+        task = cast("int | Tensor | None", self.words.pop("task_ids", None))
         if self.pair and task is not None:
             raise Unsupported("an encoder-decoder model takes no task ids", cure="Set the update's `task` instead")
         check_tasks(self.updates, task)
