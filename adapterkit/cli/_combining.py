@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 if TYPE_CHECKING:
-    from ..core.adapter import Adapter
     from ..ops.recipes import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,10 +35,13 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
     return decorated
 
 
+S = TypeVar("S")
+
+
 def combination(
-    adapters: Sequence[Adapter | str], method: str | None, weights: Sequence[float], parameters: Sequence[str],
+    adapters: Sequence[S], method: str | None, weights: Sequence[float], parameters: Sequence[str],
     given: Mapping[str, object], recipe: Recipe | None = None,
-) -> tuple[list[Adapter | str], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[S], dict[str, Any]]:  # fmt: skip
     """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
@@ -55,7 +57,8 @@ def combination(
             why = "a recipe already names adapters, method and weights"
             cure = "Remove the adapters, --method and --weight from the command line, or remove --recipe"
             raise UsageError(why, where="--recipe", cure=cure)
-        sources, options = list(recipe.adapters), dict(recipe.options)
+        # A recipe names files, as adapters on the command line do.
+        sources, options = cast("list[S]", list(recipe.adapters)), dict(recipe.options)
     elif not adapters:
         raise UsageError("no adapter was given", cure="Name at least one, or a --recipe")
     options |= {"method": method} if method else {}
