@@ -597,7 +597,7 @@ def _replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 
 @contextmanager
-def _exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
+def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     """Give the module itself other values for a while: an attribute of the instance hides its parameter.
 
     This serves compilers, which cannot trace `_replica`, and forwards that are not plain methods of the module.
@@ -611,8 +611,7 @@ def _exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None
             own = held.__dict__
             if torch.compiler.is_compiling():
                 # Exchange the entry itself: compilers before torch 2.13 cannot trace that an attribute is deleted.
-                tables: tuple[dict[str, Any], ...] = (held._parameters, held._buffers, held._modules)
-                own = next(table for table in tables if name in table)
+                own = next(each for each in (held._parameters, held._buffers, held._modules) if name in each)
             placed.append((own, name, own.get(name)))
             own[name] = value
         if isinstance(module, nn.RNNBase):
