@@ -118,8 +118,9 @@ def _view(found: Gate) -> View:
         ["base", None, None, effect.perplexity_base, effect.agreement],
         ["base + adapters", effect.divergence, None, effect.perplexity, None],
         ["base + random changes", effect.null, None, None, None],
-        *([each.model, each.divergence, each.kept, each.perplexity, each.agreement] for each in found.kept),
     ]
+    kept = found.kept
+    rows.extend([each.model, each.divergence, each.kept, each.perplexity, each.agreement] for each in kept)
     yield TextTable(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
     yield from found.verdicts
     adapters = counted(len(found.adapters), "adapter")
