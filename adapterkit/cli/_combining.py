@@ -35,10 +35,13 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
     return decorated
 
 
+S = TypeVar("S")
+
+
 def combination(
-    adapters: Sequence[Adapter | str], method: str | None, weights: Sequence[float], parameters: Sequence[str],
+    adapters: Sequence[S], method: str | None, weights: Sequence[float], parameters: Sequence[str],
     given: Mapping[str, object], recipe: Recipe | None = None,
-) -> tuple[list[Adapter | str], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[S] | list[str], dict[str, Any]]:  # fmt: skip
     """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
@@ -48,7 +51,7 @@ def combination(
     from ..errors import UsageError
 
     options: dict[str, Any] = {}
-    sources: list[Adapter | str] = list(adapters)
+    sources: list[S] | list[str] = list(adapters)
     if recipe is not None:
         if adapters or weights or method:
             why = "a recipe already names adapters, method and weights"
