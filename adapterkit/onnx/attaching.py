@@ -18,6 +18,8 @@ from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords
 from .found import FoldedNorm, Found, Spot
+from .inside import changed_inside, refuse_outputs
+from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
 from .rowwise import RowSlots
@@ -155,6 +157,7 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
     """
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
+    found = opened_up(found, building)
     for place in in_order(found, building.model.graph):
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
@@ -165,11 +168,12 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
     """Return the layer; split a fused attention node first, because its layer is inside of it."""
-    if spot.kind is not Attention:
+    if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
         apart[spot.node] = taken_apart(spot.node, building)
-    return replace(spot, node=apart[spot.node], kind=MatMul)
+    kind: type[Layer] = MatMulIntegerToFloat if issubclass(spot.kind, QAttention) else MatMul
+    return replace(spot, node=apart[spot.node], kind=kind)
 
 
 def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: CallWords) -> None:
@@ -185,6 +189,9 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
         _insert(layer, y.value, branch)
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
+    if spot is not None and spot.kind.inside:
+        _change_inside(given, seen, layer, place, slots, spot)
+        return
     try:
         if slots is None:
             said = [_sayable(update, seen, branch, True) for update in given]
@@ -200,6 +207,36 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
     except AdapterkitError as error:
         raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
+
+
+def _change_inside(given: list[Update], seen: Any, layer: Any, place: Found, slots: Any, spot: Spot) -> None:
+    """Give a node the weight that updates come to, computed by nodes before it."""
+    try:
+        if slots is None:
+            said = [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
+        else:
+            factors = (slots.factored(place.updates[at], layer, place, at) for at in range(len(given)))
+            tried = (_weighable(update, seen, layer.branch) for update in given)
+            said = [one or next(factors) for one in tried]
+        changed_inside(layer, seen, place, said, layer.branch, spot)
+    except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
+        cure = "Inject it as constants" if slots is not None else "Merge it instead"
+        raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(place.asked)) from None
+
+
+def _weighable(update: Update, seen: Any, branch: Branch) -> Update | None:
+    """Return the update if nodes can express the weight that it gives; None otherwise."""
+    before = len(branch.nodes)
+    try:
+        chain = Composed(seen, update)
+        _ = chain.weight, chain.bias
+    except (AttributeError, TypeError):
+        return None
+    finally:
+        branch.back_to(before)
+    return update
 
 
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
@@ -231,9 +268,8 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     if place.norm is not None and place.outlet is not None:
         why = f"a residual or norm outside of a layer that the batch normalisation {place.norm.name} is folded into"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
-    if spot.kind.merge_only:
-        why = f"no branch beside a {spot.node.op_type} says this"
-        raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
+    if spot.kind.inside:
+        refuse_outputs(place, spot.node.op_type)
     layer = spot.kind(spot.node, branch)
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 

@@ -35,8 +35,14 @@ SMALL = 1 << 25
 FEW = 1 << 16
 """Most input numbers to run on."""
 
-ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
+ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 """Operators that round inputs: different orders of summation may differ by a whole step there."""
+
+LAST_BITS = 1e-6
+"""Largest difference, relative to the largest output, of a recurrent layer from the same with computed weights."""
+
+STEP = 1e-2
+"""Largest difference, relative to the largest output, of integer operators from the same in floats: a few steps."""
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
@@ -394,14 +400,15 @@ def _compared(
             why = "it runs, but there is no second way to make this change to compare it with"
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
-        if judged:
+        if judged and not exact:
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
-            # With slots, onnxruntime fuses other nodes than in the original graph, and rounds in other places.
+            # With slots, onnxruntime fuses other nodes than in the original graph, and rounds in other places: a
+            # product behind a DequantizeLinear even rounds its input to 8 bits if it is fused.
             results = session_of(wanted, optimized=False).run(None, feeds)
             got = session_of(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
-            _judge(difference, out, 0.0)
+            _judge(difference, out, _most_empty(first))
         reference = _second(out, wanted, both, feeds, got) if judged else None
         seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
         untried = None
@@ -421,6 +428,19 @@ def _compared(
         raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return CheckOutcome(None, f"the graph does not run on {kind} inputs ({why})")
+
+
+def _most_empty(model: bytes) -> float:
+    """Return how far a graph with empty slots may be from the original one."""
+    if _rounds_outputs(model):
+        return STEP
+    # onnxruntime packs constant weights of recurrent layers, and sums in another order than with computed ones.
+    return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0
+
+
+def _rounds_outputs(model: bytes) -> bool:
+    """Whether a graph has integer operators that may be taken apart, which changes the last bit; see `opened_up`."""
+    return any(op in model for op in (b"QLinear", b"QGemm", b"QAttention"))
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
@@ -510,7 +530,8 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
-    if _computes_narrow(wanted):
+    # Where later layers round their inputs to 8 bits, a difference in the last bit can become one of a whole step.
+    if _computes_narrow(wanted) or any(op.encode() in wanted for op in ROUGH) or _rounds_outputs(wanted):
         return TOLERANCE["V"]
     noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)

@@ -21,6 +21,7 @@ from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
 from .changes import Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
+from .integer_layers import opened_up
 from .layers import Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
@@ -46,6 +47,8 @@ def fold(
             default, where quantizing again would lose more than `MOST_LOST` of the change.
         beside: gets the targets whose change is to be attached beside a packed weight; None to attach none.
     """
+    opened = opened_up([place for place, _ in folds], building)
+    folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
@@ -68,6 +71,7 @@ def fold(
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
+    found = opened_up(found, building)
     made: dict[Any, ir.Value] = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
@@ -185,6 +189,11 @@ class Folding:
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
         if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
             cure = "Inject it instead of merging"
+            if layer.has_bias:
+                why = "changes a bias that the node holds as integers"
+                raise Unsupported(
+                    why, where=self.name, cure="Merge with --quantized dequantize, quantized='dequantize'"
+                )
             raise NotMergeable("changes a bias that the layer does not have", where=self.name, cure=cure)
         if bias is None or not any(update.changes_bias for update in changing):
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ..errors import Malformed, Unsupported
 from .building import Array, Branch, Building, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
-from .values import Value
+from .values import Value, concatenated
 
 
 class Layer:
@@ -28,7 +28,8 @@ class Layer:
         op_type: the node's operator.
         position: which input is the weight.
         axes: how many axes the weight may have.
-        merge_only: True if the output is no function of `x @ W` alone, so that no branch can express a change.
+        inside: True if the output is no function of `x @ W` alone, so that no branch beside the node can express a
+            change; the weight is changed inside of it, see inside.py.
         whole: True if the stored tensor has other axes than the weight, so that a merge computes it as a whole.
 
     Args:
@@ -43,14 +44,14 @@ class Layer:
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
     axes: ClassVar[Container[int]] = (2,)
-    merge_only: ClassVar[bool] = False
+    inside: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
         plain = dequantized(self.result)
-        self.after = bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
+        self.after = None if self.has_bias else bias_after(node, plain, self.shape[0])
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
@@ -141,6 +142,11 @@ class Layer:
         return None
 
     @property
+    def has_bias(self) -> bool:
+        """Whether the node itself adds a bias."""
+        return self.own_bias is not None
+
+    @property
     def bias(self) -> Value | None:
         held = self.own_bias if self.after is None else self.after[1]
         if held is None:
@@ -161,6 +167,10 @@ class Layer:
     def seen(self, W: Value) -> Value:
         """Convert a stored weight to `[out, in, *k]`, and back."""
         return W.swapaxes(0, 1) if self.turns(self.node) else W
+
+    def back(self, W: Value) -> Value:
+        """Return a weight in the form in which the node takes it."""
+        return self.seen(W)
 
     def __call__(self, x: Value) -> Value:
         if x is self.x:
@@ -437,6 +447,7 @@ class Conv(Layer):
     """A convolution along any number of axes, grouped or not."""
 
     op_type = "Conv"
+    floating_type: ClassVar[str] = "Conv"  # Packed and fused convolutions have other names.
     axes = range(3, 9)
 
     @property
@@ -475,7 +486,7 @@ class Conv(Layer):
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
     def _convolved(self, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
-        return self._node(self.op_type, x, w, out, attributes)
+        return self._node(self.floating_type, x, w, out, attributes)
 
     def _node(self, op: str, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
         sizes = (None, out, *[None] * (len(self.shape) - 2))
@@ -486,7 +497,7 @@ class Conv(Layer):
 class ConvTranspose(Conv):
     """A transposed convolution; its weight is stored as `[in, out / groups, *k]`."""
 
-    op_type = "ConvTranspose"
+    op_type = floating_type = "ConvTranspose"
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
@@ -550,7 +561,7 @@ class FusedGemm(Gemm):
     # A branch would have to be added before the activation, which is inside of the node. A merge changes W only.
 
     op_type = "FusedGemm"
-    merge_only = True
+    inside = True
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -561,7 +572,7 @@ class FusedConv(Conv):
     """A Conv with a fused sum and activation."""
 
     op_type = "FusedConv"
-    merge_only = True
+    inside = True
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -579,19 +590,26 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     Raises:
         Unsupported: it has a past or a position bias, or applies rotary embeddings.
     """
-    more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
+    packed = node.op_type == "QAttention"
+    more = [*(node.inputs[8:] if packed else node.inputs[4:]), *[o for o in node.outputs[1:] if o.uses()]]
+    more = [one for one in more if one is not None]
     if more or attribute(node, "do_rotary", 0):
         why = "an Attention node with a past or positions of its own"
         raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
     x, W, bias, mask = (*node.inputs, None, None)[:4]
+    mask = (*node.inputs, None)[5] if packed else mask
     assert x is not None
     assert W is not None
     third = shape_of(W)[1] // 3
     # Without the attribute, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
-    branch, kind = Branch(building, node.name or "attention"), element_type(W)
-    y = branch.node("MatMul", [x, W], None, kind, None)
-    y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
+    branch, kind = Branch(building, node.name or "attention"), np.dtype(np.float32) if packed else element_type(W)
+    if packed:  # Scale and zero point of the input and of the weight are in another order there.
+        order = [x, W, *((*node.inputs, *[None] * 5)[at] for at in (3, 4, 6, 7)), bias]
+        y = branch.node("MatMulIntegerToFloat", order, None, kind, None, domain="com.microsoft")
+    else:
+        y = branch.node("MatMul", [x, W], None, kind, None)
+        y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
     parts = [_cut(branch, y, start, stop, kind) for start, stop in zip((0, *ends[:2]), ends, strict=True)]
     out = ir.Value(name=building.name(f"{branch.name}/output"), type=node.outputs[0].type)
     words = {name: node.attributes[name].value for name in KEPT if name in node.attributes}
@@ -611,7 +629,7 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: object) -> ir
     return branch.node("Slice", [y, *limits], None, kind, None)
 
 
-# Recurrent layers: one tensor has the weights of all gates and directions. Merges can change it, branches cannot.
+# Recurrent layers: one tensor has the weights of all gates and directions. No branch can stand beside such a layer.
 #
 # The order of gates differs: torch has r z n for GRU and i f g o for LSTM, ONNX has z r h and i o f c. Weights are
 # shown in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
@@ -620,6 +638,9 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: object) -> ir
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
 """Operator -> for each of ONNX's gates, its position in torch's order."""
+
+GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
+"""Operator -> for each of torch's gates, its position in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
@@ -632,7 +653,7 @@ class Recurrent(Layer):
         part: torch's name of the weight.
     """
 
-    merge_only = True
+    inside = True
     direction: ClassVar[int] = 0
     part: ClassVar[str] = "ih"
 
@@ -660,6 +681,27 @@ class Recurrent(Layer):
         # argsort inverts the permutation: from ONNX's order back to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
+
+    @property
+    def weight(self) -> Value:
+        make, rows = self.detached(self.node), self._stacked()[self.direction]
+        return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
+
+    def back(self, W: Value) -> Value:
+        stacked = self._stacked()
+        new = self._ordered(W, GATES)[None]
+        pieces = [new if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
+        return new if len(pieces) == 1 else concatenated(pieces, 0)
+
+    def _stacked(self) -> Value:
+        """Return the tensor that the node reads, which another direction's change may have replaced."""
+        held, both = self.operand, attribute(self.node, "direction", "forward") == "bidirectional"
+        return Value(self.branch, (1 + both, *self.shape), element_type(held), held)
+
+    def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:
+        order = orders[self.node.op_type]
+        size = self.shape[0] // len(order)
+        return concatenated([W[gate * size : (gate + 1) * size] for gate in order], 0)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:

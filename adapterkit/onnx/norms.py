@@ -17,11 +17,13 @@ import onnx_ir as ir
 
 from ..errors import TargetNotFound, Unsupported
 from ..io.lazy import as_array
-from .building import Array
+from .building import Array, element_type
 from .found import APART, NEAR, FoldedNorm, distance
+from .integer_layers import IntegerLayer
 from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
+from .packed import ConvInteger
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -72,7 +74,8 @@ def _trace(spot: Spot, path: str) -> str | None:
     if is_norm(spot.node):
         return "the exporter notes it at the node"
     names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
-    biases = [source.name or "" for source in sources(bias)]
+    # A Reshape's sizes are int64, and no parameter.
+    biases = [source.name or "" for source in sources(bias) if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
         return "a name says so"
     # Exporters keep the names of a convolution's parameters, but a fold writes new tensors with made-up names. Weights
@@ -89,6 +92,11 @@ def _trace(spot: Spot, path: str) -> str | None:
 
 def _bias_of(spot: Spot) -> ir.Value | None:
     """Return the constant vector that a layer adds, itself or by a following node."""
+    if issubclass(spot.kind, IntegerLayer):
+        return spot.kind.float_bias(spot.node)
+    if issubclass(spot.kind, ConvInteger):
+        added = spot.kind.added(spot.node)
+        return None if added is None else added[1]
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
         after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
         return None if after is None else after[1]

@@ -17,6 +17,7 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
+from .integer_layers import INTEGER
 from .layers import (
     RECURRENT,
     Attention,
@@ -35,11 +36,12 @@ from .layers import (
     SingleLeftMatMul,
     SingleMatMul,
 )
-from .modules import SCOPES, listed, same_end
+from .modules import SCOPES, dotted, listed, same_end
 from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
-from .packed import FusedMatMul, MatMulInteger, MatMulNBits
+from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
+from .vectors import norms_at
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul,
+    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
 """Kinds of layers; a node has at most one of them."""
 
@@ -98,7 +100,9 @@ def resolve(
     known = by_name(spots)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    norms = norms_at(model, adapter, known, base)
+    apart = {*modules, *norms}
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     own = _own_names(layered, known)
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
@@ -119,7 +123,7 @@ def resolve(
     # Inner layers come first: their new outputs are inputs of the modules around them.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
-    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+    return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def taken(
@@ -142,7 +146,8 @@ def taken(
     whole_adapter = adapter
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    apart = {*modules, *norms_at(model, adapter, known, base)}
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
     lost: tuple[Target, ...] = ()
     if layered.updates:
         lost = _lost(layered, known, config)
@@ -236,7 +241,7 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | 
         stored = [source for one in held for source in sources(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in stored if one.shape is None or len(one.shape) > 1]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
-        inside = [(node.name or "").strip("/").replace("/", ".").rpartition(".")[0]] if names else []
+        inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
         if any(same_end(name, f"{path}.weight") for name in names) or any(
             same_end(m, path) for m in (*modules, *inside) if m
         ):
@@ -278,7 +283,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
     """
     found: dict[str, set[str]] = {}
     for node in nodes:
-        path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
+        path = dotted((node.name or "").rpartition("/")[0])
         for value in node.inputs if path else ():
             if value is None or value.name is None or value.producer() is not None or not is_constant(value):
                 continue
@@ -339,7 +344,7 @@ def _scope_names(node: ir.Node) -> tuple[str, ...]:
 def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     if not name.startswith("/") or not _OPERATION.search(name):
         return ()
-    path = _OPERATION.sub("", name).strip("/").replace("/", ".")
+    path = dotted(_OPERATION.sub("", name))
     words = path.split(".")
     above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
     prefix = next((containers[each] for each in above if each in containers), "")
@@ -392,7 +397,7 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
     except TargetNotFound as error:
         if base is None:
-            cure = f"{error.cure}; pass the base's weights to find layers by their numbers"
+            cure = f"{error.cure}; to find layers by their numbers: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
         from .matching import by_values
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..errors import Unsupported
 from ..io.lazy import as_array
 from .building import Array, Building
+from .integer_layers import DynamicQuantizeMatMul, MatMulIntegerToFloat, QAttention, QLinearMatMul
 from .layers import Attention, Gemm, MatMul
 from .packed import MatMulInteger, MatMulNBits
 from .slots import RECORD, SlotRecord, SlotUpdate, fixed_attributes
@@ -35,7 +36,10 @@ ROWS = "adapterkit.rows"
 LARGE = 1 << 28
 """Models with more bytes of numbers in their own file are not copied to work out shapes."""
 
-LINEAR = (MatMul, Gemm, MatMulNBits, MatMulInteger, Attention)
+LINEAR = (
+    MatMul, Gemm, MatMulNBits, MatMulInteger, Attention, QAttention, QLinearMatMul, DynamicQuantizeMatMul,
+    MatMulIntegerToFloat,
+)  # fmt: skip
 """Kinds of layers whose channels are the last axis, behind the rows of the batch."""
 
 

