@@ -295,7 +295,7 @@ def _check(place: Found, layer: Any, bias: object) -> None:
 def _eaten(layer: Any) -> str | None:
     """Return the type of the fused node that adds the layer's bias together with other work; None if none does."""
     # Position of the bias among the fused node's inputs, by onnxruntime's contrib operators.
-    uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
+    uses = list(layer.result.uses()) if isinstance(layer, Layer) and not layer.inside else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
         place = fused.get(use.node.op_type)

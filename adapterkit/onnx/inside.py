@@ -57,9 +57,10 @@ def changed_inside(
     if any(update.changes_weight for update in updates):
         part = chain.weight
         if place.norm is not None:
-            part = seen.weight + (part - seen.weight)
-            factors = place.norm.factors(groups_of(spot))
-            part = W + (part - seen.weight) * W.like(factors)
+            # The graph holds the base's weight times the norm's scale, and so the change has to be scaled, too.
+            rows = slice(*place.target.rows) if place.target.rows else slice(None)
+            own = W[rows] if place.target.rows else W
+            part = own + (part - seen.weight) * W.like(place.norm.factors(groups_of(spot))[rows])
         new = _whole(W, part, place)
     bias = None
     if any(update.changes_bias for update in updates):
