@@ -202,6 +202,14 @@ def norms_at(
     return found
 
 
+def _is_same(name: str, path: str) -> bool:
+    """Whether a norm is a target's, except for a prefix; graphs of encoders and decoders leave out which they are."""
+    if not same_end(name, path):
+        return False
+    prefix = path.removesuffix(name) if len(path) > len(name) else name.removesuffix(path)
+    return not {"encoder", "decoder"} & {*prefix.split(".")}
+
+
 def _found(
     target: Target, name: str, spots: Sequence[Spot], updates: tuple[Any, ...], base: Checkpoint | None
 ) -> Found:
