@@ -194,9 +194,7 @@ def norms_at(
     norms = norms_of(model) if wanted else {}
     found: dict[Target, Found] = {}
     for target in wanted:
-        names = [name for name in norms if name == target.path] or [
-            name for name in norms if same_end(name, target.path)
-        ]
+        names = [target.path] if target.path in norms else [name for name in norms if _is_same(name, target.path)]
         if len(names) == 1:
             found[target] = _found(target, names[0], norms[names[0]], adapter.updates[target], base)
     return found
