@@ -107,6 +107,9 @@ def test_what_tells_a_norm(tmp_path):
     save_file({**held, "first.weight": held["first.weight"] * 3}, tmp_path / "other.safetensors")
     with pytest.raises(TargetNotFound, match="other numbers"):
         ak.onnx.merge(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "other.safetensors")
+    other = Adapter({Target("decoder.first"): adapter.updates[Target("first")]})
+    with pytest.raises(TargetNotFound, match="not in the base"):  # The graph may be that of the encoder.
+        ak.onnx.inject(path, other, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors")
     wide = Adapter({Target("first"): (METHODS["replacement"](weight=torch.ones(WIDE + 1)),)})
     with pytest.raises(ShapeMismatch, match="9"):
         ak.onnx.inject(path, wide, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors")
