@@ -22,7 +22,7 @@ from .building import Array, Branch, Building, kind_of
 from .changes import Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .integer_layers import opened_up
-from .layers import Layer, Recurrent
+from .layers import BEFORE, Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
@@ -125,6 +125,9 @@ class Folding:
             damage: gets the error of a requantized weight.
             keep: what to do with the change of a packed weight; empty to decide by what is lost, None to round it.
         """
+        if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
+            why = "a layer whose weight is computed from slots"
+            raise Unsupported(why, where=self.name, cure="Merge into the graph without slots: adapterkit eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and keep == "float":
             return self._apart(True)

@@ -14,6 +14,7 @@ from ..core.composed_layer import Composed
 from ..core.updates import OutputUpdate, Update
 from ..errors import Unsupported
 from .building import Branch
+from .layers import BEFORE
 from .norms import groups_of
 from .values import Value, concatenated
 
@@ -73,6 +74,9 @@ def changed_inside(
     made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
     graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
     if new is not None:
+        key, held = f"{BEFORE}.{layer.position}", layer.operand
+        if held.is_initializer() and held.name is not None:
+            layer.node.metadata_props[key] = held.name
         layer.node.replace_input_with(layer.position, made[0].value)
     if bias is not None:
         holder, old = (layer.node, layer.own_bias) if layer.after is None else layer.after

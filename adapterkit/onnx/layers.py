@@ -20,6 +20,16 @@ from .building import Array, Branch, Building, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
+BEFORE = "adapterkit.weight"
+"""Metadata key of a node whose weight is computed from slots: the name of the base's, by the input's position."""
+
+
+def weight_at(node: ir.Node, position: int) -> ir.Value | None:
+    """Return the weight that a node reads; the base's, if the node has slots inside."""
+    name, graph = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph
+    held = graph.initializers.get(name) if name is not None and isinstance(graph, ir.Graph) else None
+    return node.inputs[position] if held is None else held
+
 
 class Layer:
     """A node whose weight can be exchanged; subclasses say how.
@@ -62,7 +72,7 @@ class Layer:
     def takes(cls, node: ir.Node) -> bool:
         """Whether a node is such a layer; its weight must not depend on the model's inputs."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
-        weight = node.inputs[cls.position] if known else None
+        weight = weight_at(node, cls.position) if known else None
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -86,7 +96,7 @@ class Layer:
         Raises:
             Malformed: the node leaves it out, although its operator requires it.
         """
-        found = node.inputs[cls.position]
+        found = weight_at(node, cls.position)
         if found is None:
             why = f"a {node.op_type} without its input {cls.position}, the weight"
             raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
@@ -659,10 +669,10 @@ class Recurrent(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
+        given = weight_at(node, cls.position) if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
         # A unidirectional layer stacks only one direction.
-        return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
+        return known and given is not None and cls.direction < shape_of(given)[0]
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
@@ -695,7 +705,7 @@ class Recurrent(Layer):
 
     def _stacked(self) -> Value:
         """Return the tensor that the node reads, which another direction's change may have replaced."""
-        held, both = self.operand, attribute(self.node, "direction", "forward") == "bidirectional"
+        held, both = self.node.inputs[self.position], attribute(self.node, "direction", "forward") == "bidirectional"
         return Value(self.branch, (1 + both, *self.shape), element_type(held), held)
 
     def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:

@@ -19,7 +19,7 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Branch
 from .found import Found, Spot
-from .layers import Layer, only_reader
+from .layers import Layer, only_reader, weight_at
 from .modules import SCOPES, dotted, listed, same_end
 from .operands import is_constant, nodes_of, numbers, shape_of, sources
 
@@ -49,7 +49,7 @@ class NormLayer(Layer):
         domain = "" if node.domain == "ai.onnx" else node.domain
         if (domain, node.op_type) not in cls.operators or len(node.inputs) <= cls.position:
             return False
-        weight = node.inputs[cls.position]
+        weight = weight_at(node, cls.position)
         return weight is not None and is_constant(weight) and len(shape_of(weight)) == 1
 
     @classmethod
