@@ -126,8 +126,8 @@ class Folding:
             keep: what to do with the change of a packed weight; empty to decide by what is lost, None to round it.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
-            why = "a layer whose weight is computed from slots"
-            raise Unsupported(why, where=self.name, cure="Merge into the graph without slots: adapterkit eject")
+            why = "a layer whose weight an injected adapter computes"
+            raise Unsupported(why, where=self.name, cure="Eject it first: adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and keep == "float":
             return self._apart(True)
