@@ -41,7 +41,6 @@ from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
 from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
-from .vectors import norms_at
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -100,9 +99,7 @@ def resolve(
     known = by_name(spots)
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    norms = norms_at(model, adapter, known, base)
-    apart = {*modules, *norms}
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     own = _own_names(layered, known)
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
@@ -123,7 +120,7 @@ def resolve(
     # Inner layers come first: their new outputs are inputs of the modules around them.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
-    return [*ended, *norms.values(), *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def taken(
@@ -146,8 +143,7 @@ def taken(
     whole_adapter = adapter
     adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
-    apart = {*modules, *norms_at(model, adapter, known, base)}
-    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in apart})
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     lost: tuple[Target, ...] = ()
     if layered.updates:
         lost = _lost(layered, known, config)
