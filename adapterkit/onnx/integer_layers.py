@@ -1,7 +1,7 @@
-"""Layers of operators that compute with integers: their weights, and how a branch is put beside them.
+"""Layers of operators that compute with integers: their weights, and their inputs and outputs as floats.
 
-A branch computes in floating point. It reads what the operator's input stands for, and its change is added to what the
-output stands for. The operator itself stays, so that a graph without an adapter computes the same integers.
+An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
+dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers.
 https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from .building import Array, Branch, Building, takes_over
+from .building import Array, Branch, Building, Dtype, takes_over
 from .found import Found, Spot
 from .layers import Attention, Conv, Layer, MatMul, only_reader, rectifies
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
@@ -25,15 +25,15 @@ OWN = "com.microsoft"
 
 
 class IntegerLayer(Layer):
-    """A node with an integer weight, and with its scale and zero point among its inputs.
+    """A node whose inputs have a weight of integers, its scale and its zero point.
 
     Class attributes:
         domain: the operator's domain.
         parts: the positions of the weight, its scale and its zero point.
-        origin: the positions of the input, its scale and its zero point; the first alone if it is a float.
-        out: the positions of the output's scale and zero point; None if the output is a float.
+        origin: the positions of the input, its scale and its zero point; only the first for an input of floats.
+        out: the positions of the output's scale and zero point; None for an output of floats.
         vector: the position of the bias.
-        floating: the kind of layer that computes the same with a float weight.
+        floating: the kind of layer that computes the same with a weight of floats.
     """
 
     domain: ClassVar[str] = ""
@@ -51,7 +51,7 @@ class IntegerLayer(Layer):
             return False
         weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
         held = [weight, scale, _at(node, cls.parts[2])]
-        if cls.out is not None:  # Static quantization: all scales are stored.
+        if cls.out is not None:  # Static quantization stores all scales.
             held += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
         if weight is None or scale is None or not all(one is None or is_constant(one) for one in held):
             return False
@@ -59,7 +59,7 @@ class IntegerLayer(Layer):
 
     @classmethod
     def axis(cls, node: ir.Node) -> int:
-        """Return the axis of the weight along which its scales may differ: that of its outputs."""
+        """Return the axis of the weight's outputs, along which its scales may differ."""
         return len(cls.held_shape(node)) - 1 if cls.turns(node) else 0
 
     @classmethod
@@ -87,7 +87,7 @@ class IntegerLayer(Layer):
 
     @classmethod
     def float_bias(cls, node: ir.Node) -> ir.Value | None:
-        """Return the bias that the node adds, as floats; None without one, or if it is not constant."""
+        """Return the bias that the node adds, as floats; None if it has no constant bias."""
         held = None if cls.vector is None else _at(node, cls.vector)
         if held is None or not is_constant(held):
             return None
@@ -98,7 +98,7 @@ class IntegerLayer(Layer):
         return ir.Value(name=held.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
-        """Give the node other integers, scales and zero points; a bias of integers keeps its numbers."""
+        """Replace the node's integers, scales and zero points; keep the value of a bias of integers."""
         vector = None if self.vector is None else _at(self.node, self.vector)
         b = None if vector is None else numbers(vector)
         before = None if b is None else _scale(self.node, self.parts[1])
@@ -106,7 +106,7 @@ class IntegerLayer(Layer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # A bias of integers is in units of both scales, of which one has changed.
+        # The unit of a bias of integers is the product of both scales, and one of them has changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -115,8 +115,8 @@ class IntegerLayer(Layer):
         """Append nodes that compute the same in floating point; return their output.
 
         Args:
-            W: the weight, in the order in which `floating` takes it.
-            x: what to read instead of the input before it is rounded.
+            W: the weight, in the axis order of `floating`.
+            x: the input; by default, the node's input before it is rounded.
         """
         held, node = self.float_bias(self.node), self.node
         x = x or self.read
@@ -133,7 +133,7 @@ class IntegerLayer(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        # A formula that needs the bias gets it as floats; see `bias`.
+        # Formulas need a bias of floats; see `bias`.
         return None
 
     @property
@@ -150,7 +150,7 @@ class IntegerLayer(Layer):
     @property
     def read(self) -> ir.Value:
         found = float_input(self.node, self.origin)
-        assert found is not None  # `opened_up` has seen to it.
+        assert found is not None  # `opened_up` creates it.
         return found
 
     @property
@@ -159,23 +159,23 @@ class IntegerLayer(Layer):
         if self.out is None or _at(self.node, self.out[0]) is None:
             return out
         back = only_reader(out, "DequantizeLinear")
-        assert back is not None  # `opened_up` has seen to it.
+        assert back is not None  # `opened_up` creates it.
         return back.outputs[0]
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         return np.dtype(np.float32)
 
 
 class QLinearMatMul(IntegerLayer):
-    """A product of integers, as static quantization writes it."""
+    """A product of integers, written by static quantization."""
 
     op_type = "QLinearMatMul"
     position, parts, out = 3, (3, 4, 5), (6, 7)
 
 
 class QGemm(IntegerLayer):
-    """The same for two axes, with a bias of integers."""
+    """A `QLinearMatMul` for inputs of two axes, with a bias of integers."""
 
     op_type, domain = "QGemm", OWN
     position, parts, out, vector = 3, (3, 4, 5), (7, 8), 6
@@ -203,21 +203,21 @@ class QLinearConv(IntegerLayer, Conv):
 
 
 class DynamicQuantizeMatMul(IntegerLayer):
-    """`x @ W` with x rounded inside of the node, as sessions write it that optimize dynamic quantization."""
+    """`x @ W`, where the node rounds x; sessions write it when they optimize dynamic quantization."""
 
     op_type, domain = "DynamicQuantizeMatMul", OWN
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """The same for an input that several layers share, rounded before."""
+    """A `DynamicQuantizeMatMul` for a rounded input that several layers share."""
 
     op_type, domain = "MatMulIntegerToFloat", OWN
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
 
 
 class QAttention(IntegerLayer, Attention):
-    """onnxruntime's fused attention with a weight of integers; see `Attention`."""
+    """An `Attention` with a weight of integers."""
 
     op_type, domain = "QAttention", OWN
     axes = (2,)
@@ -225,7 +225,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # The float operator has the same outputs, but nothing here carries a past over to it.
+        # Refuse a past: the operator of floats has one, too, but the conversion does not connect it.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod
@@ -249,12 +249,12 @@ def _scale(node: ir.Node, position: int) -> Array:
 
 
 def _along(small: Array, axis: int, axes: int) -> Array:
-    """Return a scale, or one for each channel, in a shape that multiplies a weight."""
+    """Return one scale, or a scale for each channel, in a shape that broadcasts with the weight."""
     return small.reshape(-1, *[1] * (axes - 1 - axis)) if small.size > 1 else small.reshape(-1)
 
 
 def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
-    """Return the floats that a node's input stands for; None if the graph does not have them."""
+    """Return the value that a node's input was quantized from, or a dequantized copy; None if the graph has neither."""
     x = node.inputs[given[0]]
     if len(given) == 1 or x is None:
         return x
@@ -280,10 +280,10 @@ def initializer(building: Building, name: str, array: Array) -> ir.Value:
 
 
 def opened_up(found: Sequence[Found], building: Building) -> list[Found]:
-    """Return the targets after giving the graph the floats that branches beside integer operators need.
+    """Add the dequantized inputs and outputs that adapters of integer operators need; return the targets.
 
-    An operator whose output's range ends at its zero point may also act as a Relu. A change has to come before that, so
-    such an operator is written as one that computes in floats, behind a DequantizeLinear and before a QuantizeLinear.
+    An operator may also stand for a Relu, if the range of its output ends at its zero point. A change must be added
+    before the Relu, so such an operator is replaced by one of floats between a DequantizeLinear and a QuantizeLinear.
     """
     done: dict[tuple[ir.Node, type[Layer]], tuple[ir.Node, type[Layer]]] = {}
     spots: dict[Spot, Spot] = {}
@@ -305,8 +305,8 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     assert graph is not None
     if float_input(node, kind.origin) is None:
         given = [_at(node, position) for position in kind.origin]
-        shape = None if given[0] is None else given[0].shape
-        branch.node("DequantizeLinear", given, None, np.float32, shape)
+        x = branch.node("DequantizeLinear", given, None, np.float32, None)
+        x.shape = None if given[0] is None else given[0].shape
         graph.insert_before(node, branch.nodes)
         branch.nodes.clear()
     out = node.outputs[0]
@@ -316,8 +316,9 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     back = only_reader(out, "DequantizeLinear")
     if back is not None and not _rectified(back):
         return node, kind
-    y = branch.node("DequantizeLinear", [out, scale, zero], None, np.float32, out.shape)
-    again = branch.node("QuantizeLinear", [y, scale, zero], None, _kind(zero), out.shape)
+    y = branch.node("DequantizeLinear", [out, scale, zero], None, np.float32, None)
+    again = branch.node("QuantizeLinear", [y, scale, zero], None, _kind(zero), None)
+    y.shape = again.shape = out.shape
     graph.insert_after(node, branch.nodes)
     takes_over(out, again, branch)
     made = branch.nodes[-1]
@@ -325,19 +326,19 @@ def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tupl
     return (node, kind) if not rectifies(made) else _in_floats(node, kind, made, building)
 
 
-def _kind(zero: ir.Value | None) -> np.dtype[Any]:
+def _kind(zero: ir.Value | None) -> Dtype:
     return np.dtype(np.uint8) if zero is None else numbers(zero).dtype
 
 
 def _rectified(back: ir.Node) -> bool:
-    """Whether what a DequantizeLinear reads has a range that ends at its zero point."""
+    """Whether the input of a DequantizeLinear has a range that ends at its zero point."""
     return rectifies(ir.node("QuantizeLinear", [None, *back.inputs[1:]]))
 
 
 def _in_floats(
     node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
 ) -> tuple[ir.Node, type[Layer]]:
-    """Replace an operator, whose output `quantizer` quantizes again, by one that computes in floats."""
+    """Replace an operator by one that computes in floats; `quantizer` quantizes its output again."""
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     layer = kind(node, branch)
