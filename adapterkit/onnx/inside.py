@@ -18,6 +18,8 @@ from .norms import groups_of
 from .values import Value, concatenated
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ..core.updates.layer import Layer as FormulaLayer
     from .found import Found, Spot
     from .layers import Layer
@@ -46,7 +48,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
         spot: the layer's place in the graph.
 
     Raises:
-        Unsupported: an update changes a bias, and the node has none, or only a part of it is the target's.
+        Unsupported: an update changes a bias, and the node has none, or the target has rows or a folded norm.
     """
     branch, chain = layer.branch, seen
     for update in updates:
@@ -63,7 +65,9 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     bias = None
     if any(update.changes_bias for update in updates):
         if layer.bias is None or place.target.rows or place.norm is not None:
-            why = f"the update changes a bias that a {layer.node.op_type} does not have as a whole"
+            reason = "the target is a row slice" if place.target.rows else "a batch norm is folded into the layer"
+            why = f"the update changes a bias, and {reason}"
+            why = f"the update adds a bias, and the {layer.node.op_type} has none" if layer.bias is None else why
             raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
         bias = cast("Value | None", chain.bias)
     graph = layer.node.graph
@@ -71,14 +75,17 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
     graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
     if new is not None:
-        key, held = f"{BEFORE}.{layer.position}", layer.operand
-        if held.is_initializer() and held.name is not None:
-            layer.node.metadata_props[key] = held.name
-        layer.node.replace_input_with(layer.position, made[0].value)
+        _reads(layer, layer.position, layer.operand, made[0])
     if bias is not None:
-        holder, old = (layer.node, layer.own_bias) if layer.after is None else layer.after
-        holder.replace_input_with(list(holder.inputs).index(old), bias.value)
+        _reads(layer, 2, layer.own_bias, bias)
     branch.close()
+
+
+def _reads(layer: Layer, position: int, base: ir.Value | None, new: Value) -> None:
+    """Make a node read a computed weight or bias; record the name of the base's tensor for `fit`."""
+    if base is not None and base.is_initializer() and base.name is not None:
+        layer.node.metadata_props[f"{BEFORE}.{position}"] = base.name
+    layer.node.replace_input_with(position, new.value)
 
 
 def _whole(W: Value, part: Value, place: Found) -> Value:

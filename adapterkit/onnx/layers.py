@@ -21,11 +21,11 @@ from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
 BEFORE = "adapterkit.weight"
-"""Start of a node's metadata key, before the position of a computed weight: the name of the base's weight."""
+"""Start of a node's metadata key, before the position of a computed input: the name of the base's tensor."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
-    """Return the weight that a node reads; the base's weight if injected nodes compute the node's."""
+    """Return the weight or bias that a node reads; the base's tensor if injected nodes compute the node's."""
     name, graph = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph
     held = graph.initializers.get(name) if name is not None and isinstance(graph, ir.Graph) else None
     return node.inputs[position] if held is None else held
@@ -142,7 +142,11 @@ class Layer:
 
     @property
     def weight(self) -> Value:
-        shape = self.held_shape(self.node)
+        shape, read = self.held_shape(self.node), self.node.inputs[self.position]
+        if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
+            # Continue from the weight that the nodes of another target compute, e.g. of other rows.
+            known = (lambda: numbers(read)) if is_constant(read) else None
+            return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # Give a formula that needs a packed weight an unpacked copy, because the graph has no float value for it.
         value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
@@ -368,7 +372,7 @@ class Gemm(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
+        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
             raise Unsupported("the bias of a Gemm is not a vector", where=self.node.name, cure="Export the model again")
         return held
@@ -467,7 +471,8 @@ class Conv(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        return self.node.inputs[2] if len(self.node.inputs) > 2 and is_constant(self.node.inputs[2]) else None
+        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
+        return held if is_constant(held) else None
 
     @property
     def direct(self) -> bool:
@@ -589,7 +594,8 @@ class FusedConv(Conv):
 
 def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
     known = node.op_type == kind.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
-    return known and is_constant(node.inputs[1]) and len(shape_of(node.inputs[1])) in kind.axes  # type: ignore[arg-type]
+    weight = weight_at(node, 1) if known else None
+    return weight is not None and is_constant(weight) and len(shape_of(weight)) in kind.axes
 
 
 def taken_apart(node: ir.Node, building: Building) -> ir.Node:

@@ -45,6 +45,10 @@ class OpenFactors(Additive):
 
     neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
 
+    @property
+    def changes_bias(self) -> bool:
+        return self.d is not None
+
     def forward(self, x: Tensor, layer: FormulaLayer) -> Tensor:
         y, b = layer(x), layer.bias
         core = y if b is None else y - layer.per_channel(b)

@@ -372,3 +372,75 @@ def test_a_merged_weight_keeps_its_name_and_what_others_read_stays(tmp_path):
     assert [place.method for place in (*once.found, *again.found)] == ["initializer", "initializer"]
     assert [i.name for i in onnx.load(tmp_path / "twice.onnx").graph.initializer] == ["q.weight"]
     np.testing.assert_allclose(graphs.run(again.out, X), X @ W + 2 * DELTA, rtol=1e-4, atol=1e-4)
+
+
+def fused(op, path):
+    """Write a graph with one fused layer `q` and a bias; return its input, weight, bias and float64 formula."""
+    random = np.random.default_rng(4)
+    b = random.normal(size=8).astype("f4")
+    if op == "FusedGemm":
+        weight, x, words = random.normal(size=(8, 16)), random.normal(size=(5, 16)), {"transB": 1}
+    else:
+        weight, x, words = random.normal(size=(8, 4, 1, 1)), random.normal(size=(2, 4, 3, 3)), {"kernel_shape": [1, 1]}
+    weight, x = weight.astype("f4"), x.astype("f4")
+    node = helper.make_node(
+        op, ["x", "q.weight", "q.bias"], ["y"], f"/q/{op}", domain="com.microsoft", activation="Relu", **words
+    )
+    made = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *x.shape[1:]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "q.weight"), numpy_helper.from_array(b, "q.bias")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    path.write_bytes(helper.make_model(made, opset_imports=opsets, ir_version=8).SerializeToString())
+
+    def wanted(W, bias):
+        y = np.einsum("ni...,oi->no...", x.astype("f8"), W.reshape(8, -1).astype("f8"))
+        return np.maximum(y + bias.astype("f8").reshape(-1, *[1] * (x.ndim - 2)), 0)
+
+    return x, weight, b, wanted
+
+
+@pytest.mark.parametrize("method", ["lora", "dense", "replacement", "replaced bias"])
+@pytest.mark.parametrize("op", ["FusedGemm", "FusedConv"])
+def test_a_bias_that_is_added_before_an_activation(op, method, tmp_path):
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    x, weight, b, wanted = fused(op, path)
+    random = np.random.default_rng(5)
+    new_b, new_w = random.normal(size=8).astype("f4"), random.normal(size=weight.shape).astype("f4")
+    first, second = random.normal(size=(2, *weight.shape[1:])).astype("f4"), random.normal(size=(8, 2)).astype("f4")
+    tensors = {name: torch.tensor(a) for name, a in {"A": first, "B": second, "b": new_b, "W": new_w}.items()}
+    A, B, d, D = (tensors[name] for name in "ABbW")
+    update, W, bias = {
+        "lora": (
+            METHODS["lora"](A=A, B=B, bias=d, scaling=0.5), weight + 0.5 * np.tensordot(second, first, 1),
+            b + 0.5 * new_b,
+        ),
+        "dense": (METHODS["dense"](D=D, d=d), weight + new_w, b + new_b),
+        "replacement": (METHODS["replacement"](weight=D, bias=d), new_w, new_b),
+        "replaced bias": (METHODS["replacement"](bias=d), weight, new_b),
+    }[method]  # fmt: skip
+    adapter = Adapter({Target("q"): (update,)})
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, adapter, out, mode=mode)
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, x, **feeds), wanted(W, bias), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(graphs.run(out, x), wanted(weight, b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["FusedGemm", "FusedConv"])
+def test_rows_of_a_weight_before_an_activation(op, tmp_path):
+    """Both targets change the same tensor; without the adapter, the graph has the base's weight again."""
+    path, out, plain = (tmp_path / f"{name}.onnx" for name in ("base", "out", "plain"))
+    x, weight, b, wanted = fused(op, path)
+    D = np.random.default_rng(5).normal(size=weight.shape).astype("f4")
+    parts = {(0, 3): METHODS["dense"](D=torch.tensor(D[:3])), (5, 8): METHODS["dense"](D=torch.tensor(D[5:]))}
+    adapter = Adapter({Target("q", rows=rows): (update,) for rows, update in parts.items()})
+    D[3:5] = 0
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, adapter, out, mode=mode)
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, x, **feeds), wanted(weight + D, b), rtol=1e-4, atol=1e-5)
+        ak.onnx.eject(out, plain)
+        ak.onnx.merge(plain, adapter, out)
+        np.testing.assert_allclose(graphs.run(out, x), wanted(weight + D, b), rtol=1e-4, atol=1e-5)

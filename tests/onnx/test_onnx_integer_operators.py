@@ -184,11 +184,12 @@ def test_a_change_before_a_range_that_ends_at_zero(tmp_path):
 
 
 def test_a_change_between_two_integer_operators(tmp_path):
-    """The first one's output is read as integers by the second, and its input by both."""
+    """The first one's output is read as integers by the second; the shapes of both have a name for the batch size."""
     second = ("QLinearMatMul", ["yq", *RESULT, "v", "w_scale", "w_zero", *RESULT], ["zq"], "/v/MatMul_quant", {})
     nodes = [ROUND, PRODUCT, second, ("DequantizeLinear", ["zq", *RESULT], ["y"], "back", {})]
     V = RNG.integers(-127, 128, (OUT, 5)).astype("i1")
     path, out = saved(tmp_path / "base.onnx", nodes, quantized(W) | {"v": V}), tmp_path / "out.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(onnx.load(path)), path)
     adapter, D = changes((OUT, IN), 3.0)
     wanted = X.astype("f8") @ (floats(W) + D.T) @ (V.astype("f8") * W[1])
     ak.onnx.inject(path, adapter, out, mode="slots")
