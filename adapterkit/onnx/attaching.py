@@ -18,6 +18,8 @@ from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
 from .calls import CallWords, Heard
 from .found import FoldedNorm, Found, Spot
+from .inside import changed_inside, refuse_outputs
+from .integer_layers import MatMulIntegerToFloat, QAttention, opened_up
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
 from .rowwise import RowSlots
@@ -180,6 +182,7 @@ def attach(
     """
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
+    found = opened_up(found, building)
     for place in in_order(found, building.model.graph):
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
@@ -190,11 +193,12 @@ def attach(
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
     """Return the layer. Split a fused attention node first, because the layer is inside that node."""
-    if spot.kind is not Attention:
+    if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
         apart[spot.node] = taken_apart(spot.node, building)
-    return replace(spot, node=apart[spot.node], kind=MatMul)
+    kind: type[Layer] = MatMulIntegerToFloat if issubclass(spot.kind, QAttention) else MatMul
+    return replace(spot, node=apart[spot.node], kind=kind)
 
 
 def _attach(
@@ -215,6 +219,10 @@ def _attach(
         _insert(layer, y.value, branch)
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
+    if spot is not None and spot.kind.inside:
+        assert isinstance(layer, Layer)  # `refuse_outputs` refuses updates that need an outlet.
+        _change_inside(given, seen, layer, place, slots, spot)
+        return
     try:
         if slots is None:
             said = [_sayable(update, seen, branch, True) for update in given]
@@ -232,6 +240,44 @@ def _attach(
     except AdapterkitError as error:
         raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
+
+
+def _change_inside(
+    given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None, spot: Spot
+) -> None:
+    """Change the weight and bias that a node reads: nodes before it compute them from the updates."""
+    try:
+        if slots is None:
+            new = [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
+        else:
+            new = []
+            for position, update in enumerate(given):
+                one = _weighable(update, seen, layer.branch)
+                one = one or slots.factored(place.updates[position], layer, place, position)
+                if one is None:
+                    raise Unsayable(f"no nodes compute the weight of {update.method}")
+                new.append(one)
+        changed_inside(layer, cast("FormulaLayer", seen), place, new, spot)
+    except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
+        cure = _CONSTANT if slots is not None else "Merge it instead"
+        raise Unsupported(
+            f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
+        ) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(place.asked)) from None
+
+
+def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | None:
+    """Return the update if nodes can compute its new weight and bias; otherwise None."""
+    before = len(branch.nodes)
+    try:
+        chain = Composed(cast("FormulaLayer", seen), update)
+        _ = chain.weight, chain.bias
+    except (AttributeError, TypeError):
+        return None
+    finally:
+        branch.back_to(before)
+    return update
 
 
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
@@ -263,9 +309,8 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
     if place.norm is not None and place.outlet is not None:
         why = f"the update has a residual or norm, and the batch norm {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
-    if spot.kind.merge_only:
-        why = f"no nodes beside a {spot.node.op_type} can express this change"
-        raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
+    if spot.kind.inside:
+        refuse_outputs(place, spot.node.op_type)
     layer = spot.kind(spot.node, branch)
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
@@ -291,7 +336,7 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
 def _eaten(layer: Layer | Ended) -> str | None:
     """Return the operator of the fused node that also adds the layer's bias; None if there is no such node."""
     # The position of the bias among the inputs of each fused operator of onnxruntime.
-    uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
+    uses = list(layer.result.uses()) if isinstance(layer, Layer) and not layer.inside else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
         place = fused.get(use.node.op_type)

@@ -44,8 +44,14 @@ SMALL = 1 << 25
 FEW = 1 << 16
 """Most input numbers to run on."""
 
-ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
+ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 """Operators that round their inputs: there, another order of summation can change a value by a whole step."""
+
+LAST_BITS = 1e-6
+"""Largest relative difference between a recurrent layer with stored weights and one with computed weights."""
+
+STEP = 1e-2
+"""Largest relative difference between operators of integers and the same operators of floats: a few steps."""
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -394,15 +400,16 @@ def _compared(
             why = "the graph runs, but there is no second way to make this change and compare"
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
-        if judged:
+        if judged and not exact:
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
-            # the original graph, and so rounds differently.
+            # the original graph, and so rounds differently. A MatMul after a DequantizeLinear, if it is fused, even
+            # rounds its input to 8 bits.
             results = session_of(wanted, optimized=False).run(None, feeds)
             got = session_of(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
-            _judge(difference, out, 0.0)
+            _judge(difference, out, _most_empty(first))
         reference = _second(out, wanted, both, feeds, got) if judged else None
         seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
         untried = None
@@ -422,6 +429,19 @@ def _compared(
         raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return CheckOutcome(None, f"the graph does not run on {kind} inputs ({why})")
+
+
+def _most_empty(model: bytes) -> float:
+    """Return the largest accepted difference between a graph with empty slots and the original graph."""
+    if _rounds_outputs(model):
+        return STEP
+    # onnxruntime packs constant weights of recurrent layers, and then sums in another order than with computed weights.
+    return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0
+
+
+def _rounds_outputs(model: bytes) -> bool:
+    """Whether a graph has operators of integers that `opened_up` may split, which changes the last bit."""
+    return any(op in model for op in (b"QLinear", b"QGemm", b"QAttention"))
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
@@ -513,7 +533,8 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
-    if _computes_narrow(wanted):
+    # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole step.
+    if _computes_narrow(wanted) or any(op.encode() in wanted for op in ROUGH) or _rounds_outputs(wanted):
         return TOLERANCE["V"]
     noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)

@@ -21,7 +21,8 @@ from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
 from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
-from .layers import Layer, Recurrent
+from .integer_layers import opened_up
+from .layers import BEFORE, Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
@@ -51,6 +52,8 @@ def fold(
             default, this is done if quantizing again would lose more than `MOST_LOST` of the change.
         beside: gets the targets whose change must be attached beside a packed weight; None to attach no change.
     """
+    opened = opened_up([place for place, _ in folds], building)
+    folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
@@ -73,6 +76,7 @@ def fold(
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
+    found = opened_up(found, building)
     made: Fresh = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
@@ -126,6 +130,9 @@ class Folding:
             damage: gets the error of a requantized weight.
             keep: the choice for the change of a packed weight: empty to decide by the loss, None to quantize it.
         """
+        if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
+            why = "an injected adapter already changes the weight of this layer"
+            raise Unsupported(why, where=self.name, cure="Remove it first, with adapterkit.onnx.eject")
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and keep == "float":
             return self._apart(True)
@@ -192,6 +199,11 @@ class Folding:
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
         if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
             cure = "Inject it instead of merging"
+            if layer.has_bias:
+                why = "the update changes a bias that the node stores as integers"
+                raise Unsupported(
+                    why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')"
+                )
             raise NotMergeable("the update changes a bias that the layer does not have", where=self.name, cure=cure)
         if bias is None or not any(update.changes_bias for update in changing):
             return

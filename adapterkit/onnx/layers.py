@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -18,7 +18,17 @@ import onnx_ir as ir
 from ..errors import Malformed, Unsupported
 from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
-from .values import Value
+from .values import Value, concatenated
+
+BEFORE = "adapterkit.weight"
+"""Start of a node's metadata key, before the position of a computed input: the name of the base's tensor."""
+
+
+def weight_at(node: ir.Node, position: int) -> ir.Value | None:
+    """Return the weight or bias that a node reads; the base's tensor if injected nodes compute the node's."""
+    name, graph = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph
+    held = graph.initializers.get(name) if name is not None and isinstance(graph, ir.Graph) else None
+    return node.inputs[position] if held is None else held
 
 
 class Layer:
@@ -28,7 +38,8 @@ class Layer:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: the possible numbers of axes of the weight.
-        merge_only: True if the output is not a function of `x @ W` alone, so that added nodes cannot express a change.
+        inside: True if the output is not a function of `x @ W` alone, so that nodes beside this one cannot express a
+            change; nodes before it compute the changed weight, see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
 
@@ -44,14 +55,14 @@ class Layer:
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
     axes: ClassVar[Container[int]] = (2,)
-    merge_only: ClassVar[bool] = False
+    inside: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
         plain = dequantized(self.result)
-        self.after = bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
+        self.after = None if self.has_bias else bias_after(node, plain, self.shape[0])
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
@@ -62,7 +73,7 @@ class Layer:
     def takes(cls, node: ir.Node) -> bool:
         """Whether a node is a layer of this kind; its weight must not depend on the model's inputs."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
-        weight = node.inputs[cls.position] if known else None
+        weight = weight_at(node, cls.position) if known else None
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -86,7 +97,7 @@ class Layer:
         Raises:
             Malformed: the node has no weight, although its operator requires one.
         """
-        found = node.inputs[cls.position]
+        found = weight_at(node, cls.position)
         if found is None:
             why = f"a {node.op_type} lacks its input {cls.position}, the weight"
             raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
@@ -131,7 +142,11 @@ class Layer:
 
     @property
     def weight(self) -> Value:
-        shape = self.held_shape(self.node)
+        shape, read = self.held_shape(self.node), self.node.inputs[self.position]
+        if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
+            # Continue from the weight that the nodes of another target compute, e.g. of other rows.
+            known = (lambda: numbers(read)) if is_constant(read) else None
+            return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # Give a formula that needs a packed weight an unpacked copy, because the graph has no float value for it.
         value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
@@ -140,6 +155,11 @@ class Layer:
     def own_bias(self) -> ir.Value | None:
         """The bias that the node itself adds, or None."""
         return None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the node itself adds a bias."""
+        return self.own_bias is not None
 
     @property
     def bias(self) -> Value | None:
@@ -162,6 +182,10 @@ class Layer:
     def seen(self, W: Value) -> Value:
         """Convert a weight from the node's axis order to `[out, in, *k]`, or back."""
         return W.swapaxes(0, 1) if self.turns(self.node) else W
+
+    def back(self, W: Value) -> Value:
+        """Convert a weight from `[out, in, *k]` to the tensor that the node reads."""
+        return self.seen(W)
 
     def __call__(self, x: Value) -> Value:
         if x is self.x:
@@ -348,7 +372,7 @@ class Gemm(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
+        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
             raise Unsupported("the bias of a Gemm is not a vector", where=self.node.name, cure="Export the model again")
         return held
@@ -438,6 +462,7 @@ class Conv(Layer):
     """A convolution along any number of axes, grouped or not."""
 
     op_type = "Conv"
+    floating_type: ClassVar[str] = "Conv"  # Packed and fused convolutions have another operator.
     axes = range(3, 9)
 
     @property
@@ -446,7 +471,8 @@ class Conv(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        return self.node.inputs[2] if len(self.node.inputs) > 2 and is_constant(self.node.inputs[2]) else None
+        held = weight_at(self.node, 2) if len(self.node.inputs) > 2 else None
+        return held if is_constant(held) else None
 
     @property
     def direct(self) -> bool:
@@ -476,7 +502,7 @@ class Conv(Layer):
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
     def _convolved(self, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
-        return self._node(self.op_type, x, w, out, attributes)
+        return self._node(self.floating_type, x, w, out, attributes)
 
     def _node(self, op: str, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
         sizes = (None, out, *[None] * (len(self.shape) - 2))
@@ -487,7 +513,7 @@ class Conv(Layer):
 class ConvTranspose(Conv):
     """A transposed convolution; its weight is stored as `[in, out / groups, *k]`."""
 
-    op_type = "ConvTranspose"
+    op_type = floating_type = "ConvTranspose"
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
@@ -547,10 +573,8 @@ class Attention(Layer):
 class FusedGemm(Gemm):
     """A Gemm with a fused activation, as in saved optimized sessions."""
 
-    # An adapter would have to be attached before the activation, which is inside the node. So only a merge is possible.
-
     op_type = "FusedGemm"
-    merge_only = True
+    inside = True
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -561,7 +585,7 @@ class FusedConv(Conv):
     """A Conv with a fused sum and activation, as in saved optimized sessions."""
 
     op_type = "FusedConv"
-    merge_only = True
+    inside = True
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -570,7 +594,8 @@ class FusedConv(Conv):
 
 def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
     known = node.op_type == kind.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
-    return known and is_constant(node.inputs[1]) and len(shape_of(node.inputs[1])) in kind.axes  # type: ignore[arg-type]
+    weight = weight_at(node, 1) if known else None
+    return weight is not None and is_constant(weight) and len(shape_of(weight)) in kind.axes
 
 
 def taken_apart(node: ir.Node, building: Building) -> ir.Node:
@@ -579,19 +604,26 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     Raises:
         Unsupported: the node has a past or a position bias, or applies rotary embeddings.
     """
-    more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
+    packed = node.op_type == "QAttention"
+    more = [*(node.inputs[8:] if packed else node.inputs[4:]), *[o for o in node.outputs[1:] if o.uses()]]
+    more = [one for one in more if one is not None]
     if more or attribute(node, "do_rotary", 0) != 0:
         why = "an Attention node has a past, a position bias or rotary embeddings"
         raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
     x, W, bias, mask = (*node.inputs, None, None)[:4]
+    mask = (*node.inputs, None)[5] if packed else mask
     assert x is not None
     assert W is not None
     third = shape_of(W)[1] // 3
     # By default, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
-    branch, kind = Branch(building, node.name or "attention"), element_type(W)
-    y = branch.node("MatMul", [x, W], None, kind, None)
-    y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
+    branch, kind = Branch(building, node.name or "attention"), np.dtype(np.float32) if packed else element_type(W)
+    if packed:  # MatMulIntegerToFloat takes scales and zero points in another order.
+        order = [x, W, *((*node.inputs, *[None] * 5)[at] for at in (3, 4, 6, 7)), bias]
+        y = branch.node("MatMulIntegerToFloat", order, None, kind, None, domain="com.microsoft")
+    else:
+        y = branch.node("MatMul", [x, W], None, kind, None)
+        y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
     parts = [_cut(branch, y, start, stop, kind) for start, stop in zip((0, *ends[:2]), ends, strict=True)]
     out = ir.Value(name=building.name(f"{branch.name}/output"), type=node.outputs[0].type)
     words = {name: node.attributes[name].value for name in KEPT if name in node.attributes}
@@ -611,7 +643,8 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.
     return branch.node("Slice", [y, *limits], None, kind, None)
 
 
-# Recurrent layers: one tensor has the weights of all gates and directions. Only a merge can change it.
+# Recurrent layers: one tensor has the weights of all gates and directions. Nodes before such a layer compute a changed
+# weight, because nodes beside it cannot express the change.
 # The order of gates differs: torch has r z n for GRU and i f g o for LSTM; ONNX has z r h and i o f c. Formulas see
 # weights in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
 # https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
@@ -619,6 +652,9 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
 """Operator -> for each of ONNX's gates, its position in torch's order."""
+
+GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
+"""Operator -> for each of torch's gates, its position in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
@@ -631,16 +667,16 @@ class Recurrent(Layer):
         part: the weight's name in torch, `ih` or `hh`.
     """
 
-    merge_only = True
+    inside = True
     direction: ClassVar[int] = 0
     part: ClassVar[str] = "ih"
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
+        given = weight_at(node, cls.position) if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
         # A unidirectional layer has only one direction.
-        return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
+        return known and given is not None and cls.direction < shape_of(given)[0]
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
@@ -659,6 +695,27 @@ class Recurrent(Layer):
         # argsort inverts the permutation, from ONNX's order of gates to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
+
+    @property
+    def weight(self) -> Value:
+        make, rows = self.detached(self.node), self._stacked()[self.direction]
+        return Value(self.branch, rows.shape, rows.dtype, self._ordered(rows, GATES_BACK).value, make)
+
+    def back(self, W: Value) -> Value:
+        stacked = self._stacked()
+        new = self._ordered(W, GATES)[None]
+        pieces = [new if at == self.direction else stacked[at : at + 1] for at in range(stacked.shape[0])]
+        return new if len(pieces) == 1 else concatenated(pieces, 0)
+
+    def _stacked(self) -> Value:
+        """Return the tensor that the node reads; the change of another direction may have replaced it."""
+        held, both = self.node.inputs[self.position], attribute(self.node, "direction", "forward") == "bidirectional"
+        return Value(self.branch, (1 + both, *self.shape), element_type(held), held)
+
+    def _ordered(self, W: Value, orders: Mapping[str, Sequence[int]]) -> Value:
+        order = orders[self.node.op_type]
+        size = self.shape[0] // len(order)
+        return concatenated([W[gate * size : (gate + 1) * size] for gate in order], 0)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:

@@ -271,21 +271,54 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return model
-    if any(True for _ in external(model)):
-        why = f"the model has operator set {version}, with its numbers in other files"
-        raise Unsupported(why, path=path, cure=f"Convert it to operator set {OPSET} or newer first")
     from onnx import version_converter
 
+    outside = _inputs_for_outside(model)
     try:
         converted = version_converter.convert_version(ir.to_proto(model), OPSET)
         check_model(converted, path)
-        return ir.from_proto(converted)
+        return _with_outside(ir.from_proto(converted), outside)
     except AdapterkitError:
         raise
     except Exception as error:  # The converter raises RuntimeError and others.
         first = first_line(error)
         why = f"the model has operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
+
+
+def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, bool]]:
+    """Turn tensors with external data into inputs; return name -> the tensor, and whether it was already an input.
+
+    ONNX's converter of operator sets would drop the references to data files. It needs the values of small tensors,
+    e.g. the sizes of a Reshape, so these are loaded.
+    """
+    outside: dict[str, tuple[ir.TensorProtocol, bool]] = {}
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            if tensor.nbytes <= INLINE or graph is not model.graph:
+                value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
+                continue
+            outside[name] = tensor, value.is_graph_input()
+            graph.initializers.pop(name)
+            value.const_value, value.shape, value.type = None, tensor.shape, ir.TensorType(tensor.dtype)
+            if not value.is_graph_input():
+                graph.inputs.append(value)
+    return outside
+
+
+def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
+    """Turn these inputs of a converted model into tensors with external data again."""
+    named = {value.name: value for value in model.graph.inputs}
+    for name, (tensor, was_input) in outside.items():
+        value = named[name]
+        if not was_input:
+            model.graph.inputs.remove(value)
+        value.const_value = tensor
+        model.graph.register_initializer(value)
+    return model
 
 
 def inline(model: ir.Model) -> bytes:

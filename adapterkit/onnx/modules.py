@@ -40,6 +40,16 @@ def same_end(one: str, other: str) -> bool:
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
+def dotted(path: str) -> str:
+    """Return the name of the module for a path in a node's name.
+
+    torch's old exporter repeats the name of a Sequential in the names of its modules: `/layer2/layer2.0/conv1`.
+    """
+    words = path.strip("/").split("/")
+    following = [*words[1:], ""]
+    return ".".join(one for one, other in zip(words, following, strict=True) if not other.startswith(f"{one}."))
+
+
 # Modules of the exported model, found by the names that exporters write.
 # Bottlenecks, ReFT and invertible adapters attach to modules of several layers. torch's exporters record the modules
 # around each node: the new exporter in the node's metadata, the old one in the node's name.
@@ -129,7 +139,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     # Only names by torch's older exporter, which start with a slash, contain modules.
     if parts[0] or len(parts) < 3:
         return ()
-    return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))
+    return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))
 
 
 def _entering(nodes: Sequence[ir.Node]) -> list[ir.Value]:

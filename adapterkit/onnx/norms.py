@@ -18,11 +18,13 @@ import onnx_ir as ir
 
 from ..errors import TargetNotFound, Unsupported
 from ..io.lazy import as_array
-from .building import Array
+from .building import Array, element_type
 from .found import APART, NEAR, FoldedNorm, distance
-from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader
+from .integer_layers import IntegerLayer
+from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader, weight_at
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
+from .packed import ConvInteger
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -74,7 +76,8 @@ def _trace(spot: Spot, path: str) -> str | None:
     if is_norm(spot.node):
         return "the node's metadata names one"
     names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
-    biases = [source.name or "" for source in sources(bias)]
+    # Ignore the sizes of a Reshape, which are int64.
+    biases = [source.name or "" for source in sources(bias) if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
         return "a tensor's name contains it"
     # Check the names of a convolution's parameters: exporters keep them, but folding a norm writes new tensors with
@@ -91,10 +94,15 @@ def _trace(spot: Spot, path: str) -> str | None:
 
 def _bias_of(spot: Spot) -> ir.Value | None:
     """Return the constant vector that a layer, or an Add after it, adds."""
+    if issubclass(spot.kind, IntegerLayer):
+        return spot.kind.float_bias(spot.node)
+    if issubclass(spot.kind, ConvInteger):
+        added = spot.kind.added(spot.node)
+        return None if added is None else added[1]
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
         after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
         return None if after is None else after[1]
-    held = spot.node.inputs[2] if len(spot.node.inputs) > 2 else None
+    held = weight_at(spot.node, 2) if len(spot.node.inputs) > 2 else None
     return held if is_constant(held) else None
 
 

@@ -45,6 +45,10 @@ class OpenFactors(Additive):
 
     neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
 
+    @property
+    def changes_bias(self) -> bool:
+        return self.d is not None
+
     def forward(self, x: Tensor, layer: FormulaLayer) -> Tensor:
         y, b = layer(x), layer.bias
         core = y if b is None else y - layer.per_channel(b)
@@ -62,12 +66,11 @@ class OpenFactors(Additive):
 
 def template(update: Update, place: Found) -> OpenFactors | None:
     """Return factors with the shapes of an update's slots; None if the update changes more than a weight and a bias."""
-    norm = place.norm is not None or place.turned
-    if isinstance(update, OutputUpdate) or norm or not place.spots or getattr(update, "asks", None):
+    if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows
     out = place.shape[0] if rows is None else rows[1] - rows[0]
-    A, into = update.tensors.get("A"), place.shape[1:]
+    A, into = update.tensors.get("A"), place.shape[1:] or (1,)  # A norm's weight is a vector.
     rank = min(out, math.prod(into)) if A is None or _factors_of(update) is None else A.shape[0]
     # Broadcast a single zero, because only the shapes of these arrays are read.
     held: dict[str, Array] = {
@@ -116,9 +119,11 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
             cure="Inject it with --mode constant (mode='constant')",
         )
     spot = place.spots[0]
-    W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)
-    bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias else None
-    b = None if bias is None else bias.numbers().astype(np.float64)
+    norm = place.norm
+    held = seen_by(spot.kind.held(spot.node).astype(np.float64), spot) if norm is None else norm.weight
+    W = part_of(held, place)
+    bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias and norm is None else None
+    b = (None if norm is None else norm.bias) if bias is None else bias.numbers().astype(np.float64)
     rows = place.target.rows
     return [_factors(place, W, b if b is None or rows is None else b[slice(*rows)])]
 
@@ -136,7 +141,7 @@ def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
         D, out, into = after - W, W.shape[0], math.prod(W.shape[1:])
         short = out <= into
         held = {
-            "A": D if short else np.eye(into).reshape(into, *W.shape[1:]),
+            "A": D if short else np.eye(into).reshape(into, *(W.shape[1:] or (1,))),
             "B": np.eye(out) if short else D.reshape(out, -1), "s": np.ones(out),
         }  # fmt: skip
     if update.changes_bias:

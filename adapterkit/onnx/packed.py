@@ -20,7 +20,8 @@ from ..quant._grouped import Grouped
 from ..quant._scheme import joined
 from .building import Array, Branch, Building, Dtype, element_type, takes_over
 from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
-from .layers import Layer, MatMul, dequantized, only_reader
+from .integer_layers import IntegerLayer, initializer
+from .layers import Attention, Conv, Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
@@ -254,8 +255,7 @@ class MatMulInteger(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        plain = super().takes(node) and len(shape_of(node.inputs[1])) == 2  # type: ignore[arg-type]
-        return plain and _quantizer(node) is not None and _scaled(node) is not None
+        return super().takes(node) and _quantizer(node) is not None and _scaled(node) is not None
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
@@ -294,6 +294,36 @@ class MatMulInteger(Layer):
         assert found is not None
         kind: Dtype = numbers(found[1]).dtype
         return kind
+
+
+class ConvInteger(MatMulInteger, Conv):
+    """A convolution like `MatMulInteger`; an Add of its bias may follow."""
+
+    op_type = "ConvInteger"
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        added = self.added(self.node)
+        return None if added is None else added[1]
+
+    @property
+    def result(self) -> ir.Value:
+        added = self.added(self.node)
+        return super().result if added is None else added[0].outputs[0]
+
+    @classmethod
+    def added(cls, node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+        """Return the Add of a constant to each channel, and the constant; None if there is no such node."""
+        scaled = _scaled(node)
+        assert scaled is not None
+        y, shape = scaled[0], cls.held_shape(node)
+        add = only_reader(y, "Add")
+        b = None if add is None else add.inputs[1 - list(add.inputs).index(y)]
+        if add is None or b is None or not is_constant(b):
+            return None
+        spread = [shape[0], *[1] * (len(shape) - 2)]
+        sizes = list(shape_of(b))
+        return (add, b) if sizes in (spread, [1, *spread]) else None
 
 
 def unpacked(rows: Array, bits: int) -> Array:
@@ -371,13 +401,22 @@ def is_packed(spot: Spot) -> bool:
 def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
     """Convert a packed layer, its input and its output to floating point; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
-    whole = isinstance(layer, MatMulNBits | MatMulInteger)
-    value = _unpacked(spot, layer, whole, building, made)
-    node = _plain_node(layer, value) if whole else _plain_operands(spot, layer, value)
-    kind: type[Layer] = MatMul if whole else spot.kind
+    kind = _floating(spot.kind)
+    value = _unpacked(spot, layer, kind, building, made)
+    node = _plain_operands(spot, layer, value) if kind is None else _plain_node(layer, value)
+    kind = kind or spot.kind
     first, second, *rest = shape_of(value)
     shape = (second, first, *rest) if kind.turns(node) else (first, second, *rest)
     return replace(spot, node=node, kind=kind, sources=(value,), shape=shape)
+
+
+def _floating(kind: type[Layer]) -> type[Layer] | None:
+    """Return the kind of layer that replaces a packed one; None if the node itself computes in floats."""
+    if issubclass(kind, IntegerLayer):
+        return kind.floating
+    if issubclass(kind, ConvInteger):
+        return Conv
+    return MatMul if issubclass(kind, MatMulNBits | MatMulInteger) else None
 
 
 def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
@@ -394,13 +433,16 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
     return node
 
 
-def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: Fresh) -> ir.Value:
+def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
     """Return the dequantized weight, which is computed when it is written; one initializer for each packed weight."""
     operand = layer.operand
-    key: Hashable = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
+    inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
+    key: Hashable = tuple(inputs) if plain is not None else id(operand)
     if key not in made:
         make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
-        shape, turn = spot.kind.held_shape(spot.node), whole and not spot.kind.turns(spot.node)
+        # `plain` may store a weight in another axis order than the packed layer.
+        shape = spot.kind.held_shape(spot.node)
+        turn = plain is not None and spot.kind.turns(spot.node) != issubclass(plain, MatMul | Attention)
         name = building.name(PACKED.sub("", spot.sources[0].name or "weight"))
         sizes = ir.Shape(shape[::-1] if turn else shape)
 
@@ -421,10 +463,18 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
-    y = branch.node("MatMul", [layer.read, value], None, layer.dtype, None)
+    if isinstance(layer, IntegerLayer):
+        y = layer.in_floats(value)
+    else:
+        b, inputs, words = layer.own_bias, [layer.read, value], None
+        if isinstance(layer, Conv):
+            words = {name: held.value for name, held in layer.node.attributes.items()}
+            if b is not None:
+                inputs.append(initializer(branch.building, f"{layer.node.name}.bias", numbers(b).reshape(-1)))
+        y = branch.node("Conv" if isinstance(layer, Conv) else "MatMul", inputs, words, layer.dtype, None)
+        if b is not None and not isinstance(layer, Conv):
+            y = branch.node("Add", [y, b], None, layer.dtype, None)
     node = branch.nodes[0]
-    if layer.own_bias is not None:
-        y = branch.node("Add", [y, layer.own_bias], None, layer.dtype, None)
     graph.insert_after(last, branch.nodes)
     node.metadata_props.update(layer.node.metadata_props)
     _replaced(layer.result, y, branch)
@@ -483,7 +533,7 @@ class Packing:
 
     def source(self, spot: Spot) -> Lazy:
         """Return the dequantized weight in its stored axis order, float32."""
-        make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
+        make = None if _floating(spot.kind) is None else spot.kind.detached(spot.node)
         value = self.stored.value
         made = make or (lambda: numbers(value))
         return lazily(lambda: np.asarray(made()).astype(np.float32), self.shape, ir.DataType.FLOAT)
@@ -497,8 +547,10 @@ def packing_of(spot: Spot, building: Building, fresh: Fresh) -> Packing:
     """
     if spot.kind is MatMulNBits:
         return _in_bits(spot.node, building, fresh)
-    if spot.kind is MatMulInteger:
+    if issubclass(spot.kind, MatMulInteger):
         return _in_integers(spot.node, building, fresh)
+    if issubclass(spot.kind, IntegerLayer):
+        return _in_operator(spot.kind(spot.node, Branch(building, "requantize")), building, fresh)
     stored = unturned(spot.node.inputs[spot.kind.position])  # type: ignore[arg-type]
     node = stored.value.producer()
     if node is not None and node.op_type == "DequantizeLinear":
@@ -557,6 +609,23 @@ def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
         drop(product)
 
     found = seen.numbers_of(node, numbers(held), None if zero is None else numbers(zero))
+    return Packing(Stored(held, False, ()), shape_of(held), found, seen.rows, put)
+
+
+def _in_operator(layer: IntegerLayer, building: Building, fresh: Fresh) -> Packing:
+    held, scale, zero = layer.stored(layer.node)
+    assert held is not None
+    assert scale is not None
+    seen = Seen(shape_of(held), numbers(scale), layer.axis(layer.node), 0)
+
+    def put(new: PackedNumbers) -> None:
+        values = [_value(building, fresh, held, seen.back(new.q))]
+        values.append(_value(building, fresh, scale, seen.small(new.scale, numbers(scale))))
+        if zero is not None:
+            values.append(_value(building, fresh, zero, seen.small(new.zero, numbers(zero))))
+        layer.put(values)
+
+    found = seen.numbers_of(layer.node, numbers(held), None if zero is None else numbers(zero))
     return Packing(Stored(held, False, ()), shape_of(held), found, seen.rows, put)
 
 

@@ -17,6 +17,7 @@ from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
+from .integer_layers import INTEGER
 from .layers import (
     RECURRENT,
     Attention,
@@ -35,11 +36,11 @@ from .layers import (
     SingleLeftMatMul,
     SingleMatMul,
 )
-from .modules import SCOPES, listed, same_end
+from .modules import SCOPES, dotted, listed, same_end
 from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import outlet
-from .packed import FusedMatMul, MatMulInteger, MatMulNBits
+from .packed import ConvInteger, FusedMatMul, MatMulInteger, MatMulNBits
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul,
+    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
 """The kinds of layers; a node is a layer of at most one of them."""
 
@@ -237,7 +238,7 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | 
         stored = [source for one in held for source in sources(one)]
         names = [_MARK.sub(".weight", one.name or "") for one in stored if one.shape is None or len(one.shape) > 1]
         modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
-        inside = [(node.name or "").strip("/").replace("/", ".").rpartition(".")[0]] if names else []
+        inside = [dotted((node.name or "").rpartition("/")[0])] if names else []
         if any(same_end(name, f"{path}.weight") for name in names) or any(
             same_end(m, path) for m in (*modules, *inside) if m
         ):
@@ -280,7 +281,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
     """
     found: dict[str, set[str]] = {}
     for node in nodes:
-        path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
+        path = dotted((node.name or "").rpartition("/")[0])
         for value in node.inputs if path else ():
             if value is None or value.name is None or value.producer() is not None or not is_constant(value):
                 continue
@@ -341,7 +342,7 @@ def _scope_names(node: ir.Node) -> tuple[str, ...]:
 def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     if not name.startswith("/") or not _OPERATION.search(name):
         return ()
-    path = _OPERATION.sub("", name).strip("/").replace("/", ".")
+    path = dotted(_OPERATION.sub("", name))
     words = path.split(".")
     above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
     prefix = next((containers[each] for each in above if each in containers), "")

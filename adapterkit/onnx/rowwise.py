@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ..errors import Unsupported
 from ..io.lazy import as_array
 from .building import Array, Building
+from .integer_layers import DynamicQuantizeMatMul, MatMulIntegerToFloat, QAttention, QLinearMatMul
 from .layers import Attention, Gemm, MatMul
 from .packed import MatMulInteger, MatMulNBits
 from .slots import RECORD, SlotRecord, SlotUpdate, fixed_attributes
@@ -39,7 +40,10 @@ ROWS = "adapterkit.rows"
 LARGE = 1 << 28
 """Models with more bytes of tensors in their own file than this are not copied to infer shapes."""
 
-LINEAR = (MatMul, Gemm, MatMulNBits, MatMulInteger, Attention)
+LINEAR = (
+    MatMul, Gemm, MatMulNBits, MatMulInteger, Attention, QAttention, QLinearMatMul, DynamicQuantizeMatMul,
+    MatMulIntegerToFloat,
+)  # fmt: skip
 """Kinds of layers whose first axis is the batch and whose last axis is the channels."""
 
 

@@ -304,7 +304,8 @@ class Slots:
         dtype = layer.dtype
         # Use size 1 for open sizes of these layers: onnxruntime does not initialize the output of a Conv over zero
         # channels, or of a product with an empty left matrix.
-        inner = int(self.required or any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
+        fixed_rank = any(issubclass(spot.kind, Conv | LeftMatMul) or spot.kind.inside for spot in place.spots)
+        inner = int(self.required or fixed_rank)
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
         stem = _stem(place, position)
         made = {

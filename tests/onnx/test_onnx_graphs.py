@@ -91,7 +91,7 @@ def test_other_ways_to_multiply_by_a_weight(kind, tmp_path):
     np.testing.assert_allclose(got, X @ W + DELTA + bias, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_have_their_activation_inside_are_merged(tmp_path):
+def test_layers_that_have_their_activation_inside(tmp_path):
     nodes = [
         helper.make_node("Reshape", ["x", "flat"], ["f"]),
         helper.make_node(
@@ -104,12 +104,14 @@ def test_layers_that_have_their_activation_inside_are_merged(tmp_path):
     proto, path = model(nodes, held), tmp_path / "base.onnx"
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     path.write_bytes(proto.SerializeToString())
-    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")
-    np.testing.assert_allclose(
-        graphs.run(tmp_path / "out.onnx", X), np.maximum(X @ W + DELTA + bias, 0), rtol=1e-4, atol=1e-4
-    )
-    with pytest.raises(Unsupported, match=r"beside a FusedGemm can express this.*Merge it instead"):
-        ak.onnx.inject(path, ADAPTER, tmp_path / "bad.onnx")
+    wanted, out = np.maximum(X @ W + DELTA + bias, 0), tmp_path / "out.onnx"
+    ak.onnx.merge(path, ADAPTER, out)
+    np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-4, atol=1e-4)
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, ADAPTER, out, mode=mode)
+        feeds = ak.onnx.fit(out, ADAPTER) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, X, **feeds), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(graphs.run(out, X), graphs.run(path, X))
 
 
 @pytest.mark.parametrize("equation", ["ijk,klm->ijlm", "ijk,jk->ij"])
@@ -274,7 +276,7 @@ def test_projections_that_are_packed_into_one(fused, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_merges_into_recurrent_layers(kind, tmp_path):
+def test_changes_of_recurrent_layers(kind, tmp_path):
     """As torch's legacy exporter writes them: two directions, two layers, torch's own order of gates lost."""
     torch.manual_seed(0)
     made = getattr(torch.nn, kind)(16, 8, num_layers=2, bidirectional=True, batch_first=True)
@@ -296,8 +298,12 @@ def test_merges_into_recurrent_layers(kind, tmp_path):
             W += B @ A
             updates[Target(f"rnn.{name}")] = (METHODS["lora"](A=A, B=B),)
         wanted = whole(torch.tensor(X)).numpy()
-    with pytest.raises(Unsupported, match="Merge it instead"):
-        ak.onnx.inject(path, Adapter(updates), out)
+    before = graphs.run(path, X)
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, Adapter(updates), out, mode=mode)
+        feeds = ak.onnx.fit(out, Adapter(updates)) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, X, **feeds), wanted, atol=1e-6)
+    np.testing.assert_allclose(graphs.run(out, X), before, atol=1e-7)
     for base, method in ((None, "path"), (tmp_path / "base.safetensors", "path")):
         report = ak.onnx.merge(path, Adapter(updates), out, base_weights=base)
         assert {place.method for place in report.found} == {method}
@@ -309,6 +315,30 @@ def test_merges_into_recurrent_layers(kind, tmp_path):
     report = ak.onnx.merge(path, Adapter(updates), out, base_weights=tmp_path / "base.safetensors")
     assert {place.method for place in report.found} == {"values"}
     np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
+
+
+def test_layers_in_sequences_of_the_older_exporter(tmp_path):
+    """It repeats the name of a Sequential in those of its modules: /body/body.1/body.1.0/MatMul."""
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
+    whole = torch.nn.ModuleDict({"body": torch.nn.Sequential(torch.nn.Linear(16, 16), inner)}).eval()
+    whole.forward = lambda x: whole.body(x)
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(whole, (torch.tensor(X),), str(path), dynamo=False, input_names=["x"], opset_version=17)
+    assert not {"body.0.weight", "body.1.0.weight"} & {one.name for one in onnx.load(path).graph.initializer}
+    updates = {}
+    with torch.no_grad():
+        for name in ("body.0", "body.1.0"):
+            A, B = torch.randn(2, 16) / 4, torch.randn(16, 2) / 4
+            whole.get_submodule(name).weight += B @ A
+            updates[Target(name)] = (METHODS["lora"](A=A, B=B),)
+        wanted = whole(torch.tensor(X)).numpy()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, Adapter(updates), out)
+        assert {place.method for place in report.found} == {"path"}
+        np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-5)
 
 
 def test_a_model_in_memory_stays_as_it_is(tmp_path):
@@ -342,3 +372,75 @@ def test_a_merged_weight_keeps_its_name_and_what_others_read_stays(tmp_path):
     assert [place.method for place in (*once.found, *again.found)] == ["initializer", "initializer"]
     assert [i.name for i in onnx.load(tmp_path / "twice.onnx").graph.initializer] == ["q.weight"]
     np.testing.assert_allclose(graphs.run(again.out, X), X @ W + 2 * DELTA, rtol=1e-4, atol=1e-4)
+
+
+def fused(op, path):
+    """Write a graph with one fused layer `q` and a bias; return its input, weight, bias and float64 formula."""
+    random = np.random.default_rng(4)
+    b = random.normal(size=8).astype("f4")
+    if op == "FusedGemm":
+        weight, x, words = random.normal(size=(8, 16)), random.normal(size=(5, 16)), {"transB": 1}
+    else:
+        weight, x, words = random.normal(size=(8, 4, 1, 1)), random.normal(size=(2, 4, 3, 3)), {"kernel_shape": [1, 1]}
+    weight, x = weight.astype("f4"), x.astype("f4")
+    node = helper.make_node(
+        op, ["x", "q.weight", "q.bias"], ["y"], f"/q/{op}", domain="com.microsoft", activation="Relu", **words
+    )
+    made = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *x.shape[1:]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "q.weight"), numpy_helper.from_array(b, "q.bias")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    path.write_bytes(helper.make_model(made, opset_imports=opsets, ir_version=8).SerializeToString())
+
+    def wanted(W, bias):
+        y = np.einsum("ni...,oi->no...", x.astype("f8"), W.reshape(8, -1).astype("f8"))
+        return np.maximum(y + bias.astype("f8").reshape(-1, *[1] * (x.ndim - 2)), 0)
+
+    return x, weight, b, wanted
+
+
+@pytest.mark.parametrize("method", ["lora", "dense", "replacement", "replaced bias"])
+@pytest.mark.parametrize("op", ["FusedGemm", "FusedConv"])
+def test_a_bias_that_is_added_before_an_activation(op, method, tmp_path):
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    x, weight, b, wanted = fused(op, path)
+    random = np.random.default_rng(5)
+    new_b, new_w = random.normal(size=8).astype("f4"), random.normal(size=weight.shape).astype("f4")
+    first, second = random.normal(size=(2, *weight.shape[1:])).astype("f4"), random.normal(size=(8, 2)).astype("f4")
+    tensors = {name: torch.tensor(a) for name, a in {"A": first, "B": second, "b": new_b, "W": new_w}.items()}
+    A, B, d, D = (tensors[name] for name in "ABbW")
+    update, W, bias = {
+        "lora": (
+            METHODS["lora"](A=A, B=B, bias=d, scaling=0.5), weight + 0.5 * np.tensordot(second, first, 1),
+            b + 0.5 * new_b,
+        ),
+        "dense": (METHODS["dense"](D=D, d=d), weight + new_w, b + new_b),
+        "replacement": (METHODS["replacement"](weight=D, bias=d), new_w, new_b),
+        "replaced bias": (METHODS["replacement"](bias=d), weight, new_b),
+    }[method]  # fmt: skip
+    adapter = Adapter({Target("q"): (update,)})
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, adapter, out, mode=mode)
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, x, **feeds), wanted(W, bias), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(graphs.run(out, x), wanted(weight, b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["FusedGemm", "FusedConv"])
+def test_rows_of_a_weight_before_an_activation(op, tmp_path):
+    """Both targets change the same tensor; without the adapter, the graph has the base's weight again."""
+    path, out, plain = (tmp_path / f"{name}.onnx" for name in ("base", "out", "plain"))
+    x, weight, b, wanted = fused(op, path)
+    D = np.random.default_rng(5).normal(size=weight.shape).astype("f4")
+    parts = {(0, 3): METHODS["dense"](D=torch.tensor(D[:3])), (5, 8): METHODS["dense"](D=torch.tensor(D[5:]))}
+    adapter = Adapter({Target("q", rows=rows): (update,) for rows, update in parts.items()})
+    D[3:5] = 0
+    for mode in ("constant", "slots"):
+        ak.onnx.inject(path, adapter, out, mode=mode)
+        feeds = ak.onnx.fit(out, adapter) if mode == "slots" else {}
+        np.testing.assert_allclose(graphs.run(out, x, **feeds), wanted(weight + D, b), rtol=1e-4, atol=1e-5)
+        ak.onnx.eject(out, plain)
+        ak.onnx.merge(plain, adapter, out)
+        np.testing.assert_allclose(graphs.run(out, x), wanted(weight + D, b), rtol=1e-4, atol=1e-5)

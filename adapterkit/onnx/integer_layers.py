@@ -1,0 +1,363 @@
+"""Layers of operators that compute with integers: their weights, and their inputs and outputs as floats.
+
+An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
+dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers.
+https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array, Branch, Building, Dtype, takes_over
+from .found import Found, Spot
+from .layers import Attention, Conv, Layer, MatMul, only_reader, rectifies
+from .operands import attribute, held_apart, is_constant, numbers, shape_of
+from .values import Value
+
+OWN = "com.microsoft"
+
+
+class IntegerLayer(Layer):
+    """A node whose inputs have a weight of integers, its scale and its zero point.
+
+    Class attributes:
+        domain: the operator's domain.
+        parts: the positions of the weight, its scale and its zero point.
+        origin: the positions of the input, its scale and its zero point; only the first for an input of floats.
+        out: the positions of the output's scale and zero point; None for an output of floats.
+        vector: the position of the bias.
+        floating: the kind of layer that computes the same with a weight of floats.
+    """
+
+    domain: ClassVar[str] = ""
+    parts: ClassVar[tuple[int, int, int]]
+    origin: ClassVar[tuple[int, ...]] = (0, 1, 2)
+    out: ClassVar[tuple[int, int] | None] = None
+    vector: ClassVar[int | None] = None
+    floating: ClassVar[type[Layer]] = MatMul
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        last = max(*cls.parts[:2], cls.origin[0])
+        if (node.op_type, domain) != (cls.op_type, cls.domain) or len(node.inputs) <= last:
+            return False
+        weight, scale = node.inputs[cls.parts[0]], node.inputs[cls.parts[1]]
+        held = [weight, scale, _at(node, cls.parts[2])]
+        if cls.out is not None:  # Static quantization stores all scales.
+            held += [_at(node, position) for position in (*cls.origin[1:], *cls.out)]
+        if weight is None or scale is None or not all(one is None or is_constant(one) for one in held):
+            return False
+        return len(shape_of(weight)) in cls.axes
+
+    @classmethod
+    def axis(cls, node: ir.Node) -> int:
+        """Return the axis of the weight's outputs, along which its scales may differ."""
+        return len(cls.held_shape(node)) - 1 if cls.turns(node) else 0
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        copies = [None if one is None else held_apart(one) for one in cls.stored(node)]
+        axis, axes = cls.axis(node), len(cls.held_shape(node))
+
+        def make() -> Array:
+            q, scale, zero = (None if one is None else numbers(one).astype(np.float32) for one in copies)
+            assert q is not None
+            assert scale is not None
+            W: Array = (q - (0 if zero is None else _along(zero, axis, axes))) * _along(scale, axis, axes)
+            return W
+
+        return make
+
+    @classmethod
+    def stored(cls, node: ir.Node) -> list[ir.Value | None]:
+        """Return the integers, their scale and their zero point."""
+        return [_at(node, position) for position in cls.parts]
+
+    @classmethod
+    def float_bias(cls, node: ir.Node) -> ir.Value | None:
+        """Return the bias that the node adds, as floats; None if it has no constant bias."""
+        held = None if cls.vector is None else _at(node, cls.vector)
+        if held is None or not is_constant(held):
+            return None
+        b = numbers(held)
+        if b.dtype.kind in "iu":
+            b = b * (_scale(node, cls.origin[1]) * _scale(node, cls.parts[1])).reshape(-1)
+        tensor = ir.Tensor(np.ascontiguousarray(b.reshape(-1).astype(np.float32)), name=held.name)
+        return ir.Value(name=held.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+    def put(self, arrays: Sequence[ir.Value]) -> None:
+        """Replace the node's integers, scales and zero points; keep the value of a bias of integers."""
+        vector = None if self.vector is None else _at(self.node, self.vector)
+        b = None if vector is None else numbers(vector)
+        before = None if b is None else _scale(self.node, self.parts[1])
+        for position, value in zip(self.parts, arrays, strict=False):
+            self.node.replace_input_with(position, value)
+        if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
+            return
+        # The unit of a bias of integers is the product of both scales, and one of them has changed.
+        again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
+        name = f"{vector.name}.merged"  # type: ignore[union-attr]
+        self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
+
+    def in_floats(self, W: ir.Value, x: ir.Value | None = None) -> ir.Value:
+        """Append nodes that compute the same in floating point; return their output.
+
+        Args:
+            W: the weight, in the axis order of `floating`.
+            x: the input; by default, the node's input before it is rounded.
+        """
+        held, node = self.float_bias(self.node), self.node
+        x = x or self.read
+        b = None if held is None else initializer(self.branch.building, f"{held.name}.float", numbers(held))
+        if issubclass(self.floating, Conv):
+            words = {name: one.value for name, one in node.attributes.items()}
+            return self.branch.node("Conv", [x, W, b], words, self.dtype, None)
+        if issubclass(self.floating, Attention):
+            words = {name: one.value for name, one in node.attributes.items()}
+            inputs = [x, W, b, _at(node, 5), _at(node, 8)]
+            return self.branch.node("Attention", inputs, words, self.dtype, None, domain=OWN)
+        y = self.branch.node("MatMul", [x, W], None, self.dtype, None)
+        return y if b is None else self.branch.node("Add", [y, b], None, self.dtype, None)
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        # Formulas need a bias of floats; see `bias`.
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return self.vector is not None and _at(self.node, self.vector) is not None
+
+    @property
+    def bias(self) -> Value | None:
+        held = self.float_bias(self.node)
+        if held is None:
+            return super().bias
+        return Value(self.branch, shape_of(held), self.dtype, None, lambda: numbers(held))
+
+    @property
+    def read(self) -> ir.Value:
+        found = float_input(self.node, self.origin)
+        assert found is not None  # `opened_up` creates it.
+        return found
+
+    @property
+    def result(self) -> ir.Value:
+        out = self.node.outputs[0]
+        if self.out is None or _at(self.node, self.out[0]) is None:
+            return out
+        back = only_reader(out, "DequantizeLinear")
+        assert back is not None  # `opened_up` creates it.
+        return back.outputs[0]
+
+    @property
+    def dtype(self) -> Dtype:
+        return np.dtype(np.float32)
+
+
+class QLinearMatMul(IntegerLayer):
+    """A product of integers, written by static quantization."""
+
+    op_type = "QLinearMatMul"
+    position, parts, out = 3, (3, 4, 5), (6, 7)
+
+
+class QGemm(IntegerLayer):
+    """A `QLinearMatMul` for inputs of two axes, with a bias of integers."""
+
+    op_type, domain = "QGemm", OWN
+    position, parts, out, vector = 3, (3, 4, 5), (7, 8), 6
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        plain = super().takes(node) and attribute(node, "alpha", 1.0) == 1.0
+        return plain and not attribute(node, "transA", 0)
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return not attribute(node, "transB", 0)
+
+
+class QLinearConv(IntegerLayer, Conv):
+    """A convolution of integers."""
+
+    op_type = "QLinearConv"
+    axes = range(3, 9)
+    position, parts, out, vector, floating = 3, (3, 4, 5), (6, 7), 8, Conv
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+
+class DynamicQuantizeMatMul(IntegerLayer):
+    """`x @ W`, where the node rounds x; sessions write it when they optimize dynamic quantization."""
+
+    op_type, domain = "DynamicQuantizeMatMul", OWN
+    position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
+
+
+class MatMulIntegerToFloat(IntegerLayer):
+    """A `DynamicQuantizeMatMul` for a rounded input that several layers share."""
+
+    op_type, domain = "MatMulIntegerToFloat", OWN
+    position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6
+
+
+class QAttention(IntegerLayer, Attention):
+    """An `Attention` with a weight of integers."""
+
+    op_type, domain = "QAttention", OWN
+    axes = (2,)
+    position, parts, origin, vector, floating = 1, (1, 4, 7), (0, 3, 6), 2, Attention
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        # Refuse a past: the operator of floats has one, too, but the conversion does not connect it.
+        return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return True
+
+
+INTEGER: tuple[type[IntegerLayer], ...] = (
+    QLinearMatMul, QGemm, QLinearConv, DynamicQuantizeMatMul, MatMulIntegerToFloat, QAttention,
+)  # fmt: skip
+
+
+def _at(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def _scale(node: ir.Node, position: int) -> Array:
+    held = _at(node, position)
+    assert held is not None
+    return numbers(held).astype(np.float64)
+
+
+def _along(small: Array, axis: int, axes: int) -> Array:
+    """Return one scale, or a scale for each channel, in a shape that broadcasts with the weight."""
+    return small.reshape(-1, *[1] * (axes - 1 - axis)) if small.size > 1 else small.reshape(-1)
+
+
+def float_input(node: ir.Node, given: Sequence[int]) -> ir.Value | None:
+    """Return the value that a node's input was quantized from, or a dequantized copy; None if the graph has neither."""
+    x = node.inputs[given[0]]
+    if len(given) == 1 or x is None:
+        return x
+    source = x.producer()
+    if source is not None and source.op_type == "DynamicQuantizeLinear" and source.outputs[0] is x:
+        return source.inputs[0]
+    if source is not None and source.op_type == "QuantizeLinear" and not rectifies(source):
+        return source.inputs[0]
+    scale = node.inputs[given[1]]
+    for use in x.uses():
+        back = use.node
+        if back.op_type == "DequantizeLinear" and back.inputs[1] is scale and back.graph is node.graph:
+            return back.outputs[0]
+    return None
+
+
+def initializer(building: Building, name: str, array: Array) -> ir.Value:
+    """Return a new initializer, registered with the graph."""
+    value = building.tensor(("stored", name, array.tobytes()), name, lambda: array)
+    if not value.is_initializer():
+        building.model.graph.register_initializer(value)
+    return value
+
+
+def opened_up(found: Sequence[Found], building: Building) -> list[Found]:
+    """Add the dequantized inputs and outputs that adapters of integer operators need; return the targets.
+
+    An operator may also stand for a Relu, if the range of its output ends at its zero point. A change must be added
+    before the Relu, so such an operator is replaced by one of floats between a DequantizeLinear and a QuantizeLinear.
+    """
+    done: dict[tuple[ir.Node, type[Layer]], tuple[ir.Node, type[Layer]]] = {}
+    spots: dict[Spot, Spot] = {}
+    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+        key = spot.node, spot.kind
+        if not issubclass(spot.kind, IntegerLayer):
+            continue
+        if key not in done:
+            done[key] = _opened(spot.node, spot.kind, building)
+        node, kind = done[key]
+        spots[spot] = spot if node is spot.node else replace(spot, node=node, kind=kind)
+    if not spots:
+        return list(found)
+    return [replace(place, spots=tuple(spots.get(spot, spot) for spot in place.spots)) for place in found]
+
+
+def _opened(node: ir.Node, kind: type[IntegerLayer], building: Building) -> tuple[ir.Node, type[Layer]]:
+    graph, branch = node.graph, Branch(building, node.name or node.op_type)
+    assert graph is not None
+    if float_input(node, kind.origin) is None:
+        given = [_at(node, position) for position in kind.origin]
+        x = branch.node("DequantizeLinear", given, None, np.float32, None)
+        x.shape = None if given[0] is None else given[0].shape
+        graph.insert_before(node, branch.nodes)
+        branch.nodes.clear()
+    out = node.outputs[0]
+    scale, zero = (None, None) if kind.out is None else (_at(node, position) for position in kind.out)
+    if scale is None:
+        return node, kind
+    back = only_reader(out, "DequantizeLinear")
+    if back is not None and not _rectified(back):
+        return node, kind
+    y = branch.node("DequantizeLinear", [out, scale, zero], None, np.float32, None)
+    again = branch.node("QuantizeLinear", [y, scale, zero], None, _kind(zero), None)
+    y.shape = again.shape = out.shape
+    graph.insert_after(node, branch.nodes)
+    takes_over(out, again, branch)
+    made = branch.nodes[-1]
+    branch.nodes.clear()
+    return (node, kind) if not rectifies(made) else _in_floats(node, kind, made, building)
+
+
+def _kind(zero: ir.Value | None) -> Dtype:
+    return np.dtype(np.uint8) if zero is None else numbers(zero).dtype
+
+
+def _rectified(back: ir.Node) -> bool:
+    """Whether the input of a DequantizeLinear has a range that ends at its zero point."""
+    return rectifies(ir.node("QuantizeLinear", [None, *back.inputs[1:]]))
+
+
+def _in_floats(
+    node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
+) -> tuple[ir.Node, type[Layer]]:
+    """Replace an operator by one that computes in floats; `quantizer` quantizes its output again."""
+    graph, branch = node.graph, Branch(building, node.name or node.op_type)
+    assert graph is not None
+    layer = kind(node, branch)
+    axis = {"axis": kind.axis(node)}
+    W = branch.node("DequantizeLinear", kind.stored(node), axis, np.float32, kind.held_shape(node))
+    if kind.turns(node) != kind.floating.turns(node):
+        W = branch.node("Transpose", [W], {"perm": [1, 0]}, np.float32, None)
+    given = [_at(node, position) for position in kind.origin]
+    y = layer.in_floats(W, branch.node("DequantizeLinear", given, None, np.float32, None))
+    made = next(one for one in branch.nodes if one.op_type == kind.floating.op_type)
+    graph.insert_after(node, branch.nodes)
+    back = quantizer.inputs[0]
+    assert back is not None
+    quantizer.replace_input_with(0, y)
+    y.shape = back.shape
+    made.metadata_props.update(node.metadata_props)
+    made.name = node.name
+    for old in (back.producer(), node):
+        if old is not None and not any(out.uses() or out.is_graph_output() for out in old.outputs):
+            graph.remove(old, safe=True)
+    branch.nodes.clear()
+    return made, kind.floating

@@ -1,0 +1,140 @@
+"""Holds changed graphs in forms of deployment against PEFT: `check_deployed.py DIR [MODEL ...] [-- FORM ...]`.
+
+Needs timm, onnxslim and onnxsim beside the development environment. Each model of `deployed_models` is exported,
+brought into each form of `graph_forms`, and gets each adapter as constants, slots and merged. The result is compared
+with the torch model with PEFT's adapter: within 1e-5, or three times what the form itself costs, its distance from
+torch without an adapter or with weights that PEFT merged. Static quantization clips what is larger than its calibration
+data; where a report says so, the case is `clipped`. DIR/deployed.MODEL.tsv has a row for each case: model, form,
+method, mode, result, difference, the form's own cost, how much the adapter changes, a note.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deployed_models import METHODS, MODELS, adapted, answered, inner_of, made
+from graph_forms import FORMS, exported, ran
+
+import adapterkit as ak
+from adapterkit.errors import AdapterkitError
+
+MODES = ("constant", "slots", "merge")
+
+COLUMNS = ("model", "form", "method", "mode", "result", "difference", "cost", "effect", "note")
+
+EXACT, TIMES = 1e-5, 3.0
+"""Limit of exact forms, and how many times its own distance from torch a form may be off."""
+
+
+def distance(got: Any, wanted: Any) -> float:
+    """Return the largest difference, relative to the largest number."""
+    return float(abs(got - wanted).max() / abs(wanted).max())
+
+
+def changed(source: Path, folder: Path, mode: str, out: Path, base: Path | None) -> ak.onnx.GraphReport:
+    """Change a graph; packed weights are merged into in floating point."""
+    if mode != "merge":
+        return ak.onnx.inject(source, folder, out, mode=mode, base_weights=base)
+    try:
+        return ak.onnx.merge(source, folder, out, base_weights=base)
+    except AdapterkitError as error:
+        if "quantized" not in error.cure:
+            raise
+    return ak.onnx.merge(source, folder, out, base_weights=base, quantized="dequantize")
+
+
+def tried(source: Path, folder: Path, mode: str, out: Path, base: Path) -> tuple[str, str]:
+    """Change a graph, with the base's weights where names do not tell; return what came of it, and a note."""
+    note = ""
+    for weights in (None, base):
+        try:
+            report = changed(source, folder, mode, out, weights)
+        except AdapterkitError as error:
+            if weights is None and "weights" in error.cure:
+                note = "with the base's weights"
+                continue
+            return ("false alarm" if error.code == "check-failed" else "refused"), str(error)
+        if any("clips" in line for line in report.warnings):
+            return "clipped", note
+        if report.difference is None:
+            note = f"{note} not checked: {report.note}".strip()
+        return "written", note
+    raise AssertionError
+
+
+def rows_of(model: str, home: Path, forms: list[str], methods: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """Return the rows of one model."""
+    from safetensors.torch import save_file
+
+    home.mkdir(parents=True, exist_ok=True)
+    told = MODELS[model]
+    torch_model = made(model)
+    save_file({k: v.clone() for k, v in inner_of(torch_model).state_dict().items()}, home / "model.safetensors")
+    before = answered(torch_model, model)
+    exported(torch_model, told.inputs, home / "exported.onnx", told.dynamo)
+    wanted = {}
+    for method in methods:
+        wanted[method], merged = adapted(model, method, home / method)
+        exported(merged, told.inputs, home / f"{method}.onnx", told.dynamo)
+    feeds: Mapping[str, Any] = {name: value.numpy() for name, value in told.inputs.items()}
+    rows: list[tuple[Any, ...]] = []
+    for form in forms:
+        source = home / "form.onnx"
+        try:
+            source.unlink(missing_ok=True)
+            FORMS[form](home / "exported.onnx", source, feeds)
+            own = distance(ran(source, feeds), before)
+        except Exception as error:  # Whatever another tool raises: it does not write this form of this model.
+            rows.append((model, form, "", "", "no such form", "", "", "", f"{type(error).__name__}: {error}"[:160]))
+            print(*rows[-1], sep="\t", flush=True)
+            continue
+        for method in methods:
+            cost = own
+            if own > EXACT:
+                FORMS[form](home / f"{method}.onnx", home / "merged.onnx", feeds)
+                cost = max(own, distance(ran(home / "merged.onnx", feeds), wanted[method]))
+            for mode in MODES:
+                for file in home.glob("out*"):
+                    file.unlink()
+                out = home / "out.onnx"
+                result, note = tried(source, home / method, mode, out, home / "model.safetensors")
+                difference = float("nan")
+                if result in ("written", "clipped"):
+                    slots = out.with_suffix(".onnx_adapter") if mode == "slots" else None
+                    difference = distance(ran(out, feeds, slots), wanted[method])
+                    right = difference <= max(EXACT, TIMES * cost)
+                    result = "right" if right else "wrong" if result == "written" else result
+                effect = distance(before, wanted[method])
+                numbers = (f"{difference:.2g}", f"{cost:.2g}", f"{effect:.2g}")
+                rows.append((model, form, method, mode, result, *numbers, " ".join(note.split())))
+                print(*rows[-1], sep="\t", flush=True)
+    return rows
+
+
+def main() -> int:
+    """Run the command line; 1 if a case is wrong, or a right graph is refused by the check."""
+    logging.disable(logging.CRITICAL)
+    home, *words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    counts: Counter[str] = Counter()
+    for model in words[:at] or MODELS:
+        rows = rows_of(model, Path(home) / model, words[at + 1 :] or list(FORMS), METHODS)
+        table = ["\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
+        (Path(home) / f"deployed.{model}.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
+        counts += Counter(row[4] for row in rows)
+    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return int(counts["wrong"] + counts["false alarm"] > 0)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    sys.exit(main())
