@@ -47,6 +47,7 @@ ONLY_FOLDERS = {
     "parameters": "--set is of a --method",
     "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
+    "calibration": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
     "keep": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
     "remainder": "A graph has no remainder: merge into the folder of weights, and export the result",
     "strict_licence": "A graph has no card: inspect shows the licences of base and adapters",

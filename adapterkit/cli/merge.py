@@ -57,6 +57,11 @@ if TYPE_CHECKING:
     help="With requantize: shift numbers before they are rounded, so that the grid holds the adapter's change.",
 )  # fmt: skip
 @click.option(
+    "--calibration", metavar="TEXTS",
+    help="With --keep: round by the inputs that texts give to each layer: builtin, a file with one text a line or of "
+    "JSON Lines, or a .safetensors file of them. They are written to OUT.calibration.safetensors.",
+)  # fmt: skip
+@click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
 )  # fmt: skip
@@ -102,7 +107,7 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
-    strict_licence: bool, keep: str | None,
+    strict_licence: bool, keep: str | None, calibration: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -143,7 +148,7 @@ def command(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
             tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
-            keep=keep,
+            keep=keep, calibration=_given_file(calibration),
         )  # fmt: skip
         show(settings, planned.record(digests=False), _plan_view)
         return
@@ -151,30 +156,68 @@ def command(
         raise click.UsageError("Missing option '-o' / '--out'")
     if remainder is not None:
         _check_remainder(out, quantized, keep)
+    activations = None
+    if calibration is not None:
+        activations = _activations(
+            settings, calibration, keep, quantized, out, base, adapters, chosen, tied, rename, overwrite
+        )
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
-            rename=rename, vocab=vocab, keep=keep,
+            rename=rename, vocab=vocab, keep=keep, calibration=activations,
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if read_from is not None:
         record["warnings"] = [*record["warnings"], *read_from.notes]
+    if activations is not None:
+        record["calibration"] = activations
     if remainder is not None:
         record["remainder"] = _remainder(
             settings, out, base, adapters, remainder, weights=chosen, allow_partial=allow_partial, rename=rename
         )
     if verified:
         record["verification"] = record_of(
-            settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
+            settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename, calibration=activations
         )
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
+
+
+def _given_file(calibration: str | None) -> str | None:
+    """The file of activations that the option names; None if it names texts."""
+    return calibration if calibration is not None and calibration.endswith(".safetensors") else None
+
+
+def _activations(
+    settings: _options.CliSettings, calibration: str, keep: str | None, quantized: str | None, out: str, base: str,
+    adapters: Sequence[Any], weights: Sequence[float] | None, tied: str | None, rename: tuple[str, ...],
+    overwrite: bool,
+) -> str:  # fmt: skip
+    """The file of activations to round by, made from texts if it is not given."""
+    from ..io.locations import is_address
+
+    if keep is None or quantized not in (None, "requantize"):
+        raise click.UsageError("--calibration is for --quantized requantize --keep adapter: name them, too")
+    given = _given_file(calibration)
+    if given is not None:
+        return given
+    if is_address(out):
+        raise click.UsageError("--calibration TEXTS needs a path as OUT: merge into a folder, and push it")
+    from ..gating import calibrate
+
+    there = f"{out.rstrip('/')}.calibration.safetensors"
+    with progress(settings, "calibration", sizes=False) as meter:
+        calibrate(
+            base, adapters, there, data=calibration, weights=weights, tied=tied, rename=rename, overwrite=overwrite,
+            progress=meter,
+        )  # fmt: skip
+    return there
 
 
 def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
@@ -261,6 +304,8 @@ def _report_view(record: Mapping[str, Any]) -> View:
     yield from _names(record)
     yield from _extremes(record["norms"])
     yield from _quantized(record)
+    if "calibration" in record:
+        yield f"{record['calibration']}: the activations that it was rounded by, which verify needs"
     if "remainder" in record:
         held = record["remainder"]
         share, of = 1 - held["left"] ** 2 / (held["lost"] ** 2 or 1.0), counted(held["targets"], "target")
