@@ -47,6 +47,7 @@ ONLY_FOLDERS = {
     "parameters": "--set is of a --method",
     "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
+    "consumer": "Ollama runs no graphs: merge into a GGUF model",
     "calibration": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
     "keep": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
     "remainder": "A graph has no remainder: merge into the folder of weights, and export the result",

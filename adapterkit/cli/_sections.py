@@ -15,7 +15,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "What is computed": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
-        "onto", "keep", "calibration", "keep_change", "remainder",
+        "onto", "keep", "calibration", "consumer", "keep_change", "remainder",
         "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
         "embeddings", "targets", "scope", "data", "texts",
         "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",

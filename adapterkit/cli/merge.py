@@ -65,6 +65,10 @@ if TYPE_CHECKING:
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
 )  # fmt: skip
+@click.option(
+    "--for", "consumer", type=click.Choice(["ollama"]),
+    help="Write what the consumer needs beside OUT: a Modelfile for ollama create, which refuses adapters.",
+)  # fmt: skip
 @click.option("--onto", metavar="DIR", help="The 16-bit weights that a quantized base was made from.")
 @click.option("--seed", type=int, help="Round stochastically, drawn from this seed, instead of to the nearest.")
 @click.option(
@@ -107,7 +111,7 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
-    strict_licence: bool, keep: str | None, calibration: str | None,
+    strict_licence: bool, keep: str | None, calibration: str | None, consumer: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -132,7 +136,9 @@ def command(
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
+    from ..io.locations import is_address
     from ..merging import merge, plan
+    from ..merging.ollama import write_modelfile
 
     settings: _options.CliSettings = ctx.obj
     chosen = list(weights) or None
@@ -156,6 +162,8 @@ def command(
         raise click.UsageError("Missing option '-o' / '--out'")
     if remainder is not None:
         _check_remainder(out, quantized, keep)
+    if consumer is not None and is_address(out):
+        raise click.UsageError("--for ollama needs a path as OUT: merge into a file or a folder")
     activations = None
     if calibration is not None:
         activations = _activations(
@@ -174,6 +182,8 @@ def command(
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if read_from is not None:
         record["warnings"] = [*record["warnings"], *read_from.notes]
+    if consumer is not None:
+        record["modelfile"] = str(write_modelfile(out, overwrite=overwrite))
     if activations is not None:
         record["calibration"] = activations
     if remainder is not None:
@@ -304,6 +314,8 @@ def _report_view(record: Mapping[str, Any]) -> View:
     yield from _names(record)
     yield from _extremes(record["norms"])
     yield from _quantized(record)
+    if "modelfile" in record:
+        yield f"{record['modelfile']}: run ollama create NAME -f {record['modelfile']}"
     if "calibration" in record:
         yield f"{record['calibration']}: the activations that it was rounded by, which verify needs"
     if "remainder" in record:

@@ -24,7 +24,7 @@ from ..io.lazy import from_numpy
 from ..io.locations import exists, located
 from ..io.safetensors import write
 from ..io.stages import stage
-from ..quant.calibration import KEY, VERSION, Calibration, read_calibration
+from ..quant._calibration import KEY, VERSION, Calibration, read_calibration
 from .inputs import inputs_for, texts_of
 
 if TYPE_CHECKING:

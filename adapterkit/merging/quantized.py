@@ -11,7 +11,7 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
 from ..naming.binding.bases import merge_record
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
-from ..quant.calibration import Calibration, read_calibration
+from ..quant._calibration import Calibration, read_calibration
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy

@@ -18,7 +18,7 @@ from ._scheme import QUANTIZATION, Packed, Scheme, said_quantization
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
     from ..io.strict_json import JsonValue
-    from .calibration import Calibration
+    from ._calibration import Calibration
 
 __all__ = [
     "SCHEMES",
