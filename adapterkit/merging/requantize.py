@@ -40,6 +40,15 @@ RUN = 1 << 22
 KEPT_BYTES = 64
 """Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
 
+FEW_KINDS = 2
+"""Kinds of module, such as `o_proj`, up to which a change is kept well without activations."""
+
+WIDE = (
+    "--keep adapter (keep='adapter') without activations may keep less of an adapter on many kinds of module than "
+    "rounding to the nearest: add --calibration builtin, or TEXTS (calibration=)"
+)
+"""The warning for an adapter on more kinds of module."""
+
 SQUARE_BYTES = 48
 """Bytes for each pair of inputs of a weight that is rounded by activations: six matrices in float64."""
 
@@ -531,16 +540,19 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return a warning that names the packed weights for which a calibration holds no activations.
+    """Return a warning if rounding keeps a change without activations that it needs.
 
     Raises:
-        TargetNotFound: it holds none for any of them.
+        TargetNotFound: the calibration has activations for no target.
     """
     base = plan.base
-    if not isinstance(base, Dequantized) or base.calibration is None:
+    if not isinstance(base, Dequantized) or base.keep is None:
         return ()
-    known, calibration = set(base.calibration.shared), base.calibration
     changed = {fold.target.path for output in plan.outputs() for fold in output.folds if not fold.bias}
+    if base.calibration is None:
+        kinds = {path.rpartition(".")[2] for path in changed}
+        return (WIDE,) if len(kinds) > FEW_KINDS else ()
+    known, calibration = set(base.calibration.shared), base.calibration
     lacking = sorted(changed - known)
     if len(lacking) == len(changed):
         why = "the calibration has no activations for any target of the adapters"

@@ -217,6 +217,7 @@ def test_what_does_not_fit_is_refused_by_name(world: tuple[Path, Path, ak.Adapte
         options: dict[str, Any] = {"quantized": "requantize", "keep": keep, "calibration": calibration}
         return ak.merge(base, adapter, tmp_path / name, **options)
 
+    assert any("--calibration builtin" in each for each in merged(None, name="alone").plan.warnings)
     report = merged(file)
     assert any("7 of 14 targets" in each for each in report.plan.warnings), report.plan.warnings
     calibrate(packed, half, tmp_path / "other.safetensors", texts=2, length=9)
