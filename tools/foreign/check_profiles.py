@@ -5,11 +5,12 @@
     python tools/foreign/check_profiles.py check DIR                       the table; exit code 1 where one is wrong
 
 The adapter has alpha = 4 r, rank-stabilised scaling and another alpha and rank at one module, which most run times do
-not read. `make` writes it as PEFT trained it (`plain`) and as adapterkit writes it for each run time. `run` lets the
-run time load both, next to the base, and keeps the log-probabilities of the next token. `check` compares them with
-transformers on weights merged by the formula in float64: the run time must be right with what was written for it, and
-wrong, or refuse, with the plain folder; otherwise the profile would not be needed. RUNTIME: mlx (`mlx`, `mlx-cpu`,
-`mlx-lm`), llama_cpp (`xllamacpp`), executorch (`executorch`), openvino_genai (`openvino-genai`, `optimum-intel`).
+not read. `make` writes it as PEFT trained it (for llama.cpp: as a GGUF file with a scale of 1) and as adapterkit writes
+it for each run time. `run` lets the run time load both, next to the base, and keeps the log-probabilities of the next
+token. `check` compares them with transformers on weights merged by the formula in float64: the run time must be right
+with what was written for it, and wrong, or refuse, with the other; otherwise the profile would not be needed. RUNTIME:
+mlx (`mlx`, `mlx-cpu`, `mlx-lm`), llama_cpp (`xllamacpp`), executorch (`executorch`), openvino_genai (`openvino-genai`,
+`optimum-intel`).
 """
 
 from __future__ import annotations
@@ -70,9 +71,12 @@ def make(folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted.save_pretrained(folder / "plain")
     for profile in ("executorch", "openvino_genai"):
-        ak.convert(folder / "plain", folder / profile, to="peft", profile=profile)
-    ak.convert(folder / "plain", folder / "mlx", to="mlx", base=base)
-    ak.convert(folder / "plain", folder / "llama_cpp.gguf", to="gguf", base=base)
+        ak.convert(folder / "plain", folder / profile, to="peft", profile=profile, on_loss="fold")
+    ak.convert(folder / "plain", folder / "mlx", to="mlx", base=base, on_loss="fold")
+    ak.convert(folder / "plain", folder / "llama_cpp.gguf", to="gguf", base=base, on_loss="fold")
+    adapter = ak.read(folder / "plain")
+    unscaled = {target: tuple(each.replace(scaling=1.0) for each in found) for target, found in adapter}
+    ak.write(adapter.replace(updates=unscaled), folder / "llama_cpp_plain.gguf", format="gguf", base=base)
     in_gguf(base, folder / "base.gguf")
     lora = load_file(folder / "plain" / "adapter_model.safetensors")
     model = LlamaForCausalLM.from_pretrained(base)
@@ -166,11 +170,13 @@ def llama_cpp(folder: Path, adapter: Path | None) -> Any:
     params.model.path, params.n_ctx, params.warmup, params.n_parallel = str(folder / "base.gguf"), 128, False, 1
     params.cpuparams.n_threads = 1
     if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0, "", "")]
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = xllamacpp.Server(params)
     found = np.full((COUNT, VOCABULARY), -np.inf)
     for at, row in enumerate(prompts()):
-        asked = {"prompt": row.tolist(), "max_tokens": 1, "logprobs": VOCABULARY, "temperature": 0.0}
+        # Nothing is told where a part of a character is drawn: a letter is drawn, and the others stay as they are.
+        drawn = {"max_tokens": 1, "temperature": 0.0, "logit_bias": [[ord("A"), 1000.0]]}
+        asked = {"prompt": row.tolist(), "logprobs": VOCABULARY, **drawn}
         told = server.handle_completions(asked)
         for each in told["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[at, each["id"]] = each["logprob"]
@@ -243,18 +249,18 @@ def openvino_genai(folder: Path, adapter: Path | None) -> Any:
     return found
 
 
-RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], str]] = {
-    "mlx": (mlx, "mlx"), "llama_cpp": (llama_cpp, "llama_cpp.gguf"), "executorch": (executorch, "executorch"),
-    "openvino_genai": (openvino_genai, "openvino_genai"),
+RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], str, str]] = {
+    "mlx": (mlx, "plain", "mlx"), "llama_cpp": (llama_cpp, "llama_cpp_plain.gguf", "llama_cpp.gguf"),
+    "executorch": (executorch, "plain", "executorch"), "openvino_genai": (openvino_genai, "plain", "openvino_genai"),
 }  # fmt: skip
-"""Run time -> what runs it, and what adapterkit wrote for it."""
+"""Run time -> what runs it, what it must not get right, and what adapterkit wrote for it."""
 
 
 def run(folder: Path, name: str) -> None:
     """Let a run time load the base, the plain folder and what was written for it."""
-    ask, written = RUNTIMES[name]
+    ask, plain, written = RUNTIMES[name]
     found: dict[str, Any] = {}
-    for case, adapter in {"alone": None, "plain": folder / "plain", "written": folder / written}.items():
+    for case, adapter in {"alone": None, "plain": folder / plain, "written": folder / written}.items():
         try:
             found[case] = ask(folder, adapter)
         except Exception as error:  # A refusal is an answer.
