@@ -76,7 +76,9 @@ def make(folder: Path) -> None:
     ak.convert(folder / "plain", folder / "llama_cpp.gguf", to="gguf", base=base, on_loss="fold")
     adapter = ak.read(folder / "plain")
     unscaled = {target: tuple(each.replace(scaling=1.0) for each in found) for target, found in adapter.updates.items()}
-    ak.write(adapter.replace(updates=unscaled), folder / "llama_cpp_plain.gguf", format="gguf", base=base)
+    ak.write(
+        adapter.replace(updates=unscaled), folder / "llama_cpp_plain.gguf", format="gguf", base=base, on_loss="fold"
+    )
     in_gguf(base, folder / "base.gguf")
     lora = load_file(folder / "plain" / "adapter_model.safetensors")
     model = LlamaForCausalLM.from_pretrained(base)
