@@ -544,11 +544,13 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 
     Raises:
         TargetNotFound: the calibration has activations for no target.
+        ShapeMismatch: its activations are of another model.
     """
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
         return ()
-    changed = {fold.target.path for output in plan.outputs() for fold in output.folds if not fold.bias}
+    folds = [fold for output in plan.outputs() for fold in output.folds if not fold.bias]
+    changed = {fold.target.path for fold in folds}
     if base.calibration is None:
         kinds = {path.rpartition(".")[2] for path in changed}
         return (WIDE,) if len(kinds) > FEW_KINDS else ()
@@ -558,6 +560,12 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
         why = "the calibration has no activations for any target of the adapters"
         cure = "Run adapterkit.gating.calibrate on this base with these adapters"
         raise TargetNotFound(why, path=calibration.path, where=lacking[0] if lacking else None, cure=cure)
+    for fold in folds:
+        width, wanted = base.calibration.width(fold.target.path), math.prod(fold.logical[1:])
+        if width is not None and width != wanted:
+            why = f"the calibration has {width} inputs, and the weight has {wanted}"
+            cure = "Run adapterkit.gating.calibrate on this base with these adapters"
+            raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
     if not lacking:
         return ()
     names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")

@@ -51,6 +51,11 @@ class Calibration:
     tensors: Mapping[str, Lazy]
     shared: Mapping[str, str]
 
+    def width(self, path: str) -> int | None:
+        """Return how many inputs a target has; None if the file has none for it."""
+        found = self.tensors.get(self.shared.get(path, path))
+        return None if found is None else found.shape[1]
+
     def inputs(self, path: str) -> Array | None:
         """Return the inputs of a target, `[tokens, width]`, in float64; None if the file has none for it.
 

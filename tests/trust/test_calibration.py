@@ -16,7 +16,7 @@ from gated_models import deltas, lora, make, model_of, only
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.errors import Malformed, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.gating import calibrate
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.quant import dequantized
@@ -243,6 +243,9 @@ def test_what_does_not_fit_is_refused_by_name(world: tuple[Path, Path, ak.Adapte
     one = damaged(file, lambda tensors, record: record.update(shared={"x": next(iter(tensors))}))
     with pytest.raises(TargetNotFound, match="no activations for any target"):
         merged(one, name="b")
+    narrow = damaged(file, lambda tensors, _: tensors.update({n: each[:, :-1].copy() for n, each in tensors.items()}))
+    with pytest.raises(ShapeMismatch, match="31 inputs, and the weight has 32"):
+        merged(narrow, name="b")
     faults: list[tuple[Callable[[Arrays, dict[str, Any]], object], str]] = [
         (lambda _, record: record.update(version=2), "version 2"),
         (lambda _, record: record.pop("shared"), "cannot be read"),
