@@ -549,17 +549,18 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
         return ()
-    folds = [fold for output in plan.outputs() for fold in output.folds if not fold.bias]
+    rounded = (output for output in plan.outputs() if output.part is not None)
+    folds = [fold for output in rounded for fold in output.folds if not fold.bias]
     changed = {fold.target.path for fold in folds}
     if base.calibration is None:
         kinds = {path.rpartition(".")[2] for path in changed}
         return (WIDE,) if len(kinds) > FEW_KINDS else ()
     known, calibration = set(base.calibration.shared), base.calibration
     lacking = sorted(changed - known)
-    if len(lacking) == len(changed):
+    if changed and len(lacking) == len(changed):
         why = "the calibration has no activations for any target of the adapters"
         cure = "Run adapterkit.gating.calibrate on this base with these adapters"
-        raise TargetNotFound(why, path=calibration.path, where=lacking[0] if lacking else None, cure=cure)
+        raise TargetNotFound(why, path=calibration.path, where=lacking[0], cure=cure)
     for fold in folds:
         width, wanted = base.calibration.width(fold.target.path), math.prod(fold.logical[1:])
         if width is not None and width != wanted:
