@@ -151,7 +151,7 @@ def merge(
             memory.
         calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Numbers are rounded
             so that outputs on those inputs change least, and the adapters' change is weighted on top. It keeps far more
-            of adapters of many modules than `keep` alone; each weight is packed up to 96 times.
+            of adapters of many modules than `keep` alone; each weight is packed up to 200 times.
         seed: round stochastically; each draw depends on this number, the tensor and the element only.
         memory: the most bytes to hold beyond the imports; half of the free memory when not given.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
