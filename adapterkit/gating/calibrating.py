@@ -1,7 +1,7 @@
-"""Calibration: the inputs that real text gives to each target, to round a quantized merge by.
+"""Calibration: record the activations that texts give to each target, for rounding a quantized merge.
 
-The base runs once over the texts, with the adapters attached, because the merged model will see what they change.
-Memory: the model, and 4 bytes for each token and input of each distinct tensor that targets read.
+The base runs once over the texts. The adapters are attached, because the merged model gets the activations that they
+change. Memory: the model, and 4 bytes for each token and input of each distinct tensor that targets read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter
 from ..errors import TargetNotFound, Unsupported, UsageError, places_errors
@@ -30,11 +30,13 @@ from .inputs import inputs_for, texts_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..io.lazy import Array
+
     Base = Checkpoint | str | PathLike[str]
     Source = Adapter | str | PathLike[str]
 
 TEXTS, LENGTH = 16, 64
-"""How many texts are read, and how many tokens of each, if not given."""
+"""Default number of texts, and largest number of tokens of each."""
 
 
 @places_errors
@@ -54,35 +56,37 @@ def calibrate(
     rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> Calibration:
-    """Run a base with its adapters over texts, and write the inputs of every target that is a linear layer to a file.
+    """Run a base with adapters over texts, and write the activations that enter each target to a file.
 
-    `adapterkit.merge(..., quantized="requantize", keep="adapter", calibration=out)` rounds by them. A file that was
-    made from the same inputs is kept.
+    Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
+    calibration=out)` rounds by this file. An existing file from the same base, adapters and texts is used again.
 
     Args:
-        base: a folder of transformers, quantized or not. For a GGUF model, the folder that it was converted from.
+        base: a folder of a transformers model, quantized or not. For a GGUF model, the folder that it was converted
+            from.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
         out: the `.safetensors` file to write.
-        data: `builtin`, or a file with one text a line, or of JSON Lines with a field `text`; best of the kind that
-            the adapter is for.
-        weights: with which weight each adapter is attached, as in the merge; 1 each if None.
-        texts: how many texts, chosen by `seed`.
-        length: how many tokens of each, at most.
-        seed: the seed of the choice of texts.
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`. Texts of the
+            adapter's own kind are best.
+        weights: the weight of each adapter, as in the merge; 1 each if None.
+        texts: the number of texts; they are chosen by `seed`.
+        length: the maximum number of tokens of each text.
+        seed: the seed for the choice of texts.
         device: `auto`, `cpu` or `cuda:N`.
-        overwrite: replace a calibration that was made from other inputs.
+        overwrite: replace an existing calibration from another base, other adapters or other texts.
         tied: as in `adapterkit.merge`.
         rename: as in `adapterkit.merge`.
         progress: a function that is called with (texts done, all texts).
 
     Returns:
-        The calibration, as the file holds it.
+        The calibration in the file.
 
     Raises:
-        UsageError: no adapter, `out` is no `.safetensors` path or exists and is something else, or there are no texts.
-        Unsupported: the model reads no text, or none of its targets is a linear layer.
-        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
-        Malformed: transformers cannot load the base.
+        UsageError: no adapter or no texts were given, or `out` does not end in `.safetensors` or is an existing
+            calibration from other inputs.
+        Unsupported: the model does not read text, or the base is a GGUF model.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or no target is a linear layer.
+        Malformed: transformers cannot load the base, or the existing file is not a calibration.
 
     Example:
         >>> adapterkit.gating.calibrate("base-nf4", "lora", "acts.safetensors", data="texts.txt")  # doctest: +SKIP
@@ -95,7 +99,9 @@ def calibrate(
 
     target = Path(fspath(out))
     if target.suffix != ".safetensors":
-        raise UsageError("the calibration is no .safetensors path", path=target, cure="Name it, e.g., acts.safetensors")
+        raise UsageError(
+            "the calibration file must end in .safetensors", path=target, cure="Name it acts.safetensors, for example"
+        )
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     factors = checked(given, weights, "float32", {"texts": (texts, 1), "length": (length, 2)})
     lines = texts_of(data)
@@ -119,12 +125,17 @@ def calibrate(
             return known
         if not overwrite:
             cure = "Add --overwrite (overwrite=True), or name another file"
-            raise UsageError("a calibration from other inputs is there", path=target, cure=cure)
+            raise UsageError(
+                "the file exists, and is a calibration from another base, other adapters or other texts",
+                path=target,
+                cure=cure,
+            )
     model = load(checkpoint, "float32", device_of(device))
     inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
     if not inputs.tokens:
-        why = "the model reads no text"
-        raise Unsupported(why, path=checkpoint.root, cure="Leave --calibration (calibration=) out")
+        raise Unsupported(
+            "the model does not read text", path=checkpoint.root, cure="Omit --calibration (calibration=)"
+        )
     adapted = Adapted(model, held, factors, tied=tied, rename=rename)
     stage("reading activations")
     with _recording(model) as recorder:
@@ -133,8 +144,8 @@ def calibrate(
             if progress is not None:
                 progress(at, len(inputs.feeds))
     if not recorder.rows:
-        why = "no target of the adapters is a linear layer that the texts reached"
-        raise TargetNotFound(why, path=checkpoint.root, cure="Leave --calibration (calibration=) out")
+        why = "no target of the adapters is a linear layer that ran on the texts"
+        raise TargetNotFound(why, path=checkpoint.root, cure="Omit --calibration (calibration=)")
     record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared}
     tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
     write(target, tensors, {KEY: json.dumps(record, sort_keys=True)})
@@ -146,23 +157,23 @@ def _digest(lines: Sequence[str] | None) -> str:
 
 
 class _Recorder:
-    """The inputs of the linear layers that targets are at.
+    """Records the inputs of linear layers.
 
     Attributes:
-        rows: the path of a target -> its inputs, one array for each call.
-        shared: the path of every target -> the path of the first that reads the same tensor.
+        rows: path of a target -> its inputs, one array for each call.
+        shared: path of each target -> path of the first target that reads the same tensor.
     """
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[Any]] = {}
+        self.rows: dict[str, list[Array]] = {}
         self.shared: dict[str, str] = {}
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, paths: Sequence[str], x: Tensor) -> None:
-        """Keep what one layer reads in one call."""
+        """Record what one layer reads in one call."""
         first = paths[0]
         known = self.shared.get(first)
-        # Layers that read the same tensor stand next to one another: its inputs are kept once.
+        # Layers that read the same tensor (queries, keys, values) are called one after another: store it once.
         same = self._last is not None and self._last[1] is x
         if known is None:
             known = self._last[0] if same and self._last is not None else first
@@ -171,8 +182,8 @@ class _Recorder:
             self.rows.setdefault(first, []).append(x.detach().reshape(-1, x.shape[-1]).float().cpu().numpy().copy())
         self._last = (known, x)
 
-    def joined(self, path: str) -> Any:
-        """Return all inputs of one target, `[tokens, width]`, and let go of its parts."""
+    def joined(self, path: str) -> Array:
+        """Return all inputs of one target, `[tokens, width]`, and release the recorded arrays."""
         import numpy as np
 
         return np.concatenate(self.rows.pop(path))

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""How much of what an adapter does survives a requantized merge, with --keep, and with a remainder beside it.
+"""Measures how much of an adapter's effect is left after a requantized merge, with --keep, and with a remainder.
 
     python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
         [--layers 0 3 ...] [--calibration OTHER_TEXT]
 
-With --calibration, one more model is rounded by activations: those of the exact merge into the unrounded base on the
+With --calibration, one more model is rounded by activations: those of the exact merge into the unrounded base, on the
 paragraphs of another text.
 
-The base stands for its weights rounded to a scheme. Compared with the exact merge into these, by the mean KL divergence
-of the next token over the paragraphs of a text: the base alone, the requantized merge, with rounding that keeps the
-adapter, and with the best LoRA of each rank of what rounding lost. Kept is 1 - KL / KL of the base alone. The weights
-that the adapter changes are rounded; all others are exact in every model.
+The base's weights are rounded to a quantization scheme. The reference is the exact merge into these rounded weights.
+The script compares it with the base alone, with the requantized merge, with rounding that keeps the adapter (--keep),
+and with the best LoRA of each rank for the rounding loss. The measure is the mean KL divergence of the next token over
+the paragraphs of a text. Kept is 1 - KL / KL of the base alone. Only the weights that the adapter changes are rounded;
+all others are exact in every model.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from adapterkit.merging.keeping import directions, kept  # noqa: E402
 from adapterkit.merging.sweeping import swept, weighting  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
-"""Tokens of a paragraph at most, and how many are read; of 300 characters or more."""
+"""Largest number of tokens of a paragraph, and the number of paragraphs; they have 300 characters or more."""
 
 READ, OF = 16, 64
-"""Paragraphs that a calibration reads, and tokens of each at most, as `adapterkit.gating.calibrate` does."""
+"""Number of paragraphs for calibration, and largest number of tokens of each, as in `adapterkit.gating.calibrate`."""
 
 KINDS = [*SCHEMES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def main() -> None:
-    """Measures and prints the rows of each scheme."""
+    """Measure and print the rows of each scheme."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("lora")
@@ -51,11 +52,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=[*SCHEMES, *BLOCKS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--modules", nargs="+", default=[""], help="the last words of the targets to merge")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the adapter's change")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the adapter's change")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a paragraph at most")
-    parser.add_argument("--layers", nargs="+", type=int, help="the numbers of the layers to merge; all if not given")
-    parser.add_argument("--calibration", type=Path, metavar="OTHER_TEXT")
+    parser.add_argument("--length", type=int, default=LENGTH, help="largest number of tokens of a paragraph")
+    parser.add_argument("--layers", nargs="+", type=int, help="numbers of the layers to merge; default: all")
+    parser.add_argument("--calibration", type=Path, metavar="OTHER_TEXT", help="text whose activations to round by")
     chosen = parser.parse_args()
     import torch
     import transformers
@@ -89,13 +90,13 @@ def main() -> None:
 
 
 def paragraphs(tokenizer: Any, text: Path, count: int, length: int) -> list[Any]:
-    """The tokens of the first long paragraphs of a text."""
+    """Return the tokens of the first long paragraphs of a text."""
     long = [part for part in text.read_text("utf-8").split("\n\n") if len(part) >= 300][:count]
     return [tokenizer(part, return_tensors="pt").input_ids[:, :length] for part in long]
 
 
 def read_inputs(modules: Mapping[str, Any], held: Mapping[str, Any], tokens: list[Any], model: Any) -> dict[str, Any]:
-    """The inputs of each module on some texts, `[tokens, width]`."""
+    """Return the inputs of each module on some texts, `[tokens, width]`."""
     import torch
 
     found: dict[str, list[Any]] = {path: [] for path in modules}
@@ -114,7 +115,7 @@ def read_inputs(modules: Mapping[str, Any], held: Mapping[str, Any], tokens: lis
 def rows_of(
     kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any], inputs: Mapping[str, Any]
 ) -> None:
-    """Prints the rows of one scheme."""
+    """Print the rows of one scheme."""
     packed = {path: PackedWeight(kind, W) for path, W in weights.items()}
     base = {path: each.rows for path, each in packed.items()}
     exact = {path: (W + changes[path]).astype("f4") for path, W in base.items()}
@@ -151,19 +152,19 @@ def rows_of(
 
 
 def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
-    """The numbers that `merge --keep adapter` packs."""
+    """Return the numbers that `merge --keep adapter` packs."""
     Vh = directions(np.asarray(change, np.float64), 0)[None]
     return kept(lambda M: packed.again(M[0])[None], W[None], Vh)[0]
 
 
 def calibrated(packed: PackedWeight, W: Any, change: Any, inputs: Any) -> Any:
-    """The numbers that `merge --keep adapter --calibration` packs."""
+    """Return the numbers that `merge --keep adapter --calibration` packs."""
     H = weighting(inputs.astype(np.float64), directions(np.asarray(change, np.float64), 0))
     return swept(packed.again, W, H)
 
 
 def best(lost: Any, rank: int) -> Any:
-    """The best matrix of a rank, by numpy: the eigenvectors of the smaller square are singular vectors."""
+    """Return the best matrix of a rank; its singular vectors are the eigenvectors of the smaller Gram matrix."""
     if lost.shape[0] > lost.shape[1]:
         return best(lost.T, rank).T
     U = np.linalg.eigh(lost @ lost.T)[1][:, -rank:]
