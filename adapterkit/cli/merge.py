@@ -165,6 +165,8 @@ def command(
         read, chosen, rename = _combined(base, read, method, weights, parameters, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set requires --method")
+    if calibration is not None and (keep is None or quantized not in (None, "requantize")):
+        raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     if only_plan:
         planned = plan(
             base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
@@ -183,7 +185,16 @@ def command(
     activations = None
     if calibration is not None:
         activations = _activations(
-            settings, calibration, keep, quantized, out, base, read, chosen, tied, rename, overwrite
+            settings,
+            calibration,
+            out,
+            base,
+            read,
+            weights=chosen,
+            device=device,
+            tied=tied,
+            rename=rename,
+            overwrite=overwrite,
         )
     with progress(settings, "merge") as meter:
         report = merge(
@@ -221,15 +232,12 @@ def _given_file(calibration: str | None) -> str | None:
 
 
 def _activations(
-    settings: _options.CliSettings, calibration: str, keep: str | None, quantized: str | None, out: str, base: str,
-    adapters: Sequence[Adapter | str], weights: Sequence[float] | None, tied: str | None, rename: tuple[str, ...],
-    overwrite: bool,
+    settings: _options.CliSettings, calibration: str, out: str, base: str, adapters: Sequence[Adapter | str], *,
+    weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> str:  # fmt: skip
     """Return the file of activations to round by; write it from texts if it is not given."""
     from ..io.locations import is_address
 
-    if keep is None or quantized not in (None, "requantize"):
-        raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     given = _given_file(calibration)
     if given is not None:
         return given
@@ -240,8 +248,8 @@ def _activations(
     there = f"{out.rstrip('/')}.calibration.safetensors"
     with progress(settings, "calibration", sizes=False) as meter:
         calibrate(
-            base, adapters, there, data=calibration, weights=weights, tied=tied, rename=rename, overwrite=overwrite,
-            progress=meter,
+            base, adapters, there, data=calibration, weights=weights, device=device.partition(",")[0], tied=tied,
+            rename=rename, overwrite=overwrite, progress=meter,
         )  # fmt: skip
     return there
 

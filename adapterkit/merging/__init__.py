@@ -149,9 +149,9 @@ def merge(
         keep: `adapter`, with `requantize`: shift merged numbers before they are rounded, so that those on the grid hold
             the adapters' change for the inputs that it reads. It takes about ten times as long, and whole weights in
             memory.
-        calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Numbers are rounded
-            so that outputs on those inputs change least, and the adapters' change is weighted on top. It keeps far more
-            of adapters of many modules than `keep` alone; each weight is packed up to 200 times.
+        calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Weights are rounded
+            so that the outputs for these activations change little; the inputs that the adapters read count more. For
+            adapters of many modules it keeps far more than `keep` alone. Each weight is packed up to 200 times.
         seed: round stochastically; each draw depends on this number, the tensor and the element only.
         memory: the most bytes to hold beyond the imports; half of the free memory when not given.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
@@ -263,7 +263,7 @@ def verify(
         seed: as in `merge`.
         sample: compare this many changed and this many unchanged tensors, drawn at random; all if not given.
         rename: as in `merge`.
-        calibration: the file of activations that the merge was rounded by, if any.
+        calibration: the file of activations of the merge, if it was rounded by one.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names; without
             this, the result warns.
 

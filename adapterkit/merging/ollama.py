@@ -1,6 +1,6 @@
-"""A Modelfile for Ollama, which refuses adapters: it names the merged model, and `ollama create NAME -f FILE` reads it.
+"""Write a Modelfile that names a merged model, for `ollama create NAME -f FILE`; Ollama refuses adapters.
 
-Ollama reads the chat template and the tokenizer from the GGUF file, so that the Modelfile needs no more than `FROM`:
+Ollama reads the chat template and the tokenizer from the GGUF file, so the Modelfile needs only `FROM`:
 https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def modelfile_path(out: str | PathLike[str]) -> Path:
-    """Return where the Modelfile of a merged model belongs: in a folder, or next to a GGUF file."""
+    """Return the path of the Modelfile of a merged model: in its folder, or next to its GGUF file."""
     path = Path(out)
     return path.with_name(f"{path.stem}.Modelfile") if path.suffix == ".gguf" else path / "Modelfile"
 
@@ -30,32 +30,32 @@ def write_modelfile(out: str | PathLike[str], *, overwrite: bool = False) -> Pat
 
     Args:
         out: the merged model: a GGUF file, or a folder of 16-bit weights with its config.
-        overwrite: replace a Modelfile that says something else.
+        overwrite: replace an existing Modelfile with other content.
 
     Raises:
-        Unsupported: Ollama cannot read the model: it is quantized in another scheme than GGUF's, one file of
-            safetensors, or a GGUF model in several files.
-        UsageError: the name ends in a space or has a line break, which a Modelfile cannot hold.
-        StorageError: another Modelfile is there, or the folder is not writable.
+        Unsupported: Ollama cannot read the model: it is a single safetensors file, a GGUF model in several files, or
+            quantized but not in GGUF.
+        UsageError: the name starts or ends with a space or has a line break, which a Modelfile cannot contain.
+        StorageError: another Modelfile exists, or the folder is not writable.
     """
     path = Path(out)
     merged = open_checkpoint(path)
     packed = all(is_gguf(file) for file in merged.files)
     if packed and (path.is_dir() or len(merged.files) != 1):
-        cure = "Merge into a GGUF model in one file; llama-gguf-split --merge makes one of several"
-        raise Unsupported("Ollama reads GGUF models of one file", path=path, cure=cure)
+        cure = "Join the files first with llama-gguf-split --merge"
+        raise Unsupported("Ollama reads only GGUF models in one file", path=path, cure=cure)
     if not packed and not path.is_dir():
-        cure = "Merge into a GGUF model, or into a folder with config.json and tokenizer"
+        cure = "Merge into a GGUF model, or into a folder with config.json and a tokenizer"
         raise Unsupported("Ollama reads GGUF files and folders, not single weight files", path=path, cure=cure)
     if not packed and is_quantized(merged):
-        cure = "Merge with --quantized dequantize (quantized='dequantize'), and let ollama create --quantize pack it"
-        raise Unsupported("Ollama reads no packed weights but GGUF's", path=path, cure=cure)
+        cure = "Merge with --quantized dequantize (quantized='dequantize'), then run ollama create --quantize"
+        raise Unsupported("Ollama reads no quantized weights except in GGUF", path=path, cure=cure)
     if path.name != path.name.strip() or "\n" in path.name or "\r" in path.name:
-        raise UsageError("a Modelfile cannot hold the name", path=path, cure="Give OUT another name")
-    # The path is relative to the Modelfile, so that both may be moved together.
+        raise UsageError("a Modelfile cannot contain this name", path=path, cure="Give OUT another name")
+    # The path is relative to the Modelfile, so both can be moved together.
     text = f"FROM ./{path.name}\n" if packed else "FROM .\n"
     there = modelfile_path(path)
     if there.exists() and there.read_bytes() != text.encode() and not overwrite:
-        raise StorageError("another Modelfile is there", path=there, cure="Add --overwrite (overwrite=True)")
+        raise StorageError("another Modelfile exists", path=there, cure="Add --overwrite (overwrite=True)")
     write_bytes(there, text.encode())
     return there

@@ -30,7 +30,7 @@ class MergeOptions:
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
         keep: `adapter`, if requantized weights are to hold the adapters' change where rounding loses it; see `merge`.
-        calibration: the file of activations to round by, with `keep`; see `merge`.
+        calibration: with `keep`, the file of activations to round by; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP

@@ -211,7 +211,7 @@ class Plan:
             self.tied,
             dict(self.config_changes),
             self.seed,
-            # How weights are quantized again shows in no header: a run that resumes must round like the one before.
+            # No header tells how weights are rounded: a resumed run must round like the one before.
             quantized_record(self.base),
         ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)

@@ -93,8 +93,8 @@ def as_merged(
     if keep is not None and keep not in KEPT:
         raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
-        cure = "Add --keep adapter (keep='adapter'), or leave --calibration (calibration=) out"
-        raise UsageError("a calibration is for rounding that keeps the adapter", where="calibration", cure=cure)
+        cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
+        raise UsageError("a calibration requires rounding that keeps the adapter", where="calibration", cure=cure)
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)
@@ -136,7 +136,7 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
     """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again.
 
     Raises:
-        UsageError: the merge was rounded by a calibration that is not given, or not by the given one.
+        UsageError: the merge was rounded by a calibration that is not given, or not by the given calibration.
     """
     told = merge_record(merged).get("quantized")
     used = _calibration_of(told, calibration, merged)
@@ -155,19 +155,19 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Return the calibration that a merge's record names, from the file that is given."""
+    """Return the given calibration, once it is the one that the merge's record names; None if it names none."""
     said = told.get("calibration") if isinstance(told, dict) else None
     if said is None and given is None:
         return None
     if said is None:
-        cure = "Leave --calibration (calibration=) out"
+        cure = "Omit --calibration (calibration=)"
         raise UsageError("the merge was not rounded by a calibration", path=merged.root, cure=cure)
     if given is None:
-        cure = "Give the file that the merge was given: --calibration FILE.safetensors (calibration=)"
+        cure = "Add the file of the merge: --calibration FILE.safetensors (calibration=)"
         raise UsageError("the merge was rounded by a calibration, and none is given", path=merged.root, cure=cure)
     found = read_calibration(given)
     if found.digest != said:
-        cure = f"Give the file with the sha256 {said} by --calibration (calibration=)"
+        cure = f"Name the file with the sha256 {said} at --calibration (calibration=)"
         raise UsageError("the merge was rounded by another calibration", path=found.path, cure=cure)
     return found
 

@@ -41,16 +41,16 @@ KEPT_BYTES = 64
 """Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
 
 FEW_KINDS = 2
-"""Kinds of module, such as `o_proj`, up to which a change is kept well without activations."""
+"""Largest number of module kinds, such as `o_proj`, for which `keep` works well without activations."""
 
 WIDE = (
-    "--keep adapter (keep='adapter') without activations may keep less of an adapter on many kinds of module than "
-    "rounding to the nearest: add --calibration builtin, or TEXTS (calibration=)"
+    "--keep adapter (keep='adapter') without activations may keep less than nearest rounding if an adapter changes "
+    "many kinds of module: add --calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
 )
-"""The warning for an adapter on more kinds of module."""
+"""Warning for adapters that change more than `FEW_KINDS` kinds of module."""
 
 SQUARE_BYTES = 48
-"""Bytes for each pair of inputs of a weight that is rounded by activations: six matrices in float64."""
+"""Bytes for each pair of inputs of a weight that is rounded by activations: six square matrices in float64."""
 
 NORMS = 4
 """Number of norms that measure quantizing: of its error, the merged weight, the change, and the remaining change."""
@@ -298,7 +298,7 @@ class Repacked:
         return lambda start, stop: flat[start:stop]
 
     def _swept(self, M: Array, inputs: Array, found: Array) -> Array:
-        """Return the matrix to pack so that outputs on a calibration's inputs lose least; see `sweeping`."""
+        """Return the matrix to pack so that outputs for the calibration's activations change little; see `sweeping`."""
         target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
 
         def trip(matrix: Array) -> Array:
@@ -311,7 +311,7 @@ class Repacked:
 
     @property
     def inputs(self) -> Array | None:
-        """The activations that a calibration holds for the weight, `[tokens, inputs]`; None if it holds none."""
+        """The activations of the calibration for this weight, `[tokens, inputs]`; None if it has none."""
         if self.base.calibration is None:
             return None
         found = (self.base.calibration.inputs(fold.target.path) for fold in self.folds)
@@ -540,11 +540,11 @@ def repacked(
 
 
 def uncalibrated(plan: Plan) -> tuple[str, ...]:
-    """Return a warning if rounding keeps a change without activations that it needs.
+    """Return a warning if `keep` needs activations that the calibration does not have.
 
     Raises:
-        TargetNotFound: the calibration has activations for no target.
-        ShapeMismatch: its activations are of another model.
+        TargetNotFound: the calibration has no activations for any target.
+        ShapeMismatch: the calibration is of another model.
     """
     base = plan.base
     if not isinstance(base, Dequantized) or base.keep is None:
@@ -564,14 +564,14 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
     for fold in folds:
         width, wanted = base.calibration.width(fold.target.path), math.prod(fold.logical[1:])
         if width is not None and width != wanted:
-            why = f"the calibration has {width} inputs, and the weight has {wanted}"
+            why = f"the calibration has {width} inputs, but the weight has {wanted}"
             cure = "Run adapterkit.gating.calibrate on this base with these adapters"
             raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
     if not lacking:
         return ()
     names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
     count = f"{len(lacking)} of {len(changed)} targets ({names})"
-    return (f"{calibration.path.name} has no activations for {count}: the adapters' directions alone round them",)
+    return (f"{calibration.path.name} has no activations for {count}; they are rounded as by --keep adapter alone",)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:

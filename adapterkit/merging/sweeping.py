@@ -1,13 +1,13 @@
-"""Rounding by activations: columns are rounded in turn, and those that follow make up for what rounding lost.
+"""Round by activations: round columns in turn, and let later columns compensate the rounding error.
 
-The error that matters is what a layer's output loses on real inputs X: tr((Q - W) H (Q - W)^T) with H = X^T X. GPTQ
-(Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns and moves the error, by the inverse of
-H, to the columns that are still open. Here each block is rounded by the scheme's own packing of the whole weight, so
-that the same holds for every scheme. Then each block is rounded once more for the errors that the others have by then,
-row by row where that helps: it mends what a sweep cannot foresee, that a scale changes under columns that are done.
+The error to minimize is that of a layer's outputs for activations X: tr((Q - W) H (Q - W)^T) with H = X^T X. GPTQ
+(Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error by the inverse of
+H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block, so the same code works
+for every scheme. A second pass rounds each block again for the errors that the other blocks have by then, and keeps the
+rows that improve. It corrects what one pass cannot foresee: a scale may change after some of its columns are rounded.
 
-The directions that the adapter reads are weighted on top of the activations: its change is small next to the weight,
-and what is lost of it shows in every output.
+H also weights the directions that the adapter reads: its change is small relative to the weight, and would otherwise be
+lost first.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 COLUMNS = 16
-"""Columns that are rounded at a time, at least."""
+"""Smallest number of columns that are rounded at a time."""
 
 BLOCKS = 96
-"""Blocks of columns of one weight, at most: the weight is packed twice for each."""
+"""Largest number of blocks of columns of a weight, which is packed twice for each block."""
 
 DAMPING = 0.01
-"""Part of the mean diagonal of H that is added to it: texts do not reach every direction."""
+"""Part of the mean of H's diagonal that is added to the diagonal, because texts do not reach every direction."""
 
 ADAPTER = 10.0
-"""Weight of the directions that the adapter reads, in units of the mean diagonal of H."""
+"""Weight of the directions that the adapter reads, in units of the mean of H's diagonal."""
 
 
 def weighting(inputs: Array, directions: Array) -> Array:
-    """Return H, `[width, width]`, float64: the mean square of inputs, damped, and the adapter's directions.
+    """Return H, `[width, width]`, float64: the mean of x x^T over inputs, damped, plus the adapter's directions.
 
     Args:
         inputs: activations, `[tokens, width]`, float64.
@@ -47,15 +47,15 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Return numbers to pack in place of the merged ones, so that outputs on real inputs lose less.
+    """Return numbers to pack instead of the merged ones, so that the outputs for the activations change less.
 
     Args:
-        trip: packs a weight, and returns the numbers that the packed one stands for, `[outputs, inputs]`.
+        trip: packs a weight and returns the dequantized numbers, `[outputs, inputs]`.
         merged: the merged weight, `[outputs, inputs]`, float32.
-        H: the weighting of `weighting`.
+        H: the result of `weighting`.
 
     Returns:
-        float32 of the shape of `merged`; the merged numbers themselves where nothing is better.
+        float32, with the shape of `merged`; the merged numbers themselves if nothing is better.
     """
     import numpy as np
 
@@ -67,10 +67,10 @@ def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
 
 
 def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) -> Array:
-    """Round blocks of columns in turn, and move the error of each to the columns that are still open."""
+    """Round blocks of columns in turn, and move the error of each block to the columns that are not rounded yet."""
     import numpy as np
 
-    # The columns with the largest inputs come first: the most columns are left to make up for their errors.
+    # Columns with the largest activations come first, because most columns are left to compensate their errors.
     order = np.argsort(-np.diag(H), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
     W = merged.astype(np.float64)
@@ -86,9 +86,9 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 
 
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
-    """Round each block once more, for the errors that all others have now; keep it in the rows where less is lost.
+    """Round each block again for the errors that the other blocks have now; keep the rows that improve.
 
-    The numbers that one scale serves are rounded anew whenever it changes, which a sweep cannot foresee.
+    When a scale changes, all numbers that it serves are rounded again, which the first pass cannot foresee.
     """
     import numpy as np
 
@@ -110,7 +110,7 @@ def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Arr
 
 
 def _lost(error: Array, H: Array) -> Array:
-    """Return the diagonal of E H E^T: what each output loses."""
+    """Return the diagonal of E H E^T: the error of each output."""
     import numpy as np
 
     wide = error.astype(np.float64)

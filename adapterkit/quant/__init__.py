@@ -54,7 +54,7 @@ class Dequantized(Checkpoint):
         stored: the base as it is stored.
         packs: True if merged weights will be quantized again.
         keep: what that rounding keeps beyond the nearest numbers: `adapter`, or None.
-        calibration: the activations that it is weighted by, or None.
+        calibration: the activations to round by, or None.
     """
 
     scheme: str = ""

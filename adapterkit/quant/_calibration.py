@@ -1,7 +1,7 @@
-"""Activations to round by: for each target, the inputs that real text gave it, in one safetensors file.
+"""Read calibration files: the activations that texts gave to each target, in one safetensors file.
 
-The file is written by `adapterkit.gating.calibrate`, which runs the model. Merging only reads it, one target at a time.
-Targets that read the same tensor, such as queries, keys and values, share one tensor of the file.
+`adapterkit.gating.calibrate` runs the model and writes the file. Merging only reads it, one target at a time. Targets
+that read the same tensor, such as queries, keys and values, share one tensor of the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 KEY = "adapterkit_calibration"
-"""The metadata key of a calibration file: JSON with the entries below."""
+"""Metadata key of a calibration file; its value is JSON with `version`, `shared` and `made_from`."""
 
 VERSION = 1
-"""Version of the form of a calibration file that this code reads and writes."""
+"""Version of the calibration file that this code reads and writes."""
 
-_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or pass texts: --calibration TEXTS"
+_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or name texts: --calibration TEXTS"
 
 _CHUNK = 1 << 22
 
@@ -41,8 +41,8 @@ class Calibration:
         path: the file.
         digest: the sha256 of the file.
         made_from: what the activations were computed from, as `adapterkit.gating.calibrate` recorded it.
-        tensors: the inputs, `[tokens, width]`, by the path of the first target that reads them.
-        shared: the path of every target -> the path in `tensors`.
+        tensors: path of the first target that reads an activation -> its values, `[tokens, width]`.
+        shared: path of each target -> path in `tensors`.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class Calibration:
     shared: Mapping[str, str]
 
     def width(self, path: str) -> int | None:
-        """Return how many inputs a target has; None if the file has none for it."""
+        """Return the number of inputs of a target; None if the file does not have it."""
         found = self.tensors.get(self.shared.get(path, path))
         return None if found is None else found.shape[1]
 
     def inputs(self, path: str) -> Array | None:
-        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file has none for it.
+        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have it.
 
         Raises:
             Malformed: an input is not a finite number.
@@ -77,21 +77,21 @@ def read_calibration(path: str | PathLike[str]) -> Calibration:
     """Open a calibration file.
 
     Raises:
-        Malformed: the file is not one, or was written by a later version.
+        Malformed: the file is not a calibration, or has another version.
         StorageError: the file cannot be read.
     """
     file = located(path)
     header = read_header(file)
     said = header.metadata.get(KEY)
     if said is None:
-        raise Malformed("the file holds no calibration", path=file, cure=_WRITE)
+        raise Malformed("the file is not a calibration", path=file, cure=_WRITE)
     try:
         record = json.loads(said)
         version, shared, made_from = record["version"], record["shared"], record["made_from"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Malformed(f"the calibration's record cannot be read ({error})", path=file, cure=_WRITE) from None
     if version != VERSION:
-        why = f"the calibration has version {version}, and this release reads version {VERSION}"
+        why = f"the calibration has version {version}, but this release reads version {VERSION}"
         raise Malformed(why, path=file, cure=_WRITE)
     tensors = handles(header)
     good = isinstance(shared, dict) and isinstance(made_from, dict) and tensors

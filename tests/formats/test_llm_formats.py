@@ -329,7 +329,7 @@ def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):
     assert json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["rank"] == 5
     stored = load_file(tmp_path / "mlx" / "adapters.safetensors")
     assert {path: stored[f"{path}.lora_a"].shape for path in paths} == dict.fromkeys(paths, (16, 5))
-    assert sum("widened" in line for line in wrote) == 2
+    assert sum("padded" in line for line in wrote) == 2
     same(deltas(ak.Adapter(updates)), deltas(ak.read(tmp_path / "mlx")), 1e-6)
 
 

@@ -83,7 +83,7 @@ def test_a_modelfile_in_a_folder_names_the_folder(lora: Path, tmp_path: Path) ->
 def test_what_ollama_cannot_read_is_refused(tmp_path: Path) -> None:
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": -1}
     packed = folder(tmp_path / "packed", quantization_config=quantization)
-    with pytest.raises(Unsupported, match="no packed weights"):
+    with pytest.raises(Unsupported, match="no quantized weights"):
         write_modelfile(packed)
     single = tmp_path / "one.safetensors"
     save_file({"w": W}, single)
@@ -94,7 +94,7 @@ def test_what_ollama_cannot_read_is_refused(tmp_path: Path) -> None:
     several[1].write_bytes(several[0].read_bytes().replace(b"blk.0", b"blk.1"))
     with pytest.raises(Unsupported, match="one file"):
         write_modelfile(several[0])
-    with pytest.raises(UsageError, match="cannot hold the name"):
+    with pytest.raises(UsageError, match="cannot contain this name"):
         write_modelfile(in_gguf(tmp_path / "two\nlines.gguf"))
     with pytest.raises(StorageError):
         write_modelfile(tmp_path / "absent.gguf")
