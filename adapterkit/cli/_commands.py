@@ -29,7 +29,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "Computation": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
-        "onto", "keep", "keep_change", "remainder",
+        "onto", "keep", "consumer", "keep_change", "remainder",
         "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
         "embeddings", "targets", "scope", "data", "texts",
         "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",

@@ -55,6 +55,8 @@ ONLY_FOLDERS = {
     "parameters": "--set requires --method; combine the adapters first with adapterkit combine",
     "checksums": "Omit it: checksums are not recorded for graphs", "tokenizer": "Copy the tokenizer next to the graph",
     "verified": "Omit it: the result is run and compared anyway, unless --no-check is given",
+    "consumer": "Ollama does not run graphs: merge into a GGUF model",
+    "calibration": "Graphs are rounded to the nearest value: merge into the folder of weights, then export the result",
     "keep": "Graphs are rounded to the nearest value: merge into the folder of weights, then export the result",
     "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
     "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",

@@ -65,9 +65,19 @@ if TYPE_CHECKING:
     "adapter's change.",
 )  # fmt: skip
 @click.option(
+    "--calibration", metavar="TEXTS",
+    help="With --keep: round by the activations that texts give to each layer. TEXTS is builtin, a file with one text "
+    "per line or of JSON Lines, or a .safetensors file of activations. They are written to "
+    "OUT.calibration.safetensors.",
+)  # fmt: skip
+@click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With --quantized requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to load "
     "together with OUT.",
+)  # fmt: skip
+@click.option(
+    "--for", "consumer", type=click.Choice(["ollama"]),
+    help="Write a Modelfile for ollama create next to OUT, because Ollama refuses adapters.",
 )  # fmt: skip
 @click.option("--onto", metavar="DIR", help="Original 16-bit weights of a quantized base.")
 @click.option("--seed", type=int, help="Round stochastically with this random seed, instead of to the nearest value.")
@@ -118,7 +128,7 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
-    strict_licence: bool, keep: str | None,
+    strict_licence: bool, keep: str | None, calibration: str | None, consumer: str | None,
 ) -> None:  # fmt: skip
     """Run `adapterkit.merge` or `adapterkit.merging.plan`, or their counterparts for graphs."""
     read_from: Recipe | None = None
@@ -143,7 +153,9 @@ def command(
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
+    from ..io.locations import is_address
     from ..merging import merge, plan
+    from ..merging.ollama import write_modelfile
 
     settings: _options.CliSettings = ctx.obj
     chosen = list(weights) or None
@@ -153,12 +165,14 @@ def command(
         read, chosen, rename = _combined(base, read, method, weights, parameters, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set requires --method")
+    if calibration is not None and (keep is None or quantized not in (None, "requantize")):
+        raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     if only_plan:
         planned = plan(
             base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
             tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
-            keep=keep,
+            keep=keep, calibration=_given_file(calibration),
         )  # fmt: skip
         show(settings, planned.record(digests=False), _plan_view)
         return
@@ -166,30 +180,78 @@ def command(
         raise click.UsageError("Missing option '-o' / '--out'")
     if remainder is not None:
         _check_remainder(out, quantized, keep)
+    if consumer is not None and is_address(out):
+        raise click.UsageError("--for ollama requires a path as OUT: merge into a file or a folder")
+    activations = None
+    if calibration is not None:
+        activations = _activations(
+            settings,
+            calibration,
+            out,
+            base,
+            read,
+            weights=chosen,
+            device=device,
+            tied=tied,
+            rename=rename,
+            overwrite=overwrite,
+        )
     with progress(settings, "merge") as meter:
         report = merge(
             base, read, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
-            rename=rename, vocab=vocab, keep=keep,
+            rename=rename, vocab=vocab, keep=keep, calibration=activations,
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
         record["warnings"] = [*record["warnings"], *_tokenizers_of(adapters)]
     if read_from is not None:
         record["warnings"] = [*record["warnings"], *read_from.notes]
+    if consumer is not None:
+        record["modelfile"] = str(write_modelfile(out, overwrite=overwrite))
+    if activations is not None:
+        record["calibration"] = activations
     if remainder is not None:
         record["remainder"] = _remainder(
             settings, out, base, read, remainder, weights=chosen, allow_partial=allow_partial, rename=rename
         )
     if verified:
         record["verification"] = record_of(
-            settings, out, onto or base, read, chosen, allow_partial, seed, rename=rename
+            settings, out, onto or base, read, chosen, allow_partial, seed, rename=rename, calibration=activations
         )
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
+
+
+def _given_file(calibration: str | None) -> str | None:
+    """Return the file of activations that --calibration names; None if it names texts."""
+    return calibration if calibration is not None and calibration.endswith(".safetensors") else None
+
+
+def _activations(
+    settings: _options.CliSettings, calibration: str, out: str, base: str, adapters: Sequence[Adapter | str], *,
+    weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
+) -> str:  # fmt: skip
+    """Return the file of activations to round by; write it from texts if it is not given."""
+    from ..io.locations import is_address
+
+    given = _given_file(calibration)
+    if given is not None:
+        return given
+    if is_address(out):
+        raise click.UsageError("--calibration TEXTS requires a path as OUT: merge into a folder, then push it")
+    from ..gating import calibrate
+
+    there = f"{out.rstrip('/')}.calibration.safetensors"
+    with progress(settings, "calibration", sizes=False) as meter:
+        calibrate(
+            base, adapters, there, data=calibration, weights=weights, device=device.partition(",")[0], tied=tied,
+            rename=rename, overwrite=overwrite, progress=meter,
+        )  # fmt: skip
+    return there
 
 
 def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
@@ -283,6 +345,10 @@ def _report_view(record: Mapping[str, object]) -> View:
     yield from _names(record)
     yield from _extremes(part(record, "norms"))
     yield from _quantized(record)
+    if "modelfile" in record:
+        yield f"{record['modelfile']}: run ollama create NAME -f {record['modelfile']}"
+    if "calibration" in record:
+        yield f"{record['calibration']}: the activations for rounding; adapterkit verify requires them (--calibration)"
     if "remainder" in record:
         yield _remainder_line(part(record, "remainder"))
     if (resumed := texts(record, "resumed")) and not record.get("already_done"):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     "--sample", type=click.IntRange(1), metavar="N",
     help="Check only N of the tensors that adapters change, and N of the others.",
 )  # fmt: skip
+@click.option("--calibration", metavar="FILE", help="The file of activations of the merge, if it was rounded by one.")
 @_options.strict_base
 @click.option("--signature", metavar="FILE", help="Signature to check, written by adapterkit sign or model_signing.")
 @click.option("--key", metavar="PUB.pem", help="Public key of the signer.")
@@ -56,7 +57,7 @@ def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
     weights: tuple[float, ...], allow_partial: bool, rename: tuple[str, ...], seed: int | None, sample: int | None,
     compat: str | None, strict_base: bool, signature: str | None, key: str | None, trust: tuple[str, ...],
-    identity: str | None, issuer: str | None,
+    identity: str | None, issuer: str | None, calibration: str | None,
 ) -> None:  # fmt: skip
     """Run `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
     if more and len(adapters) > 1:
@@ -72,7 +73,9 @@ def command(
     if adapters or signature is None:
         chosen = list(weights) or None
         held = _options.in_reading((*adapters, *more), compat, base)
-        record |= record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, rename, strict_base)
+        record |= record_of(
+            settings, merged, base, held, chosen, allow_partial, seed, sample, rename, strict_base, calibration
+        )
     warn(record.get("warnings", ()))
     show(settings, record, verdict)
     if not record["ok"]:
@@ -98,14 +101,15 @@ def record_of(
     settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Adapter | str],
     weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
-    strict_base: bool = False,
+    strict_base: bool = False, calibration: str | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """Verify with a progress meter and return the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
         options = {
-            "allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename, "strict_base": strict_base
+            "allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename,
+            "strict_base": strict_base, "calibration": calibration,
         }  # fmt: skip
         verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())

@@ -6,7 +6,8 @@ random changes of the same size, and the merged model or graph.
 
 from __future__ import annotations
 
+from .calibrating import calibrate
 from .result import AdapterEffect, Gate, GateCheck, KeptEffect, ModulePart, Thresholds
 from .runner import gate
 
-__all__ = ["AdapterEffect", "Gate", "GateCheck", "KeptEffect", "ModulePart", "Thresholds", "gate"]
+__all__ = ["AdapterEffect", "Gate", "GateCheck", "KeptEffect", "ModulePart", "Thresholds", "calibrate", "gate"]

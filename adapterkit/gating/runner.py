@@ -129,7 +129,7 @@ def gate(
     started = time.perf_counter()
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     counts = {"texts": (texts, 1), "length": (length, 2), "new_tokens": (new_tokens, 0)}
-    factors = _checked(given, weights, dtype, counts)
+    factors = checked(given, weights, dtype, counts)
     limits = Thresholds(
         min_effect, min_kept, max_scale_error, max_part_error, min_agreement, max_perplexity, min_over_null
     )
@@ -169,9 +169,10 @@ def gate(
     )  # fmt: skip
 
 
-def _checked(
+def checked(
     given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
+    """Return the weights of the adapters, once the arguments are checked; `counts`: name -> value and least value."""
     if not given:
         raise UsageError("no adapter was given", cure="Name at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)

@@ -58,6 +58,7 @@ def plan(
     strict_licence: bool = False,
     vocab: str | None = None,
     keep: str | None = None,
+    calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Plan:
     """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
@@ -69,15 +70,17 @@ def plan(
     """
     from .planning import make_plan
     from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
+    from .requantize import uncalibrated
 
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
-        link=link, rename=rename, vocab=vocab, keep=keep,
+        link=link, rename=rename, vocab=vocab, keep=keep, calibration=calibration,
     )  # fmt: skip
-    checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype, chosen.keep)
+    checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype, chosen.keep, chosen.calibration)
     named = _named(adapters, weights, checkpoint)
     planned = make_plan(checkpoint, named, chosen)
-    planned = replace(planned, warnings=(*unneeded(checkpoint, quantized), *planned.warnings))
+    warnings = (*unneeded(checkpoint, quantized), *uncalibrated(planned), *planned.warnings)
+    planned = replace(planned, warnings=warnings)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base, strict_licence)
 
 
@@ -110,6 +113,7 @@ def merge(
     strict_licence: bool = False,
     vocab: str | None = None,
     keep: str | None = None,
+    calibration: str | PathLike[str] | None = None,
     options: MergeOptions | None = None,
 ) -> Report:
     """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
@@ -145,6 +149,9 @@ def merge(
         keep: `adapter`, with `requantize`: shift merged numbers before they are rounded, so that those on the grid hold
             the adapters' change for the inputs that it reads. It takes about ten times as long, and whole weights in
             memory.
+        calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Weights are rounded
+            so that the outputs for these activations change little; the inputs that the adapters read count more. For
+            adapters of many modules it keeps far more than `keep` alone. Each weight is packed up to 200 times.
         seed: round stochastically; each draw depends on this number, the tensor and the element only.
         memory: the most bytes to hold beyond the imports; half of the free memory when not given.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
@@ -185,12 +192,12 @@ def merge(
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
                 checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
-                rename=rename, vocab=vocab, keep=keep, options=options,
+                rename=rename, vocab=vocab, keep=keep, calibration=calibration, options=options,
             )  # fmt: skip
         return replace(report, out=str(out), already=bool(same))
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
-        link=link, checksums=checksums, rename=rename, vocab=vocab, keep=keep,
+        link=link, checksums=checksums, rename=rename, vocab=vocab, keep=keep, calibration=calibration,
     )  # fmt: skip
     _check_engine(engine, address, stream)
     target = Path(path_text(out))
@@ -199,8 +206,9 @@ def merge(
         from .planning import make_plan
         from .quantized import Original, as_merged, unneeded  # pyright: ignore[reportAssignmentType] - as in `plan`
         from .report import local, run_plan
+        from .requantize import uncalibrated
 
-        read = as_merged(checkpoint, quantized, onto, chosen.dtype, chosen.keep)
+        read = as_merged(checkpoint, quantized, onto, chosen.dtype, chosen.keep, chosen.calibration)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint, shapes_digest
@@ -209,7 +217,7 @@ def merge(
         stored = read if isinstance(read, Original) else checkpoint
         taken = None if stream else fingerprint(stored)
         planned = make_plan(read, named, chosen)
-        warnings = (*unneeded(checkpoint, quantized), *planned.warnings)
+        warnings = (*unneeded(checkpoint, quantized), *uncalibrated(planned), *planned.warnings)
         planned = replace(planned, shapes=shapes_digest(stored), warnings=warnings)
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base, strict_licence)
         if engine == "ray":
@@ -239,6 +247,7 @@ def verify(
     sample: int | None = None,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
+    calibration: str | PathLike[str] | None = None,
 ) -> Verification:
     """Recompute a merge and compare every element with the files on disk; writes nothing.
 
@@ -254,6 +263,7 @@ def verify(
         seed: as in `merge`.
         sample: compare this many changed and this many unchanged tensors, drawn at random; all if not given.
         rename: as in `merge`.
+        calibration: the file of activations of the merge, if it was rounded by one.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names; without
             this, the result warns.
 
@@ -277,7 +287,7 @@ def verify(
     from .verification import compare, compare_bases
 
     found, given = opened(merged), opened(base)
-    checkpoint = as_read(given, found)
+    checkpoint = as_read(given, found, calibration)
     named = _named(adapters, weights, checkpoint)
     warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
     differing = compare_bases(found, given, named)

@@ -55,7 +55,9 @@ class ClusterRecipe:
         from .quantized import as_merged
 
         chosen = self.options
-        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, chosen.dtype, chosen.keep)
+        checkpoint = as_merged(
+            open_checkpoint(self.base), self.quantized, self.onto, chosen.dtype, chosen.keep, chosen.calibration
+        )
         paths = [path for path in self.adapters if path is not None]
         named = [
             (name, read(path, base=checkpoint), weight)
@@ -77,6 +79,8 @@ def recipe_of(
 
     paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
     beside = None if onto is None else str(opened(onto).root.resolve())
+    if options.calibration is not None:
+        options = replace(options, calibration=str(Path(options.calibration).resolve()))
     return ClusterRecipe(str(base.root.resolve()), quantized, beside, paths, options, device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class MergeOptions:
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
         keep: `adapter`, if requantized weights are to hold the adapters' change where rounding loses it; see `merge`.
+        calibration: with `keep`, the file of activations to round by; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -47,6 +49,7 @@ class MergeOptions:
     rename: str | Sequence[str] = ()
     vocab: str | None = None
     keep: str | None = None
+    calibration: str | PathLike[str] | None = None
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:

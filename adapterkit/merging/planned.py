@@ -211,6 +211,8 @@ class Plan:
             self.tied,
             dict(self.config_changes),
             self.seed,
+            # No header tells how weights are rounded: a resumed run must round like the one before.
+            quantized_record(self.base),
         ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

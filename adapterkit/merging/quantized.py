@@ -11,6 +11,7 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
 from ..naming.binding.bases import merge_record
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
+from ..quant._calibration import Calibration, read_calibration
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
@@ -63,7 +64,7 @@ KEPT = ("adapter",)
 
 def as_merged(
     base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None,
-    keep: str | None = None,
+    keep: str | None = None, calibration: str | PathLike[str] | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Return the base as the merge reads it: as it is, dequantized, or the 16-bit weights that it was made from.
 
@@ -73,11 +74,13 @@ def as_merged(
         onto: the 16-bit weights, for `original`.
         dtype: the type of the output's matrices, if base and output are GGUF files.
         keep: what rounding is to keep, one of `KEPT`.
+        calibration: the file of activations to round by.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights in `onto` do not match the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
-        UsageError: an unknown choice, `onto` without `original`, or `keep` without `requantize`.
+        UsageError: an unknown choice, `onto` without `original`, `keep` without `requantize`, or
+            `calibration` without `keep`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
@@ -89,6 +92,9 @@ def as_merged(
         )
     if keep is not None and keep not in KEPT:
         raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
+    if calibration is not None and keep is None:
+        cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
+        raise UsageError("a calibration requires rounding that keeps the adapter", where="calibration", cure=cure)
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)
@@ -104,7 +110,7 @@ def as_merged(
     seen = dequantized(base, packs=quantized == "requantize")
     if keep is not None and not seen.packs:
         raise _nothing_rounds(base)
-    seen = replace(seen, keep=keep)
+    seen = replace(seen, keep=keep, calibration=None if calibration is None else read_calibration(calibration))
     if dtype is not None and seen.packs and seen.scheme == "gguf":
         from ..quant.gguf import retyped
 
@@ -126,21 +132,44 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
     return UsageError("keep is for weights that are quantized again, and these are not", path=base.root, cure=cure)
 
 
-def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
-    """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again."""
+def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:
+    """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again.
+
+    Raises:
+        UsageError: the merge was rounded by a calibration that is not given, or not by the given calibration.
+    """
+    told = merge_record(merged).get("quantized")
+    used = _calibration_of(told, calibration, merged)
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
-    told = merge_record(merged).get("quantized")
     keep = told.get("keep") if isinstance(told, dict) else None
     keep = keep if keep in KEPT else None
     if seen.scheme == "gguf" and is_quantized(merged):
         from ..quant.gguf import like
 
-        return replace(like(dequantized(base, packs=True), merged), keep=keep)
+        return replace(like(dequantized(base, packs=True), merged), keep=keep, calibration=used)
     packed = {member for weight in seen.packed.values() for member in weight.members} - set(seen.tensors)
     again = packed & set(merged.tensors) or is_quantized(merged)
-    return replace(dequantized(base, packs=True), keep=keep) if again else seen
+    return replace(dequantized(base, packs=True), keep=keep, calibration=used) if again else seen
+
+
+def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
+    """Return the given calibration, once it is the one that the merge's record names; None if it names none."""
+    said = told.get("calibration") if isinstance(told, dict) else None
+    if said is None and given is None:
+        return None
+    if said is None:
+        cure = "Omit --calibration (calibration=)"
+        raise UsageError("the merge was not rounded by a calibration", path=merged.root, cure=cure)
+    if given is None:
+        cure = "Add the file of the merge: --calibration FILE.safetensors (calibration=)"
+        raise UsageError("the merge was rounded by a calibration, and none is given", path=merged.root, cure=cure)
+    found = read_calibration(given)
+    if found.digest != said:
+        cure = f"Name the file with the sha256 {said} at --calibration (calibration=)"
+        raise UsageError("the merge was rounded by another calibration", path=found.path, cure=cure)
+    return found
 
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
@@ -183,7 +212,11 @@ def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
         choice, weights = "requantize" if base.packs else "dequantize", len(base.packed)
     else:
         return None
-    keep = {"keep": base.keep} if isinstance(base, Dequantized) and base.keep is not None else {}
+    keep: dict[str, JsonValue] = {}
+    if isinstance(base, Dequantized) and base.keep is not None:
+        keep["keep"] = base.keep
+        if base.calibration is not None:
+            keep["calibration"] = base.calibration.digest
     return {"choice": choice, "scheme": base.scheme, "weights": weights, **keep, "why": WHY[choice]}
 
 

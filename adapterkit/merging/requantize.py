@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Target
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, Lazy
 from ..native import KINDS, loops
 from ..ops.at_base import view_of
@@ -22,8 +22,9 @@ from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
 from .keeping import directions, kept
-from .planned import BLOCK_ELEMENTS, STEPS, Output
+from .planned import BLOCK_ELEMENTS, STEPS, Output, Plan
 from .planned_update import factor_bytes
+from .sweeping import swept, weighting
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
@@ -38,6 +39,18 @@ RUN = 1 << 22
 
 KEPT_BYTES = 64
 """Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
+
+FEW_KINDS = 2
+"""Largest number of module kinds, such as `o_proj`, for which `keep` works well without activations."""
+
+WIDE = (
+    "--keep adapter (keep='adapter') without activations may keep less than nearest rounding if an adapter changes "
+    "many kinds of module: add --calibration builtin, or the file of adapterkit.gating.calibrate (calibration=)"
+)
+"""Warning for adapters that change more than `FEW_KINDS` kinds of module."""
+
+SQUARE_BYTES = 48
+"""Bytes for each pair of inputs of a weight that is rounded by activations: six square matrices in float64."""
 
 NORMS = 4
 """Number of norms that measure quantizing: of its error, the merged weight, the change, and the remaining change."""
@@ -228,7 +241,8 @@ class Repacked:
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
-            return 3 * stored + KEPT_BYTES * count + factor_bytes(self.folds)
+            square = 0 if self.base.calibration is None else SQUARE_BYTES * self.packed.shape[-1] ** 2
+            return 3 * stored + KEPT_BYTES * count + square + factor_bytes(self.folds)
         return 3 * stored + 4 * min(count, HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
@@ -267,6 +281,10 @@ class Repacked:
             directions(m.astype(np.float64) - w, seed_of(f"{target}:{e}"))
             for e, (m, w) in enumerate(zip(M, W, strict=True))
         ]
+        inputs = self.inputs
+        if inputs is not None and len(M) == 1 and inputs.shape[1] == M.shape[2]:
+            flat = self._rows(self._swept(M[0], inputs, found[0])[None], target)
+            return lambda start, stop: flat[start:stop]
         most = max(len(each) for each in found)
         if not most:
             return merged.rows
@@ -278,6 +296,26 @@ class Repacked:
 
         flat = self._rows(kept(trip, M, Vh), target)
         return lambda start, stop: flat[start:stop]
+
+    def _swept(self, M: Array, inputs: Array, found: Array) -> Array:
+        """Return the matrix to pack so that outputs for the calibration's activations change little; see `sweeping`."""
+        target, count = self.folds[0].target, math.prod(self.packed.shape[:-1])
+
+        def trip(matrix: Array) -> Array:
+            flat = self._rows(matrix[None], target)
+            again = self._packed(lambda start, stop: flat[start:stop])[1].rows(0, count)
+            whole: Array = self._matrices(again, target)[0]
+            return whole
+
+        return swept(trip, M, weighting(inputs, found))
+
+    @property
+    def inputs(self) -> Array | None:
+        """The activations of the calibration for this weight, `[tokens, inputs]`; None if it has none."""
+        if self.base.calibration is None:
+            return None
+        found = (self.base.calibration.inputs(fold.target.path) for fold in self.folds)
+        return next((each for each in found if each is not None), None)
 
     def _matrices(self, rows: Array, target: Target) -> Array:
         """Return rows of the weight as `[experts, outputs, inputs]`, float32; one expert if they are not stacked."""
@@ -499,6 +537,41 @@ def repacked(
             parts[member] = stack
     members = frozenset(member for weight in base.packed.values() for member in weight.members)
     return tensors, moved, parts, members
+
+
+def uncalibrated(plan: Plan) -> tuple[str, ...]:
+    """Return a warning if `keep` needs activations that the calibration does not have.
+
+    Raises:
+        TargetNotFound: the calibration has no activations for any target.
+        ShapeMismatch: the calibration is of another model.
+    """
+    base = plan.base
+    if not isinstance(base, Dequantized) or base.keep is None:
+        return ()
+    rounded = (output for output in plan.outputs() if output.part is not None)
+    folds = [fold for output in rounded for fold in output.folds if not fold.bias]
+    changed = {fold.target.path for fold in folds}
+    if base.calibration is None:
+        kinds = {path.rpartition(".")[2] for path in changed}
+        return (WIDE,) if len(kinds) > FEW_KINDS else ()
+    known, calibration = set(base.calibration.shared), base.calibration
+    lacking = sorted(changed - known)
+    if changed and len(lacking) == len(changed):
+        why = "the calibration has no activations for any target of the adapters"
+        cure = "Run adapterkit.gating.calibrate on this base with these adapters"
+        raise TargetNotFound(why, path=calibration.path, where=lacking[0], cure=cure)
+    for fold in folds:
+        width, wanted = base.calibration.width(fold.target.path), math.prod(fold.logical[1:])
+        if width is not None and width != wanted:
+            why = f"the calibration has {width} inputs, but the weight has {wanted}"
+            cure = "Run adapterkit.gating.calibrate on this base with these adapters"
+            raise ShapeMismatch(why, path=calibration.path, where=fold.target.path, cure=cure)
+    if not lacking:
+        return ()
+    names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    count = f"{len(lacking)} of {len(changed)} targets ({names})"
+    return (f"{calibration.path.name} has no activations for {count}; they are rounded as by --keep adapter alone",)
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:

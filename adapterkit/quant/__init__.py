@@ -18,6 +18,7 @@ from ._scheme import QUANTIZATION, Packed, Scheme, said_quantization
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
     from ..io.strict_json import JsonValue
+    from ._calibration import Calibration
 
 __all__ = [
     "SCHEMES",
@@ -53,6 +54,7 @@ class Dequantized(Checkpoint):
         stored: the base as it is stored.
         packs: True if merged weights will be quantized again.
         keep: what that rounding keeps beyond the nearest numbers: `adapter`, or None.
+        calibration: the activations to round by, or None.
     """
 
     scheme: str = ""
@@ -60,6 +62,7 @@ class Dequantized(Checkpoint):
     stored: Checkpoint = None  # type: ignore[assignment]
     packs: bool = False
     keep: str | None = None
+    calibration: Calibration | None = None
 
     @property
     def written(self) -> dict[str, Lazy]:

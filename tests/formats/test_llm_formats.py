@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
+from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.core.adapter import Target
@@ -319,6 +320,17 @@ def test_dora_goes_there_and_back_with_its_magnitude(name, tmp_path):
     path = place(tmp_path, name)
     ak.write(ak.Adapter(found), path, name, BASE)
     assert ak.read(path, base=BASE).digest() == ak.Adapter(found).digest()
+
+
+def test_mlx_gets_the_one_rank_that_its_layers_are_built_with(tmp_path):
+    paths = [f"model.layers.{at}.self_attn.q_proj" for at in range(3)]
+    updates = {Target(path): (lora(16, 16, rank=rank, seed=rank),) for path, rank in zip(paths, (2, 5, 3), strict=True)}
+    wrote = ak.write(ak.Adapter(updates), tmp_path / "mlx", "mlx")
+    assert json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]["rank"] == 5
+    stored = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert {path: stored[f"{path}.lora_a"].shape for path in paths} == dict.fromkeys(paths, (16, 5))
+    assert sum("padded" in line for line in wrote) == 2
+    same(deltas(ak.Adapter(updates)), deltas(ak.read(tmp_path / "mlx")), 1e-6)
 
 
 def test_mlx_holds_whole_parameters_and_slices_of_fused_ones(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import run
 from quantized_vectors import CASES, VECTORS, adapter_for, name, stored
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import UsageError
@@ -92,3 +92,34 @@ def test_what_rounds_nothing_has_nothing_to_keep(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="quantized again"):
         ak.merge(tmp_path / "plain.safetensors", adapter, tmp_path / "out.safetensors", keep="adapter")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_merge_is_not_resumed_with_another_rounding(tmp_path: Path) -> None:
+    """Two files: the first is finished with one rounding, then the merge is run again with the other."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((FOUR / "config.json").read_bytes())
+    adapters, tensors = {}, {}
+    adapter, _, _ = adapter_for(FOUR, SMALL)
+    ((target, updates),) = adapter.updates.items()
+    held = load_file(FOUR / "model.safetensors")
+    for at in range(2):
+        path = f"layers.{at}.{target.path}"
+        adapters[ak.Target(path)] = updates
+        parts = {f"layers.{at}.{name}": each for name, each in held.items()}
+        save_file(parts, base / f"model-{at}.safetensors")
+        tensors |= dict.fromkeys(parts, f"model-{at}.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": tensors}))
+    both = ak.Adapter(adapters)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ak.merge(base, both, tmp_path / "out", quantized="requantize", keep="adapter", progress=stop)
+    again = ak.merge(base, both, tmp_path / "out", quantized="requantize")
+    assert not again.resumed
+    ak.merge(base, both, tmp_path / "fresh", quantized="requantize")
+    for file in set(tensors.values()):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()

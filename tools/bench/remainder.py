@@ -2,6 +2,10 @@
 """Measures how much of an adapter's effect is left after a requantized merge, with --keep, and with a remainder.
 
     python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
+        [--layers 0 3 ...] [--calibration OTHER_TEXT]
+
+With --calibration, one more model is rounded by activations: those of the exact merge into the unrounded base, on the
+paragraphs of another text.
 
 The base's weights are rounded to a quantization scheme. The reference is the exact merge into these rounded weights.
 The script compares it with the base alone, with the requantized merge, with rounding that keeps the adapter (--keep),
@@ -28,9 +32,13 @@ from packings import SCHEMES, PackedWeight  # noqa: E402
 import adapterkit as ak  # noqa: E402
 from adapterkit.io.ggml_blocks import BLOCKS  # noqa: E402
 from adapterkit.merging.keeping import directions, kept  # noqa: E402
+from adapterkit.merging.sweeping import swept, weighting  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
 """Largest number of tokens of a paragraph, and the number of paragraphs; they have 300 characters or more."""
+
+READ, OF = 16, 64
+"""Number of paragraphs for calibration, and largest number of tokens of each, as in `adapterkit.gating.calibrate`."""
 
 KINDS = [*SCHEMES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -47,16 +55,19 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the adapter's change")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
     parser.add_argument("--length", type=int, default=LENGTH, help="largest number of tokens of a paragraph")
+    parser.add_argument("--layers", nargs="+", type=int, help="numbers of the layers to merge; default: all")
+    parser.add_argument("--calibration", type=Path, metavar="OTHER_TEXT", help="text whose activations to round by")
     chosen = parser.parse_args()
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(chosen.base, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.base)
-    long = [part for part in chosen.text.read_text("utf-8").split("\n\n") if len(part) >= 300][: chosen.paragraphs]
-    tokens = [tokenizer(part, return_tensors="pt").input_ids[:, : chosen.length] for part in long]
+    tokens = paragraphs(tokenizer, chosen.text, chosen.paragraphs, chosen.length)
     adapter = ak.read(chosen.lora)
     paths = [target.path for target in adapter.updates if target.path.endswith(tuple(chosen.modules))]
+    if chosen.layers is not None:
+        paths = [path for path in paths if set(path.split(".")) & set(map(str, chosen.layers))]
     modules = {path: model.get_submodule(path) for path in paths}
     weights = {path: module.weight.detach().numpy().copy() for path, module in modules.items()}
     changes = {path: chosen.scale * np.asarray(adapter.delta(path)) for path in modules}
@@ -67,14 +78,43 @@ def main() -> None:
         with torch.no_grad():
             return torch.cat([model(each).logits[0].double().log_softmax(-1) for each in tokens])
 
+    inputs = {}
+    if chosen.calibration is not None:
+        merge_in = {path: W + changes[path] for path, W in weights.items()}
+        inputs = read_inputs(modules, merge_in, paragraphs(tokenizer, chosen.calibration, READ, OF), model)
     count, read = sum(map(np.size, weights.values())), sum(each.numel() for each in tokens)
     print(f"{len(paths)} weights, {count:,} numbers, {read} tokens")
     print(f"{'type':<8}{'model':<28}{'KL':>10}{'kept':>9}{'bits':>7}{'seconds':>9}")
     for kind in chosen.kinds:
-        rows_of(kind, weights, changes, chosen.ranks, spoken)
+        rows_of(kind, weights, changes, chosen.ranks, spoken, inputs)
 
 
-def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any]) -> None:
+def paragraphs(tokenizer: Any, text: Path, count: int, length: int) -> list[Any]:
+    """Return the tokens of the first long paragraphs of a text."""
+    long = [part for part in text.read_text("utf-8").split("\n\n") if len(part) >= 300][:count]
+    return [tokenizer(part, return_tensors="pt").input_ids[:, :length] for part in long]
+
+
+def read_inputs(modules: Mapping[str, Any], held: Mapping[str, Any], tokens: list[Any], model: Any) -> dict[str, Any]:
+    """Return the inputs of each module on some texts, `[tokens, width]`."""
+    import torch
+
+    found: dict[str, list[Any]] = {path: [] for path in modules}
+    hooks = []
+    for path, module in modules.items():
+        module.weight.data = torch.from_numpy(np.ascontiguousarray(held[path], "f4"))
+        hooks.append(module.register_forward_pre_hook(lambda _, x, into=found[path]: into.append(x[0][0].numpy())))
+    with torch.no_grad():
+        for each in tokens:
+            model(each)
+    for hook in hooks:
+        hook.remove()
+    return {path: np.concatenate(parts) for path, parts in found.items()}
+
+
+def rows_of(
+    kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any], inputs: Mapping[str, Any]
+) -> None:
     """Print the rows of one scheme."""
     packed = {path: PackedWeight(kind, W) for path, W in weights.items()}
     base = {path: each.rows for path, each in packed.items()}
@@ -96,8 +136,15 @@ def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Cal
     started = time.process_time()
     keeping = {path: packed[path].again(shifted(packed[path], W, changes[path])) for path, W in exact.items()}
     tell("keep adapter", keeping, size / count, time.process_time() - started)
+    made = [("nearest", again), ("keep", keeping)]
+    if inputs:
+        started = time.process_time()
+        by_texts = {path: packed[path].again(calibrated(packed[path], W, changes[path], inputs[path]))
+                    for path, W in exact.items()}  # fmt: skip
+        tell("keep adapter, calibrated", by_texts, size / count, time.process_time() - started)
+        made = [("nearest", again), ("calibrated", by_texts)]
     for rank in ranks:
-        for name, held in (("nearest", again), ("keep", keeping)):
+        for name, held in made:
             started = time.process_time()
             added = {path: W + best(exact[path] - W, rank) for path, W in held.items()}
             more = 16 * rank * sum(sum(W.shape) for W in base.values())
@@ -108,6 +155,12 @@ def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
     """Return the numbers that `merge --keep adapter` packs."""
     Vh = directions(np.asarray(change, np.float64), 0)[None]
     return kept(lambda M: packed.again(M[0])[None], W[None], Vh)[0]
+
+
+def calibrated(packed: PackedWeight, W: Any, change: Any, inputs: Any) -> Any:
+    """Return the numbers that `merge --keep adapter --calibration` packs."""
+    H = weighting(inputs.astype(np.float64), directions(np.asarray(change, np.float64), 0))
+    return swept(packed.again, W, H)
 
 
 def best(lost: Any, rank: int) -> Any:

@@ -22,7 +22,7 @@ from ...naming.mlx import is_absent, to_mlx
 from .._joining import with_joined_rows
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
-from .._pairs import Pairs, expressible, rank_of, unfit
+from .._pairs import Pairs, expressible, rank_of, to_rank, unfit
 from .reader import FORMAT
 
 if TYPE_CHECKING:
@@ -152,8 +152,24 @@ def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, 
     scale, pairs, folded = one_number(
         pairs, lambda u: u.scaling, lambda scale, _: scale, dialect="MLX-LM", on_loss=on_loss, default=1.0, first=first
     )
+    pairs, widened = _of_one_rank(pairs, hints)
     tensors = _spelled(pairs, hints)
-    return _config(hints, pairs, scale, "dora" if dora else "lora"), tensors, lines + folded
+    return _config(hints, pairs, scale, "dora" if dora else "lora"), tensors, lines + folded + widened
+
+
+def _of_one_rank(pairs: Pairs, hints: MlxHints) -> tuple[Pairs, list[str]]:
+    """Pad all updates with zeros to the largest rank; return a line for each padded update.
+
+    MLX-LM builds layers of the one rank in its config. Since 0.32 it refuses tensors of another rank. If the targets
+    are those of an MLX file that was read, their ranks stay, because the file's config is written again unchanged.
+    """
+    ranks = {target: rank_of(update, target.stacked) for target, update in pairs.items()}
+    rank = max(ranks.values(), default=0)
+    narrow = [target for target in pairs if ranks[target] != rank]
+    if not narrow or (hints.get("config") and _same(hints, pairs)):
+        return pairs, []
+    wide = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
+    return wide, [f"padded {target} to rank {rank} with zeros" for target in narrow]
 
 
 def _spelled(pairs: Pairs, hints: MlxHints) -> dict[str, Lazy]:

@@ -1,0 +1,215 @@
+"""Calibration: record the activations that texts give to each target, for rounding a quantized merge.
+
+The base runs once over the texts. The adapters are attached, because the merged model gets the activations that they
+change. Memory: the model, and 4 bytes for each token and input of each distinct tensor that targets read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.adapter import Adapter
+from ..errors import TargetNotFound, Unsupported, UsageError, places_errors
+from ..formats import read
+from ..io.checkpoint import Checkpoint, fingerprint, opened
+from ..io.inputs import inputs_kept
+from ..io.lazy import from_numpy
+from ..io.locations import exists, located
+from ..io.safetensors import write
+from ..io.stages import stage
+from ..quant._calibration import KEY, VERSION, Calibration, read_calibration
+from .inputs import inputs_for, texts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..io.lazy import Array
+
+    Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
+
+TEXTS, LENGTH = 16, 64
+"""Default number of texts, and largest number of tokens of each."""
+
+
+@places_errors
+def calibrate(
+    base: Base,
+    adapters: Source | Sequence[Source],
+    out: str | PathLike[str],
+    *,
+    data: str | PathLike[str] = "builtin",
+    weights: Sequence[float] | None = None,
+    texts: int = TEXTS,
+    length: int = LENGTH,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    tied: str | Mapping[str, str] | None = None,
+    rename: str | Sequence[str] = (),
+    progress: Callable[[int, int], object] | None = None,
+) -> Calibration:
+    """Run a base with adapters over texts, and write the activations that enter each target to a file.
+
+    Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
+    calibration=out)` rounds by this file. An existing file from the same base, adapters and texts is used again.
+
+    Args:
+        base: a folder of a transformers model, quantized or not. For a GGUF model, the folder that it was converted
+            from.
+        adapters: one adapter or several: paths, addresses or `Adapter`s.
+        out: the `.safetensors` file to write.
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`. Texts of the
+            adapter's own kind are best.
+        weights: the weight of each adapter, as in the merge; 1 each if None.
+        texts: the number of texts; they are chosen by `seed`.
+        length: the maximum number of tokens of each text.
+        seed: the seed for the choice of texts.
+        device: `auto`, `cpu` or `cuda:N`.
+        overwrite: replace an existing calibration from another base, other adapters or other texts.
+        tied: as in `adapterkit.merge`.
+        rename: as in `adapterkit.merge`.
+        progress: a function that is called with (texts done, all texts).
+
+    Returns:
+        The calibration in the file.
+
+    Raises:
+        UsageError: no adapter or no texts were given, or `out` does not end in `.safetensors` or is an existing
+            calibration from other inputs.
+        Unsupported: the model does not read text, or the base is a GGUF model.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or no target is a linear layer.
+        Malformed: transformers cannot load the base, or the existing file is not a calibration.
+
+    Example:
+        >>> adapterkit.gating.calibrate("base-nf4", "lora", "acts.safetensors", data="texts.txt")  # doctest: +SKIP
+        >>> adapterkit.merge("base-nf4", "lora", "out", quantized="requantize", keep="adapter",
+        ...                  calibration="acts.safetensors")  # doctest: +SKIP
+    """
+    from ..torch.pretrained import check_transformers
+    from .models import Adapted, device_of, is_gguf_model, load
+    from .runner import checked
+
+    target = Path(fspath(out))
+    if target.suffix != ".safetensors":
+        raise UsageError(
+            "the calibration file must end in .safetensors", path=target, cure="Name it acts.safetensors, for example"
+        )
+    given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
+    factors = checked(given, weights, "float32", {"texts": (texts, 1), "length": (length, 2)})
+    lines = texts_of(data)
+    with inputs_kept():
+        checkpoint = opened(base)
+        if is_gguf_model(checkpoint):
+            cure = (
+                "Run adapterkit.gating.calibrate on the folder that it was converted from, and pass the file by "
+                "--calibration FILE.safetensors (calibration=)"
+            )
+            raise Unsupported("a GGUF model has no config.json to run it with", path=checkpoint.root, cure=cure)
+        check_transformers(checkpoint.folder, "running models")
+        held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
+    made_from: dict[str, object] = {
+        "base": fingerprint(checkpoint), "adapters": [each.digest() for each in held], "weights": list(factors),
+        "texts": _digest(lines), "count": texts, "length": length, "seed": seed,
+    }  # fmt: skip
+    if exists(located(target)):
+        known = read_calibration(target)
+        if dict(known.made_from) == made_from:
+            return known
+        if not overwrite:
+            cure = "Add --overwrite (overwrite=True), or name another file"
+            raise UsageError(
+                "the file exists, and is a calibration from another base, other adapters or other texts",
+                path=target,
+                cure=cure,
+            )
+    model = load(checkpoint, "float32", device_of(device))
+    inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
+    if not inputs.tokens:
+        raise Unsupported(
+            "the model does not read text", path=checkpoint.root, cure="Omit --calibration (calibration=)"
+        )
+    adapted = Adapted(model, held, factors, tied=tied, rename=rename)
+    stage("reading activations")
+    with _recording(model) as recorder:
+        for at, feeds in enumerate(inputs.feeds, 1):
+            adapted.run(feeds, "adapted")
+            if progress is not None:
+                progress(at, len(inputs.feeds))
+    if not recorder.rows:
+        why = "no target of the adapters is a linear layer that ran on the texts"
+        raise TargetNotFound(why, path=checkpoint.root, cure="Omit --calibration (calibration=)")
+    record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared}
+    tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
+    write(target, tensors, {KEY: json.dumps(record, sort_keys=True)})
+    return read_calibration(target)
+
+
+def _digest(lines: Sequence[str] | None) -> str:
+    return "builtin" if lines is None else hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Recorder:
+    """Records the inputs of linear layers.
+
+    Attributes:
+        rows: path of a target -> its inputs, one array for each call.
+        shared: path of each target -> path of the first target that reads the same tensor.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Array]] = {}
+        self.shared: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def add(self, paths: Sequence[str], x: Tensor) -> None:
+        """Record what one layer reads in one call."""
+        first = paths[0]
+        known = self.shared.get(first)
+        # Layers that read the same tensor (queries, keys, values) are called one after another: store it once.
+        same = self._last is not None and self._last[1] is x
+        if known is None:
+            known = self._last[0] if same and self._last is not None else first
+            self.shared |= dict.fromkeys(paths, known)
+        if known == first:
+            self.rows.setdefault(first, []).append(x.detach().reshape(-1, x.shape[-1]).float().cpu().numpy().copy())
+        self._last = (known, x)
+
+    def joined(self, path: str) -> Array:
+        """Return all inputs of one target, `[tokens, width]`, and release the recorded arrays."""
+        import numpy as np
+
+        return np.concatenate(self.rows.pop(path))
+
+
+def _keep(recorder: _Recorder, paths: Sequence[str], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if args:
+        recorder.add(paths, args[0])
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[_Recorder]:
+    """Record the inputs of the linear layers that adapters are attached to."""
+    from torch import nn
+
+    from ..torch.forward_hook import hooks_of
+
+    recorder, handles = _Recorder(), []
+    for hook in hooks_of(model):
+        paths = [part.target.path for part in hook.parts if part.weight == "weight"]
+        if not paths or not isinstance(hook.module, nn.Linear):
+            continue
+
+        handles.append(hook.module.register_forward_pre_hook(partial(_keep, recorder, tuple(paths))))
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()

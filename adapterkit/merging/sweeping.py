@@ -1,0 +1,118 @@
+"""Round by activations: round columns in turn, and let later columns compensate the rounding error.
+
+The error to minimize is that of a layer's outputs for activations X: tr((Q - W) H (Q - W)^T) with H = X^T X. GPTQ
+(Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error by the inverse of
+H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block, so the same code works
+for every scheme. A second pass rounds each block again for the errors that the other blocks have by then, and keeps the
+rows that improve. It corrects what one pass cannot foresee: a scale may change after some of its columns are rounded.
+
+H also weights the directions that the adapter reads: its change is small relative to the weight, and would otherwise be
+lost first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array
+
+COLUMNS = 16
+"""Smallest number of columns that are rounded at a time."""
+
+BLOCKS = 96
+"""Largest number of blocks of columns of a weight, which is packed twice for each block."""
+
+DAMPING = 0.01
+"""Part of the mean of H's diagonal that is added to the diagonal, because texts do not reach every direction."""
+
+ADAPTER = 10.0
+"""Weight of the directions that the adapter reads, in units of the mean of H's diagonal."""
+
+
+def weighting(inputs: Array, directions: Array) -> Array:
+    """Return H, `[width, width]`, float64: the mean of x x^T over inputs, damped, plus the adapter's directions.
+
+    Args:
+        inputs: activations, `[tokens, width]`, float64.
+        directions: the directions that the adapter reads, `[k, width]`, orthonormal rows.
+    """
+    import numpy as np
+
+    H = inputs.T @ inputs / len(inputs)
+    mean = float(np.trace(H)) / len(H) or 1.0
+    found: Array = H + mean * (ADAPTER * directions.T @ directions + DAMPING * np.eye(len(H)))
+    return found
+
+
+def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
+    """Return numbers to pack instead of the merged ones, so that the outputs for the activations change less.
+
+    Args:
+        trip: packs a weight and returns the dequantized numbers, `[outputs, inputs]`.
+        merged: the merged weight, `[outputs, inputs]`, float32.
+        H: the result of `weighting`.
+
+    Returns:
+        float32, with the shape of `merged`; the merged numbers themselves if nothing is better.
+    """
+    import numpy as np
+
+    width = merged.shape[1]
+    step = max(COLUMNS, -(-width // (BLOCKS * COLUMNS)) * COLUMNS)
+    found = _refined(trip, merged, H, _once(trip, merged, H, step), step)
+    nearest = _lost(trip(merged) - merged, H).sum()
+    return found if np.sum(_lost(trip(found) - merged, H)) < nearest else merged
+
+
+def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) -> Array:
+    """Round blocks of columns in turn, and move the error of each block to the columns that are not rounded yet."""
+    import numpy as np
+
+    # Columns with the largest activations come first, because most columns are left to compensate their errors.
+    order = np.argsort(-np.diag(H), kind="stable")
+    upper = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
+    W = merged.astype(np.float64)
+    for start in range(0, len(order), step):
+        stop = min(start + step, len(order))
+        now, rest = order[start:stop], order[stop:]
+        rounded = trip(W.astype(np.float32))[:, now].astype(np.float64)
+        moved = np.linalg.solve(upper[start:stop, start:stop].T, (W[:, now] - rounded).T).T
+        W[:, rest] -= moved @ upper[start:stop, stop:]
+        W[:, now] = rounded
+    swept_once: Array = W.astype(np.float32)
+    return swept_once
+
+
+def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
+    """Round each block again for the errors that the other blocks have now; keep the rows that improve.
+
+    When a scale changes, all numbers that it serves are rounded again, which the first pass cannot foresee.
+    """
+    import numpy as np
+
+    packed, nearest = trip(given), trip(merged)
+    lost, plain = _lost(packed - merged, H), _lost(nearest - merged, H)
+    worse = plain < lost
+    given, packed = (np.where(worse[:, None], one, other) for one, other in ((merged, given), (nearest, packed)))
+    lost = np.minimum(plain, lost)
+    for start in range(0, merged.shape[1], step):
+        now = slice(start, start + step)
+        pull = (packed - merged).astype(np.float64) @ H[:, now]
+        tried = packed.copy()
+        tried[:, now] -= np.linalg.solve(H[now, now], pull.T).T.astype(np.float32)
+        again = trip(tried)
+        left = _lost(again - merged, H)
+        better = left < lost
+        given[better], packed[better], lost[better] = tried[better], again[better], left[better]
+    return given
+
+
+def _lost(error: Array, H: Array) -> Array:
+    """Return the diagonal of E H E^T: the error of each output."""
+    import numpy as np
+
+    wide = error.astype(np.float64)
+    lost: Array = np.einsum("ij,ij->i", wide @ H, wide)
+    return lost

@@ -1,0 +1,113 @@
+"""Read calibration files: the activations that texts gave to each target, in one safetensors file.
+
+`adapterkit.gating.calibrate` runs the model and writes the file. Merging only reads it, one target at a time. Targets
+that read the same tensor, such as queries, keys and values, share one tensor of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Malformed
+from ..io.lazy import Lazy
+from ..io.locations import located
+from ..io.safetensors import handles, read_header
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array
+
+KEY = "adapterkit_calibration"
+"""Metadata key of a calibration file; its value is JSON with `version`, `shared` and `made_from`."""
+
+VERSION = 1
+"""Version of the calibration file that this code reads and writes."""
+
+_WRITE = "Write one with adapterkit.gating.calibrate(BASE, ADAPTERS, FILE), or name texts: --calibration TEXTS"
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """The activations of one run of a base with adapters.
+
+    Attributes:
+        path: the file.
+        digest: the sha256 of the file.
+        made_from: what the activations were computed from, as `adapterkit.gating.calibrate` recorded it.
+        tensors: path of the first target that reads an activation -> its values, `[tokens, width]`.
+        shared: path of each target -> path in `tensors`.
+    """
+
+    path: Path
+    digest: str
+    made_from: Mapping[str, object]
+    tensors: Mapping[str, Lazy]
+    shared: Mapping[str, str]
+
+    def width(self, path: str) -> int | None:
+        """Return the number of inputs of a target; None if the file does not have it."""
+        found = self.tensors.get(self.shared.get(path, path))
+        return None if found is None else found.shape[1]
+
+    def inputs(self, path: str) -> Array | None:
+        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have it.
+
+        Raises:
+            Malformed: an input is not a finite number.
+        """
+        import numpy as np
+
+        found = self.tensors.get(self.shared.get(path, path))
+        if found is None:
+            return None
+        values: Array = np.frombuffer(found.fetch(), found.dtype.array).reshape(found.shape).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise Malformed("an input is not a finite number", path=self.path, where=path, cure=_WRITE)
+        return values
+
+
+def read_calibration(path: str | PathLike[str]) -> Calibration:
+    """Open a calibration file.
+
+    Raises:
+        Malformed: the file is not a calibration, or has another version.
+        StorageError: the file cannot be read.
+    """
+    file = located(path)
+    header = read_header(file)
+    said = header.metadata.get(KEY)
+    if said is None:
+        raise Malformed("the file is not a calibration", path=file, cure=_WRITE)
+    try:
+        record = json.loads(said)
+        version, shared, made_from = record["version"], record["shared"], record["made_from"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Malformed(f"the calibration's record cannot be read ({error})", path=file, cure=_WRITE) from None
+    if version != VERSION:
+        why = f"the calibration has version {version}, but this release reads version {VERSION}"
+        raise Malformed(why, path=file, cure=_WRITE)
+    tensors = handles(header)
+    good = isinstance(shared, dict) and isinstance(made_from, dict) and tensors
+    if not good or any(first not in tensors for first in shared.values()):
+        raise Malformed("the calibration's record does not match its tensors", path=file, cure=_WRITE)
+    for name, tensor in tensors.items():
+        if tensor.dtype.name != "F32" or len(tensor.shape) != 2 or not tensor.shape[0]:
+            why = f"the inputs are {tensor.dtype} of shape {list(tensor.shape)}, not F32 [tokens, width]"
+            raise Malformed(why, path=file, where=name, cure=_WRITE)
+    return Calibration(file, digest_of(file), made_from, tensors, shared)
+
+
+def digest_of(file: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
