@@ -2,7 +2,7 @@
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant, invariances, ranking, authors or commands; each in exactly one page.
+combine, quant, invariances, ranking, ranking_model, authors or commands; each in exactly one page.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -14,6 +14,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,13 @@ def invariances() -> str:
     return _markdown(("Method", *columns, "Rank of the result"), rows)
 
 
-RANKING = ROOT / "docs" / "pictures" / "ranking.json"
-"""Figures that tools/bench/ranking.py wrote."""
+RANKINGS = ROOT / "docs" / "pictures"
+"""Where the figures are that tools/bench/ranking.py wrote."""
 
 
-def ranking() -> str:
+def ranking(name: str = "ranking") -> str:
     """One row a method: its mean, how far that is from task arithmetic, with an interval, and its cost."""
-    found = json.loads(RANKING.read_text("utf-8"))["counts"]
+    found = json.loads((RANKINGS / f"{name}.json").read_text("utf-8"))["counts"]
     counts = sorted(found, key=int)
     methods = {name for count in counts for name in found[count]["any"]}
 
@@ -286,6 +287,7 @@ TABLES = {
     "combine": combine,
     "invariances": invariances,
     "ranking": ranking,
+    "ranking_model": partial(ranking, "ranking-model"),
     "authors": authors,
     "quant": quant,
     "commands": commands,

@@ -45,8 +45,13 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @click.option("--budget", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Trials to make.")
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD",
-    help="A method to choose from; repeatable. If absent: linear, ties, tsv and knots_ties.",
+    help="A method to choose from; repeatable. If absent: linear, ties, tsv, knots_ties and those of --start.",
 )  # fmt: skip
+@click.option(
+    "--start", multiple=True, metavar="RECIPE|METHOD",
+    help="A combination to try first: a recipe of these adapters, or a method at weight 1; repeatable.",
+)  # fmt: skip
+@click.option("--most", type=float, default=1.5, show_default=True, metavar="W", help="Largest weight to try.")
 @click.option(
     "--tune", multiple=True, metavar="NAME=LOW:HIGH",
     help="A parameter of the methods to search; density is searched where a method has it.",
@@ -60,8 +65,8 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @click.pass_obj
 def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], data: str, base: str, budget: int,
-    methods: tuple[str, ...], tune: tuple[str, ...], rank: int | None, seed: int, device: str, out: str,
-    overwrite: bool,
+    methods: tuple[str, ...], start: tuple[str, ...], most: float, tune: tuple[str, ...], rank: int | None, seed: int,
+    device: str, out: str, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.search`."""
     from .. import search
@@ -72,6 +77,7 @@ def command(
     refuse_place(out)
     kept = Path(f"{out}.trials")
     files = [file for source in (*adapters, base) for file in files_read(located(source))] + [located(data)]
+    files += [path for path in (Path(each).expanduser() for each in start) if path.is_file()]
     digest = made_from(files, ("optuna",))
     if is_done(settings, out, digest, overwrite):
         return
@@ -80,7 +86,8 @@ def command(
     _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
     found = search(
         list(adapters), data, base=base, methods=methods or None, budget=budget, tune=dict(map(bounds, tune)),
-        rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite, device=device,
+        start=start, most=most, rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite,
+        device=device,
     )  # fmt: skip
     with staged(Path(out), overwrite=overwrite, made_from=digest) as path:
         path.write_text(found.recipe(), "utf-8")
@@ -89,11 +96,13 @@ def command(
 
 
 def _view(record: Mapping[str, Any]) -> View:
+    from ..searching.result import shown_parameters
+
     ranked = sorted((trial for trial in record["trials"] if trial["loss"] is not None), key=lambda trial: trial["loss"])
     rows = [
         [
             trial["number"], trial["method"], " ".join(f"{weight:.3g}" for weight in trial["weights"]),
-            " ".join(f"{name}={value:.3g}" for name, value in trial["parameters"].items()), f"{trial['loss']:.5g}",
+            shown_parameters(trial["parameters"], 3), f"{trial['loss']:.5g}",
         ]
         for trial in ranked[:SHOWN]
     ]  # fmt: skip

@@ -53,7 +53,10 @@ class Delta:
         return len(self.A)
 
     def dense(self) -> Array:
-        """D `[out, in * k]`."""
+        """D `[out, in * k]`; `rest` itself if there are no factors, so callers must not modify it."""
+        # A product with an inner size of 0 is computed as zeros, and took a tenth of `knots_ties`.
+        if self.rest is not None and not self.rank:
+            return self.rest
         product: Array = self.B @ self.A
         return product if self.rest is None else product + self.rest
 

@@ -31,11 +31,13 @@ from ..ops.combining import combine
 from ..ops.parameters import resolved
 from .journal import Journal
 from .result import Search, Trial
+from .starting import combinations
 
 if TYPE_CHECKING:
     from ..ops.alignment import Source
     from ..ops.combiners._combiner import Combiner
     from ..ops.lowering import Base
+    from .starting import Combination, Start
 
     Score = Callable[[Adapter], float]
 
@@ -59,7 +61,7 @@ def search(
     tune: Mapping[str, tuple[float, float]] | None = None,
     most: float = MOST,
     rank: int | str = "fit",
-    start: Sequence[tuple[str, Sequence[float], Mapping[str, float]]] = (),
+    start: Sequence[Start] = (),
     seed: int = 0,
     trials: str | PathLike[str] | None = None,
     overwrite: bool = False,
@@ -78,14 +80,15 @@ def search(
             a loss.
         base: a folder with a transformers language model. Texts require it. With a function, the base resolves names,
             and gives weights to methods that need them.
-        methods: combiners to choose from; `METHODS` if None.
+        methods: combiners to choose from; if None, `METHODS` and those of `start`.
         budget: the number of trials, including those of earlier runs in `trials`.
         tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is always
             searched if a method has it.
         most: the largest weight to try; the smallest is 0.
         rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
-        start: combinations to try first, each as (method, weights, parameters), such as the best rows of a table: the
-            search cannot end below them. Their methods must be among those to choose from.
+        start: combinations to try first, such as the best rows of a table: the search cannot end below them. Each is
+            (method, weights, parameters), the name of a method (at weight 1), or the path of a recipe of the same
+            adapters. Their methods must be among those to choose from.
         seed: the seed of the search, and of what methods draw.
         trials: a file that keeps the trials. The same search goes on where it stopped; a finished one is not repeated.
         overwrite: begin anew if the file is of another search.
@@ -97,7 +100,9 @@ def search(
 
     Raises:
         UsageError: there are no adapters, the known combinations alone exceed the budget, a method or parameter is
-            unknown, a method needs data of its own, texts have no base, or no trial could be scored.
+            unknown, a method needs data of its own, a recipe is of other adapters or says more than a trial can
+            repeat, texts have no base, or no trial could be scored.
+        Malformed: a file of `start` is not a recipe.
         Unsupported: Optuna is not installed.
 
     Example:
@@ -106,13 +111,16 @@ def search(
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs two adapters or more", where="adapters", cure="Name several")
-    space = Space(_checked(methods or METHODS, len(adapters), base), len(adapters), most, tune or {})
-    known = [*space.known(), *space.started(start)]
+    names = tuple(_called(source, at) for at, source in enumerate(adapters))
+    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
+    first = combinations(start, names, seed=seed, rank=rank, base=said)
+    chosen_from = methods or [*METHODS, *(method for method, _, _ in first)]
+    space = Space(_checked(chosen_from, len(adapters), base), len(adapters), most, tune or {})
+    known = [*space.known(), *space.started(first)]
     if budget < len(known):
         why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
-        raise UsageError(
-            why, where="budget", cure=f"Allow more by --budget (budget=), or fewer methods than {len(known)}"
-        )
+        cure = f"Allow {len(known)} or more by --budget (budget=), or name fewer methods"
+        raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
@@ -120,7 +128,7 @@ def search(
             "adapters": [adapter.digest() for adapter in read], "data": _identity(data), "methods": list(space.methods),
             "base": None if base is None else fingerprint(opened(base)),
             "tune": {name: list(bounds) for name, bounds in space.tune.items()}, "most": most, "rank": rank,
-            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in start]} if start else {}),
+            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in first]} if first else {}),
         },
         overwrite=overwrite,
     )  # fmt: skip
@@ -133,8 +141,6 @@ def search(
             journal.add(_tried(chosen, number, read, base, rank, seed, score))
             if progress is not None:
                 progress(number + 1, budget)
-    names = tuple(_called(source, at) for at, source in enumerate(adapters))
-    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
     found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
     if found.best.loss is None:
         why = f"none of {budget} trials has a loss; the first failed because: {found.trials[0].refused}"
@@ -253,7 +259,7 @@ class Space:
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
         return first + [Trial(0, method, ones) for method in self.methods]
 
-    def started(self, start: Sequence[tuple[str, Sequence[float], Mapping[str, float]]]) -> list[Trial]:
+    def started(self, start: Sequence[Combination]) -> list[Trial]:
         """Return the caller's first combinations.
 
         Raises:
@@ -267,7 +273,7 @@ class Space:
                 raise UsageError(f"{method} is not among the methods to choose from", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
                 why = f"weights {' '.join(map(str, weights))} of {method}"
-                cure = f"Give {self.count}, from 0 to {self.most:g}; most= allows larger ones"
+                cure = f"Give {self.count}, from 0 to {self.most:g}; --most (most=) allows larger ones"
                 raise UsageError(why, where="start", cure=cure)
             holders = self._holders(method)
             for name, value in parameters.items():

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import DENSITY, SCALE
+from ._entrywise import DENSITY
+from ._scaled import Scaled
 from ._spectra import leading, polar
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ TIED = 1e-9
 """Entries that are smaller than the smallest kept one by less than this fraction are kept, too."""
 
 
-class DCMerge(Spectral):
+class DCMerge(Scaled, Spectral):
     """U (M o [same task]) V^T, M the elected mean of U^T U_t diag(e_t) V_t^T V."""
 
     title = "Directional consistency (DC-Merge)"
@@ -38,7 +39,6 @@ class DCMerge(Spectral):
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
     rho: float = parameter(5.0, "largest over smallest singular value of a line, at most", least=1)
     density: float = parameter(0.001, DENSITY, least=0, most=1)
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np

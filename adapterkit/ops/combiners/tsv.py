@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
+from ._scaled import Scaled
 from ._spectra import joined, leading
 
 if TYPE_CHECKING:
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 KEPT = "directions that a task keeps; the smaller side of the weight over the number of tasks if not given"
 
 
-class TSV(Spectral):
+class TSV(Scaled, Spectral):
     """Task singular vectors, whitened by polar factors; low-rank adapters mostly keep all that they have."""
 
     title = "Task singular vectors (TSV-M)"
     paper = "https://arxiv.org/abs/2412.00081"
 
     directions: int | None = parameter(None, KEPT, least=1, kind=int)
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         directions = self.directions or max(min(at.shape[0], math.prod(at.shape[1:])) // len(cores), 1)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ._changes import whole
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
 from ._learned import Adam
+from ._scaled import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SOLVER = "the minimum in closed form, or the authors' steps of Adam towards it"
 
 
-class WUDI(Spectral):
+class WUDI(Scaled, Spectral):
     """The minimum of interference nearest to the sum."""
 
     title = "Least interference (WUDI)"
@@ -35,7 +35,6 @@ class WUDI(Spectral):
     solver: str = parameter("exact", SOLVER, among=("exact", "adam"))
     steps: int = parameter(300, "steps of Adam", least=0)
     rate: float = parameter(1e-5, "size of a step of Adam", least=0)
-    scale: float = parameter(1.0, SCALE)
     tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:

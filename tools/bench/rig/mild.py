@@ -65,10 +65,12 @@ class MildDigits:
         names: of the tasks.
         what: what is read.
         sizes: how many choose a scale, and how many are reported.
+        slow: whether to spare scales.
     """
 
     names: ClassVar = list(TASKS)
     what = "images"
+    slow = False
     sizes = CHOSEN - TRAINED, 540
 
     def __init__(self, work: Path, epochs: int, rank: int, seed: int) -> None:

@@ -1,0 +1,104 @@
+"""Combinations that a search starts from: given as such, by the name of a method, or as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from ..errors import UsageError, nearest
+from ..ops.combiners import COMBINERS
+from ..ops.parameters import resolved
+from ..ops.recipes import Recipe, read_recipe
+
+Combination: TypeAlias = tuple[str, Sequence[float], Mapping[str, Any]]
+"""A method, one weight per adapter, and parameters of the method."""
+
+Start: TypeAlias = Combination | str | PathLike[str]
+"""A combination, the name of a method (at weight 1), or the path of a recipe."""
+
+
+def combinations(
+    start: Sequence[Start], names: Sequence[str], *, seed: int, rank: int | str | None, base: str | None
+) -> list[Combination]:
+    """Return the combinations that a caller starts from.
+
+    Args:
+        start: what the caller gave.
+        names: the names of the adapters; a recipe must name the same ones, in any order.
+        seed: the seed of the search.
+        rank: the rank of the search.
+        base: the path of the base, or None.
+
+    Raises:
+        UsageError: a name of neither a method nor a file, or a recipe that says more than a trial can repeat.
+        Malformed: the file is not a recipe.
+    """
+    if isinstance(start, (str, PathLike)):
+        cure = "Pass a list: start=[...]"
+        raise UsageError("one start where a list belongs", where="start", cure=cure)
+    made = []
+    for each in start:
+        if isinstance(each, tuple):
+            made.append(each)
+        elif isinstance(each, str) and is_method(each):
+            made.append((each, (1.0,) * len(names), {}))
+        elif Path(each).expanduser().is_file():
+            made.append(_of_recipe(Path(each).expanduser(), names, seed, rank, base))
+        else:
+            known = nearest(fspath(each), COMBINERS)
+            cure = f"{known or 'adapterkit list combine shows the methods'}; or name a file: --start (start=)"
+            raise UsageError(f"{fspath(each)!r} is neither a method nor a recipe", where="start", cure=cure)
+    return made
+
+
+def is_method(name: str) -> bool:
+    """Whether a combiner is called so, alone or joined with a plug-in, such as `knots_ties`."""
+    return resolved(name, None)[0] in COMBINERS
+
+
+def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | None, base: str | None) -> Combination:
+    recipe = read_recipe(path)
+    options = dict(recipe.options)
+    order = _order(recipe, names, path)
+    weights, method = options.pop("weights"), options.pop("method")
+    same = {
+        "seed": (seed, 0, "--seed (seed=)"), "rank": (rank, None, "--rank (rank=)"),
+        "base": (base, base, "--base (base=)"),
+    }  # fmt: skip
+    for key, (ours, absent, flag) in same.items():
+        theirs = options.pop(key, absent)
+        # A sum of factors is exact: its recipe has no rank, or one that cuts nothing.
+        if not (theirs == ours or (key == "base" and _same_path(theirs, ours)) or (key == "rank" and theirs is None)):
+            why = f"the recipe has {key} {theirs}, and the search {ours}"
+            raise UsageError(why, path=path, where=key, cure=f"Give both the same: {flag}")
+    for key in ("compat", "each", "dtype", "disjoint"):
+        if options.pop(key, None):
+            cure = "Take it out of the recipe, or pass (method, weights, parameters) in start="
+            raise UsageError(f"a trial of a search has no {key}", path=path, where=key, cure=cure)
+    for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
+        if isinstance(value, (Mapping, list)):
+            cure = "Give one value for all targets"
+            raise UsageError(f"{key} differs between targets", path=path, where=key, cure=cure)
+    return method, [cast("float", weights[at]) for at in order], options
+
+
+def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
+    """Return the place in the recipe of each adapter of the search."""
+    left, order = list(range(len(recipe.adapters))), []
+    for name in names:
+        at = next((at for at in left if _same_path(recipe.adapters[at], name)), None)
+        if at is not None:
+            left.remove(at)
+            order.append(at)
+    if left or len(order) < len(names):
+        why = f"the recipe is of {', '.join(recipe.adapters)}, and the search of {', '.join(names)}"
+        raise UsageError(why, path=path, where="models", cure="Name the same adapters in both, in any order")
+    return order
+
+
+def _same_path(one: str, other: str | None) -> bool:
+    return one == other or (
+        other is not None and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    )
