@@ -167,7 +167,9 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
         paths = {target.path for target in adapter.updates}
         if not first & paths:
             path = next(iter(paths))
-            cure = nearest(path, first) or "Pass base=/--base, which settles names; or allow it: disjoint/--disjoint"
+            near = nearest(path, first)
+            cure = f"{near}. " if near else ""
+            cure += "Give names by --base (base=) or --rename (rename=); combine allows it by --disjoint (disjoint=)"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

@@ -1114,8 +1114,18 @@ def test_bad_input_is_refused():
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot come after", two, "knots", then="core")
-    refused(UsageError, "cannot be summed apart", [*adapters(1), adapters(2, rank=5)[1]], "factors")
-    refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")
+    refused(
+        UsageError,
+        r"cannot be summed apart(.|\n)*adapterkit resize A --rank R",
+        [*adapters(1), adapters(2, rank=5)[1]],
+        "factors",
+    )
+    refused(
+        UsageError,
+        r"no target in common(.|\n)*--disjoint \(disjoint=\)",
+        [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]],
+        "ties",
+    )
     refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
     refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
 

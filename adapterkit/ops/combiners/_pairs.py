@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
+LOW_RANK = "Make it a LoRA: adapterkit resize A --rank R; or choose another method by --method (method=)"
+
+ONE_RANK = "Bring all to one rank: adapterkit resize A --rank R; or choose another method by --method (method=)"
+
+
 class Pairwise(Combiner):
     """The formula sees the factors of each change."""
 
@@ -37,8 +42,8 @@ def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = 
         UsageError: as said.
     """
     if any(delta.rest is not None for delta in deltas):
-        raise UsageError("a change without thin factors", where=str(at.target), cure="Promote it to LoRA first")
+        raise UsageError("a change without thin factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
         why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed apart"
-        raise UsageError(why, where=str(at.target), cure="Resize the adapters to one rank, or choose another method")
+        raise UsageError(why, where=str(at.target), cure=ONE_RANK)
