@@ -71,13 +71,13 @@ def command(
     """Runs `adapterkit.search`."""
     from .. import search
     from ..formats import files_read
-    from ..io.locations import located
+    from ..io.locations import local, located
     from ..io.staging import check_free, check_inputs, staged
 
     refuse_place(out)
     kept = Path(f"{out}.trials")
     files = [file for source in (*adapters, base) for file in files_read(located(source))] + [located(data)]
-    files += [path for path in (Path(each).expanduser() for each in start) if path.is_file()]
+    files += [path for path in map(local, start) if path.is_file()]
     digest = made_from(files, ("optuna",))
     if is_done(settings, out, digest, overwrite):
         return

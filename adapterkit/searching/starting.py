@@ -7,7 +7,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, shown
+from ..io.locations import local
 from ..ops.combiners import COMBINERS
 from ..ops.parameters import resolved
 from ..ops.recipes import Recipe, read_recipe
@@ -38,19 +39,28 @@ def combinations(
     if isinstance(start, (str, PathLike)):
         cure = "Pass a list: start=[...]"
         raise UsageError("one start where a list belongs", where="start", cure=cure)
-    made = []
+    made: list[Combination] = []
     for each in start:
-        if isinstance(each, tuple):
-            made.append(each)
+        if isinstance(each, (tuple, list)):
+            made.append(_checked(each))
         elif isinstance(each, str) and is_method(each):
             made.append((each, (1.0,) * len(names), {}))
-        elif Path(each).expanduser().is_file():
-            made.append(_of_recipe(Path(each).expanduser(), names, seed, rank, base))
+        elif local(each).is_file():
+            made.append(_of_recipe(local(each), names, seed, rank, base))
         else:
             known = nearest(fspath(each), COMBINERS)
             cure = f"{known or 'adapterkit list combine shows the methods'}; or name a file: --start (start=)"
             raise UsageError(f"{fspath(each)!r} is neither a method nor a recipe", where="start", cure=cure)
     return made
+
+
+def _checked(given: Sequence[Any]) -> Combination:
+    """Refuse what is not a method, weights and parameters."""
+    kinds = (str, Sequence, Mapping)
+    if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
+        why = f"{shown(given)} is not a method, weights and parameters"
+        raise UsageError(why, where="start", cure='Such as ("ties", [1, 0.5], {"density": 0.3})')
+    return given[0], given[1], given[2]
 
 
 def is_method(name: str) -> bool:
@@ -63,16 +73,12 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
     options = dict(recipe.options)
     order = _order(recipe, names, path)
     weights, method = options.pop("weights"), options.pop("method")
-    same = {
-        "seed": (seed, 0, "--seed (seed=)"), "rank": (rank, None, "--rank (rank=)"),
-        "base": (base, base, "--base (base=)"),
-    }  # fmt: skip
-    for key, (ours, absent, flag) in same.items():
-        theirs = options.pop(key, absent)
-        # A sum of factors is exact: its recipe has no rank, or one that cuts nothing.
-        if not (theirs == ours or (key == "base" and _same_path(theirs, ours)) or (key == "rank" and theirs is None)):
-            why = f"the recipe has {key} {theirs}, and the search {ours}"
-            raise UsageError(why, path=path, where=key, cure=f"Give both the same: {flag}")
+    ours = {"seed": seed, "rank": rank, "base": base}
+    for key in ours.keys() & options.keys():
+        theirs = options.pop(key)
+        if theirs != ours[key] and not (key == "base" and _same_path(theirs, base)):
+            why = f"the recipe has {key} {theirs}, and the search {ours[key]}"
+            raise UsageError(why, path=path, where=key, cure=f"Give both the same: --{key} ({key}=)")
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
             cure = "Take it out of the recipe, or pass (method, weights, parameters) in start="
@@ -86,7 +92,8 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
 
 def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
     """Return the place in the recipe of each adapter of the search."""
-    left, order = list(range(len(recipe.adapters))), []
+    left = list(range(len(recipe.adapters)))
+    order: list[int] = []
     for name in names:
         at = next((at for at in left if _same_path(recipe.adapters[at], name)), None)
         if at is not None:
@@ -99,6 +106,4 @@ def _order(recipe: Recipe, names: Sequence[str], path: Path) -> list[int]:
 
 
 def _same_path(one: str, other: str | None) -> bool:
-    return one == other or (
-        other is not None and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
-    )
+    return one == other or (other is not None and local(one).resolve() == local(other).resolve())

@@ -151,6 +151,11 @@ def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_p
             started(stored, path, budget=10)
     with pytest.raises(UsageError, match=r"'karchr' is neither a method nor a recipe.*karcher.*--start \(start=\)"):
         started(stored, "karchr")
+    for wrong in (("ties", 1.0, {}), ["ties"], ("ties", [1, 1])):
+        with pytest.raises(UsageError, match=r"is not a method, weights and parameters.*Such as"):
+            started(stored, wrong)
+    with pytest.raises(UsageError, match="nobody-of-that-name"):
+        started(stored, "~nobody-of-that-name/row.yml")
     with pytest.raises(UsageError, match=r"start=\["):
         ak.search(stored, away_from(change(PAIR[0])), start="karcher")
 
