@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-LOW_RANK = "Make it a LoRA: adapterkit resize A --rank R; or choose another method by --method (method=)"
+LOW_RANK = "Make it a LoRA: adapterkit resize A --promote (ak.ops.promote); or choose another --method (method=)"
 
 ONE_RANK = "Bring all to one rank: adapterkit resize A --rank R; or choose another method by --method (method=)"
 
