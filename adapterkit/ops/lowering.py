@@ -54,7 +54,7 @@ class Delta:
 
     def dense(self) -> Array:
         """D `[out, in * k]`; `rest` itself if there are no factors, so callers must not modify it."""
-        # A product with an inner size of 0 is computed as zeros, and took a tenth of `knots_ties`.
+        # A product with an inner size of 0 is computed as zeros, and took a twentieth of `knots_ties`.
         if self.rest is not None and not self.rank:
             return self.rest
         product: Array = self.B @ self.A
