@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def shown_parameters(parameters: Mapping[str, float | str], digits: int) -> str:
-    """Return parameters on one line; numbers have so many digits."""
+    """Return parameters on one line, with this number of significant digits."""
     numbers = {name: f"{value:.{digits}g}" for name, value in parameters.items() if type(value) in (int, float)}
     return " ".join(f"{name}={numbers.get(name, value)}" for name, value in parameters.items())
 
@@ -61,7 +61,7 @@ class Search:
         adapters: the names of the adapters, in the order of the weights.
         trials: all trials, in order.
         base: the name of the base, or None.
-        seed: the seed of the search and of methods that draw random numbers.
+        seed: the seed of the search, and of methods that use random numbers.
         rank: the rank to which results without low-rank factors are cut: a number, or `fit`.
         resumed: the number of trials from an earlier run.
     """

@@ -1089,7 +1089,7 @@ def refused(error, words, *args, **more):
 def test_bad_input_is_refused():
     two = adapters(2)
     refused(UsageError, "no adapter was given", [])
-    refused(UsageError, "one adapter where a list belongs", two[0])
+    refused(UsageError, "single adapter was given instead of a list", two[0])
     refused(Unsupported, "unknown way to combine 'tiess'.*ties", two, "tiess")
     refused(UsageError, "no parameter 'densty'.*density", two, "ties", densty=0.5)
     refused(UsageError, "'half' is not a number", two, "ties", density="half")
@@ -1100,23 +1100,23 @@ def test_bad_input_is_refused():
     refused(UsageError, "sum to 0", two, "slerp", [1.0, -1.0])
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
     refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
-    refused(UsageError, "looks at the weights of the base", two[:1], "arcee_fusion")
-    refused(UsageError, "cannot come after", two, "knots", then="arcee_fusion")
+    refused(UsageError, "needs the weights of the base", two[:1], "arcee_fusion")
+    refused(UsageError, "cannot follow a plug-in", two, "knots", then="arcee_fusion")
     refused(UsageError, "no target fits", two, "linear", [{"*.k": 1.0}, 1.0])
-    refused(UsageError, "rank 99 of weights of rank 20", two, "linear", rank=99)
-    refused(UsageError, "rank 99 of weights of rank 20", two, "ctm", rank=99)
-    refused(UsageError, "rank '4' of weights", two, "linear", rank="4")
+    refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "linear", rank=99)
+    refused(UsageError, "rank is 99, but the weights have at most rank 20", two, "ctm", rank=99)
+    refused(UsageError, "rank is '4', but", two, "linear", rank="4")
     refused(UsageError, "seed -1 is not a whole number", two, "dare_ties", seed=-1)
     refused(UsageError, "needs data", two, "regmean")
-    refused(UsageError, "looks at no data", two, "ties", data=print)
+    refused(UsageError, "does not use data", two, "ties", data=print)
     refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
     refused(UsageError, "are a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
-    refused(UsageError, "cannot come after", two, "knots", then="core")
+    refused(UsageError, "cannot follow a plug-in", two, "knots", then="core")
     refused(
         UsageError,
-        r"cannot be summed apart(.|\n)*adapterkit resize A --rank R",
+        r"cannot be summed separately(.|\n)*adapterkit resize A --rank R",
         [*adapters(1), adapters(2, rank=5)[1]],
         "factors",
     )

@@ -81,7 +81,7 @@ def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="another search"):
         ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, trials=tmp_path / "trials")
     for wrong, match in (
-        (("tsv", [1, 1], {}), "tsv is not among"),
+        (("tsv", [1, 1], {}), "tsv is not one of"),
         (("ties", [1], {}), "weights 1 of ties"),
         (("ties", [1, 9], {}), "weights 1 9 of ties"),
         (("ties", [1, 1], {"density": 7}), "7"),
@@ -134,17 +134,17 @@ def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_p
     whole = {"merge_method": "ties", "models": models}
     path = tmp_path / "row.yml"
     for more, match in (
-        ({"models": models[:1]}, "the recipe is of .*0, and the search of .*Name the same adapters in both"),
-        ({"models": [models[0], models[0]]}, "the recipe is of"),
-        ({"seed": 7}, "seed 7, and the search 0.*--seed"),
-        ({"rank": 3}, "rank 3, and the search fit.*--rank"),
-        ({"compat": "mergekit"}, "no compat"),
-        ({"dtype": "float32"}, "no dtype"),
-        ({"models": [{"model": m["model"], "parameters": {"density": 0.5}} for m in models]}, "no each"),
+        ({"models": models[:1]}, "the recipe combines .*0, but the search combines .*Name the same adapters in both"),
+        ({"models": [models[0], models[0]]}, "the recipe combines"),
+        ({"seed": 7}, "seed 7, but the search has 0.*--seed 7"),
+        ({"rank": 3}, "rank 3, but the search has fit.*--rank 3"),
+        ({"compat": "mergekit"}, "cannot use the compat"),
+        ({"dtype": "float32"}, "cannot use the dtype"),
+        ({"models": [{"model": m["model"], "parameters": {"density": 0.5}} for m in models]}, "cannot use the each"),
         ({"models": [{"model": m["model"], "parameters": {"weight": [0, 1]}} for m in models]}, "weight differs"),
         ({"parameters": {"density": {"*": 0.5}}}, "density differs between targets"),
         ({"parameters": {"dense": 1}}, "no parameter 'dense'"),
-        ({"merge_method": "tsv"}, "tsv is not among the methods.*--method"),
+        ({"merge_method": "tsv"}, "tsv is not one of the methods to try.*--method"),
     ):
         path.write_text(json.dumps(whole | more))
         with pytest.raises(UsageError, match=match):
@@ -152,7 +152,7 @@ def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_p
     with pytest.raises(UsageError, match=r"'karchr' is neither a method nor a recipe.*karcher.*--start \(start=\)"):
         started(stored, "karchr")
     for wrong in (("ties", 1.0, {}), ["ties"], ("ties", [1, 1])):
-        with pytest.raises(UsageError, match=r"is not a method, weights and parameters.*Such as"):
+        with pytest.raises(UsageError, match=r"is not a method, weights and parameters.*as in"):
             started(stored, wrong)
     with pytest.raises(UsageError, match="nobody-of-that-name"):
         started(stored, "~nobody-of-that-name/row.yml")
@@ -203,11 +203,11 @@ def test_what_a_search_refuses() -> None:
         return 1.0
 
     for match, words in (
-        ("two adapters or more", {"adapters": PAIR[:1]}),
-        ("every search begins with.*Allow 7 or more by --budget", {"budget": 3}),
+        ("at least two adapters", {"adapters": PAIR[:1]}),
+        ("every search begins with.*Type --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
-        ("learns from data of its own", {"methods": ["lorahub"]}),
-        ("slerp does not take 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
+        ("needs data of its own to learn from", {"methods": ["lorahub"]}),
+        ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
         ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),

@@ -1,22 +1,23 @@
-"""Which way to combine comes nearest to the single adapters, for two, four and six tasks, with paired intervals.
+"""Ranks combiners by their distance from the single adapters, for two, four and six tasks, with paired intervals.
 
     python tools/bench/ranking.py OUT.json [--seeds 1 2 3] [--counts 2 4 6] [--search 40]
     python tools/bench/ranking.py OUT.json --model DIR [--steps 150] [--items 500] [--minutes 9]
 
-Six mild changes of the demo's digits (tools/bench/rig/mild.py), a LoRA of rank 8 for each task and seed. Each method
-gets one scale for all tasks, the best on images that no adapter saw; other images are reported. An accuracy is divided
-by that of the task's own adapter. The difference from task arithmetic is of the same images: its interval of 95 % comes
-from 2,000 resamples of them. Seconds are processor time of one combination. Results of methods without low-rank factors
-are cut to the adapters' rank in a second run, and sums of ranks as well: `rank`. --search runs `ak.search` with so many
-trials on the same choosing images; it starts from the best row, and tells how its best compares with it. About ten
-minutes on two cores.
+The tasks are six mild changes of the demo's digits (tools/bench/rig/mild.py), with a LoRA of rank 8 for each task and
+seed. Each method has one scale for all tasks, which is the best on images that no adapter saw; the figures are measured
+on further images. Each accuracy is divided by the accuracy of the task's own adapter. The difference from task
+arithmetic is measured on the same images; its 95 % interval comes from 2,000 resamples of them. Seconds are processor
+time of one combination. A second run, `rank`, cuts results without low-rank factors, and sums of ranks, to the rank of
+the adapters. --search runs `ak.search` with this number of trials on the same images that choose the scale. It starts
+from the best row, and compares its best result with that row. The benchmark takes about ten minutes on two cores.
 
-Each row is written to OUT.state as it is found, and a table of OUT.json that is there is kept: the same command goes on
-where it stopped. --minutes ends it after so much processor time.
+Each row is written to OUT.state when it is found, and tables that OUT.json already has are kept, so the same command
+resumes. --minutes ends the run after this much processor time.
 
-With --model, the folder of a language model such as SmolLM2-135M, the tasks are six that it answers in a few tokens
-(tools/bench/rig/answers.py), with LoRAs of rank 16. Scales are tried from the middle one on, while they get better.
-A step of training takes 0.5 seconds of processor time, and 1,000 answers take 8: 50 minutes for 37 methods and a seed.
+With --model, the folder of a language model such as SmolLM2-135M, there are six tasks with answers of a few tokens
+(tools/bench/rig/answers.py), and LoRAs of rank 16. Scales are tried from the middle one on, while they get better. A
+training step takes 0.5 seconds of processor time, and 1,000 answers take 8 seconds. 37 methods with one seed take 50
+minutes of processor time.
 """
 
 from __future__ import annotations
@@ -51,22 +52,24 @@ REFERENCE = "task_arithmetic"
 
 
 def main() -> None:
-    """Trains what is not there yet, combines, scores, and writes the figures."""
+    """Train missing adapters, combine, measure, and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 4, 6])
     parser.add_argument("--cut", nargs="*", type=int, default=[4], help="counts with a table of results at the rank")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rank", type=int, help="of the adapters; 8, and 16 with --model")
-    parser.add_argument("--model", type=Path, help="folder of a language model: answers in place of images")
-    parser.add_argument("--steps", type=int, default=150, help="of training, with --model")
-    parser.add_argument("--items", type=int, default=500, help="reported for each task, with --model")
+    parser.add_argument("--rank", type=int, help="rank of the adapters (default: 8; 16 with --model)")
+    parser.add_argument("--model", type=Path, help="folder of a language model, for tasks with text instead of images")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, with --model")
+    parser.add_argument("--items", type=int, default=500, help="items that each task is measured on, with --model")
     parser.add_argument("--tasks", nargs="+", help="the tasks and their order; the counts take the first ones")
     parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--search", type=int, default=0, metavar="TRIALS")
-    parser.add_argument("--minutes", type=float, help="of processor time, after which the run ends; repeat it to go on")
+    parser.add_argument(
+        "--minutes", type=float, help="processor time after which the run ends; the same command resumes"
+    )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-ranking")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -99,7 +102,7 @@ def main() -> None:
 
 
 def _tables(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier run wrote with these settings; without one, the settings."""
+    """Return the tables of an earlier run with these settings; without one, only the settings."""
     if not out.is_file():
         return dict(settings)
     found: dict[str, Any] = json.loads(out.read_text("utf-8"))
@@ -110,12 +113,12 @@ def _tables(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class State:
-    """What a run has found, one JSON line each, so that it goes on after a stop.
+    """A file of finished measurements, one JSON line each, from which a stopped run resumes.
 
     Args:
         path: the file.
-        settings: of the run; a file of other settings is refused.
-        minutes: processor time after which the run ends; None for no end.
+        settings: the settings of the run; a file with other settings is refused.
+        minutes: the processor time after which the run ends; None for no limit.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], minutes: float | None) -> None:
@@ -123,10 +126,10 @@ class State:
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         self.known = dict(json.loads(line) for line in lines)
         if self.kept(["settings"], lambda: settings) != settings:
-            raise SystemExit(f"{path} is of other settings: remove it, or name another OUT.json")
+            raise SystemExit(f"{path} has other settings: remove it, or name another OUT.json")
 
     def kept(self, key: list[Any], make: Callable[[], Any]) -> Any:
-        """Return the value of a key, from the file or made now."""
+        """Return the value of a key from the file, or compute and save it."""
         name = json.dumps(key)
         if name not in self.known:
             self.check_time()
@@ -136,13 +139,13 @@ class State:
         return self.known[name]
 
     def adapter(self, suite: Any, name: str) -> ak.Adapter:
-        """Return the adapter of a task; it is trained if it is not there yet."""
+        """Return the adapter of a task; train it if it is missing."""
         self.check_time()
         made: ak.Adapter = suite.adapter(name)
         return made
 
     def own(self, suite: Any, adapter: ak.Adapter, name: str, testing: bool) -> float:
-        """Return an adapter's accuracy at its own task, which every method is divided by."""
+        """Return an adapter's accuracy at its own task, by which the accuracies of methods are divided."""
 
         def make() -> float:
             return float(suite.right(suite.changes(adapter), 1.0, [name], testing).double().mean())
@@ -152,7 +155,7 @@ class State:
     def check_time(self) -> None:
         """End the run if its time is over."""
         if self.minutes is not None and time.process_time() > 60 * self.minutes:
-            print(f"{self.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
+            print(f"{self.minutes:g} minutes are over; the same command resumes", file=sys.stderr)
             raise SystemExit(3)
 
 
@@ -177,7 +180,7 @@ def _singles(state: State, suites: dict[int, Any], alone: dict[int, dict[str, ak
 def _ranked(
     state: State, suites: dict[int, Any], alone: dict[int, dict[str, ak.Adapter]], count: int, chosen: Any
 ) -> Any:
-    """Return the rows of a number of tasks: as the methods have it, and cut to the adapters' rank."""
+    """Return the rows for a number of tasks: the results as they are, and cut to the adapters' rank."""
     tasks = list(next(iter(alone.values())))[:count]
     made: dict[str, Any] = {}
     for cut in (None, chosen.rank) if count in chosen.cut else (None,):
@@ -222,7 +225,7 @@ def _scored(
     cut: int | None,
     scales: Sequence[float],
 ) -> dict[str, Any] | None:
-    """Combine by one method, choose the scale, and return what it reads right; None if the method cannot be cut."""
+    """Combine by one method, choose the scale, and return its correct answers; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
     own = np.array([state.own(suite, alone[name], name, False) for name in tasks])
     started = time.process_time()
@@ -263,7 +266,7 @@ def _compare(rows: dict[str, dict[str, Any]], right: dict[str, list[Any]]) -> No
     drawn = random.integers(shape[-1], size=(RESAMPLES, shape[-1]))
     for method, row in rows.items():
         values = np.stack(right[method])
-        # One resample takes the same images for all tasks and seeds, since these look at the same digits.
+        # Use the same resampled images for all tasks and seeds, because these have the same digits.
         apart = (values - np.stack(right[REFERENCE])).mean((0, 1))
         low, high = np.quantile(apart[drawn].mean(1), [0.025, 0.975])
         row["mean"] = round(float(values.mean()), 4)
@@ -280,7 +283,7 @@ def _searched(
     rows: Any,
     chosen: Any,
 ) -> list[dict[str, Any]]:
-    """Search on the choosing images, one row a seed; `row` is the best that the table reaches on them."""
+    """Search on the images for choices, one row for each seed; `row` is the best row of the table on them."""
     found = []
     for place, (seed, suite) in enumerate(suites.items()):
         several = [alone[seed][name] for name in tasks]
@@ -293,7 +296,7 @@ def _searched(
 
         best_row = max(rows, key=lambda name: rows[name]["choosing"][place])
         scale = rows[best_row]["scales"][place]
-        # The table scales results. The parameter does so too, and for most methods equal weights.
+        # The table scales results. Equal weights do the same for linear methods, and the parameter `scale` for most.
         start: list[tuple[str, list[float], dict[str, float]]] = [(best_row, [scale] * len(tasks), {})]
         start += [(best_row, [1.0] * len(tasks), {"scale": scale})] if _scales(best_row) else []
         best = ak.search(
@@ -316,7 +319,7 @@ def _searched(
 
 
 def _scales(method: str) -> bool:
-    """Whether a method, or the one that it is put before, has the parameter `scale`."""
+    """Whether a method, or the method that follows a plug-in, has the parameter `scale`."""
     name, values = resolved(method, None)
     return any("scale" in ak.ops.COMBINERS[str(each)].parameters() for each in (name, *values.values()))
 

@@ -1,13 +1,14 @@
-"""Combinations of whole adapters, as a command from files to a file: processor time and memory, beside the peers'.
+"""Measures combinations of whole adapters by the command line: processor time and memory, compared with other tools.
 
     python tools/bench/scale.py [--targets 224] [--size 4096] [--tasks 8] [--rank 16] [--only METHOD...] [--busy]
         [--peers [PYTHON]]
 
 Random float32 LoRA adapters in PEFT's format are written to --work once, 0.9 GB by default. Each method runs as
-`adapterkit combine ... -o DIR`; methods that look at every entry are cut to the rank. Seconds are user and system time
-of the process; memory is its largest part that no file backs, and in brackets the largest resident size, in which pages
-of the input files count. --busy runs each again while other processes keep every processor busy. PEFT's `ties_svd` and
-mergekit's `ties` run on one target: their seconds are told for all, and their memory is that of the one.
+`adapterkit combine ... -o DIR`; results of methods that compute with every entry are cut to the rank. Seconds are user
+and system time of the process. Memory is the largest anonymous memory; the largest resident size, which includes pages
+of the input files, is in brackets. --busy repeats each run while other processes keep every processor busy. PEFT's
+`ties_svd` and mergekit's `ties` run on one target: their seconds are multiplied by the number of targets, and their
+memory is that of the one target.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ GOALS = {
     "linear": 30, "tsv": 30, "iso_c": 30, "core_ties": 30, "knots_ties": 30, "ctm": 45, "ties": 600, "dare_ties": 600,
     "della": 600, "breadcrumbs": 600, "sce": 600,
 }  # fmt: skip
-"""Seconds that 8 adapters with 224 targets of 4096 x 4096 may take, by method."""
+"""Time limits by method for 8 adapters with 224 targets of 4096 x 4096, in seconds."""
 
 RANKED = ("linear", "ties", "dare_ties", "della", "breadcrumbs", "sce")
-"""Methods whose result is cut to the rank here."""
+"""Methods whose result this script cuts to the rank."""
 
 
 def main() -> None:
-    """Writes the adapters, runs the methods, prints one table."""
+    """Write the adapters, run the methods, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=224)
     parser.add_argument("--only", nargs="*", default=list(GOALS), metavar="METHOD")
-    parser.add_argument("--busy", action="store_true", help="once more, beside a busy process for each processor")
+    parser.add_argument("--busy", action="store_true", help="repeat each run with a busy process on each processor")
     parser.add_argument(
         "--peers", nargs="?", const=sys.executable, metavar="PYTHON",
-        help="PEFT and mergekit, too; by another interpreter, where mergekit has an environment of its own",
+        help="also time PEFT and mergekit, with another interpreter if mergekit has its own environment",
     )  # fmt: skip
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-scale")
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def written(chosen: Any, task: int) -> Path:
-    """The folder of one adapter; its factors have a third in common with the others'."""
+    """Write the folder of one adapter, whose factors have a third in common with the others."""
     from safetensors.numpy import save_file
 
     folder = Path(chosen.work) / f"{chosen.targets}x{chosen.size}-r{chosen.rank}-{task}"
@@ -104,7 +105,7 @@ def written(chosen: Any, task: int) -> Path:
 
 
 def combined(method: str, folders: list[Path], chosen: Any) -> Run:
-    """One run of the command."""
+    """Run the command once."""
     cut = ["--rank", str(chosen.rank)] if method in RANKED else []
     out = Path(chosen.work) / "out"
     command = [sys.executable, "-m", "adapterkit", "combine", *map(str, folders), "--method", method, *cut]
@@ -126,11 +127,11 @@ def busy() -> Iterator[None]:
 
 
 PEERS = ("PEFT ties_svd", "mergekit ties")
-"""What is timed of others; the method of both is TIES."""
+"""The implementations of TIES to compare with."""
 
 
 def told(chosen: Any) -> None:
-    """Print what the peers take on one target, times the targets; each in a process of its own."""
+    """Print the other tools' times for one target, times the number of targets; each runs in its own process."""
     for name in PEERS:
         command = [chosen.peers, __file__, "--peer", name, "--size", chosen.size, "--tasks", chosen.tasks]
         log = Path(chosen.work) / name.replace(" ", "-")
@@ -144,7 +145,7 @@ def told(chosen: Any) -> None:
 
 
 def timed(chosen: Any) -> None:
-    """Print the processor time of one peer on one target; nothing if it is not installed."""
+    """Print the processor time of another tool on one target; nothing if it is not installed."""
     import combine as one_target
 
     contender = one_target.peers(one_target.made(chosen.size, chosen.tasks, chosen.rank, 1)).get(chosen.peer)

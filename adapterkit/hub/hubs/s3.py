@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -259,7 +259,7 @@ class S3(Listing):
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
             try:
-                got = self._do(lambda key=key: self.bucket.whole(key))
+                got = self.call(partial(self.bucket.whole, key))
             except RemoteNotFound:
                 continue
             return key, _checked(got[0], str(self.uri)), got[1]
@@ -297,7 +297,7 @@ class S3(Listing):
         return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], found))
 
     def _listing(self, query: Mapping[str, str]) -> bytes:
-        body: bytes = self._do(lambda: self.bucket.page(query))
+        body: bytes = self.call(lambda: self.bucket.page(query))
         return body
 
     @contextmanager
@@ -319,8 +319,8 @@ class S3(Listing):
         claim = self._claim(_entries(before, self.uri.path))
         for name in changed:
             content = files[name]
-            self._do(lambda name=name, content=content: self._put(name, content))
-            if self._do(lambda name=name: self._size(name)) != found[name][0]:
+            self.call(partial(self._put, name, content))
+            if self.call(partial(self._size, name)) != found[name][0]:
                 raise Corrupt("the uploaded file has another size", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
         sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
@@ -350,7 +350,7 @@ class S3(Listing):
         data = json.dumps(told, sort_keys=True, indent=1).encode()
         key = self._key(LIST)
         try:
-            written: str | None = self._do(
+            written: str | None = self.call(
                 lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
@@ -362,12 +362,9 @@ class S3(Listing):
 
     def _there(self, key: str) -> tuple[bytes | None, str | None]:
         try:
-            return self._do(lambda: self.bucket.whole(key))  # type: ignore[no-any-return]
+            return self.call(lambda: self.bucket.whole(key))
         except AdapterkitError:
             return None, None
-
-    def _do(self, act: Any) -> Any:
-        return self.call(act)
 
     def passing(self, error: Exception) -> Passing | None:
         # Treat its errors as final: obstore has already retried its own requests.
@@ -407,7 +404,7 @@ def _status(error: Exception) -> int | None:
     return int(told[1]) if told else None
 
 
-def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, Any]]:
+def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, int | str]]:
     start = len(folder) + 1 if folder else 0
     return {path[start:]: {"size": file.size, "sha256": file.digest.partition(":")[2]} for path, file in files.items()}
 

@@ -1,4 +1,4 @@
-"""Methods of B and A themselves: what they give depends on how a product was split."""
+"""Methods that combine B and A themselves, so that the result depends on how each product was split."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-LOW_RANK = "Make it a LoRA: adapterkit resize A --promote (ak.ops.promote); or choose another --method (method=)"
+LOW_RANK = "Convert it to LoRA by adapterkit resize A --promote (ak.ops.promote), or choose another --method (method=)"
 
-ONE_RANK = "Bring all to one rank: adapterkit resize A --rank R; or choose another method by --method (method=)"
+ONE_RANK = "Resize all adapters to one rank by adapterkit resize A --rank R, or choose another --method (method=)"
 
 
 class Pairwise(Combiner):
-    """The formula sees the factors of each change."""
+    """A combiner whose formula gets the factors of each change."""
 
     @abstractmethod
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
-        """B `[out, r]` and A `[r, in * k]` of the result from those of all tasks, weights already in B."""
+        """Return B `[out, r]` and A `[r, in * k]` of the result from those of all tasks; B includes the weights."""
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         from ..lowering import Delta
@@ -36,14 +36,14 @@ class Pairwise(Combiner):
 
 
 def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = True) -> None:
-    """Refuses changes without thin factors, and ranks that differ where factors are put on top of one another.
+    """Check that all changes have thin factors, and with `equal` that their ranks are equal.
 
     Raises:
-        UsageError: as said.
+        UsageError: a change has none, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
-        raise UsageError("a change without thin factors", where=str(at.target), cure=LOW_RANK)
+        raise UsageError("a change has no thin factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
-        why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed apart"
+        why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"
         raise UsageError(why, where=str(at.target), cure=ONE_RANK)

@@ -1,4 +1,4 @@
-"""A factor of the whole result, for combiners whose formula covers weights and not biases."""
+"""The parameter `scale` for combiners whose formula is for weights only, not for biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Scaled(Combiner):
-    """A combiner with the parameter `scale`; its formula multiplies weights by it, and this class biases."""
+    """A combiner with the parameter `scale`: its formula multiplies weights by it, and this class multiplies biases."""
 
     scale: float = parameter(1.0, SCALE)
 
