@@ -170,9 +170,7 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
             path = next(iter(paths))
             near = nearest(path, first)
             cure = f"{near}. " if near else ""
-            cure += (
-                "Align the names by --base (base=) or --rename (rename=); combine allows it by --disjoint (disjoint=)"
-            )
+            cure += "Align names by --base (base=) or --rename (rename=); --disjoint (disjoint=) of combine allows this"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

@@ -37,7 +37,7 @@ def combinations(
         Malformed: a file is not a recipe.
     """
     if isinstance(start, (str, PathLike)):
-        raise UsageError("start is not a list", where="start", cure="Pass a list: start=[...]")
+        raise UsageError("start is not a list", where="start", cure="Pass a list by --start (start=[...])")
     made: list[Combination] = []
     for each in start:
         if isinstance(each, (tuple, list)):
@@ -84,7 +84,7 @@ def _of_recipe(path: Path, names: Sequence[str], seed: int, rank: int | str | No
             raise UsageError(why, path=path, where=key, cure=f"Type --{key} {theirs} ({key}=), or change the recipe")
     for key in ("compat", "each", "dtype", "disjoint"):
         if options.pop(key, None):
-            cure = f"Remove {key} from the recipe, or pass start=[(method, weights, parameters)] in Python"
+            cure = f"Remove {key} from the recipe, or name only its method by --start (start=)"
             raise UsageError(f"a search cannot use the {key} of a recipe", path=path, where=key, cure=cure)
     for key, value in [*(("weight", weight) for weight in weights), *options.items()]:
         if isinstance(value, (Mapping, list)):

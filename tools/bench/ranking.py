@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--search", type=int, default=0, metavar="TRIALS")
-    parser.add_argument(
-        "--minutes", type=float, help="processor time after which the run ends; the same command resumes"
-    )
+    parser.add_argument("--minutes", type=float, help="processor time after which to stop; the same command resumes")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-ranking")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,7 +209,7 @@ def _ranked(
 
 
 def _shares(state: State, suite: Any, alone: dict[str, ak.Adapter], tasks: list[str], right: list[str]) -> Any:
-    """Return what is right, divided by each adapter's accuracy at its own task, `[tasks, items]`."""
+    """Return correct answers divided by each adapter's accuracy at its own task, `[tasks, items]`."""
     own = np.array([state.own(suite, alone[name], name, True) for name in tasks])
     return np.array([[each == "1" for each in row] for row in right]) / own[:, None]
 
@@ -251,7 +249,7 @@ def _scored(
 
 
 def _climbed(share: Callable[[float], float], scales: Sequence[float]) -> float:
-    """Return the scale to which shares rise from the middle one; not all need to be tried."""
+    """Return the best scale by hill climbing from the middle one, which need not try all scales."""
     at = len(scales) // 2
     step = -1 if at > 0 and share(scales[at - 1]) > share(scales[at]) else 1
     while 0 <= at + step < len(scales) and share(scales[at + step]) > share(scales[at]):
