@@ -21,8 +21,8 @@ import adapterkit as ak  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.reporting.charts import PALETTE, Chart, png, svg  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
-RANKING = PICTURES / "ranking.json"
-"""The figures that tools/bench/ranking.py wrote."""
+RANKINGS = ("ranking", "ranking-model")
+"""The figures that tools/bench/ranking.py wrote, for digits and for a language model."""
 TOOLS = {"adapterkit": "adapterkit merge", "PEFT": "PEFT", "mergekit": "mergekit", "axolotl": "axolotl"}
 """Beginning of a row of the table -> its name in the chart."""
 
@@ -42,7 +42,9 @@ def main() -> int:
     PICTURES.mkdir(exist_ok=True)
     numbers.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     (PICTURES / "speed.png").write_bytes(png(speed(rows)))
-    (PICTURES / "ranking.svg").write_text(svg(ranking(json.loads(RANKING.read_text("utf-8")))), "utf-8")
+    for name in RANKINGS:
+        found = json.loads((PICTURES / f"{name}.json").read_text("utf-8"))
+        (PICTURES / f"{name}.svg").write_text(svg(ranking(found)), "utf-8")
     data = ROOT / "adapterkit" / "demo" / "data"
     report = ak.report([data / "rotated", data / "relabelled"], base=data / "base")
     for chart in report.charts:

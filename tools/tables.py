@@ -2,8 +2,8 @@
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table is between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is methods, formats, matrix, families, combine,
-quant, invariances, ranking, authors or commands; each table is in exactly one page. Exit codes: 0 written or up to
-date, 1 not up to date (`--check`), 2 a source of a table is missing.
+quant, invariances, ranking, ranking_model, authors or commands; each table is in exactly one page. Exit codes: 0
+written or up to date, 1 not up to date (`--check`), 2 a source of a table is missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,13 @@ def invariances() -> str:
     return _markdown(("Method", *columns, "Rank of the result"), rows)
 
 
-RANKING = ROOT / "docs" / "pictures" / "ranking.json"
-"""The figures that tools/bench/ranking.py wrote."""
+RANKINGS = ROOT / "docs" / "pictures"
+"""The folder of the figures that tools/bench/ranking.py wrote."""
 
 
-def ranking() -> str:
+def ranking(name: str = "ranking") -> str:
     """Return one row per combiner: its mean, the difference from task arithmetic with an interval, and its cost."""
-    found = json.loads(RANKING.read_text("utf-8"))["counts"]
+    found = json.loads((RANKINGS / f"{name}.json").read_text("utf-8"))["counts"]
     counts = sorted(found, key=int)
     methods = {name for count in counts for name in found[count]["any"]}
 
@@ -286,6 +287,7 @@ TABLES = {
     "combine": combine,
     "invariances": invariances,
     "ranking": ranking,
+    "ranking_model": partial(ranking, "ranking-model"),
     "authors": authors,
     "quant": quant,
     "commands": commands,

@@ -68,6 +68,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "search": (
         "adapterkit search math code --data validation.jsonl --base MODEL -o best.yml",
         "adapterkit search math code --data validation.jsonl --base MODEL --method ties --budget 30 -o ties.yml",
+        "adapterkit search math code --data validation.jsonl --base MODEL --start best.yml --start karcher -o new.yml",
     ),
     "sign": ("adapterkit sign lora --key key.pem", "adapterkit sign tuned --key key.pem -o tuned.sig --overwrite"),
     "ui": ("adapterkit ui", "adapterkit ui ~/models ~/adapters --port 7878 --no-browser"),

@@ -48,8 +48,13 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @click.option("--budget", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Number of trials.")
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD",
-    help="Combining method to try. Repeatable; default: linear, ties, tsv and knots_ties.",
+    help="Combining method to try. Repeatable; default: linear, ties, tsv, knots_ties and those of --start.",
 )  # fmt: skip
+@click.option(
+    "--start", multiple=True, metavar="RECIPE|METHOD",
+    help="Combination to try first: a recipe of these adapters, or a method at weight 1. Repeatable.",
+)  # fmt: skip
+@click.option("--most", type=float, default=1.5, show_default=True, metavar="W", help="Largest weight to try.")
 @click.option(
     "--tune", multiple=True, metavar="NAME=LOW:HIGH",
     help="Range in which to search a parameter of the methods. density is always searched. Repeatable.",
@@ -71,18 +76,19 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @click.pass_obj
 def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], data: str, base: str, budget: int,
-    methods: tuple[str, ...], tune: tuple[str, ...], rank: int | None, seed: int, device: str, out: str,
-    overwrite: bool,
+    methods: tuple[str, ...], start: tuple[str, ...], most: float, tune: tuple[str, ...], rank: int | None, seed: int,
+    device: str, out: str, overwrite: bool,
 ) -> None:  # fmt: skip
     """Run `adapterkit.search`."""
     from .. import search
     from ..formats import files_read
-    from ..io.locations import located
+    from ..io.locations import local, located
     from ..io.staging import check_free, check_inputs, staged
 
     refuse_place(out)
     kept = Path(f"{out}.trials")
     files = [file for source in (*adapters, base) for file in files_read(located(source))] + [located(data)]
+    files += [path for path in map(local, start) if path.is_file()]
     digest = made_from(files, ("optuna",))
     if is_done(settings, out, digest, overwrite):
         return
@@ -91,7 +97,8 @@ def command(
     _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
     found = search(
         list(adapters), data, base=base, methods=methods or None, budget=budget, tune=dict(map(bounds, tune)),
-        rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite, device=device,
+        start=start, most=most, rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite,
+        device=device,
     )  # fmt: skip
     with staged(Path(out), overwrite=overwrite, made_from=digest) as path:
         path.write_text(found.recipe(), "utf-8")
@@ -101,12 +108,14 @@ def command(
 
 
 def _view(found: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:
+    from ..searching.result import shown_parameters
+
     ranked = sorted((trial.loss, trial.number) for trial in found.trials if trial.loss is not None)
     by_number = {trial.number: trial for trial in found.trials}
     rows = [
         [
             number, by_number[number].method, " ".join(f"{weight:.3g}" for weight in by_number[number].weights),
-            " ".join(f"{name}={value:.3g}" for name, value in by_number[number].parameters.items()), f"{loss:.5g}",
+            shown_parameters(by_number[number].parameters, 3), f"{loss:.5g}",
         ]
         for loss, number in ranked[:SHOWN]
     ]  # fmt: skip

@@ -168,7 +168,9 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
         paths = {target.path for target in adapter.updates}
         if not first & paths:
             path = next(iter(paths))
-            cure = nearest(path, first) or "Pass base=/--base, which aligns names; or allow it with disjoint/--disjoint"
+            near = nearest(path, first)
+            cure = f"{near}. " if near else ""
+            cure += "Align names by --base (base=) or --rename (rename=); --disjoint (disjoint=) of combine allows this"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

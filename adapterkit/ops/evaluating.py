@@ -213,20 +213,24 @@ class Evaluation:
         """Add a note if a result is zero, or becomes zero in its dtype, although the changes are not."""
         import numpy as np
 
+        kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
+        found = 0.0 if made is None else max(map(_bound, made))
+        sizes = [_size(X) for d in made or () for X in (d.B, d.A, d.rest) if X is not None]
+        small = max(sizes, default=0.0) < kind.smallest_subnormal
+        if found and not small:
+            return  # Return early for most results, without loading the changes again.
         # A bound on the entries can prove, without forming a product, that all of them are too small.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
-        kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
         if made is None:
             found = given * max(map(abs, self._weights(place.target)), default=0.0) * len(changes)
             if 0 < found < kind.smallest_subnormal:
                 self.notes.append(_small(place, found, self.dtype.name))
             return
-        found = max(map(_bound, made))
         if not found:
             self.notes.append(f"{place.target}: the result is zero; the largest change there is at most {given:.2g}")
-        elif max(max(map(_size, (d.B, d.A)), default=0.0) for d in made) < kind.smallest_subnormal:
+        else:
             self.notes.append(_small(place, found, self.dtype.name))
 
     def _thin(self, place: AlignedPlace) -> bool:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Report = Callable[["Cut"], Any]
 
+PROMOTE = "Convert it to LoRA by --promote (ak.ops.promote), with --base (base=) if its change depends on the base"
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -208,7 +210,7 @@ def _resized(
             if made:
                 updates[place.target] = made
     if not cuts and not every:
-        raise UsageError("no change here has thin factors", cure="Promote the adapter instead")
+        raise UsageError("no change here has thin factors", cure=PROMOTE)
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
     args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}

@@ -114,7 +114,7 @@ class Selection:
         if self._bins is not None:
             places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
             bins = np.bincount(places.astype(np.int64), minlength=BINS)
-        nonzero = int(np.count_nonzero(values))
+        nonzero = int(np.count_nonzero(values != 0))  # This takes a third of the time of counting floats.
         with self._lock:
             self._total += values.size
             self._nonzero += nonzero

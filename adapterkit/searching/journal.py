@@ -80,8 +80,14 @@ def _trial(found: Any, path: Path, at: int) -> Trial:
     try:
         return Trial(
             int(found["number"]), str(found["method"]), tuple(map(float, found["weights"])),
-            {str(name): float(value) for name, value in found["parameters"].items()},
+            {str(name): _value(value) for name, value in found["parameters"].items()},
             None if found["loss"] is None else float(found["loss"]), found["refused"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError):
         raise Malformed("the line is not a trial", path=path, where=f"line {at}", cure="Delete this file") from None
+
+
+def _value(found: object) -> float | str:
+    if not isinstance(found, (int, float, str)):
+        raise TypeError(found)
+    return found

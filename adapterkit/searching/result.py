@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 
+def shown_parameters(parameters: Mapping[str, float | str], digits: int) -> str:
+    """Return parameters on one line, with this number of significant digits."""
+    numbers = {name: f"{value:.{digits}g}" for name, value in parameters.items() if type(value) in (int, float)}
+    return " ".join(f"{name}={numbers.get(name, value)}" for name, value in parameters.items())
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One combination of the adapters, and its score.
@@ -29,7 +35,7 @@ class Trial:
     number: int
     method: str
     weights: tuple[float, ...]
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, float | str] = field(default_factory=dict)
     loss: float | None = None
     refused: str | None = None
 
@@ -42,7 +48,7 @@ class Trial:
 
     def settings(self) -> str:
         """Return the method, weights and parameters on one line."""
-        said = " ".join(f"{name}={value:.4g}" for name, value in self.parameters.items())
+        said = shown_parameters(self.parameters, 4)
         weights = " ".join(f"{weight:.4g}" for weight in self.weights)
         return f"{self.method}, weights {weights}{f', {said}' if said else ''}"
 

@@ -34,11 +34,13 @@ from ..ops.combining import combine
 from ..ops.parameters import resolved
 from .journal import Journal
 from .result import Search, Trial
+from .starting import combinations
 
 if TYPE_CHECKING:
     from ..ops.alignment import Source
     from ..ops.combiners._combiner import Combiner
     from ..ops.lowering import Base
+    from .starting import Combination, Start
 
     Score = Callable[[Adapter], float]
 
@@ -65,7 +67,7 @@ def search(
     tune: Mapping[str, tuple[float, float]] | None = None,
     most: float = MOST,
     rank: int | str = "fit",
-    start: Sequence[tuple[str, Sequence[float], Mapping[str, float]]] = (),
+    start: Sequence[Start] = (),
     seed: int = 0,
     trials: str | PathLike[str] | None = None,
     overwrite: bool = False,
@@ -83,14 +85,15 @@ def search(
             the base with the combination attached. Or a function that takes the combined adapter and returns a loss.
         base: a folder with a transformers language model. Texts require it. With a function, the base is optional: it
             resolves names and supplies weights to methods that need them.
-        methods: combiners to choose from; `METHODS` if None.
+        methods: combiners to choose from; if None, `METHODS` and those of `start`.
         budget: the number of trials, including those of earlier runs in `trials`.
         tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is always
             searched if a method has it.
         most: the largest weight to try; the smallest is 0.
         rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
-        start: combinations to try first, each as (method, weights, parameters), such as the best rows of a table. The
-            result is at least as good as these. Their methods must be in `methods`.
+        start: combinations to try first, such as the best rows of a table. The result is at least as good as these.
+            Each is (method, weights, parameters), the name of a method (at weight 1), or the path of a recipe of the
+            same adapters. If `methods` is given, their methods must be in it.
         seed: the seed of the search, and of methods that use random numbers.
         trials: a file that records the trials. The same search resumes from it, and a finished search is not repeated.
         overwrite: start again if the file belongs to another search.
@@ -102,8 +105,9 @@ def search(
 
     Raises:
         UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
-            parameter is unknown, a method needs data of its own, texts are given without a base, or no trial could be
-            scored.
+            parameter is unknown, a method needs data of its own, a recipe is of other adapters or has settings that a
+            trial cannot repeat, texts are given without a base, or no trial could be scored.
+        Malformed: a file in `start` is not a recipe.
         Unsupported: Optuna is not installed.
 
     Example:
@@ -112,13 +116,16 @@ def search(
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
         raise UsageError("a search needs at least two adapters", where="adapters", cure="Name two adapters or more")
-    space = Space(_checked(methods or METHODS, len(adapters), base), len(adapters), most, tune or {})
-    known = [*space.known(), *space.started(start)]
+    names = tuple(_called(source, at) for at, source in enumerate(adapters))
+    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
+    first = combinations(start, names, seed=seed, rank=rank, base=said)
+    chosen_from = methods or [*METHODS, *(method for method, _, _ in first)]
+    space = Space(_checked(chosen_from, len(adapters), base), len(adapters), most, tune or {})
+    known = [*space.known(), *space.started(first)]
     if budget < len(known):
         why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
-        raise UsageError(
-            why, where="budget", cure=f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
-        )
+        cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
+        raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
@@ -126,7 +133,7 @@ def search(
             "adapters": [adapter.digest() for adapter in read], "data": _identity(data), "methods": list(space.methods),
             "base": None if base is None else fingerprint(opened(base)),
             "tune": {name: list(bounds) for name, bounds in space.tune.items()}, "most": most, "rank": rank,
-            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in start]} if start else {}),
+            "seed": seed, **({"start": [[m, list(w), dict(p)] for m, w, p in first]} if first else {}),
         },
         overwrite=overwrite,
     )  # fmt: skip
@@ -139,8 +146,6 @@ def search(
             journal.add(_tried(chosen, number, read, base, rank, seed, score))
             if progress is not None:
                 progress(number + 1, budget)
-    names = tuple(_called(source, at) for at, source in enumerate(adapters))
-    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
     found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
     if found.best.loss is None:
         why = f"none of {budget} trials has a loss; the first failed because: {found.trials[0].refused}"
@@ -258,7 +263,7 @@ class Space:
         first = [Trial(0, "linear", weights) for weights in (equal, *units)]
         return first + [Trial(0, method, ones) for method in self.methods]
 
-    def started(self, start: Sequence[tuple[str, Sequence[float], Mapping[str, float]]]) -> list[Trial]:
+    def started(self, start: Sequence[Combination]) -> list[Trial]:
         """Return the caller's first combinations.
 
         Raises:
@@ -272,7 +277,7 @@ class Space:
                 raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
                 why = f"the weights {' '.join(map(str, weights))} of {method} do not fit the search"
-                cure = f"Give {self.count} weights from 0 to {self.most:g}; most= allows larger ones"
+                cure = f"Give {self.count} weights from 0 to {self.most:g}; --most (most=) allows larger ones"
                 raise UsageError(why, where="start", cure=cure)
             holders = self._holders(method)
             for name, value in parameters.items():

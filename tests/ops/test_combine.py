@@ -29,6 +29,7 @@ from adapterkit.ops.combiners._combiner import DEPENDENCES
 from adapterkit.ops.combiners._entrywise import Entrywise
 from adapterkit.ops.combiners.lego import clusters
 from adapterkit.ops.context import FormulaContext
+from adapterkit.ops.lowering import Change
 from adapterkit.ops.prefetch import MEMORY, ahead, one_blas_thread
 from adapterkit.testing import invariances
 
@@ -130,6 +131,24 @@ def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
     one, other = (ak.ops.combine(each, name, **more) for each in (given_, whole))
     for target in (Q, V):
         close(exact(one, target), exact(other, target), 1e-7)
+
+
+OTHER_SCALES = {"cart": "factor of the differences", "robust_merge": "c, the factor of A and of B"}
+"""Methods whose `scale` is another factor than that of the result, with its meaning."""
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if "scale" in COMBINERS[name].parameters()])
+def test_a_scale_is_a_factor_of_the_result_biases_included(name):
+    if name in OTHER_SCALES:
+        assert COMBINERS[name].parameters()["scale"].metadata["meaning"] == OTHER_SCALES[name]
+        return
+    one, half = (ak.ops.combine(adapters(few(name), bias=True), name, scale=scale) for scale in (1.0, 0.5))
+    for target in (Q, V):
+        close(change(half, target), 0.5 * change(one, target), 1e-6)
+        smaller, larger = (Change(target, (OUT, IN), each.updates[target]).bias() for each in (half, one))
+        # Of PCB's entries over the whole model, none of these biases is among the best.
+        assert np.abs(larger).max() > 0 or name == "pcb"
+        close(smaller, 0.5 * larger)
 
 
 def test_a_dense_result_that_its_dtype_cannot_hold_names_the_target():
@@ -1032,6 +1051,16 @@ def test_regression_has_the_least_error_on_the_tasks_inputs(name):
     assert after == ([[[Q]]] * 2 if name == "regmean_plus" else [[]] * 2)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_results_that_do_not_vanish_are_not_warned_of(name):
+    """Changes with factors, and without."""
+    thin = adapters(few(name), targets=[Q])
+    whole = [Adapter({Q: (METHODS["dense"](D=from_numpy(exact(each))),)}) for each in thin]
+    for given_ in (thin, whole) if name not in BY_FACTORS - {"core", "pico"} else (thin,):
+        words = {"rank": RANK} if name == "ctm" else {}
+        assert "warnings" not in ak.ops.combine(given_, name, **words).recipe[-1].args
+
+
 @pytest.mark.parametrize("dtype", [None, "F64"])
 def test_results_that_vanish_are_said_with_numbers(dtype):
     """Model Stock of opposite changes, and products that float32 cannot hold."""
@@ -1085,8 +1114,18 @@ def test_bad_input_is_refused():
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot follow a plug-in", two, "knots", then="core")
-    refused(UsageError, "cannot be summed separately", [*adapters(1), adapters(2, rank=5)[1]], "factors")
-    refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")
+    refused(
+        UsageError,
+        r"cannot be summed separately(.|\n)*adapterkit resize A --rank R",
+        [*adapters(1), adapters(2, rank=5)[1]],
+        "factors",
+    )
+    refused(
+        UsageError,
+        r"no target in common(.|\n)*--disjoint \(disjoint=\)",
+        [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]],
+        "ties",
+    )
     refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
     refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
 

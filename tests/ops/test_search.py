@@ -20,6 +20,7 @@ import adapterkit as ak
 from adapterkit.cli import adapterkit
 from adapterkit.errors import AdapterkitError, Malformed, UsageError
 from adapterkit.io.lazy import from_numpy
+from adapterkit.searching import METHODS
 
 PATHS = ("layers.0.q", "layers.1.q")
 
@@ -90,6 +91,75 @@ def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None
             ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, start=[wrong])
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("stored")
+    for number, adapter in enumerate(PAIR):
+        ak.write(adapter, root / str(number), "peft")
+    return [str(root / str(number)) for number in range(2)]
+
+
+def started(stored: list[str], *start: object, **words: object) -> ak.Search:
+    return ak.search(stored, away_from(change(PAIR[0])), start=start, **{"methods": ["linear", "ties"]} | words)  # type: ignore[arg-type]
+
+
+def test_a_search_starts_from_a_recipe_or_a_method_by_name(stored: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "row.yml"
+    models = [{"model": stored[1], "parameters": {"weight": 0.2}}, {"model": stored[0], "parameters": {"weight": 1.3}}]
+    parameters = {"density": 0.6, "lambda": 0.8, "sign": "frequency"}
+    recipe.write_text(json.dumps({"merge_method": "ties", "models": models, "parameters": parameters}))
+    kept = tmp_path / "trials"
+    found = started(stored, recipe, "karcher", methods=None, budget=12, trials=kept)
+    # After the equal sum, each adapter alone, and five methods at weight 1.
+    ours, named = found.trials[8:10]
+    # The recipe names the adapters in the other order, and the parameter as mergekit does.
+    assert (ours.method, ours.weights) == ("ties", (1.3, 0.2))
+    assert dict(ours.parameters) == {"density": 0.6, "scale": 0.8, "sign": "frequency"}
+    words = {"density": 0.6, "scale": 0.8, "sign": "frequency", "rank": "fit"}
+    expected = away_from(change(PAIR[0]))(ak.ops.combine(PAIR, "ties", [1.3, 0.2], **words))
+    assert ours.loss == pytest.approx(expected, rel=1e-5)
+    assert (named.method, named.weights, dict(named.parameters)) == ("karcher", (1.0, 1.0), {})
+    assert "sign=frequency" in ours.settings()
+    # The file of trials holds words as well as numbers.
+    assert started(stored, recipe, "karcher", methods=None, budget=12, trials=kept).trials == found.trials
+    # What a search writes, another one starts from.
+    recipe.write_text(found.recipe())
+    again = started(stored, str(recipe), methods=None, budget=9)
+    first = again.trials[3 + len({*METHODS, found.best.method})]
+    assert first.record() | {"number": 0} == found.best.record() | {"number": 0}
+
+
+def test_recipes_that_a_trial_cannot_repeat_are_refused(stored: list[str], tmp_path: Path) -> None:
+    models = [{"model": name, "parameters": {"weight": 1.0}} for name in stored]
+    whole = {"merge_method": "ties", "models": models}
+    path = tmp_path / "row.yml"
+    for more, match in (
+        ({"models": models[:1]}, "the recipe combines .*0, but the search combines .*Name the same adapters in both"),
+        ({"models": [models[0], models[0]]}, "the recipe combines"),
+        ({"seed": 7}, "seed 7, but the search has 0.*--seed 7"),
+        ({"rank": 3}, "rank 3, but the search has fit.*--rank 3"),
+        ({"compat": "mergekit"}, "cannot use the compat"),
+        ({"dtype": "float32"}, "cannot use the dtype"),
+        ({"models": [{"model": m["model"], "parameters": {"density": 0.5}} for m in models]}, "cannot use the each"),
+        ({"models": [{"model": m["model"], "parameters": {"weight": [0, 1]}} for m in models]}, "weight differs"),
+        ({"parameters": {"density": {"*": 0.5}}}, "density differs between targets"),
+        ({"parameters": {"dense": 1}}, "no parameter 'dense'"),
+        ({"merge_method": "tsv"}, "tsv is not one of the methods to try.*--method"),
+    ):
+        path.write_text(json.dumps(whole | more))
+        with pytest.raises(UsageError, match=match):
+            started(stored, path, budget=10)
+    with pytest.raises(UsageError, match=r"'karchr' is neither a method nor a recipe.*karcher.*--start \(start=\)"):
+        started(stored, "karchr")
+    for wrong in (("ties", 1.0, {}), ["ties"], ("ties", [1, 1])):
+        with pytest.raises(UsageError, match=r"is not a method, weights and parameters.*as in"):
+            started(stored, wrong)
+    with pytest.raises(UsageError, match="nobody-of-that-name"):
+        started(stored, "~nobody-of-that-name/row.yml")
+    with pytest.raises(UsageError, match=r"start=\["):
+        ak.search(stored, away_from(change(PAIR[0])), start="karcher")
+
+
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     score = away_from(change(ak.ops.add(PAIR, [0.3, 1.1])))
     whole = ak.search(PAIR, score, budget=12, seed=3)
@@ -134,7 +204,7 @@ def test_what_a_search_refuses() -> None:
 
     for match, words in (
         ("at least two adapters", {"adapters": PAIR[:1]}),
-        ("every search begins with", {"budget": 3}),
+        ("every search begins with.*Type --budget 7", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
         ("needs data of its own to learn from", {"methods": ["lorahub"]}),
         ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
@@ -206,6 +276,24 @@ def test_texts_are_scored_as_by_the_model_itself(folder: Path, tmp_path: Path) -
     assert (again.exit_code, again.stdout.startswith("already done: ")) == (0, True), again.output
     made = CliRunner().invoke(adapterkit, ["combine", "--recipe", str(out), "-o", str(tmp_path / "made")])
     assert made.exit_code == 0, made.output
+
+
+def test_the_command_starts_from_recipes_and_methods(folder: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "row.yml", tmp_path / "found.yml"
+    names = [str(folder / name) for name in ("trained", "random")]
+    models = [{"model": name, "parameters": {"weight": weight}} for name, weight in zip(names, (1.8, 0.1), strict=True)]
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    given = [*words(folder, out, 12)[:-4], "--start", str(recipe), "--start", "karcher", "-o", str(out)]
+    refused = CliRunner().invoke(adapterkit, given)
+    assert refused.exit_code != 0
+    assert "--most allows larger ones" in refused.output
+    done = CliRunner().invoke(adapterkit, [*given, "--most", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    trials = json.loads(done.stdout)["trials"]
+    assert ("linear", [1.8, 0.1]) in [(trial["method"], trial["weights"]) for trial in trials]
+    assert ("karcher", [1.0, 1.0]) in [(trial["method"], trial["weights"]) for trial in trials]
+    again = CliRunner().invoke(adapterkit, [*given, "--most", "2"])
+    assert again.stdout.startswith("already done: "), again.output
 
 
 def test_a_killed_command_goes_on(folder: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ COMMANDS = {
         "{} lora --base base --data texts -o out.yml",
         "lora lora --base {} --data texts -o out.yml",
         "lora lora --base base --data {} -o out.yml",
+        "lora lora --base base --data texts --start {} -o out.yml",
         "lora lora --base base --data texts -o {}",
     ],
     "scan": ["{}", "lora --base {}", "lora --sarif {}"],

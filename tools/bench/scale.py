@@ -1,13 +1,14 @@
 """Measures combinations of whole adapters by the command line: processor time and memory, compared with other tools.
 
     python tools/bench/scale.py [--targets 224] [--size 4096] [--tasks 8] [--rank 16] [--only METHOD...] [--busy]
-        [--peers]
+        [--peers [PYTHON]]
 
 Random float32 LoRA adapters in PEFT's format are written to --work once, 0.9 GB by default. Each method runs as
 `adapterkit combine ... -o DIR`; results of methods that compute with every entry are cut to the rank. Seconds are user
 and system time of the process. Memory is the largest anonymous memory; the largest resident size, which includes pages
 of the input files, is in brackets. --busy repeats each run while other processes keep every processor busy. PEFT's
-`ties_svd` and mergekit's `ties` are timed on one target, and the time is multiplied by the number of targets.
+`ties_svd` and mergekit's `ties` run on one target: their seconds are multiplied by the number of targets, and their
+memory is that of the one target.
 """
 
 from __future__ import annotations
@@ -52,11 +53,18 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=224)
-    parser.add_argument("--only", nargs="+", default=list(GOALS), metavar="METHOD")
+    parser.add_argument("--only", nargs="*", default=list(GOALS), metavar="METHOD")
     parser.add_argument("--busy", action="store_true", help="repeat each run with a busy process on each processor")
-    parser.add_argument("--peers", action="store_true", help="also time PEFT and mergekit")
+    parser.add_argument(
+        "--peers", nargs="?", const=sys.executable, metavar="PYTHON",
+        help="also time PEFT and mergekit, with another interpreter if mergekit has its own environment",
+    )  # fmt: skip
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-scale")
     chosen = parser.parse_args()
+    if chosen.peer:
+        timed(chosen)
+        return
     folders = [written(chosen, task) for task in range(chosen.tasks)]
     print(f"{chosen.tasks} adapters of rank {chosen.rank}, {chosen.targets} targets of {chosen.size} x {chosen.size}")
     print(f"{'method':<16}{'seconds':>9}{'goal':>6}{'wall':>7}{'MB':>6}{'(all)':>8}{'busy':>9}{'times':>7}", flush=True)
@@ -118,17 +126,33 @@ def busy() -> Iterator[None]:
             process.wait()
 
 
+PEERS = ("PEFT ties_svd", "mergekit ties")
+"""The implementations of TIES to compare with."""
+
+
 def told(chosen: Any) -> None:
-    """Print the other tools' times for one target, times the number of targets."""
+    """Print the other tools' times for one target, times the number of targets; each runs in its own process."""
+    for name in PEERS:
+        command = [chosen.peers, __file__, "--peer", name, "--size", chosen.size, "--tasks", chosen.tasks]
+        log = Path(chosen.work) / name.replace(" ", "-")
+        run = measure([str(word) for word in [*command, "--rank", chosen.rank]], log, {"PYTHONPATH": str(ROOT)})
+        if not run.stdout:
+            print(f"{name:<16} is not installed", flush=True)
+            continue
+        seconds = float(run.stdout) * chosen.targets
+        line = f"{name:<16}{seconds:>9.0f}{'':>13}{run.anonymous / 1e6:>6.0f}{f'({run.peak / 1e6:.0f})':>8}"
+        print(f"{line}  one target, its seconds times {chosen.targets}", flush=True)
+
+
+def timed(chosen: Any) -> None:
+    """Print the processor time of another tool on one target; nothing if it is not installed."""
     import combine as one_target
 
-    adapters = one_target.made(chosen.size, chosen.tasks, chosen.rank, 1)
-    for name, contender in one_target.peers(adapters).items():
-        if name in ("PEFT ties_svd", "mergekit ties"):
-            started = time.process_time()
-            contender()
-            seconds = (time.process_time() - started) * chosen.targets
-            print(f"{name:<16}{seconds:>9.0f}      (one target, times {chosen.targets})", flush=True)
+    contender = one_target.peers(one_target.made(chosen.size, chosen.tasks, chosen.rank, 1)).get(chosen.peer)
+    if contender is not None:
+        started = time.process_time()
+        contender()
+        print(time.process_time() - started)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ class Sparse(Entrywise):
         total *= self.scale
         if self.denominator == "none":
             return np.asarray(total)
-        below = agree.sum(0, np.int32) if self.denominator == "count" else np.tensordot(weights, agree, 1)
+        kind = np.uint8 if len(agree) < 256 else np.int32
+        below = agree.sum(0, kind) if self.denominator == "count" else np.tensordot(weights, agree, 1)
         return np.asarray(total / np.where(below == 0, 1, below))
 
 

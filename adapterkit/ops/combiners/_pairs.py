@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
+LOW_RANK = "Convert it to LoRA by adapterkit resize A --promote (ak.ops.promote), or choose another --method (method=)"
+
+ONE_RANK = "Resize all adapters to one rank by adapterkit resize A --rank R, or choose another --method (method=)"
+
+
 class Pairwise(Combiner):
     """A combiner whose formula gets the factors of each change."""
 
@@ -37,9 +42,8 @@ def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = 
         UsageError: a change has none, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
-        why = "a change has no thin factors"
-        raise UsageError(why, where=str(at.target), cure="Convert it to LoRA first, by promote()")
+        raise UsageError("a change has no thin factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
         why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"
-        raise UsageError(why, where=str(at.target), cure="Resize the adapters to one rank, or choose another method")
+        raise UsageError(why, where=str(at.target), cure=ONE_RANK)

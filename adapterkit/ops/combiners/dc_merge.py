@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import DENSITY, SCALE
+from ._entrywise import DENSITY
+from ._scaled import Scaled
 from ._spectra import leading, polar
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ TIED = 1e-9
 """Entries that are smaller than the smallest kept entry by less than this fraction are kept too."""
 
 
-class DCMerge(Spectral):
+class DCMerge(Scaled, Spectral):
     """U (M o [same task]) V^T, where M is the elected mean of U^T U_t diag(e_t) V_t^T V."""
 
     title = "Directional consistency (DC-Merge)"
@@ -39,7 +40,6 @@ class DCMerge(Spectral):
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
     rho: float = parameter(5.0, "largest ratio of the largest to the smallest singular value on a line", least=1)
     density: float = parameter(0.001, DENSITY, least=0, most=1)
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np

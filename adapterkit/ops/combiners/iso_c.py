@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
+from ._scaled import Scaled
 from ._spectra import leading
 
 if TYPE_CHECKING:
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 OVER = "directions in the mean: those that the adapters span (core), or all of the weight (weight)"
 
 
-class IsoC(Spectral):
+class IsoC(Scaled, Spectral):
     """scale * mean(S) * U V^T of the sum U S V^T."""
 
     title = "Isotropic merging in the common space (Iso-C)"
     paper = "https://arxiv.org/abs/2502.04959"
 
     over: str = parameter("core", OVER, among=("core", "weight"))
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
+from ._scaled import Scaled
 from ._spectra import joined, leading
 
 if TYPE_CHECKING:
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-class IsoCTS(Spectral):
+class IsoCTS(Scaled, Spectral):
     """scale * mean(S) * polar(U) polar(V)^T over common and task-specific directions."""
 
     title = "Isotropic merging with task-specific directions (Iso-CTS)"
     paper = "https://arxiv.org/abs/2502.04959"
 
     common: float = parameter(0.8, "share of the directions that come from the sum", least=0, most=1)
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import shares
 from ._combiner import Mixture, parameter
+from ._entrywise import SCALE
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -21,6 +22,7 @@ class Karcher(Mixture):
     paper = "https://arxiv.org/abs/2603.04972"
     compat: ClassVar = {"mergekit": {"iterations": 10}}
 
+    scale: float = parameter(1.0, SCALE)
     iterations: int = parameter(100, "largest number of steps", least=1)
     tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
 
@@ -52,7 +54,7 @@ class Karcher(Mixture):
             moved = np.cos(size) * mean + np.sin(size) / size * tangent
             unit = _unit(moved, cosines, self.tolerance)
             mean = moved if unit is None else unit
-        return mean * inverse * float(w @ sizes)
+        return mean * inverse * (self.scale * float(w @ sizes))
 
 
 def _unit(vector: Array, cosines: Array, tolerance: float) -> Array | None:

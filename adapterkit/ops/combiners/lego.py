@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 from ...errors import UsageError
 from ._combiner import parameter
 from ._pairs import Pairwise
+from ._scaled import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
 
-class Lego(Pairwise):
+class Lego(Scaled, Pairwise):
     """Minimal semantic units, recombined by k-means."""
 
     title = "LoRA-LEGO"
@@ -41,7 +42,7 @@ class Lego(Pairwise):
         units = np.hstack([A, B.T])
         owner = clusters(units @ units.T, rank, at.uniform(0, (self.starts, rank)))
         centres = np.stack([_centre(units[owner == c]) for c in range(rank)])
-        scale = math.sqrt(len(units) / rank)
+        scale = self.scale * math.sqrt(len(units) / rank)
         return scale * centres[:, A.shape[1] :].T, centres[:, : A.shape[1]]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...errors import UsageError
 from ._changes import shares
 from ._combiner import Mixture, parameter
+from ._entrywise import SCALE
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -24,6 +25,7 @@ class MultiSlerp(Mixture):
     compat: ClassVar = {"mergekit": {}}
 
     normalize: bool = parameter(True, "divide the weights by their sum")
+    scale: float = parameter(1.0, SCALE)
     eps: float = parameter(1e-8, "lengths below this count as 0", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
@@ -43,5 +45,5 @@ class MultiSlerp(Mixture):
         v = w - float(w @ cosines @ m) * m
         size = float(np.sqrt(max(v @ cosines @ v, 0.0)))
         turned = m * np.cos(size) + (v * (np.sin(size) / size) if size > self.eps else 0.0)
-        result: Array = turned * inverse * float(w @ sizes)
+        result: Array = turned * inverse * (self.scale * float(w @ sizes))
         return result

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._combiner import PlugIn, parameter
+from ._scaled import Scaled
 from .core import BASIS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 RESCALE = "what is rescaled: the merged change, to the mean norm; each damped change, to its previous norm; or nothing"
 
 
-class Pico(PlugIn):
+class Pico(Scaled, PlugIn):
     """A plug-in that runs before any method of sums or singular values."""
 
     title = "Pico: shared output directions damped before another method"
@@ -48,7 +49,8 @@ class Pico(PlugIn):
         if self.rescale == "each":
             calibrated = [_brought(delta, size) for delta, size in zip(calibrated, norms, strict=True)]
         merged = self.inner.matrix(calibrated, weights, at)
-        return _brought(merged, float(np.mean(norms))) if self.rescale == "merged" else merged
+        result = _brought(merged, float(np.mean(norms))) if self.rescale == "merged" else merged
+        return result if self.scale == 1 else result.scaled(self.scale)
 
     def _directions(self, deltas: Sequence[Delta]) -> tuple[Array, Array]:
         import numpy as np

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...errors import UsageError
 from ._combiner import parameter
 from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
-from ._pairs import Pairwise
+from ._pairs import ONE_RANK, Pairwise
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -41,7 +41,7 @@ class RobustMerge(Pairwise):
         import numpy as np
 
         if len({len(A) for A in As}) > 1:
-            raise UsageError("the ranks differ", where=str(at.target), cure="Resize the adapters to one rank")
+            raise UsageError("the ranks differ", where=str(at.target), cure=ONE_RANK)
         A, B = (np.stack([self._pruned(X, t, at) for t, X in enumerate(each)]) for each in (As, Bs))
         after = np.abs(A).sum(2)
         scales = np.where(after > 0, np.abs(np.stack(As)).sum(2) / np.where(after > 0, after, 1.0), 0.0)

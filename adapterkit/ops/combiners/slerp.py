@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import shares
 from ._combiner import Mixture, parameter
+from ._entrywise import SCALE
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -29,17 +30,18 @@ class Slerp(Mixture):
         "fraction of the way from the first to the second; the second's share of the weights if not given",
         kind=float,
     )
+    scale: float = parameter(1.0, SCALE)
     threshold: float = parameter(0.9995, "cosine from which the interpolation is linear", least=0, most=1)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np
 
         if len(gram) == 1:
-            return np.ones(1)
+            return np.full(1, self.scale)
         t = float(shares(weights)[1]) if self.t is None else self.t
         sizes = np.sqrt(gram.diagonal())
         cosine = float(np.clip(gram[0, 1] / (sizes.prod() or 1.0), -1, 1))
         if abs(cosine) > self.threshold:
-            return np.array([1 - t, t])
+            return self.scale * np.array([1 - t, t])
         angle = math.acos(cosine)
-        return np.array([math.sin((1 - t) * angle), math.sin(t * angle)]) / math.sin(angle)
+        return self.scale / math.sin(angle) * np.array([math.sin((1 - t) * angle), math.sin(t * angle)])

@@ -18,6 +18,7 @@ from ...linalg.namespace import summed
 from ..alignment import side_by_side
 from ._combiner import parameter
 from ._learned import Learned, trained
+from ._pairs import LOW_RANK
 
 if TYPE_CHECKING:
     from ...core.adapter import Target
@@ -124,8 +125,7 @@ class TARA(Learned):
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
-            why = "a change has no thin factors"
-            raise UsageError(why, where=str(target), cure="Convert it to LoRA first, by promote()")
+            raise UsageError("a change has no thin factors", where=str(target), cure=LOW_RANK)
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:

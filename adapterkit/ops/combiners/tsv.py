@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
+from ._scaled import Scaled
 from ._spectra import joined, leading
 
 if TYPE_CHECKING:
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 KEPT = "directions that a task keeps; if not given, the weight's smaller side divided by the number of tasks"
 
 
-class TSV(Spectral):
+class TSV(Scaled, Spectral):
     """Task singular vectors, whitened by polar factors; low-rank adapters usually keep all of their directions."""
 
     title = "Task singular vectors (TSV-M)"
     paper = "https://arxiv.org/abs/2412.00081"
 
     directions: int | None = parameter(None, KEPT, least=1, kind=int)
-    scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         directions = self.directions or max(min(at.shape[0], math.prod(at.shape[1:])) // len(cores), 1)

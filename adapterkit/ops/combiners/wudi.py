@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ._changes import whole
 from ._combiner import Spectral, parameter
-from ._entrywise import SCALE
 from ._learned import Adam
+from ._scaled import Scaled
 
 if TYPE_CHECKING:
     from ...io.computed import Array
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SOLVER = "exact: the minimum in closed form; adam: the authors' steps of Adam towards it"
 
 
-class WUDI(Spectral):
+class WUDI(Scaled, Spectral):
     """The minimum of interference that is nearest to the sum."""
 
     title = "Least interference (WUDI)"
@@ -36,7 +36,6 @@ class WUDI(Spectral):
     solver: str = parameter("exact", SOLVER, among=("exact", "adam"))
     steps: int = parameter(300, "steps of Adam", least=0)
     rate: float = parameter(1e-5, "size of a step of Adam", least=0)
-    scale: float = parameter(1.0, SCALE)
     tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -120,21 +121,31 @@ class Answers:
         names: the names of the tasks.
         what: a phrase for the items.
         sizes: how many items of each task are for the choice of a scale, and how many are reported.
+        slow: whether to try fewer scales.
     """
 
     names: ClassVar = list(TASKS)
     what = "items"
+    slow = True
 
     def __init__(self, folder: Path, work: Path, steps: int, rank: int, seed: int, testing: int) -> None:
         self.folder, self.work, self.steps, self.rank, self.seed = folder, work, steps, rank, seed
         self.sizes = CHOOSING, testing
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.items = {name: self._items(make) for name, make in TASKS.items()}
+        self.items = self._kept_items()
         self.model: Any = self._loaded(torch.bfloat16).eval()
         self.base = {name: W.detach() for name, W in self._loaded(torch.float32).named_parameters()}
 
     def _loaded(self, kind: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=kind, trust_remote_code=False)
+
+    def _kept_items(self) -> dict[str, list[tuple[list[int], list[int]]]]:
+        """Return the items of all tasks, from a file in `work`: making them parses thousands of files."""
+        kept = self.work / "items.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps({name: self._items(make) for name, make in TASKS.items()}), "utf-8")
+        found: dict[str, list[tuple[list[int], list[int]]]] = json.loads(kept.read_text("utf-8"))
+        return found
 
     def _items(self, make: Callable[[], Iterator[Item]]) -> list[tuple[list[int], list[int]]]:
         """Return the tokens of a task's questions and answers, in a fixed random order, with balanced answers."""

@@ -65,10 +65,12 @@ class MildDigits:
         names: the names of the tasks.
         what: a phrase for the items.
         sizes: how many images are for the choice of a scale, and how many are reported.
+        slow: whether to try fewer scales.
     """
 
     names: ClassVar = list(TASKS)
     what = "images"
+    slow = False
     sizes = CHOSEN - TRAINED, 540
 
     def __init__(self, work: Path, epochs: int, rank: int, seed: int) -> None:
