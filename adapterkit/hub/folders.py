@@ -36,6 +36,15 @@ def locked(stage: Path) -> Iterator[None]:
 
 
 @contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in such a block for the same folder, which need not exist."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
+        _held(lock, wait=True)
+        yield
+
+
+@contextmanager
 def scratch() -> Iterator[Path]:
     """Yield an empty folder in the cache and remove it afterwards.
 
