@@ -8,6 +8,7 @@ BASE may be an ONNX file: OUT.onnx is then run against the graph with the adapte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +16,12 @@ import click
 from . import _options
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
-from ._progress import progress
+from ._progress import clock, progress
 from ._render import TextTable, View, counted, show, size
 from .verify import record_of, verdict
 
 if TYPE_CHECKING:
+    from ..merging.planned import Plan
     from ..ops.recipes import Recipe
 
 
@@ -87,6 +89,19 @@ if TYPE_CHECKING:
 @_options.rename
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
+@click.option(
+    "--nodes", type=click.IntRange(min=1), metavar="N",
+    help="With --plan: time, bytes and money of --engine ray on 1, 2, 4, ... N nodes that share no disk.",
+)  # fmt: skip
+@click.option(
+    "--bandwidth", callback=_options.byte_count, metavar="SIZE",
+    help="With --nodes: bytes a second between a node and the store, each way, e.g. 1.25GB for 10 Gbit/s.",
+)  # fmt: skip
+@click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of a node for an hour.")
+@click.option(
+    "--node-tasks", type=click.IntRange(min=1), metavar="N",
+    help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. 1 if absent.",
+)  # fmt: skip
 @click.option("--verify", "verified", is_flag=True, help="Compute every merged tensor again and compare it to OUT.")
 @click.option(
     "--base-weights", metavar="DIR", help="Of a graph: weights of its base, to find layers whose names are lost."
@@ -102,7 +117,8 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
-    strict_licence: bool, keep: str | None,
+    strict_licence: bool, keep: str | None, nodes: int | None, bandwidth: int | None, price: float | None,
+    node_tasks: int | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -127,6 +143,7 @@ def command(
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
+    _check_nodes(only_plan, nodes, bandwidth, price, node_tasks)
     from ..merging import merge, plan
 
     settings: _options.CliSettings = ctx.obj
@@ -139,13 +156,17 @@ def command(
     elif parameters:
         raise click.UsageError("--set is of a --method")
     if only_plan:
-        planned = plan(
-            base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
-            keep=keep,
-        )  # fmt: skip
-        show(settings, planned.record(digests=False), _plan_view)
+        with _headers_of(base) as here:
+            planned = plan(
+                here, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
+                onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
+                tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename,
+                vocab=vocab, keep=keep,
+            )  # fmt: skip
+            told: dict[str, Any] = {**planned.record(digests=False), "base": base}
+            if nodes is not None and bandwidth is not None:
+                told["cluster"] = _forecasts(planned, nodes, bandwidth, price, node_tasks or 1)
+        show(settings, told, _plan_view)
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
@@ -175,6 +196,64 @@ def command(
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
+
+
+@contextmanager
+def _headers_of(base: str) -> Iterator[str]:
+    """The base, of which a plan needs headers only: 1.3 TB are not downloaded to see what would be done with them."""
+    from ..errors import Unsupported
+    from ..io.locations import is_remote, ranged
+
+    with ExitStack() as stack:
+        here = base
+        if is_remote(base):
+            # Suppress: a base in another form than safetensors is downloaded, as a merge does.
+            with suppress(Unsupported):
+                here = str(stack.enter_context(ranged(base, whole=True)).path)
+        yield here
+
+
+def _check_nodes(
+    only_plan: bool, nodes: int | None, bandwidth: int | None, price: float | None, node_tasks: int | None
+) -> None:
+    if nodes is None:
+        given = {"--bandwidth": bandwidth, "--price": price, "--node-tasks": node_tasks}
+        first = next((name for name, value in given.items() if value is not None), None)
+        if first is not None:
+            raise click.UsageError(f"{first} requires --nodes")
+    elif not only_plan:
+        raise click.UsageError("--nodes requires --plan: a merge takes the nodes that the Ray cluster has")
+    elif not bandwidth:
+        raise click.UsageError("--nodes requires --bandwidth, the bytes a second of a node, such as --bandwidth 1.25GB")
+
+
+def _forecasts(planned: Plan, most: int, bandwidth: int, price: float | None, tasks: int) -> dict[str, Any]:
+    from ..merging.simulation import doubling, simulate
+
+    rows = [simulate(planned, nodes, bandwidth=bandwidth, price=price, tasks=tasks) for nodes in doubling(most)]
+    return {
+        "bandwidth": bandwidth, "price": price, "tasks": tasks, "forecasts": [forecast.record() for forecast in rows],
+    }  # fmt: skip
+
+
+def _cluster_view(record: Mapping[str, Any]) -> View:
+    cluster = record["cluster"]
+    yield (
+        f"simulated: --engine ray, {counted(cluster['tasks'], 'task')} at once on a node, "
+        f"{size(cluster['bandwidth'])} a second each way between a node and the store"
+    )
+    priced = cluster["price"] is not None
+    columns = ("nodes", "time", "from the store", "to the store", "link busy", "node hours")
+    yield TextTable(
+        (*columns, "cost") if priced else columns,
+        [
+            [
+                row["nodes"], clock(row["seconds"]), size(row["downloaded"]), size(row["uploaded"]),
+                f"{row['busy']:.0%}", f"{row['node_hours']:.2f}", *([f"{row['cost']:.2f}"] if priced else []),
+            ]
+            for row in cluster["forecasts"]
+        ],
+    )  # fmt: skip
 
 
 def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
@@ -248,6 +327,8 @@ def _plan_view(record: Mapping[str, Any]) -> View:
     held = size(record["peak_memory"])
     yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, {held} of memory at most"
     yield from _quantized(record)
+    if "cluster" in record:
+        yield from _cluster_view(record)
     yield from _warnings(record)
 
 
