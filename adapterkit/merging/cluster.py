@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, StorageError, Unsupported, UsageError, storage_error
 from ..io.checkpoint import Checkpoint, opened
@@ -360,9 +362,24 @@ def _connected(address: str | None) -> Iterator[None]:
         why = f"the Ray cluster is not reachable ({str(error).splitlines()[0]})"
         raise NetworkError(why, path=address, cure="Check the address, and that the cluster is up") from error
     try:
-        yield
+        with contextlib.redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            yield
     finally:
         ray.shutdown()
+
+
+class _Stdout:
+    """Standard output, except for Ray's own thread: it prints that a node died, which would be part of the result."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        ours = threading.current_thread().name != "ray_listen_error_messages"
+        return (self.stream if ours else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 def _run(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from bucket_server import SECRET, server  # noqa: F401 - a fixture
 from hub_repository import laid
+from hub_server import TOKEN, HubServer
 from links import Link
 from merges import lora, rand, save_base
 from oci_registry import BINARY, HTPASSWD, PASSWORD, distribution
@@ -35,10 +36,11 @@ class Place:
     """A store, a link to it for the driver and for each node, and a cluster of nodes."""
 
     def __init__(self, root: Path, server: str) -> None:
-        self.root, self.links = root, [Link(server, 4e6) for _ in range(4)]
+        self.root, self.links, self.hub = root, [Link(server, 4e6) for _ in range(4)], HubServer()
         self.settings = {
             "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1",
-            "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", "AWS_ENDPOINT_URL": server,
+            "NO_PROXY": "127.0.0.1", "AWS_ENDPOINT_URL": server, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN,
         }  # fmt: skip
         self.own = [{"AWS_ENDPOINT_URL": f"http://{link.host}"} for link in self.links]
         self.nodes: Nodes = None  # type: ignore[assignment]
@@ -59,31 +61,36 @@ class Place:
 def place(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     import urllib.request
 
-    made = Place(tmp_path_factory.mktemp("nodes"), server)
+    here = Place(tmp_path_factory.mktemp("nodes"), server)
     urllib.request.urlopen(urllib.request.Request(f"{server}/models", method="PUT")).close()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.settings.items():
+        for name, value in here.settings.items():
             patch.setenv(name, value)
-        patch.setenv("ADAPTERKIT_CACHE", str(made.root / "local"))
+        patch.setenv("ADAPTERKIT_CACHE", str(here.root / "local"))
         tensors = {f"layers.{i}.q.weight": rand(ROWS, COLUMNS, seed=i).bfloat16() for i in range(SHARDS)}
-        base = save_base(made.root / "base", tensors, shards=SHARDS)
+        base = save_base(here.root / "base", tensors, shards=SHARDS)
         targets = {ak.Target(f"layers.{i}.q"): (lora(ROWS, COLUMNS),) for i in range(SHARDS - 1)}
-        ak.write(ak.Adapter(targets), made.root / "lora.safetensors")
+        ak.write(ak.Adapter(targets), here.root / "lora.safetensors")
         ak.hub.push(base, "s3://models/base")
-        ak.hub.push(made.root / "lora.safetensors", "s3://models/lora")
+        ak.hub.push(here.root / "lora.safetensors", "s3://models/lora")
         # The local engine, from the same store; then nothing local is left that a node could read by mistake.
-        ak.merge("s3://models/base", "s3://models/lora", made.root / "expected", stream=True)
-        made.expected = laid(made.root / "expected")  # type: ignore[attr-defined]
+        ak.merge("s3://models/base", "s3://models/lora", here.root / "expected", stream=True)
+        here.expected = made(here.root / "expected")  # type: ignore[attr-defined]
         for folder in ("base", "local", "expected"):
-            subprocess.run(["rm", "-r", str(made.root / folder)], check=True)
-        with nodes_of(made.root, made.settings, made.own[1:]) as made.nodes:
-            yield made
+            subprocess.run(["rm", "-r", str(here.root / folder)], check=True)
+        with nodes_of(here.root, here.settings, here.own[1:]) as here.nodes:
+            yield here
+    here.hub.close()
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """What a merge writes, but the card, which a push writes anew."""
+    return {name: data for name, data in laid(folder).items() if name not in ("README.md", ".gitattributes")}
 
 
 def pulled(uri: str, folder: Path) -> dict[str, bytes]:
-    """The files at a place in a store, but the card that a push writes."""
     ak.hub.pull(uri, folder)
-    return {name: data for name, data in laid(folder).items() if name not in ("README.md", ".gitattributes")}
+    return made(folder)
 
 
 def put(name: str) -> int:
@@ -145,7 +152,7 @@ def test_ranges_of_files_and_checksums(place: Place, tmp_path: Path) -> None:
     assert told["exit_code"] == 0, told
     assert sum(link.received for link in place.links) - received < (SHARDS + 3) * SHARD
     ak.merge(*words[:2], tmp_path / "local", stream=True, shard_size=5_000_000, checksums=True)
-    assert pulled("s3://models/small", tmp_path / "out") == laid(tmp_path / "local")
+    assert pulled("s3://models/small", tmp_path / "out") == made(tmp_path / "local")
 
 
 @pytest.mark.parametrize("choice", ["requantize", "dequantize"])
@@ -158,11 +165,26 @@ def test_a_quantized_base(place: Place, choice: str, tmp_path: Path) -> None:
     words = [f"s3://models/{choice}-base", f"s3://models/{choice}-lora", "--quantized", choice]
     assert place.merge(*words, "-o", f"s3://models/{choice}")["exit_code"] == 0
     ak.merge(case, tmp_path / "a.safetensors", tmp_path / "local", quantized=choice)
-    found, expected = pulled(f"s3://models/{choice}", tmp_path / "out"), laid(tmp_path / "local")
+    found, expected = pulled(f"s3://models/{choice}", tmp_path / "out"), made(tmp_path / "local")
     for files in (found, expected):  # Of the local base, a fingerprint is taken; the store's is named by its uri.
         record = json.loads(files.pop("adapterkit_merge.json"))
         files["norms"] = json.dumps([record["norms"], record.get("damage")]).encode()
     assert found == expected
+
+
+def test_from_and_to_a_hub_with_commits(place: Place, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", {f"layers.{i}.q.weight": rand(40, 30, seed=i) for i in range(3)}, shards=3)
+    ak.write(ak.Adapter({ak.Target("layers.1.q"): (lora(40, 30),)}), tmp_path / "lora.safetensors")
+    place.hub.add("org/base", laid(base))
+    place.hub.add("org/lora", {"adapter.safetensors": (tmp_path / "lora.safetensors").read_bytes()})
+    told = place.merge("hf://org/base", "hf://org/lora", "-o", "hf://org/merged")
+    assert told["exit_code"] == 0, told
+    ak.merge(base, tmp_path / "lora.safetensors", tmp_path / "local")
+    found, expected = place.hub.files("org/merged"), laid(tmp_path / "local")
+    assert json.loads(found.pop("adapterkit_merge.json"))["base_uri"].startswith("hf://org/base@")
+    del expected["adapterkit_merge.json"]
+    assert {name: data for name, data in found.items() if name not in ("README.md", ".gitattributes")} == expected
+    assert len(place.hub.asked("POST /api/models/org/merged/commit")) == 1
 
 
 @pytest.mark.skipif(BINARY is None, reason="docker-registry is not installed")
@@ -213,5 +235,6 @@ def test_a_node_killed_on_the_way(place: Place, tmp_path: Path) -> None:
     place.nodes.kill(2)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
+    assert out.startswith("{"), out
     assert not json.loads(out)["resumed"]
     assert pulled("s3://models/killed", tmp_path / "out") == place.expected

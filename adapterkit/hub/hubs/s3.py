@@ -244,6 +244,7 @@ class S3(Listing):
             raise UsageError("S3 has no tokens", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         self.bucket = Bucket(uri.repo, str(uri))
         self._claimed: str | None = None
+        self._met: Mapping[str, RemoteFile] | None = None
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
@@ -309,6 +310,8 @@ class S3(Listing):
 
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
+        if self._claimed is not None:  # Tasks put files here since, which are no files that this push meets.
+            return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
         return super().there()
@@ -333,6 +336,8 @@ class S3(Listing):
         return {file.path: file for file in (self.there() or {}).values() if file.verifiable}
 
     def begin(self) -> None:
+        super().begin()
+        self._met = self.there()
         # Keep the ETag of this claim: if somebody else pushes before `send`, writing the list with it fails.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
