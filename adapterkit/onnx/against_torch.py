@@ -16,6 +16,8 @@ from .tracing import quiet
 if TYPE_CHECKING:
     from torch import nn
 
+    from .session import Session
+
 
 NARROW_NOISE = 2.0
 """Factor on 16-bit rounding noise: two roundings of the same outputs can each be as far off as the other."""
@@ -25,7 +27,7 @@ Run = tuple[Callable[[], AbstractContextManager[Any]], Path | None]
 
 
 def compared(
-    model: nn.Module, examples: Sequence[Any], out: Path, runs: Mapping[str | None, Run], *,
+    model: nn.Module, examples: Sequence[Any], out: Path, session: Session, runs: Mapping[str | None, Run], *,
     judged: bool = True,
 ) -> float:  # fmt: skip
     """Return the largest difference between the graph and torch, relative to the largest output.
@@ -34,15 +36,14 @@ def compared(
         model: the torch model.
         examples: (positional, named) arguments.
         out: the graph.
+        session: the graph, loaded; the adapters stay loaded.
         runs: adapter name -> how to attach it; None for the run without an adapter.
         judged: False to return a difference without raising.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
     """
-    from .session import Session
-
-    session, worst = Session(out), 0.0
+    worst = 0.0
     for name, (attached, file) in runs.items():
         if file is not None and name is not None:
             session.load(name, file)
@@ -74,11 +75,8 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[object]) -> fl
     return worst
 
 
-def by_reference(out: Path, example: Any) -> float | None:
+def by_reference(out: Path, session: Session, example: Any) -> float | None:
     """Return the largest difference between ONNX's reference implementation and onnxruntime; None if it cannot run."""
-    from .session import Session
-
-    session = Session(out)
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 
