@@ -1,7 +1,7 @@
 """Run a merge on a Ray cluster, one task per output file; tasks are idempotent and may run on any node.
 
 A task receives only names and options, a few hundred bytes. It plans the whole merge from headers, and checks that its
-plan has the driver's digest. What it reads and writes depends on the names:
+plan has the driver's digest. The names decide what it reads and writes:
 
 * It downloads inputs on hubs itself: of the base only the bytes that its file needs, into scratch on its node.
 * If the output is on a hub, it puts its file there from its node. The driver keeps a sketch of the file, with only its
@@ -84,7 +84,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a task tells the driver about its file.
+    """The result of a task: its file, as the driver has to know it.
 
     Attributes:
         name: the name of the file.
@@ -291,7 +291,7 @@ def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
     """Yield the spans of the base from which an output file is made.
 
-    What is computed from other tensors, such as the rows of a larger vocabulary, is not in them: it is read later.
+    They lack the inputs of computed tensors, such as the rows of a larger vocabulary, which are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)

@@ -22,7 +22,7 @@ SPEED = 1.2e9
 START = 8.0
 """Seconds from the start of a worker to its first task: imports, and the headers of the base."""
 
-TARGET = 3e-4
+TARGET = 1e-4
 """Seconds for each target, in addition to `START`: every worker plans the whole merge."""
 
 DRIVER = 6.0
@@ -31,7 +31,7 @@ DRIVER = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a merge on a cluster is expected to take.
+    """The time, the bytes and the money that a merge on a cluster is expected to take.
 
     Attributes:
         nodes: the number of nodes.
