@@ -1,8 +1,8 @@
 """Write to a hub from many machines: each puts whole weight files there, and one process makes them visible at the end.
 
 The process that makes the output visible never has the weights. It builds the output in a local folder in which the
-weight files are sketches: their real headers, and nothing after them. Notes beside the folder
-say what the hub answered for each file, so that the same command continues after the process was killed.
+weight files are sketches: their real headers, and nothing after them. Notes beside the folder say what the hub answered
+for each file, so that the same command continues after the process was killed.
 """
 
 from __future__ import annotations

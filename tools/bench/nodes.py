@@ -52,6 +52,7 @@ def measured(root: Path, server: str, chosen: Any) -> dict[str, Any]:
     os.environ.update({
         "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "ADAPTERKIT_CACHE": str(root / "cache"),
+        "HF_HUB_OFFLINE": "0",
     })  # fmt: skip
     base, adapter = inputs(root, server, chosen.shards, chosen.rows)
     plan = ak.plan(base, adapter)
