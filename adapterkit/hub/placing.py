@@ -75,8 +75,7 @@ class Placing:
     def check(self) -> None:
         """Remove a finished output that the hub no longer has, so that it is made again."""
         if self.path.exists() and not all(self.holds(name) for name in self._sketches()):
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+            shutil.rmtree(self.path)
 
     def push(self) -> bool:
         """Make the output visible; return whether anything changed at the hub.
