@@ -306,11 +306,9 @@ def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
 def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        cure = "Free some space, set ADAPTERKIT_CACHE to another disk on the nodes, or make smaller files: --shard-size"
-        raise StorageError(
-            f"a task needs {needed:,} bytes of scratch, but {free:,} are free", path=folder,
-            cure=f"{cure} (shard_size=)",
-        )  # fmt: skip
+        cure = "Free some space on the nodes, or set ADAPTERKIT_CACHE to another disk there, or make smaller files by "
+        cure += "--shard-size (shard_size=)"
+        raise StorageError(f"a task needs {needed:,} bytes of scratch, but {free:,} are free", path=folder, cure=cure)
 
 
 @contextlib.contextmanager
