@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Nodes:
     def start(self, number: int) -> Any:
         """Start the node with this number."""
         variables = {**self._paths(f"node{number}"), **self.environment, **self.own[number]}
+        for _ in range(3):
+            # Ray gives a node 30 s to start, which a busy machine may take.
+            with suppress(Exception):
+                return self.cluster.add_node(num_cpus=1, env_vars=variables)
         return self.cluster.add_node(num_cpus=1, env_vars=variables)
 
     def kill(self, number: int) -> None:
