@@ -1,4 +1,4 @@
-"""adapterkit: one typed `Adapter` for all adapter formats, and functions that take and return it.
+"""adapterkit: one typed `Adapter` for all adapter formats, and functions that accept and return adapters.
 
 Importing this package is cheap: names are loaded from their modules on first use. torch and onnx are imported only when
 tensor values are needed.
@@ -78,7 +78,7 @@ _HOME = {
     "verify": "merging",
     "write": "writing",
 }
-"""Public name -> the module that defines it; with the name in that module, if it differs."""
+"""Public name -> the module that defines it, followed by the name in that module if the two names differ."""
 
 __all__ = [
     "FORMATS",
@@ -126,11 +126,11 @@ __all__ = [
 
 
 _MODULES = ("hub", "onnx", "ops", "provenance", "torch")
-"""Subpackages that are public, as `adapterkit.hub`."""
+"""The public subpackages, such as `adapterkit.hub`."""
 
 
 def _hub() -> _resolving.Hub:
-    """Return the hub package; it is imported at the first use of a name on a hub."""
+    """Return the hub package, which is imported only when an address on a hub is used."""
     from . import hub
 
     return hub

@@ -1,7 +1,7 @@
-"""Functions that take names of files and hubs; the modules below them take objects that are already open.
+"""Public functions that accept paths and addresses; most other modules accept only objects that are already open.
 
-`adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function with
-the same name would replace each other, depending on which is imported first.
+`adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function of the
+same name would replace each other, depending on the order of imports.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _for_slots(
 
 
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
-    """Return warnings if the base differs from the one that an adapter names; none without a base."""
+    """Return a warning for each adapter that names another base; no warnings if `base` is None."""
     if base is None:
         return []
     found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
@@ -166,7 +166,7 @@ def inspect(
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
         rename: rules for names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: weights of a graph's base, used to find layers by their numbers.
+        base_weights: weights of a graph's base, to find layers by their values.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
@@ -204,7 +204,7 @@ def names(
     allow_partial: bool = False,
     strict_base: bool = False,
 ) -> NameMap:
-    """Say where an adapter's targets are in a base, and by which rules; only headers are read.
+    """Return the weights of a base that an adapter's targets match, and the rules that match them; read only headers.
 
     Args:
         base: a folder, a weight file, an address on a hub, or an open checkpoint.
@@ -218,14 +218,14 @@ def names(
         A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter, it
         also has `targets`, a list of records with `target` (the adapter's name), `path` (the base's), `rows`, `layout`
         and `tensor`; `rules`, each with the number of targets that it resolved; and `missing`. Without an adapter, it
-        has `weights`: one record per stored name, with `#` for numbers, the number of such modules, and `names` by
-        naming.
+        has `weights`, with one record per stored name: the name with `#` in place of numbers, the number of modules
+        with this name, and `names`, the names that other tools use.
 
     Raises:
-        CheckFailed: `strict_base` is set, and the base is not the one that the adapter names.
-        TargetNotFound: a target matches nothing, or two readings of its name fit.
+        CheckFailed: `strict_base` is set, and the adapter names another base.
+        TargetNotFound: a target matches nothing, or its name has two possible readings.
         ShapeMismatch: a shape does not fit.
-        UsageError: a rule is not readable.
+        UsageError: a rule cannot be parsed.
     """
     checkpoint = opened(base)
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
@@ -261,18 +261,18 @@ def report(
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
-    """Measure adapters and report what stands out, in numbers, sentences and pictures; notebooks show the result.
+    """Measure adapters and report what stands out in numbers, sentences and charts; notebooks show the result.
 
     Args:
-        adapters: one adapter or several, each an `Adapter` or where it is.
-        base: their base. With it changes are held against weights, and adapters that need weights are measured.
-        merged: what they were merged into; with `base` this tells how much of each change is there.
-        out: write the report to this HTML file, too.
-        rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
-        gate: the result of `adapterkit.gate`, its record, or the file with what `adapterkit gate --json` printed; the
-            page shows it in a section of its own.
-        overwrite: replace what is at `out`.
-        progress: called with what is done and all there is to do, in units of work.
+        adapters: one adapter or several, each an `Adapter`, a path or an address.
+        base: the base of the adapters, to compare changes with weights, and to measure adapters that need weights.
+        merged: the merged model, to measure how much of each change it contains; requires `base`.
+        out: an HTML file to write the report to.
+        rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
+        gate: the result of `adapterkit.gate`, its record, or a file with the output of `adapterkit gate --json`; the
+            page shows it in a separate section.
+        overwrite: replace an existing file at `out`.
+        progress: a function that is called with (work done, total work).
 
     Returns:
         The report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
@@ -293,12 +293,12 @@ def report(
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Name at least one adapter")
     if merged is not None and base is None:
-        raise UsageError("merged needs base", where="merged", cure="Pass the base as well: --base BASE (base=)")
+        raise UsageError("--merged requires --base", where="merged", cure="Also pass --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    record: Any = getattr(gate, "record", None)  # A `Gate`; importing it takes the transformers of its runner.
+    record: Any = getattr(gate, "record", None)  # Do not import `Gate` to check: its package imports transformers.
     told: Any = gate if record is None else record()
     figures = None if told is None else gate_figures(told)
     checkpoint = None if base is None else opened(base)
@@ -315,7 +315,7 @@ def report(
 
 
 def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
-    """Return the adapter, read with the base if the two fit; the report says so if they do not."""
+    """Read an adapter, with the base if the two fit. If they do not fit, the report says so."""
     if base is None:
         return read(path)
     try:
@@ -325,7 +325,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short, unique name for each adapter: the end of its path, longer if several paths end alike."""
+    """Return a short, unique name for each adapter: as much of the end of its path as tells it from the others."""
     from os import fspath
 
     parts = [

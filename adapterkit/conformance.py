@@ -1,7 +1,7 @@
-"""Run a reader of adapterkit files against the vectors of the specification (spec/README.md, section 16).
+"""Test a program that reads adapterkit files with the vectors of the specification (spec/README.md, section 16).
 
-Any program can take part: it gets a verb and paths, and prints one line of JSON per path. This package's own reader of
-adapters is not used to judge a program, because the expected results are in the vectors.
+Any program can be tested: it gets a verb and paths, and prints one line of JSON per path. The expected results are part
+of the vectors, so this package's own reader of adapters is not used.
 """
 
 from __future__ import annotations
@@ -16,29 +16,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NotRequired, TypedDict
 
 from .errors import Corrupt, UsageError
 
-if TYPE_CHECKING:
-    pass
-
-
 BATCH = 100
-"""Number of paths that a program gets at once."""
+"""The number of paths that a program gets at once."""
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""Names of a path's outputs, which `compute` prints; all other tensors of a base are inputs."""
+"""Names of the outputs that `compute` prints for a path; all other tensors of a vector's base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb whose answer is a list of texts -> (the field of the answer, the field of a case with the expected text)."""
+"""Verb with a list of texts as its answer -> (the field of the answer, the field of a case with the expected text)."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types that have a negative zero."""
+"""Dtypes that have a negative zero."""
 
 SECONDS = 300
-"""Time limit of a program for one batch, in seconds."""
+"""The time limit for one batch, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +42,10 @@ class CaseOutcome:
     """The result of one case.
 
     Attributes:
-        case: its name in the index.
-        conformance_class: the kind of program that it tests: reader, validator, base reader, merger, runtime or writer.
-        requirements: the requirements that it tests.
-        verb: the verb that the program was called with.
+        case: the name of the case in the index.
+        conformance_class: the tested kind of program: reader, validator, base reader, merger, runtime or writer.
+        requirements: the tested requirements.
+        verb: the verb with which the program was called.
         passed: whether the program gave the expected result; None if it has no formula for the case.
         why: how the result differs; empty if it passed.
     """
@@ -62,8 +58,31 @@ class CaseOutcome:
     why: str = ""
 
 
-Ask = Callable[[str, Sequence[Path]], Iterable[dict[str, Any]]]
-"""Returns the program's line for each path of a verb; for `compute` and `merge`, one line for both paths."""
+class Expected(TypedDict, total=False):
+    """The expected answer of a case in the index: an error with its place, or what the answer must contain."""
+
+    error: str
+    where: str
+    exact: bool
+    digest: str
+    tensors: dict[str, list[object]]
+    tolerance: float
+
+
+Case = TypedDict(
+    "Case",
+    {
+        "case": str, "class": str, "requirements": list[str], "verb": str, "methods": NotRequired[list[str]],
+        "inputs": dict[str, str], "path": NotRequired[str], "expected": Expected,
+    },
+)  # fmt: skip
+"""An entry of the index of vectors; section 16 of the specification defines the fields."""
+
+Line = Mapping[str, object]
+"""An answer of the program: a JSON object whose fields and types are not yet checked."""
+
+Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
+"""A function that returns the program's line for each path of a verb; for `compute` and `merge`, one for both paths."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
@@ -91,11 +110,11 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     if not (root / "index.json").is_file():
         cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
         raise UsageError("the folder has no index.json of vectors", path=root, cure=cure)
-    cases = json.loads((root / "index.json").read_text("utf-8"))["cases"]
+    cases: list[Case] = json.loads((root / "index.json").read_text("utf-8"))["cases"]
     for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
         if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
             raise Corrupt(
-                "the file is not the vector that index.json lists", path=root / name, cure="Fetch the suite again"
+                "the file is not the vector that index.json lists", path=root / name, cure="Download the suite again"
             )
     ask: Ask = command if callable(command) else partial(_lines, command)
     found = []
@@ -122,40 +141,41 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     return found
 
 
-def _methods(case: Mapping[str, Any]) -> list[str]:
+def _methods(case: Case) -> list[str]:
     return list(case.get("methods", ()))
 
 
-def _foreign(case: Mapping[str, Any], line: Mapping[str, Any], known: set[str]) -> bool:
+def _foreign(case: Case, line: Line, known: set[str]) -> bool:
     """Whether a program that knows only some methods refuses a case because it does not know its method (R-7.1)."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # Accept `updates[0] (q)` too: a refused computation also names the target, which is its location.
+    # Also accept `updates[0] (q)`: a refused computation names its target in addition.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted["where"] in where
     return not right and not known.issuperset(_methods(case))
 
 
-def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable[dict[str, Any]]:
+def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable[Line]:
     for start in range(0, len(paths), BATCH):
         batch = paths[start : start + BATCH]
         done = subprocess.run([*command, verb, *map(str, batch)], capture_output=True, timeout=SECONDS, check=False)
-        # Do not use splitlines(): JSON may contain U+2028, which Python takes as the end of a line.
+        # Do not use splitlines(): JSON may contain U+2028, which Python treats as the end of a line.
         lines = done.stdout.split(b"\n")
         for number in range(1 if verb in ("compute", "merge") else len(batch)):
             try:
                 line = json.loads(lines[number])
             except (IndexError, ValueError):
-                line = {"ok": False, "error": f"no line of JSON (exit code {done.returncode})", "where": ""}
-            yield line if isinstance(line, dict) else {"ok": False, "error": "no JSON object", "where": ""}
+                why = f"the program did not print a line of JSON (exit code {done.returncode})"
+                line = {"ok": False, "error": why, "where": ""}
+            yield line if isinstance(line, dict) else {"ok": False, "error": "not a JSON object", "where": ""}
 
 
-def _outcome(case: Mapping[str, Any], passed: bool | None, why: str = "") -> CaseOutcome:
+def _outcome(case: Case, passed: bool | None, why: str = "") -> CaseOutcome:
     return CaseOutcome(case["case"], case["class"], tuple(case["requirements"]), case["verb"], passed, why)
 
 
-def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
+def _judged(case: Case, line: Line) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
@@ -175,12 +195,12 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
     return _outcome(case, not why, why)
 
 
-def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> CaseOutcome:
+def _rewritten(case: Case, line: Line, path: Path) -> CaseOutcome:
     """Compare canonical JSON, one text at a time."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
     if line.get("error") == "Unsupported":
-        return _outcome(case, None, f"no verb {case['verb']}")
+        return _outcome(case, None, f"the program does not support the verb {case['verb']}")
     got = line.get(answers)
     if not line.get("ok") or not isinstance(got, list) or len(got) != len(wanted):
         return _outcome(case, False, f"{line.get('error', 'the answer does not have one text for each')}")
@@ -189,7 +209,7 @@ def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> 
     return _outcome(case, not why, why)
 
 
-def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> CaseOutcome:
+def _merged(case: Case, line: Line, expected: Path | None) -> CaseOutcome:
     """Compare all bytes of a merged base; if the case has no result, the program must refuse the merge."""
     from .io import safetensors
 
@@ -197,7 +217,7 @@ def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | N
     if judged is not None and (judged.passed or line.get("error") != "Unsupported"):
         return judged
     if expected is None or line.get("error") == "Unsupported":
-        return _outcome(case, None, "no merges")
+        return _outcome(case, None, "the program does not support merges")
     if not line.get("ok"):
         return _outcome(case, False, f"{line.get('error', 'no tensors')}")
     wanted = {
@@ -206,7 +226,7 @@ def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | N
     }
     got = line.get("tensors")
     if not isinstance(got, dict) or got.keys() != wanted.keys():
-        return _outcome(case, False, "the tensors differ from the base's")
+        return _outcome(case, False, "the names of the merged tensors differ")
     why = next((f"{name} differs" for name in wanted if not _same(got[name], wanted[name])), "")
     return _outcome(case, not why, why)
 
@@ -226,11 +246,11 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
     return ["0" * width if dtype in SIGNED_ZEROS and each == negative else each for each in elements]
 
 
-def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> CaseOutcome:
+def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
-    A program may have no formula for a path, and answers Unsupported there. If all other paths are right, the case is
-    counted separately.
+    For a path without a formula, a program answers Unsupported. If all other paths are right, such a case is counted
+    separately.
     """
     import numpy as np
 
@@ -245,7 +265,7 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
     if judged is not None and (judged.passed or not lacking):
         return judged
     if lacking:
-        return _outcome(case, None, "no formula")
+        return _outcome(case, None, "the program has no formula")
     tolerance = case["expected"]["tolerance"]
     extra = {f"{path}.{name}" for path, arrays in outputs.items() if "error" not in arrays for name in arrays}
     for name, leaf in safetensors.read(expected).items():

@@ -17,6 +17,8 @@ from .io.staging import check_free, check_inputs, replaced_at, take_over
 from .writing import write
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from .core.adapter import Adapter
     from .io.checkpoint import Checkpoint
     from .io.strict_json import JsonValue
@@ -27,12 +29,12 @@ class WriteResult:
     """The result of writing an adapter.
 
     Attributes:
-        out: the path or the uri.
+        out: the path or the URI.
         format: the written format.
         targets: the number of targets.
         updates: the number of updates.
         losses: one line for each omitted or rewritten update; see `on_loss`.
-        warnings: further notes for the caller, such as a base that the adapter was not made for.
+        warnings: further warnings, such as a base that the adapter was not made for.
         already_done: True if the same output already existed, so that nothing was written.
     """
 
@@ -65,20 +67,21 @@ class Destination:
     """The destination of an adapter, checked before any work is done.
 
     Args:
-        out: the path or the uri.
-        sources: the adapters to read; if all their model cards name the same licence, a card on a hub does too.
+        out: the path or the URI.
+        sources: the adapters that are read. If all their model cards name the same licence, the card of a pushed
+            adapter names it too.
         overwrite: replace an existing output.
         format: the format to write.
-        base: the base, which is also read.
-        inputs: other files to read.
+        base: the base that is read.
+        inputs: other files that are read.
 
     Raises:
         UsageError: the destination is one of the sources.
     """
 
     def __init__(
-        self, out: str, sources: Sequence[str], overwrite: bool, *, format: str, base: Any = None,  # noqa: A002
-        inputs: Sequence[str] = (),
+        self, out: str, sources: Sequence[str], overwrite: bool, *, format: str,  # noqa: A002 - as in `write`
+        base: Checkpoint | str | PathLike[str] | None = None, inputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.out = path_text(out)
         self.sources, self.overwrite, self.format, self.base = sources, overwrite, format, base
@@ -94,7 +97,7 @@ class Destination:
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that exists, or whose files would replace a source. A hub is checked when it is written to.
+        """Refuse a path that exists, or at which a source would be replaced. A hub is only checked during the push.
 
         Raises:
             UsageError: the destination is one of the sources.
@@ -104,7 +107,7 @@ class Destination:
             return
         path = Path(self.out)
         if path.exists() and any(Path(source).exists() and Path(source).samefile(path) for source in self.inputs):
-            raise UsageError("source and destination are the same", path=path, cure="Write to another path")
+            raise UsageError("the source and the destination are the same", path=path, cure="Write to another path")
         take_over(path)
         check_free(path, self.overwrite)
         check_inputs(replaced_at(path, FORMATS[self.format].owns), self.files)
@@ -136,7 +139,7 @@ class Destination:
         )
 
     @contextmanager
-    def _path(self, unchanged: Callable[[], Any]) -> Iterator[Path]:
+    def _path(self, unchanged: Callable[[], object]) -> Iterator[Path]:
         import shutil
 
         from .io.locations import outgoing
@@ -146,7 +149,7 @@ class Destination:
             return
         options: Any = {"overwrite": self.overwrite, "sources": self.sources, "unchanged": unchanged}
         with outgoing(self.out, **options) as folder:
-            # Start with an empty folder: an interrupted command may have left another format here.
+            # Start with an empty folder: an interrupted command may have left files of another format.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             yield folder / FORMATS[self.format].file
@@ -156,4 +159,4 @@ def _check_place(sources: Iterable[str], out: str) -> None:
     from .hub import parse
 
     if any(is_remote(source) and parse(source) == parse(out) for source in sources):
-        raise UsageError("source and destination are the same", path=out, cure="Write to another place")
+        raise UsageError("the source and the destination are the same", path=out, cure="Write to another address")

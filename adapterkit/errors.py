@@ -1,4 +1,4 @@
-"""Every error that adapterkit raises on purpose: one root class, few subclasses, each error with a location and a cure.
+"""The errors that adapterkit raises on purpose: one root class and few subclasses, with a location and a cure.
 
 The library never prints, exits or asks questions. The command line turns an error into one line and an exit code.
 """
@@ -17,14 +17,14 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""Longest line of an error, in characters. Names and values quoted from files once made errors of 70,000 characters."""
+"""The longest line of an error, in characters. A name or value from a file can have 70,000 characters."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""Longest error of many lines, in characters, about a terminal's screen; further lines are only counted."""
+"""The longest error with several lines, in characters: about one screen. Further lines are only counted."""
 
 MAX_PATH = 4096
-"""Longest path in characters, the limit of Linux."""
+"""The longest path in an error, in characters: the limit of Linux."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
 """A url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not match."""
@@ -113,7 +113,7 @@ class AdapterkitError(Exception):
         self.where = where
         self.cure = cure
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, str):
             if name in ("why", "where", "cure"):
                 value = brief(public(value))
@@ -137,12 +137,12 @@ class AdapterkitError(Exception):
         return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
 
 
-ONE_WEIGHT_EACH = "Give each adapter one: --weight W for each (weights=[...])"
-"""The cure where the numbers of weights and of adapters differ."""
+ONE_WEIGHT_EACH = "Give one weight for each adapter: --weight W for each (weights=[...])"
+"""The cure if the number of weights differs from the number of adapters."""
 
 
 class UsageError(AdapterkitError):
-    """The call itself is invalid: options that exclude each other, weights that do not match adapters."""
+    """The call itself is invalid: options exclude each other, or the number of weights is wrong."""
 
     code = "usage"
 
@@ -166,7 +166,7 @@ class ShapeMismatch(AdapterkitError):
 
 
 class TargetNotFound(AdapterkitError):
-    """A target matches nothing in the base, or several things."""
+    """A target matches nothing in the base, or more than one weight."""
 
     code = "target-not-found"
 
@@ -213,7 +213,7 @@ class CheckFailed(AdapterkitError):
 
 
 class Miswritten(CheckFailed):
-    """A format's writer made an error: read back, the files are a different adapter."""
+    """A format's writer is wrong: the written files, read back, are a different adapter."""
 
     code = "miswritten"
 
@@ -256,8 +256,8 @@ _CURES = {
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
     errno.EACCES: "Check the owner and the mode of that path",
     errno.EPERM: "Check the owner and the mode of that path",
-    errno.EEXIST: "A file has the name of a folder that is needed",
-    errno.ENOTDIR: "A file has the name of a folder that is needed",
+    errno.EEXIST: "Move the file that has the name of a needed folder",
+    errno.ENOTDIR: "Move the file that has the name of a needed folder",
     errno.ENOENT: "Check the spelling of the path",
     errno.EISDIR: "Name a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
@@ -275,10 +275,10 @@ R = TypeVar("R")
 
 
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that works on a file, so that its errors name the file.
+    """Decorate a function whose first argument is a file, so that its errors name the file.
 
-    The first argument is the file: a path, or an object with a `root`. An error that already names a file keeps it. A
-    `UsageError` is about the call, not about a file, and stays unchanged.
+    The argument is a path, or an object with a `root`. An error that already names a file is not changed, nor is a
+    `UsageError`, which is about the call and not about a file.
     """
     name = next(iter(signature(function).parameters))
 
@@ -297,9 +297,10 @@ def places_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def shown(value: object, most: int = 120) -> str:
-    """Return the `repr` of a value from a file, for a message, in at most `most` characters.
+    """Return the `repr` of a value from a file in at most `most` characters, for a message.
 
-    Python refuses to print integers of more than 4300 digits, which YAML and numpy headers can contain in hexadecimal.
+    Large integers are described by their size: Python refuses to print more than 4300 digits, and YAML and numpy
+    headers can contain such integers in hexadecimal.
     """
     return _cut(_SHOWN.repr(value), most)
 

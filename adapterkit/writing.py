@@ -1,10 +1,10 @@
 """Write an adapter in any format; on request, rewrite updates in a method that the format supports.
 
-A writer refuses before it writes anything, and says which updates it cannot express (`Unrepresentable.places`).
-Promotion rewrites these updates and asks the writer again. Low-rank changes become a LoRA with exactly their factors,
-of a larger rank, without a decomposition. Other changes become a difference of weights if the format has that, and the
-nearest LoRA only if the caller accepts an error. Promotion computes, so this module is above `ops`, and the writers
-below it in `formats`.
+A writer refuses before it writes anything, and lists the updates that it cannot express (`Unrepresentable.places`).
+Promotion rewrites these updates and calls the writer again. Low-rank changes become a LoRA with exactly their factors,
+without a decomposition. Other changes become a difference of weights if the format supports that, or the nearest LoRA
+if the caller accepts an error. Promotion needs `ops`, which the writers in `formats` may not import; therefore it is
+here.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from .io.lazy import DType, Lazy, Shape
     from .ops.lowering import Delta
 
-ACCEPT = "Accept an error by max_error=/--max-error, give the base to formulas that need it, or write another format"
+ACCEPT = "Accept an error with max_error=/--max-error, pass the base if a formula needs it, or write another format"
 
-_REPORT = "Nothing was written. Report it, or write adapterkit's own format"
+_REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""Relative tolerance for a stated error. If no error is stated, a hundredth of it allows rounding to float32."""
+"""The relative tolerance of a stated error. A hundredth of it is the absolute tolerance, for rounding to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
@@ -67,26 +67,25 @@ def write(
     `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced, and all
     others stay.
 
-    Before the rename, the output is read back and compared with the adapter. If they differ, in any format, that is an
-    error.
+    Before the rename, the output is read back and compared with the adapter; a difference raises `Miswritten`.
 
     Args:
         adapter: the adapter to write.
-        path: file or folder.
+        path: the file or folder to write.
         format: the format to write.
         base: the base, for formats that need it to resolve names or to order rows.
         on_loss: what to do with updates that the format cannot express; see `Format.write`.
-        profile: a consumer that supports only a part of the format, such as `"vllm"`. Scalings and ranks that it
-            ignores are folded into the tensors; updates that it cannot run are refused.
+        profile: a program that supports only a part of the format, such as `"vllm"`. Scalings and ranks that the
+            program ignores are folded into the tensors; updates that it cannot run are refused.
         max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
             approximate by a low rank; None allows no error.
         overwrite: replace an existing file or folder at `path`; if False, refuse.
         made_from: a digest of all inputs of the output, stored for a later run; see `adapterkit.io.staging`.
 
     Raises:
-        StorageError: `path` exists, is neither a file nor a folder, is being written by another process, or the disk is
-            full.
-        Miswritten: the written files do not mean the same as the adapter; the error names target and field.
+        StorageError: `path` exists and `overwrite` is False, `path` is neither a file nor a folder, another process is
+            writing it, or the disk is full.
+        Miswritten: the written files differ from the adapter; the error names target and field.
         UsageError: the format needs the base to read the files back, but no base was given.
         AdapterkitError: see `Format.write`.
     """
@@ -115,10 +114,10 @@ class Promotion:
     """The allowed ways to rewrite updates.
 
     Attributes:
-        lora: whether the format has LoRA.
-        dense: whether the format has differences of weights.
+        lora: whether the format supports LoRA.
+        dense: whether the format supports differences of weights.
         identities: whether a difference of weights may become a LoRA of full rank.
-        whole: whether the format has whole parameters; then the base's parameter plus a difference may be written.
+        whole: whether the format supports whole parameters, so that the base's weight plus a difference may be written.
         max_error: the accepted relative Frobenius error of each change; None accepts no error.
         base: the base whose weights are passed to formulas that need them.
     """
@@ -136,7 +135,7 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Write the adapter; while that is refused, promote the refused updates and retry. Return one line for each.
+        """Write the adapter; while the writer refuses, promote the refused updates and retry. Return a line for each.
 
         Raises:
             Unrepresentable: no refused update can be promoted further.
@@ -185,7 +184,7 @@ class Promotion:
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
     def _one(self, adapter: Adapter, target: Target) -> Made | None:
-        """Return one update that replaces all updates of a target; None if it has none, or they cannot be widened."""
+        """Return one update that replaces all updates of a target, or None if they cannot be promoted."""
         found = adapter.updates[target]
         said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
         if len(found) == 1 and isinstance(found[0], LoRA):
@@ -205,7 +204,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
-        """Return the update that replaces a difference of weights in a format without them; None if there is none."""
+        """Return an update that replaces a difference of weights in a format without these; None if impossible."""
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             made = _by_identity(update, shape)
@@ -246,9 +245,9 @@ def _is_matrix(update: Dense) -> bool:
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
-    """Write a difference as a LoRA of full rank: the identity times D, or D times the identity, the smaller of both.
+    """Return a difference D as a LoRA of full rank: one factor is D, the other one the smaller possible identity.
 
-    A difference of the bias alone gets two zero factors of rank 1; diffusers converts the `diff` of Wan's head so.
+    A difference of only the bias gets two zero factors of rank 1, as diffusers converts the `diff` of Wan's head.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -303,14 +302,14 @@ def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None
     def made() -> LoRA | None:
         deltas = [*change.deltas()]
         if any(delta.rest is not None for delta in deltas):
-            return None  # A low-rank method may have no factors for this weight, as LoKr in convolutions.
+            return None  # The method has no low-rank factors for this weight, such as LoKr for convolutions.
         return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
     return _when_read(made)
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """Return B and A of rank 1 or more, because formats have no pairs of rank 0."""
+    """Return B and A, with a zero pair of rank 1 in place of rank 0, which formats cannot store."""
     import numpy as np
 
     out, columns = delta.shape
@@ -342,7 +341,7 @@ def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base
     Raises:
         Miswritten: the promoted update is not the sum.
     """
-    # Pass the promoted update first, so that its dtype decides the rounding error, not the given updates' narrower one.
+    # Pass the promoted update first: its dtype decides the tolerance, and the given updates may have a narrower dtype.
     if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
         raise _mispromoted(target, found, why)
 
@@ -385,7 +384,7 @@ def _shaped(alone: Adapter) -> bool:
 
 def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritten:
     names = " and ".join(dict.fromkeys(update.method for update in found))
-    return Miswritten(f"the promoted form of {names} is another function: {why}", where=str(target), cure=_REPORT)
+    return Miswritten(f"the promoted form of {names} differs: {why}", where=str(target), cure=_REPORT)
 
 
 def _type(target: Target, found: Sequence[Update]) -> DType:
@@ -395,9 +394,9 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Create an update whose shapes are known and whose values are computed at each access, which saves memory.
+    """Return an update like that of `make`, whose values are computed again at each access to save memory.
 
-    Returns None if `make` returns None.
+    Return None if `make` returns None.
     """
     first = make()
     if first is None:

@@ -5,11 +5,15 @@ A user's editor and type checker see `py.typed` and then these types. Each `asse
 """
 
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
+import numpy as np
 import torch
 
 import adapterkit as ak
+from adapterkit.linalg.activations import sigmoid
+from adapterkit.linalg.namespace import Numbers, namespace
+from adapterkit.onnx.values import Value
 
 
 def files(path: Path) -> None:
@@ -70,3 +74,11 @@ def hubs() -> None:
     """Pull and push."""
     ak.hub.pull("hf://org/repo@main", "dest")
     ak.hub.push("path", "hf://org/repo")
+
+
+def formulas(array: np.ndarray[Any, np.dtype[Any]], tensor: torch.Tensor, value: Value) -> list[Numbers]:
+    """Compute with arrays of any library; what comes out is of the library that went in."""
+    assert_type(namespace(tensor).exp(tensor), torch.Tensor)
+    assert_type(sigmoid(tensor), torch.Tensor)
+    assert_type(sigmoid(value), Value)
+    return [array, tensor, value]

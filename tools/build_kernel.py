@@ -2,9 +2,9 @@
 
     python tools/build_kernel.py [--target x86_64-linux-gnu.2.17]
 
-The build of a wheel and `pip install -e .` call it, too, by hatchling. It needs a C compiler (`CC`, cc, gcc or clang);
-with a target it needs ziglang from PyPI, which compiles for all platforms. Without a compiler, and on processors that
-the loop was not written for, the package works by numpy: more slowly, with the same bits.
+Hatchling also calls this script to build a wheel and for `pip install -e .`. It needs a C compiler (`CC`, cc, gcc or
+clang); for another platform, it needs ziglang from PyPI, which compiles for all platforms. Without a compiler, and on
+processors that the loops do not support, the package uses numpy, which is slower and gives the same bits.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ PROCESSORS = {
     "aarch64": (),
     "arm64": (),
 }
-"""Compiler flags by processor; others have no conversions in `lanes.h`."""
+"""Compiler flags by processor; `lanes.h` has no conversions for other processors."""
 
 EXACT = dict.fromkeys(("ggml.c", "quantize.c", "dropping.c"), ("-ffp-contract=off",))
-"""Further flags of sources that must round as often as numpy does."""
+"""Additional flags for sources that must round as often as numpy does."""
 
 WIDE = dict.fromkeys(("x86_64", "amd64"), ("-DLANES_512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"))
-"""Flags with which `merge.c` is compiled once more, by processor: sixteen numbers at a time where there is AVX-512."""
+"""Flags by processor with which the sources in TWICE are compiled a second time, for AVX-512."""
+
+TWICE = ("merge.c", "normalize.c")
+"""Sources that compute eight numbers at a time, and sixteen on processors with AVX-512."""
 
 TARGETS = {
     "x86_64-linux-gnu.2.17": "manylinux_2_17_x86_64.manylinux2014_x86_64",
@@ -52,7 +55,7 @@ TARGETS = {
     "x86_64-windows-gnu": "win_amd64",
     "aarch64-windows-gnu": "win_arm64",
 }
-"""Platform tags of wheels, by ziglang's names of the targets that a release has."""
+"""ziglang's name of each target of a release -> the platform tag of its wheel."""
 
 
 def library(target: str | None = None) -> Path:
@@ -73,7 +76,7 @@ def compiler(target: str | None) -> list[str] | None:
 
 
 def compile_kernel(target: str | None = None) -> Path | None:
-    """Compile the loops beside their sources; None, with the reason on stderr, if that is not possible here."""
+    """Compile the loops beside their sources; return None, and print the reason to stderr, if this is not possible."""
     processor = (platform.machine() if target is None else target.split("-")[0]).lower()
     command = compiler(target)
     if command is None or processor not in PROCESSORS:
@@ -82,7 +85,7 @@ def compile_kernel(target: str | None = None) -> Path | None:
         return None
     path = library(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may have the old library open: a file that is replaced stays whole for it.
+    # Replace the file: another process may have the old library open, and keeps the old file.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", *PROCESSORS[processor]]
     if path.suffix == ".so":
@@ -90,7 +93,7 @@ def compile_kernel(target: str | None = None) -> Path | None:
     with tempfile.TemporaryDirectory() as name:
         compiled = [(source, EXACT.get(source.name, ())) for source in SOURCES]
         if processor in WIDE:
-            compiled.append((FOLDER / "merge.c", WIDE[processor]))
+            compiled += [(FOLDER / name, WIDE[processor]) for name in TWICE]
         objects = [Path(name, f"{number}.o") for number in range(len(compiled))]
         steps = [
             [*command, *flags, *more, "-c", source, "-o", each]
@@ -108,14 +111,14 @@ def compile_kernel(target: str | None = None) -> Path | None:
 
 
 class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
-    """Puts the library into the wheel. `KERNEL_TARGET` names another platform, `none` builds without it."""
+    """Adds the library to the wheel. `KERNEL_TARGET` names another platform; `none` builds without the library."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile before the files are gathered, and tag the wheel for its platform and any version of Python."""
+        """Compile before the files are collected, and tag the wheel for its platform and any version of Python."""
         target = os.environ.get("KERNEL_TARGET") or None
-        # The source archive holds the sources alone.
+        # The source archive only has the sources.
         if target == "none" or self.target_name == "sdist":
             return
         path = compile_kernel(target)
@@ -131,10 +134,10 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
 
 
 def main() -> int:
-    """Compile for one target; exit 1 if that is not possible."""
+    """Compile for one target; exit with 1 if this is not possible."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=sorted(TARGETS), help="a platform other than this one")
-    parser.add_argument("--if-older", action="store_true", help="only if the library is older than its sources")
+    parser.add_argument("--if-older", action="store_true", help="compile only if the library is older than its sources")
     arguments = parser.parse_args()
     path = library(arguments.target)
     if (

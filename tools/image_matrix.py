@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Writes docs/image-families.md: what becomes of each method in each dialect of image models, by family.
+"""Writes docs/image-families.md: how each format of image models stores each method, by family of models.
 
-Every cell is what the writer does with an adapter of that family and method in diffusers' names. `--check` compares.
-Exit codes: 0 written or up to date, 1 not up to date (`--check`).
+Each cell shows what the format's writer does with an adapter of that family and method in diffusers' names. `--check`
+only compares. Exit codes: 0 written or up to date, 1 not up to date (`--check`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Make = Callable[[int, int], Any]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit code."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
     check = parser.parse_args(words).check
@@ -85,11 +85,11 @@ MAKERS: dict[str, Make] = {
     "diff_b": lambda out, _: METHODS["dense"](d=_leaf(out)),
     "norm": lambda out, _: METHODS["dense"](D=_leaf(out)),
 }
-"""What a column is called -> an update of a weight of so many outputs and inputs."""
+"""Name of a column -> a function that makes an update of a weight with these outputs and inputs."""
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     reasons: dict[str, int] = {}
     lines = [HEADER]
     for dialect in DIALECTS:
@@ -113,7 +113,7 @@ def _cell(family: ImageFamily, dialect: str, method: str, reasons: dict[str, int
 
 
 def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
-    """The first module of the blocks, or norm, that is whole in every naming -> its outputs."""
+    """Return the first module or norm of the blocks that is a whole weight in every naming -> its outputs."""
     for name, out in _modules(family, norm):
         pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
         if not pieces or (len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole):
@@ -122,7 +122,7 @@ def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
 
 
 def fused(family: ImageFamily) -> dict[str, int]:
-    """The modules that are one fused weight in the authors' naming -> their outputs; none where nothing is fused."""
+    """Return the modules that are one fused weight in the authors' naming -> their outputs; none if none are fused."""
     for name, _ in _modules(family, norm=False):
         pieces = family.moves(name, "diffusers", "native")
         if len(pieces) == 1 and pieces[0].here.whole and not pieces[0].there.whole:
@@ -145,13 +145,13 @@ def _modules(family: ImageFamily, norm: bool) -> Iterator[tuple[str, int]]:
 
 
 def adapter_of(family: ImageFamily, method: str, targets: dict[str, int]) -> Adapter:
-    """An adapter of one method on these modules, each with factors of its own."""
+    """Return an adapter of one method on these modules, with different factors for each."""
     updates = {Target(f"{family.component}.{name}"): (MAKERS[method](out, SIZE),) for name, out in targets.items()}
     return read_with(Adapter(updates, recipe=(Step("read", {"format": "diffusers"}),)), {FAMILY: family.name})
 
 
 def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
-    """`=`, `L`, `D`, or the reason why a dialect refuses a method on these modules."""
+    """Return `=`, `L`, `D`, or the reason why a format refuses a method on these modules."""
     adapter = adapter_of(family, method, targets)
     writer = FORMATS[dialect]()
     kinds: list[str] = []
@@ -173,16 +173,17 @@ def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str
 
 
 HEADER = """\
-# Methods, dialects and families of image, video and audio models
+# Methods, formats and families of image, video and audio models
 
-Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does with an adapter of the family and
-method in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as
-a difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has
-two marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values,
-each with factors of its own. A difference becomes a LoRA of full rank with the identity for one factor, as diffusers
-itself converts it. With `--base`, methods that see the weight become differences of it in the dialects that have these.
+Made by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
+method, given in diffusers' names. `=`: the format supports the method. `L` and `D` need `--on-loss promote`: the writer
+writes an exactly equal LoRA (`L`) or a difference of weights (`D`). A number: the writer refuses, for the numbered
+reason below. If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as
+queries, keys and values, with separate factors for each part. A difference becomes a LoRA of full rank, with the
+identity as one factor, as diffusers itself converts it. With `--base`, methods that depend on the weight become
+differences in formats that support these.
 
-XLabs' files hold LoRA on FLUX's attention, BFL's control files LoRA and whole scales of norms of FLUX.
+XLabs' files support LoRA on FLUX's attention; BFL's control files support LoRA and whole scales of norms of FLUX.
 """
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Kills a small merge at 200 points of its work on disk, runs each again and looks at what came of it. Linux.
+"""Kills a small merge at 200 points of its work on disk, repeats each merge, and checks the result. Linux.
 
     python tools/kill_points.py [--points 200] [--shards 5]
 
-Every run again must give the bytes of a merge that nobody killed, do at most one finished shard over, and leave nothing
-behind; what was at the output before must be there or in the stage at any time.
+The repeated merge must write the same bytes as a merge that was not killed, write at most one finished shard again, and
+leave no temporary files. The previous output must be at its path or in the staging folder at any time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import adapterkit as ak
 
 
 def main() -> int:
-    """Prints what was wrong, and how many points there were; 1 when anything was wrong."""
+    """Print the faults and the number of points; return 1 if there was a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--shards", type=int, default=5)

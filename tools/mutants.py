@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""Mutation testing of formulas and of the engine: change one operator or number, and see whether a test fails.
+"""Test the tests of formulas and of the engine by mutation: change one operator or number, and check that a test fails.
 
     python tools/mutants.py                      all chapters of tools/mutants.toml
     python tools/mutants.py lora blocks          these
     python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed
     python tools/mutants.py --list               what there is
 
-cosmic-ray makes the mutants. It writes them into the files, so everything happens in a copy of the checkout. A mutant
-that survives is a line that no test holds: write the test, or say in tools/mutants.toml why the line computes the same.
-Exit code 1 if one survives without a reason.
+cosmic-ray makes the mutants. It writes them into the files, so this script works in a copy of the checkout. If all
+tests pass with a mutant, no test covers the changed code: write a test, or give the reason in tools/mutants.toml why
+the mutant computes the same. The exit code is 1 if a mutant survives without a reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import random
@@ -28,15 +29,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("adapterkit", "spec", "tests", "tools", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
 TIMEOUT = 300
-"""Seconds that the tests of one mutant may take."""
+"""Time limit of the tests of one mutant, in seconds."""
 
 
 def main() -> int:
-    """Run the chapters that are asked for; return the exit code."""
+    """Run the requested chapters; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
     parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each chapter")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed for --sample")
     parser.add_argument("--list", action="store_true", help="list the chapters")
     options = parser.parse_args()
     known = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text("utf-8"))
@@ -59,7 +60,7 @@ def main() -> int:
 
 
 def copied(folder: Path) -> Path:
-    """Copy what the tests need, and link the environment."""
+    """Copy the files that the tests need, and link the environment."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -73,7 +74,7 @@ def copied(folder: Path) -> Path:
 def survivors(
     chapter: dict[str, Any], copy: Path, sample: int | None, seed: int, reasons: dict[tuple[str, str], str]
 ) -> list[str]:
-    """Run one chapter's mutants; print and return those that no test noticed and no reason explains."""
+    """Run the mutants of one chapter; print and return those that no test detected and that have no reason."""
     source = (copy / chapter["module"]).read_text("utf-8")
     python = ROOT / ".venv" / "bin" / "python"
     command = f"{python} -m pytest -q -x -p no:cacheprovider {chapter['tests']}"
@@ -83,8 +84,10 @@ def survivors(
         f"test-command = {json.dumps(command)}\n\n[cosmic-ray.distributor]\nname = 'local'\n"
     )
     session.unlink(missing_ok=True)
+    # Tests that fail without a mutant would kill every one of them.
+    ray(copy, "baseline", config.name)
     ray(copy, "init", config.name, session.name)
-    skipped = thinned(session, sample, seed) if sample is not None else 0
+    skipped = thinned(session, annotations(source), sample, seed)
     ray(copy, "exec", config.name, session.name)
     lines, left, killed, same = source.split("\n"), [], 0, 0
     for spec, result in records(session):
@@ -107,7 +110,7 @@ def survivors(
 
 
 def ray(copy: Path, *words: str) -> None:
-    """Run cosmic-ray in the copy, quietly."""
+    """Run cosmic-ray in the copy, without output."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "cosmic_ray.cli", *words]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
@@ -115,21 +118,37 @@ def ray(copy: Path, *words: str) -> None:
         sys.exit(f"cosmic-ray {words[0]}: {run.stderr[-2000:]}\nInstall it: .venv/bin/python -m pip install cosmic-ray")
 
 
-def thinned(session: Path, sample: int, seed: int) -> int:
-    """Mark all mutants but a sample as skipped; return how many."""
+def annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return where the type annotations of a module begin and end, as lines and columns: nothing evaluates them."""
+    found = [
+        each
+        for node in ast.walk(ast.parse(source))
+        for each in (getattr(node, "annotation", None), getattr(node, "returns", None))
+        if isinstance(each, ast.expr)
+    ]
+    return [((each.lineno, each.col_offset), (each.end_lineno or 0, each.end_col_offset or 0)) for each in found]
+
+
+def thinned(session: Path, unread: list[tuple[tuple[int, int], tuple[int, int]]], sample: int | None, seed: int) -> int:
+    """Mark mutants of `unread` places as skipped, and all others but a sample; return how many of the others."""
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
     with use_db(str(session), WorkDB.Mode.open) as database:
-        items = sorted(item.job_id for item in database.work_items)
-        kept = set(random.Random(seed).sample(items, min(sample, len(items))))
-        for job in (job for job in items if job not in kept):
+        everything = sorted(item.job_id for item in database.work_items)
+        items = sorted(
+            item.job_id
+            for item in database.work_items
+            if not any(first <= tuple(item.mutations[0].start_pos) < last for first, last in unread)
+        )
+        kept = set(items if sample is None else random.Random(seed).sample(items, min(sample, len(items))))
+        for job in (job for job in everything if job not in kept):
             database.set_result(job, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
     return len(items) - len(kept)
 
 
 def records(session: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each mutant, with where it is and what became of it."""
+    """Yield each mutant with its position and its result."""
     from cosmic_ray.work_db import WorkDB, use_db
 
     found = []

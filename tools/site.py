@@ -1,7 +1,8 @@
-"""Pages of the documentation that are generated when the site is built; a hook of mkdocs, see mkdocs.yml.
+"""Generates pages of the documentation when the site is built, as a hook of mkdocs; see mkdocs.yml.
 
-One page a method, a format and a way to combine, from the spec and the registries; the reference of the commands from
-their own help; the reference of the errors and of the Python functions from their docstrings. They are not committed.
+There is one page for each method, format and combiner, from the spec and the registries. The reference of the commands
+comes from their help; the references of errors and Python functions come from docstrings. These pages are not
+committed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SPECIFICATION = {
     "README.md": "specification/index.md", "ADOPTING.md": "specification/adopting.md",
     "CHANGES.md": "specification/changes.md",
 }  # fmt: skip
-"""Texts of spec/ -> their pages."""
+"""Text of spec/ -> its page."""
 
 SOURCE = "https://github.com/adapterkit/adapterkit/blob/main/spec/"
 
@@ -78,34 +79,34 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
-"""What the theme would load from elsewhere so that search works on pages from a disk; docs/scripts/ has our own."""
+"""The script that the theme would load from another site for the search on local pages; docs/scripts/ has a copy."""
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Let no page of the site load anything from elsewhere; mkdocs calls this."""
+    """Remove everything from a page that it would load from other sites; mkdocs calls this."""
     return finished(output, "../" * page.url.count("/"))
 
 
 def on_post_template(output: str, template_name: str, **_: Any) -> str:
-    """The same for the page of a missing address, which lies at any depth; mkdocs calls this."""
+    """Do the same for the page of a missing address, which can be at any depth; mkdocs calls this."""
     return finished(output, "/") if template_name.endswith(".html") else output
 
 
 def finished(output: str, up: str) -> str:
-    """Return a page that loads nothing from elsewhere and that a screen reader tells.
+    """Return a page that loads nothing from other sites and that a screen reader can read.
 
     Args:
-        output: the page as the theme makes it.
-        up: the way from the page to the top of the site.
+        output: the page that the theme makes.
+        up: the relative path from the page to the top of the site.
     """
     output = SHIM.sub(f"{up}scripts/file_worker.js", output)
-    # The theme's search has no name for people with a screen reader.
+    # Name the theme's search for people with a screen reader.
     search = '<div class="md-search" data-md-component="search" role="dialog"'
     return output.replace(f"{search}>", f'{search} aria-label="Search">')
 
 
 def specification_page(source: str) -> str:
-    """A text of spec/, with links to the other pages of the site, and to the repository for all other files."""
+    """Return a text of spec/ with links to the pages of the site, and to the repository for other files."""
 
     def moved(link: re.Match[str]) -> str:
         path = link[1]
@@ -118,7 +119,7 @@ def specification_page(source: str) -> str:
 
 
 def notebook_page(path: Path) -> str:
-    """A notebook as a page: its text, its code and what it shows."""
+    """Return a notebook as a page: its text, its code and its outputs."""
     lines: list[str] = []
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         text = "".join(cell["source"])
@@ -140,7 +141,7 @@ def notebook_page(path: Path) -> str:
 
 
 def examples_page() -> str:
-    """The examples, each with its text."""
+    """Return the examples, each with its text."""
     text = (ROOT / "examples" / "README.md").read_text("utf-8")
     kinds = {".yml": "yaml", ".sh": "sh", ".py": "python", ".toml": "toml"}
     names = re.findall(r"\]\(([^)]+)\)", text)
@@ -152,7 +153,7 @@ def examples_page() -> str:
 
 
 def method_page(name: str) -> str:
-    """One method: formula, tensors, attributes, what can be done with it, and which formats hold it."""
+    """Return the page of a method: formula, tensors, attributes, operations, and formats that can store it."""
     entry = _spec("methods", name)
     yields = [
         f"# {entry['title']}",
@@ -186,7 +187,7 @@ def _tensors(entry: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def format_page(name: str) -> str:
-    """One format: container, keys, how it is read and written, known faults of its tool."""
+    """Return the page of a format: container, keys, reading and writing, known faults of its tool."""
     entry = _spec("formats", name)
     lines = [f"# {entry['title']}", "", f"`{name}`. [Its documentation]({entry['url']}).", ""]
     lines += [f"**Container**: {entry['container']}.", ""]
@@ -207,7 +208,7 @@ def format_page(name: str) -> str:
 
 
 def combiner_page(entry: Mapping[str, Any]) -> str:
-    """One way to combine: what it computes and its parameters."""
+    """Return the page of a combiner: its computation and its parameters."""
     module = sys.modules[type(ak.ops.COMBINERS).__getitem__(ak.ops.COMBINERS, entry["name"]).__module__]
     told = inspect.cleandoc(module.__doc__ or "")
     lines = [
@@ -232,7 +233,7 @@ def combiner_page(entry: Mapping[str, Any]) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its own help."""
+    """Return the reference of all commands, with their help."""
     ctx = click.Context(adapterkit, info_name="adapterkit", max_content_width=100, terminal_width=100)
     lines = ["# Commands", "", "What `adapterkit COMMAND --help` prints.", ""]
     for name in adapterkit.list_commands(ctx):
@@ -260,11 +261,11 @@ CURES = {
     "access": "Log in to the hub, or accept the licence on its page.",
     "remote-not-found": "Check the name; private repositories need a token.",
 }
-"""Code of an error -> what to do in general."""
+"""Code of an error -> its general remedy."""
 
 
 def errors_page() -> str:
-    """Every error with its code and its exit code."""
+    """Return the reference of all errors, with their codes and exit codes."""
     found = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ak.AdapterkitError)]
     rows = [(f"`{e.code}`", str(e.exit_code), f"`{e.__name__}`", _first(e)) for e in found]
     lines = [
@@ -280,7 +281,7 @@ def errors_page() -> str:
 
 
 def python_page() -> str:
-    """The public functions with their docstrings."""
+    """Return the reference of the public functions, from their docstrings."""
     lines = [
         "# Python functions",
         "",
@@ -323,7 +324,7 @@ def _line(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Plain text as Markdown: what it holds of brackets, stars and angles is no markup."""
+    """Return plain text as Markdown, with escaped brackets, stars and angle brackets."""
     return re.sub(r"(?<!`)([\[\]*<>_])", r"\\\1", text.strip())
 
 

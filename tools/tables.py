@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant, invariances, ranking, authors or commands; each in exactly one page.
-Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
+A table is between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is methods, formats, matrix, families, combine,
+quant, invariances, ranking, authors or commands; each table is in exactly one page. Exit codes: 0 written or up to
+date, 1 not up to date (`--check`), 2 a source of a table is missing.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit code."""
+    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="another folder to work on")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if a page is not up to date")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the pages")
     chosen = parser.parse_args(words)
     try:
         return _work(chosen.docs, chosen.check)
@@ -75,7 +75,7 @@ def _fill(block: re.Match[str]) -> str:
 
 
 def methods() -> str:
-    """One row a method, which leads to its entry in the spec: the law is there."""
+    """Return one row per method, with a link to its entry in the spec, which has the formula."""
     return _markdown(("Method", "What it is", "Kind"), [_method_row(name, _spec("methods", name)) for name in METHODS])
 
 
@@ -85,7 +85,7 @@ def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def formats() -> str:
-    """One row a format: the container as the spec has it, and what the code can express in it."""
+    """Return one row per format: its container, from the spec, and what the code can store in it."""
     return _markdown(("Format", "What it is", "Container", "Methods"), [_format_row(name) for name in FORMATS])
 
 
@@ -102,7 +102,7 @@ def _format_row(name: str) -> list[str]:
 
 
 def matrix() -> str:
-    """What becomes of each method in each format: a row a method, a column for the formats that have the same ones."""
+    """Return how each format stores each method: one row per method, one column per group of equal formats."""
     groups: dict[frozenset[str], list[str]] = {}
     for name in FORMATS:
         groups.setdefault(FORMATS[name].methods, []).append(name)
@@ -113,7 +113,7 @@ def matrix() -> str:
 
 
 def _word(name: str, format_name: str) -> str:
-    """`=` in its own words, `L` exactly as a LoRA, `D` as a difference of weights, `~` as the nearest LoRA."""
+    """Return `=` for native, `L` for an exact LoRA, `D` for a difference of weights, `~` for the nearest LoRA."""
     method, known = METHODS[name], FORMATS[format_name]
     if name in known.methods:
         return "="
@@ -125,7 +125,7 @@ def _word(name: str, format_name: str) -> str:
 
 
 def families() -> str:
-    """What becomes of a family's names in each dialect: a row a family of image, video and audio models."""
+    """Return how each format names a family's modules: one row per family of image, video and audio models."""
     formats = ("diffusers", "comfyui", "kohya", "lycoris")
     columns = ("Family", "Class in diffusers", *(f"`{name}`" for name in formats))
     rows = [
@@ -137,11 +137,11 @@ def families() -> str:
 
 
 NAMINGS = {"diffusers": "diffusers", "comfyui": COMFYUI, "kohya": KOHYA}
-"""Format -> the naming in which it is written; those that are not here keep any names."""
+"""Format -> the naming that it is written in; other formats keep any names."""
 
 
 def _names(family: ImageFamily, format_name: str) -> str:
-    """`=` diffusers' own names, `N` others one to one, `F` others with fused weights, empty where names are unknown."""
+    """Return `=` for diffusers' names, `N` for other names, `F` for others with fused weights; empty if unknown."""
     naming = family.wanted(NAMINGS.get(format_name, "diffusers"))
     if naming == "diffusers":
         return "="
@@ -155,7 +155,7 @@ def _names(family: ImageFamily, format_name: str) -> str:
 
 
 def combine() -> str:
-    """One row a method: what it is, its parameters, and what its result is and depends on beside the changes.
+    """Return one row per combiner: its description, its parameters, and what its result depends on besides the changes.
 
     Each dependence, and its absence, is tested by `test_a_method_says_what_its_result_depends_on`.
     """
@@ -167,7 +167,7 @@ RANKS = {"one's": "at most one adapter's", "sum": "at most the sum of theirs", "
 
 
 def invariances() -> str:
-    """One row a method that needs no data: what was measured to change its result, and the rank of that."""
+    """Return one row per combiner without data: the measured dependences of its result, and the rank of the result."""
     from adapterkit.testing.invariances import GUISES, dependences, measurable, rank_of_result
 
     rows = []
@@ -181,11 +181,11 @@ def invariances() -> str:
 
 
 RANKING = ROOT / "docs" / "pictures" / "ranking.json"
-"""Figures that tools/bench/ranking.py wrote."""
+"""The figures that tools/bench/ranking.py wrote."""
 
 
 def ranking() -> str:
-    """One row a method: its mean, how far that is from task arithmetic, with an interval, and its cost."""
+    """Return one row per combiner: its mean, the difference from task arithmetic with an interval, and its cost."""
     found = json.loads(RANKING.read_text("utf-8"))["counts"]
     counts = sorted(found, key=int)
     methods = {name for count in counts for name in found[count]["any"]}
@@ -211,11 +211,11 @@ def _difference(row: dict[str, Any] | None) -> str:
 
 
 AUTHORS = ROOT / "docs" / "pictures" / "authors.json"
-"""Figures that tools/foreign/check_authors.py wrote."""
+"""The figures that tools/foreign/check_authors.py wrote."""
 
 
 def authors() -> str:
-    """One row a comparison with the authors' functions."""
+    """Return one row per comparison with the authors' functions."""
     rows = []
     for row in json.loads(AUTHORS.read_text("utf-8")):
         place = (
@@ -240,13 +240,13 @@ def _combiner_row(entry: dict[str, Any]) -> list[str]:
 
 
 def quant() -> str:
-    """One row a quantization scheme, and what its dequantization is held against."""
+    """Return one row per quantization scheme, with the reference for its dequantization."""
     rows = [[f"`{name}`", f"[{entry.description}]({entry.url})", entry.oracle] for name, entry in SCHEMES.items()]
     return _markdown(("Scheme", "What it is", "Checked against"), rows)
 
 
 def commands() -> str:
-    """One row a command: its usage, its first line of help, its own options."""
+    """Return one row per command: its usage, the first line of its help, its options."""
     ctx = click.Context(adapterkit, info_name="adapterkit")
     return _markdown(
         ("Command", "What it does", "Options"), [_command_row(ctx, n) for n in adapterkit.list_commands(ctx)]

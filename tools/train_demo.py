@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Train the demo's base and adapters, write adapterkit/demo/data, and print how well each reads held-out digits.
+"""Train the demo's base and adapters, write adapterkit/demo/data, and print the accuracies on held-out digits.
 
     python tools/train_demo.py [--out DIR]
 
-Needs torch, peft and scikit-learn (whose copy of the digits is real and needs no network); about two minutes on one
-core. The split is by the file's order, not shuffled: 1257 images to train on, the last 540 held out. Training runs for
-a fixed number of epochs, and the held-out images choose nothing. One thread, fixed seeds and deterministic kernels make
-the bytes the same from run to run on one machine; another processor or another release of torch or PEFT may round
+Needs torch, peft and scikit-learn, which contains the digits; takes about two minutes on one core. The data is split in
+the order of the file: the first 1257 images are for training, the last 540 are held out. Training runs for a fixed
+number of epochs, and the held-out images are only used for the accuracies. One thread, fixed seeds and deterministic
+kernels give the same bytes in every run on one machine; another processor or another release of torch or PEFT may round
 differently.
 """
 
@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's model, whatever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Import the model of this checkout, not an installed one.
 from adapterkit.demo.model import DATA, HEADS, TASKS, DigitTransformer, accuracy, build, held_out
 
 Task = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ MLP = ["up_proj", "down_proj"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is trained: PEFT's settings, passes over the images, and the seed of all that is drawn."""
+    """The training of one adapter: PEFT's settings, the number of epochs, and the random seed."""
 
     config: LoraConfig
     epochs: int
@@ -73,9 +73,9 @@ RECIPES = {
 
 
 def main() -> None:
-    """Parses the one option, trains, writes, and prints what the written files score."""
+    """Parse the option, train, write the files, and print their accuracies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DATA, help="folder to write (default: the package's own data)")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write (default: the data of the package)")
     out = parser.parse_args().out
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -89,13 +89,13 @@ def main() -> None:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images uint8 `[n, 8, 8]` and labels uint8 `[n]`, in the order of the file."""
+    """Return all 1797 images, uint8 `[n, 8, 8]`, and labels, uint8 `[n]`, in the order of the file."""
     data = load_digits()
     return torch.tensor(data.images).to(torch.uint8), torch.tensor(data.target).to(torch.uint8)
 
 
 def train_base(images: Tensor, labels: Tensor) -> nn.Module:
-    """A model that reads the digits as they are."""
+    """Train the base, which reads the digits unchanged."""
     torch.manual_seed(0)
     model = DigitTransformer(d=WIDTH, hidden=HIDDEN, layers=LAYERS)
     fit(model, images, labels, lambda x, y: (x, y), epochs=60)
@@ -103,9 +103,9 @@ def train_base(images: Tensor, labels: Tensor) -> nn.Module:
 
 
 def train_adapter(recipe: Recipe, task: Task, images: Tensor, labels: Tensor, out: Path) -> PeftModel:
-    """PEFT's adapter for `task`, on the base as it was stored: rounded to bfloat16."""
+    """Train PEFT's adapter for a task, on the stored base, which is rounded to bfloat16."""
     model = stored_base(out)
-    model.name_or_path = BASE_NAME  # what PEFT records as the base
+    model.name_or_path = BASE_NAME  # PEFT records this as the base.
     torch.manual_seed(recipe.seed)
     adapted = get_peft_model(model, recipe.config)
     fit(adapted, images, labels, task, epochs=recipe.epochs)
@@ -113,7 +113,7 @@ def train_adapter(recipe: Recipe, task: Task, images: Tensor, labels: Tensor, ou
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, task: Task, *, epochs: int) -> None:
-    """AdamW with a one-cycle rate on smoothed cross-entropy; the order and the nudges come from torch's global seed."""
+    """Train by AdamW with a one-cycle rate on smoothed cross-entropy; torch's global seed draws orders and shifts."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * -(-len(images) // BATCH))
@@ -128,7 +128,7 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, task: Task, *, epochs:
 
 
 def nudge(images: Tensor) -> Tensor:
-    """Every other image or so, moved by at most one pixel each way; 1257 images are too few to do without."""
+    """Shift about half of the images by at most one pixel; 1257 images are too few without this."""
     n = len(images)
     offset = torch.where(torch.rand(n, 1) < 0.5, torch.randint(0, 3, (n, 2)), 1)
     rows, columns = (offset[:, axis, None] + torch.arange(8) for axis in (0, 1))
@@ -137,14 +137,14 @@ def nudge(images: Tensor) -> Tensor:
 
 
 def write_test(images: Tensor, labels: Tensor, out: Path) -> None:
-    """The held-out images and labels, with where they come from in the header."""
+    """Write the held-out images and labels, with their source in the header."""
     out.mkdir(parents=True, exist_ok=True)
-    # One key only: safetensors writes several in no fixed order.
+    # Use a single key, because safetensors writes several in random order.
     save_file({"images": images, "labels": labels}, out / "test.safetensors", {"source": SOURCE})
 
 
 def write_base(model: nn.Module, folder: Path) -> None:
-    """The weights as bfloat16 under the model's own names, and what the shapes alone do not say."""
+    """Write the weights as bfloat16 under the model's names, and the settings that the shapes do not show."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -162,37 +162,37 @@ def write_base(model: nn.Module, folder: Path) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path) -> None:
-    """PEFT's own files, less its empty model card."""
-    # The embedding here is a linear layer; asked for "auto", PEFT looks for the base's vocabulary on the network.
+    """Write PEFT's files without its empty model card."""
+    # The embedding here is a linear layer. With "auto", PEFT would look for the base's vocabulary on the network.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    # PEFT keeps these as sets, and a set of strings has another order in each process (PYTHONHASHSEED).
+    # Sort these, which PEFT has as sets: a set of strings has a different order in each process (PYTHONHASHSEED).
     for key in ("target_modules", "modules_to_save"):
         config[key] = config[key] and sorted(config[key])
     write_json(path, config)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Sorted keys, two spaces, a newline at the end."""
+    """Write JSON with sorted keys, two spaces, and a newline at the end."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def open_to_readers(out: Path) -> None:
-    """Mode 644: safetensors lets only the owner read what it writes, and a wheel would keep that."""
+    """Set mode 644: safetensors writes files that only the owner can read, and a wheel would keep that mode."""
     for folder in (out, out / "base", *(out / name for name in RECIPES)):
         for path in folder.glob("*.safetensors"):
             path.chmod(0o644)
 
 
 def stored_base(out: Path) -> nn.Module:
-    """The base, read back from `out`."""
+    """Read the base back from `out`."""
     return build(load_file(out / "base" / "model.safetensors"))
 
 
 def report(out: Path) -> None:
-    """Prints the accuracy on the held-out images, everything read back from the files in `out`."""
+    """Print the accuracies on the held-out images, with everything read back from the files in `out`."""
     images, labels = held_out(out)
     print(f"{len(labels)} held-out images; the base reads {accuracy(stored_base(out), images, labels):.2%} as they are")
     print(f"{'task':<12}{'base':>9}{'adapter':>9}{'merged':>9}{'bfloat16':>10}")
@@ -202,7 +202,7 @@ def report(out: Path) -> None:
 
 
 def scores(out: Path, name: str, images: Tensor, labels: Tensor) -> tuple[float, float, float, float]:
-    """Accuracy of the base, with the adapter live, merged by PEFT in float32, and that merge rounded to bfloat16."""
+    """Return accuracies: base, live adapter, PEFT's merge in float32, and this merge rounded to bfloat16."""
     live = PeftModel.from_pretrained(stored_base(out), out / name).eval()
     before, after = accuracy(stored_base(out), images, labels), accuracy(live, images, labels)
     merged = live.merge_and_unload()

@@ -1,7 +1,7 @@
-"""Hubs at scale, by hand: flipped bits, pulls and pushes killed at random moments, on each kind of hub.
+"""Tests each kind of hub with large files: flipped bits, and pulls and pushes that are killed at random moments.
 
-Run as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`; every line is a figure, and any that
-is not as it must be ends it with exit code 1. The faults of networks are in `tests/hub/test_hub_faults.py`.
+Run it as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`. It prints one figure per line,
+and exits with 1 at the first wrong one. Network faults are tested in `tests/hub/test_hub_faults.py`.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from oci_registry import Proxy, distribution
 
 FLIPS, KILLS, MEGABYTES = 1000, 24, 200
 ASKED = 16 << 20
-"""What `adapterkit.hub.transfer` says that a killed pull costs at most, and `_uploads.CHUNK` a killed push."""
+"""Most bytes that a killed pull must send again, by `adapterkit.hub.transfer`; for a push, it is `_uploads.CHUNK`."""
 
 COMMAND = [sys.executable, "-m", "adapterkit"]
 
 
 class Lab:
-    """Servers of each kind, behind proxies that break them; `uri` names a place by its hub's scheme."""
+    """Servers of each kind, behind proxies with faults; `uri` returns an address with the scheme of a hub."""
 
     def __init__(self, hub: HubServer, registry: Proxy, buckets: Proxy, folder: Path) -> None:
         self.hub, self.registry, self.buckets, self.folder = hub, registry, buckets, folder
@@ -47,7 +47,7 @@ class Lab:
 
 @contextlib.contextmanager
 def lab() -> Iterator[Lab]:
-    """Starts the servers, and stops them in the end."""
+    """Start the servers for the block."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     from moto.server import ThreadedMotoServer
 
@@ -64,14 +64,14 @@ def lab() -> Iterator[Lab]:
         keys = {"ENDPOINT_URL": f"http://{made.buckets.host}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
         os.environ |= {f"AWS_{name}": value for name, value in (keys | {"REGION": "us-east-1"}).items()}
         for server_of in (made.hub, made.registry, made.buckets):
-            # Who is killed says no goodbye.
+            # A killed process does not close its connection.
             server_of.http.handle_error = lambda *_: None
         yield made
     moto.stop()
 
 
 def flips(lab: Lab) -> bool:
-    """Each time another bit of what is sent is another, again whenever it is asked for; whether all are found."""
+    """Flip a different bit of the sent bytes each time, also in retries; return whether all were detected."""
     found = [_flips(lab, scheme) for scheme in ("hf", "oci", "s3")]
     return all(found)
 
@@ -101,7 +101,7 @@ def _flips(lab: Lab, scheme: str) -> bool:
 
 
 def pulls(lab: Lab) -> bool:
-    """Kills pulls at random moments; whether each second run is sent at most a chunk again, and gets the same bytes."""
+    """Kill pulls at random moments; return whether each repeated pull got the same bytes and at most a chunk twice."""
     data, draw = np.random.default_rng(5).bytes(MEGABYTES * 1_000_000), random.Random(6)
     cuts = [0, 70_000_000, 120_000_000, 150_000_000, 185_000_000, len(data)]
     kinds = {"one file": {"big.bin": data}}
@@ -116,7 +116,7 @@ def pulls(lab: Lab) -> bool:
 
 
 def _pulled(lab: Lab, folder: Path, files: dict[str, bytes], draw: random.Random) -> int:
-    """Kills a pull after a random byte, or a random time after the first one; the bytes that were sent twice."""
+    """Kill a pull after a random byte, or a random time after the first one; return the bytes that were sent twice."""
     lab.hub.add("org/big", files)
     total, lab.hub.sent = sum(map(len, files.values())), 0
     command = [*COMMAND, "pull", "org/big", str(folder / "out"), "--quiet"]
@@ -132,11 +132,11 @@ def _pulled(lab: Lab, folder: Path, files: dict[str, bytes], draw: random.Random
 
 
 def uploads(lab: Lab) -> bool:
-    """Kills pushes to a registry at random moments; whether what comes back is what was pushed.
+    """Kill pushes to a registry at random moments; return whether a pull returns the pushed bytes.
 
-    Where the kill falls between a chunk that the registry took and its answer, Docker's registry refuses the upload,
-    and the blob is sent again whole; else at most a chunk is. Before it stands a proxy that reads requests whole: of
-    half a chunk, the registry would refuse the upload, too.
+    If the kill is between the registry's receipt of a chunk and its answer, Docker's registry refuses the upload, and
+    the whole blob is sent again; otherwise, at most one chunk is. A proxy in front of the registry reads requests
+    completely, because the registry also refuses an upload with half of a chunk.
     """
     draw, found, fine = random.Random(8), [], []
     for trial in range(KILLS // 2):
@@ -154,7 +154,7 @@ def uploads(lab: Lab) -> bool:
 
 
 def parts(lab: Lab) -> bool:
-    """Kills pushes to a bucket in the middle of an upload in parts; whether nobody takes half of it for the whole."""
+    """Kill pushes to a bucket during a multipart upload; return whether no partial upload is taken for a whole one."""
     fine = []
     for trial in range(6):
         folder, uri = _adapter(lab.folder / f"parts{trial}", 100_000_000, trial), lab.uri("s3", f"parts{trial}")
@@ -169,7 +169,7 @@ def parts(lab: Lab) -> bool:
 
 
 def _killed(command: list[object], due: Callable[[], bool], wait: float) -> int:
-    """Kills a process when something is due, and a moment later; how it ended, once all is quiet."""
+    """Kill a process a moment after a condition is true; return its exit status when all connections are closed."""
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not due():
             time.sleep(0.001)
@@ -181,7 +181,7 @@ def _killed(command: list[object], due: Callable[[], bool], wait: float) -> int:
 
 
 def _adapter(folder: Path, nbytes: int, seed: int = 0) -> Path:
-    """An adapter in PEFT's form of about so many bytes."""
+    """Write an adapter in PEFT's format with about this number of bytes."""
     from hub_repository import lay, peft_files
     from safetensors.numpy import save
 
@@ -197,7 +197,7 @@ def _size(folder: Path) -> int:
 
 
 def _back(lab: Lab, uri: str, folder: Path) -> bool:
-    """Whether what is pulled is what was pushed; both are removed."""
+    """Return whether the pulled files equal the pushed files; remove both."""
     back = lab.folder / "back"
     subprocess.run([*COMMAND, "pull", uri, str(back), "--quiet"], check=True, stdout=subprocess.DEVNULL)
     same = all((back / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir())
@@ -207,7 +207,7 @@ def _back(lab: Lab, uri: str, folder: Path) -> bool:
 
 
 def main() -> None:
-    """Runs those that are named, or all of them."""
+    """Run the named tests, or all."""
     trials = {"flips": flips, "pulls": pulls, "uploads": uploads, "parts": parts}
     with lab() as made, mock.patch("huggingface_hub.utils._http.time.sleep"):
         fine = [trials[name](made) for name in sys.argv[1:] or trials]

@@ -17,8 +17,8 @@ from ._commands import Commands
 
 __all__ = ["adapterkit", "main"]
 
-_EPILOG = """Exit codes: 0 fine, 1 a check failed, 2 wrong usage or invalid input, 3 unsupported, 4 damaged data,
-5 network, 6 storage or memory, 70 a bug in adapterkit, 130 interrupted."""
+_EPILOG = """Exit codes: 0 success, 1 a check failed, 2 wrong usage or invalid input, 3 unsupported or inconclusive,
+4 damaged data, 5 network or authentication, 6 storage or memory, 70 a bug in adapterkit, 130 interrupted."""
 
 
 @click.group(
@@ -31,32 +31,35 @@ _EPILOG = """Exit codes: 0 fine, 1 a check failed, 2 wrong usage or invalid inpu
 @click.version_option(__version__, "-V", "--version", prog_name="adapterkit", message="%(prog)s %(version)s")
 @click.pass_context
 def adapterkit(ctx: click.Context) -> None:
-    """Read, check, convert and merge adapters of any format.
+    """Read, check, convert and merge adapters in any known format.
 
-    Results go to standard output, progress and errors to standard error. Every command takes --json.
+    Results go to standard output; progress and errors go to standard error. Every command accepts --json.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line; this is the entry point of the console script."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second.
+        if (
+            number is not None and signal.getsignal(number) == signal.SIG_DFL
+        ):  # `nohup` sets SIGHUP to be ignored; keep that.
             signal.signal(number, _interrupted)
-    # A file of 10^5 tensors makes 10^6 objects that stay, which the collector would walk through again and again.
+    # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all.
     thresholds = gc.get_threshold()
     gc.set_threshold(100_000, *thresholds[1:])
     try:
         adapterkit()
     finally:
         gc.set_threshold(*thresholds)
-        # The interpreter would look for cycles among all that is left, which takes a tenth of a short command's time.
+        # Keep the interpreter from searching all remaining objects for cycles at exit: that search takes a tenth of a
+        # short command's time.
         gc.freeze()
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """End as Ctrl-C does, so that what is half written is removed; a second such signal does not disturb that."""
+    """End as Ctrl-C does, so that unfinished output is removed. Ignore a second signal during this cleanup."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

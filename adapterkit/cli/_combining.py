@@ -1,10 +1,10 @@
-"""How a combination is said on the command line: a method, `--set name=value`, weights, or a recipe."""
+"""Options that define a combination: a method, `--set name=value`, weights, or a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -15,16 +15,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def method_and_settings(default: str | None) -> Callable[[F], F]:
-    """The options `--method` and `--set`."""
+    """Add the options `--method` and `--set`."""
     said = f"; {default} if absent" if default else ""
 
     def decorated(command: F) -> F:
         for option in (
             click.option(
                 "--set", "parameters", multiple=True, metavar="NAME=VALUE",
-                help="A parameter of the method: a number, a word, or YAML of a list or mapping.",
+                help="Set a parameter of --method to a number, a word, or a YAML list or mapping. Repeatable.",
             ),
-            click.option("--method", metavar="METHOD", help=f"How to combine{said}; see adapterkit list combine."),
+            click.option(
+                "--method", metavar="METHOD",
+                help=f"Method to combine the adapters{said}. 'adapterkit list combine' shows all.",
+            ),
         ):  # fmt: skip
             command = option(command)
         return command
@@ -32,14 +35,18 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
     return decorated
 
 
+S = TypeVar("S")
+
+
 def combination(
-    adapters: Sequence[str], method: str | None, weights: Sequence[float], parameters: Sequence[str],
+    adapters: Sequence[S], method: str | None, weights: Sequence[float], parameters: Sequence[str],
     given: Mapping[str, object], recipe: Recipe | None = None,
-) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
-    """Adapters and the arguments of `ops.combine`; what stands on the command line goes before what a recipe says.
+) -> tuple[list[S], dict[str, Any]]:  # fmt: skip
+    """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
-        UsageError: adapters or weights are said twice, or no adapter is named; a setting is not NAME=VALUE.
+        UsageError: adapters, weights or the method are given next to a recipe, no adapter is named, or a setting is not
+            NAME=VALUE.
     """
     from ..errors import UsageError
 
@@ -47,9 +54,11 @@ def combination(
     sources = list(adapters)
     if recipe is not None:
         if adapters or weights or method:
-            why = "adapters, methods and weights are the recipe's to say"
-            raise UsageError(why, where="recipe", cure="Leave them out, or the recipe")
-        sources, options = list(recipe.adapters), dict(recipe.options)
+            why = "a recipe already names adapters, method and weights"
+            cure = "Remove the adapters, --method and --weight from the command line, or remove --recipe"
+            raise UsageError(why, where="--recipe", cure=cure)
+        # A recipe names files, as adapters on the command line do.
+        sources, options = cast("list[S]", list(recipe.adapters)), dict(recipe.options)
     elif not adapters:
         raise UsageError("no adapter was given", cure="Name at least one, or a --recipe")
     options |= {"method": method} if method else {}
@@ -59,12 +68,13 @@ def combination(
 
 
 recipe_option = click.option(
-    "--recipe", metavar="FILE", help="Read adapters, method, weights and parameters from a YAML file, as mergekit's."
-)
+    "--recipe", metavar="FILE",
+    help="Read adapters, method, weights and parameters from a YAML file like mergekit's.",
+)  # fmt: skip
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """The adapters that are named, and the recipe: the option's, or a single argument that ends with .yml or .yaml."""
+    """Return the named adapters and the recipe: that of the option, or a single argument that ends in .yml or .yaml."""
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -74,7 +84,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Errors about an adapter of a recipe name its key there, too."""
+    """Add to errors about an adapter the key in the recipe that names this adapter."""
     from ..errors import AdapterkitError
 
     try:
@@ -87,11 +97,11 @@ def named_by(recipe: Recipe | None) -> Iterator[None]:
         raise
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """`density=0.5` as a name and a value.
+def setting(text: str) -> tuple[str, object]:
+    """Split `density=0.5` into a name and a value.
 
     Raises:
-        UsageError: it is not NAME=VALUE.
+        UsageError: the text is not NAME=VALUE.
     """
     import yaml
 
@@ -100,8 +110,10 @@ def setting(text: str) -> tuple[str, Any]:
 
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier() or name in ARGUMENTS:
-        raise UsageError(f"{text!r} is not NAME=VALUE of a method's parameter", where="--set", cure="density=0.5")
+        why = f"{text!r} does not set a parameter of a method"
+        raise UsageError(why, where="--set", cure="Type NAME=VALUE, such as --set density=0.5")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UsageError(f"{value!r} is no value", where="--set", cure="A number, a word, or YAML") from None
+        cure = "Type a number, a word, or a YAML list or mapping"
+        raise UsageError(f"{value!r} is not valid YAML", where="--set", cure=cure) from None

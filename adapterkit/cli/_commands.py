@@ -1,11 +1,12 @@
-"""The group of commands: found by the names of their modules, imported when named, every error caught at the top."""
+"""The group of all commands: imports a command's module only when needed, writes its help, and catches all errors."""
 
 from __future__ import annotations
 
 import os
 import pkgutil
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,18 +20,98 @@ from ._failures import answer, carried
 from ._options import RUNNING, CliSettings
 from ._render import printable
 
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Output": (
+        "out", "dst", "target_format", "on_loss", "max_error", "profile", "match_base", "dtype", "shard_size", "link",
+        "share_weights", "checksums",
+        "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
+        "private", "message", "tag", "revision", "license", "licence",
+    ),
+    "Computation": (
+        "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
+        "onto", "keep", "keep_change", "remainder",
+        "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
+        "embeddings", "targets", "scope", "data", "texts",
+        "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
+    ),
+    "Reading adapters and bases": (
+        "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
+        "rename", "allow_partial", "experts", "call", "words", "merged", "onnx",
+    ),
+    "Thresholds": (
+        "min_effect", "min_kept", "max_scale_error", "max_part_error", "min_agreement", "max_perplexity",
+        "min_over_null",
+    ),
+    "Execution": ("device", "engine", "address", "memory", "stream"),
+    "Messages": ("json", "quiet", "verbose", "debug", "help", "_click_default_help"),
+}  # fmt: skip
+"""Heading -> names of parameters. All other options are listed first, under Options."""
+
+FEW = 12
+"""The largest number of options that are listed without headings."""
+
+
+def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write the options of a command's --help."""
+    home = {name: heading for heading, names in SECTIONS.items() for name in names}
+    options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
+    given = [(param, param.get_help_record(ctx)) for param in options]
+    shown = [(param.name or "", record) for param, record in given if record is not None]
+    if len(shown) <= FEW:
+        with formatter.section("Options"):
+            formatter.write_dl([record for _, record in shown])
+        return
+    reads_rank = any(param.name == "rank" and not param.expose_value for param in command.params)
+    for heading in ("Options", *SECTIONS):
+        rows = []
+        for name, record in shown:
+            at = home.get(name, "Options")
+            if name == "rank" and reads_rank:  # Here --rank is the expected rank of a file.
+                at = "Reading adapters and bases"
+            if at == heading:
+                rows.append(record)
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+class Formatter(click.HelpFormatter):
+    """A help formatter that also fits terminals of fewer than 50 columns, which click's formatter does not.
+
+    Args:
+        indent_increment: as in click.
+        width: the width in columns; the terminal's width if None.
+        max_width: the length of the longest lines.
+    """
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(indent_increment, max(columns - 2, 24) if width is None and columns < 52 else width, max_width)
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write a list of definitions; the first column takes at most a third of the width."""
+        super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
+
+
+class HelpContext(click.Context):
+    """A context whose help fits narrow terminals."""
+
+    formatter_class = Formatter
+
 
 def completing() -> bool:
-    """Whether a shell asks for completions; see `_completion`."""
+    """Whether a shell is asking for completions; see `_completion`."""
     return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
 class Commands(click.Group):
-    """A command `x` is `command` in module `x` of `package`; that module's docstring is its help.
+    """A click group that finds its commands as modules of a package.
+
+    The command `x` is the object `command` in module `x`, and the docstring of that module is its help.
 
     Args:
-        package: dotted name of the package of commands; names with a leading underscore are private.
-        attributes: those of any click group.
+        package: the dotted name of the package; modules whose names begin with an underscore are not commands.
+        attributes: the arguments of `click.Group`.
     """
 
     def __init__(self, *, package: str, **attributes: Any) -> None:
@@ -39,7 +120,7 @@ class Commands(click.Group):
 
     @cached_property
     def _names(self) -> list[str]:
-        # Once a process: reading the folder takes 5 ms, and a command line asks two or three times.
+        # Cached: reading the folder takes 5 ms, and one run of the command line needs the names two or three times.
         modules = pkgutil.iter_modules(import_module(self.package).__path__)
         return sorted(module.name for module in modules if not module.name.startswith("_"))
 
@@ -55,9 +136,7 @@ class Commands(click.Group):
             from ._completion import with_completions
 
             return with_completions(command)
-        # Each command is a plain click command; its help gets sections here, for all of them.
-        from ._sections import HelpContext, write_options
-
+        # Commands are plain click commands; their help gets its section headings here.
         command.context_class = HelpContext
         command.format_options = partial(write_options, command)  # type: ignore[method-assign]
         return command
@@ -75,7 +154,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # `doctor` tells of files that cannot be read instead of failing by them.
+            # `doctor` reports files of defaults that cannot be read; it must not fail because of them.
             found = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: found}
             lines = ctx.meta.get(STAGES)
@@ -90,7 +169,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """The first line of a module's docstring, read from its source: importing all of them would be slow."""
+        """Return the first line of a module's docstring. It is read from the source: importing all modules is slow."""
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)
@@ -102,8 +181,6 @@ class Commands(click.Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
     ) -> click.Context:
-        from ._sections import HelpContext
-
         self.context_class = HelpContext
         with carried():
             return super().make_context(info_name, args, parent, **extra)
@@ -118,7 +195,7 @@ class Commands(click.Group):
         return done
 
     def _say_next(self, ctx: click.Context) -> None:
-        """A hint of the next command, to people at a terminal."""
+        """Print a hint about the next command, if both streams are terminals."""
         settings, name = ctx.obj, ctx.invoked_subcommand
         if settings.json or settings.quiet or name is None or not (sys.stderr.isatty() and sys.stdout.isatty()):
             return
@@ -135,7 +212,7 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> int:
-        """Runs the command line; exits with its code, or returns it where `standalone_mode` is off."""
+        """Run the command line. Exit with its exit code, or return the code if `standalone_mode` is off."""
         settings = CliSettings.of(sys.argv[1:] if args is None else args)
         run = super().main
         code = answer(

@@ -1,7 +1,7 @@
-"""Completion in a shell: paths, and the names of formats, combiners, methods and devices.
+"""Shell completion of paths and of the names of formats, combiners and devices.
 
-click completes commands, flags and choices by itself. Other parameters are plain text to it, so while a shell asks they
-get types that complete.
+click itself completes commands, flags and choices but not plain text. While a shell asks for completions, the plain
+text parameters therefore get types that complete.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import click
 from click.shell_completion import CompletionItem
 
 VARIABLE = "_ADAPTERKIT_COMPLETE"
-"""Set by the shell's script while it asks."""
+"""The environment variable that the shell's script sets while it asks for completions."""
 
 PATHS = frozenset({
     "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
     "folders", "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
 })  # fmt: skip
-"""Names of parameters that are paths."""
+"""The names of the parameters that are paths."""
 
 
 def _formats() -> Iterable[str]:
@@ -44,7 +44,7 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "tied": lambda: ("merge", "untie"),
     "tokenizer": lambda: ("base", "adapter"),
 }
-"""Name of a parameter -> the values it takes."""
+"""Name of a parameter -> the values that it accepts."""
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _Completed(_Text):
 
 
 def with_completions(command: click.Command) -> click.Command:
-    """Give the plain parameters of a command types that complete."""
+    """Give the plain text parameters of a command types that complete their values."""
     for param in command.params:
         name = param.name or ""
         if isinstance(param.type, click.Choice):
@@ -81,11 +81,11 @@ def _named(values: Callable[[], Iterable[str]]) -> Callable[[str], list[Completi
 
 
 def script(shell: str, program: str = "adapterkit") -> str:
-    """Return what a shell runs to complete the command line.
+    """Return the shell script that completes the command line.
 
     Args:
         shell: bash, zsh or fish.
-        program: the name of the command.
+        program: the name of the program.
     """
     from click.shell_completion import get_completion_class
 
@@ -94,5 +94,5 @@ def script(shell: str, program: str = "adapterkit") -> str:
     made = get_completion_class(shell)
     assert made is not None
     completion: Any = made(adapterkit, {}, program, VARIABLE)
-    # The script's own version check runs bash once more for each shell that starts; any bash since 2014 will do.
+    # Use the template directly: `source()` would run bash to check its version, and any bash since 2014 will do.
     return str(completion.source_template % completion.source_vars())

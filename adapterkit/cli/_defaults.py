@@ -1,14 +1,14 @@
-"""Defaults of options: from the environment, from a project's file, and from a user's own.
+"""Defaults of options: from the environment, from a project's file, and from the user's own file.
 
     ADAPTERKIT_DEVICE=cpu                      every command that has --device
-    ADAPTERKIT_MERGE_DEVICE=cpu                merge alone
+    ADAPTERKIT_MERGE_DEVICE=cpu                only merge
     [tool.adapterkit]            device = "cpu"      in pyproject.toml, here or in a folder above
     [tool.adapterkit.merge]      device = "cpu"
     device = "cpu"  /  [merge]                       in adapterkit.toml, or in ~/.config/adapterkit/config.toml
 
-The command line decides before the environment, that before the project's file, and that before the user's. For one
-option a line for a command decides before one for all. ADAPTERKIT_CONFIG names the only file to read; if it is empty,
-none is read.
+The command line has precedence over the environment, the environment over the project's file, and the project's file
+over the user's file. Within one source, a default for one command has precedence over a default for all commands.
+ADAPTERKIT_CONFIG names the only file to read; if it is empty, no file is read.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ PREFIX = "ADAPTERKIT_"
 _OWN = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
-"""Variables that are no option's default."""
+"""Variables that are not the default of an option."""
 
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters without a default: where is written, what is replaced and where it runs must be typed.
+"""Parameters that must be typed: what is written or replaced, and where the work runs.
 
-A file in a folder that was downloaded may otherwise decide it.
+Otherwise a file in a downloaded folder could choose them.
 """
 
 _MOST = 1 << 20
-"""Bytes of a file of defaults at most."""
+"""The largest size of a file of defaults, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """A default that somebody set.
+    """The default of an option, as a user or a project set it.
 
     Attributes:
-        option: such as `--device`.
-        command: the command it is for; None: for all that have the option.
-        value: as it was set.
-        source: the variable, or the file and the key.
-        parameter: click's name of the option.
+        option: the option, such as `--device`.
+        command: the command that it applies to, or None for all commands with this option.
+        value: the value as it was set.
+        source: the environment variable, or the file and the key.
+        parameter: click's name for the option.
     """
 
     option: str
@@ -65,17 +65,17 @@ class Default:
 
 
 def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
-    """Return parameter -> default of a command, as click's `default_map` takes it.
+    """Return a command's defaults (parameter -> value) in the form of click's `default_map`.
 
     Raises:
-        UsageError: a file sets an option that there is not, or one that must be typed.
-        Malformed: a file is no TOML.
+        UsageError: a file sets an option that does not exist or must be typed.
+        Malformed: a file is not valid TOML.
     """
     return {each.parameter: each.value for each in reversed([*settings_of(name, command)])}
 
 
 def settings_of(name: str, command: click.Command) -> Iterator[Default]:
-    """Yield the defaults of a command, the one that decides first."""
+    """Yield the defaults of a command, those with the highest precedence first."""
     options = options_of(command)
     for scope in (f"{name.upper()}_", ""):
         for key, parameter in options.items():
@@ -89,12 +89,13 @@ def settings_of(name: str, command: click.Command) -> Iterator[Default]:
         if isinstance(own, Mapping):
             yield from _entries(own, name, options, path, every=False)
         elif own is not None:
-            raise Malformed("not a table", path=path, where=name, cure=f"Write [{name}], then a line for each option")
+            cure = f"Write [{name}], then a line for each option"
+            raise Malformed("the value is not a table", path=path, where=name, cure=cure)
         yield from _entries(table, None, options, path, every=True)
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """Long names, without dashes, of the options that may have a default."""
+    """Return the options that may have a default, by their long names without dashes."""
     return {
         word.removeprefix("--"): option
         for option in command.params
@@ -112,22 +113,24 @@ def _entries(
         if word in options:
             parameter = options[word]
             if isinstance(value, Mapping) or (isinstance(value, list) and not parameter.multiple):
-                raise Malformed(f"not a value of --{word}", path=path, where=str(key), cure="Write text or a number")
+                why = f"the value does not fit --{word}"
+                raise Malformed(why, path=path, where=str(key), cure="Write text or a number")
             if parameter.multiple and not isinstance(value, list):
                 value = [value]
             yield Default(f"--{word}", command, value, f"{path}: {key}", parameter.name or "")
         elif not every:
             cure = nearest(word, options) or "Remove the line"
             if word.replace("-", "_") in TYPED:
-                cure = "Type it on the command line: where is written and what is replaced has no default"
-            raise UsageError(f"{command} has no option --{word} with a default", path=path, where=str(key), cure=cure)
+                cure = "Type it on the command line: options that choose what is written or replaced have no default"
+            why = f"{command} has no option --{word} that can have a default"
+            raise UsageError(why, path=path, where=str(key), cure=cure)
 
 
-def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the files of defaults and what they hold, the one that decides first.
+def files() -> Iterator[tuple[Path, Mapping[str, JsonValue]]]:
+    """Yield the files of defaults and their content, those with the highest precedence first.
 
     Raises:
-        Malformed: a file is no TOML.
+        Malformed: a file is not valid TOML.
         StorageError: the file that ADAPTERKIT_CONFIG names cannot be read.
     """
     named = os.environ.get("ADAPTERKIT_CONFIG")
@@ -144,8 +147,8 @@ def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
         yield own, _table(own)
 
 
-def _project() -> tuple[Path, Mapping[str, Any]] | None:
-    """The nearest adapterkit.toml, or pyproject.toml with a table for adapterkit, here or above."""
+def _project() -> tuple[Path, Mapping[str, JsonValue]] | None:
+    """Return the nearest adapterkit.toml or pyproject.toml with a table for adapterkit, here or in a folder above."""
     try:
         folder = Path.cwd()
     except OSError:  # The folder was removed.
@@ -165,13 +168,13 @@ def _table(path: Path, *, needed: bool = False) -> Mapping[str, JsonValue]:
     try:
         found: Any = tomllib.loads(_bytes(path, needed=needed).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        cure = "Mend it, or set ADAPTERKIT_CONFIG= to read none"
-        raise Malformed(f"not TOML: {error}", path=path, cure=cure) from None
+        cure = "Correct the file, or set ADAPTERKIT_CONFIG= to read no file"
+        raise Malformed(f"the file is not valid TOML: {error}", path=path, cure=cure) from None
     if path.name == "pyproject.toml":
         tool = found.get("tool", {})
         found = tool.get("adapterkit", {}) if isinstance(tool, Mapping) else {}
     if not isinstance(found, Mapping):
-        raise Malformed("not a table", path=path, where="tool.adapterkit", cure="Write [tool.adapterkit]")
+        raise Malformed("the value is not a table", path=path, where="tool.adapterkit", cure="Write [tool.adapterkit]")
     return found
 
 
@@ -182,17 +185,18 @@ def _bytes(path: Path, *, needed: bool = False) -> bytes:
     except OSError as error:
         if not needed:
             return b""
-        cure = "Name a file in ADAPTERKIT_CONFIG, or set it to nothing to read none"
-        raise StorageError(f"cannot be read: {error.strerror}", path=path, cure=cure) from None
+        cure = "Set ADAPTERKIT_CONFIG to a file, or to nothing to read no file"
+        raise StorageError(f"the file cannot be read: {error.strerror}", path=path, cure=cure) from None
     if len(data) > _MOST:
         if not needed:
             return b""
-        raise Malformed(f"larger than {_MOST} bytes", path=path, cure="Name a file of defaults in ADAPTERKIT_CONFIG")
+        cure = "Set ADAPTERKIT_CONFIG to a file of defaults"
+        raise Malformed(f"the file is larger than {_MOST} bytes", path=path, cure=cure)
     return data
 
 
 def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
-    """Yield (source, why) of every variable and key that no command takes; for `doctor`."""
+    """Yield (source, why) for every variable and key that no command uses; `doctor` reports them."""
     options = {name: options_of(command) for name, command in commands.items()}
     everywhere = {key for found in options.values() for key in found}
     variables = {f"{PREFIX}{key.replace('-', '_').upper()}" for key in everywhere} | OWN_VARIABLES
@@ -201,8 +205,8 @@ def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
     }
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in variables:
-            yield variable, nearest(variable, variables) or "no command takes it"
+            yield variable, nearest(variable, variables) or "no command uses it"
     for path, table in files():
         for key in table:
             if key not in commands and str(key).replace("_", "-") not in everywhere:
-                yield f"{path}: {key}", nearest(str(key), [*commands, *everywhere]) or "no command takes it"
+                yield f"{path}: {key}", nearest(str(key), [*commands, *everywhere]) or "no command uses it"

@@ -1,7 +1,7 @@
-"""Examples of every command, for its help, and what one does next after it succeeded.
+"""Examples for the help of each command, and the command that is suggested after it succeeds.
 
-`base` is a base, `lora` and `other` are adapters, `tuned` is the base with `lora` merged: tests run these lines with
-such files. Lines that name a hub, a graph, a model of transformers or another program are only parsed.
+Tests run these lines: `base` is a base, `lora` and `other` are adapters, `tuned` is the base with `lora` merged. Lines
+that name a hub, a graph, a transformers model or another program are only parsed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "adapterkit verify tuned --signature tuned.sig --key key.pub.pem",
     ),
 }
-"""Command -> two to four lines; fewer where there is nothing else to say."""
+"""Command -> one to four example lines."""
 
 NEXT: Mapping[str, str] = {
     "combine": "adapterkit inspect {out}",
@@ -89,7 +89,7 @@ NEXT: Mapping[str, str] = {
     "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
-"""Command -> what one often does next; left out where a value that it names was not given."""
+"""Command -> the command to suggest next. No suggestion is printed if one of its values was not given."""
 
 
 def epilog(command: str) -> str | None:
@@ -99,11 +99,11 @@ def epilog(command: str) -> str | None:
 
 
 def next_step(command: str, given: Mapping[str, object]) -> str | None:
-    """Return what one may do after a command.
+    """Return the command to suggest next, or None.
 
     Args:
-        command: its name.
-        given: its parameters.
+        command: the name of the command that succeeded.
+        given: the parameters of that command.
     """
     import shlex
     import string

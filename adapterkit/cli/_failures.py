@@ -1,4 +1,4 @@
-"""Turn an exception at the top of the command line into one error with its words and an exit code."""
+"""Turn any exception of a command into one error message and an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import TextIOWrapper
-from typing import Any
 
 import click
 
@@ -20,25 +19,25 @@ from ._options import CliSettings
 from ._render import as_json, printable
 
 CLOSED_PIPE = 141
-"""Exit code of a program that wrote to a closed pipe, as shells report it: 128 + SIGPIPE."""
+"""The exit code that shells report for a program that wrote to a closed pipe: 128 + SIGPIPE."""
 
 
 class Bug(AdapterkitError):
-    """Something that adapterkit did not foresee; the exit code is that of EX_SOFTWARE in BSD's sysexits."""
+    """An unexpected exception in adapterkit itself. The exit code is EX_SOFTWARE of BSD's sysexits."""
 
     code = "bug"
     exit_code = 70
 
 
 class Interrupted(AdapterkitError):
-    """The user pressed Ctrl-C, or the process was told to end by SIGTERM or SIGHUP."""
+    """The user pressed Ctrl-C, or the process received SIGTERM or SIGHUP."""
 
     code = "interrupted"
     exit_code = 130
 
 
 class Carried(Exception):
-    """Takes an exception past click, which exits on a closed pipe and calls an `EOFError` an interruption."""
+    """A wrapper that hides an exception from click, which exits on a closed pipe and takes `EOFError` for Ctrl-C."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -47,15 +46,15 @@ class Carried(Exception):
 
 @contextmanager
 def carried() -> Iterator[None]:
-    """Carries what click would take for something else."""
+    """Wrap exceptions that click would misinterpret in `Carried`."""
     try:
         yield
     except (OSError, EOFError) as error:
         raise Carried(error) from error
 
 
-def answer(run: Callable[[], Any], settings: CliSettings) -> int:
-    """Runs a command and returns the exit code; says on standard error, and as JSON if asked, what went wrong."""
+def answer(run: Callable[[], object], settings: CliSettings) -> int:
+    """Run a command and return its exit code. Print errors on standard error, and with --json also as JSON."""
     try:
         _escape_unprintable()
         code = run()
@@ -72,13 +71,13 @@ def answer(run: Callable[[], Any], settings: CliSettings) -> int:
 
 
 def typed(error: BaseException) -> AdapterkitError:
-    """Any exception as one of adapterkit's own."""
+    """Convert any exception to one of adapterkit's own."""
     if isinstance(error, AdapterkitError):
         return error
     if isinstance(error, click.Abort | KeyboardInterrupt):
-        return Interrupted("Interrupted", cure="Run the same command again; merge and pull go on where they stopped.")
+        return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
     if isinstance(error, click.UsageError):
-        # Click sets choices one below the other, with tabs.
+        # Click prints choices on separate lines with tabs: join them.
         return UsageError(" ".join(error.format_message().split()).removesuffix("."), cure=_usage_cure(error))
     if isinstance(error, OSError):
         return storage_error(error, error.filename or "a file")
@@ -89,7 +88,7 @@ def typed(error: BaseException) -> AdapterkitError:
 
 
 def _usage_cure(error: click.UsageError) -> str:
-    """Say what to type instead: an example if something is missing, the call if an option is unknown."""
+    """Return what to type instead: an example if an argument is missing, the usage line if an option is unknown."""
     context = error.ctx
     if context is None:
         return "Try 'adapterkit --help'"
@@ -99,12 +98,12 @@ def _usage_cure(error: click.UsageError) -> str:
         return f"For example: {examples[0]}. {more}"
     if isinstance(error, click.NoSuchOption) and context.parent is not None:
         pieces = " ".join(context.command.collect_usage_pieces(context))
-        return f"It is called by {context.command_path} {pieces}. {more}"
+        return f"Usage: {context.command_path} {pieces}. {more}"
     return more
 
 
 def text_of(error: AdapterkitError) -> str:
-    """The words for people: one line for what is wrong, one for the cure."""
+    """Return the message for the terminal: one line for what is wrong, one for the cure."""
     if isinstance(error, Interrupted):
         return f"{error.why}. {error.cure}"
     line = ": ".join(part for part in ("error", error.path, error.where, error.why) if part)
@@ -119,12 +118,12 @@ _AFTER = re.compile(
 
 
 def as_flags(text: str) -> str:
-    """Name the flag alone where the library's words name its argument, too: `base=/--base`, `--base (base=)`."""
+    """Shorten a pair of flag and Python argument, such as `base=/--base` or `--base (base=)`, to the flag."""
     return _AFTER.sub(r"\1", _BOTH.sub(r"\1", text))
 
 
 def coloured(text: str) -> str:
-    """An error for a terminal: the word in red, the cure apart; names and numbers are not broken."""
+    """Format an error for a terminal: `error` in red, the cure in cyan, lines broken only between words."""
     import textwrap
 
     width = max(20, shutil.get_terminal_size().columns)
@@ -159,14 +158,14 @@ def _say(error: BaseException, settings: CliSettings) -> int:
 
 
 def _discard_output() -> None:
-    """Points standard output at nothing, so that the interpreter's last flush does not complain."""
+    """Redirect standard output to the null device, so that the interpreter's last flush does not raise."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
 
 
 def _escape_unprintable() -> None:
-    """A name that the terminal's encoding cannot show is shown with escapes instead of ending the command."""
+    """Print characters that the terminal's encoding lacks as escapes instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,73 +1,81 @@
-"""The command `merge` for a base that is an ONNX graph, and lines about the error of requantizing."""
+"""The `merge` command for ONNX graphs, and the lines that all commands print about graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _modules
 from ._options import CliSettings
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
 from ._writing import is_done, made_from, refuse_place
 
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+
 MOST_SHOWN = 8
-"""Targets whose damage is printed; all are in the record."""
+"""The number of targets whose quantization error is printed; --json has all of them."""
 
 
-def damage_lines(damage: Mapping[str, Mapping[str, float]], beside: Sequence[str] = ()) -> Iterator[str]:
-    """Show the error of quantizing again, target by target, the worst first, and what was kept beside instead."""
-    apart = set(beside)
-    rounded = {name: told for name, told in damage.items() if name not in apart}
-    worst = sorted(rounded, key=lambda name: rounded[name]["kept"])
+def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
+    """Yield a line for each target about the error of quantizing again, worst first, and a line about kept changes.
+
+    Args:
+        record: the record of a merge. `damage` has for each target its `error`, and the share of its change that is
+            `kept`; `beside` lists the targets whose change was kept as separate floating-point factors instead.
+    """
+    every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
+    damage = {name: part(every, name) for name in every}
+    rounded = {name: told for name, told in damage.items() if name not in beside}
+    worst = sorted(rounded, key=lambda name: number(rounded[name], "kept"))
     for name in worst[:MOST_SHOWN]:
-        yield f"{name}: error {rounded[name]['error']:.3%}, {rounded[name]['kept']:.1%} of the change left"
+        error, kept = number(rounded[name], "error"), number(rounded[name], "kept")
+        yield f"{name}: error {error:.3%}, {kept:.1%} of the change kept"
     if worst[MOST_SHOWN:]:
-        kept = rounded[worst[len(worst) // 2]]["kept"]
-        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
+        kept = number(rounded[worst[len(worst) // 2]], "kept")
+        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; the median keeps {kept:.1%} of its change"
     if beside:
-        tried = [damage[name]["kept"] for name in beside if name in damage]
-        why = f": quantizing again would leave {min(tried):.1%} to {max(tried):.1%} of it" if tried else ""
-        yield f"{counted(len(beside), 'change')} kept beside the quantized weight, as factors of floating point{why}"
-
-
-# The command `merge` for a base that is an ONNX graph.
+        tried = [number(damage[name], "kept") for name in beside if name in damage]
+        why = f": quantizing again would keep only {min(tried):.1%} to {max(tried):.1%} of it" if tried else ""
+        yield f"{counted(len(beside), 'change')} kept next to the quantized weight, as floating-point factors{why}"
 
 
 ONLY_FOLDERS = {
-    "method": "Combine the adapters first (adapterkit combine), and merge the result",
-    "dtype": "Export the model in that type instead", "device": "A graph is merged on the CPU",
-    "shard_size": "A graph's numbers go into one file", "engine": "A graph is merged on this machine",
-    "address": "A graph is merged on this machine", "nodes": "A graph is merged on this machine",
-    "bandwidth": "A graph is merged on this machine", "price": "A graph is merged on this machine",
-    "node_tasks": "A graph is merged on this machine",
-    "onto": "Export the 16-bit weights and merge into that graph",
-    "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
-    "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
-    "parameters": "--set is of a --method",
-    "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
-    "verified": "The result is run and compared anyway; --no-check leaves that out",
-    "keep": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
-    "remainder": "A graph has no remainder: merge into the folder of weights, and export the result",
-    "strict_licence": "A graph has no card: inspect shows the licences of base and adapters",
+    "method": "Combine the adapters first with adapterkit combine, then merge the result",
+    "dtype": "Export the model with this --dtype instead", "device": "Omit it: graphs are merged on the CPU",
+    "shard_size": "Omit it: the weights of a graph are written to one file",
+    "engine": "Omit it: graphs are merged on this machine", "address": "Omit it: graphs are merged on this machine",
+    "nodes": "Omit it: graphs are merged on this machine", "bandwidth": "Omit it: graphs are merged on this machine",
+    "price": "Omit it: graphs are merged on this machine", "node_tasks": "Omit it: graphs are merged on this machine",
+    "onto": "Export the 16-bit weights, then merge into that graph",
+    "seed": "Omit it: graphs are rounded to the nearest value",
+    "memory": "Omit it: graphs are always merged in small blocks",
+    "link": "Omit it: the weights of a graph are always copied", "stream": "Fetch the graph first with adapterkit pull",
+    "parameters": "--set requires --method; combine the adapters first with adapterkit combine",
+    "checksums": "Omit it: checksums are not recorded for graphs", "tokenizer": "Copy the tokenizer next to the graph",
+    "verified": "Omit it: the result is run and compared anyway, unless --no-check is given",
+    "keep": "Graphs are rounded to the nearest value: merge into the folder of weights, then export the result",
+    "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
+    "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",
 }  # fmt: skip
-"""Options of folders of weights alone, by parameter -> what to do instead for a graph."""
+"""Parameters that only folders of weights have -> what to do instead for a graph."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
-"""Options of graphs alone."""
+"""Parameters that only graphs have."""
 
 
 def graph_in(base: str) -> str | None:
-    """Return the ONNX file that a name means; see `reporting.inspecting.graph_file`."""
+    """Return the ONNX file that a path or name stands for; see `reporting.inspecting.graph_file`."""
     from ..reporting.inspecting import graph_file
 
     return graph_file(base)
 
 
 def graph_or_folder(model: str, out: str | None) -> str:
-    """Return what a name means beside an output: the only graph of a folder for a file, the folder for a folder."""
+    """Return the graph or folder to read: a folder of graphs stays a folder unless `out` is a single .onnx file."""
     from ..reporting.inspecting import graph_folder
 
     if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
@@ -76,7 +84,7 @@ def graph_or_folder(model: str, out: str | None) -> str:
 
 
 def is_graphs(base: str, out: str | None) -> str | None:
-    """Return the graph or the folder of graphs that a base is; None for a base of weights."""
+    """Return the graph, or the folder of graphs, that `base` stands for; None if `base` holds weights."""
     from ..reporting.inspecting import graph_folder
 
     found = graph_or_folder(base, out)
@@ -84,7 +92,7 @@ def is_graphs(base: str, out: str | None) -> str | None:
 
 
 def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(parameter, option) of those of some options that the command line names."""
+    """Yield (parameter, option) for each named parameter that was given on the command line."""
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
@@ -92,11 +100,11 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Adapter | str], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, keep_change: str | None, tied: str | None, strict_base: bool,
     check: bool, overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
+    """Run `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
     from ..errors import UsageError
 
     for name, option in given(ctx, tuple(ONLY_FOLDERS)):
@@ -133,11 +141,11 @@ def merge_graph(
 
 
 def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
-    """A digest of what decides the graph that a command writes, see `made_from`; and the files that are read.
+    """Return a digest of everything that decides the written graph (see `made_from`), and the files that are read.
 
     Args:
-        model: the graph that is read.
-        sources: adapters and bases that are read.
+        model: the graph, or the folder of graphs.
+        sources: the adapters and bases that are read.
     """
     from ..formats import files_read
     from ..io.locations import located
@@ -150,13 +158,13 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
         source = opened(model)
         files = [] if source.path is None else [source.path, *source.data]
         beside = [] if source.path is None else [source.path.parent / "config.json"]
-        files += [file for file in beside if file.is_file()]  # It tells whether head and embedding are tied.
+        files += [file for file in beside if file.is_file()]  # It says whether head and embedding are tied.
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuse, before any work, a place that is taken or read; remove first what a killed run left there."""
+    """Refuse, before any work, an output that exists or is also an input. Remove leftovers of a killed run first."""
     from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
@@ -165,21 +173,28 @@ def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
 
 
 def refuse_graph_options(ctx: click.Context, base: str) -> None:
-    """Refuses options of graphs where the base is a folder.
+    """Refuse options that only graphs have.
 
     Raises:
-        UsageError: there is one.
+        UsageError: the command line names one.
     """
-    refuse(ctx, ONLY_GRAPHS, "is for an ONNX graph", base, "Name a .onnx file, or leave it out")
+    refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Name an .onnx file as BASE, or omit the option")
 
 
 def refuse(
-    ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Leave it out"
+    ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Omit the option"
 ) -> None:
-    """Refuses some options where the command line names one.
+    """Refuse some options.
+
+    Args:
+        ctx: the context of the command.
+        names: the parameters to refuse.
+        why: the end of the message, which begins with the option.
+        path: the file that the message names.
+        cure: what to do instead.
 
     Raises:
-        UsageError: it does.
+        UsageError: the command line names one of the options.
     """
     from ..errors import UsageError
 
@@ -188,16 +203,18 @@ def refuse(
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Print what a report warns of to stderr; `--json` has it in the record as well."""
+    """Print the warnings of a report on standard error; `--json` also has them in the record."""
     for line in warnings:
         click.echo(f"warning: {line}", err=True)
 
 
-def targets_view(record: Mapping[str, Any], every: bool = False) -> View:
-    """Show the nodes of each target in a graph, or one row a module."""
-    targets = _modules.in_order(record["targets"])
+def targets_view(record: Mapping[str, object], every: bool = False) -> View:
+    """Show the nodes of each target in a graph, or one row for each module if there are many targets."""
+    targets = _modules.in_order(parts(record, "targets"))
     if every or len(targets) <= _modules.FEW:
-        rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in targets]
+        rows = [
+            [t["target"], ", ".join(texts(t, "nodes")), t["method"], f"{number(t, 'confidence'):.2f}"] for t in targets
+        ]  # fmt: skip
         columns: tuple[str, ...] = ("target", "node", "found by", "confidence")
         if "graphs" in record:
             columns, rows = ("graph", *columns), [[t["graph"], *row] for t, row in zip(targets, rows, strict=True)]
@@ -206,38 +223,42 @@ def targets_view(record: Mapping[str, Any], every: bool = False) -> View:
     groups = _modules.by_module(targets)
     rows = [
         [
-            module, len(group), _modules.layers_of(group, layers), ", ".join(dict.fromkeys(t["method"] for t in group)),
-            _modules.span([f"{t['confidence']:.2f}" for t in group]),
+            module, len(group), _modules.layers_of(group, layers),
+            ", ".join(dict.fromkeys(str(t["method"]) for t in group)),
+            _modules.span([f"{number(t, 'confidence'):.2f}" for t in group]),
         ]
         for module, group, layers in groups
     ]  # fmt: skip
     yield TextTable(("module", "targets", "layers", "found by", "confidence"), rows)
 
 
-def graphs_lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """Show how many targets each graph of a folder took."""
-    for name, each in record.get("graphs", {}).items():
-        yield f"{name}: {counted(each['targets'], 'target')}; {checked(each)}"
+def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
+    """Yield the number of targets in each graph of a folder, and the result of its check."""
+    graphs = part_or_none(record, "graphs") or {}
+    for name in graphs:
+        each = part(graphs, name)
+        yield f"{name}: {counted(integer(each, 'targets'), 'target')}; {checked(each)}"
 
 
-def checked(record: Mapping[str, Any]) -> str:
-    """Show the result of the check."""
-    found = record["difference"]
-    return record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
+def checked(record: Mapping[str, object]) -> str:
+    """Return the result of the check as text."""
+    if record["note"]:
+        return str(record["note"])
+    if record["difference"] is None:
+        return "not checked"
+    return f"largest difference {number(record, 'difference'):.2g} of the output"
 
 
-def _plan_view(record: Mapping[str, Any]) -> View:
+def _plan_view(record: Mapping[str, object]) -> View:
     yield f"merge into {record['base']}"
     yield from targets_view(record)
-    yield f"{counted(len(record['targets']), 'target')}, {counted(_weights(record), 'weight')} to compute"
+    targets = parts(record, "targets")
+    weights = {name for target in targets for name in texts(target, "weight")}
+    yield f"{counted(len(targets), 'target')}, {counted(len(weights), 'weight')} to compute"
 
 
-def _merged_view(record: Mapping[str, Any]) -> View:
+def _merged_view(record: Mapping[str, object]) -> View:
     yield from targets_view(record)
     yield from graphs_lines(record)
-    yield from damage_lines(record.get("damage", {}), record.get("beside", ()))
-    yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"
-
-
-def _weights(record: Mapping[str, Any]) -> int:
-    return len({name for target in record["targets"] for name in target["weight"]})
+    yield from damage_lines(record)
+    yield f"wrote {record['out']}: {counted(len(parts(record, 'targets')), 'target')} merged; {checked(record)}"

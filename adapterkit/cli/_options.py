@@ -6,24 +6,27 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import nearest
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class CliSettings:
-    """How a command talks.
+    """The choices for the output of a command.
 
     Attributes:
-        json: one JSON document on standard output, errors included.
-        quiet: no progress and no notes on standard error.
-        debug: a traceback with every error.
-        verbose: 1: a line for each step; 2: what explains each result, too.
+        json: print one JSON document on standard output, also for errors.
+        quiet: print no progress and no hints on standard error.
+        debug: print a traceback with every error.
+        verbose: 1 prints a line for each step; 2 also prints the details behind each result.
     """
 
     json: bool = False
@@ -33,7 +36,7 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read straight from the words of the command line: they must hold for errors in reading those words, too."""
+        """Read the settings from the raw arguments, so that they also apply to errors in parsing these arguments."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -44,7 +47,7 @@ class CliSettings:
 
 
 def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    """Checks the name of a format; the formats are listed only when one is named."""
+    """Check the name of a format. The formats are imported only if the option is given."""
     from ..formats import FORMATS
 
     if value is not None and value not in FORMATS:
@@ -54,11 +57,11 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _PLAIN = 1_000_000
-"""Bytes from which on a size needs no unit: `5` is meant to be 5GB."""
+"""The smallest size, in bytes, that needs no unit: someone who types `5` means 5GB."""
 
 
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes with an optional unit, decimal or binary: 5GB, 500MB, 2GiB, 1000000."""
+    """Parse a number of bytes with an optional decimal or binary unit: 5GB, 500MB, 2GiB, 1000000."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
@@ -66,37 +69,38 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value!r} is not a size such as 5GB, 500MB or 2GiB")
     number, unit, binary = match.groups()
     if value.strip().isdigit() and int(value) < _PLAIN:
-        raise click.BadParameter(f"{value.strip()} bytes: give a unit, such as {value.strip()}GB or {value.strip()}MB")
+        number = value.strip()
+        raise click.BadParameter(f"{number} has no unit: type {number}GB or {number}MB")
     scale: int = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())
     return round(float(number) * scale)
 
 
 class ComputeType(click.Choice[str]):
-    """One of torch's element types under any of its names: float16, fp16, half, F16, torch.float16."""
+    """A torch dtype under any of its usual names: float16, fp16, half, F16, torch.float16."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from ..io.lazy import dtype_named
 
-        kind = dtype_named(value) if isinstance(value, str) else None
+        kind = dtype_named(value)
         return super().convert(value if kind is None else kind.torch, param, ctx)
 
 
 def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    """Checks for `auto`, `cpu`, `cuda`, or CUDA devices by number."""
+    """Check that a value is `auto`, `cpu`, `cuda`, or a list of numbered CUDA devices."""
     if not re.fullmatch(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu, cuda, cuda:N or cuda:0,cuda:1")
     return value
 
 
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """The rules for names, those of files included, so that a record of the command holds what was done."""
+    """Return the rename rules, with @FILE replaced by the file's rules, so that records of the command are complete."""
     from ..naming.renames import rule_texts
 
     return rule_texts(value) if value else ()
 
 
 RUNNING = "adapterkit.running"
-"""Key in the context's `meta`: the context of the command itself, which its group does not see."""
+"""Key in the context's `meta`: the context of the running command, which the group cannot reach otherwise."""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -105,12 +109,12 @@ def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
 
 
 def flags(command: F) -> F:
-    """The options of every command; `Settings` holds what they say."""
+    """Add the options that every command has; `CliSettings` holds their values."""
     for name, text in (
-        ("--debug", "Show a traceback with an error; so does ADAPTERKIT_DEBUG=1."),
-        ("--verbose", "Show each step; -vv shows what explains it, too."),
+        ("--debug", "Show a traceback with each error. ADAPTERKIT_DEBUG=1 does the same."),
+        ("--verbose", "Show each step; -vv also shows details."),
         ("--quiet", "Show no progress."),
-        ("--json", "Print one JSON document, for errors too."),
+        ("--json", "Print the result, or the error, as one JSON document."),
     ):
         kind: dict[str, Any] = {"count": True} if name == "--verbose" else {"is_flag": True}
         names = (f"-{name[2]}", name) if name in ("--quiet", "--verbose") else (name,)
@@ -120,10 +124,13 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in the context's `meta`: arguments of `adapterkit.read` that say what a file does not."""
+"""Key in the context's `meta`: arguments of `adapterkit.read` that supply what a file does not state."""
 
 
-def _state(ctx: click.Context, param: click.Parameter, value: object) -> Any:
+V = TypeVar("V")
+
+
+def _state(ctx: click.Context, param: click.Parameter, value: V) -> V:
     if value not in (None, False):
         ctx.meta.setdefault(STATED, {})[param.name] = value
     return value
@@ -135,116 +142,119 @@ def stated() -> dict[str, Any]:
 
 
 def stating(command: F) -> F:
-    """Add the options `--alpha`, `--strict` and `--family`, for commands whose own `--rank` means something else."""
+    """Add the options `--alpha`, `--strict` and `--family`, for commands whose `--rank` has another meaning."""
     for option in (_family, _strict, _alpha):
         command = option(command)
     return command
 
 
 def compat(command: F) -> F:
-    """How adapters are read: in which of their meanings, and what their files do not tell."""
+    """Add the options that choose the interpretation of adapters and supply what their files do not state."""
     for option in (_family, _strict, _rank, _alpha, _compat):
         command = option(command)
     return command
 
 
 def reading(command: F) -> F:
-    """How one adapter is read."""
+    """Add the options for reading a single adapter."""
     for option in (compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
 
 def reading_to_cut(command: F) -> F:
-    """How one adapter is read, by a command whose own `--rank` is the result's."""
+    """Add the options for reading a single adapter, for commands whose `--rank` is the rank of the result."""
     for option in (_family, _strict, _alpha, _compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
 
-def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) -> tuple[Any, ...]:
-    """The adapters to pass on: their names, or what they hold in the reading that the options ask for."""
+def in_reading(
+    adapters: Sequence[Adapter | str], compat: str | None, base: str | None
+) -> tuple[Adapter | str, ...]:  # fmt: skip
+    """Return the adapters unchanged, or read them first if an option says how to interpret them."""
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # One adapter of several may be of a format that has no such layouts; it needs no choice.
+    # A layout of experts is passed as `experts_order`: formats without such layouts ignore it, and adapters of several
+    # formats may be given together.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
-        read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
-        for adapter in adapters
-    )
+        read(adapter, base=base, **options) if isinstance(adapter, str) else adapter for adapter in adapters
+    )  # fmt: skip
 
 
-def base_warnings(sources: Sequence[Any], adapters: Sequence[Any], base: str | None) -> list[str]:
-    """Return warnings about what adapters say of a base that is not true of the given one; none without a base.
+def base_warnings(sources: Sequence[str], adapters: Sequence[Adapter | str], base: str | None) -> list[str]:
+    """Return a warning for each statement of an adapter about its base that the given base contradicts.
 
     Args:
-        sources: what the adapters are called.
-        adapters: the adapters, or where they are.
-        base: the base.
+        sources: the names of the adapters, for the warnings.
+        adapters: the adapters or their paths.
+        base: the base; without one there are no warnings.
     """
     if base is None:
         return []
     from ..formats import read
     from ..naming.binding.bases import check_base
 
-    held = [read(each, base=base) if isinstance(each, (str, os.PathLike)) else each for each in adapters]
-    found = check_base([*zip(map(str, sources), held, strict=True)], base, strict=False)
+    held = [read(each, base=base) if isinstance(each, str) else each for each in adapters]
+    found = check_base([*zip(sources, held, strict=True)], base, strict=False)
     return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
 
 
-base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
+base = click.option("--base", metavar="BASE", help="The base model of the adapter: a folder or a weight file.")
 source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
-    help="Format of SRC; found from its headers if absent.",
+    help="Format of the adapter; detected from the file headers if absent.",
 )  # fmt: skip
 _compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
-    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
-    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+    help="Interpret the adapter in another way than its training tool did; 'formula' follows the paper. For stacked "
+    "experts whose layout the file does not state: rank_major, grouped_by_expert or peft_0.18.",
 )  # fmt: skip
 _alpha = click.option(
     "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
-    help="LoRA's alpha, for a file that does not tell it.",
+    help="LoRA's alpha, for a file that does not state it.",
 )  # fmt: skip
 _rank = click.option(
     "--rank", type=click.IntRange(1), callback=_state, expose_value=False, metavar="R",
-    help="The rank that is expected: an adapter of another is refused.",
+    help="Expected rank: refuse an adapter with any other rank.",
 )  # fmt: skip
 _strict = click.option(
     "--strict", is_flag=True, callback=_state, expose_value=False,
-    help="Refuse every setting in a file that its format does not have, also the harmless ones.",
+    help="Refuse a file with any setting that its format does not define, even a harmless one.",
 )  # fmt: skip
 _family = click.option(
     "--family", callback=_state, expose_value=False, metavar="NAME",
-    help="Family of the image, video or audio model, such as flux, for a file whose names fit several.",
+    help="Family of the image, video or audio model, such as flux, for a file whose names fit several families.",
 )  # fmt: skip
-allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
+allow_partial = click.option("--allow-partial", is_flag=True, help="Skip targets that the base does not have.")
 rename = click.option(
     "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE|family:NAME",
-    help="Another name for a target, or for the front of it; {n} is a number. @FILE holds one rule a line. family:NAME "
-    "is the model_type of a base without config.json. Repeatable.",
+    help="Rename a target, or the start of its name; {n} stands for a number. @FILE reads one rule from each line. "
+    "family:NAME gives the model_type of a base without config.json. Repeatable.",
 )  # fmt: skip
-overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace existing output.")
 weights = click.option(
     "-w", "--weight", "weights", type=float, multiple=True, metavar="W",
-    help="Weight of an adapter, in the adapters' order; 1 each if absent.",
+    help="Weight of an adapter; repeat it in the order of the adapters. Default: 1 each.",
 )  # fmt: skip
 tied = click.option(
     "--tied", metavar="CHOICE",
-    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
-    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
+    help="If the output head shares its weight with the embedding: merge (an update changes both), untie (an update "
+    "changes only the layer it names; token rows change both), or a choice for each kind of update, e.g. "
+    "rows=untie,embedding=merge. Default: what PEFT did in training.",
 )  # fmt: skip
-_STRICT_BASE = "Refuse a base that is not the one that an adapter names, instead of a warning."
+_STRICT_BASE = "Refuse a base other than the one that an adapter names, instead of printing a warning."
 strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
 strict_licence = click.option(
     "--strict-licence", "--strict-license", "strict_licence", is_flag=True,
-    help="Refuse licences that contradict each other or are not known, instead of a warning.",
+    help="Refuse unknown or conflicting licences, instead of printing a warning.",
 )  # fmt: skip
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""For commands whose adapters are all read by `adapterkit.read`, which compares them with the base."""
+"""`--strict-base` for commands that read all adapters by `adapterkit.read`, which compares them with the base."""

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a plain line every few seconds elsewhere, nothing for short work."""
+"""Show progress on standard error: a bar on a terminal, elsewhere a line every few seconds; nothing for short work."""
 
 from __future__ import annotations
 
@@ -19,22 +19,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 DELAY = 1.0
-"""Seconds of silence at the start: work that ends sooner shows nothing."""
+"""Seconds until a bar appears: shorter work shows none."""
 
 INTERVAL = 5.0
 """Seconds between two plain lines; ADAPTERKIT_PROGRESS sets another number."""
 
-
 TELLING = 0.02
-"""The share of the work from which on the time left is told."""
-
+"""The share of the work that must be done before the remaining time is estimated."""
 
 NARROW = 72
-"""Columns of a terminal below which bytes and speed have no room beside the bar."""
+"""The number of columns below which bytes and speed do not fit next to the bar."""
 
 
 class Meter(Protocol):
-    """The function that the library reports progress to."""
+    """A callback that the library reports its progress to."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
@@ -42,7 +40,7 @@ class Meter(Protocol):
 
 
 class Lines:
-    """A plain line now and then."""
+    """A meter that prints a plain line every few seconds."""
 
     def __init__(self, label: str, sizes: bool = True) -> None:
         self.label, self.sizes, self.start = label, sizes, time.monotonic()
@@ -56,11 +54,11 @@ class Lines:
             click.echo(line(self.label, done, total, now - self.start, sizes=self.sizes), err=True)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no resource is open."""
 
 
 class Bar:
-    """A bar with bytes, speed and time left."""
+    """A meter that draws a bar with bytes, speed and remaining time."""
 
     def __init__(self, label: str, sizes: bool = True) -> None:
         self.label, self.sizes, self.due = label, sizes, time.monotonic() + DELAY
@@ -73,13 +71,13 @@ class Bar:
             self.drawn.update(self.drawn.task_ids[0], completed=done, total=total)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back."""
+        """Stop drawing and leave the last state of the bar on the terminal."""
         if self.drawn is not None:
             self.drawn.stop()
 
 
 class _Heard:
-    """A meter that silences the lines about steps as soon as it tells something."""
+    """A meter that silences the lines about steps while another meter reports progress."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -88,7 +86,7 @@ class _Heard:
         if done < total:
             busy.set()
         else:
-            busy.clear()  # Steps after the last byte may take long, too.
+            busy.clear()  # Steps after the last byte may also take long.
         self.meter(done, total)
 
     def close(self) -> None:
@@ -97,12 +95,12 @@ class _Heard:
 
 @contextmanager
 def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterator[Meter | None]:
-    """A meter for the length of some work; None when told to be quiet.
+    """Yield a progress meter for some work, or None with --quiet.
 
     Args:
-        settings: how the command talks.
-        label: what is done.
-        sizes: progress is told in bytes; otherwise only its share is shown.
+        settings: the output settings of the command.
+        label: the name of the work.
+        sizes: whether progress is counted in bytes; if not, only the share is shown.
     """
     if settings.quiet:
         yield None
@@ -124,10 +122,10 @@ def _interval() -> float:
 
 
 def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = True) -> str:
-    """One plain line: share, bytes, speed and time left."""
+    """Return a plain line of progress: share, bytes, speed and remaining time."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
-    # The first pieces say little of the speed: imports and slow starts are in it.
+    # Estimate no time at first: the early speed includes imports and slow starts.
     left = f", {clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     if not sizes:
         return f"{label}: {share}{left}"

@@ -1,4 +1,4 @@
-"""Results on standard output: tables for people, aligned text without a terminal, one JSON document if asked."""
+"""Print results on standard output: tables on a terminal, aligned text elsewhere, JSON with --json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -17,25 +16,25 @@ from ._options import CliSettings
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """Cells under headings. A column that is empty in every row is not shown; one of numbers only is set right.
+    """A table with headings. Columns without any value are hidden; columns of numbers are right-aligned.
 
     Attributes:
         columns: the headings.
-        rows: the cells.
-        spare: headings that a narrow terminal may leave out, the first one first; a line then names them.
+        rows: the cells of each row.
+        spare: headings of columns that are dropped first on a narrow terminal, in this order; a line names them.
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     spare: Sequence[str] = ()
 
     def shown(self) -> TextTable:
-        """The same table without its empty columns."""
+        """Return the table without its empty columns."""
         used = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
         return self._of(used)
 
     def without(self, name: str) -> TextTable:
-        """The same table without a column."""
+        """Return the table without one column."""
         return self._of([i for i, column in enumerate(self.columns) if column != name])
 
     def _of(self, used: Sequence[int]) -> TextTable:
@@ -50,25 +49,65 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""Characters of JSON for which another formatter is worth its import."""
+"""JSON with at least this many characters is formatted by msgspec; for shorter JSON, importing msgspec takes longer."""
 
 
-def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, Any]], View]) -> None:
-    """Prints a result: `record` as JSON, or the lines and tables that `view` makes of it."""
+def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
+    """Print a result: `record` as JSON, or the lines and tables that `view` makes from it."""
     if settings.json:
         click.echo(as_json(record))
         return
-    for part in view(record):
-        if isinstance(part, str):
-            click.echo(folded(printable(part)) if sys.stdout.isatty() else printable(part))
+    for piece in view(record):
+        if isinstance(piece, str):
+            click.echo(folded(printable(piece)) if sys.stdout.isatty() else printable(piece))
         elif sys.stdout.isatty():
-            _print_drawn(part.shown())
+            _print_drawn(piece.shown())
         else:
-            click.echo("\n".join(_aligned(part.shown())))
+            click.echo("\n".join(_aligned(piece.shown())))
+
+
+def part(record: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """Return an entry of a record that is a record itself."""
+    value = record[name]
+    assert isinstance(value, Mapping), name
+    return value
+
+
+def part_or_none(record: Mapping[str, object], name: str) -> Mapping[str, object] | None:
+    """Return an entry of a record that is a record itself; None if it is absent, null or empty."""
+    return part(record, name) if record.get(name) else None
+
+
+def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
+    """Return an entry of a record that is a list of records; an absent list is empty."""
+    value = record.get(name, ())
+    assert isinstance(value, Sequence), name
+    return value
+
+
+def texts(record: Mapping[str, object], name: str) -> list[str]:
+    """Return an entry of a record that is a list, as texts; an absent list is empty."""
+    value = record.get(name, ())
+    assert isinstance(value, Iterable), name
+    return [str(each) for each in value]
+
+
+def integer(record: Mapping[str, object], name: str) -> int:
+    """Return an entry of a record that is an integer."""
+    value = record[name]
+    assert isinstance(value, int), name
+    return value
+
+
+def number(record: Mapping[str, object], name: str) -> float:
+    """Return an entry of a record that is a number."""
+    value = record[name]
+    assert isinstance(value, (int, float)), name
+    return value
 
 
 def folded(line: str) -> str:
-    """A line for a terminal: broken between words only, and what follows set in as its beginning is."""
+    """Wrap a line to the terminal, breaking between words only, and indent the continuation lines."""
     import shutil
     import textwrap
 
@@ -76,10 +115,10 @@ def folded(line: str) -> str:
     if len(line) <= width:
         return line
     margin = len(line) - len(line.lstrip())
-    # `  name   value` goes on under the value, where there is room for it.
+    # Continue `  name   value` under the value if that leaves at least half of the width.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
-    # A long name is not broken: what follows is set in less, so that it fits.
+    # Long names are not broken: reduce the indent until the longest word fits.
     inset = max(margin, min(inset, width - max(map(len, line.split()))))
     return textwrap.fill(
         line, max(width, 20), subsequent_indent=" " * inset, break_long_words=False, break_on_hyphens=False,
@@ -88,28 +127,33 @@ def folded(line: str) -> str:
 
 
 def as_json(value: object) -> str:
-    """Valid JSON of a record: numbers that JSON does not know become null, paths become text."""
+    """Return a record as valid JSON: infinities and NaN become null, paths become text."""
     import json
 
     text = json.dumps(_plain(value), allow_nan=False)
     if len(text) < _LARGE:
         return json.dumps(json.loads(text), indent=2)
-    # With an indent, json.dumps runs in Python: 10 s for 45,000 targets. msgspec's formatter gives the same text.
+    # With an indent, json.dumps runs in pure Python and takes 10 s for 45,000 targets; msgspec gives the same text.
     from msgspec.json import format as indented
 
     return indented(text, indent=2)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text without secrets, and with control characters escaped: names in files may hold codes for a terminal."""
+    """Remove secrets and escape control characters: names in files may contain terminal codes.
+
+    Args:
+        text: the text.
+        keep: control characters to leave unescaped.
+    """
     shown = public(text)
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in shown)
 
 
-def cell(value: Any) -> str:
-    """A value as a table shows it."""
+def cell(value: object) -> str:
+    """Return the text of a table cell."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -120,7 +164,7 @@ def cell(value: Any) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units, as `--shard-size` takes them."""
+    """Return a number of bytes with a decimal unit, in the form that `--shard-size` accepts."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
         if value < 999.5:
@@ -130,11 +174,11 @@ def size(count: int) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count and its noun: `1 file`, `2 files`."""
+    """Return a count with its noun: `1 file`, `2 files`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {public(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -156,8 +200,8 @@ def _aligned(table: TextTable) -> list[str]:
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """Return the text of each cell of a column. Equal values are rendered once: long tables have few different ones."""
-    known: dict[tuple[type, Any], str] = {}
+    """Return the text of each cell of a column. Each distinct value is formatted once: long tables have few of them."""
+    known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
         key = type(value), value if isinstance(value, str | int | float | None) else id(value)
@@ -169,11 +213,11 @@ def _cells(values: Sequence[object]) -> list[str]:
 
 
 GAP = 2
-"""Columns of a terminal between two columns of a table."""
+"""Characters between two columns of a table."""
 
 
 def _print_drawn(table: TextTable) -> None:
-    """A table for a terminal: spare columns go first, then words are folded, and at last rows become records."""
+    """Print a table that fits the terminal: drop spare columns, then wrap cells, and at last print rows as records."""
     import shutil
     import textwrap
 
@@ -185,7 +229,7 @@ def _print_drawn(table: TextTable) -> None:
         table = table.without(table.spare[0])
         texts = _texts(table)
     widths = _widths(texts)
-    # Words may be folded, names and numbers may not: their columns must fit as they are.
+    # Cells are wrapped between words, never inside names or numbers: each column needs its longest word.
     least = [max(len(word) for text in column for word in text.split(" ") or [""]) for column in texts]
     room = width - GAP * (len(texts) - 1)
     if sum(least) > room:
@@ -211,11 +255,11 @@ def _print_drawn(table: TextTable) -> None:
             if number == 0:
                 click.echo(click.style("─" * (sum(widths) + GAP * (len(widths) - 1)), dim=True))
     if left:
-        click.echo(folded(f"no room for {', '.join(left)}; a wider terminal or --json shows them"))
+        click.echo(folded(f"hidden columns: {', '.join(left)}; a wider terminal or --json shows them"))
 
 
 def _texts(table: TextTable) -> list[list[str]]:
-    """The text of each cell, column by column, headings first."""
+    """Return the text of each cell, column by column, with the heading first."""
     return [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
 
 
@@ -224,7 +268,7 @@ def _widths(texts: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _print_records(texts: Sequence[Sequence[str]]) -> None:
-    """A table that is wider than the terminal, a row under the other: nothing in it is broken."""
+    """Print a table that does not fit the terminal as records: each row as a list of names and values."""
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):

@@ -1,4 +1,4 @@
-"""Show what a command does now: a line on standard error for work of over two seconds, and for each step with -v."""
+"""Show the current step of a command on standard error: after two seconds of work, or with -v for every step."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from ._options import CliSettings
 from ._render import folded, printable, size
 
 PATIENCE = 2.0
-"""Seconds without a word after which a line on a terminal tells what is done."""
+"""Seconds of silence on a terminal before a line names the current step."""
 
 PLAIN_PATIENCE = 5.0
-"""The same where nobody may be watching: in scripts, and in logs that are read later.
-
-ADAPTERKIT_PATIENCE sets another number for both.
-"""
+"""The same without a terminal, for scripts and logs. ADAPTERKIT_PATIENCE replaces both numbers."""
 
 AGAIN = 10.0
-"""Seconds between two lines about one step."""
+"""Seconds between two lines about the same step."""
 
 STAGES = "adapterkit.stages"
-"""Key in the context's `meta`: the lines of the command that runs."""
+"""Key in the context's `meta`: the `StageLines` of the running command."""
 
 busy = threading.Event()
-"""Set while a progress bar or its lines tell how far the work is; then this module is silent."""
+"""Set while a progress meter reports; this module prints nothing meanwhile."""
 
 
 class StageLines(logging.Handler):
-    """Print steps: with -v at their start, otherwise where one takes long. -vv prints details, too."""
+    """Print steps: only those that take long, with -v every step when it starts, with -vv also details."""
 
     def __init__(self, command: str, verbose: int) -> None:
         super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -54,7 +51,7 @@ class StageLines(logging.Handler):
         with self.spoken:
             if record.levelno >= logging.INFO:
                 self.text = record.getMessage()
-                # Once a command has taken long, each of its steps is told when it begins.
+                # Once a command has run for that long, print each further step when it begins.
                 late = now - self.started >= self.patience and not busy.is_set()
                 if self.verbose or late:
                     self._say(now)
@@ -76,7 +73,7 @@ class StageLines(logging.Handler):
         self._print(f"{self.command}: {self.text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""))
 
     def finish(self) -> None:
-        """Tell how long the command took, and with -vv how much memory."""
+        """Print how long the command took, and with -vv how much memory it used."""
         seconds = time.monotonic() - self.started
         memory = ""
         if self.verbose > 1 and sys.platform != "win32":
@@ -101,7 +98,7 @@ def _patience() -> float:
 
 @contextmanager
 def stage_lines(settings: CliSettings) -> Iterator[StageLines | None]:
-    """Tell what a command does while it runs; nothing with --quiet."""
+    """Print the steps of a command while it runs; print nothing with --quiet."""
     if settings.quiet:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Arguments shared by commands that write an adapter, and outputs that exist already."""
+"""Options shared by commands that write an adapter, and the check for output that already exists."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import click
 from ..formats._format import ON_LOSS
 from . import _modules, _options
 from ._options import CliSettings, stated
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, parts, show, texts
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..io.strict_json import JsonValue
 
 
 PLACES = {"out", "dst", "overwrite", "every"}
-"""Parameters of commands that do not decide what is written."""
+"""Parameters that have no influence on the content of the output."""
 
 
 def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
-    """A digest of what decides the output of this command: its words, its input files, and versions.
+    """Return a digest of everything that decides a command's output: its arguments, its input files and versions.
 
     Args:
-        files: all files that are read.
-        packages: distributions beside adapterkit whose version decides, too.
+        files: all files that the command reads.
+        packages: distributions, in addition to adapterkit, whose versions influence the output.
 
     Raises:
         StorageError: a file cannot be read.
@@ -46,18 +47,18 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
         raise storage_error(error, error.filename or "a file") from error
     versions = {}
     for name in packages:
-        with suppress(PackageNotFoundError):  # onnxruntime has a package of another name for GPUs.
+        with suppress(PackageNotFoundError):  # Its GPU package has another name: onnxruntime-gpu.
             versions[name] = version(name)
     return digest_of([__version__, versions, ctx.command.name, words, read])
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether the output stands there, made from the same and unchanged; then this says so on standard output."""
+    """Whether unchanged output of the same inputs exists already; if so, print that on standard output."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
         return False
-    take_over(Path(out))  # A run that was killed when its work was done leaves a stage.
+    take_over(Path(out))  # A run that was killed right before its last rename left finished output in a staging folder.
     if not Staging(Path(out)).is_finished(digest):
         return False
     show(settings, {"out": out, "already_done": True}, _view)
@@ -68,38 +69,44 @@ def _view(record: Mapping[str, object]) -> View:
     yield f"already done: {record['out']} was made from the same inputs and is unchanged"
 
 
-# Options that commands share when they write an adapter: the place, the format, and whether to replace what is there.
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 on_loss = click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
-    help="What to do with what the format cannot say: fold scales into factors, promote to a wider method, or drop.",
+    help="What to do with updates that the format cannot hold: refuse to write, fold scales into the factors, promote "
+    "to a more general method, or drop.",
 )  # fmt: skip
 max_error = click.option(
     "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
-    help="With --on-loss promote: the relative error of a change that its nearest LoRA may have.",
+    help="With --on-loss promote: allow the nearest LoRA, up to this error relative to the change it replaces.",
 )  # fmt: skip
-dtype = click.option("--dtype", metavar="D", help="Type of computed factors, e.g. BF16; float32 or wider if absent.")
+dtype = click.option("--dtype", metavar="D", help="Dtype of computed factors, e.g. BF16; float32 or wider if absent.")
 
 
-def writing(command: F) -> F:
-    """Options for the place and the format of the result."""
-    out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or uri to write.")
+def writing(default: str) -> Callable[[F], F]:
+    """Add the options for the destination and the format of the result.
+
+    Args:
+        default: the default of the format, for the help.
+    """
+    out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or hub URI to write.")
     target_format = click.option(
         "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
-        help="Format of DST; if absent, the source's. extract writes PEFT's, or adapterkit's if it is one file.",
+        help=f"Format of DST. Default: {default}.",
     )  # fmt: skip
-    for option in (_options.overwrite, on_loss, target_format, out):
-        command = option(command)
-    return command
+
+    def decorated(command: F) -> F:
+        for option in (_options.overwrite, on_loss, target_format, out):
+            command = option(command)
+        return command
+
+    return decorated
 
 
 class CommandDestination:
-    """The destination of a command, which recognises the output of an earlier run of the same command.
+    """A command's destination, which recognises output of an earlier run of the same command.
 
-    The arguments are those of `adapterkit.destination.Destination`.
+    Its arguments are the arguments of `adapterkit.destination.Destination`.
     """
 
     def __init__(
@@ -112,11 +119,11 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run made the same output from the same inputs; then this says so.
+        """Whether an earlier run made the same output from the same inputs; if so, print that.
 
         Raises:
-            UsageError: the destination is a source.
-            StorageError: something else is there.
+            UsageError: the destination is one of the sources.
+            StorageError: the destination exists and holds something else.
         """
         if self.place.remote:
             return False
@@ -126,16 +133,16 @@ class CommandDestination:
         self.place.check()
         return False
 
-    def write(self, adapter: Adapter, on_loss: str) -> dict[str, Any]:
-        """Write the adapter; what was written as plain data."""
+    def write(self, adapter: Adapter, on_loss: str) -> dict[str, JsonValue]:
+        """Write the adapter and return the result as plain data."""
         return self.place.write(adapter, on_loss, made_from=self.made_from).record()
 
 
 def refuse_place(out: str) -> None:
-    """Refuses to write what no hub takes from adapterkit: graphs.
+    """Refuse an address on a hub as the output of a command that can only write to disk.
 
     Raises:
-        Unsupported: `out` is a place on a hub.
+        Unsupported: `out` is an address on a hub.
     """
     from ..errors import Unsupported
     from ..io.locations import is_address
@@ -144,20 +151,20 @@ def refuse_place(out: str) -> None:
         raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")
 
 
-def outcome(record: Mapping[str, Any]) -> Iterable[str]:
-    """The lines for people: what was written, and what was lost by that."""
-    updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+def outcome(record: Mapping[str, object]) -> Iterable[str]:
+    """Yield the lines that say what was written, and what the target format could not hold."""
+    updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} holds the same"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
-    yield from (f"  {loss}" for loss in record["losses"])
-    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
+    yield from (f"  {loss}" for loss in texts(record, "losses"))
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def cuts_view(record: Mapping[str, Any], every: bool) -> View:
-    """Show rank, norm and error of each target, or of each module, and of all together."""
-    cuts = _modules.in_order(record["cuts"])
+def cuts_view(record: Mapping[str, object], every: bool) -> View:
+    """Show rank, norm and error of each target or module, and the error of the whole adapter."""
+    cuts = _modules.in_order(parts(record, "cuts"))
     if every or len(cuts) <= _modules.FEW:
         columns = ("target", "method", "rank before", "rank", "norm", "relative error")
         rows = [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts]
@@ -166,15 +173,15 @@ def cuts_view(record: Mapping[str, Any], every: bool) -> View:
         headings = ("module", "targets", "layers", "rank before", "rank", "norm", "largest error", "in layer")
         yield TextTable(headings, [_cuts_row(*group) for group in _modules.by_module(cuts)], ("layers", "norm"))
     yield from outcome(record)
-    yield f"relative error of all together: {record['relative_error']:.4g}"
+    yield f"relative error over all targets: {number(record, 'relative_error'):.4g}"
     if len(cuts) > _modules.FEW and not every:
         yield _modules.HINT
 
 
-def _cuts_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[Any]:
+def _cuts_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
     most = _modules.largest(group, "relative_error")
     return [
         module, len(group), _modules.layers_of(group, layers), _modules.span([each["before"] for each in group]),
         _modules.span([each["rank"] for each in group]), _modules.together(group, "norm"),
-        None if most is None else _modules.short(most["relative_error"]), most and layers[most["target"]],
+        None if most is None else _modules.short(most["relative_error"]), most and layers[str(most["target"])],
     ]  # fmt: skip

@@ -1,31 +1,31 @@
-"""Write a bill of materials of an adapter or a model.
+"""Write a bill of materials for an adapter or a model.
 
-PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM: every file with its SHA-256,
-licences and what they ask, base and adapters as ancestors. The same files give the same document.
+PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM. It lists every file with its
+SHA-256 digest, the licences and their obligations, and the base and the adapters as ancestors. The same files always
+give the same document.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import View, counted, show
+from ._render import View, counted, integer, show
 from ._writing import is_done, made_from, refuse_place
 
 
 @click.command(help=__doc__)
 @click.argument("path")
-@click.option("-o", "--out", metavar="FILE", help="File to write; without it the document is printed.")
-@click.option("--serial", is_flag=True, help="Give the document a random serial number, for publishing.")
+@click.option("-o", "--out", metavar="FILE", help="File to write; without it, the document is printed.")
+@click.option("--serial", is_flag=True, help="Add a random serial number to the document, for publishing.")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
 def command(settings: _options.CliSettings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
-    """Runs `adapterkit.provenance.bom`."""
+    """Run `adapterkit.provenance.bom`."""
     from ..io.locations import local, located
     from ..io.staging import check_inputs, digest_of
     from ..provenance import bom
@@ -52,6 +52,6 @@ def command(settings: _options.CliSettings, path: str, out: str | None, serial: 
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    parts = counted(record["ancestors"], "ancestor")
-    yield f"{record['out']}: {record['name']}, {counted(record['files'], 'file')}, {parts}"
+def _view(record: Mapping[str, object]) -> View:
+    files, ancestors = counted(integer(record, "files"), "file"), counted(integer(record, "ancestors"), "ancestor")
+    yield f"{record['out']}: {record['name']}, {files}, {ancestors}"

@@ -1,22 +1,27 @@
-"""Make one adapter of several.
+"""Combine several adapters into one.
 
-Each A is an adapter in any known format; `adapterkit list combine` shows the methods and their parameters. A recipe is
-a YAML file that says the same, close to mergekit's: merge_method, models with their parameters, parameters, and so on.
+Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
+a YAML file with the same choices, similar to mergekit's: merge_method, parameters, and models with their own
+parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options, _writing
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+    from ..ops import Cut
 
 
 @click.command(help=__doc__)
@@ -26,18 +31,18 @@ from ._render import TextTable, View, counted, show
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
-    help="Cut the result to a rank, target by target. If absent, a result that has no low-rank factors is cut to the "
-              "largest rank of the inputs, where the format has no dense update.",
+    help="Cut the result to this rank at each target. Default: cut a dense result to the largest rank of the adapters, "
+    "but only if the format cannot hold dense updates.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=None, metavar="N", help="Of what a method draws at random; 0 if absent.")
-@click.option("--disjoint", is_flag=True, help="Adapters that share no target are meant to.")
+@click.option("--seed", type=int, default=None, metavar="N", help="Seed of methods that draw at random; default: 0.")
+@click.option("--disjoint", is_flag=True, help="Allow adapters that have no target in common.")
 @_writing.dtype
 @_options.base
 @_options.strict_base_of_read
-@click.option("--compat", metavar="NAME", help="Methods, names and choices of another tool: mergekit or peft.")
+@click.option("--compat", metavar="NAME", help="Compute as another tool does: mergekit or peft.")
 @_options.rename
 @_options.stating
-@_writing.writing
+@_writing.writing("the format of the adapters if they share one, otherwise adapterkit")
 @_options.flags
 @click.pass_obj
 def command(
@@ -46,7 +51,7 @@ def command(
     dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
     overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.ops.combine`."""
+    """Run `adapterkit.ops.combine`."""
     from .. import detect, ops
     from ..errors import Unrepresentable
 
@@ -69,10 +74,10 @@ def command(
     read = _options.in_reading(sources, None, options.get("base"))
     cuts: list[ops.Cut] = []
 
-    def refuse_early(outline: Any) -> None:
+    def refuse_early(outline: Adapter) -> None:
         if read_from is not None:
             read_from.check_layers(outline.updates)
-        what = f"{target_format} cannot hold what {options.get('method', 'linear')} makes"
+        what = f"{target_format} cannot hold the result of {options.get('method', 'linear')}"
         _check_writable(outline, target_format, options.get("base"), on_loss, what)
 
     with named_by(read_from), progress(settings, "combine") as meter:
@@ -83,11 +88,11 @@ def command(
             if options.get("rank") is not None:
                 raise
             made = ops.combine(read, **options | {"rank": "fit"}, **working)
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
     told = [] if read_from is None else [*read_from.notes]
     if read_from is not None and read_from.tokenizer is not None:
-        told.append("the recipe's tokenizer is not used: adapters have none; 'adapterkit merge --recipe' takes it")
+        told.append("the recipe's tokenizer is not used, as adapters have none; 'adapterkit merge --recipe' uses it")
     record["warnings"] = [
         *told,
         *made.recipe[-1].args.get("warnings", ()),
@@ -96,7 +101,7 @@ def command(
     show(settings, record | said(made), _view)
 
 
-def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str) -> None:
+def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str, what: str) -> None:
     from tempfile import TemporaryDirectory
 
     from ..formats import FORMATS
@@ -108,43 +113,45 @@ def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str)
         check_writable(outline, lambda adapter: write(adapter, place, name, base, on_loss), what)
 
 
-def _error(cuts: Sequence[Any]) -> float | None:
-    """The error of all cuts together, relative to what was cut."""
+def _error(cuts: Sequence[Cut]) -> float | None:
+    """Return the error over all targets relative to the norm of the result, or None if nothing was cut."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
-def said(made: Any) -> dict[str, Any]:
-    """Return the method of a combination and its parameters, as the lineage records them."""
+def said(made: Adapter) -> dict[str, object]:
+    """Return the method and the parameters of a combination from the lineage of the result."""
     args = made.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
-def _format_of(sources: Sequence[str], detect: Any) -> str:
-    """The sources' format, where they have one in common."""
+def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
+    """Return the format of the sources if all have the same, otherwise adapterkit's own."""
     found = {detect(source) for source in sources}
     return found.pop() if len(found) == 1 else "adapterkit"
 
 
-def _used(name: str, record: Mapping[str, Any]) -> str:
-    """The value of a parameter; where adapters have their own, those in the adapters' order."""
-    shared, own = record["parameters"][name], record["each"] or []
+def _used(name: str, record: Mapping[str, object]) -> str:
+    """Return the value of a parameter, or the values of all adapters in order if they differ, as text."""
+    shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)
     return ", ".join(str(each.get(name, shared)) for each in own)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield f"{record['method']}, weights {' '.join(map(str, record['weights']))}"
+def _view(record: Mapping[str, object]) -> View:
+    yield f"{record['method']}, weights {' '.join(texts(record, 'weights'))}"
     if record["parameters"]:
-        yield TextTable(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
+        yield TextTable(("parameter", "value"), [[name, _used(name, record)] for name in part(record, "parameters")])
     yield from _writing.outcome(record)
-    if record["cuts"]:
-        worst = max(record["cuts"], key=lambda cut: cut["relative_error"])
-        ranks = sorted({cut["rank"] for cut in record["cuts"]})
+    if cuts := parts(record, "cuts"):
+        worst = max(cuts, key=lambda cut: number(cut, "relative_error"))
+        ranks = sorted({integer(cut, "rank") for cut in cuts})
         said_ranks = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        error = number(record, "relative_error") if record["relative_error"] else 0.0
+        largest = number(worst, "relative_error")
         yield (
-            f"cut to rank {said_ranks} at {counted(len(record['cuts']), 'target')}: relative error of all together "
-            f"{record['relative_error'] or 0.0:.4g}, at most {worst['relative_error']:.4g} at {worst['target']}; "
-            "a higher --rank keeps more, --to adapterkit keeps all"
+            f"cut to rank {said_ranks} at {counted(len(cuts), 'target')}: relative error over all targets {error:.4g}, "
+            f"at most {largest:.4g} at {worst['target']}; "
+            "a higher --rank keeps more, --to adapterkit keeps everything"
         )

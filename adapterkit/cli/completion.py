@@ -1,14 +1,13 @@
 """Print the script that completes adapterkit in a shell.
 
-Paths, formats, methods and devices are completed, too. For bash, put eval "$(adapterkit completion bash)" into
-~/.bashrc; for zsh the same with zsh into ~/.zshrc; for fish, write the script into
-~/.config/fish/completions/adapterkit.fish.
+It completes commands, options, paths, formats, methods and devices. For bash, add the line
+eval "$(adapterkit completion bash)" to ~/.bashrc. For zsh, add eval "$(adapterkit completion zsh)" to ~/.zshrc. For
+fish, write the script to ~/.config/fish/completions/adapterkit.fish.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
@@ -22,12 +21,12 @@ from ._render import View, show
 @_options.flags
 @click.pass_obj
 def command(settings: _options.CliSettings, shell: str) -> None:
-    """Prints `_completion.script`."""
+    """Print `_completion.script`."""
     if settings.json:
         show(settings, {"shell": shell, "script": script(shell)}, _view)
         return
     click.echo(script(shell))
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield record["script"]
+def _view(record: Mapping[str, object]) -> View:
+    yield str(record["script"])

@@ -1,8 +1,9 @@
-r"""Test another reader of adapterkit files.
+r"""Test another program that reads adapterkit files.
 
-It is run against the vectors of the specification. CMD is called with a verb (check, base, canonical, compute or merge)
-and paths, and prints one line of JSON for each path; section 16 of the specification says which. A program may know
-some methods only: those that it answers with Unsupported are counted apart. The exit code is 1 where a case fails.
+The program runs on the test vectors of the specification. CMD is called with a verb (check, base, canonical, compute or
+merge) and paths, and must print one line of JSON for each path; section 16 of the specification defines these lines. A
+program may support some methods only: cases that it answers with Unsupported are counted separately. The exit code is 1
+if a case fails.
 
 \b
 Examples:
@@ -15,21 +16,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, show
+from ._render import TextTable, View, part, parts, show, texts
 
 
 @click.command(help=__doc__)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
-@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors, or the archive of a release.")
+@click.option(
+    "--suite", type=click.Path(path_type=Path), help="Folder spec/vectors, or the conformance archive of a release."
+)
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, command: tuple[str, ...], suite: Path | None) -> None:
-    """Runs all cases and counts by conformance class and by requirement."""
+    """Run all cases and count the results by conformance class and by requirement."""
     from ..conformance import conformance
 
     outcomes = conformance(command, suite)
@@ -55,17 +57,19 @@ def _counts(counter: Counter[tuple[str, bool | None]], names: Iterable[str]) -> 
 
 
 def _number(rule: str) -> list[int]:
-    """The section and the number of a requirement such as R-3.1."""
+    """Return section and number of a requirement such as R-3.1, for sorting."""
     return [int(number) for number in rule.removeprefix("R-").split(".")]
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     for what in ("requirement", "class"):
-        counts = record["requirements" if what == "requirement" else "classes"]
-        rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in counts.items()]
+        counts = part(record, "requirements" if what == "requirement" else "classes")
+        each_count = [(name, part(counts, name)) for name in counts]
+        rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in each_count]
         yield TextTable((what, "passed", "failed", "without formula"), rows)
-    if record["failed"]:
-        failed = [[each["case"], " ".join(each["requirements"]), each["why"]] for each in record["failed"]]
-        yield TextTable(("case", "requirements", "why"), failed)
-    total = f"{record['passed']} passed, {len(record['failed'])} failed"
-    yield f"{total}, {len(record['without_formula'])} without a formula"
+    failed = parts(record, "failed")
+    if failed:
+        lines = [[each["case"], " ".join(texts(each, "requirements")), each["why"]] for each in failed]
+        yield TextTable(("case", "requirements", "why"), lines)
+    total = f"{record['passed']} passed, {len(failed)} failed"
+    yield f"{total}, {len(texts(record, 'without_formula'))} without a formula"

@@ -1,7 +1,7 @@
-"""Write an adapter in another format.
+"""Convert an adapter to another format.
 
-SRC is read in any known format; DST is the file, folder or place on a hub to write. Updates that the target format
-cannot say are listed and refused, unless --on-loss allows to rewrite them or to leave them out.
+SRC is an adapter in any known format; DST is the file, folder or hub URI to write. If the target format cannot hold
+some updates, these are listed and nothing is written, unless --on-loss allows rewriting or dropping them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
 from ..core.collection import collection_off
 from . import _options, _writing
-from ._render import View, counted, show
+from ._render import View, counted, integer, show, texts
 
 
 @click.command(help=__doc__)
@@ -27,8 +26,13 @@ from ._render import View, counted, show
 @_options.reading
 @_writing.on_loss
 @_writing.max_error
-@click.option("--profile", metavar="NAME", help="Write for a consumer that takes only a part of the format: vllm, ...")
-@click.option("--match-base", is_flag=True, help="Write the targets in the names and parts that --base stores.")
+@click.option(
+    "--profile", metavar="NAME", help="Write for a program that supports only a part of the format, such as vllm."
+)
+@click.option(
+    "--match-base", is_flag=True,
+    help="Write the targets with the names of the tensors in --base, split or fused as stored there.",
+)  # fmt: skip
 @_options.rename
 @_options.overwrite
 @_options.flags
@@ -38,7 +42,7 @@ def command(
     compat: str | None, on_loss: str, max_error: float | None, profile: str | None, match_base: bool,
     rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.convert`."""
+    """Run `adapterkit.convert`."""
     from .. import convert, detect
     from ..io.inputs import inputs_kept
 
@@ -58,7 +62,7 @@ def command(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Switch garbage collection off: what is read lives until it is written; collecting took a quarter of the time."""
+    """Switch garbage collection off: it took a quarter of the time, and all objects live until they are written."""
     with collection_off():
         try:
             yield
@@ -66,11 +70,11 @@ def _without_collection() -> Iterator[None]:
             gc.freeze()
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+def _view(record: Mapping[str, object]) -> View:
+    updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
         yield f"already done: {record['out']} holds the same"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
-    yield from (f"  {loss}" for loss in record["losses"])
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    yield from (f"  {loss}" for loss in texts(record, "losses"))
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))

@@ -1,25 +1,24 @@
-"""Merge trained adapters into a small model and measure it.
+"""Merge adapters into a small model and measure its accuracy.
 
-The model, its adapters and the test images come with the package: no network is used.
+The model, the adapters and the test images are part of the package; no network is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
 from ._progress import progress
-from ._render import TextTable, View, show
+from ._render import TextTable, View, number, parts, show
 
 
 @click.command(help=__doc__)
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Runs `adapterkit.demo.run`."""
+    """Run `adapterkit.demo.run`."""
     from ..demo import run
 
     settings: _options.CliSettings = ctx.obj
@@ -30,14 +29,13 @@ def command(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield f"{record['images']} handwritten digits held out of training; the base reads {record['plain']:.1%} of them"
+def _view(record: Mapping[str, object]) -> View:
+    right = f"{number(record, 'plain'):.1%}"
+    yield f"{record['images']} handwritten digits not used in training; the base reads {right} of them"
     columns = ("task", "method", "accuracy before", "accuracy merged", "verified", "seconds")
-    yield TextTable(columns, [_row(row) for row in record["rows"]])
+    yield TextTable(columns, [_row(row) for row in parts(record, "rows")])
 
 
-def _row(row: Mapping[str, Any]) -> list[object]:
-    return [
-        row["task"], row["method"], f"{row['before']:.1%}", f"{row['after']:.1%}", row["verified"],
-        round(row["seconds"], 2),
-    ]  # fmt: skip
+def _row(row: Mapping[str, object]) -> list[object]:
+    before, after = (f"{number(row, name):.1%}" for name in ("before", "after"))
+    return [row["task"], row["method"], before, after, row["verified"], round(number(row, "seconds"), 2)]

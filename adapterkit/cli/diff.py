@@ -1,20 +1,19 @@
-"""Tell whether two adapters are the same function.
+"""Compare two adapters.
 
-A and B may be of different formats and methods. The exit code is 0 where they change a base alike, 1 where they do not,
-and 3 where only a base could tell and none was given.
+A and B may have different formats and methods. The exit code is 0 if both make the same change to a base, 1 if they do
+not, and 3 if the answer depends on the base and --base is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import click
 
 from . import _modules, _options
 from ._modules import FEW, HINT, by_module, in_order, largest, short, together
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, parts, show, texts
 
 COLUMNS = {
     "target": "target", "equal": "equal", "relative error": "relative_error", "norm A": "norm_a", "norm B": "norm_b",
@@ -25,8 +24,7 @@ COLUMNS = {
 SPARE = (
     "overlap in", "overlap out", "interference", "sign conflict", "rank A", "rank B", "norm A", "norm B", "cosine",
 )  # fmt: skip
-"""Columns that a narrow terminal may leave out, the first one first."""
-
+"""Columns that are dropped on a narrow terminal, in this order."""
 
 MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
 
@@ -39,9 +37,12 @@ MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cos
 @_options.compat
 @click.option(
     "--tolerance", type=float, default=1e-6, show_default=True, metavar="E",
-    help="Relative error up to which changes are the same.",
+    help="Maximum relative error of changes that count as the same.",
 )  # fmt: skip
-@click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
+@click.option(
+    "--signs/--no-signs", default=True, show_default=True,
+    help="Also compare the signs of single elements, which takes longer.",
+)  # fmt: skip
 @_modules.every
 @_options.rename
 @_options.flags
@@ -50,7 +51,7 @@ def command(
     ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None,
     every: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.ops.compare`."""
+    """Run `adapterkit.ops.compare`."""
     from .. import ops
 
     read = _options.in_reading((a, b), compat, base)
@@ -61,37 +62,39 @@ def command(
         ctx.exit(1 if found.equal is False else 3)
 
 
-def _view(record: Mapping[str, Any], every: bool) -> View:
-    targets = in_order(record["targets"])
+def _view(record: Mapping[str, object], every: bool) -> View:
+    targets = in_order(parts(record, "targets"))
     if every or len(targets) <= FEW:
         rows = [[short(target[name]) for name in COLUMNS.values()] for target in targets]
         yield TextTable(tuple(COLUMNS), rows, SPARE)
     else:
         yield TextTable(MODULES, _module_rows(targets), ("least cosine", "norm A", "norm B"))
     same = sum(target["equal"] is True for target in targets)
-    bits = sum(target["bits"] for target in targets)
-    verdict = {True: "the same function", False: "not the same function", None: "only a base could tell: pass --base"}
-    yield f"{verdict[record['equal']]}: {same:,} of {counted(len(targets), 'target')} equal, {bits:,} bit by bit"
+    bits = sum(integer(target, "bits") for target in targets)
+    verdict = {True: "the same change", False: "not the same change", None: "undecided without a base: type --base"}
+    equal = record["equal"]
+    assert equal is None or isinstance(equal, bool)
+    yield f"{verdict[equal]}: {same:,} of {counted(len(targets), 'target')} equal, {bits:,} bit by bit"
     if record["relative_error"] is not None:
-        cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
-        yield f"relative error of all together: {record['relative_error']:.4g}{cosine}"
+        cosine = "" if record["cosine"] is None else f", cosine {number(record, 'cosine'):.4g}"
+        yield f"relative error over all targets: {number(record, 'relative_error'):.4g}{cosine}"
     most = largest(targets, "relative_error")
     if most is not None and len(targets) > 1:
-        yield f"largest difference: {most['target']}, relative error {most['relative_error']:.4g}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+        yield f"largest difference: {most['target']}, relative error {number(most, 'relative_error'):.4g}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
     if len(targets) > FEW and not every:
         yield HINT
 
 
-def _module_rows(targets: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """One row a module, over its layers: norms of all together, the largest error and where, the least cosine."""
-    rows = []
+def _module_rows(targets: Sequence[Mapping[str, object]]) -> list[list[object]]:
+    """Return one row for each module: total norms, the largest error and its layer, and the smallest cosine."""
+    rows: list[list[object]] = []
     for module, group, layers in by_module(targets):
         most = largest(group, "relative_error")
-        cosines = [each["cosine"] for each in group if each["cosine"] is not None]
+        cosines = [number(each, "cosine") for each in group if each["cosine"] is not None]
         rows.append([
             module, len(group), sum(each["equal"] is True for each in group),
-            None if most is None else short(most["relative_error"]), most and layers[most["target"]],
+            None if most is None else short(most["relative_error"]), most and layers[str(most["target"])],
             short(min(cosines)) if cosines else None, together(group, "norm_a"), together(group, "norm_b"),
         ])  # fmt: skip
     return rows

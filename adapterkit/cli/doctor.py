@@ -1,4 +1,7 @@
-"""Check this installation and this machine."""
+"""Check this installation and this machine.
+
+Each problem is shown with what to do about it. The exit code is 3 if something that adapterkit needs does not work.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,16 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .. import __version__
 from ..errors import AdapterkitError
 from . import _options
-from ._render import TextTable, View, show, size
+from ._render import TextTable, View, parts, show, size
 
 NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
-"""Packages that the commands import; `doctor` reports each one that is missing or broken."""
+"""Packages that the commands import; `doctor` reports every missing or broken one."""
 
 LOW_SPACE = 10 * 10**9
 LOW_MEMORY = 2 * 10**9
@@ -30,19 +32,26 @@ FICLONE = 0x40049409
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: `status` is `ok`, `warn` (works, but) or `broken` (something needed does not work)."""
+    """The result of one check.
+
+    Attributes:
+        name: the checked thing.
+        status: `ok`, `warn` (works with a limitation) or `broken` (something necessary does not work).
+        found: the observed state.
+        cure: what to do about a problem.
+    """
 
     name: str
     status: str
     found: str
     cure: str | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, str | None]:
         return asdict(self)
 
 
 def all_checks() -> Iterator[Check]:
-    """Every check, most basic first."""
+    """Run every check, the most basic first."""
     yield Check("python", "ok", sys.version.split()[0])
     yield Check("adapterkit", "ok", __version__)
     for package in NEEDED:
@@ -61,19 +70,20 @@ def all_checks() -> Iterator[Check]:
 
 
 def kernel() -> Check:
-    """The compiled inner loop of a merge, which a platform without a wheel of its own may lack."""
+    """Check for the compiled inner loop of a merge, which platforms without a binary wheel may lack."""
     from ..native import OFF, loops
 
     if loops() is not None:
         return Check("compiled merge", "ok", "yes")
     if os.environ.get(OFF):
-        return Check("compiled merge", "ok", f"no, by {OFF}: merges go by numpy")
+        return Check("compiled merge", "ok", f"switched off by {OFF}: merges use numpy")
     cure = "Install a C compiler, then: pip install --force-reinstall --no-deps --no-binary adapterkit adapterkit"
-    return Check("compiled merge", "warn", "no: merges go by numpy, with the same bits, about three times slower", cure)
+    found = "missing: merges use numpy, which gives the same bits about three times slower"
+    return Check("compiled merge", "warn", found, cure)
 
 
 def plugins() -> Iterator[Check]:
-    """Check what installed packages add, and which of their entries are not used."""
+    """Report the plug-ins of installed packages, and those that are not used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT
@@ -93,7 +103,7 @@ def plugins() -> Iterator[Check]:
 
 
 def defaults() -> Iterator[Check]:
-    """The defaults of options that are set in the environment and in files, and what of that no command takes."""
+    """Report the defaults that the environment and files set, and the settings that no command uses."""
     from . import adapterkit
     from ._defaults import TYPED, files, settings_of, unknown
 
@@ -102,7 +112,7 @@ def defaults() -> Iterator[Check]:
         commands = {name: adapterkit.get_command(ctx, name) for name in adapterkit.list_commands(ctx)}
         known = {name: command for name, command in commands.items() if command is not None}
         read = [str(path) for path, _ in files()]
-        yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file of defaults here")
+        yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file of defaults")
         told: dict[str, Check] = {}
         for name, command in known.items():
             decided: set[str] = set()
@@ -115,14 +125,14 @@ def defaults() -> Iterator[Check]:
         yield from told.values()
         for source, why in unknown(known):
             key = source.rpartition(": ")[2].removeprefix("ADAPTERKIT_").lower().replace("-", "_")
-            cure = "Type it on the command line: it has no default" if key in TYPED else f"Remove it; {why}"
+            cure = "Type it on the command line: it cannot have a default" if key in TYPED else f"Remove it; {why}"
             yield Check("defaults", "warn", f"{source} is not used", cure)
     except AdapterkitError as error:
         yield Check("defaults", "broken", str(error), error.cure)
 
 
 def imported(package: str, otherwise: str) -> Check:
-    """Whether a package can be imported, which an installed one need not be."""
+    """Check that a package can be imported: it may be installed and broken."""
     try:
         module = import_module(package)
     except Exception as error:
@@ -132,7 +142,7 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """onnxruntime, and what it can run on; two of its packages overwrite each other's files."""
+    """Check onnxruntime and the devices that it runs on. Two of its packages overwrite each other's files."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
@@ -144,22 +154,22 @@ def providers() -> Check:
     try:
         from ..onnx.providers import runs_on
     except Exception as error:  # A package that it imports is broken; that package's own check reports it.
-        return Check("onnxruntime", "warn", f"{own}, not tried: {type(error).__name__}", "Repair onnx first")
+        return Check("onnxruntime", "warn", f"{own}, not tested: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()
     running = [name for name in built if runs_on(name)]
     idle = [name for name in built if name not in running]
     found = f"{own} (runs on {_plainly(running)}"
-    found += f"; built for {_plainly(idle)} too, on which no session starts)" if idle else ")"
+    found += f"; also built for {_plainly(idle)}, where no session starts)" if idle else ")"
     return Check("onnxruntime", "ok" if running else "warn", found, None if running else "pip install onnxruntime")
 
 
 def _plainly(names: Sequence[str]) -> str:
-    """Providers by their short names."""
+    """Return the short names of execution providers."""
     return ", ".join(name.removesuffix("ExecutionProvider") for name in names) or "nothing"
 
 
 def devices() -> Check:
-    """The CUDA devices that torch can use; none is a fault only where a driver is there."""
+    """Report the CUDA devices that torch can use; finding none is a problem only if a driver is installed."""
     try:
         import torch
 
@@ -175,21 +185,21 @@ def devices() -> Check:
 
 
 def space(name: str, folder: Path) -> Check:
-    """Free space on the file system of a folder."""
+    """Check the free space on the file system of a folder."""
     import shutil
 
     free = shutil.disk_usage(folder).free
     found = f"{size(free)} free in {folder}"
     if free < LOW_SPACE:
-        return Check(name, "warn", found, "Free some space; a merge needs as much as the base takes")
+        return Check(name, "warn", found, "Free some space; a merge writes as many bytes as the base has")
     return Check(name, "ok", found)
 
 
 def memory() -> Check:
-    """Memory that a new program could take, as far as the system tells."""
+    """Check the memory that is available to a new program, if the system reports it."""
     free, total = _memory()
     if total is None:
-        return Check("memory", "ok", "the system does not tell")
+        return Check("memory", "ok", "unknown: the system does not report it")
     found = size(total) if free is None else f"{size(free)} available of {size(total)}"
     if free is not None and free < LOW_MEMORY:
         return Check("memory", "warn", found, "Close other programs")
@@ -197,7 +207,7 @@ def memory() -> Check:
 
 
 def copies(folder: Path) -> Iterator[Check]:
-    """Whether untouched weights can be copied inside the kernel or shared, and others written past the page cache."""
+    """Check the three fast ways to write files: copies inside the kernel, shared blocks, and direct writes."""
     cure = "Run in a folder that you may write to, on a local file system"
     kernel = _try_in(folder, _copy_range)
     if kernel is None:
@@ -205,10 +215,10 @@ def copies(folder: Path) -> Iterator[Check]:
     else:
         yield Check("copy_file_range", "warn", f"{kernel}; copies take longer", cure)
     shared = _try_in(folder, _reflink)
-    # Most file systems cannot share blocks and nothing is wrong with them, so this is never a warning.
+    # Never warn about this: most file systems cannot share blocks.
     yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
     direct = _try_in(folder, _direct_write)
-    found = "works here" if direct is None else f"not here ({direct}); files are written by way of the page cache"
+    found = "works here" if direct is None else f"not here ({direct}); files are written through the page cache"
     yield Check("direct writes", "ok", found)
 
 
@@ -232,7 +242,7 @@ def _direct_write(_: int, target: int) -> None:
 
 
 def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
-    """Why an act on two temporary files of a folder fails; None where it works."""
+    """Return why an operation on two temporary files of a folder fails, or None if it works."""
     try:
         with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
             source.write(bytes(4096))
@@ -250,7 +260,7 @@ def _cores() -> int:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """(available, total) bytes; a container's limit counts where it is lower."""
+    """Return (available, total) bytes of memory, or of a container's limit if that is lower."""
     lines = _text("/proc/meminfo").splitlines()
     told = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
     free, total = told.get("MemAvailable"), told.get("MemTotal")
@@ -274,11 +284,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-# Check this installation and this machine.
-#
-# Each fault comes with what to do about it; the exit code is 3 where something needed does not work.
-
-
 @click.command(help=__doc__)
 @_options.flags
 @click.pass_context
@@ -291,6 +296,6 @@ def command(ctx: click.Context) -> None:
         ctx.exit(3)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    checks = record["checks"]
+def _view(record: Mapping[str, object]) -> View:
+    checks = parts(record, "checks")
     yield TextTable(("", "what", "found", "cure"), [[c["status"], c["name"], c["found"], c["cure"]] for c in checks])

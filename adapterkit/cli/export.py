@@ -1,14 +1,16 @@
-"""Export a model to ONNX, with adapters.
+"""Export a model with adapters to ONNX.
 
-MODEL is a folder as transformers saves it: a causal language model gets its past keys and values as inputs and outputs,
-an encoder or classifier its tokens. A model of encoder and decoder becomes the graphs that optimum loads, and one that
-reads images those of transformers.js. For any other torch module, --model names the function that makes it, and MODEL,
-if given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
-adapter where these are slots. The result is run against the torch model, unless --no-check is given.
+MODEL is a folder as transformers saves it. The graph of a causal language model has its past keys and values as inputs
+and outputs; encoders and classifiers have token inputs. An encoder-decoder model becomes the graphs that optimum loads,
+and a model that reads images becomes the graphs that transformers.js loads. For any other torch module, --model names a
+function that makes it, and MODEL, if given, is the file of its weights. DIR gets the graph, the config and the
+tokenizer; with --mode slots also an .onnx_adapter file for each adapter. Unless --no-check is given, the result is run
+and compared with the torch model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import click
 
 from . import _options
 from ._graphs import checked, refuse
-from ._render import View, counted, show
+from ._render import View, counted, number, part, part_or_none, show, texts
 from ._writing import is_done, made_from, refuse_place
 
 ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
@@ -27,32 +29,31 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 @click.option("-o", "--out", metavar="DIR", required=True, help="Folder to write.")
 @click.option(
     "--model", "factory", metavar="MODULE:FUNCTION",
-    help="Python that is run: it returns a torch module and a tuple of example inputs.",
+    help="Python function to call: it returns a torch module and a tuple of example inputs.",
 )  # fmt: skip
-@click.option(
-    "--adapter", "adapters", metavar="A", multiple=True, help="An adapter in any known format; may be repeated."
-)
+@click.option("--adapter", "adapters", metavar="A", multiple=True, help="Adapter in any known format. Repeatable.")
 @click.option(
     "--mode", type=click.Choice(["merged", "attached", "slots"]), default="merged", show_default=True,
-    help="Fold adapters into the weights, leave them nodes, or make them inputs that are exchanged at run time.",
+    help="merged folds the adapters into the weights; attached adds them as separate nodes; slots makes them inputs "
+    "that can be exchanged at run time.",
 )  # fmt: skip
 @click.option(
     "--dtype", type=_options.ComputeType(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
-    help="What the graph computes in.",
+    help="Dtype in which the graph computes.",
 )  # fmt: skip
 @click.option(
     "--quantize", type=click.Choice(["int8", "int4"]),
-    help="Pack the linear layers by onnxruntime's quantizers; adapters that are no weights stay as they are.",
+    help="Quantize the linear layers with onnxruntime's quantizers; attached adapters and slots are not quantized.",
 )  # fmt: skip
 @click.option(
     "--share-weights", is_flag=True,
-    help="Write into MODEL itself: the graph names the bytes of its safetensors files, and no second copy is made.",
+    help="Write the graph into the folder MODEL and let it use the safetensors files there, without a second copy.",
 )  # fmt: skip
-@click.option("--opset", type=int, metavar="N", help="Operator set; torch's own choice if absent.")
+@click.option("--opset", type=int, metavar="N", help="ONNX operator set version; default: torch's choice.")
 @_options.rename
 @_options.compat
 @_options.strict_base_of_read
-@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and check it.")
 @_options.overwrite
 @_options.flags
 @click.pass_context
@@ -61,7 +62,7 @@ def command(
     dtype: str, quantize: str | None, share_weights: bool, opset: int | None, check: bool, overwrite: bool,
     compat: str | None, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
+    """Run `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
     from ..io.locations import check_named
 
     refuse_place(out)
@@ -74,15 +75,15 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # A model made by the user's own function depends on code, so its files do not identify it.
+        # Only for folders: a model from the user's function depends on code, so its files do not identify it.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return
     if factory is not None:
-        refuse(ctx, ONLY_FOLDERS_OF_TRANSFORMERS, "is for a folder of a transformers model")
+        refuse(ctx, ONLY_FOLDERS_OF_TRANSFORMERS, "is only for the folder of a transformers model")
         report = export_factory(factory, out, weights=model, overwrite=overwrite, **options)
     elif model is None:
-        raise click.UsageError("Missing argument 'MODEL', or option '--model'")
+        raise click.UsageError("Missing argument 'MODEL' or option '--model'")
     else:
         report = export_pretrained(
             model, out, dtype=dtype, share_weights=share_weights, overwrite=overwrite, made_from=decided, **options
@@ -99,36 +100,37 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # Which the export itself refuses.
+        return None  # The export itself refuses this.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
 
 
-def _view(record: Any) -> View:
+def _view(record: Mapping[str, object]) -> View:
     yield f"wrote {record['out']}: {record['mode']}; {checked(record)}"
-    if damage := record.get("damage"):
-        worst = max(damage, key=lambda name: damage[name]["error"])
-        found = f"{damage[worst]['error']:.2%} ({worst})"
-        yield f"{counted(len(damage), 'weight')} packed; the largest relative error of one is {found}"
-    yield f"  {', '.join(record['files'])}"
+    if damage := part_or_none(record, "damage"):
+        errors = {name: number(part(damage, name), "error") for name in damage}
+        worst = max(errors, key=lambda name: errors[name])
+        found = f"{errors[worst]:.2%} ({worst})"
+        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of one is {found}"
+    yield f"  {', '.join(texts(record, 'files'))}"
     yield from _try(record)
 
 
-def _try(record: Any) -> View:
-    """Yield lines of Python that run what was written."""
-    graph, parts = Path(record["out"]), record.get("graphs")
-    adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
+def _try(record: Mapping[str, object]) -> View:
+    """Yield lines of Python that run the exported graph."""
+    graph, graphs = Path(str(record["out"])), texts(record, "graphs") if record.get("graphs") else []
+    adapters = [Path(file) for file in texts(record, "files") if file.endswith(".onnx_adapter")]
     yield "in Python:"
-    if parts:
+    if graphs:
         names = dict.fromkeys(path.name.removesuffix(".onnx_adapter").partition(".")[2] for path in adapters)
         yield f'  session = adapterkit.onnx.FolderSession("{graph}")'
         yield from (f'  session.load("{name}")' for name in names)
         which = f', adapter="{next(iter(names))}"' if names else ""
-        if "encoder_model.onnx" in parts:
+        if "encoder_model.onnx" in graphs:
             yield f"  session.generate(inputs{which})  # inputs: {{name: array}} of the encoder"
         else:
-            yield f'  session.run("{next(iter(parts))}", inputs{which})  # each graph by its name'
+            yield f'  session.run("{graphs[0]}", inputs{which})  # each graph by its name'
         return
     loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")

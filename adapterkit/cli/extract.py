@@ -1,14 +1,15 @@
-"""Write what fine-tuning changed in a base as an adapter.
+"""Extract an adapter from a fine-tuned model and its base.
 
-TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA, if no other
-method is asked for; norms, biases and changed or new rows of token embeddings are kept as they are.
+TUNED and BASE are folders of weights, or weight files, of one architecture. Changed matrices become LoRA, or another
+--method; norms, biases, and changed or new rows of token embeddings are kept without loss.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,31 +17,34 @@ from . import _modules, _options, _writing
 from ._progress import progress
 from ._render import show
 
+if TYPE_CHECKING:
+    from ..ops import Cut
+
 
 @click.command(help=__doc__)
 @click.argument("tuned")
-@click.option("--base", required=True, metavar="BASE", help="The weights that TUNED was made from.")
+@click.option("--base", required=True, metavar="BASE", help="Weights from which TUNED was fine-tuned.")
 @click.option("--rank", type=int, metavar="R", help="Rank of each changed matrix.")
-@click.option("--energy", type=float, metavar="E", help="Share of each squared norm to keep at least, up to 1.")
-@click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
+@click.option("--energy", type=float, metavar="E", help="Minimum share of the squared norm to keep, from 0 to 1.")
+@click.option("--error", type=float, metavar="E", help="Maximum relative error.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="Cut each matrix for itself, or let all compete: --error and --energy of the whole model, --rank on average.",
+    help="Apply --rank, --energy or --error to each matrix, or to the whole model; --rank is then the average rank.",
 )  # fmt: skip
-@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Look at these targets only.")
+@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Extract only these targets. Repeatable.")
 @click.option(
     "--embeddings", type=click.Choice(["rows", "low-rank"]), default="rows", show_default=True,
-    help="Keep the changed rows of token embeddings, or treat these as any matrix.",
+    help="Keep the changed rows of token embeddings, or treat embeddings like any other matrix.",
 )  # fmt: skip
 @click.option(
     "--method", default="lora", show_default=True, metavar="METHOD",
-    help="Form of changed matrices: lora, dora (norms and a LoRA of directions), loha (Hadamard product), "
-         "lokr (Kronecker product), shira (largest entries).",
+    help="Method for changed matrices: lora, dora (norms and a LoRA of the directions), loha (Hadamard product), "
+         "lokr (Kronecker product) or shira (the largest entries).",
 )  # fmt: skip
 @_options.strict_base
 @_options.rename
 @_writing.dtype
-@_writing.writing
+@_writing.writing("peft, or adapterkit if DST is a .safetensors file")
 @_modules.every
 @_options.flags
 @click.pass_obj
@@ -50,12 +54,12 @@ def command(
     target_format: str | None, on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
     every: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.ops.extract`."""
+    """Run `adapterkit.ops.extract`."""
     from .. import ops
     from ..io.checkpoint import opened
     from ..naming.binding.bases import check_tuned
 
-    # As the tools that people come from: a folder is PEFT's, a file adapterkit's own.
+    # A folder is most likely meant for PEFT; a single .safetensors file can only be adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
     destination = _writing.CommandDestination(out, [tuned], overwrite, target_format=target_format, base=base)
     if destination.is_done(settings):
@@ -67,7 +71,7 @@ def command(
             method=method, dtype=dtype, report=cuts.append, progress=meter, rename=rename,
             strict_base=strict_base,
         )  # fmt: skip
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = [
         f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)
@@ -75,6 +79,6 @@ def command(
     show(settings, record, partial(_writing.cuts_view, every=every))
 
 
-def _error(cuts: Any) -> float:
+def _error(cuts: Sequence[Cut]) -> float:
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0

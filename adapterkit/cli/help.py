@@ -1,12 +1,11 @@
 """Show the help of a command, as its --help does.
 
-Without a command, all of them are listed.
+Without COMMAND, all commands are listed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
@@ -19,7 +18,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, name: str | None) -> None:
-    """Prints what `adapterkit NAME --help` prints."""
+    """Print what `adapterkit NAME --help` prints."""
     from ..errors import UsageError, nearest
     from . import adapterkit
 
@@ -39,5 +38,5 @@ def command(ctx: click.Context, name: str | None) -> None:
     click.echo(text)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    yield record["help"]
+def _view(record: Mapping[str, object]) -> View:
+    yield str(record["help"])

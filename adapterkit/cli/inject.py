@@ -1,58 +1,66 @@
 """Attach an adapter to an ONNX graph, or to a folder of graphs.
 
-MODEL.onnx is the graph, A an adapter in any known format. The graph's own numbers stay as they are; the result is run
-against the same change made another way, unless --no-check is given. A folder, as optimum and onnxruntime-genai write
-it, is one model: each graph takes the targets that it has, and OUT is a folder with all other files copied.
+MODEL.onnx is the graph; A is an adapter in any known format. The weights of the graph are not changed. The result is
+run and compared with the same change computed in another way, unless --no-check is given. MODEL.onnx may also be a
+folder, as optimum and onnxruntime-genai write it: each graph gets the targets that it contains, and all other files are
+copied to the folder OUT.onnx.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _modules, _options
 from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
-from ._render import View, show
+from ._render import View, parts, show
 from ._writing import is_done, refuse_place
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array
 
 
 @click.command(help=__doc__)
 @click.argument("model", metavar="MODEL.onnx")
 @click.argument("adapter", metavar="A")
-@click.option("-o", "--out", metavar="OUT.onnx", required=True, help="File to write; for a folder, a folder.")
+@click.option(
+    "-o", "--out", metavar="OUT.onnx", required=True, help="File to write, or folder if MODEL.onnx is a folder."
+)
 @_options.allow_partial
 @click.option(
     "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
-    help="Write the adapter into the graph, make its tensors inputs that may be left out, stack these over "
-    "adapters, one for each row of a batch, or make them inputs that any run time can exchange.",
+    help="constant writes the adapter into the graph; slots makes its tensors optional inputs; rows stacks these "
+    "inputs so that each row of a batch picks its adapter; inputs makes required inputs, which every runtime supports.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
-    help="Weights of the base: finds layers whose names are lost. Its config.json tells what a network like it is.",
+    help="Weights of the base, to find layers that have lost their names. Its config.json says how the model is built.",
 )  # fmt: skip
 @click.option(
-    "--call", "words", metavar="WORD=NAME", multiple=True,
-    help="What a law asks of the model's call: the value of the graph that it is, or task_ids=N, the task of all rows.",
+    "--call", "words", metavar="ARGUMENT=NAME", multiple=True,
+    help="Value of the graph that holds an argument of the model's call which the adapter needs, e.g. attention_mask; "
+    "or task_ids=N, the task of all rows. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--expert",
     "experts",
     metavar="A",
     multiple=True,
-    help="An expert of a router whose file does not hold it, in order.",
+    help="Expert of a router adapter that is stored in another file. Repeat the option in the order of the experts.",
 )
 @click.option(
     "--calibration", metavar="FILE.npz",
-    help="Inputs to run the check on, an array for each input's name, such as those that a quantizer was given.",
+    help="Inputs for the check, such as the calibration data of a quantizer: one array for each input, by name.",
 )  # fmt: skip
 @_options.tied
 @_options.strict_base
 @_options.rename
 @_options.compat
-@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the result and check it.")
 @_options.overwrite
 @_modules.every
 @_options.flags
@@ -63,7 +71,7 @@ def command(
     compat: str | None, overwrite: bool, tied: str | None, strict_base: bool,
     rename: tuple[str, ...], allow_partial: bool, every: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.onnx.inject`."""
+    """Run `adapterkit.onnx.inject`."""
     from ..io.locations import check_named
 
     refuse_place(out)
@@ -86,10 +94,10 @@ def command(
     show(settings, report.record(), partial(_view, every=every))
 
 
-def _inputs(path: str, check: bool) -> dict[str, Any]:
-    """The arrays of a file, by name."""
+def _inputs(path: str, check: bool) -> dict[str, Array]:
+    """Return the arrays of a file, by name."""
     if not check:
-        raise click.UsageError("--calibration has the inputs of the check, which --no-check leaves out")
+        raise click.UsageError("--calibration gives the inputs of the check, but --no-check switches the check off")
     from ..io.lazy import as_array
     from ..io.numpy_files import read_npz
 
@@ -97,19 +105,20 @@ def _inputs(path: str, check: bool) -> dict[str, Any]:
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:
-    """Words of a call, each with the name of a value or a number."""
+    """Return each argument of the call with the name of a graph value, or with a number."""
     told: dict[str, str | int] = {}
     for given in words:
         word, equals, value = given.partition("=")
         if not (word and equals and value):
-            raise click.UsageError(f"--call {given!r} is not WORD=NAME")
+            raise click.UsageError(f"--call {given!r} is not ARGUMENT=NAME")
         told[word] = int(value) if value.isdecimal() else value
     return told
 
 
-def _view(record: Any, every: bool) -> View:
+def _view(record: Mapping[str, object], every: bool) -> View:
+    targets = parts(record, "targets")
     yield from targets_view(record, every)
     yield from graphs_lines(record)
-    yield f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}"
-    if len(record["targets"]) > _modules.FEW and not every:
+    yield f"wrote {record['out']}: {len(targets)} targets; {checked(record)}"
+    if len(targets) > _modules.FEW and not every:
         yield _modules.HINT

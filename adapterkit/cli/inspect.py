@@ -1,8 +1,8 @@
-"""Show what an adapter, a base or a graph holds.
+"""Show the contents of an adapter, a base or a graph.
 
-SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
-(hf://org/repo). Only headers are read, but with --layers. For an ONNX model, the layers that an adapter can name are
-shown.
+SRC is an adapter in any known format, a base (a folder of weights or one weight file), or an ONNX model, on disk or on
+a hub (hf://org/repo). Only file headers are read, except with --layers. For an ONNX model, the table shows the layers
+that an adapter can target.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from shlex import quote
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,17 +17,17 @@ from ..core.collection import collection_off
 from . import _options
 from ._graphs import graph_in, is_graphs
 from ._modules import FEW, HINT, by_module, in_order, layers_of, ranges, span
-from ._render import TextTable, View, counted, show, size
-
-if TYPE_CHECKING:
-    from ..io.strict_json import JsonValue
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
 
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base-weights", metavar="DIR", help="Of a graph: weights of the base, to find layers by their numbers.")
-@click.option("--all", "every", is_flag=True, help="List every target or tensor; groups if there are more than 24.")
-@click.option("--layers", is_flag=True, help="Show how much an adapter changes each layer; this reads its values.")
+@click.option("--base-weights", metavar="DIR", help="For a graph: weights of its base, to find layers by their values.")
+@click.option(
+    "--all", "every", is_flag=True,
+    help="List every target or tensor. Without it, more than 24 are summarized, one row for each module.",
+)  # fmt: skip
+@click.option("--layers", is_flag=True, help="Show how much the adapter changes each layer; this reads all values.")
 @_options.reading
 @_options.rename
 @_options.flags
@@ -38,13 +37,13 @@ def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.inspect`."""
+    """Run `adapterkit.inspect`."""
     from ..api import inspect
 
     graph = graph_in(src) or is_graphs(src, None)
     if graph is None or graph != src:
         if base_weights is not None and graph is None:
-            raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
+            raise click.UsageError("--base-weights is only for ONNX models; for an adapter, type --base")
         if rename and base is None:
             raise click.UsageError("--rename requires --base")
     found = inspect(
@@ -55,7 +54,7 @@ def command(
 
 
 def _view(record: Mapping[str, object], every: bool) -> View:
-    """Yield the lines and tables of what was found, by its kind."""
+    """Yield the lines and tables for an adapter, a base or a graph."""
     if record["kind"] == "graph":
         return _graph_view(record, every)
     if record["kind"] == "base":
@@ -63,90 +62,94 @@ def _view(record: Mapping[str, object], every: bool) -> View:
     return _adapter_view(record, every) if "updates" in record else _unresolved_view(record)
 
 
-def _unresolved_view(record: Mapping[str, Any]) -> View:
-    yield f"{record['path']}: an adapter whose modules are not resolved"
-    rows = [
-        [module, " ".join(f"{s}{shape}" for s, shape in slots.items())] for module, slots in record["modules"].items()
-    ]
+def _unresolved_view(record: Mapping[str, object]) -> View:
+    yield f"{record['path']}: an adapter whose targets are not resolved"
+    modules = part(record, "modules")
+    rows = [[module, " ".join(f"{s}{shape}" for s, shape in part(modules, module).items())] for module in modules]
     yield TextTable(("module", "tensors"), rows)
-    yield record["why"]
+    yield str(record["why"])
 
 
 SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
-"""Columns that a narrow terminal may leave out, the first one first."""
+"""Columns that are dropped on a narrow terminal, in this order."""
 
 
-def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
-    totals, base = record["totals"], record["base"] or {}
+def _adapter_view(record: Mapping[str, object], every: bool) -> View:
+    base, many = part_or_none(record, "base") or {}, integer(part(record, "totals"), "targets") > FEW
     yield f"{record['path']}: adapter in format {record['format']}" + (f", for {base['id']}" if base.get("id") else "")
-    groups = _groups(record["updates"])
+    groups = _groups(parts(record, "updates"))
     yield from _aligned_pairs(_story(record, groups))
     if "layers" in record:
         yield TextTable(
             ("layer", "targets", "norm", "share", "largest", "note"),
             [[each["layer"] or "(none)", each["targets"], each["norm"],
-              None if each["share"] is None else f"{each['share']:.1%}", each["largest"], each["why"]]
-             for each in record["layers"]],
+              None if each["share"] is None else f"{number(each, 'share'):.1%}", each["largest"], each["why"]]
+             for each in parts(record, "layers")],
         )  # fmt: skip
-    elif every or totals["targets"] <= FEW:
+    elif every or not many:
         columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-        yield TextTable(columns, _update_rows(in_order(record["updates"])), SPARE)
+        yield TextTable(columns, _update_rows(in_order(parts(record, "updates"))), SPARE)
     else:
         headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
         yield TextTable((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
-        yield f"family: {' or '.join(record['families'])}"
+        yield f"family: {' or '.join(texts(record, 'families'))}"
     if "values" in record:
-        yield f"values are not readable without the base: {record['values']}; --base BASE"
+        yield f"the values cannot be read without the base: {record['values']}; type --base BASE"
     if record["without_alpha"]:
-        yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
-    yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
+        yield f"{counted(integer(record, 'without_alpha'), 'module')} without alpha: the scaling is 1"
+    yield from (
+        f"{key}: {_short(str(value))}" for key, value in part(record, "metadata").items() if key not in _LONG
+    )  # fmt: skip
     if "loaders" in record:
         named = {
-            word: [each["title"] for each in record["loaders"] if each["loads"] == word] for word in ("yes", "part")
+            word: [str(each["title"]) for each in parts(record, "loaders") if each["loads"] == word]
+            for word in ("yes", "part")
         }
-        yield f"loaded as it is by: {', '.join(named['yes']) or 'no tool that is known'}"
+        yield f"loaded without conversion by: {', '.join(named['yes']) or 'no known tool'}"
         if named["part"]:
             yield f"loaded in part by: {', '.join(named['part'])}"
-        again = f"adapterkit list loaders {quote(record['path'])}"
-        yield f"'{again}' says what loads it after a conversion, and why others do not"
+        again = f"adapterkit list loaders {quote(str(record['path']))}"
+        yield f"'{again}' says which tools load it after a conversion, and why others do not"
     if record["unknown_fields"]:
-        yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
-    for step in record["recipe"]:
-        if "subfolder" in step["args"]:
-            yield f"read from the subfolder {step['args']['subfolder']}, the only adapter in the folder"
-    names = record.get("names")
+        yield f"fields that the format does not define (kept): {', '.join(texts(record, 'unknown_fields'))}"
+    for args in (part(step, "args") for step in parts(record, "recipe")):
+        if "subfolder" in args:
+            yield f"read from the subfolder {args['subfolder']}, the only adapter in the folder"
+    names = part_or_none(record, "names")
     if names:
-        used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
+        used = "; ".join(f"{each['rule']} ({integer(each, 'targets'):,})" for each in parts(names, "rules"))
         yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
-    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
-    if totals["targets"] > FEW and not every and "layers" not in record:
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    if many and not every and "layers" not in record:
         yield "--all lists every target, --layers shows how much each layer is changed"
 
 
-def _story(record: Mapping[str, Any], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
-    """Yield the summary of an adapter: name and value of each line."""
-    totals = record["totals"]
-    yield "method", ", ".join(f"{name} ({count:,})" for name, count in totals["methods"].items())
-    ranks = sorted({each["rank"] for each in record["updates"] if isinstance(each["rank"], int)})
+def _story(record: Mapping[str, object], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
+    """Yield (name, value) for each line of an adapter's summary."""
+    totals = part(record, "totals")
+    methods = part(totals, "methods")
+    yield "method", ", ".join(f"{name} ({integer(methods, name):,})" for name in methods)
+    ranks = sorted({each["rank"] for each in parts(record, "updates") if isinstance(each["rank"], int)})
     if ranks:
         yield "rank", ", ".join(map(str, ranks[:8])) + (f", ... {ranks[-1]}" if ranks[8:] else "")
     layers = {layer for group in groups for layer in group.layers if layer}
     where = f" in {counted(len(layers), 'layer')}" if layers else ""
-    yield "targets", f"{totals['targets']:,}{where}"
-    yield "size", f"{_amounts(totals)}, {', '.join(totals['dtypes'])}"
+    yield "targets", f"{integer(totals, 'targets'):,}{where}"
+    yield "size", f"{_amounts(totals)}, {', '.join(texts(totals, 'dtypes'))}"
     if record.get("licence"):
         yield "licence", _licence(record)
     if record.get("triggers"):
-        yield "trigger words", _short(", ".join(record["triggers"]))
-    steps = [step["op"] for step in record["recipe"]]
-    if steps and steps != ["read"]:
-        yield "lineage", " -> ".join(_step(step) for step in record["recipe"])
+        yield "trigger words", _short(", ".join(texts(record, "triggers")))
+    steps = parts(record, "recipe")
+    if steps and [step["op"] for step in steps] != ["read"]:
+        yield "lineage", " -> ".join(_step(step) for step in steps)
 
 
-def _step(step: Mapping[str, Any]) -> str:
-    of = step["args"].get("of")
-    told = step["args"].get("method") or step["args"].get("format")
+def _step(step: Mapping[str, object]) -> str:
+    args = part(step, "args")
+    of = args.get("of")
+    told = args.get("method") or args.get("format")
     many = f" of {len(of)} adapters" if isinstance(of, list) else ""
     return f"{step['op']}" + (f" ({told})" if told else "") + many
 
@@ -158,17 +161,17 @@ def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
 
 
 class _Group:
-    """Targets of one module that are alike but for their layer."""
+    """Targets of one module that differ only in their layer."""
 
     def __init__(self, module: str, first: Mapping[str, object]) -> None:
         self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
 
-    def add(self, update: Mapping[str, Any], layer: str) -> None:
+    def add(self, update: Mapping[str, object], layer: str) -> None:
         self.layers[layer] = None
-        self.parameters += update["parameters"]
+        self.parameters += integer(update, "parameters")
         self.count += 1
 
-    def row(self) -> list[Any]:
+    def row(self) -> list[object]:
         _, layout, method, shapes, rank, scaling, other, dtypes, _ = _update_row(self.first)
         where = ranges([layer for layer in self.layers if layer])
         return [
@@ -176,20 +179,18 @@ class _Group:
         ]  # fmt: skip
 
 
-def _groups(updates: Sequence[Mapping[str, Any]]) -> list[_Group]:
+def _groups(updates: Sequence[Mapping[str, object]]) -> list[_Group]:
     from ..reporting.grid import cells, reading_order
 
-    where = cells(update["target"] for update in updates)
-    found: dict[Any, _Group] = {}
+    where = cells(str(update["target"]) for update in updates)
+    found: dict[tuple[str, int, str], _Group] = {}
     ranks = {order: rank for rank, order in enumerate(sorted({cell.order for cell in where.values()}))}
-    ordered = sorted(updates, key=lambda update: ranks[where[update["target"]].order])
+    ordered = sorted(updates, key=lambda update: ranks[where[str(update["target"])].order])
     for update in ordered:
-        cell = where[update["target"]]
-        rows = update["rows"] and tuple(update["rows"])
-        key = cell.module, id(update["tensors"]), rows
+        cell = where[str(update["target"])]
+        key = cell.module, id(update["tensors"]), _rows(update)
         if key not in found:
-            name = (cell.module or "(model)") + (f"[{rows[0]}:{rows[1]}]" if rows else "")
-            found[key] = _Group(name, update)
+            found[key] = _Group((cell.module or "(model)") + _rows(update), update)
         found[key].add(update, cell.layer)
     return sorted(found.values(), key=lambda group: reading_order(group.module))
 
@@ -203,16 +204,16 @@ _LONG = (
     "ss_dataset_dirs",
     "ss_datasets",
 )
-"""Keys of metadata that are shown with --json only: their values are pictures and tables, or shown elsewhere."""
+"""Metadata keys that only --json shows: their values are pictures or tables, or are shown elsewhere."""
 
 
 def _short(value: str) -> str:
     return value if len(value) <= 200 else f"{value[:200]}... ({len(value):,} characters, --json shows all)"
 
 
-def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[Any]]:
-    """The rows of a table; updates that share all but their name share the work."""
-    known: dict[int, list[Any]] = {}
+def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[object]]:
+    """Return the rows of the table of updates. Updates that differ only in their names are formatted once."""
+    known: dict[int, list[object]] = {}
     found = []
     for update in updates:
         row = known.get(id(update["tensors"]))
@@ -222,89 +223,93 @@ def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[Any]]:
     return found
 
 
-def _named(update: Mapping[str, Any]) -> str:
-    rows = f"[{update['rows'][0]}:{update['rows'][1]}]" if update["rows"] else ""
-    return (update["target"] or "(model)") + rows
+def _rows(update: Mapping[str, object]) -> str:
+    return f"[{':'.join(texts(update, 'rows'))}]" if update["rows"] else ""
 
 
-def _update_row(update: Mapping[str, Any]) -> list[object]:
+def _named(update: Mapping[str, object]) -> str:
+    return str(update["target"] or "(model)") + _rows(update)
+
+
+def _update_row(update: Mapping[str, object]) -> list[object]:
     layout = "" if update["layout"] == "out *in" else update["layout"]
-    shapes = " ".join(f"{name}{_shape(tensor)}" for name, tensor in update["tensors"].items())
-    other = " ".join(f"{k}={v}" for k, v in update["attributes"].items() if k != "scaling" and v is not None)
-    dtypes = ", ".join(sorted({tensor["dtype"] for tensor in update["tensors"].values()}))
-    scaling = update["attributes"].get("scaling")
+    tensors, attributes = part(update, "tensors"), part(update, "attributes")
+    shapes = " ".join(f"{name}{_shape(part(tensors, name))}" for name in tensors)
+    other = " ".join(f"{k}={v}" for k, v in attributes.items() if k != "scaling" and v is not None)
+    dtypes = ", ".join(sorted({str(part(tensors, name)["dtype"]) for name in tensors}))
+    scaling = attributes.get("scaling")
     return [
         _named(update), layout, update["method"], shapes, update["rank"], scaling, other,
         dtypes, update["parameters"],
     ]  # fmt: skip
 
 
-def _licence(record: Mapping[str, JsonValue]) -> str:
+def _licence(record: Mapping[str, object]) -> str:
     asks = record.get("licence_asks")
     return str(record["licence"]) + (f", which {asks}" if asks else "")
 
 
-def _base_view(record: Mapping[str, Any], every: bool) -> View:
-    totals = record["totals"]
+def _base_view(record: Mapping[str, object], every: bool) -> View:
+    totals, tensors = part(record, "totals"), parts(record, "tensors")
     yield f"{record['path']}: base" + (f", model_type {record['model_type']}" if record["model_type"] else "")
-    files = counted(len(record["files"]), "file")
-    yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+    files = counted(len(texts(record, "files")), "file")
+    yield f"  {counted(integer(totals, 'tensors'), 'tensor')} in {files}, {_amounts(totals)}"
     if record.get("architecture"):
         yield f"  GGUF of {record['architecture']}" + (f": {record['name']}" if record.get("name") else "")
-    if packed := record.get("quantized"):
+    if packed := part_or_none(record, "quantized"):
         yield "  " + _packed(packed)
     if record.get("families"):
-        yield f"  family: {' or '.join(record['families'])}"
+        yield f"  family: {' or '.join(texts(record, 'families'))}"
     if record.get("licence"):
         yield f"  licence {_licence(record)}"
-    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
-    if every or len(record["tensors"]) <= FEW:
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    if every or len(tensors) <= FEW:
         columns = ("tensor", "shape", "dtype", "parameters", "bytes")
-        yield TextTable(
-            columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
-        )  # fmt: skip
+        yield TextTable(columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in tensors])
     else:
         headings = ("tensors", "count", "layers", "shape", "dtype", "parameters")
-        yield TextTable(headings, _tensor_groups(record["tensors"]), ("dtype", "parameters", "count"))
-    counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
+        yield TextTable(headings, _tensor_groups(tensors), ("dtype", "parameters", "count"))
+    dtypes = part(totals, "dtypes")
+    sums = [(dtype, part(dtypes, dtype)) for dtype in dtypes]
+    counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in sums]
     yield TextTable(("dtype", "tensors", "parameters", "bytes"), counts)
-    if len(record["tensors"]) > FEW and not every:
+    if len(tensors) > FEW and not every:
         yield "--all lists every tensor"
 
 
-def _packed(quantized: Mapping[str, Any]) -> str:
-    """The scheme of a quantized base, and its size without it."""
+def _packed(quantized: Mapping[str, object]) -> str:
+    """Return the scheme of a quantized base and its number of parameters before quantization."""
     if quantized["scheme"] is None:
-        return f"quantized, in a way that is not read: {quantized['why']}"
-    weights = counted(quantized["weights"], "weight")
-    return f"quantized: {quantized['scheme']}, {weights}; {counted(quantized['parameters'], 'parameter')} in all"
+        return f"quantized in an unsupported way: {quantized['why']}"
+    weights = counted(integer(quantized, "weights"), "weight")
+    parameters = counted(integer(quantized, "parameters"), "parameter")
+    return f"quantized: {quantized['scheme']}, {weights}; {parameters} in all"
 
 
-def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Tensors that are alike but for their layer, a row each."""
+def _tensor_groups(tensors: Sequence[Mapping[str, object]]) -> list[list[object]]:
+    """Return one row for each group of tensors that differ only in their layer."""
     from ..reporting.grid import cells
 
-    where = cells(tensor["name"] for tensor in tensors)
-    found: dict[Any, list[Any]] = {}
-    layers: dict[Any, dict[str, None]] = {}
-    for tensor in sorted(tensors, key=lambda each: where[each["name"]].order):
-        cell = where[tensor["name"]]
-        key = cell.module, tuple(tensor["shape"]), tensor["dtype"]
-        row = found.setdefault(key, [cell.module, 0, "", _shape(tensor), tensor["dtype"], 0])
-        row[1] += 1
-        row[5] += tensor["parameters"]
-        layers.setdefault(key, {})[cell.layer] = None
-    for key, row in found.items():
-        row[2] = ranges([layer for layer in layers[key] if layer])
-    return [*found.values()]
+    where = cells(str(tensor["name"]) for tensor in tensors)
+    groups: dict[tuple[str, str, str], list[Mapping[str, object]]] = {}
+    for tensor in sorted(tensors, key=lambda each: where[str(each["name"])].order):
+        key = where[str(tensor["name"])].module, _shape(tensor), str(tensor["dtype"])
+        groups.setdefault(key, []).append(tensor)
+    rows: list[list[object]] = []
+    for (module, shape, dtype), group in groups.items():
+        layers = dict.fromkeys(where[str(tensor["name"])].layer for tensor in group)
+        parameters = sum(integer(tensor, "parameters") for tensor in group)
+        rows.append([module, len(group), ranges([layer for layer in layers if layer]), shape, dtype, parameters])
+    return rows
 
 
-def _graph_view(record: Mapping[str, Any], every: bool) -> View:
-    places = record["layers"]
+def _graph_view(record: Mapping[str, object], every: bool) -> View:
+    places = parts(record, "layers")
     within = "graphs" in record
     if within:
-        yield f"{record['path']}: {counted(len(record['graphs']), 'graph')}"
-        named = [[each["name"], each["part"] or "", each["layers"]] for each in record["graphs"]]
+        graphs = parts(record, "graphs")
+        yield f"{record['path']}: {counted(len(graphs), 'graph')}"
+        named = [[each["name"], each["part"] or "", each["layers"]] for each in graphs]
         yield TextTable(("graph", "part", "layers"), named)
     else:
         yield f"{record['path']}: graph"
@@ -320,30 +325,31 @@ def _graph_view(record: Mapping[str, Any], every: bool) -> View:
         yield HINT
 
 
-def _places_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[object]:
-    """One row for the places of a module in a graph; what differs between its layers is listed or spanned."""
+def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
+    """Return the row of a module in a graph; values that differ between its layers are listed or shown as a range."""
     rows = [_layer_row(place) for place in group]
     shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])
     return [module, len(rows), layers_of(group, layers), " ".join(shapes[:2]), rows[0][2], ", ".join(found), confidence]
 
 
-def _layer_counts(record: Mapping[str, Any]) -> str:
-    methods = ", ".join(f"{count} by {method}" for method, count in record["totals"]["methods"].items())
-    return f"{counted(record['totals']['layers'], 'layer')} ({methods})"
+def _layer_counts(record: Mapping[str, object]) -> str:
+    totals = part(record, "totals")
+    methods = ", ".join(f"{count} by {method}" for method, count in part(totals, "methods").items())
+    return f"{counted(integer(totals, 'layers'), 'layer')} ({methods})"
 
 
-def _layer_row(place: Mapping[str, Any]) -> list[object]:
-    nodes, found = place["nodes"], place["method"]
+def _layer_row(place: Mapping[str, object]) -> list[object]:
+    nodes, found = texts(place, "nodes"), place["method"]
     shown = nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "") if nodes else place["note"]
     shape = "" if place["shape"] is None else _shape(place)
-    values = ", ".join(place["values"])
-    return [place["target"] or "?", shape, shown, values, found or "", f"{place['confidence']:.4f}" if found else ""]
+    confidence = f"{number(place, 'confidence'):.4f}" if found else ""
+    return [place["target"] or "?", shape, shown, ", ".join(texts(place, "values")), found or "", confidence]
 
 
-def _amounts(totals: Mapping[str, Any]) -> str:
-    return f"{counted(totals['parameters'], 'parameter')}, {size(totals['bytes'])}"
+def _amounts(totals: Mapping[str, object]) -> str:
+    return f"{counted(integer(totals, 'parameters'), 'parameter')}, {size(integer(totals, 'bytes'))}"
 
 
-def _shape(tensor: Mapping[str, Any]) -> str:
-    return f"[{','.join(map(str, tensor['shape']))}]"
+def _shape(tensor: Mapping[str, object]) -> str:
+    return f"[{','.join(texts(tensor, 'shape'))}]"

@@ -1,20 +1,22 @@
-"""List formats, methods, combiners, packings, or what loads FILE.
+"""List formats, methods, combiners, quant schemes or loaders.
 
-`list loaders` names the tools that load adapter files. `list loaders FILE` says which of them load this file as it is,
-which load it after `adapterkit convert` with the arguments shown, and why the others do not.
+'list loaders' lists the known tools that load adapter files. 'list loaders FILE' says which of them load this file
+unchanged, which load it after 'adapterkit convert' with the shown arguments, and why the others do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from . import _options
-from ._render import TextTable, View, show
+from ._render import TextTable, View, part, parts, show, texts
 
 if TYPE_CHECKING:
+    from dataclasses import Field
+
     from ..io.strict_json import JsonValue
     from ..loaders import Answer
 
@@ -29,13 +31,13 @@ def command(
     settings: _options.CliSettings, what: str, file: str | None, source_format: str | None, base: str | None,
     compat: str | None,
 ) -> None:  # fmt: skip
-    """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
+    """List `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
     if file is not None and what != "loaders":
-        raise click.UsageError(f"FILE goes with 'list loaders'; 'list {what}' takes none")
+        raise click.UsageError(f"'list {what}' takes no FILE; only 'list loaders' does")
     said = {"from": source_format, "base": base, "compat": compat, **_options.stated()}
     given = next((name for name, value in said.items() if value is not None), None)
     if file is None and given is not None:
-        raise click.UsageError(f"--{given} goes with 'list loaders FILE'")
+        raise click.UsageError(f"--{given} requires 'list loaders FILE'")
     if file is not None:
         _loaders_of(settings, file, source_format, base, compat)
     elif what == "loaders":
@@ -51,7 +53,7 @@ def command(
 
 
 def formats() -> list[dict[str, JsonValue]]:
-    """One record a format, in the order of their names."""
+    """Return a record of each format, sorted by name."""
     from ..formats import FORMATS
 
     return [
@@ -63,8 +65,8 @@ def formats() -> list[dict[str, JsonValue]]:
     ]  # fmt: skip
 
 
-def methods() -> list[dict[str, Any]]:
-    """One record a method, in the order of their names: tensors with shape strings, attributes with defaults."""
+def methods() -> list[dict[str, object]]:
+    """Return a record of each method, sorted by name: its tensors with shapes, its attributes with defaults."""
     from ..methods import METHODS
 
     return [
@@ -81,7 +83,7 @@ def methods() -> list[dict[str, Any]]:
 
 
 def combiners() -> list[dict[str, object]]:
-    """One record a way to combine, in the order of their names: parameters with defaults and meanings."""
+    """Return a record of each combiner, sorted by name: its parameters with defaults and meanings."""
     from ..ops import COMBINERS
 
     return [
@@ -98,7 +100,7 @@ def combiners() -> list[dict[str, object]]:
 
 
 def schemes() -> list[dict[str, JsonValue]]:
-    """One record a quantization scheme, in the order of their names."""
+    """Return a record of each quantization scheme, sorted by name."""
     from ..quant import SCHEMES
 
     return [
@@ -147,7 +149,7 @@ def _loaders_of(
 
 
 def _with_base(answer: Answer) -> Answer:
-    """Name the base in a conversion, where the file is not readable without it."""
+    """Add `--base BASE` to a conversion, for a file that cannot be read without its base."""
     from dataclasses import replace
 
     if not answer.convert or "--base" in answer.convert:
@@ -156,34 +158,35 @@ def _with_base(answer: Answer) -> Answer:
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return each tool's answer about a file as plain data."""
+    """Return the answers of all tools about a file as plain data."""
     fields = ("tool", "title", "loads", "why", "convert")
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 
 
-def _default(field: Any) -> Any:
+def _default(field: Field[object]) -> object:
     import dataclasses
 
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _formats_view(record: Mapping[str, Any]) -> View:
-    columns = ("format", "description", "methods", "compat")
-    yield TextTable(
-        columns,
-        [[f["name"], f["description"], " ".join(f["methods"]), " ".join(f["compat"])] for f in record["formats"]],
-    )
+def _formats_view(record: Mapping[str, object]) -> View:
+    rows = [
+        [each["name"], each["description"], " ".join(texts(each, "methods")), " ".join(texts(each, "compat"))]
+        for each in parts(record, "formats")
+    ]
+    yield TextTable(("format", "description", "methods", "compat"), rows)
 
 
-def _combiners_view(record: Mapping[str, Any]) -> View:
-    yield TextTable(("method", "what it is", "parameters"), [_combiner_row(c) for c in record["combine"]])
+def _combiners_view(record: Mapping[str, object]) -> View:
+    rows = [_combiner_row(each) for each in parts(record, "combine")]
+    yield TextTable(("method", "what it is", "parameters"), rows)
 
 
-def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
+def _combiner_row(entry: Mapping[str, object]) -> list[object]:
     before = {"then": entry["then"]} if entry["then"] else {}
-    values = (f"{name}={_shown(value)}" for name, value in {**before, **entry["parameters"]}.items())
-    title = entry["title"] + "; needs data" * (entry["data"] is not None) + "; needs the base" * entry["based"]
-    return [entry["name"], title, " ".join(values)]
+    values = (f"{name}={_shown(value)}" for name, value in {**before, **part(entry, "parameters")}.items())
+    data = "" if entry["data"] is None else "; needs data"
+    return [entry["name"], f"{entry['title']}{data}" + ("; needs the base" if entry["based"] else ""), " ".join(values)]
 
 
 def _shown(value: object) -> str:
@@ -192,27 +195,29 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _tools_view(record: Mapping[str, Any]) -> View:
-    rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in record["loaders"]]
+def _tools_view(record: Mapping[str, object]) -> View:
+    rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in parts(record, "loaders")]
     yield TextTable(("loader", "tool", "version", "models"), rows)
 
 
-def _loaders_view(record: Mapping[str, Any]) -> View:
+def _loaders_view(record: Mapping[str, object]) -> View:
     yield f"{record['path']}: {record['format']}"
-    rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
-    yield TextTable(("tool", "loads", "after convert", "why"), rows)
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in parts(record, "loaders")]
+    yield TextTable(("tool", "loads", "arguments of convert", "why"), rows)
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def _schemes_view(record: Mapping[str, Any]) -> View:
+def _schemes_view(record: Mapping[str, object]) -> View:
     columns = ("scheme", "description", "checked against")
-    yield TextTable(columns, [[s["name"], s["description"], s["oracle"]] for s in record["quant"]])
+    yield TextTable(columns, [[s["name"], s["description"], s["oracle"]] for s in parts(record, "quant")])
 
 
-def _methods_view(record: Mapping[str, Any]) -> View:
-    yield TextTable(("method", "kind", "tensors", "formula"), [_method_row(m) for m in record["methods"]])
+def _methods_view(record: Mapping[str, object]) -> View:
+    rows = [_method_row(each) for each in parts(record, "methods")]
+    yield TextTable(("method", "kind", "tensors", "formula"), rows)
 
 
-def _method_row(method: Mapping[str, Any]) -> list[str]:
-    tensors = (f"{f}[{axes}]" + "?" * (f in method["optional"]) for f, axes in method["tensors"].items())
+def _method_row(method: Mapping[str, object]) -> list[object]:
+    optional = texts(method, "optional")
+    tensors = (f"{f}[{axes}]" + "?" * (f in optional) for f, axes in part(method, "tensors").items())
     return [method["name"], method["kind"], " ".join(tensors), method["formula"]]

@@ -1,20 +1,19 @@
-"""Show where an adapter's targets lie in a base.
+"""Show which weights of a base an adapter's targets match.
 
-BASE is a folder of weights or one weight file, ADAPTER an adapter in any known format. Only headers are read. The rules
-by which the adapter's names became the base's are shown below the table; --rename adds rules of your own. Without an
-adapter, the base's own names are shown with what other tools call them.
+BASE is a folder of weights or one weight file; ADAPTER is an adapter in any known format. Only headers are read. The
+rules that translate the adapter's names to those of the base are listed below the table; --rename adds your own rules.
+Without ADAPTER, the table shows the names of the base and the names that other tools use for the same weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, part, parts, show, texts
 
 
 @click.command(help=__doc__)
@@ -29,43 +28,44 @@ from ._render import TextTable, View, counted, show
 def command(
     settings: _options.CliSettings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
 ) -> None:
-    """Runs `adapterkit.names`."""
+    """Run `adapterkit.names`."""
     from ..api import names
 
     given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
     record = names(base, given, rename=rename, allow_partial=allow_partial)
-    warnings = [] if given is None else _options.base_warnings([adapter], [given], base)
+    warnings = [] if adapter is None or given is None else _options.base_warnings([adapter], [given], base)
     show(settings, {**record, "adapter": adapter, "warnings": warnings}, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     family = f", architecture {record['family']}" if record["family"] else ", no architecture file"
     yield f"{record['base']}: model_type {record['model_type'] or 'not given'}{family}"
     if "weights" in record:
-        namings = list(dict.fromkeys(naming for weight in record["weights"] for naming in weight["names"]))
+        weights = parts(record, "weights")
+        namings = list(dict.fromkeys(naming for weight in weights for naming in part(weight, "names")))
         rows = [
-            [_numbered(weight["name"]), weight["tensors"], *(_other(weight, naming) for naming in namings)]
-            for weight in record["weights"]
+            [_numbered(str(weight["name"])), weight["tensors"], *(_other(weight, naming) for naming in namings)]
+            for weight in weights
         ]
         yield TextTable(("name", "modules", *namings), rows)
         return
     groups: dict[tuple[str, str, str, str], int] = {}
-    for each in record["targets"]:
-        cut = "" if each["rows"] is None else f"[{each['rows'][0]}:{each['rows'][1]}]"
-        layout = "" if each["layout"] == "out *in" else each["layout"]
-        key = _template(each["target"]), _template(each["path"]), cut, layout
+    for each in parts(record, "targets"):
+        cut = "" if each["rows"] is None else f"[{':'.join(texts(each, 'rows'))}]"
+        layout = "" if each["layout"] == "out *in" else str(each["layout"])
+        key = _template(str(each["target"])), _template(str(each["path"])), cut, layout
         groups[key] = groups.get(key, 0) + 1
-    yield TextTable(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
-    for rule in record["rules"]:
-        yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
+    yield TextTable(("adapter", "base", "rows", "layout", "targets"), [[*key, count] for key, count in groups.items()])
+    for rule in parts(record, "rules"):
+        yield f"{rule['rule']}: {counted(integer(rule, 'targets'), 'target')}"
     if record["missing"]:
-        yield f"not in the base: {', '.join(record['missing'])}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+        yield f"not in the base: {', '.join(texts(record, 'missing'))}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
 
 
-def _other(weight: Mapping[str, Any], naming: str) -> str:
-    name = weight["names"].get(naming, "")
-    return "" if _numbered(re.sub(r"\{[a-z]\}", "#", name)) == _numbered(weight["name"]) else name
+def _other(weight: Mapping[str, object], naming: str) -> str:
+    name = str(part(weight, "names").get(naming, ""))
+    return "" if _numbered(re.sub(r"\{[a-z]\}", "#", name)) == _numbered(str(weight["name"])) else name
 
 
 def _template(name: str) -> str:

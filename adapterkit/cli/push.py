@@ -1,21 +1,20 @@
-"""Put an adapter or a model on a hub, in one commit.
+"""Upload an adapter or a model to a hub in one commit.
 
-SRC is an adapter in any known format or a folder of weights; URI is hf://org/repo[@branch][/folder],
-oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is
-generated; that of a base which came along with a merge counts for none.
+SRC is an adapter in any known format, or a folder of weights. URI is hf://org/repo[@branch][/folder],
+oci://registry/name:tag or s3://bucket/path. If SRC has no README.md, a model card is generated. A README.md that a
+merge copied from the base is replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from ..formats._format import ON_LOSS
 from . import _options
 from ._graphs import warn
-from ._render import TextTable, View, show
+from ._render import TextTable, View, show, texts
 
 
 @click.command(help=__doc__)
@@ -23,21 +22,26 @@ from ._render import TextTable, View, show
 @click.argument("uri")
 @click.option(
     "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
-    help="Push the adapter in this format; as it lies there if absent.",
+    help="Convert the adapter to this format first; without it, the files are uploaded unchanged.",
 )  # fmt: skip
 @_options.base
-@click.option("--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True, help="As for convert.")
+@click.option(
+    "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
+    help="What to do with updates that the --to format cannot hold; see adapterkit convert --help.",
+)  # fmt: skip
 @click.option(
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
-    help="Largest weight file of a model, e.g. 5GB; larger ones are parted. As they lie there if absent.",
+    help="Split larger weight files of a model into files of at most this size, e.g. 5GB. Default: no splitting.",
 )  # fmt: skip
-@click.option("--private", is_flag=True, help="Make a private repository, where there is none.")
-@click.option("--revision", metavar="BRANCH", help="The branch to push to; made from the main one where there is none.")
-@click.option("--tag", metavar="TAG", help="Set this tag on the commit.")
-@click.option("--message", metavar="TEXT", help="Message of the commit.")
+@click.option("--private", is_flag=True, help="If the repository does not exist, create it as private.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Branch to push to; created from the main branch if it does not exist."
+)
+@click.option("--tag", metavar="TAG", help="Tag to set on the commit.")
+@click.option("--message", metavar="TEXT", help="Commit message.")
 @click.option("--licence", "--license", "licence", metavar="ID", help="Licence for the model card, e.g. apache-2.0.")
 @_options.strict_licence
-@click.option("--dry-run", is_flag=True, help="Show what would be pushed, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, but write nothing.")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
@@ -46,12 +50,12 @@ def command(
     shard_size: int | None, private: bool, revision: str | None, tag: str | None, message: str | None,
     licence: str | None, strict_licence: bool, dry_run: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.hub.push`."""
+    """Run `adapterkit.hub.push`."""
     from ..hub import parse, push
 
     target = parse(uri)
     if revision is not None and target.revision is not None:
-        raise click.UsageError("name the branch once: after the @ or by --revision")
+        raise click.UsageError("the branch is given twice: type it after the @ or with --revision")
     pushed = push(
         src, target if revision is None else target.at(revision), format=target_format, base=base, on_loss=on_loss,
         shard_size=shard_size, private=private, tag=tag, message=message, licence=licence,
@@ -61,16 +65,17 @@ def command(
     show(settings, pushed.record(), _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     kinds = ("added", "replaced", "unchanged", "removed")
-    yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in record[kind]])
+    yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in texts(record, kind)])
     if record["dry_run"]:
-        yield f"{record['uri']}: nothing was written" + ("; the repository would be made" if record["created"] else "")
+        made = "; the repository would be created" if record["created"] else ""
+        yield f"{record['uri']}: nothing was written{made}"
     elif not any(record[kind] for kind in ("added", "replaced", "removed")):
-        yield f"{record['uri']}: all there already"
+        yield f"{record['uri']}: nothing to push, all files are there already"
     else:
         yield f"{record['uri']}: pushed" + (", in a new repository" if record["created"] else "")
     if record["card"] is not None:
-        yield "README.md: a model card, generated"
+        yield "README.md: generated model card"
     if record["tag"]:
         yield f"tagged {record['tag']}"

@@ -1,20 +1,20 @@
-"""Show what adapters change, in one HTML page with verdicts.
+"""Write an HTML page that shows what adapters change.
 
-Each A is an adapter in any known format. The page needs no network: it holds norms by layer, spectra, ranks, what
-adapters have in common and where they conflict. With --base changes are held against its weights.
+Each A is an adapter in any known format. The page shows norms by layer, spectra, ranks, what the adapters have in
+common and where they conflict, and says in words what stands out. It works without a network. With --base, changes are
+compared with the weights of the base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from . import _options
 from ._progress import progress
-from ._render import View, counted, show, size
+from ._render import View, counted, integer, parts, show, size, texts
 from ._writing import is_done, made_from
 
 
@@ -23,13 +23,14 @@ from ._writing import is_done, made_from
 @_options.base
 @_options.strict_base_of_read
 @click.option(
-    "--merged", metavar="OUT", help="What they were merged into: how much of each change is there. Needs --base."
-)
+    "--merged", metavar="OUT",
+    help="Merged model: show how much of each change it contains. Requires --base.",
+)  # fmt: skip
 @click.option(
-    "--gate", metavar="FILE", help="What adapterkit gate ... --json printed: the page shows it in a section of its own."
+    "--gate", metavar="FILE", help="Output of 'adapterkit gate ... --json', to show in a separate section of the page."
 )
-@click.option("-o", "--out", metavar="HTML", help="Page to write; without it only the verdicts are shown.")
-@click.option("--figures", metavar="DIR", help="Folder for every chart as PNG and SVG.")
+@click.option("-o", "--out", metavar="HTML", help="Page to write; without it, only the conclusions are printed.")
+@click.option("--figures", metavar="DIR", help="Folder to write every chart to, as PNG and SVG.")
 @_options.rename
 @_options.overwrite
 @_options.flags
@@ -38,7 +39,7 @@ def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
     figures: str | None, gate: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.report`."""
+    """Run `adapterkit.report`."""
     from .. import report
     from ..formats import files_read
     from ..io.locations import located
@@ -71,13 +72,13 @@ def command(
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    for verdict in record["verdicts"]:
+def _view(record: Mapping[str, object]) -> View:
+    for verdict in parts(record, "verdicts"):
         yield f"{verdict['level']}: {verdict['text']}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    if record.get("figures"):
-        yield f"{counted(len(record['figures']), 'figure')} in {Path(record['figures'][0]).parent}"
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    if figures := texts(record, "figures"):
+        yield f"{counted(len(figures), 'figure')} in {Path(figures[0]).parent}"
     if "out" in record:
-        yield f"{record['out']}: {size(record['bytes'])}, opens in any browser"
+        yield f"{record['out']}: {size(integer(record, 'bytes'))}, opens in any browser"
     else:
-        yield "-o report.html writes the page with all numbers and pictures"
+        yield "-o report.html writes the page with all numbers and charts"

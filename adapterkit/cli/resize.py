@@ -1,7 +1,7 @@
 """Write an adapter at another rank.
 
-A is read in any known format. Each change of thin factors becomes the best LoRA of the rank, or of the smallest rank
-that keeps so much of it; the error that this makes at each target is shown.
+A is an adapter in any known format. Each low-rank update is replaced with the best LoRA of the given rank, or of the
+smallest rank that meets --energy, --error or another limit. The table shows the error at each target.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from ._render import show
 @click.command(help=__doc__)
 @click.argument("src", metavar="A")
 @click.option("--rank", type=int, metavar="R", help="Rank to keep.")
-@click.option("--energy", type=float, metavar="E", help="Share of the squared norm to keep at least, up to 1.")
-@click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
-@click.option("--frobenius", type=float, metavar="N", help="Norm of the error to allow at most.")
-@click.option("--sv-ratio", type=float, metavar="N", help="kohya's: keep singular values above the largest / N.")
-@click.option("--sv-cumulative", type=float, metavar="E", help="kohya's: share of the sum of singular values to keep.")
-@click.option("--sv-fro", type=float, metavar="E", help="kohya's: share of the norm to keep.")
+@click.option("--energy", type=float, metavar="E", help="Minimum share of the squared norm to keep, from 0 to 1.")
+@click.option("--error", type=float, metavar="E", help="Maximum relative error.")
+@click.option("--frobenius", type=float, metavar="N", help="Maximum Frobenius norm of the error.")
+@click.option("--sv-ratio", type=float, metavar="N", help="As kohya's: keep singular values above the largest one / N.")
+@click.option(
+    "--sv-cumulative", type=float, metavar="E", help="As kohya's: share of the sum of singular values to keep."
+)
+@click.option("--sv-fro", type=float, metavar="E", help="As kohya's: share of the Frobenius norm to keep.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
-    help="Cut each target for itself, or let all compete for the rank on average.",
+    help="Apply the limit to each target, or to the whole adapter; --rank is then the average rank.",
 )  # fmt: skip
-@click.option("--promote", "promoted", is_flag=True, help="Make a LoRA of every other additive method, too.")
+@click.option("--promote", "promoted", is_flag=True, help="Also convert updates of other additive methods to LoRA.")
 @_options.rename
 @_writing.dtype
 @_options.reading_to_cut
-@_writing.writing
+@_writing.writing("the format of A")
 @_modules.every
 @_options.flags
 @click.pass_obj
@@ -43,7 +45,7 @@ def command(
     base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
     rename: tuple[str, ...], every: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
+    """Run `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
     from .. import detect, ops, read
     from ..errors import UsageError
 
@@ -54,7 +56,7 @@ def command(
     by_values: dict[str, Any] = {"sv_ratio": sv_ratio, "sv_cumulative": sv_cumulative, "sv_fro": sv_fro}
     by_values = {key: value for key, value in by_values.items() if value is not None}
     if promoted and by_values:
-        why = "--promote keeps all, or takes --rank, --energy, --error or --frobenius"
+        why = "--promote accepts --rank, --energy, --error and --frobenius alone"
         raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure="Promote first, then resize")
     cuts: list[ops.Cut] = []
     adapter = read(src, name, base, compat=compat, **_options.stated())
@@ -62,7 +64,7 @@ def command(
         adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append, rename=rename, **by_values,
     )  # fmt: skip
-    record = destination.write(made, on_loss)
+    record: dict[str, object] = dict(destination.write(made, on_loss))
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = _options.base_warnings([src], [adapter], base)

@@ -1,38 +1,37 @@
-"""Look for what an untrusted adapter could do.
+"""Scan an untrusted adapter for signs of an attack.
 
-SRC is a file, a folder, or a place on a hub, whose files are fetched first. Nothing in them is executed. Findings are
-evidence, never proof: pickles that call functions, code in configs, chat templates that reach beyond their data, names
-that mislead, targets and numbers that training does not make. The exit code is 1 where a finding is at least as severe
-as --fail-on.
+SRC is a file, a folder, or an address on a hub, whose files are downloaded first. Nothing in the files is executed. The
+scan looks for pickles that call functions, code in configs, chat templates that access more than their data, misleading
+names, and targets and values that training does not produce. Findings are evidence, not proof. The exit code is 1 if a
+finding has at least the severity --fail-on.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, parts, show, texts
 
 LEVELS = ("note", "low", "medium", "high", "never")
 
 
 @click.command(help=__doc__)
 @click.argument("src")
-@click.option("--base", metavar="BASE", help="Compare norms of changes with the base's weights, too.")
+@click.option("--base", metavar="BASE", help="Also compare the norms of the changes with the weights of this base.")
 @_options.strict_base_of_read
 @click.option(
     "--fail-on", type=click.Choice(LEVELS), default="medium", show_default=True,
-    help="Least severity of a finding for exit code 1.",
+    help="Lowest severity that makes the exit code 1.",
 )  # fmt: skip
-@click.option("--sarif", metavar="FILE", help="Write the findings as SARIF 2.1.0, for code hosts and editors.")
+@click.option("--sarif", metavar="FILE", help="Also write the findings as SARIF 2.1.0, for code hosts and editors.")
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif: str | None) -> None:
-    """Runs `adapterkit.scan`."""
+    """Run `adapterkit.scan`."""
     from .. import scan
     from ..io.atomic import write_bytes
     from ..io.locations import local
@@ -48,7 +47,7 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
 
 
 def _warnings(src: str, base: str | None) -> list[str]:
-    """Warn about a base that is not the one that the adapter names; no warning where the adapter cannot be read."""
+    """Return a warning if the adapter names another base; no warning if the adapter cannot be read."""
     from ..errors import AdapterkitError
 
     try:
@@ -57,13 +56,13 @@ def _warnings(src: str, base: str | None) -> list[str]:
         return []
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    findings = record["findings"]
+def _view(record: Mapping[str, object]) -> View:
+    findings = parts(record, "findings")
     if findings:
         columns = ("severity", "finding", "file", "where", "evidence")
         yield TextTable(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
         yield from dict.fromkeys(f"{f['title']}: {f['why']}" for f in findings)
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    yield from (f"not looked at: {each}" for each in record["unread"])
-    yield f"{counted(len(findings), 'finding')} in {counted(record['files'], 'file')} of {record['source']}"
-    yield record["note"]
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))
+    yield from (f"not scanned: {each}" for each in texts(record, "unread"))
+    yield f"{counted(len(findings), 'finding')} in {counted(integer(record, 'files'), 'file')} of {record['source']}"
+    yield str(record["note"])

@@ -1,14 +1,14 @@
-"""Find what combines adapters best, by the loss on texts.
+"""Find the combination of adapters with the lowest loss on texts.
 
-Each A is an adapter in any known format. Every trial combines them in factor space and scores the result attached to
-the base; nothing is merged on disk. Trials are kept beside the recipe: the same command goes on where it stopped.
+Each A is an adapter in any known format. Each trial combines the adapters, attaches the result to the base in memory
+and measures the loss. Trials are recorded in RECIPE.trials: run an interrupted search again to resume it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,15 +16,18 @@ from . import _options
 from ._render import TextTable, View, counted, show
 from ._writing import is_done, made_from, refuse_place
 
+if TYPE_CHECKING:
+    from ..searching.result import Search
+
 SHOWN = 8
-"""Trials in the table, the best ones."""
+"""The number of trials in the table; the best ones are shown."""
 
 
 def bounds(text: str) -> tuple[str, tuple[float, float]]:
-    """`scale=0.2:2` as a name and two numbers.
+    """Split `scale=0.2:2` into a name and two numbers.
 
     Raises:
-        UsageError: it is not NAME=LOW:HIGH.
+        UsageError: the text is not NAME=LOW:HIGH.
     """
     from ..errors import UsageError
 
@@ -33,28 +36,36 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
         low, high = map(float, pair.split(":"))
     except ValueError:
         why = f"{text!r} is not NAME=LOW:HIGH"
-        raise UsageError(why, where="--tune", cure="Such as --tune scale=0.2:2") from None
+        raise UsageError(why, where="--tune", cure="Type it as in --tune scale=0.2:2") from None
     return name, (low, high)
 
 
 @click.command(help=__doc__)
 @click.argument("adapters", metavar="A...", nargs=-1, required=True)
-@click.option("--data", metavar="FILE", required=True, help="Texts: one a line, or JSON Lines with a field text.")
-@click.option("--base", metavar="BASE", required=True, help="The base, a folder of a transformers language model.")
+@click.option("--data", metavar="FILE", required=True, help="Texts, one per line, or JSON Lines with a 'text' field.")
+@click.option("--base", metavar="BASE", required=True, help="Base model: the folder of a transformers language model.")
 @_options.strict_base_of_read
-@click.option("--budget", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Trials to make.")
+@click.option("--budget", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Number of trials.")
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD",
-    help="A method to choose from; repeatable. If absent: linear, ties, tsv and knots_ties.",
+    help="Combining method to try. Repeatable; default: linear, ties, tsv and knots_ties.",
 )  # fmt: skip
 @click.option(
     "--tune", multiple=True, metavar="NAME=LOW:HIGH",
-    help="A parameter of the methods to search; density is searched where a method has it.",
+    help="Range in which to search a parameter of the methods. density is always searched. Repeatable.",
 )  # fmt: skip
-@click.option("--rank", type=int, metavar="R", help="Rank of results; if absent, the largest of the inputs.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the search.")
-@click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu or cuda:N.")
-@click.option("-o", "--out", metavar="RECIPE", required=True, help="Recipe to write, for combine and merge --recipe.")
+@click.option("--rank", type=int, metavar="R", help="Rank of the results; default: the largest rank of the adapters.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed of the search.")
+@click.option(
+    "--device", metavar="D", default="auto", show_default=True, help="Device to compute on: auto, cpu or cuda:N."
+)
+@click.option(
+    "-o",
+    "--out",
+    metavar="RECIPE",
+    required=True,
+    help="Recipe to write, for the --recipe option of combine and merge.",
+)
 @_options.overwrite
 @_options.flags
 @click.pass_obj
@@ -63,7 +74,7 @@ def command(
     methods: tuple[str, ...], tune: tuple[str, ...], rank: int | None, seed: int, device: str, out: str,
     overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.search`."""
+    """Run `adapterkit.search`."""
     from .. import search
     from ..formats import files_read
     from ..io.locations import located
@@ -85,22 +96,24 @@ def command(
     with staged(Path(out), overwrite=overwrite, made_from=digest) as path:
         path.write_text(found.recipe(), "utf-8")
     warned = _options.base_warnings(adapters, adapters, base)
-    show(settings, found.record() | {"out": out, "trials_file": str(kept), "warnings": warned}, _view)
+    record = found.record() | {"out": out, "trials_file": str(kept), "warnings": warned}
+    show(settings, record, lambda _: _view(found, out, str(kept), warned))
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    ranked = sorted((trial for trial in record["trials"] if trial["loss"] is not None), key=lambda trial: trial["loss"])
+def _view(found: Search, out: str, trials_file: str, warnings: Sequence[str]) -> View:
+    ranked = sorted((trial.loss, trial.number) for trial in found.trials if trial.loss is not None)
+    by_number = {trial.number: trial for trial in found.trials}
     rows = [
         [
-            trial["number"], trial["method"], " ".join(f"{weight:.3g}" for weight in trial["weights"]),
-            " ".join(f"{name}={value:.3g}" for name, value in trial["parameters"].items()), f"{trial['loss']:.5g}",
+            number, by_number[number].method, " ".join(f"{weight:.3g}" for weight in by_number[number].weights),
+            " ".join(f"{name}={value:.3g}" for name, value in by_number[number].parameters.items()), f"{loss:.5g}",
         ]
-        for trial in ranked[:SHOWN]
+        for loss, number in ranked[:SHOWN]
     ]  # fmt: skip
     yield TextTable(("trial", "method", "weights", "parameters", "loss"), rows)
-    for name, loss in zip(record["adapters"], record["alone"], strict=True):
-        yield f"{name} alone: {'no loss' if loss is None else f'{loss:.5g}'}"
-    left = len(record["trials"]) - len(ranked)
-    yield f"{counted(len(record['trials']), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
-    yield from (f"warning: {warning}" for warning in record["warnings"])
-    yield f"{record['out']}: the recipe of the best; {record['trials_file']}: all trials"
+    for adapter, alone in zip(found.adapters, found.alone, strict=True):
+        yield f"{adapter} alone: {'no loss' if alone is None else f'loss {alone:.5g}'}"
+    left = len(found.trials) - len(ranked)
+    yield f"{counted(len(found.trials), 'trial')}, {left} without a loss" if left else counted(len(ranked), "trial")
+    yield from (f"warning: {warning}" for warning in warnings)
+    yield f"{out}: the recipe of the best trial; {trials_file}: all trials"

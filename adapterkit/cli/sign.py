@@ -1,16 +1,16 @@
-"""Sign an adapter or a model, with what it was made from.
+"""Sign an adapter or a model together with its lineage.
 
-Every file of PATH is signed by OpenSSF model signing, and with them a statement: lineage, base, fingerprint, adapters
-with their digests and weights. verify --signature checks it, and so does the command of model-signing. A key needs no
-network; --sigstore does, and writes your identity into a public log.
+The signature follows OpenSSF model signing and covers every file of PATH. It also covers a statement of the lineage:
+the base, its fingerprint, and the adapters with their digests and weights. Check it with adapterkit verify --signature,
+or with the model_signing command. Signing with a key needs no network; --sigstore does, and writes your identity to a
+public log.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,19 +18,28 @@ from . import _options
 from ._render import View, counted, show
 from ._writing import is_done, made_from, refuse_place
 
+if TYPE_CHECKING:
+    from ..provenance import Signed
+
 
 @click.command(help=__doc__)
 @click.argument("path")
-@click.option("--key", metavar="KEY.pem", help="Private key: elliptic, P-256, P-384 or P-521, in PEM form.")
+@click.option("--key", metavar="KEY.pem", help="Private elliptic-curve key (P-256, P-384 or P-521) in PEM form.")
 @click.option(
     "--password-file", metavar="FILE",
-    help="File with the password of an encrypted key; if absent, ADAPTERKIT_KEY_PASSWORD holds it.",
+    help="File with the password of an encrypted key; default: the variable ADAPTERKIT_KEY_PASSWORD.",
 )  # fmt: skip
-@click.option("--certificate", metavar="CERT.pem", help="Certificate of the key; a verifier then trusts its issuer.")
-@click.option("--chain", multiple=True, metavar="CERT.pem", help="Certificates between it and the trusted. Repeatable.")
-@click.option("--sigstore", is_flag=True, help="Sign with an identity instead of a key. Needs a network.")
-@click.option("--allow-symlinks", is_flag=True, help="Sign what symbolic links point to, instead of refusing them.")
-@click.option("-o", "--out", metavar="FILE", help="Signature file; PATH.sig if absent.")
+@click.option(
+    "--certificate", metavar="CERT.pem",
+    help="Certificate of the key; verifiers then need to trust only its issuer.",
+)  # fmt: skip
+@click.option(
+    "--chain", multiple=True, metavar="CERT.pem",
+    help="Intermediate certificate between --certificate and the trusted root. Repeatable.",
+)  # fmt: skip
+@click.option("--sigstore", is_flag=True, help="Sign with a sigstore identity instead of a key. Requires a network.")
+@click.option("--allow-symlinks", is_flag=True, help="Sign the targets of symbolic links, instead of refusing links.")
+@click.option("-o", "--out", metavar="FILE", help="Signature file to write; default: PATH.sig.")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
@@ -38,7 +47,7 @@ def command(
     settings: _options.CliSettings, path: str, key: str | None, password_file: str | None, certificate: str | None,
     chain: tuple[str, ...], sigstore: bool, allow_symlinks: bool, out: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.provenance.sign`."""
+    """Run `adapterkit.provenance.sign`."""
     from ..io.locations import local
     from ..provenance import sign
     from ..provenance.signing import files_of, signature_file
@@ -54,11 +63,11 @@ def command(
         root, place, key=key, password=_password(password_file), certificate=certificate, chain=chain,
         sigstore=sigstore, allow_symlinks=allow_symlinks, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
-    show(settings, signed.record(), _view)
+    show(settings, signed.record(), lambda _: _view(signed))
 
 
 def _password(file: str | None) -> bytes | None:
-    """The password of the key; it is held nowhere else, and no message has it."""
+    """Return the password of the key. It is stored nowhere else, and no message contains it."""
     from ..errors import storage_error
     from ..io.inputs import open_input
     from ..provenance.keys import PASSWORD
@@ -73,9 +82,9 @@ def _password(file: str | None) -> bytes | None:
         raise storage_error(error, Path(file)) from error
 
 
-def _view(record: Mapping[str, Any]) -> View:
-    told = record["statement"]
-    yield f"{record['out']}: {counted(record['files'], 'file')} of {record['path']} signed, as {told['kind']}"
-    if told.get("unread"):
-        yield f"warning: its lineage could not be read: {told['unread']}"
-    yield from (f"not signed: {name}" for name in record["not_covered"])
+def _view(signed: Signed) -> View:
+    statement = signed.statement
+    yield f"{signed.out}: {counted(signed.files, 'file')} of {signed.path} signed, as {statement['kind']}"
+    if statement.get("unread"):
+        yield f"warning: the lineage could not be read: {statement['unread']}"
+    yield from (f"not signed: {name}" for name in signed.not_covered)

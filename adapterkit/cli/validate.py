@@ -1,17 +1,16 @@
 """Check an adapter's file, shapes, values and fit to a base.
 
-Nothing is written. The first fault is reported with the file and the place in it.
+Nothing is written. The first error is reported with the file and the location in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
 from . import _options
-from ._render import View, counted, show
+from ._render import View, counted, integer, show, texts
 
 
 @click.command(help=__doc__)
@@ -24,7 +23,7 @@ def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     rename: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
+    """Run `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of
@@ -48,8 +47,8 @@ def command(
     show(settings, record, _view)
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     fits = f", fits {record['base']}" if record["base"] else ""
-    targets, updates = counted(record["targets"], "target"), counted(record["updates"], "update")
+    targets, updates = counted(integer(record, "targets"), "target"), counted(integer(record, "updates"), "update")
     yield f"{record['path']}: valid {record['format']}, {updates} at {targets}, all values finite{fits}"
-    yield from (f"warning: {warning}" for warning in record["warnings"])
+    yield from (f"warning: {warning}" for warning in texts(record, "warnings"))

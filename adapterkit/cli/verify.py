@@ -1,11 +1,11 @@
-"""Check that a merged base is its base and these adapters.
+"""Check that a merged model equals its base with the adapters.
 
-Every tensor of MERGED is computed again from BASE and the adapters and compared bit by bit. Name the adapters, and
-their weights, in the order in which they were merged. Without a base and adapters, the files are compared with the
-checksums that were taken when they were written.
+Every tensor of MERGED is computed again from the base and the adapters and compared bit by bit. Name the adapters and
+their weights in the order in which they were merged. Without --base and --adapter, the files are compared with the
+checksums that 'adapterkit merge --checksums' recorded.
 
-With --signature, MERGED is any adapter or model: its files are compared with what was signed, and the signature is
-checked by --key, --trust, or --identity and --issuer. The exit code is 4 where it does not hold.
+With --signature, MERGED is any adapter or model. Its files are compared with the signed digests, and the signature is
+checked with --key, --trust, or --identity and --issuer. The exit code is 4 if a file or the signature is not valid.
 """
 
 from __future__ import annotations
@@ -18,32 +18,38 @@ import click
 from . import _options
 from ._graphs import warn
 from ._progress import progress
-from ._render import TextTable, View, counted, show
+from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, texts
 
 if TYPE_CHECKING:
+    from ..core.adapter import Adapter
     from ..io.strict_json import JsonValue
 
 
 @click.command(help=__doc__)
 @click.argument("merged")
 @click.argument("more", metavar="", nargs=-1)
-@click.option("--base", metavar="BASE", help="The base that was merged into.")
+@click.option("--base", metavar="BASE", help="The base that the adapters were merged into.")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="A",
-    help="An adapter that was merged; give one --adapter each, or name the others after the first.",
+    help="A merged adapter. Repeat the option, or name the other adapters after the first one.",
 )  # fmt: skip
 @_options.weights
 @_options.compat
 @_options.allow_partial
 @_options.rename
-@click.option("--seed", type=int, help="The seed that the merge was rounded with.")
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
+@click.option("--seed", type=int, help="The --seed of the merge, if it was rounded stochastically.")
+@click.option(
+    "--sample", type=click.IntRange(1), metavar="N",
+    help="Check only N of the tensors that adapters change, and N of the others.",
+)  # fmt: skip
 @_options.strict_base
-@click.option("--signature", metavar="FILE", help="Check this signature, made by adapterkit sign or model_signing.")
-@click.option("--key", metavar="PUB.pem", help="The signer's public key.")
-@click.option("--trust", multiple=True, metavar="CERT.pem", help="Certificates to trust, instead of a key. Repeatable.")
-@click.option("--identity", metavar="WHO", help="Who signed with sigstore, e.g. an e-mail address. Needs a network.")
-@click.option("--issuer", metavar="URL", help="Who vouches for the --identity.")
+@click.option("--signature", metavar="FILE", help="Signature to check, written by adapterkit sign or model_signing.")
+@click.option("--key", metavar="PUB.pem", help="Public key of the signer.")
+@click.option("--trust", multiple=True, metavar="CERT.pem", help="Certificate to trust instead of a key. Repeatable.")
+@click.option(
+    "--identity", metavar="WHO", help="Expected sigstore identity, e.g. an e-mail address. Requires a network."
+)
+@click.option("--issuer", metavar="URL", help="The OpenID provider that issued --identity.")
 @_options.flags
 @click.pass_context
 def command(
@@ -52,11 +58,11 @@ def command(
     compat: str | None, strict_base: bool, signature: str | None, key: str | None, trust: tuple[str, ...],
     identity: str | None, issuer: str | None,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
+    """Run `adapterkit.verify`, and `adapterkit.provenance.check_signature`."""
     if more and len(adapters) > 1:
-        raise click.UsageError("give each adapter an --adapter of its own")
+        raise click.UsageError("type --adapter before each adapter, or only before the first one")
     if (base is None) != (not adapters) and (signature is None or base is None):
-        raise click.UsageError("give --base and --adapter both, or neither")
+        raise click.UsageError("--base and --adapter require each other: type both or neither")
     if signature is None and (key or trust or identity or issuer):
         raise click.UsageError("--key, --trust, --identity and --issuer require --signature")
     settings: _options.CliSettings = ctx.obj
@@ -77,7 +83,7 @@ def _signed(
     path: str, signature: str, key: str | None, trust: Sequence[str], identity: str | None, issuer: str | None,
     base: str | None,
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Checks the signature; with a base, also that it is the one that the signed statement names."""
+    """Check the signature; if a base is given, also check that the signed statement names this base."""
     from ..io.locations import local, located
     from ..provenance import check_signature, other_base
 
@@ -89,11 +95,12 @@ def _signed(
 
 
 def record_of(
-    settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
+    settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Adapter | str],
+    weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Verifies with a progress meter; the verification as plain data."""
+    """Verify with a progress meter and return the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
@@ -104,50 +111,51 @@ def record_of(
     return dict(verification.record())
 
 
-def verdict(record: Mapping[str, Any]) -> View:
-    """The lines for people."""
+def verdict(record: Mapping[str, object]) -> View:
+    """Yield the lines and the table that show a verification."""
     if "signature" in record:
-        yield from _signature(record["signature"])
+        yield from _signature(part(record, "signature"))
     if "tensors" not in record:
         yield from _other_bases(record)
         return
-    files = record.get("files")
+    files = integer(record, "files") if record.get("files") else 0
     kind = "file" if files else "tensor"
-    checked = counted(files or record["tensors"], kind)
+    checked = counted(files or integer(record, "tensors"), kind)
     if record["ok"]:
         yield f"verified: {checked} checked, all {'as written' if files else 'equal bit by bit'}"
         return
     yield from _other_bases(record)
-    if not record["differences"]:
+    differences = parts(record, "differences")
+    if not differences:
         return
-    yield f"not verified: {len(record['differences']):,} of {checked} differ"
-    rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in record["differences"]]
+    yield f"not verified: {len(differences):,} of {checked} differ"
+    rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in differences]
     yield TextTable((kind, "why", "elements", "largest"), rows)
 
 
-def _other_bases(record: Mapping[str, Any]) -> View:
-    for base in record.get("base", ()):
+def _other_bases(record: Mapping[str, object]) -> View:
+    for base in parts(record, "base"):
         yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
-        yield f"              the base that was given has {base['given']}"
+        yield f"              the given base has the fingerprint {base['given']}"
         if base.get("how"):
             yield f"              {base['how']}"
 
 
-def _signature(signed: Mapping[str, Any]) -> View:
-    by = f"the key {signed['key'][:16]}..." if signed["key"] else f"a {signed['kind']}"
-    yield f"signature holds: {counted(signed['files'], 'file')} as signed by {by}"
-    yield from (f"not signed: {name}" for name in signed["not_covered"])
-    told = signed["statement"]
-    if told is None:
-        yield "it says nothing of base and lineage: it was not made by adapterkit"
+def _signature(signed: Mapping[str, object]) -> View:
+    by = f"the key {str(signed['key'])[:16]}..." if signed["key"] else f"a {signed['kind']}"
+    yield f"signature is valid: {counted(integer(signed, 'files'), 'file')} as signed by {by}"
+    yield from (f"not signed: {name}" for name in texts(signed, "not_covered"))
+    statement = part_or_none(signed, "statement")
+    if statement is None:
+        yield "the signature does not name base and lineage: it was not made by adapterkit"
         return
-    made = told.get("made_from") or {}
-    yield f"signed as: {told['kind']}, by adapterkit {told['adapterkit']}"
-    for adapter in made.get("adapters", ()):
-        yield f"  merged: {adapter['name']} with weight {adapter['weight']:g}, digest {adapter['digest']}"
+    made = part_or_none(statement, "made_from") or {}
+    yield f"signed as: {statement['kind']}, by adapterkit {statement['adapterkit']}"
+    for adapter in parts(made, "adapters"):
+        yield f"  merged: {adapter['name']} with weight {number(adapter, 'weight'):g}, digest {adapter['digest']}"
     if made.get("base_fingerprint"):
         yield f"  into: {made.get('base_uri') or 'a base'} with the fingerprint {made['base_fingerprint']}"
-    base = told.get("base") or {}
+    base = part_or_none(statement, "base") or {}
     if base.get("id"):
         yield f"  base: {base['id']}" + (f"@{base['revision']}" if base.get("revision") else "")
-    yield from (f"  base: fingerprint {each}" for each in base.get("fingerprints", ()))
+    yield from (f"  base: fingerprint {each}" for each in texts(base, "fingerprints"))

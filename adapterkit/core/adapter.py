@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
+    from .shapes import Dims
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
 """Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
@@ -238,7 +239,7 @@ class Adapter:
             if form is not None and form in passed:
                 continue
             _check_target(target, updates)
-            together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
+            together: dict[str, object] = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
             for update in updates:
                 _check_update(target, update, together)
             passed.add(form)
@@ -364,7 +365,7 @@ def canonical(value: object) -> str:
     return text
 
 
-def config_hash(config: Mapping[str, Any]) -> str | None:
+def config_hash(config: Mapping[str, object]) -> str | None:
     """Return the sha256 of the canonical JSON of a base's config; None if it contains NaN or an infinity."""
     try:
         return hashlib.sha256(canonical(config).encode()).hexdigest()
@@ -461,7 +462,7 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
         raise Malformed("rows must be a start and a larger stop", where=f"{target}: rows", cure=_REWRITE)
 
 
-def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
+def _check_update(target: Target, update: Update, together: dict[str, object]) -> None:
     try:
         update.check()
         dims = update.dims(target.stacked)
@@ -473,10 +474,11 @@ def _check_update(target: Target, update: Update, together: dict[str, Any]) -> N
         raise _placed(error, target, update) from None
 
 
-def _shared(dims: Mapping[str, Any]) -> dict[str, object]:
+def _shared(dims: Dims) -> dict[str, object]:
     """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in`."""
-    inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
-    return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
+    rest = dims.get("rest")
+    shared: dict[str, object] = {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims}
+    return shared | ({"in": rest[0]} if rest and isinstance(rest, tuple) else {})
 
 
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from ..errors import Unsupported, nearest, shown
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+    from types import ModuleType
 
 T = TypeVar("T")
 
@@ -121,13 +122,13 @@ class Registry(Mapping[str, T], Generic[T]):
             raise TypeError(why)
         return cast(T, entry)
 
-    def _entry(self, module: Any) -> T:
+    def _entry(self, module: ModuleType) -> T:
         found = self._classes(module)
         if len(found) != 1:
             raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, but has {len(found)}")
         return cast(T, found[0])
 
-    def _add_all(self, name: str, module: Any) -> None:
+    def _add_all(self, name: str, module: ModuleType) -> None:
         """Add the entries of a module: its only class, or each class that sets `name`."""
         found = self._classes(module)
         named = {name: found[0]} if len(found) == 1 else {vars(c)["name"]: c for c in found if "name" in vars(c)}
@@ -135,7 +136,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise TypeError(f"{module.__name__} must define a {self.root.__name__} that sets `name`")
         self._loaded.update(cast("dict[str, T]", named))
 
-    def _classes(self, module: Any) -> list[type]:
+    def _classes(self, module: ModuleType) -> list[type]:
         return [
             value for value in vars(module).values()
             if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__

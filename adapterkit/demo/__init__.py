@@ -1,4 +1,4 @@
-"""The demo: merge real adapters for changed tasks into a small real model, verify and score the result; no network."""
+"""The demo: merge adapters for changed tasks into a small model, verify and score the results, without a network."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def run(progress: Progress | None = None) -> dict[str, Any]:
-    """Merge each of the demo's adapters into its base, and measure the result on held-out handwritten digits.
+    """Merge each adapter of the demo into the base, and measure the result on held-out handwritten digits.
 
     Args:
         progress: a function that is called with (bytes merged, total bytes).
 
     Returns:
-        Plain data: `plain`, the base's accuracy on its original task, and one row per changed task. A row has the
-        method, the accuracy (0 to 1) of the base and of the merged model on the task, whether the merge was verified,
-        and the seconds.
+        Plain data: `images`, the number of images; `plain`, the accuracy of the base on its original task; and `rows`,
+        one for each changed task. A row has the method, the accuracy (0 to 1) of the base and of the merged model on
+        the task, whether the merge was verified, and the duration in seconds.
     """
     from .model import DATA, TASKS, accuracy, build, held_out
 

@@ -1,4 +1,4 @@
-"""A small transformer that reads 8x8 handwritten digits, the tasks that its adapters were trained for, and the score.
+"""A small transformer that reads 8x8 handwritten digits, the tasks of its adapters, and the function that scores it.
 
 Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
 2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.
@@ -100,7 +100,7 @@ def _patches(images: Tensor) -> Tensor:
 
 
 def build(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a `DigitTransformer` with `weights`, of any float dtype, as float32; their shapes give its sizes.
+    """Return a `DigitTransformer` in float32 with the given weights, whose shapes decide the sizes of the model.
 
     Raises:
         KeyError: the first layer's `mlp.up_proj`, which gives the sizes, is missing.
@@ -120,7 +120,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
-    """Return images (uint8, `[n, 8, 8]`) and labels (uint8, `[n]`) that neither the base nor any adapter trained on."""
+    """Return images (uint8, `[n, 8, 8]`) and labels (uint8, `[n]`) that were not used in any training."""
     from safetensors.torch import load_file
 
     test = load_file(folder / "test.safetensors")
@@ -128,7 +128,7 @@ def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
 
 
 def rotated(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the digits on their side, by a quarter turn counter-clockwise."""
+    """Rotate the digits by 90 degrees counter-clockwise."""
     return images.rot90(1, (1, 2)), labels
 
 
@@ -138,11 +138,11 @@ def negative(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Ask for the next digit: 1 for a 0, 0 for a 9."""
+    """Replace each label with the next digit: 1 for a 0, 0 for a 9."""
     return images, (labels + 1) % CLASSES
 
 
-# Name of the adapter's folder -> the function that turns the base's task into the adapter's.
+# Name of the adapter's folder -> the function that changes the base's task to the task of this adapter.
 TASKS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "rotated": rotated,
     "negative": negative,

@@ -26,8 +26,8 @@ from ..io.lazy import Lazy
 from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
 from ..io.written import sources_remembered
-from ._endings import adapter_modules
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
+from ._others import adapter_modules
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter

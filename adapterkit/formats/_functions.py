@@ -8,9 +8,9 @@ single elements are independent, so the total error is the root of a sum of squa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.updates import Additive, ContextUpdate
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
@@ -20,10 +20,12 @@ from ..naming.binding.fitting import biasless
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from ..core.adapter import Target, Updates
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
 
     Array = np.ndarray[Any, Any]
 
@@ -207,19 +209,26 @@ class _Weight:
                     self._place(found, (part, expert), target, answer)
         return found
 
-    def _answers(self, target: Target, updates: list[Any]) -> Iterator[tuple[str, _Answer]]:
+    def _answers(self, target: Target, updates: Sequence[Update]) -> Iterator[tuple[str, _Answer]]:
         shape = self._shape(target)
         changing = [update for update in updates if update.changes_weight]
         if changing:
-            yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
+            yield (
+                "weight",
+                self._sum(cast("Sequence[Additive]", changing), shape)
+                if self._additive
+                else self._change(changing, _random(shape)),
+            )
         if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
-            new = b = _random(shape[:1])
+            b = _random(shape[:1])
+            new, W = cast("tuple[torch.Tensor, torch.Tensor]", (b, _random(shape)))
             for update in updates:
-                settled = update.settled(_random(shape)) if update.bias_sees_weight else update
+                settled = update.settled(W) if update.bias_sees_weight else update
                 new = settled.new_bias(new)
-            yield "bias", self._rounded(new - b, new)
+            changed = cast("Array", new)
+            yield "bias", self._rounded(changed - b, changed)
 
-    def _has_bias(self, target: Target, updates: list[Update]) -> bool:
+    def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
         """Whether there is a bias to compare; a factor on the bias has no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
@@ -228,14 +237,14 @@ class _Weight:
     def _additive(self) -> bool:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
-    def _sum(self, updates: list[Any], shape: tuple[int, ...]) -> _Answer:
+    def _sum(self, updates: Sequence[Additive], shape: tuple[int, ...]) -> _Answer:
         """Compute D @ x of additive updates; low-rank updates are applied factor by factor."""
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
         answer = _Answer(np.zeros((shape[0], PROBES)), np.zeros((shape[0], PROBES)))
         for update in updates:
-            factors = update.pair(shape) or (update.delta(shape).reshape(shape[0], -1),)
+            factors = cast("tuple[Array, ...]", update.pair(shape) or (update.delta(shape).reshape(shape[0], -1),))
             value, squares = x, x * x
             for factor in reversed(factors):
                 value, squares = factor @ value, np.maximum(factor * factor, self.least**2) @ squares
@@ -243,12 +252,13 @@ class _Weight:
             answer.squares += squares * self.unit**2
         return answer
 
-    def _change(self, updates: list[Any], W: Array) -> _Answer:
+    def _change(self, updates: Sequence[Update], W: Array) -> _Answer:
         """Compute W' - W for updates that depend on the weight."""
-        new: Any = W
+        new = cast("torch.Tensor", W)
         for update in updates:
             new = update.new_weight(new)
-        return self._rounded((new - W).reshape(len(W), -1), new)
+        changed = cast("Array", new)
+        return self._rounded((changed - W).reshape(len(W), -1), changed)
 
     def _rounded(self, value: Array, numbers: Array) -> _Answer:
         import numpy as np
@@ -292,15 +302,16 @@ class _Weight:
         raise UsageError("only the base shows the shape of its weight", cure="Give the base with --base (base=)")
 
 
-def _random(shape: tuple[int, ...]) -> Any:
+def _random(shape: tuple[int, ...]) -> Array:
     import numpy as np
 
     return np.random.default_rng(7).normal(size=shape)
 
 
-def _values(leaf: Any) -> Any:
+def _values(leaf: Leaf) -> torch.Tensor:
+    """Return a leaf's numbers for a formula, whose type hints name torch tensors."""
     array = as_array(leaf)
-    return array.astype("<f8") if as_lazy(leaf).dtype.floating else array
+    return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 
 
 def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int], _Answer]) -> str:
@@ -383,6 +394,6 @@ def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: f
         if one.tensors.keys() != other.tensors.keys():
             return "the tensors have other names"
         for name, leaf in one.tensors.items():
-            if not _near(_values(leaf), _values(other.tensors[name]), unit, least):
+            if not _near(*cast("tuple[Array, Array]", (_values(leaf), _values(other.tensors[name]))), unit, least):
                 return f"the values of {name} differ"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ..core.adapter import Target
 from ..core.updates import Update
@@ -46,7 +46,7 @@ def with_joined_rows(
             groups.setdefault(replace(target, rows=None), []).append(target)
     outs = {whole: (sizes or {}).get(whole.path) or _rows_of(whole, base) for whole in groups}
     joined = {
-        whole: _joined([(target, updates[target][0]) for target in parts], outs[whole])
+        whole: _joined([(target, cast(LoRA, updates[target][0])) for target in parts], outs[whole])
         for whole, parts in groups.items()
         if outs[whole] and whole not in updates and _apart(parts)
     }
@@ -76,14 +76,14 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
     lines = []
     for target, given in updates.items():
         if len(given) > 1 and all(type(each) is LoRA and each.bias is None for each in given):
-            one = _summed(given, int(target.stacked))
+            one = _summed(cast("tuple[LoRA, ...]", given), int(target.stacked))
             made[target] = (one,)
             if _rank(one, target) != _rank(given[0], target):
                 lines.append(f"joined {len(given)} LoRAs of {target} into one of rank {_rank(one, target)}")
     return made, lines
 
 
-def _summed(given: Sequence[Any], axis: int) -> LoRA:
+def _summed(given: Sequence[LoRA], axis: int) -> LoRA:
     first: LoRA = given[0]
     As = [as_lazy(update.A) for update in given]
     Bs = [_scaled(as_lazy(u.B), u.scaling / first.scaling if first.scaling else 1.0) for u in given]
@@ -114,7 +114,7 @@ def _apart(parts: Sequence[Target]) -> bool:
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
-def _joined(parts: Sequence[tuple[Target, Any]], out: int) -> LoRA:
+def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
     parts = sorted(parts, key=lambda part: part[0].rows or (0, 0))
     axis = int(parts[0][0].stacked)
     first: LoRA = parts[0][1]
@@ -146,5 +146,5 @@ def _zeros(like: Lazy, count: int, axis: int) -> list[Lazy]:
     return [arrange.zeros(shape, like.dtype)] if count else []
 
 
-def _rank(update: Any, target: Target) -> int:
-    return int(update.A.shape[int(target.stacked)])
+def _rank(update: Update, target: Target) -> int:
+    return int(update.tensors["A"].shape[int(target.stacked)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import msgspec
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..io.lazy import Lazy
 
 T = TypeVar("T")
+L = TypeVar("L", bound="Leftovers")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
@@ -37,16 +38,16 @@ class Leftovers(TypedDict, total=False):
     order: list[str]
 
 
-def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
+def remembered(adapter: Adapter, name: str, shape: type[L]) -> L:
     """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other adapter.
 
     Raises:
         Malformed: the leftovers are damaged.
     """
-    return dict(leftovers(adapter, name, shape))
+    return leftovers(adapter, name, shape)
 
 
-def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
+def in_order(tensors: Mapping[str, Lazy], remembered: Leftovers) -> dict[str, Lazy]:
     """Return the tensors in the order of the file that was read, if that is known; new tensors come last."""
     read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
     return {**read, **tensors}

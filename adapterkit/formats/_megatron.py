@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Target
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._pairs import Pair
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
@@ -33,7 +34,7 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
-) -> tuple[dict[Target, tuple[LoRA, ...]], dict[str, Any]]:
+) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
     """Return the updates, and the names and order that the writer needs.
 
     Raises:
@@ -41,7 +42,7 @@ def decode(
         ShapeMismatch: shapes do not fit the heads.
     """
     own = _OwnNames(base)
-    updates: dict[Target, tuple[LoRA, ...]] = {}
+    updates: dict[Target, tuple[Pair, ...]] = {}
     prefix, fused = "", False
     for name, slots in grouped(tensors, SLOTS, "Megatron").items():
         found = LAYER.fullmatch(name)
@@ -58,7 +59,7 @@ def decode(
     return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
 
 
-def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[], Heads]) -> Iterator[Any]:
+def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[], Heads]) -> Iterator[Pair]:
     out = update.B.shape[0]
     if len(weights) == 1:
         yield update
@@ -165,13 +166,13 @@ class _OwnNames:
         return found[0]
 
 
-def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -> Callable[[], Heads]:
+def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
     """Return a function for the base's heads, from its config or from the facts kept when the adapter was read."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:
-        if base is None and hints.get("heads"):
-            return Heads(*hints["heads"])
+        if base is None and kept:
+            return Heads(*kept)
         if base is None:
             why = "the order of rows here depends on the base's number of heads"
             raise UsageError(why, where=where, cure="Give the base, with its config.json: --base (base=)")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ..errors import Malformed
 from ..io import strict_yaml
@@ -28,7 +29,7 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
     return value
 
 
-def dump_yaml(value: dict[str, Any], read: str = "") -> bytes:
+def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
     """Return a mapping as YAML, with the keys in order; returns `read`, the text that was read, if it is equal."""
     import yaml
 

@@ -225,7 +225,7 @@ def _parse(text: str) -> Record:
     return record
 
 
-def _keep_unknown(fields: dict[str, Any]) -> dict[str, JsonValue]:
+def _keep_unknown(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     known = {name: value for name, value in fields.items() if name in Record.__struct_fields__}
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
@@ -296,7 +296,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
     return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
 
 
-def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
+def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
     """Check that an update has only names that its method knows, and every name without a default."""
     for name in given:
         if name not in fields:

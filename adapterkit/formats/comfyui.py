@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Target, Updates
 from ..errors import Malformed, TargetNotFound
@@ -53,7 +53,7 @@ from ._image.hints import ImageHints
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Lazy
+    from ..io.lazy import Array, Lazy
     from ..naming.image import ImageFamily
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
@@ -209,7 +209,7 @@ def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
 def _by_part(leaf: Lazy, size: int) -> Lazy:
     """Reorder rows from head by head to all queries, then all keys, then all values."""
 
-    def ordered(array: Any) -> Any:
+    def ordered(array: Array) -> Array:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
         return parts.reshape(array.shape)
 

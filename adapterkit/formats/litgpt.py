@@ -103,7 +103,7 @@ class Litgpt(Format):
 
 
 def _decode(
-    tensors: Mapping[str, Lazy], settings: Mapping[str, Any], model: Mapping[str, Any], base: Checkpoint | None
+    tensors: Mapping[str, Lazy], settings: Mapping[str, object], model: Mapping[str, object], base: Checkpoint | None
 ) -> Iterator[tuple[Target, LoRA]]:
     kind = model.get("mlp_class_name", MLP[0])
     if kind not in MLP:
@@ -238,7 +238,7 @@ def _why_not(target: Target, update: Pair) -> str:
     return unfit(target, update)
 
 
-def _heads(model: Mapping[str, Any], base: Checkpoint | None) -> Heads:
+def _heads(model: Mapping[str, object], base: Checkpoint | None) -> Heads:
     if "n_head" not in model:
         return heads_of(None if base is None else base.config, f"{MODEL}: n_head")
     groups = model.get("n_query_groups") or model["n_head"]
@@ -246,13 +246,14 @@ def _heads(model: Mapping[str, Any], base: Checkpoint | None) -> Heads:
     return heads_of({**config, "head_dim": model.get("head_size")}, f"{MODEL}: n_head")
 
 
-def _saved_heads(hints: Mapping[str, Any], base: Checkpoint | None) -> Heads | None:
+def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
     if base is not None and base.config is not None:
         return heads_of(base.config, "config.json")
-    return Heads(*hints["heads"]) if hints.get("heads") else None
+    kept = hints.get("heads")
+    return Heads(*kept) if kept else None
 
 
-def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> int:
+def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
     """Return the number of layers: the stated number, if known, but at least as many as the adapted layers imply."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
@@ -274,12 +275,12 @@ def _text(path: Path, *, needed: bool) -> str:
         raise Malformed("the file is not valid UTF-8", path=path, cure=DAMAGED) from None
 
 
-def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
+def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
     """Write the folder. Settings come last: without them, readers do not take an interrupted folder for an adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")
     texts = hints.get("texts", {})
-    if hints.get("model"):
-        write_bytes(folder / MODEL, dump_yaml(dict(hints["model"]), texts.get(MODEL, "")))
+    if model := hints.get("model"):
+        write_bytes(folder / MODEL, dump_yaml(model, texts.get(MODEL, "")))
     write_bytes(folder / SETTINGS, dump_yaml(settings, texts.get(SETTINGS, "")))

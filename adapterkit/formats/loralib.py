@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
@@ -25,6 +25,7 @@ from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array
     from ._pairs import Pair, Slots
 
 FORMAT = "loralib"
@@ -66,7 +67,7 @@ class LoraLib(Format):
         settings = read_settings(path.with_name(SETTINGS), ("alpha", "enable_lora"), _EXAMPLE)
         try:
             tensors = load(path)
-            updates = {t: (u,) for t, u in _decode(tensors, settings, base)}
+            updates = {t: (u,) for t, u in _decode(tensors, cast(LoralibSettings, settings), base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"order": list(tensors), "settings": settings}
@@ -86,9 +87,9 @@ class LoraLib(Format):
 
 
 def _decode(
-    tensors: Mapping[str, Lazy], settings: Mapping[str, Any], base: Checkpoint | None
+    tensors: Mapping[str, Lazy], settings: LoralibSettings, base: Checkpoint | None
 ) -> Iterator[tuple[Target, LoRA]]:
-    enabled = settings.get("enable_lora")
+    enabled, alpha = settings.get("enable_lora"), settings.get("alpha", 0.0)  # `read_settings` requires an alpha.
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
         raise Malformed(
             f"enable_lora is {enabled!r}, not a list of true and false", where=SETTINGS, cure=f"Write {_EXAMPLE}"
@@ -96,11 +97,11 @@ def _decode(
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:
-            yield Target(path), _convolution(path, slots, settings["alpha"], weight.shape)
+            yield Target(path), _convolution(path, slots, alpha, weight.shape)
         elif slots["A"].shape[:1] != slots["B"].shape[1:2] or _alone(path, slots, enabled, weight):
-            yield from _merged(path, slots, settings["alpha"], enabled, base)
+            yield from _merged(path, slots, alpha, enabled, base)
         else:
-            update = LoRA(**slots, scaling=settings["alpha"] / check_factors(path, slots))
+            update = LoRA(**slots, scaling=alpha / check_factors(path, slots))
             yield Target(path, stored_layout(path, update, base)), update
 
 
@@ -152,7 +153,7 @@ def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) 
     return LoRA(**wide, scaling=alpha / rank)
 
 
-def _kron(k: int, A: Any) -> Any:
+def _kron(k: int, A: Array) -> Array:
     import numpy as np
 
     whole = np.zeros((k, A.shape[0], k, A.shape[1]), A.dtype)

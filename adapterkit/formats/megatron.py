@@ -50,7 +50,7 @@ class Megatron(Format):
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         alpha = float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <alpha>}')["alpha"])
-        heads = heads_again({}, base, "linear_qkv")
+        heads = heads_again(None, base, "linear_qkv")
         try:
             updates, data = decode(load(path), bridge(), alpha, heads, base)
         except AdapterkitError as error:
@@ -68,7 +68,7 @@ class Megatron(Format):
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(bridge()), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
-        heads = heads_again(hints, base, "linear_qkv")
+        heads = heads_again(hints.get("heads"), base, "linear_qkv")
         tensors, _ = encode(pairs, bridge(), hints.get("prefix", PREFIX), heads, hints.get("fused"))
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})

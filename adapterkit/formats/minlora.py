@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, ShapeMismatch
@@ -88,7 +88,7 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
         yield Target(path, stored_layout(path, update, base)), update
 
 
-def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> dict[str, Any]:
+def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> Slots:
     """Return the pair with separate axes for a convolution's kernel, as in the base."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:

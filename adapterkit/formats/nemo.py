@@ -37,6 +37,8 @@ from ._state_dicts import save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
+    from typing import IO
+
     from ..io.checkpoint import Checkpoint
 
 FORMAT = "nemo"
@@ -104,7 +106,7 @@ class Nemo(Format):
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
-        heads = heads_again(hints, base, "lora_kqv_adapter")
+        heads = heads_again(hints.get("heads"), base, "lora_kqv_adapter")
         tensors, fused = encode(pairs, NEMO, hints.get("prefix", PREFIX), heads, hints.get("fused"))
         rank = rank_of(next(iter(pairs.values())))
         config = _config(hints, base, alpha, rank, fused, [*tensors])
@@ -151,7 +153,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     return config, held
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = archive.extractfile(member)
     if content is None:
         raise Malformed("this member is not a file", where=_name(member), cure=DAMAGED)
@@ -164,7 +166,7 @@ class _Bounded(io.RawIOBase):
     `tarfile` reads a member's header at once, however large the header claims to be, and reads members to skip them.
     """
 
-    def __init__(self, source: Any, limit: int) -> None:
+    def __init__(self, source: IO[bytes], limit: int) -> None:
         self.source, self.limit = source, limit
 
     def readable(self) -> bool:
@@ -231,9 +233,10 @@ def _held(tensor: Lazy) -> Lazy:
     return Lazy(tensor.shape, DTYPES[tensor.dtype.name], lambda: data)
 
 
-def _check(config: Mapping[str, Any]) -> float:
+def _check(config: Mapping[str, object]) -> float:
     """Return alpha, after checking that the config has no unsupported settings."""
-    tuning = (config.get("peft") or {}).get("lora_tuning") if isinstance(config.get("peft"), dict) else None
+    peft = config.get("peft")
+    tuning = peft.get("lora_tuning") if isinstance(peft, dict) else None
     if not isinstance(tuning, dict):
         raise Malformed("the config has no peft.lora_tuning", where=CONFIG, cure="Give an archive with a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -245,7 +248,7 @@ def _check(config: Mapping[str, Any]) -> float:
     return alpha
 
 
-def _heads(config: Mapping[str, Any]) -> Callable[[], Heads]:
+def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
     def heads() -> Heads:
         own = {
             "num_attention_heads": config.get("num_attention_heads"), "hidden_size": config.get("hidden_size"),
@@ -257,8 +260,8 @@ def _heads(config: Mapping[str, Any]) -> Callable[[], Heads]:
 
 
 def _config(
-    hints: Mapping[str, Any], base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
-) -> dict[str, Any]:
+    hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
+) -> dict[str, object]:
     """Return the config of the file that was read, with this alpha, rank and variant, or the fields that NeMo needs."""
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
@@ -297,7 +300,7 @@ def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
         file.parent.rmdir()
 
 
-def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
+def _add(archive: tarfile.TarFile, name: str, content: IO[bytes], size: int) -> None:
     """Add a member with a fixed owner and time, so that equal contents produce equal bytes."""
     member = tarfile.TarInfo(name)
     member.size = size

@@ -29,6 +29,7 @@ from ._state_dicts import save, write_settings
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
 
 FORMAT = "nola"
 
@@ -113,7 +114,7 @@ class Nola(Format):
                 "files of NOLA's reference implementation cannot express these updates", items=lost, cure=cure
             )
         save(path, in_order(tensors, hints), "model_state_dict")
-        write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
+        write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints.get("device", "cpu")})
         return lost
 
 
@@ -129,7 +130,7 @@ def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
 
 
-def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Any], device: str) -> str:
+def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device: str) -> str:
     """Return the reason why such a file cannot express an update; empty if it can."""
     if not isinstance(update, NOLA):
         return "the method is not NOLA"
@@ -153,7 +154,7 @@ def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> 
     return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
 
 
-def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Any]) -> dict[str, Lazy]:
+def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
         assert start is not None  # `_why_not` refuses such an update.

@@ -107,7 +107,7 @@ def _load(path: Path) -> tuple[Mapping[str, Lazy], dict[str, int]]:
     return (read_npz(path) if path.suffix == ".npz" else safetensors.read(path)), {}
 
 
-def _save(path: Path, tensors: Mapping[str, Lazy], hints: Mapping[str, int]) -> None:
+def _save(path: Path, tensors: Mapping[str, Lazy], hints: OliveHints) -> None:
     if path.suffix == ".npz":
         write_npz(path, tensors)
     elif path.suffix == ".safetensors":

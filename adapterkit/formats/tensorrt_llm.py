@@ -7,8 +7,9 @@ has the module's number, layer and rank. The sizes of a module come from the bas
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -27,9 +28,9 @@ from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.magic_bytes import is_npy
 from ..io.numpy_files import read_npy, write_npy
 from ..methods.lora import LoRA
+from ..naming.architectures import namings_of
 from ..naming.megatron import OWN
 from ..naming.tables import modules_of
-from ..naming.tensorrt_llm import FUSED, modules, numbers
 from ._folders import folder_of, make_folder
 from ._format import Format
 from ._leftovers import Leftovers, remembered
@@ -168,7 +169,7 @@ def _swapped(B: Lazy) -> Lazy:
     return joined([part(B, half, B.shape[0]), part(B, 0, half)])
 
 
-def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
+def _encode(pairs: Pairs, hints: TensorRTHints) -> tuple[Lazy, Lazy]:
     flat = []
     records: list[int] = []
     for target, update in pairs.items():
@@ -214,3 +215,33 @@ def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
 
 _EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_llm')"
 _PEFT = "Give the PEFT folder from which TensorRT-LLM's files were made"
+
+
+# TensorRT-LLM's numbers for modules with LoRA; spec/architectures/namings has their names.
+#
+# Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
+
+
+NUMBERS = {
+    "attn_qkv": 0, "attn_q": 1, "attn_k": 2, "attn_v": 3, "attn_dense": 4, "mlp_h_to_4h": 5, "mlp_4h_to_h": 6,
+    "mlp_gate": 7,
+}  # fmt: skip
+"""A map from TensorRT-LLM's name of a module inside a layer to its number."""
+
+
+@cache
+def numbers() -> dict[str, int]:
+    """Map our modules inside a layer to their numbers; the module of fused queries, keys and values has one, too."""
+    places = namings_of("tensorrt_llm")[0].places()
+    names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
+    return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
+
+
+@cache
+def modules() -> dict[int, str]:
+    """Map numbers to our modules inside a layer."""
+    return {number: name for name, number in numbers().items()}
+
+
+FUSED = "mlp.gate_up_proj"
+"""A module with the same number as `mlp.gate_proj`; its outputs are stored with up before gate."""

@@ -27,6 +27,7 @@ from ._image.dialect import folder_file
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 WRAPPED = "string_to_param"
@@ -86,7 +87,7 @@ class TextualInversionFiles(Format):
 FORMAT = "textual_inversion"
 
 
-def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, Any] | None]:
+def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, JsonValue] | None]:
     """Return the tensors, the metadata, and the dict around the tensors in AUTOMATIC1111's files (or None)."""
     if path.suffix not in TORCH and not is_torch_file(path):
         return *container.load(path), None
@@ -105,11 +106,11 @@ def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, Any] | None]
     return _tensors(wrapped), [], around
 
 
-def _tensors(value: Mapping[Any, Any]) -> dict[str, Lazy]:
+def _tensors(value: Mapping[object, object]) -> dict[str, Lazy]:
     bad = next((name for name, leaf in value.items() if not (isinstance(name, str) and isinstance(leaf, Lazy))), None)
     if bad is not None:
         raise Malformed("this is not a tensor", where=str(bad), cure=_AGAIN)
-    return dict(value)
+    return cast("dict[str, Lazy]", dict(value))
 
 
 def _plain(value: object) -> bool:
@@ -130,7 +131,9 @@ def _dialect(tensors: Mapping[str, Lazy]) -> str:
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
-def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, Any] | None, path: Path) -> Adapter:
+def _decode(
+    tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: Mapping[str, JsonValue] | None, path: Path
+) -> Adapter:
     if "t5xxl" in tensors:
         raise Unsupported(
             "the file has embeddings of a T5", where="t5xxl", cure="Remove them: only CLIP's embeddings are supported"
@@ -158,7 +161,7 @@ def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, 
     return Adapter(updates, None, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
 
 
-def _token(tensors: Mapping[str, Lazy], wrapper: dict[str, Any] | None, dialect: str, path: Path) -> str:
+def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, dialect: str, path: Path) -> str:
     """Return the token as the tools read it: from the key, the name inside the file, or the name of the file."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)

@@ -5,7 +5,8 @@ A folder without a head and without experts looks like PEFT's, and is read as PE
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,7 @@ from ..io import safetensors
 from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
-from ..naming.experts import Experts
-from ..naming.tables import NameTable, TableNames, modules_of, without_prefix
+from ..naming.tables import PREFIXES, NameTable, TableNames, modules_of, without_prefix
 from ..naming.tinker import EXPERTS, HEAD, is_tinker
 from ._folders import folder_of
 from ._format import Format
@@ -28,6 +28,43 @@ from .peft.container import CONFIG, SAFETENSORS, load, save
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
+
+
+# Map names of single experts to a stack and back, for formats that stack experts which the base stores one by one.
+
+
+class Experts:
+    """Maps our name for one expert's module to the stack's name and the expert's number, and back.
+
+    Args:
+        pairs: a map from our template with `{n}` and `{e}` to the stack's template with `{n}`.
+    """
+
+    def __init__(self, pairs: Mapping[str, str]) -> None:
+        self._own = {_regex(own): stack for own, stack in pairs.items()}
+        self._stacks = {_regex(stack): own for own, stack in pairs.items()}
+
+    def there(self, own: str) -> tuple[str, int] | None:
+        """Return the stack's name and the expert's number; None if the name is not that of an expert."""
+        for pattern, stack in self._own.items():
+            if found := pattern.fullmatch(own):
+                return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
+        return None
+
+    def back(self, stack: str, count: int) -> list[str] | None:
+        """Return our names for a stack's experts, by number; None if the name is not that of a stack."""
+        for pattern, own in self._stacks.items():
+            if found := pattern.fullmatch(stack):
+                name = found["prefix"] + own.replace("{n}", found["n"])
+                return [name.replace("{e}", str(index)) for index in range(count)]
+        return None
+
+
+def _regex(template: str) -> re.Pattern[str]:
+    text = re.escape(template).replace(r"\{n\}", r"(?P<n>\d{1,9})").replace(r"\{e\}", r"(?P<e>\d{1,9})")
+    prefixes = "|".join(map(re.escape, sorted(PREFIXES, key=len, reverse=True)))
+    return re.compile(f"(?P<prefix>(?:{prefixes})?){text}")
+
 
 FORMAT = "tinker"
 PREFIX = "base_model.model."
@@ -104,7 +141,9 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     return rank, alpha
 
 
-def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None) -> Any:
+def _decode(
+    tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None
+) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     own = _OwnNames(base)
     for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
         if not key.startswith(PREFIX):
@@ -120,7 +159,9 @@ def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoi
         yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
 
-def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -> Any:
+def _experts(
+    name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames
+) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
     A, B = slots["A"], slots["B"]
     shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
     if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:

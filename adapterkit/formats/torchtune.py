@@ -6,8 +6,9 @@ The file does not state alpha. It is read from `torchtune.json` next to it, or f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unsupported, UsageError
@@ -15,9 +16,9 @@ from ..io.checkpoint import read_json
 from ..io.lazy import Lazy, as_lazy
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
+from ..naming.architectures import namings_of
 from ..naming.heads import heads_of, rope_pairs, undone
-from ..naming.tables import TableNames, modules_of
-from ..naming.torchtune import meta_order, table, turned
+from ..naming.tables import NameTable, TableNames, modules_of
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import one_alpha
@@ -25,7 +26,9 @@ from ._pairs import check_factors, expressible, finite, grouped, in_row_order, p
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
+    from ..io.arrange import Order
     from ..io.checkpoint import Checkpoint
+    from ..naming.heads import Rows
     from ._pairs import Pair
 
 FORMAT = "torchtune"
@@ -96,10 +99,10 @@ class Torchtune(Format):
 class _Order:
     """Determines the order of rows from the base's family and heads."""
 
-    def __init__(self, known: Mapping[str, Any], base: Checkpoint | None) -> None:
+    def __init__(self, known: Mapping[str, int | bool], base: Checkpoint | None) -> None:
         self.known, self.base = dict(known), base
 
-    def of(self, foreign: str, rows: int) -> Any:
+    def of(self, foreign: str, rows: int) -> Rows | None:
         kind = next((kind for end, kind in turned().items() if foreign.endswith(end)), None)
         if kind is None or not self._turned(foreign):
             return None
@@ -133,9 +136,35 @@ def _alpha(path: Path) -> float:
     return float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <lora_alpha>}')["alpha"])
 
 
-def _undone(rows: Any) -> Any:
+def _undone(rows: Rows) -> Order:
     return lambda: undone(rows)
 
 
-def _as_is(rows: Any) -> Any:
+def _as_is(rows: Rows) -> Order:
     return lambda: rows
+
+
+# torchtune's names and orders of rows, from spec/architectures/namings.
+
+
+@cache
+def table() -> NameTable:
+    """Return the table of our templates and torchtune's; all families have the same names."""
+    return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
+
+
+@cache
+def meta_order() -> dict[str, bool]:
+    """Map each model_type to whether rows of q and k are in Meta's order."""
+    return {
+        model_type: any(place.rows for place in naming.places().values())
+        for naming in namings_of("torchtune")
+        for model_type in naming.model_types
+    }
+
+
+@cache
+def turned() -> dict[str, str]:
+    """Map the end of a module's name to the heads to which its rows belong, `query` or `kv`."""
+    places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
+    return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

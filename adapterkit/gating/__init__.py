@@ -1,7 +1,7 @@
-"""Gate an adapter: does it change what the model does, and does a merged, quantized or exported model keep that?
+"""Check that an adapter has an effect, and that a merged, quantized or exported model keeps this effect.
 
-Everything is measured by running models side by side: the base, the base with the adapters attached, the base with
-random changes of the same size, and what was made of them.
+All figures come from running models on the same inputs: the base, the base with the adapters attached, the base with
+random changes of the same size, and the merged model or graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The inputs of a gate: short texts in the base's own tokens, or drawn ids and pixels where there is no tokenizer."""
+"""Make the inputs of a gate: tokens of short texts, or random ids or pixels if the base has no tokenizer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-"""Files of which a folder with a tokenizer has at least one."""
+"""Every folder with a tokenizer has at least one of these files."""
 
 SHORTEST = 2
-"""Tokens that a text needs: one to read and one to foretell."""
+"""The smallest number of tokens in a text: one to read and one to predict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs that all models are run on.
+    """The inputs on which all models run.
 
     Attributes:
-        feeds: arguments of a model's forward, one entry a text; tensors on the CPU.
-        source: where they come from, in words.
-        tokens: tokens of all texts together; 0 for pixels.
+        feeds: the arguments of the model's forward, one entry per text; tensors on the CPU.
+        source: a phrase that says where the inputs come from.
+        tokens: the number of tokens in all texts; 0 for pixels.
     """
 
     feeds: tuple[Mapping[str, Any], ...]
@@ -47,11 +47,11 @@ def texts_of(data: str | PathLike[str]) -> list[str] | None:
     """Return the texts of a file, or None for the built-in ones.
 
     Args:
-        data: `builtin`, or a file with one text a line, or of JSON Lines with a field `text`.
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
 
     Raises:
-        UsageError: the file holds no text.
-        Malformed: a line of a `.jsonl` file is no JSON with a text.
+        UsageError: the file contains no text.
+        Malformed: a line of a `.jsonl` file is not JSON with a text.
         StorageError: the file cannot be read.
     """
     if fspath(data) == BUILTIN:
@@ -60,10 +60,11 @@ def texts_of(data: str | PathLike[str]) -> list[str] | None:
     try:
         lines = read_input(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 ({error})", path=path, cure="Save it as UTF-8") from None
+        raise Malformed(f"the file is not UTF-8 ({error})", path=path, cure="Save it as UTF-8") from None
     lines = [line for line in lines if line.strip()]
     if not lines:
-        raise UsageError("no texts", path=path, cure="Write one text a line, or JSON Lines with a field text")
+        cure = "Write one text per line, or JSON Lines with a field text"
+        raise UsageError("the file contains no texts", path=path, cure=cure)
     return [_text(line, path, at) for at, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
 
 
@@ -71,10 +72,10 @@ def _text(line: str, path: Path, at: int) -> str:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON ({error})", path=path, where=f"line {at}", cure=_JSONL) from None
+        raise Malformed(f"the line is not JSON ({error})", path=path, where=f"line {at}", cure=_JSONL) from None
     text = entry.get("text") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        raise Malformed("no field text", path=path, where=f"line {at}", cure=_JSONL)
+        raise Malformed("the line has no field text", path=path, where=f"line {at}", cure=_JSONL)
     return text
 
 
@@ -82,19 +83,19 @@ _JSONL = 'Write {"text": "..."} on each line, or name the file .txt for plain li
 
 
 def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: int, length: int, seed: int) -> Inputs:
-    """Return inputs that a model takes.
+    """Return inputs for a model.
 
     Args:
-        model: the model as transformers loads it.
-        folder: its folder, with a tokenizer or without.
-        texts: the texts to use; None for the built-in ones, or drawn ids if there is no tokenizer.
-        count: how many texts, chosen by `seed`.
-        length: how many tokens of each, at most.
-        seed: the seed of all that is drawn.
+        model: the model, loaded by transformers.
+        folder: the folder of the model, with or without a tokenizer.
+        texts: the texts to use; None for the built-in texts, or for random ids if there is no tokenizer.
+        count: the number of texts, which `seed` chooses.
+        length: the maximum number of tokens of each text.
+        seed: the seed of all random choices.
 
     Raises:
-        UsageError: texts were given, and the folder has no tokenizer, or they are shorter than two tokens.
-        Unsupported: the model reads something else than tokens or pixels.
+        UsageError: texts were given but the folder has no tokenizer, or all texts have fewer than two tokens.
+        Unsupported: the model reads neither tokens nor pixels.
     """
     main = getattr(model, "main_input_name", "input_ids")
     names = inspect.signature(model.forward).parameters
@@ -102,14 +103,14 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
         return _pixels(model, count, seed)
     if main != "input_ids" and "input_ids" not in names:
         cure = "Compare the models yourself, with adapterkit.torch.inject on the base"
-        raise Unsupported(f"a model that reads {main}", path=folder, cure=cure)
+        raise Unsupported(f"gate cannot run a model that reads {main}", path=folder, cure=cure)
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     length = min(length, most) if isinstance(most, int) and most > SHORTEST else length
     size = getattr(config, "vocab_size", None)
     if not isinstance(size, int):
         cure = "Compare the models yourself, with adapterkit.torch.inject on the base"
-        raise Unsupported("a model whose config tells no size of a vocabulary", path=folder, cure=cure)
+        raise Unsupported("the config of the model has no vocab_size", path=folder, cure=cure)
     rows, source = _tokens(folder, texts, count, length, size, seed)
     more: dict[str, Any] = {}
     if "pixel_values" in names and getattr(model.config, "vision_config", None) is not None and _is_contrastive(model):
@@ -126,7 +127,7 @@ def inputs_for(model: Any, folder: Path, texts: Sequence[str] | None, *, count: 
 
 
 def _is_contrastive(model: Any) -> bool:
-    """Whether the model compares texts with pictures, and so needs both: CLIP and its like."""
+    """Whether the model compares texts with images, as CLIP does, and therefore needs both as inputs."""
     return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
 
 
@@ -136,11 +137,11 @@ def _tokens(
     chosen = random.Random(seed)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         if texts is not None:
-            cure = "Put its tokenizer's files there, or leave --data (data=) out: ids are then drawn"
-            raise UsageError("texts were given, and the folder has no tokenizer", path=folder, cure=cure)
+            cure = "Copy the tokenizer's files there, or omit --data (data=) to use random ids"
+            raise UsageError("texts were given, but the folder has no tokenizer", path=folder, cure=cure)
         rows = [[chosen.randrange(size) for _ in range(length)] for _ in range(count)]
-        return rows, f"{count} rows of drawn token ids: the base has no tokenizer"
-    held, source = list(texts or _builtin()), "texts that were given" if texts is not None else "built-in texts"
+        return rows, f"{count} rows of random token ids, as the base has no tokenizer"
+    held, source = list(texts or _builtin()), "given texts" if texts is not None else "built-in texts"
     if len(held) > count:
         held = [held[at] for at in sorted(chosen.sample(range(len(held)), count))]
     try:
@@ -148,11 +149,12 @@ def _tokens(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         rows = [list(tokenizer(text)["input_ids"])[:length] for text in held]
     except Exception as error:  # transformers raises many types of errors for damaged or unknown tokenizers.
-        why = f"transformers cannot load its tokenizer ({first_line(error)})"
-        raise Malformed(why, path=folder, cure="Fetch the folder again") from None
+        why = f"transformers cannot load the tokenizer ({first_line(error)})"
+        raise Malformed(why, path=folder, cure="Download the folder again") from None
     rows = [row for row in rows if len(row) >= SHORTEST and max(row) < size]
     if not rows:
-        raise UsageError("no text has two tokens of the base", path=folder, cure="Give longer texts by --data (data=)")
+        cure = "Give longer texts with --data (data=)"
+        raise UsageError("no text has at least two tokens of the base", path=folder, cure=cure)
     return rows, f"{len(rows)} {source}"
 
 
@@ -169,4 +171,4 @@ def _pixels(model: Any, count: int, seed: int) -> Inputs:
     shape = (1, getattr(config, "num_channels", None) or 3, height, width)
     random_state = torch.Generator().manual_seed(seed)
     feeds = tuple({"pixel_values": torch.randn(shape, generator=random_state)} for _ in range(count))
-    return Inputs(feeds, f"{count} drawn pictures", 0)
+    return Inputs(feeds, f"{count} random images", 0)

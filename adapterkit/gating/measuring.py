@@ -1,4 +1,4 @@
-"""Figures on the outputs of models: KL, perplexity, agreement of greedy text, and hidden states block by block."""
+"""Measure the outputs of models: KL divergence, perplexity, agreement of greedy text, and hidden states by block."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 PROMPT, PROMPTS = 8, 4
-"""Tokens of a prompt, and prompts that are continued."""
+"""The number of tokens in a prompt, and the number of prompts for which text is generated."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,9 +20,9 @@ class ModelOutput:
     """The output of a model for one input.
 
     Attributes:
-        main: logits, or the last hidden state of models without logits; float64, classes or channels last.
-        is_logits: which of the two `main` is.
-        states: hidden states behind the embedding and each block.
+        main: the logits, or the last hidden state of a model without logits; float64, classes or channels last.
+        is_logits: whether `main` is logits.
+        states: the hidden states after the embedding and after each block.
     """
 
     main: Tensor
@@ -34,11 +34,11 @@ class ModelOutput:
         return bool(self.main.isfinite().all())
 
 
-Run = Callable[[Mapping[str, Any]], ModelOutput]
-"""Runs a model on one input."""
+Run = Callable[[Mapping[str, "Tensor"]], ModelOutput]
+"""A function that runs a model on one input."""
 
 
-def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> ModelOutput:
+def run_torch(model: nn.Module, feeds: Mapping[str, Tensor], device: str) -> ModelOutput:
     """Run a transformers model on one input."""
     import torch
 
@@ -55,7 +55,7 @@ def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> ModelOutput:
 
 
 def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
-    """Return an output by the usual names of what transformers models give."""
+    """Return the main output of a model, found by the names that transformers uses."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         held = told.get(name)
         if held is not None:
@@ -69,7 +69,7 @@ def _double(values: Tensor) -> Tensor:
 
 
 def divergence(first: ModelOutput, second: ModelOutput) -> float:
-    """Sum over positions of KL(first || second) in nats; the relative squared difference for other outputs."""
+    """Return KL(first || second), summed over positions, in nats; for hidden states the relative squared difference."""
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
     a, b = _alike(first.main, second.main)
@@ -81,25 +81,25 @@ def divergence(first: ModelOutput, second: ModelOutput) -> float:
 
 
 def unit_of(output: ModelOutput) -> str:
-    """Return the unit of `divergence`, for one position, in words."""
+    """Return the unit of the divergence at one position, in words."""
     if not output.is_logits:
         return "of the squared hidden states"
-    return "nats a token" if output.main.ndim == 3 else "nats an input"
+    return "nats per token" if output.main.ndim == 3 else "nats per input"
 
 
 def positions(output: ModelOutput) -> int:
-    """How many distributions an output holds."""
+    """Return the number of distributions in an output."""
     return max(1, output.main.numel() // output.main.shape[-1])
 
 
 def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both cut to the entries that both have: vocabularies are padded."""
+    """Cut both outputs to their common width: vocabularies may be padded to different sizes."""
     width = min(first.shape[-1], second.shape[-1])
     return first[..., :width], second[..., :width]
 
 
 def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
-    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, weighed by probability."""
+    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, weighted by probability."""
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)
     b = b[..., : a.shape[-1]]
@@ -113,8 +113,8 @@ def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[
     return float((p * there * asked).sum()), float((p * asked * asked).sum())
 
 
-def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
-    """Whether a model foretells the next token: another last token then changes nothing before it."""
+def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
+    """Whether a model predicts the next token: then another last token has no influence on earlier positions."""
     if set(feeds) != {"input_ids"}:
         return False
     ids = feeds["input_ids"]
@@ -127,8 +127,8 @@ def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
     return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
 
 
-def surprise(output: ModelOutput, feeds: Mapping[str, Any]) -> tuple[float, int]:
-    """Return the sum of -log p of each next token, and how many there are."""
+def surprise(output: ModelOutput, feeds: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Return the sum of -log p over all next tokens, and the number of these tokens."""
     ids = feeds["input_ids"]
     known = output.main.shape[-1]
     told = output.main[0, :-1].log_softmax(-1)
@@ -136,14 +136,14 @@ def surprise(output: ModelOutput, feeds: Mapping[str, Any]) -> tuple[float, int]
     return -float(told.gather(1, wanted[:, None]).sum()), len(wanted)
 
 
-def greedy(run: Run, feeds: Sequence[Mapping[str, Any]], new: int) -> list[list[int]]:
-    """Continue the beginning of each of the first texts by its most likely tokens, `new` of them."""
+def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[list[int]]:
+    """Generate the `new` most likely tokens after the beginning of each of the first texts."""
     import torch
 
     prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
     alike = len({prompt.shape for prompt in prompts}) == 1
     texts: list[list[int]] = []
-    for ids in [torch.cat(prompts)] if alike else prompts:  # No text is padded.
+    for ids in [torch.cat(prompts)] if alike else prompts:  # Batch only equal lengths: padding changes results.
         start = ids.shape[1]
         for _ in range(new):
             ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
@@ -152,7 +152,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Any]], new: int) -> list[list[
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """Share of tokens that two greedy continuations have in common before they part."""
+    """Return the share of tokens that two greedy continuations have in common before their first difference."""
     same = total = 0
     for first, second in zip(one, other, strict=True):
         total += len(first)

@@ -1,4 +1,4 @@
-"""The models of a gate: the base with adapters attached, a merged folder, and a graph in onnxruntime."""
+"""Load and run the models of a gate: the base with attached adapters, a merged model, and a graph in onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ..quant import dequantized, is_quantized
 from .measuring import ModelOutput, output_of, run_torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
@@ -24,44 +26,45 @@ def device_of(name: str) -> str:
     """Return the torch device of `auto`, `cpu` or `cuda:N`.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: this machine has no such device.
     """
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"no CUDA device for {name}", where="device", cure="Pass cpu, or auto")
+        cure = "Type --device cpu or --device auto (device=)"
+        raise UsageError(f"torch finds no CUDA device for {name}", where="device", cure=cure)
     return name
 
 
 def load(
     checkpoint: Checkpoint, dtype: str, device: str, lacking: list[str] | None = None, like: Checkpoint | None = None
 ) -> Any:
-    """Load a folder by transformers, or a GGUF model; packed weights as the numbers that they stand for.
+    """Load a folder with transformers, or a GGUF model. Quantized weights are dequantized.
 
     Args:
         checkpoint: the folder, or the GGUF file.
-        dtype: name of the torch dtype of the weights.
-        device: where to put the model.
-        lacking: gets the names of weights that the model has and the files have not.
-        like: the folder whose config.json a GGUF model is run with.
+        dtype: the name of the torch dtype of the weights.
+        device: the device of the model.
+        lacking: a list to which the names of the model's weights are added that the files do not have.
+        like: for a GGUF model, the folder with its config.json.
 
     Raises:
         Malformed, Unsupported: see `torch.pretrained.load_pretrained`, and `quant.dequantized`.
-        UsageError: a single weight file, or a GGUF model without a folder for its config.
+        UsageError: the checkpoint is a single weight file, or a GGUF model without a folder for its config.
     """
     from ..torch.pretrained import load_pretrained
 
     source = checkpoint.root
     if is_gguf_model(checkpoint):
         if like is None:
-            cure = "Name the folder that it was converted from as BASE, and the GGUF model by --merged (merged=)"
-            raise UsageError("a GGUF model has no config.json to run it with", path=checkpoint.root, cure=cure)
+            cure = "Name as BASE the folder from which it was converted, and the GGUF model at --merged (merged=)"
+            raise UsageError("a GGUF model cannot run without a config.json", path=checkpoint.root, cure=cure)
         source = like.root
     elif checkpoint.folder != checkpoint.root:
         cure = f"Name the folder {checkpoint.folder} with its config.json"
-        raise UsageError("a single weight file where a folder belongs", path=checkpoint.root, cure=cure)
+        raise UsageError("gate needs the folder of a model, not a single weight file", path=checkpoint.root, cure=cure)
     state = None
     if source is not checkpoint.root or is_quantized(checkpoint):
         with files_kept_open():
@@ -70,12 +73,12 @@ def load(
 
 
 def is_gguf_model(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are in GGUF files."""
+    """Whether all weights are in GGUF files."""
     return bool(checkpoint.files) and all(is_gguf(file) for file in checkpoint.files)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most weights; `quantized` for packed ones that the config tells of."""
+    """Return the dtype of most weights, or `quantized`."""
     if is_quantized(checkpoint):
         return "quantized"
     sizes = Counter[str]()
@@ -88,7 +91,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 class Adapted:
-    """A base with adapters and a null adapter attached, one of which is on."""
+    """A base with attached adapters and an attached null adapter; at most one of the two is active."""
 
     def __init__(self, model: Any, adapters: Sequence[Adapter], weights: Sequence[float], **options: Any) -> None:
         self.model, self.device = model, str(next(model.parameters()).device)
@@ -110,14 +113,14 @@ class Adapted:
         self.null.set_active(False)
 
     def drop_null(self) -> None:
-        """Take the null adapter off."""
+        """Remove the null adapter."""
         if self.null is not None:
             self.null.remove()
             self.null = None
 
     @contextmanager
     def as_(self, state: str) -> Iterator[None]:
-        """Run as the base, as the base with adapters, or as the base with the null adapter."""
+        """Make the model the base, the base with adapters, or the base with the null adapter, during the body."""
         for handle in self.handles:
             handle.set_active(state == "adapted")
         if self.null is not None:
@@ -130,14 +133,14 @@ class Adapted:
             if self.null is not None:
                 self.null.set_active(False)
 
-    def run(self, feeds: Mapping[str, Any], state: str) -> ModelOutput:
+    def run(self, feeds: Mapping[str, Tensor], state: str) -> ModelOutput:
         """Run one input."""
         with self.as_(state):
             return run_torch(self.model, feeds, self.device)
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
-        """Run with another multiple of the change."""
+        """Scale the change of the adapters during the body."""
         for handle, weight in zip(self.handles, self.weights, strict=True):
             handle.weight = factor * weight
         try:
@@ -148,7 +151,7 @@ class Adapted:
 
 
 class Graph:
-    """A graph in onnxruntime, its slots filled by the adapters if it has any."""
+    """A graph in onnxruntime; its slots, if it has any, are filled with the adapters."""
 
     def __init__(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         from ..onnx.session import Session
@@ -162,12 +165,12 @@ class Graph:
                 self.session.load(f"adapter{at}", adapter)
                 self.chosen[f"adapter{at}"] = weight
 
-    def run(self, feeds: Mapping[str, Any]) -> ModelOutput:
+    def run(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         """Run one input.
 
         Raises:
-            Unsupported: the graph gives neither logits nor hidden states.
-            UsageError, ShapeMismatch: it takes other inputs.
+            Unsupported: the graph outputs neither logits nor hidden states.
+            UsageError, ShapeMismatch: the graph needs other inputs.
         """
         import numpy as np
         import torch
@@ -184,6 +187,6 @@ class Graph:
         names = [name for name in ("logits", "last_hidden_state", "start_logits") if name in self.session.outputs]
         if not names:
             cure = "Name the outputs logits or last_hidden_state, as adapterkit export does"
-            raise Unsupported("the graph gives neither logits nor hidden states", path=self.path, cure=cure)
+            raise Unsupported("the graph outputs neither logits nor hidden states", path=self.path, cure=cure)
         told = self.session.run(given, self.chosen, names[:1])
         return output_of({name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in told.items()})

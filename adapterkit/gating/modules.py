@@ -1,63 +1,64 @@
-"""Module by module: where a merged model first computes something else than the base with adapters.
+"""Compare a merged model with the base and its adapters module by module, to find the first module that is wrong.
 
-While the base with adapters runs, each module with weights of its own is run three times on the very same input: with
-adapters, without, and as the merged model has it. So an early fault does not hide behind what it does to later
-modules, and the part of the change that is there shows as a plain number at each of them.
+While the base with adapters runs, each module that has weights runs three times on the same input: with adapters,
+without adapters, and with the weights of the merged model. An early fault therefore does not affect the comparison of
+later modules, and each module shows how much of the change it contains.
 
-A module whose difference is too large is looked at once more by its weights: what rounding to the dtype of the merged
-model does to a weak change is no fault.
+If the outputs of a module differ too much, its weights are compared as well: a weak change that rounding to the merged
+model's dtype distorts is not a fault.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError
 from .result import ModulePart
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from ..torch.handle import Handle
 
 NOISE = 1e-5
-"""Relative difference of two outputs in float32 below which they are the same."""
+"""Two float32 outputs count as equal if their relative difference is below this number."""
 
 GRAIN = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
-"""Stored dtype -> one step of it, relative to a number."""
+"""Stored dtype -> its rounding step, relative to the rounded number."""
 
 ALIKE = 0.9
-"""Cosine from which one change is another one."""
+"""Two changes count as the same if their cosine is above this number."""
 
 QUANTIZED = "quantized"
-"""The stored dtype of packed weights."""
+"""The name for the stored dtype of quantized weights."""
 
 UNCHANGED = 0.1
-"""Share of the change below which nothing of it is there."""
+"""If a weight contains less than this share of the change, it counts as unchanged."""
 
 RESIDUE = 0.2
-"""Part of a change that may lie across its direction where it is called a multiple."""
+"""A difference counts as a multiple of the change if its part orthogonal to the change is smaller than this share."""
 
-BROKEN = ("has a ", "has no ", "holds numbers that are not finite")
-"""How faults of weights begin that cannot be compared with others."""
+BROKEN = ("has a ", "has no ", "contains values that are not finite")
+"""How the faults begin of weights that cannot be compared with others."""
 
 CERTAIN = 5.0
-"""Standard errors of what rounding to a coarse grid adds to the part of a change, beyond which it is a fault."""
+"""A wrong scale of a quantized change is a fault if it exceeds this many standard errors of the rounding noise."""
 
 OTHER = 0.5
-"""Error of quantized weights, relative to their size, from which they are other weights: of 2 bits it is a third."""
+"""Quantized weights with a larger relative error than this are other weights; 2-bit rounding has an error of 1/3."""
 
 MOST_COMPARED = 64
-"""Faulty weights whose changes are held against one another."""
+"""The largest number of weights whose changes are compared with a wrong weight, to find an exchanged one."""
 
 
 @dataclass(slots=True)
 class ModuleSums:
-    """Squared sizes and products of one module's outputs, summed over inputs."""
+    """Squared norms and products of the outputs of one module, summed over inputs."""
 
     size: float = 0.0
     asked: float = 0.0
@@ -70,7 +71,7 @@ class ModuleSums:
     def add(self, base: Tensor, adapted: Tensor, other: Tensor) -> None:
         """Add the outputs of one call."""
         if adapted.shape != other.shape:
-            self.why = f"gives {list(other.shape)} where {list(adapted.shape)} belongs"
+            self.why = f"gives an output of the shape {list(other.shape)} instead of {list(adapted.shape)}"
             return
         b, a, o = base.double(), adapted.double(), other.double()
         if bool(a.isfinite().all()) and not bool(o.isfinite().all()):
@@ -86,11 +87,11 @@ class ModuleSums:
 
 @dataclass
 class ModuleComparison:
-    """All modules of two models of one class.
+    """The comparison of all modules of two models of the same class.
 
     Attributes:
-        sums: module -> its sums, in the order in which they ran.
-        missing: modules that the merged model has not.
+        sums: module -> its sums, in the order in which the modules ran.
+        missing: modules that the merged model does not have.
         idle: modules with weights that no input reached.
     """
 
@@ -100,9 +101,9 @@ class ModuleComparison:
 
 
 class Watched:
-    """Compares a merged model's modules while the base with adapters runs."""
+    """Hooks that compare the modules of a merged model while the base with adapters runs."""
 
-    def __init__(self, model: Any, other: Any, handles: Sequence[Handle]) -> None:
+    def __init__(self, model: nn.Module, other: nn.Module, handles: Sequence[Handle]) -> None:
         self.other, self.handles, self.on = dict(other.named_modules()), handles, False
         self.names = [
             name for name, module in model.named_modules() if any(True for _ in _own(module)) and name in self.other
@@ -116,7 +117,7 @@ class Watched:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Compare the modules of the forwards in the body, which must be of the base with adapters."""
+        """Compare modules during the body, which must run the base with adapters."""
         self.on = True
         try:
             yield
@@ -124,16 +125,18 @@ class Watched:
             self.on = False
 
     def close(self) -> ModuleComparison:
-        """Take the hooks off, and return what was seen."""
+        """Remove the hooks and return the comparison."""
         for hook in self.hooks:
             hook.remove()
         return ModuleComparison(self.sums, self.missing, tuple(name for name in self.names if name not in self.sums))
 
-    def _hook(self, name: str) -> Any:
-        def compare(module: Any, args: Any, kwargs: Any, adapted: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]:
+        def compare(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], adapted: object
+        ) -> None:  # fmt: skip
             if not self.on:
                 return
-            self.on = False  # Running a module again calls its hooks again.
+            self.on = False  # Running the module again below would call this hook again.
             try:
                 with ExitStack() as off:
                     for handle in self.handles:
@@ -145,25 +148,29 @@ class Watched:
 
         return compare
 
-    def _add(self, name: str, base: Any, adapted: object, args: Any, kwargs: Any) -> None:
+    def _add(
+        self, name: str, base: object, adapted: object, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:  # fmt: skip
         sums = self.sums.setdefault(name, ModuleSums())
         try:
             other = self.other[name](*args, **kwargs)
-        except (RuntimeError, IndexError, ValueError) as error:  # Sizes that do not fit.
+        except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit.
             sums.why = f"cannot be run on the same input ({str(error).strip().splitlines()[0]})"
             return
         for three in zip(_floats(base), _floats(adapted), _floats(other), strict=False):
             sums.add(*three)
 
 
-def _own(module: Any) -> Iterator[Any]:
-    """A module's own parameters and floating buffers, those of its children left out."""
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and floating-point buffers of a module, without those of its children."""
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None and b.is_floating_point())
 
 
-def _floats(output: Any) -> Iterator[Tensor]:
-    if hasattr(output, "is_floating_point"):
+def _floats(output: object) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
@@ -175,24 +182,24 @@ def _floats(output: Any) -> Iterator[Tensor]:
 
 
 def scale_of(comparison: ModuleComparison) -> float | None:
-    """Part of the change that is there, over all modules, each by the size of its change."""
+    """Return the share of the change in all modules together; each module counts by the norm of its change."""
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
 
 
 def judged(
-    comparison: ModuleComparison, model: Any, other: Any, handles: Sequence[Handle], *, dtype: str, coarse: float,
-    max_scale_error: float, max_part_error: float,
+    comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
+    coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
-    """Return what is wrong at which module. This folds the adapters into the model's weights.
+    """Return each module with its fault, if any. This merges the adapters into the model's weights.
 
     Args:
-        comparison: what was seen while the models ran.
+        comparison: the comparison of the outputs.
         model: the base with adapters.
         other: the merged model.
-        handles: the adapters; they are merged afterwards.
+        handles: the attached adapters; they are merged afterwards.
         dtype: the stored dtype of the merged model, or `quantized`.
-        coarse: the relative step of the dtype in which both were computed.
+        coarse: the relative rounding step of the dtype in which both models ran.
         max_scale_error: see `Thresholds`.
         max_part_error: see `Thresholds`.
     """
@@ -203,10 +210,10 @@ def judged(
     for name, part in parts.items():
         far = part.touched and (abs((part.scale or 0.0) - 1) > max_scale_error or part.error > max_part_error)
         moved = not part.touched and part.error > max(2 * grain, NOISE)
-        # A coarse grid moves every module: what is a fault of it, the weights tell.
+        # Quantization changes the outputs of every module, so always compare quantized weights.
         if quantized or far or moved or _plain_fault(comparison.sums[name]):
             suspects.append(name)
-    # Tokens reach only some experts of a stack, so stacks are always looked at by their weights.
+    # Always compare the weights of stacked experts, since the tokens reach only some of the experts.
     stacks = [name for name in parts if name not in suspects and _is_stack(model.get_submodule(name))]
     weights = SuspectWeights(model, other, [*suspects, *stacks, *comparison.idle], dtype)
     weights.fold(handles)
@@ -217,17 +224,17 @@ def judged(
         if name in weights.names:
             found[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
         plain = _plain_fault(comparison.sums[name]) if name in parts else ""
-        if plain and not found[name].fault.startswith(BROKEN):  # A weight that is broken says more than its output.
+        if plain and not found[name].fault.startswith(BROKEN):  # A broken weight explains more than a wrong output.
             found[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
     return (*found.values(), *lost)
 
 
 def _plain_fault(sums: ModuleSums) -> str:
-    return "gives numbers that are not finite" if not sums.finite else sums.why
+    return "gives values that are not finite" if not sums.finite else sums.why
 
 
-def _is_stack(module: Any) -> bool:
+def _is_stack(module: nn.Module) -> bool:
     return any(p is not None and p.ndim == 3 for p in module._parameters.values()) and not hasattr(module, "stride")
 
 
@@ -242,19 +249,24 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 
 
 def named_scale(scale: float, residue: float) -> str:
-    """Say what a change is that lies along the right one, or that it does not."""
+    """Return the fault of a module whose change is a multiple of the right one, or another change.
+
+    Args:
+        scale: the multiple of the right change.
+        residue: the size of the part orthogonal to the right change, relative to that change.
+    """
     if residue > RESIDUE * max(abs(scale), 1.0) and residue > RESIDUE:
-        return "holds another change"
+        return "contains another change"
     if abs(scale) < UNCHANGED:
-        return "holds nothing of the change"
+        return "contains nothing of the change"
     if scale < 0:
-        return f"holds the change with its sign turned (scale {scale:.2g})"
-    return f"holds {scale:.3g} times the change"
+        return f"contains the change with the opposite sign (scale {scale:.2g})"
+    return f"contains {scale:.3g} times the change"
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """One parameter before the adapters are folded in."""
+    """A parameter before the adapters are merged."""
 
     module: str
     name: str
@@ -262,9 +274,9 @@ class _Held:
 
 
 class SuspectWeights:
-    """The weights of suspected modules: of the base, of the base with adapters folded in, and of the merged model."""
+    """The weights of suspected modules in the base, in the base with merged adapters, and in the merged model."""
 
-    def __init__(self, model: Any, other: Any, names: Sequence[str], dtype: str) -> None:
+    def __init__(self, model: nn.Module, other: nn.Module, names: Sequence[str], dtype: str) -> None:
         self.model, self.other, self.names, self.dtype = model, dict(other.named_parameters()), {*names}, dtype
         self.held: list[_Held] = []
         self.why = ""
@@ -275,7 +287,7 @@ class SuspectWeights:
         self.changes: dict[str, Tensor] = {}
 
     def fold(self, handles: Sequence[Handle]) -> None:
-        """Fold the adapters into the base; where that is impossible, only outputs are judged."""
+        """Merge the adapters into the base; if that is impossible, only outputs are compared."""
         if not self.held:
             return
         try:
@@ -288,7 +300,7 @@ class SuspectWeights:
         self.changes = {each.name: after[each.name].detach() - each.before for each in self.held}
 
     def judged(self, part: ModulePart, suspected: bool, max_scale_error: float, max_part_error: float) -> ModulePart:
-        """Return a module with its fault; none where rounding explains the difference."""
+        """Return a module with its fault, or without one if rounding explains the difference."""
         worst, same, along = "", True, list[tuple[float, float]]()
         touched = part.touched
         for each in (held for held in self.held if held.module == part.module and not self.why):
@@ -309,7 +321,7 @@ class SuspectWeights:
         if self.why or not self.changes:
             return replace(part, fault=_by_output(part))
         if same and part.error > 10 * NOISE:
-            return replace(part, fault="computes something else with the same weights: the configs differ")
+            return replace(part, fault="gives another output with the same weights: the configs differ")
         return replace(part, rounded=True)
 
     def _weight(self, held: _Held, max_scale_error: float, max_part_error: float) -> _WeightFound:
@@ -318,13 +330,13 @@ class SuspectWeights:
             return _WeightFound(f"has no {held.name.rpartition('.')[2]}", None, 1.0, False)
         if there.shape != held.before.shape:
             return _WeightFound(
-                f"has a {held.name.rpartition('.')[2]} of {list(there.shape)} where {list(held.before.shape)} belongs",
-                None, 1.0, False,
+                f"has a {held.name.rpartition('.')[2]} of the shape {list(there.shape)} instead of "
+                f"{list(held.before.shape)}", None, 1.0, False,
             )  # fmt: skip
         before = held.before.double()
         wanted, got = before + delta, there.detach().double()
         if not bool(got.isfinite().all()):
-            return _WeightFound("holds numbers that are not finite", None, math.inf, False)
+            return _WeightFound("contains values that are not finite", None, math.inf, False)
         if self.dtype == QUANTIZED:
             return self._packed(held, before, delta, got, max_scale_error)
         rounded = wanted.to(_kind(self.dtype)).double()
@@ -335,7 +347,7 @@ class SuspectWeights:
             if apart <= 2 * grain + 1e-6 * float(wanted.norm()):
                 return _WeightFound("", None, 0.0, same)
             return _WeightFound(
-                "holds other weights than the base", None, apart / max(float(wanted.norm()), 1e-30), False
+                "has other weights than the base", None, apart / max(float(wanted.norm()), 1e-30), False
             )
         scale = float(((got - before) * delta).sum()) / size**2
         ideal = float(((rounded - before) * delta).sum()) / size**2
@@ -344,7 +356,7 @@ class SuspectWeights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        # Rounding lies across the change, too: twice its energy is left out, as other tools round more than once.
+        # Rounding errors are mostly orthogonal to the change. Subtract twice their energy: other tools round twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
@@ -352,70 +364,77 @@ class SuspectWeights:
     def _packed(
         self, held: _Held, before: Tensor, delta: Tensor, got: Tensor, max_scale_error: float
     ) -> _WeightFound:  # fmt: skip
-        """Judge a weight that a coarse grid has rounded, whose noise may be larger than the change.
+        """Judge a quantized weight, whose rounding noise may be larger than the change.
 
-        The noise of single numbers averages out along the change: what is far from 1 beyond that is no rounding to the
-        nearest of an exact merge, or rounding that has eaten the change.
+        The noise of single numbers averages out along the direction of the change. A scale that is farther from 1 than
+        this average allows means that the merge was wrong, or that rounding removed the change.
         """
         there, size, whole = got - before, float(delta.norm()), float((before + delta).norm())
         apart = float((there - delta).norm())
         if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
-            return _WeightFound("holds other weights than the base", None, apart / max(whole, 1e-30), False)
+            return _WeightFound("has other weights than the base", None, apart / max(whole, 1e-30), False)
         if size <= 1e-6 * float(before.norm()):
-            # Vectors stay in 16 bits or more.
+            # Vectors are not quantized: they keep 16 bits or more.
             far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
-            return _WeightFound("holds other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
+            return _WeightFound("has other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
         scale = _along(there, delta)
         noise = float((there - scale * delta).norm()) / size / math.sqrt(delta.numel())
         if abs(scale - 1) <= max_scale_error + CERTAIN * noise:
             return _WeightFound("", scale, apart / size, False)
-        fault = f"holds {scale:.3g} times the change"
+        fault = f"contains {scale:.3g} times the change"
         if scale < -CERTAIN * noise - UNCHANGED:
-            fault = f"holds the change with its sign turned (scale {scale:.2g})"
+            fault = f"contains the change with the opposite sign (scale {scale:.2g})"
         elif abs(scale) < UNCHANGED + CERTAIN * noise:
-            fault = self._elsewhere(held, there) or "holds nothing of the change"
+            fault = self._elsewhere(held, there) or "contains nothing of the change"
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, held: _Held, there: Tensor) -> str:
-        """Say which other change a quantized weight holds; nothing if it holds none of those that are known."""
+        """Return which other change a quantized weight contains, or "" if it contains no known one."""
         delta = self.changes[held.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
-            return "holds the change transposed"
+            return "contains the change transposed"
         for each in self.held[:MOST_COMPARED]:
             other = self.changes[each.name].double()
             same = each.name != held.name and other.shape == there.shape and bool(other.any())
             if same and abs(_along(there, other) - 1) < OTHER:
-                return f"holds the change of {each.module}"
+                return f"contains the change of {each.module}"
         return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
-        """Whether single experts of a stack hold something else, which is little of the whole."""
+        """Whether single experts of a stack contain another change, which is a small part of the whole stack."""
         sizes = delta.flatten(1).norm(dim=1)
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())
 
     def _named(self, held: _Held, there: Tensor, scale: float, residue: float) -> str:
-        """Say what is there instead of the change."""
+        """Return what a weight contains instead of the change."""
         plain = named_scale(scale, residue)
-        if plain != "holds another change":
+        if plain != "contains another change":
             return plain
         delta = self.changes[held.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and _cosine(there, delta.T) > ALIKE:
-            return "holds the change transposed"
+            return "contains the change transposed"
         if there.ndim == 3 and _scrambled_rows(there, delta):
-            return "holds the changes of its experts in another order"
+            return "contains the changes of the experts in another order"
         for each in self.held[:MOST_COMPARED]:
             other = self.changes[each.name].double()
             if each.name != held.name and other.shape == there.shape and _cosine(there, other) > ALIKE:
-                return f"holds the change of {each.module}"
+                return f"contains the change of {each.module}"
         if float(there.norm()) > 10 * float(delta.norm()):
-            return "holds other weights than the base with the change"
+            return "has other weights than the base with the change"
         return plain
 
 
 @dataclass(frozen=True, slots=True)
 class _WeightFound:
-    """One weight: its fault, the part of the change that is there, the error relative to it, whether it is exact."""
+    """The comparison of one weight.
+
+    Attributes:
+        fault: what is wrong; empty if nothing is.
+        scale: the share of the change that the weight contains; None if nothing changes.
+        error: the error relative to the change.
+        same: whether the weight is exact.
+    """
 
     fault: str
     scale: float | None
@@ -423,8 +442,8 @@ class _WeightFound:
     same: bool
 
 
-def _kind(name: str) -> Any:
-    """The torch dtype that weights of a stored dtype are rounded to."""
+def _kind(name: str) -> torch.dtype:
+    """Return the torch dtype to which weights of a stored dtype are rounded."""
     import torch
 
     return {"F32": torch.float32, "F64": torch.float32, "F16": torch.float16}.get(name, torch.bfloat16)
@@ -436,7 +455,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _along(there: Tensor, delta: Tensor) -> float:
-    """The multiple of a change that comes nearest to another."""
+    """Return the factor by which `delta` comes closest to `there`."""
     return float((there * delta).sum()) / float((delta * delta).sum())
 
 
@@ -449,6 +468,6 @@ def _scrambled_rows(there: Tensor, delta: Tensor) -> bool:
 
 def _by_output(part: ModulePart) -> str:
     if not part.touched or part.scale is None:
-        return "computes something else than the base"
+        return "gives another output than the base"
     residue = math.sqrt(max(part.error**2 - (1 - part.scale) ** 2, 0.0))
     return named_scale(part.scale, residue)

@@ -1,4 +1,4 @@
-"""The null adapter: random changes of the same size at the same targets, to hold an adapter's effect against."""
+"""Make the null adapter: random changes of the same size at the same targets, to compare an adapter's effect with."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from ..ops.alignment import places, side_by_side
 from ..ops.comparison import lowered
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.random import Generator
+
     from ..core.adapter import Target
+    from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
     from ..ops.lowering import Change, Delta
 
 RANK = 8
-"""Rank of the random change where the adapter's own change is of full rank."""
+"""The rank of the random change if the adapter's change has full rank."""
 
 
 def null_adapter(
     adapters: Sequence[Adapter], base: Checkpoint, *, weights: Sequence[float], seed: int, rename: str | Sequence[str]
 ) -> Adapter:
-    """Return an adapter of random changes with the Frobenius norm that the adapters' sum has at each target.
+    """Return an adapter whose random change at each target has the Frobenius norm of the adapters' summed change.
 
     Args:
         adapters: the adapters.
-        base: their base, its weights not packed.
-        weights: one factor an adapter.
+        base: the base of the adapters, with weights that are not quantized.
+        weights: a factor for each adapter.
         seed: the seed of the random numbers.
         rename: rules for names, as in `adapterkit.merge`.
 
     Raises:
-        NotMergeable: an adapter changes more than weights, so that its change has no norm.
-        AdapterkitError: it does not fit the base.
+        NotMergeable: an adapter changes more than weights, so its change has no norm.
+        AdapterkitError: an adapter does not fit the base.
     """
     import numpy as np
 
@@ -51,7 +55,7 @@ def null_adapter(
     return Adapter(updates)
 
 
-def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[Any]:
+def _weights(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
     import numpy as np
 
     shape = next(change.shape for change in changes if change is not None)
@@ -68,7 +72,7 @@ def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[
     return [LoRA(A=_torch(A), B=_torch(B), bias=None)]
 
 
-def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[object]:
+def _biases(changes: Sequence[Change | None], stacked: bool, rng: Generator) -> list[Update]:
     import numpy as np
 
     moved = [change.bias() for change in changes if change is not None]
@@ -77,7 +81,7 @@ def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[o
         return []
     whole: Any = sum(present)
     drawn = rng.standard_normal(whole.shape)
-    # Each bias of stacked experts keeps its own norm.
+    # For stacked experts, compute the norm of each expert's bias separately.
     axis = -1 if stacked else None
     size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
     return [Dense(D=None, d=_torch(drawn * size))]
@@ -87,7 +91,7 @@ def _sum(row: Sequence[Delta | None]) -> list[Delta]:
     return [delta for delta in row if delta is not None]
 
 
-def _random(deltas: Sequence[Delta], rng: Any) -> tuple[Array, Array]:
+def _random(deltas: Sequence[Delta], rng: Generator) -> tuple[Array, Array]:
     """Return random factors whose product has the norm of the sum of the changes."""
     import numpy as np
 
@@ -104,11 +108,11 @@ def _random(deltas: Sequence[Delta], rng: Any) -> tuple[Array, Array]:
 
 
 def _norm(B: Array, A: Array) -> float:
-    """Frobenius norm of B @ A, which is not formed."""
+    """Return the Frobenius norm of B @ A without computing the product."""
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 
-def _torch(array: Array) -> Any:
+def _torch(array: Array) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(array.astype("float32"))

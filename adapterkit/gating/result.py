@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.tables import html_table
 
@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The thresholds of a gate; None leaves a check out.
+    """The thresholds of a gate; None omits the check.
 
     Attributes:
-        min_effect: least KL(base || base with adapters), in nats a token.
-        min_kept: least share of the effect that a merged model or graph keeps.
-        max_scale_error: how far the size of the change may be from 1.
-        max_part_error: largest error at one module, relative to the change there, beyond what rounding does.
-        min_agreement: least share of greedy tokens that a merged model or graph has in common with the base with
-            adapters.
-        max_perplexity: largest perplexity of a merged model or graph, relative to that of the base with adapters.
-        min_over_null: least effect, relative to the null adapter's.
+        min_effect: the minimum of KL(base || base with adapters), in nats per token.
+        min_kept: the minimum share of the effect that a merged model or graph keeps.
+        max_scale_error: the maximum difference between 1 and the share of the change that is present.
+        max_part_error: the maximum error of a module's change, relative to that change and not counting rounding.
+        min_agreement: the minimum share of greedily generated tokens that equal those of the base with adapters.
+        max_perplexity: the maximum perplexity, relative to the perplexity of the base with adapters.
+        min_over_null: the minimum effect, relative to the effect of the null adapter.
     """
 
     min_effect: float = 1e-6
@@ -40,15 +39,15 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class GateCheck:
-    """One check.
+    """The result of one check.
 
     Attributes:
-        name: what is checked.
-        model: the model it is about: `adapter`, `merged` or `onnx`.
-        ok: whether it holds; None where it cannot be told.
-        value: what was measured.
-        limit: what it is held against.
-        text: a sentence on it.
+        name: the name of the check.
+        model: the checked model: `adapter`, `merged` or `onnx`.
+        ok: whether the check passed; None if it is undecided.
+        value: the measured value.
+        limit: the threshold.
+        text: a sentence about the result.
     """
 
     name: str
@@ -61,17 +60,17 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEffect:
-    """The change that adapters make. A figure that the kind of model has not is None.
+    """The effect of adapters on a base. Figures that do not exist for this kind of model are None.
 
     Attributes:
-        divergence: KL(base || base with adapters) in nats; for models without logits the squared difference of their
-            hidden states, relative to the base's.
-        unit: what `divergence` counts in, in words.
-        null: the same for random changes of the same norm at each target.
-        why_no_null: why the null adapter was left out.
-        agreement: share of greedy tokens that base, and base with adapters, have in common.
-        perplexity_base: perplexity of the base.
-        perplexity: perplexity of the base with adapters.
+        divergence: KL(base || base with adapters) in nats; for models without logits, the squared difference of the
+            hidden states relative to those of the base.
+        unit: the unit of `divergence`, in words.
+        null: the divergence for random changes that have the same norm at each target.
+        why_no_null: why there is no null adapter.
+        agreement: the share of greedily generated tokens that the base has in common with the base with adapters.
+        perplexity_base: the perplexity of the base.
+        perplexity: the perplexity of the base with adapters.
         finite: whether all outputs are finite.
     """
 
@@ -87,17 +86,16 @@ class AdapterEffect:
 
 @dataclass(frozen=True, slots=True)
 class ModulePart:
-    """One module of a merged model, run on the input that it has in the base with adapters.
+    """One module of a merged model, run on the input that the module gets in the base with adapters.
 
     Attributes:
-        module: its name.
-        touched: whether the adapters change it.
-        scale: part of the change that is there, along its own direction: 1 is all of it; None where nothing changes.
-        error: size of the difference from what belongs there, relative to the change, or to the output where nothing
-            changes.
-        finite: whether its output is finite.
+        module: the name of the module.
+        touched: whether the adapters change the module.
+        scale: the share of the change that the module contains, measured along the change; None if nothing changes.
+        error: the norm of the error, relative to the change; relative to the output if nothing changes.
+        finite: whether the output is finite.
         fault: what is wrong, in words; empty if nothing is.
-        rounded: the difference is what rounding to the merged model's dtype does.
+        rounded: whether rounding to the merged model's dtype explains the difference.
     """
 
     module: str
@@ -111,12 +109,12 @@ class ModulePart:
 
 @dataclass(frozen=True, slots=True)
 class BlockDifference:
-    """Hidden states behind one block.
+    """The difference of the hidden states after one block.
 
     Attributes:
-        block: its position; 0 is behind the embedding.
-        difference: size of the difference between base with adapters and merged model, relative to the states.
-        change: size of the difference between base with adapters and base, relative to the states.
+        block: the number of the block; 0 stands for the embedding.
+        difference: the norm of the difference between base with adapters and merged model, relative to the states.
+        change: the norm of the difference between base with adapters and base, relative to the states.
     """
 
     block: int
@@ -126,22 +124,22 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class KeptEffect:
-    """How much of the effect a merged model or a graph keeps. A figure that it has not is None.
+    """How much of the effect a merged model or a graph keeps. Figures that do not exist for it are None.
 
     Attributes:
         model: `merged` or `onnx`.
-        path: where it is.
-        divergence: KL(base with adapters || it), or the relative difference of hidden states.
+        path: the path of the model or graph.
+        divergence: KL(base with adapters || this model), or the relative difference of hidden states.
         kept: 1 - divergence / KL(base with adapters || base).
-        scale: part of the change that is there: 1 is all of it, 0 is the base, 2 twice the change.
-        agreement: share of greedy tokens in common with the base with adapters.
-        perplexity: its perplexity.
+        scale: the share of the change that is present: 1 in a correct merge, 0 in the base, 2 for twice the change.
+        agreement: the share of greedily generated tokens in common with the base with adapters.
+        perplexity: the perplexity of this model.
         finite: whether all outputs are finite.
-        dtype: the dtype of its weights; `quantized` for packed ones.
-        parts: its modules, in the order in which they run; empty for a graph.
-        blocks: hidden states block by block; empty for a graph.
-        lacking: weights that its files lack.
-        why: why it could not be run; the figures are None then.
+        dtype: the dtype of the weights, or `quantized`.
+        parts: the modules, in the order in which they run; empty for a graph.
+        blocks: the differences of the hidden states, block by block; empty for a graph.
+        lacking: names of weights that the files do not have.
+        why: why the model could not be run; the figures are then None.
     """
 
     model: str
@@ -165,7 +163,7 @@ class KeptEffect:
 
     @property
     def parted(self) -> str | None:
-        """The module where it first parts from the base with adapters; None if it does nowhere."""
+        """The first module that differs from the base with adapters, or None."""
         return self.faults[0].module if self.faults else None
 
 
@@ -174,18 +172,18 @@ class Gate:
     """The result of a gate.
 
     Attributes:
-        base: what the base was called.
-        adapters: what the adapters were called.
-        data: what the models were run on.
-        device: where they were run.
-        dtype: in which dtype they were computed.
-        seed: the seed of all that was drawn.
-        effect: what the adapters change.
-        kept: one entry for the merged model and one for the graph, if given.
-        checks: what was held against thresholds.
-        verdicts: plain sentences, faults first.
-        seconds: that it took.
-        warnings: on the base that the adapters name.
+        base: the name of the base.
+        adapters: the names of the adapters.
+        data: a phrase that names the inputs.
+        device: the device on which the models ran.
+        dtype: the dtype in which the models ran.
+        seed: the seed of all random choices.
+        effect: the effect of the adapters.
+        kept: an entry for the merged model and an entry for the graph, if they were given.
+        checks: the comparisons with thresholds.
+        verdicts: plain sentences about the result, faults first.
+        seconds: the duration.
+        warnings: warnings about the base that the adapters name.
     """
 
     base: str
@@ -203,14 +201,14 @@ class Gate:
 
     @property
     def outcome(self) -> str:
-        """`failed` if a check failed, else `inconclusive` if one could not be told, else `passed`."""
+        """`failed` if a check failed, otherwise `inconclusive` if one is undecided, otherwise `passed`."""
         if any(check.ok is False for check in self.checks):
             return "failed"
         return "inconclusive" if any(check.ok is None for check in self.checks) else "passed"
 
     @property
     def ok(self) -> bool:
-        """Whether every check holds."""
+        """Whether every check passed."""
         return self.outcome == "passed"
 
     @property
@@ -229,12 +227,12 @@ class Gate:
         return f"Gate({self.outcome}{told}; {len(self.checks)} checks)"
 
     def _repr_html_(self) -> str:
-        words = {True: "holds", False: "fails", None: "cannot be told"}
+        words = {True: "passed", False: "failed", None: "undecided"}
         rows = [[c.model, c.name, words[c.ok], c.value, c.limit, c.text] for c in self.checks]
-        return html_table(repr(self), ("model", "check", "result", "value", "limit", "what it says"), rows)
+        return html_table(repr(self), ("model", "check", "result", "value", "limit", "explanation"), rows)
 
     def record(self) -> dict[str, JsonValue]:
-        """The result as plain data."""
+        """Return the result as plain data."""
         return {
             "kind": "gate", "outcome": self.outcome, "ok": self.ok, "base": self.base, "adapters": list(self.adapters),
             "data": self.data, "device": self.device, "dtype": self.dtype, "seed": self.seed,
@@ -244,5 +242,5 @@ class Gate:
         }  # fmt: skip
 
 
-def _kept(each: KeptEffect) -> Mapping[str, Any]:
+def _kept(each: KeptEffect) -> Mapping[str, JsonValue]:
     return {**asdict(each), "parted": each.parted}

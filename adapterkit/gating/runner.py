@@ -1,4 +1,4 @@
-"""Run a gate: the base, the base with adapters, with random changes of the same size, and what was made of them."""
+"""Run a gate: compare the base, the base with adapters, the base with random changes, and the merged model or graph."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from .result import AdapterEffect, BlockDifference, Gate, KeptEffect, ModulePart
 from .verdicts import checks_of, verdicts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
 
     from ..merging.planned import Plan
-    from .measuring import ModelOutput, StateSums
+    from .measuring import ModelOutput, Run, StateSums
     from .models import Adapted, Graph
 
     Base = Checkpoint | str | PathLike[str]
@@ -40,13 +42,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""Multiples of the change that a graph is held against."""
+"""Multiples of the change with which a graph is compared, to find the one that it contains."""
 
 EXACT = 1e-3
-"""Divergence, relative to the largest among the multiples, below which a graph holds that multiple."""
+"""A graph contains a multiple if their divergence, relative to the largest of all multiples, is below this number."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Dtype -> relative step of what is computed in it, beyond float32."""
+"""Dtype of the computation -> its relative rounding step; 0 for float32, whose rounding is negligible."""
 
 
 @places_errors
@@ -77,23 +79,23 @@ def gate(
     strict_base: bool = False,
     vocab: str | None = None,
 ) -> Gate:
-    """Run a base with its adapters, and tell whether they change it and whether a merged model or a graph keeps that.
+    """Check that adapters change a base, and that a merged model or a graph keeps this change.
 
     Args:
-        base: a folder of transformers, an address on a hub, or an open checkpoint.
+        base: a folder of a transformers model, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
-        merged: what they were merged into: a folder, or a GGUF model, which runs with the config of `base`. Quantized
-            weights are read as the numbers that they stand for, and judged by the part of each change that they hold.
-        onnx: a graph of base and adapters; slots are filled with the adapters.
-        data: `builtin`, or a file with one text a line, or of JSON Lines with a field `text`.
-        weights: with which weight each adapter is attached; 1 each if None.
+        merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. Quantized weights are
+            dequantized, and judged by the share of each change that they keep.
+        onnx: a graph of base and adapters; its slots, if any, are filled with the adapters.
+        data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
+        weights: the weight of each adapter; 1 each if None.
         device: `auto`, `cpu` or `cuda:N`.
-        dtype: the dtype to compute in: `float32`, or a smaller one where memory lacks.
-        texts: how many texts.
-        length: how many tokens of each, at most.
-        new_tokens: by how many tokens the beginnings of four texts are continued, to compare greedy text; 0 for none.
-        seed: the seed of the choice of texts, of the null adapter and of drawn inputs.
-        null: run random changes of the same size, too.
+        dtype: the dtype to compute in: `float32`, or a smaller one to save memory.
+        texts: the number of texts.
+        length: the maximum number of tokens of each text.
+        new_tokens: the number of tokens to generate after the beginnings of four texts, to compare them; 0 for none.
+        seed: the seed for the choice of texts, for the null adapter and for random inputs.
+        null: also run the base with random changes of the same size.
         min_effect: see `gating.result.Thresholds`.
         min_kept: as `min_effect`.
         max_scale_error: as `min_effect`.
@@ -101,20 +103,20 @@ def gate(
         min_agreement: as `min_effect`.
         max_perplexity: as `min_effect`.
         min_over_null: as `min_effect`.
-        tied: which layers an update changes where embedding and head share a weight; as in `adapterkit.merge`.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names.
-        vocab: `grow`: give the base the rows of the vocabulary that the adapters were trained with, as
-            `adapterkit.merge` does.
+        tied: which layers an update changes if embedding and head share a weight; as in `adapterkit.merge`.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names.
+        vocab: `grow` adds the adapters' new vocabulary rows to the base, as in `adapterkit.merge`.
 
     Returns:
-        figures, checks and verdicts; `ok` says whether all checks hold.
+        The figures, checks and verdicts; `ok` says whether all checks passed.
 
     Raises:
-        UsageError: no adapter, weights that do not match, no such device or dtype, or transformers is not installed.
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
+        UsageError: no adapter was given, the number of weights is wrong, the device or dtype does not exist, or
+            transformers is not installed.
+        CheckFailed: an adapter names another base, and `strict_base` is set.
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
-        Unsupported: the model reads neither tokens nor pixels, or brings code of its own.
+        Unsupported: the model reads neither tokens nor pixels, or needs code from its own folder.
         Malformed: transformers cannot load the base.
 
     Example:
@@ -135,13 +137,13 @@ def gate(
     with inputs_kept():
         checkpoint = opened(base)
         if is_gguf_model(checkpoint):
-            load(checkpoint, dtype, "cpu")  # Says what to name instead.
+            load(checkpoint, dtype, "cpu")  # Raises an error that says what to name instead.
         check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
         graph = None if onnx is None else located(onnx)
     if graph is not None and not exists(graph):
-        raise UsageError("no such graph", path=graph, cure="Check the spelling of --onnx (onnx=)")
+        raise UsageError("the graph does not exist", path=graph, cure="Correct the path at --onnx (onnx=)")
     names = [public("an adapter in memory" if isinstance(each, Adapter) else path_text(each)) for each in given]
     warnings = check_base([*zip(names, held, strict=True)], checkpoint, strict=strict_base)
     place = device_of(device)
@@ -150,14 +152,14 @@ def gate(
         _grow(model, plan(checkpoint, held, weights=factors, tied=tied, rename=rename, vocab=vocab))
     inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
     adapted = Adapted(model, held, factors, tied=tied, rename=rename)
-    why_no_null = _add_null(adapted, held, checkpoint, factors, seed, rename) if null else "it was not asked for"
+    why_no_null = _add_null(adapted, held, checkpoint, factors, seed, rename) if null else "it was switched off"
     run = _Run(adapted, inputs, limits, STEP[dtype], new_tokens)
     effect = run.effect(why_no_null)
     adapted.drop_null()
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, held, factors))
-    if after is not None:  # Last: it folds the adapters into the base.
+    if after is not None:  # This must come last, since it merges the adapters into the base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -171,7 +173,7 @@ def _checked(
     given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
     if not given:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Name at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)
     if len(factors) != len(given):
         why = f"{len(factors)} weights for {len(given)} adapters"
@@ -185,7 +187,7 @@ def _checked(
 
 
 def _grow(model: Any, planned: Plan) -> None:
-    """Give a model the rows of its vocabulary that a merge gives it; those that no adapter fills are zero."""
+    """Grow a model's vocabulary as a merge does; rows that no adapter fills are zero."""
     import torch
 
     rows = (planned.vocabulary or {}).get("rows")
@@ -203,7 +205,7 @@ def _add_null(
     adapted: Adapted, adapters: Sequence[Adapter], base: Checkpoint, weights: Sequence[float], seed: int,
     rename: str | Sequence[str],
 ) -> str | None:  # fmt: skip
-    """Attach the null adapter; return why there is none."""
+    """Attach the null adapter. Return None, or the reason why it could not be made."""
     from .null import null_adapter
 
     try:
@@ -215,7 +217,7 @@ def _add_null(
 
 
 class _Run:
-    """The outputs of the base with adapters, against which everything is held."""
+    """Runs of the base with adapters, with which the other models are compared."""
 
     def __init__(self, adapted: Adapted, inputs: Inputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .measuring import is_causal
@@ -226,19 +228,19 @@ class _Run:
         self.new = new if self.causal else 0
         self.words = self._greedy(self._adapted)
 
-    def _greedy(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> list[list[int]]:
+    def _greedy(self, run: Run) -> list[list[int]]:
         from .measuring import greedy
 
         return greedy(run, self.inputs.feeds, self.new) if self.new else []
 
-    def _base(self, feeds: Mapping[str, object]) -> ModelOutput:
+    def _base(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         return self.adapted.run(feeds, "base")
 
-    def _adapted(self, feeds: Mapping[str, object]) -> ModelOutput:
+    def _adapted(self, feeds: Mapping[str, Tensor]) -> ModelOutput:
         return self.adapted.run(feeds, "adapted")
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
-        """Measure what the adapters do to the base."""
+        """Measure how the adapters change the base."""
         from .measuring import agreement, divergence, positions, unit_of
 
         moved, drawn, back = _Mean(), _Mean(), _Mean()
@@ -262,8 +264,8 @@ class _Run:
             moved.value if finite else math.nan, unit, null, why_no_null, common, before.value, after.value, finite
         )
 
-    def graph(self, path: Any, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:
-        """Measure what a graph keeps."""
+    def graph(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:
+        """Measure how much of the effect a graph keeps."""
         from .models import Graph
 
         stage(f"running {path}")
@@ -279,10 +281,11 @@ class _Run:
             return replace(told, why=error.why)
         return told
 
-    def _scale(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> float | None:
-        """Return the multiple of the change with which the base with adapters gives what a graph gives, if one does.
+    def _scale(self, run: Run) -> float | None:
+        """Return the multiple of the change that a graph contains, or None if it contains no tried multiple.
 
-        The slope of logits tells it for small changes only, and a graph has no modules to look at.
+        The multiple is found by trial: the slope of the logits shows it only for small changes, and a graph has no
+        modules to compare.
         """
         from .measuring import divergence
 
@@ -295,13 +298,13 @@ class _Run:
             for factor in MULTIPLES:
                 with self.adapted.scaled(factor):
                     apart[factor] = divergence(self._adapted(feeds), there)
-        except UsageError:  # Context has no half measures.
+        except UsageError:  # Prompts and prefixes cannot be scaled.
             return None
         best = min(apart, key=lambda factor: apart[factor])
         return best if apart[best] <= EXACT * max(apart.values()) else None
 
     def merged(self, checkpoint: Checkpoint, dtype: str, device: str, base: Checkpoint) -> KeptEffect:
-        """Measure what a merged model keeps, as a whole and module by module."""
+        """Measure how much of the effect a merged model keeps, as a whole and module by module."""
         from ..torch.pretrained import check_transformers
         from .measuring import StateSums, run_torch
         from .models import is_gguf_model, load, stored_dtype
@@ -317,18 +320,18 @@ class _Run:
             return replace(told, why=error.why)
         model = self.adapted.model
         if type(other) is not type(model):
-            return replace(told, why=f"it is a {type(other).__name__}, and the base a {type(model).__name__}")
+            return replace(told, why=f"it is a {type(other).__name__}, but the base is a {type(model).__name__}")
         told = replace(told, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
-        def looked_at(feeds: Mapping[str, object]) -> ModelOutput:
+        def looked_at(feeds: Mapping[str, Tensor]) -> ModelOutput:
             with watched.looking():
                 return self._adapted(feeds)
 
         stage("comparing it module by module")
         try:
             told = self._kept(told, lambda feeds: run_torch(other, feeds, device), looked_at, states)
-        except (RuntimeError, IndexError, ValueError) as error:  # Sizes that do not fit the inputs.
+        except (RuntimeError, IndexError, ValueError) as error:  # The sizes do not fit the inputs.
             told = replace(told, why=first_line(error))
         finally:
             comparison = watched.close()
@@ -341,8 +344,7 @@ class _Run:
                        blocks=_blocks(states))  # fmt: skip
 
     def _kept(
-        self, told: KeptEffect, run: Callable[[Mapping[str, Any]], ModelOutput],
-        with_adapters: Callable[[Mapping[str, Any]], ModelOutput], states: StateSums | None = None,
+        self, told: KeptEffect, run: Run, with_adapters: Run, states: StateSums | None = None,
     ) -> KeptEffect:  # fmt: skip
         from .measuring import agreement, along, divergence, positions
 
@@ -353,7 +355,7 @@ class _Run:
             finite = finite and other.finite
             apart.add(divergence(adapted, other), positions(adapted))
             if other.main.shape[:-1] != adapted.main.shape[:-1] or other.main.shape[-1] < adapted.main.shape[-1]:
-                why = f"it gives {list(other.main.shape)} where {list(adapted.main.shape)} belongs"
+                why = f"its output has the shape {list(other.main.shape)} instead of {list(adapted.main.shape)}"
             else:
                 both = along(base, adapted, other)
                 product, asked = product + both[0], asked + both[1]
@@ -378,7 +380,7 @@ def _blocks(states: StateSums) -> tuple[BlockDifference, ...]:
 
 
 class _Mean:
-    """A sum over positions."""
+    """A running mean over positions."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
@@ -392,12 +394,12 @@ class _Mean:
 
 
 class _Perplexity:
-    """Perplexity over all texts; None for models that foretell no token."""
+    """Perplexity over all texts; None for models that do not predict the next token."""
 
     def __init__(self, causal: bool) -> None:
         self.causal, self.mean = causal, _Mean()
 
-    def add(self, output: ModelOutput, feeds: Mapping[str, Any]) -> None:
+    def add(self, output: ModelOutput, feeds: Mapping[str, Tensor]) -> None:
         if self.causal:
             from .measuring import surprise
 

@@ -1,4 +1,4 @@
-"""Checks against thresholds, and plain sentences on what was measured."""
+"""Compare measured figures with thresholds, and say in plain sentences what was measured."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST = 1e-9
-"""Effect in nats a token below which float32 cannot tell what share of it is kept."""
+"""The smallest effect, in nats per token, of which float32 can measure the share that is kept."""
 
 SHOWN = 3
-"""Modules that a sentence names."""
+"""The largest number of modules that a sentence names."""
 
 MOST = 0.9
-"""Share of the modules with one fault from which the fault is the model's."""
+"""If this share of the modules has the same fault, the fault is reported once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""Share of the modules that the adapters leave alone, holding other weights, from which the base is another one."""
+"""If this share of the modules that no adapter changes has other weights, the merged model has another base."""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 
 
 def checks_of(effect: AdapterEffect, kept: Sequence[KeptEffect], limits: Thresholds) -> list[GateCheck]:
-    """Return every check."""
+    """Return the checks of the adapters and of each model."""
     found = [*_of_adapter(effect, limits)]
     for each in kept:
         found += _of_model(each, effect, limits)
@@ -45,11 +45,11 @@ def _of_adapter(effect: AdapterEffect, limits: Thresholds) -> Iterator[GateCheck
     yield GateCheck("effect", "adapter", ok, effect.divergence, limits.min_effect, text)
     if limits.min_over_null is not None:
         if effect.null is None:
-            text = f"there is no null adapter to hold it against: {effect.why_no_null}"
+            text = f"there is no null adapter to compare with: {effect.why_no_null}"
             yield GateCheck("over null", "adapter", None, None, limits.min_over_null, text)
         else:
             ratio = effect.divergence / effect.null if effect.null else float(effect.divergence > 0) * 1e9
-            text = f"that is {ratio:.3g} times what random changes of the same size do"
+            text = f"the effect is {ratio:.3g} times the effect of random changes of the same size"
             yield GateCheck("over null", "adapter", ratio >= limits.min_over_null, ratio, limits.min_over_null, text)
 
 
@@ -69,36 +69,41 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         yield GateCheck("finite", each.model, ok, None, None, text)
     if each.kept is not None and each.finite and effect.finite:
         known = effect.divergence >= LEAST
-        text = f"{name} keeps {100 * each.kept:.4g} % of the effect" if known else "the effect is too small to tell"
+        text = f"{name} keeps {100 * each.kept:.4g} % of the effect" if known else "the effect is too small to measure"
         ok = each.kept >= limits.min_kept if known else None
         yield GateCheck("kept", each.model, ok, each.kept, limits.min_kept, text)
         if each.scale is not None:
             near = abs(each.scale - 1) <= limits.max_scale_error
-            # Rounding to 16 bits takes a tenth of a small change from a right merge; `kept` says whether it matters.
+            # Accept a wrong scale that rounding explains: in a correct merge, rounding to 16 bits removes a tenth of a
+            # small change. The check `kept` says whether that matters.
             rounded = not near and bool(ok) and not each.faults and any(part.rounded for part in each.parts)
-            text = f"{name} holds {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
-            text += f". Rounding to {each.dtype} explains the difference" if rounded else ""
+            text = f"{name} contains {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
+            text += f"; {_rounding(each)} explains the difference" if rounded else ""
             yield GateCheck(
                 "scale", each.model, (near or rounded) if known else None, each.scale, limits.max_scale_error, text
             )
     if each.parts:
         faults = each.faults
-        text = f"{len(faults)} of {len(each.parts)} modules of {name} compute something else"
+        text = f"{len(faults)} of {len(each.parts)} modules of {name} are wrong"
         yield GateCheck("modules", each.model, not faults, float(len(faults)), 0.0, text)
     if limits.min_agreement is not None and each.why is None:
         ok = None if each.agreement is None else each.agreement >= limits.min_agreement
-        text = "share of greedy tokens in common with the base with the adapters"
+        text = "share of greedily generated tokens that equal those of the base with the adapters"
         yield GateCheck("agreement", each.model, ok, each.agreement, limits.min_agreement, text)
     if limits.max_perplexity is not None and each.why is None:
         known = each.perplexity is not None and bool(effect.perplexity)
         ratio = each.perplexity / effect.perplexity if known else None  # type: ignore[operator]
         ok = None if ratio is None else ratio <= limits.max_perplexity
-        text = "perplexity relative to that of the base with the adapters"
+        text = "perplexity, relative to the base with the adapters"
         yield GateCheck("perplexity", each.model, ok, ratio, limits.max_perplexity, text)
 
 
+def _rounding(each: KeptEffect) -> str:
+    return "quantization" if each.dtype == "quantized" else f"rounding to {each.dtype}"
+
+
 def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Sequence[GateCheck]) -> tuple[str, ...]:
-    """Return sentences, faults first."""
+    """Return plain sentences about the result, faults first."""
     faults: list[str] = []
     notes: list[str] = []
     failed = {(check.model, check.name) for check in checks if check.ok is False}
@@ -110,7 +115,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
         text = f"the adapter moves the output by {effect.divergence:.3g} {effect.unit}"
         if effect.null:
             ratio = effect.divergence / effect.null
-            text += f", {ratio:.3g} times what random changes of the same size do"
+            text += f", {ratio:.3g} times as far as random changes of the same size"
         notes.append(text)
     for each in kept:
         of_model = [*_faults(each, failed)]
@@ -119,7 +124,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
             notes.append(f"{NAMES[each.model]} keeps {100 * min(each.kept, 1.0):.4g} % of the effect")
         below = sum(part.rounded for part in each.parts)
         if below:
-            notes.append(f"at {below} modules the difference is what rounding to {each.dtype} does")
+            notes.append(f"at {below} modules {_rounding(each)} explains the difference")
     faults += [check.text for check in checks if check.ok is False and check.name in ("over null",)]
     return tuple(dict.fromkeys([*faults, *notes]))
 
@@ -129,21 +134,21 @@ def _faults(each: KeptEffect, failed: set[tuple[str, str]]) -> Iterator[str]:
     if each.why is not None:
         yield f"{name} cannot be run: {each.why}"
     if each.lacking:
-        yield f"the files of {name} lack {_some(each.lacking)}, so that transformers draws these weights at random"
+        yield f"the files of {name} lack {_some(each.lacking)}, so transformers initializes these weights at random"
     if not each.finite:
         where = next((part.module for part in each.parts if "not finite" in part.fault), None)
         yield f"{name} gives NaN or infinities" + (f", first at {shortened(where)}" if where else "")
     yield from _by_modules(each, name)
     if each.faults:
-        yield f"{shortened(each.faults[0].module)} is where they part first"
+        yield f"{shortened(each.faults[0].module)} is the first module that differs"
         return
     if (each.model, "scale") in failed and each.scale is not None:
         yield _scaled(name, each.scale)
     elif (each.model, "kept") in failed and each.kept is not None:
         if each.dtype == "quantized" or any(part.rounded for part in each.parts):
-            yield f"rounding has eaten the change: {name} keeps {max(0.0, 100 * each.kept):.3g} % of the effect"
+            yield f"rounding has removed the change: {name} keeps {max(0.0, 100 * each.kept):.3g} % of the effect"
         else:
-            yield f"{name} keeps {100 * each.kept:.3g} % of the effect: it computes something else"
+            yield f"{name} is wrong: it keeps {100 * each.kept:.3g} % of the effect"
     for check in ("agreement", "perplexity"):
         if (each.model, check) in failed:
             yield f"{name} misses the threshold for {check}"
@@ -151,15 +156,15 @@ def _faults(each: KeptEffect, failed: set[tuple[str, str]]) -> Iterator[str]:
 
 def _scaled(name: str, scale: float) -> str:
     if abs(scale) < UNCHANGED:
-        return f"{name} is the base: nothing of the change is there"
+        return f"{name} equals the base: it contains nothing of the change"
     if scale < 0:
-        return f"{name} holds the change with its sign turned (scale x {scale:.2g})"
+        return f"{name} contains the change with the opposite sign (scale x {scale:.2g})"
     word = {2: "twice the change", 0.5: "half the change"}.get(round(scale, 1), f"{scale:.2g} times the change")
-    return f"{name} holds {word} (scale x {scale:.2g})"
+    return f"{name} contains {word} (scale x {scale:.2g})"
 
 
 def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
-    """Sentences on faulty modules: one for the model where all have one fault, else one for each kind of fault."""
+    """Yield one sentence for each kind of fault, or one for the whole model if all modules have the same fault."""
     touched = [part for part in each.parts if part.touched]
     broken = [part for part in touched if part.fault]
     other = [part for part in each.parts if not part.touched and "other weights" in part.fault]
@@ -171,7 +176,8 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
     scales = [part.scale for part in broken if part.scale is not None and _is_multiple(part)]
     if touched and len(scales) >= MOST * len(touched) and max(scales) - min(scales) < 2 * UNCHANGED:
         mean = sum(scales) / len(scales)
-        # The scale of all modules together is nearer: weak changes are rounded most, and count as much in the mean.
+        # Prefer the scale over all modules: the plain mean gives weak changes, which rounding distorts most, the same
+        # weight as strong ones.
         known = each.scale is not None and abs(each.scale - mean) < UNCHANGED
         yield _scaled(name, each.scale if known else mean)  # type: ignore[arg-type]
         broken = [part for part in broken if not _is_multiple(part)]
@@ -186,25 +192,25 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
 
 
 def _is_multiple(part: ModulePart) -> bool:
-    return "nothing of the change" in part.fault or "times the change" in part.fault or "sign turned" in part.fault
+    return "nothing of the change" in part.fault or "times the change" in part.fault or "opposite sign" in part.fault
 
 
 def _kind(part: ModulePart) -> str:
-    """A fault without its numbers, so that equal ones stand together."""
-    if part.fault.startswith("holds the change of "):
-        return "holds the change of another module"
-    return "holds another multiple of the change" if "times the change" in part.fault else part.fault
+    """Return a fault without its numbers, so that equal faults are grouped."""
+    if part.fault.startswith("contains the change of "):
+        return "contains the change of another module"
+    return "contains another multiple of the change" if "times the change" in part.fault else part.fault
 
 
 def _plural(fault: str) -> str:
-    """A fault of several modules."""
+    """Return a fault with its verb in the plural."""
     verb, _, rest = fault.partition(" ")
-    verbs = {"is": "are", "has": "have", "holds": "hold", "gives": "give", "computes": "compute"}
+    verbs = {"is": "are", "has": "have", "contains": "contain", "gives": "give", "computes": "compute"}
     return f"{verbs.get(verb, verb)} {rest}"
 
 
 def shortened(module: str) -> str:
-    """A module's name as people say it: `model.layers.3.mlp.down_proj` is `layer 3 down_proj`."""
+    """Return a short name of a module: `layer 3 down_proj` for `model.layers.3.mlp.down_proj`."""
     found = re.search(r"(?:^|\.)(?:layers?|h|blocks?|encoder\.layer)\.(\d+)\.(?:.*\.)?([^.]+)$", module)
     if found is None:
         return module or "the model"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from ..core.licences import Licence
+from ..core.licence_terms import Licence
 from ..io.locations import is_repo
 from .uris import Uri
 
@@ -99,7 +99,7 @@ def _page(data: Mapping[str, JsonValue], *parts: str) -> str:
     return text + _MARK.format(sha256(text.encode()).hexdigest())
 
 
-def _methods(adapters: Iterable[Mapping[str, Any]]) -> list[str]:
+def _methods(adapters: Iterable[Mapping[str, object]]) -> list[str]:
     listed = (found for adapter in adapters if isinstance(found := adapter.get("methods"), list))
     return sorted({_text(method) for found in listed for method in found})
 

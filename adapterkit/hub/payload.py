@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..core.licences import MAX_CARD, Licence
+from ..core.licence_terms import MAX_CARD, Licence
 from ..errors import RemoteNotFound, UnknownFormat, UsageError
 from ..io.atomic import write_bytes
 from ..io.locations import check_exists, located, source_of
@@ -59,13 +58,13 @@ def record_at(folder: Path) -> Mapping[str, object]:
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
 
 
-def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
+def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
     told = record.get("adapters")
     return tuple(a for a in told if isinstance(a, dict)) if isinstance(told, list) else ()
 
 
 def _base_of(
-    record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, Any], ...]
+    record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
     """Return the base's name and commit: from its download source, else from the adapters if all of them agree."""
     told = record.get("base_uri")

@@ -12,8 +12,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.licence_terms import BASE, Part, check_licences, conflicts, parts_of, passed_over
-from ..core.licences import Licence, licence_at, licence_called, licence_of
+from ..core.licence_terms import (
+    BASE,
+    Licence,
+    Part,
+    check_licences,
+    conflicts,
+    licence_at,
+    licence_called,
+    licence_of,
+    parts_of,
+    passed_over,
+)
 from ..errors import StorageError, storage_error
 from ..io.locations import located
 from .card import is_generated

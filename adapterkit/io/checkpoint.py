@@ -159,7 +159,11 @@ def _is_file_name(part: str) -> bool:
         return False
 
 
-def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]] | None]:
+_Index = tuple[Path, dict[str, Any]]
+"""The path and the content of an index file."""
+
+
+def _weight_files(folder: Path) -> tuple[tuple[Path, ...], _Index | None]:
     for index_name, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
         index, whole = folder / index_name, folder / single
         if index.is_file() and whole.is_file():
@@ -195,7 +199,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
     return files
 
 
-def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
+def _indexed_files(path: Path) -> tuple[tuple[Path, ...], _Index]:
     index = read_json(path, strict=True)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

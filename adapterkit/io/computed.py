@@ -13,6 +13,8 @@ from ..errors import Malformed
 from .lazy import DTYPES, Buffer, DType, Lazy, as_lazy, check_finite
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .lazy import Array as Array
     from .lazy import Leaf, Shape
 
@@ -111,7 +113,11 @@ def _exact_type(dtype: DType, factor: float) -> DType:
 
 
 def _concatenated(
-    parts: Sequence[Lazy], read: Callable[[Lazy], Array], shape: Sequence[int], dtype: Any, axis: int
+    parts: Sequence[Lazy],
+    read: Callable[[Lazy], Array],
+    shape: Sequence[int],
+    dtype: np.dtype[np.generic] | str,
+    axis: int,
 ) -> Array:
     """Concatenate parts; copy each right after reading it, while it is still in the CPU cache."""
     import numpy as np

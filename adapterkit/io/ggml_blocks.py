@@ -6,13 +6,13 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..native import loops
 from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
-    from .lazy import Array
+    from .lazy import Array, Buffer
 
 BLOCKS = {
     "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
@@ -24,7 +24,7 @@ BLOCKS = {
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
 
-def decoded(kind: str, data: Any) -> Array:
+def decoded(kind: str, data: Buffer | Array) -> Array:
     """Decode whole blocks to a flat array of float32 numbers."""
     import numpy as np
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
 from .arrange import is_moved
@@ -18,6 +18,10 @@ from .inputs import open_input
 from .lazy import DTYPES, Lazy, Span, as_array, read_span
 from .magic_bytes import GGUF
 from .written import remember, source_of
+
+if TYPE_CHECKING:
+    from .lazy import Array
+
 
 __all__ = ["PLAIN", "Gguf", "GgufFields", "GgufValue", "raw_size", "read_gguf", "read_model", "write_gguf"]
 
@@ -52,7 +56,7 @@ class GgufValue:
     value: Any
 
 
-def numbers(data: bytes, code: str) -> Any:
+def numbers(data: bytes, code: str) -> Array:
     """Return little-endian bytes as a read-only numpy array, without a Python object per number."""
     import numpy as np
 

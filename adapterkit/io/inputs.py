@@ -8,11 +8,12 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, TypeVarTuple, cast
 
 from ..errors import Malformed, Path, storage_error
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 MAX_DOCUMENT = 64 << 20
 """Largest JSON document in bytes. The largest real one, an index of 100,000 tensors, takes about 10 MB."""
@@ -86,7 +87,7 @@ def inputs_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
+def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
     """Return `read(*args)` for a file. Inside `inputs_kept`, call it once per file and repeat its result or error."""
     known = _KEPT.get()
     if known is None:

@@ -385,7 +385,7 @@ def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
 
 
 @cache
-def _kind(dtype: Any) -> DType:
+def _kind(dtype: np.dtype[np.generic]) -> DType:
     little = str(dtype.newbyteorder("<").str)
     return next(each for each in DTYPES.values() if each.numpy == little)
 

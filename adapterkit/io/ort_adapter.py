@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported, storage_error
 from .arrange import is_moved
@@ -20,6 +20,10 @@ from .inputs import open_input
 from .lazy import DTYPES, Lazy, Span
 from .magic_bytes import has_mark
 from .written import remember, source_of
+
+if TYPE_CHECKING:
+    from .lazy import Buffer
+
 
 MARK = b"TORT"
 VERSION = 1
@@ -283,7 +287,7 @@ class _Plan:
         ]
         self.numbers.append((data + 4, tensor))
 
-    def pieces(self) -> Iterator[tuple[int, Any]]:
+    def pieces(self) -> Iterator[tuple[int, Buffer]]:
         """Yield (offset, bytes) in file order; each tensor is fetched just before it is yielded."""
         order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
         order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]

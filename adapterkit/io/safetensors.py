@@ -24,6 +24,8 @@ from .written import remember, sources_of
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from .strict_json import JsonValue
+
 
 SMALL = 1 << 20
 """Computed tensors are collected up to this many bytes before they are written."""
@@ -269,7 +271,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
     return int(length)
 
 
-def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
+def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
     """Return the header, and whether it holds only strings and non-negative integers; see `load_table`."""
     try:
         fields, regular = load_table(raw.decode("utf-8"))

@@ -67,7 +67,7 @@ def load_table(text: str) -> tuple[Any, bool]:
     return value, regular
 
 
-def _load(text: str, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
+def _load(text: str, hook: Callable[[list[tuple[str, JsonValue]]], dict[str, JsonValue]] | None) -> Any:
     value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse, parse_float=_finite)
     # Only an escape can produce a lone surrogate, so most documents skip this check.
     if "\\ud" in text.lower():
@@ -106,7 +106,7 @@ def check_size(data: bytes) -> bytes:
     return bare
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, JsonValue]:
+def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()

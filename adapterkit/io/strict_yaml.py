@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Path
+
+if TYPE_CHECKING:
+    import yaml
 
 MAX_BYTES = 256 << 10
 """Largest document in bytes. NeMo configs take about 10 KB; PyYAML parses about 200 KB per second."""
@@ -50,7 +53,7 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
 
 
 @cache
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):

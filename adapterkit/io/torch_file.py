@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AdapterkitError, Malformed, Path, storage_error
 from .inputs import kept, open_input
@@ -233,7 +233,7 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
     return _lazies(path, _checked(value), places)
 
 
-def nested(path: str, value: Any, places: Places) -> Any:
+def nested(path: str, value: object, places: Places) -> object:
     """Return dicts and plain values unchanged; lazy tensors replace the views in them.
 
     Raises:
@@ -242,7 +242,7 @@ def nested(path: str, value: Any, places: Places) -> Any:
     """
     left = [_VALUES]
 
-    def made(value: Any, depth: int) -> Any:
+    def made(value: object, depth: int) -> object:
         left[0] -= 1
         if depth > _DEEPEST or left[0] < 0:
             raise damaged(f"more than {_DEEPEST} values are nested, or there are more than {_VALUES:,}", "top level")
@@ -250,8 +250,10 @@ def nested(path: str, value: Any, places: Places) -> Any:
             return _lazies(path, {"tensor": value}, places)["tensor"]
         if type(value) is dict:
             return {name: made(inner, depth + 1) for name, inner in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(made(inner, depth + 1) for inner in value)
+        if type(value) is list:
+            return [made(inner, depth + 1) for inner in value]
+        if type(value) is tuple:
+            return tuple(made(inner, depth + 1) for inner in value)
         return value
 
     return made(value, 0)
@@ -272,7 +274,7 @@ def _checked(value: object) -> dict[str, View]:
     return value
 
 
-def _unwrapped(value: dict[Any, Any]) -> object:
+def _unwrapped(value: Mapping[object, object]) -> object:
     wrapper = next((name for name in _WRAPPERS if type(value.get(name)) is dict), None)
     if wrapper is None:
         return value
@@ -369,7 +371,7 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     return dict(kept("state dict", path, read))
 
 
-def read_torch_value(path: Path) -> Any:
+def read_torch_value(path: Path) -> object:
     """Return a saved value that is more than a state dict: dicts and plain values that contain lazy tensors.
 
     Raises:

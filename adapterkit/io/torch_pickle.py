@@ -117,7 +117,7 @@ def counts(value: object) -> bool:
 
 
 def _tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: Any = None, metadata: object = None
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: object = None, metadata: object = None
 ) -> View:
     """Build the result of `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     if hooks or metadata:
@@ -133,7 +133,7 @@ def _tensor_v3(
     shape: object,
     stride: object,
     grad: object,
-    hooks: Any,
+    hooks: object,
     dtype: object,
     metadata: object = None,
 ) -> View:
@@ -155,7 +155,7 @@ def _inside(view: View) -> View:
     return view
 
 
-def _parameter(data: object, _grad: Any, hooks: Any) -> View:
+def _parameter(data: object, _grad: object, hooks: object) -> View:
     if hooks or type(data) is not View:
         raise damaged("a parameter is not a tensor, or has hooks")
     return data
@@ -165,11 +165,13 @@ def _ordered() -> dict[str, JsonValue]:
     return {}
 
 
-def _set(items: Any = ()) -> object:
+def _set(items: object = ()) -> object:
     """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names with the weights."""
-    if type(items) is not list and items != ():
+    if type(items) is list:
+        return list(items)
+    if items != ():
         raise damaged("a set is not made from a list")
-    return list(items)
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +285,7 @@ class Machine:
     def extend(self, items: Sequence[object]) -> None:
         self.top(list).extend(items)
 
-    def update(self, items: Sequence[Any]) -> None:
+    def update(self, items: Sequence[object]) -> None:
         # Refuse other keys: large integers can be chosen to collide by the million, and tuples can take long to hash.
         if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
             raise Malformed("a dict key is neither text nor a small integer", cure=ALONE)

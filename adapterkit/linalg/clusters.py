@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array
 
 TOLERANCE = 1e-4
 """scikit-learn's stopping tolerance: stop if the centers move less, relative to the mean variance of the columns."""
@@ -13,7 +16,7 @@ CLOSE = 2e-6
 """Squared distances that differ less, relative to the largest, count as a tie: float32 cannot distinguish them."""
 
 
-def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
+def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:
     """Return the cluster of each point as an int64 array `[n]`.
 
     scikit-learn (1.3 and later) computes in float32, so its result can depend on the machine if two centers are equally
@@ -30,13 +33,14 @@ def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
     """
     import numpy as np
 
-    X = np.asarray(points, dtype=np.float64)
+    X: Array = np.asarray(points, dtype=np.float64)
     X = X - X.mean(axis=0)
     # Pass probabilities, as scikit-learn does (its float32 sample weights): without them, `choice` draws differently.
     share = np.full(len(X), 1, dtype=np.float32) / np.float32(len(X))
     centers = X[np.random.RandomState(seed).choice(len(X), size=count, replace=False, p=share)]
     enough = TOLERANCE * float(np.var(X, axis=0).mean())
-    labels = before = np.full(len(X), -1)
+    labels: Array = np.full(len(X), -1)
+    before = labels
     for _ in range(rounds):
         labels = _nearest(X, centers)
         moved = _centers(X, labels, count)
@@ -51,7 +55,7 @@ def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
     return _nearest(X, centers)
 
 
-def _nearest(X: Any, centers: Any) -> Any:
+def _nearest(X: Array, centers: Array) -> Array:
     import numpy as np
 
     distances = ((X[:, None, :] - centers[None]) ** 2).sum(axis=2)
@@ -59,10 +63,11 @@ def _nearest(X: Any, centers: Any) -> Any:
         first, second = np.partition(distances, 1, axis=1)[:, :2].T
         if float((second - first).min()) <= CLOSE * float(distances.max()):
             raise _tie("which of two centers is nearer to a row")
-    return distances.argmin(axis=1)
+    nearest: Array = distances.argmin(axis=1)
+    return nearest
 
 
-def _centers(X: Any, labels: Any, count: int) -> Any:
+def _centers(X: Array, labels: Array, count: int) -> Array:
     import numpy as np
 
     if len(np.unique(labels)) < count:

@@ -5,39 +5,47 @@ No gradient flows through them, because such a method uses the base's decomposit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from .namespace import namespace
+from .namespace import N, Namespace, namespace
+
+if TYPE_CHECKING:
+    import torch
+
+Decompose = Callable[[Namespace[N], N], tuple[N, ...]]
+"""A decomposition of a matrix by the functions of a namespace."""
 
 
-def svd(W: Any) -> tuple[Any, Any, Any]:
+def svd(W: N) -> tuple[N, N, N]:
     """Return (U, S, V) with W = (U * S) @ V, thin, S descending; in W's dtype, computed in float32 or wider."""
-    parts: tuple[Any, Any, Any] = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
-    return parts
+    U, S, V = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
+    return U, S, V
 
 
-def qr(W: Any) -> tuple[Any, Any]:
+def qr(W: N) -> tuple[N, N]:
     """Return the thin (Q, R) with W = Q @ R, Q's columns orthonormal; in W's dtype, computed in float32 or wider."""
-    parts: tuple[Any, Any] = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
-    return parts
+    Q, R = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
+    return Q, R
 
 
-def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
+def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
     """Return the parts; for a torch tensor they are cached until it is freed, written to, moved or cast."""
     # Skip the cache while torch.compile traces, because a lookup would break the graph.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
     # Detect a changed tensor: `_version` counts in-place writes; `.to()` and `.data` change the other values.
-    state = W._version, W.data_ptr(), W.dtype, W.device
-    held = _memory().setdefault(W, {})
+    weight = cast("torch.Tensor", W)
+    decomposed = cast("Decompose[torch.Tensor]", decompose)
+    state = weight._version, weight.data_ptr(), weight.dtype, weight.device
+    held = _memory().setdefault(weight, {})
     if name not in held or held[name][0] != state:
-        held[name] = state, _parts(W.detach(), decompose)
-    return held[name][1]
+        held[name] = state, _parts(weight.detach(), decomposed)
+    return cast("tuple[N, ...]", held[name][1])
 
 
-def _parts(W: Any, decompose: Callable[[Any, Any], Any]) -> Any:
+def _parts(W: N, decompose: Decompose[N]) -> tuple[N, ...]:
     xp = namespace(W)
     # Compute in float32 or wider: linear algebra libraries have no 16-bit routines.
     wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
@@ -51,7 +59,8 @@ def _compiling() -> bool:
 
 
 @cache
-def _memory() -> Any:
+def _memory() -> MutableMapping[torch.Tensor, dict[str, tuple[object, tuple[torch.Tensor, ...]]]]:
     from torch.utils.weak import WeakTensorKeyDictionary
 
-    return WeakTensorKeyDictionary()
+    memory: MutableMapping[torch.Tensor, dict[str, tuple[object, tuple[torch.Tensor, ...]]]] = WeakTensorKeyDictionary()
+    return memory

@@ -6,9 +6,9 @@ without the earlier ones. Sums over random matrices are therefore formed a few m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
-from .namespace import namespace
+from .namespace import N, namespace, summed
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -19,7 +19,7 @@ CHUNK = 1 << 16
 """Random numbers in memory at a time; drawing is twice as fast if they fit in a core's cache."""
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+def philox(counter: tuple[N, N, N, N], key: tuple[N | int, N | int]) -> tuple[N, N, N, N]:
     """Return four words for a counter of four words and a key of two; words are int64 arrays of 32-bit values."""
     a, b, c, d = counter
     k, m = key
@@ -32,7 +32,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
     return a, b, c, d
 
 
-def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: Any) -> Any:
+def uniform(seeds: N, stream: int, first: int, stop: int, count: int, dtype: object) -> N:
     """Return vectors of numbers in [-1, 1), `[stop - first, seeds, count]`; vector n of a seed never changes.
 
     Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
@@ -52,34 +52,34 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 
-def combine(coefficients: Any, seeds: Any, stream: int, count: int) -> Any:
+def combine(coefficients: N, seeds: N, stream: int, count: int) -> N:
     """Return sum over n of coefficients[n] * (vector n of each seed), `[seeds, count]`, in the coefficients' dtype.
 
     A few vectors are drawn at a time. In training, they are drawn again for the gradient, which saves memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
-    total: Any = 0
-    for first in range(0, max(n, 1), step):
-        total = total + _term(coefficients[first : first + step], seeds, stream, first, count)
-    return total
+    # Without coefficients, the one term is a sum over no vectors: zeros.
+    return summed(
+        _term(coefficients[first : first + step], seeds, stream, first, count) for first in range(0, max(n, 1), step)
+    )
 
 
-def _term(coefficients: Any, seeds: Any, stream: int, first: int, count: int) -> Any:
+def _term(coefficients: N, seeds: N, stream: int, first: int, count: int) -> N:
     xp = namespace(coefficients)
     wide = xp.float64 if coefficients.dtype == xp.float64 else xp.float32
 
-    def weighed(c: Any) -> Any:
+    def weighed(c: N) -> N:
         vectors = xp.astype(uniform(seeds, stream, first, first + len(c), count, wide), c.dtype)
-        return (c @ vectors.reshape(len(c), len(seeds) * count)).reshape(len(seeds), count)
+        return (c @ vectors.reshape((len(c), len(seeds) * count))).reshape((len(seeds), count))
 
     if not getattr(coefficients, "requires_grad", False):
         return weighed(coefficients)
     from torch.utils.checkpoint import checkpoint
 
-    return checkpoint(weighed, coefficients, use_reentrant=False)
+    return cast(N, checkpoint(weighed, coefficients, use_reentrant=False))
 
 
-def _device(array: Any) -> Any:
+def _device(array: object) -> object:
     from array_api_compat import device
 
     return device(array)

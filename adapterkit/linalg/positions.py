@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ..io.lazy import as_lazy
-from .namespace import namespace
+from .namespace import N, namespace
 
 if TYPE_CHECKING:
     import torch
 
-    from ..io.lazy import Leaf
+    from ..io.lazy import Array, Leaf
 
 
-def scattered(values: Any, flat: Any, shape: tuple[int, ...]) -> Any:
+def scattered(values: N, flat: N, shape: tuple[int, ...]) -> N:
     """Return zeros of `shape`, plus the sums of `values` at the flat C-order positions `flat`."""
     size = 1
     for axis in shape:
         size *= axis
     if hasattr(values, "index_add"):
-        return values.new_zeros(size).index_add(0, flat.reshape(-1).long(), values.reshape(-1)).reshape(shape)
+        numbers, where = cast("tuple[torch.Tensor, torch.Tensor]", (values, flat))
+        total = numbers.new_zeros(size).index_add(0, where.reshape(-1).long(), numbers.reshape(-1))
+        return cast(N, total.reshape(shape))
     import numpy as np
 
-    dense = np.bincount(flat.reshape(-1).astype("int64"), values.reshape(-1), minlength=size)
-    return dense.astype(values.dtype, copy=False).reshape(shape)
+    array, at = cast("tuple[Array, Array]", (values, flat))
+    dense = np.bincount(at.reshape(-1).astype("int64"), array.reshape(-1), minlength=size)
+    return cast(N, dense.astype(array.dtype, copy=False).reshape(shape))
 
 
-def add_at(D: Any, rows: Any, columns: Any, values: Any) -> None:
+def add_at(D: N, rows: N, columns: N, values: N) -> None:
     """Compute D[rows, columns] += values in place; D may be a transposed view, and positions may repeat."""
     if hasattr(D, "index_put_"):
-        D.index_put_((rows.long(), columns.long()), values.to(D.dtype), accumulate=True)
+        out, row, column, added = cast("tuple[torch.Tensor, ...]", (D, rows, columns, values))
+        out.index_put_((row.long(), column.long()), added.to(out.dtype), accumulate=True)
         return
     import numpy as np
 
-    np.add.at(D, (rows, columns), values)
+    np.add.at(cast("Array", D), cast("tuple[Array, Array]", (rows, columns)), cast("Array", values))
 
 
-def counting(count: int, like: Any) -> Any:
+def counting(count: int, like: N) -> N:
     """Return the integers 0 to `count` - 1, on the device of another array."""
     return namespace(like).arange(count, device=getattr(like, "device", None))
 

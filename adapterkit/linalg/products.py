@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from .namespace import namespace
+from .namespace import N, namespace
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..io.lazy import Array
 
 ROWS = 16
 """Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
@@ -14,36 +19,40 @@ STRIP = 3 << 14
 """Numbers of A used at a time; they stay in the cache from one block of rows to the next."""
 
 
-def product(D: Any, B: Any, A: Any) -> None:
+def product(D: N, B: N, A: N) -> None:
     """Compute D `[m, n]` = B `[m, r]` @ A `[r, n]` in place; D may be a transposed view."""
     if hasattr(D, "copy_"):
-        D.copy_(B @ A)
-    elif not D.flags.c_contiguous and D.T.flags.c_contiguous:
-        _product(D.T, A.T, B.T)
+        cast("torch.Tensor", D).copy_(cast("torch.Tensor", B @ A))
+        return
+    out, left, right = cast("tuple[Array, Array, Array]", (D, B, A))
+    if not out.flags.c_contiguous and out.T.flags.c_contiguous:
+        _product(out.T, right.T, left.T)
     else:
-        _product(D, B, A)
+        _product(out, left, right)
 
 
-def tucker(core: Any, a: Any, inputs: Any) -> Any:
+def tucker(core: N, a: N, inputs: N) -> N:
     """Return sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
     return a @ contracted(core, inputs)
 
 
-def contracted(core: Any, inputs: Any) -> Any:
+def contracted(core: N, inputs: N) -> N:
     """Return sum_j core[i, j, *k] inputs[j, n] as `[r, in * k]`."""
     r = len(core)
-    inner = (core.reshape(r, r, -1).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
-    return inner.reshape(r, -1)
+    inner = (core.reshape((r, r, -1)).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
+    return inner.reshape((r, -1))
 
 
-def kron(w1: Any, w2: Any) -> Any:
+def kron(w1: N, w2: N) -> N:
     """Return the Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
-    return (w1[:, None, :, None] * w2[None, :, None, :]).reshape(len(w1) * len(w2), -1)
+    return (w1[:, None, :, None] * w2[None, :, None, :]).reshape((len(w1) * len(w2), -1))
 
 
-def sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
+def sides(left: N | None, right: N | None, whole: N | None) -> tuple[N, N]:
     """Return two factors of a matrix: the given ones, or `whole` and an identity of its shorter side."""
     if whole is None:
+        assert left is not None
+        assert right is not None
         return left, right
     xp, (rows, columns) = namespace(whole), whole.shape
     identity = xp.eye(min(rows, columns), dtype=whole.dtype, device=getattr(whole, "device", None))
@@ -65,7 +74,7 @@ def even_split(size: int, factor: int = -1) -> tuple[int, int]:
     return small, size // small
 
 
-def _product(D: Any, B: Any, A: Any) -> None:
+def _product(D: Array, B: Array, A: Array) -> None:
     from numpy import matmul
 
     m, n = D.shape

@@ -6,12 +6,18 @@ Linear algebra runs in float32 or wider, because libraries have no 16-bit solver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..errors import Malformed, ShapeMismatch
-from .namespace import namespace
-from .torch_draws import seeded
+from .namespace import N, Numbers, namespace
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..io.lazy import Array
 
 
 def block_size(pairs: int) -> int:
@@ -22,7 +28,7 @@ def block_size(pairs: int) -> int:
     return b if b * (b - 1) // 2 == pairs else 0
 
 
-def skew(pairs: Any) -> Any:
+def skew(pairs: N) -> N:
     """Return skew-symmetric matrices `[..., b, b]` from their upper triangles, row by row, `[..., b*(b-1)/2]`."""
     xp, b = namespace(pairs), block_size(pairs.shape[-1])
     if b < 2:
@@ -36,12 +42,12 @@ def skew(pairs: Any) -> Any:
     return upper - upper.mT
 
 
-def cayley(Q: Any) -> Any:
+def cayley(Q: N) -> N:
     """Return (I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
     return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
 
 
-def orthonormal_rows(R: Any) -> Any:
+def orthonormal_rows(R: N) -> N:
     """Orthonormalize the rows `[r, n]` by Gram-Schmidt; rows that are already orthonormal do not change.
 
     Raises:
@@ -56,25 +62,25 @@ def orthonormal_rows(R: Any) -> Any:
         raise _dependent(R) from None
 
 
-def _orthonormal(R: Any) -> Any:
+def _orthonormal(R: N) -> N:
     xp = namespace(R)
     square = R @ R.mT
     L = xp.linalg.cholesky(square)
     # Check the lengths: rounding may leave a dependent row with a length just above 0, whose direction is noise.
     if _has_values(R):
-        left, was = (L * L).diagonal(), square.diagonal()
-        if bool((left <= 16 * len(R) * xp.finfo(R.dtype).eps * was).any()):
+        left, was = xp.linalg.diagonal(L * L), xp.linalg.diagonal(square)
+        if bool(xp.any(left <= 16 * len(R) * xp.finfo(R.dtype).eps * was)):
             raise _dependent(R)
     return xp.linalg.solve(L, R)
 
 
-def _dependent(R: Any) -> Malformed:
+def _dependent(R: Numbers) -> Malformed:
     why = f"{R.shape[0]} rows of {R.shape[1]} numbers that depend on each other cannot be made orthonormal"
     cure = "Train from orthonormal rows, as initialisers draw them, or set orthogonality to False"
     return Malformed(why, where="projection", cure=cure)
 
 
-def _has_values(array: Any) -> bool:
+def _has_values(array: object) -> bool:
     """Whether Python can read the numbers; it cannot in graphs, traces and transforms."""
     import numpy as np
 
@@ -90,7 +96,7 @@ def _has_values(array: Any) -> bool:
     return plain and torch._C._get_tracing_state() is None and peek_interpreter_stack() is None
 
 
-def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
+def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), whose last term counts once.
 
     The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms give
@@ -111,7 +117,7 @@ def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
     return R
 
 
-def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
+def shortened(Q: N, square: N, most: float, more: float) -> N:
     """Scale Q to norm `most` if |Q| + more exceeds `most`; `square` is |Q|^2. Gradients are defined at |Q| = 0."""
     # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
@@ -119,42 +125,41 @@ def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
     return Q * where(long, most / (norm + more), norm * 0 + 1)
 
 
-def shortened_blocks(Q: Any, eps: float) -> Any:
+def shortened_blocks(Q: N, eps: float) -> N:
     """Limit the norm of each block of Q to its share of eps, as in COFT."""
     return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
 
 
-def turned(Q: Any, terms: int, doubled: bool) -> Any:
+def turned(Q: N, terms: int, doubled: bool) -> N:
     """Return rotations from skew-symmetric Q: the exact Cayley transform for 0 terms, else `neumann`."""
     return neumann(Q, terms, doubled) if terms else cayley(Q)
 
 
-def turn_columns(X: Any, R: Any) -> Any:
+def turn_columns(X: N, R: N) -> N:
     """Multiply each block of columns of X `[rows, n * b]` by the transpose of its R in `[n, b, b]` (or `[b, b]`)."""
-    blocks = X.reshape(len(X), -1, R.shape[-1]).swapaxes(0, 1)
+    blocks = X.reshape((len(X), -1, R.shape[-1])).swapaxes(0, 1)
     return (blocks @ R.mT).swapaxes(0, 1).reshape(X.shape)
 
 
-def turn_rows(X: Any, R: Any) -> Any:
+def turn_rows(X: N, R: N) -> N:
     """Multiply each block of rows of X `[n * b, ...]` from the left by the transpose of its R (or of a single R)."""
-    return (R.mT @ X.reshape(-1, R.shape[-1], math.prod(X.shape[1:]))).reshape(X.shape)
+    return (R.mT @ X.reshape((-1, R.shape[-1], math.prod(X.shape[1:])))).reshape(X.shape)
 
 
-def identity(like: Any) -> Any:
+def identity(like: N) -> N:
     """Return the identity with the size, dtype and device of square matrices."""
     return namespace(like).eye(like.shape[-1], **_kind(like))
 
 
-def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
-    """Return f(X), an array or a tuple of arrays; for 16-bit inputs, compute in float32 and round the result."""
+def in_float32(f: Callable[[N], N], X: N) -> N:
+    """Return f(X); for 16-bit inputs, compute in float32 and round the result."""
     xp = namespace(X)
     if xp.finfo(X.dtype).bits > 16:
         return f(X)
-    out = f(xp.astype(X, xp.float32))
-    return tuple(xp.astype(part, X.dtype) for part in out) if isinstance(out, tuple) else xp.astype(out, X.dtype)
+    return xp.astype(f(xp.astype(X, xp.float32)), X.dtype)
 
 
-def singular(W: Any) -> tuple[Any, Any, Any]:
+def singular(W: N) -> tuple[N, N, N]:
     """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, as in PEFT.
 
     The signs and last digits depend on the library, and adapters depend on both. So torch computes them for numpy
@@ -163,40 +168,74 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
     Raises:
         ShapeMismatch: the weight has a kernel.
     """
-    import numpy as np
     import torch
 
     if len(W.shape) != 2:
         raise ShapeMismatch(f"a weight {list(W.shape)} has no singular values", cure="Choose linear layers only")
-
-    live = isinstance(W, torch.Tensor)
-    host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
-    U, S, V = (
-        part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype)
-        for part in torch.linalg.svd(host, full_matrices=False)
-    )
-    return U, S, V
+    U, S, V = torch.linalg.svd(_on_host(W), full_matrices=False)
+    return _like(W, U), _like(W, S), _like(W, V)
 
 
-def singular_by_sketch(W: Any, r: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
+def singular_by_sketch(W: N, r: int, steps: int, seed: int) -> tuple[N, N, N]:
     """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
 
     The algorithm starts from random numbers. They are drawn by torch's CPU generator with `seed`, as in PEFT, for
     arrays of any library.
     """
+    import torch
+
+    host = _on_host(W)
+    with seeded(seed):
+        U, S, V = torch.svd_lowrank(host, q=r, niter=steps)
+    return _like(W, U), _like(W, S), _like(W, V.T.contiguous())
+
+
+def _on_host(W: Numbers) -> torch.Tensor:
+    """Return the numbers as a float32 tensor on the CPU."""
     import numpy as np
     import torch
 
-    live = isinstance(W, torch.Tensor)
-    host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
-    with seeded(seed):
-        U, S, V = torch.svd_lowrank(host, q=r, niter=steps)
-    return tuple(
-        part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype) for part in (U, S, V.T.contiguous())
-    )  # type: ignore[return-value]
+    return (W.detach() if isinstance(W, torch.Tensor) else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
 
 
-def _kind(array: Any) -> dict[str, Any]:
+def _like(W: N, part: torch.Tensor) -> N:
+    """Return a tensor on the CPU as an array of W's library, with W's dtype."""
+    import torch
+
+    if isinstance(W, torch.Tensor):
+        return cast(N, part.to(W))
+    return cast(N, part.numpy().astype(cast("Array", W).dtype))
+
+
+def _kind(array: Numbers) -> _Kind:
     from array_api_compat import device
 
     return {"dtype": array.dtype, "device": device(array)}
+
+
+class _Kind(TypedDict):
+    """The dtype and device of an array, as arguments of the functions that create arrays."""
+
+    dtype: object
+    device: object
+
+
+# Seed torch's global generator for a block of code, one block at a time.
+
+
+_ONE_AT_A_TIME = RLock()
+"""All threads of a process share the generator, so that two workers of a merge would draw each other's numbers."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator within the block, and restore it afterwards; other threads wait for the block to end.
+
+    For functions of torch that take no generator, such as `torch.svd_lowrank`. Threads that draw without `seeded` are
+    not held up.
+    """
+    import torch
+
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -22,7 +22,7 @@ from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..core.licences import Licence
+    from ..core.licence_terms import Licence
     from ..io.resolving import PlacedOutput, StreamedBase
     from ..ops.resizing import Cut
     from .companions import Companions
@@ -489,8 +489,7 @@ def _licences(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
 ) -> dict[str, Licence]:  # fmt: skip
     """Return the licences in the cards of base and adapters, by the names that messages use for base and adapters."""
-    from ..core.licence_terms import BASE
-    from ..core.licences import licence_at, licence_called
+    from ..core.licence_terms import BASE, licence_at, licence_called
     from ..core.metadata import metadata_of
 
     places = {BASE: planned.base.root}

@@ -10,10 +10,11 @@ import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import UsageError
 from ..io.lazy import DType, as_array, as_lazy, first_in, for_formulas
+from ..linalg.namespace import Numbers
 
 if TYPE_CHECKING:
     import torch
@@ -25,41 +26,6 @@ CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
 """Size in bytes of an allocation that raises glibc's mmap threshold; glibc limits the threshold to 32 MiB."""
-
-
-class Numbers(Protocol):
-    """An array of numpy or torch, with the operations of both that a merge needs."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any, /) -> Self: ...
-
-    def __setitem__(self, key: Any, value: Any, /) -> None: ...
-
-    def __add__(self, other: Any, /) -> Self: ...
-
-    def __iadd__(self, other: Any, /) -> Self: ...
-
-    def __sub__(self, other: Any, /) -> Self: ...
-
-    def __mul__(self, other: Any, /) -> Self: ...
-
-    def __rmul__(self, other: Any, /) -> Self: ...
-
-    def __truediv__(self, other: Any, /) -> Self: ...
-
-    def __matmul__(self, other: Any, /) -> Self: ...
-
-    def __float__(self) -> float: ...
-
-    def reshape(self, shape: tuple[int, ...], /) -> Self: ...
-
-    def swapaxes(self, one: int, other: int, /) -> Self: ...
-
-    def sum(self) -> Self: ...
 
 
 class Arrays(Protocol):

@@ -12,7 +12,7 @@ from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .arrays import Numbers
+    from ..linalg.namespace import Numbers
     from .planned_update import PlannedUpdate
 
 

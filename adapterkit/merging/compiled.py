@@ -1,7 +1,8 @@
-"""Blocks of a tensor for the compiled loop, whose changes are all low-rank products of numpy arrays.
+"""Blocks of a tensor for the compiled loops, whose changes are low-rank products of numpy arrays, or DoRA's.
 
 Adapters often change only parts of a tensor, such as q, k and v in one fused weight. The rows are cut into segments
-with the same changes, and the factors of all changes in a segment are joined into one product.
+with the same changes, and the factors of all changes in a segment are joined into one product. A segment with a DoRA
+has no other change.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-from ..core.updates import Additive, Update
-from .kernel import LEAST, LowRankSum, takes
+from ..core.updates import Additive, Update, WeightUpdate
+from .kernel import LEAST, LowRankSum, NormalizedSum, takes
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
-    from .arrays import Numbers
+    from ..linalg.namespace import Numbers
     from .blocks import Block
     from .planned import Output
     from .planned_update import PlannedUpdate
@@ -45,9 +46,13 @@ def lowrank_blocks(output: Output, folds: Sequence[tuple[PlannedUpdate, list[Upd
     shape, stacked = output.shape, any(fold.target.stacked for fold, _ in folds)
     if not folds or len(shape) < 2 + stacked or not takes(output.source.dtype, output.dtype):
         return None
-    if not all(_is_sum(fold, shape, stacked) for fold, _ in folds):
+    normalizing = [_is_normalizing(fold, updates, stacked) for fold, updates in folds]
+    if not all(norm or _is_sum(fold, shape, stacked) for norm, (fold, _) in zip(normalizing, folds, strict=True)):
         return None
-    return LowRankBlocks(output, folds, _segments([fold for fold, _ in folds], shape[int(stacked)]))
+    segments = _segments([fold for fold, _ in folds], shape[int(stacked)])
+    if any(len(each.changes) > 1 and any(normalizing[position] for position in each.changes) for each in segments):
+        return None
+    return LowRankBlocks(output, folds, segments)
 
 
 def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
@@ -58,6 +63,14 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
         return True
     # Refuse a target with rows (they are columns of the tensor) or with a kernel (its axes are not in the rows).
     return fold.target.rows is None and len(shape) == 2 + stacked
+
+
+def _is_normalizing(fold: PlannedUpdate, updates: list[Update], stacked: bool) -> bool:
+    """Whether an update scales the rows of the stored tensor to a magnitude, as DoRA does, at full weight."""
+    if len(updates) != 1 or fold.weight != 1 or fold.bias or fold.target.stacked != stacked or fold.axis != "out":
+        return False
+    own = updates[0]
+    return isinstance(own, WeightUpdate) and type(own).normalized is not WeightUpdate.normalized
 
 
 def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
@@ -86,17 +99,19 @@ class LowRankBlocks:
         self.output, self.folds, self.segments = output, folds, segments
         self.width = math.prod(output.shape[1 + folds[0][0].target.stacked :])
         self._expert: int | None = None
-        self._sums: dict[Segment, LowRankSum | None] = {}
+        self._sums: dict[Segment, LowRankSum | NormalizedSum | None] = {}
 
-    def add(self, raw: Numbers, out: Numbers, block: Block) -> bool:
-        """Write raw and all changes of a block into `out`, rounded once; both are flat.
+    def write(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float] | None:
+        """Write a block with all its changes into `out`, rounded once; `raw` is the base; both are flat.
 
         Returns:
-            False if the block is too small to be worth it, a change is not a low-rank product, or an element is in
-            doubt; then `out` is undefined.
+            The squared norms of the changes that depend on the base, by index of the planned update. None if the block
+            is too small to be worth it, a change is not of a form that the loops compute, or an element is in doubt;
+            then `out` is undefined.
         """
         if block.elements < LEAST:
-            return False
+            return None
+        norms: dict[int, float] = {}
         if block.expert != self._expert:
             self._expert, self._sums = block.expert, {}
         given, made = cast("tuple[Array, Array]", (raw, out))
@@ -111,14 +126,30 @@ class LowRankBlocks:
             change = self._sum(segment)
             kinds = self.output.source.dtype, self.output.dtype
             rows = start - segment.start, stop - segment.start
-            if change is None or not change.add(given[here], made[here], kinds, *rows):
-                return False
-        return True
+            norm = None if change is None else change.write(given[here], made[here], kinds, *rows)
+            if norm is None:
+                return None
+            if isinstance(change, NormalizedSum):
+                position = segment.changes[0]
+                norms[position] = norms.get(position, 0.0) + norm
+        return norms
 
-    def _sum(self, segment: Segment) -> LowRankSum | None:
+    def _sum(self, segment: Segment) -> LowRankSum | NormalizedSum | None:
         if segment not in self._sums:
-            self._sums[segment] = self._joined(segment)
+            self._sums[segment] = self._normalized(segment) or self._joined(segment)
         return self._sums[segment]
+
+    def _normalized(self, segment: Segment) -> NormalizedSum | None:
+        """Return the update of a segment that scales its rows to a magnitude; None if its changes are sums."""
+        fold, (update, *_) = self.folds[segment.changes[0]]
+        own = update if self._expert is None else update.expert(self._expert)
+        parts = own.normalized() if isinstance(own, WeightUpdate) else None
+        if parts is None:
+            return None
+        magnitude, B, A = cast("tuple[Array, Array, Array]", parts)
+        offset = _span(fold, segment.stop)[0]
+        rows = slice(segment.start - offset, segment.stop - offset)
+        return NormalizedSum(magnitude[rows], B[rows], A)
 
     def _joined(self, segment: Segment) -> LowRankSum | None:
         """Return all changes of a segment as one product; None if one is not a product, or the rank is too large."""

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..io.lazy import Array, DType, Leaf
-    from .arrays import Arrays, Numbers, Workspace
+    from ..linalg.namespace import Numbers
+    from .arrays import Arrays, Workspace
     from .planned_update import PlannedUpdate
 
 
@@ -145,7 +146,8 @@ def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
     if not stacked:
         return cast("Numbers", update.new_weight(_tensor(W)))
     xp = namespace(W)
-    return cast("Numbers", xp.stack([update.expert(e).new_weight(_tensor(W[e])) for e in range(W.shape[0])]))
+    experts = [update.expert(e).new_weight(_tensor(W[e])) for e in range(W.shape[0])]
+    return xp.stack(cast("list[Numbers]", experts))
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
@@ -285,6 +287,7 @@ class BlockMerger:
         """
         # Touch as little memory as each case allows, because merges are limited by memory bandwidth. A cast needs no
         # float64 image of the block, a sum is added to the base in one operation, other formulas need the image.
+        watched = self.watched
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
             return {}
@@ -292,8 +295,10 @@ class BlockMerger:
             work = self._image(raw, block)
             norms = self._fold(work, block)
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
-        elif self._compiled is not None and self._compiled.add(raw, out, block):
-            norms = {}
+        elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
+            norms = written
+            # The loop leaves blocks to numpy in which a row that it scales is not finite.
+            watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
             self.arrays.add(raw, self._sum(block), out)
@@ -303,7 +308,7 @@ class BlockMerger:
             self.arrays.assign(out, work.reshape((-1,)))
         source, finite = self.output.source.dtype, self.arrays.finite
         # Refuse only NaNs and infinities that the merge makes; those in the base are kept.
-        if self.watched and not finite(out, self.output.dtype) and finite(raw, source):
+        if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"the merge gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
@@ -453,7 +458,7 @@ def _tensor(array: Numbers) -> torch.Tensor:
 
 def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
     for update in updates:
-        view += weight * update.delta(tuple(view.shape))
+        view += cast("Numbers", weight * update.delta(tuple(view.shape)))
 
 
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:

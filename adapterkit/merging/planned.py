@@ -23,7 +23,7 @@ from .planned_updates import AdapterSource
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
-    from ..core.licences import Licence
+    from ..core.licence_terms import Licence
     from ..io.strict_json import JsonValue
     from ..quant import Packed
     from .arrays import Workspace

@@ -13,13 +13,21 @@ import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ..errors import AdapterkitError
 from ..io.atomic import sync_folder, write_bytes
 from ..io.staging import Move, Staging, clear, files_below, record_of
 
 Norms = dict[str, list[float]]
+
+
+class _Finished(TypedDict):
+    """What is recorded about a finished file: its norms, and (offset, number of bytes, sha256) of each run."""
+
+    norms: Norms
+    runs: list[tuple[int, int, str]]
+
 
 SUFFIX = "merging"
 
@@ -66,15 +74,14 @@ class StagingDir(Staging):
 
     def norms_of(self, name: str) -> Norms:
         """Return the norms that were recorded when a file was finished."""
-        found: Norms = self._found(name)["norms"]
-        return found
+        return self._found(name)["norms"]
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
         """Return the checksums of a finished file: (offset, number of bytes, sha256) of each run."""
         return [(start, nbytes, digest) for start, nbytes, digest in self._found(name)["runs"]]
 
-    def _found(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self._norms / f"{name}.json").read_text())
+    def _found(self, name: str) -> _Finished:
+        found: _Finished = json.loads((self._norms / f"{name}.json").read_text())
         return found
 
     def apart(self) -> StagingDir:

@@ -18,7 +18,7 @@ from ..naming.ties import Tie, is_embedding, is_head, kept_tied, ties_by_default
 from .planned_update import PlannedUpdate
 
 if TYPE_CHECKING:
-    from ..core.adapter import Adapter
+    from ..core.adapter import Adapter, Step
     from ..io.lazy import Array, Leaf
     from ..io.strict_json import JsonValue
 
@@ -274,7 +274,7 @@ def _extracted(adapter: Adapter) -> str | None:
     return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 
 
-def _tools(recipe: Iterable[Any]) -> set[str]:
+def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
     """Return the formats in an adapter's lineage; `create` or `extract` if this library created the adapter."""
     found: set[str] = set()
     for step in recipe:

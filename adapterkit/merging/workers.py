@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
 from ..io.direct import BUFFER, OpenFiles, Writer, read_all
 from ..io.lazy import DType, Lazy
-from .arrays import Arrays, Numbers, TorchArrays, Workspace
+from ..linalg.namespace import Numbers
+from .arrays import Arrays, TorchArrays, Workspace
 from .blocks import Block, blocks, runs
 from .checksums import Run, digest_of
 from .compute import BlockMerger

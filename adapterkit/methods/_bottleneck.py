@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import Unsupported
@@ -53,7 +53,7 @@ class Sublayer(OutputUpdate):
         change, first = self.changed(read, layer), self.adapter_residual_before_ln
         return self.after(change + skip, layer) if first else self.after(change, layer) + skip
 
-    def read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
+    def read(self, hidden: Tensor, residual: Tensor | None, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the adapter's input and the input of its own skip connection."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Additive, Rule, attribute, tensor
 from ..linalg.positions import random_positions
@@ -40,8 +40,10 @@ class Coefficients(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         out, in_ = W.shape
         flat = random_positions(SEED, out * in_, rank)
         index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
-        return cls(outputs=out, inputs=in_, **{"index": index, "spectrum": W.new_zeros(len(flat)), **attributes})
+        return cls.from_fields(
+            outputs=out, inputs=in_, **{"index": index, "spectrum": W.new_zeros(len(flat)), **attributes}
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core.updates import OutputUpdate, Rule, tensor
 from ..errors import ShapeMismatch, UsageError
@@ -60,13 +60,13 @@ class AcrossGroups(OutputUpdate):
         h = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
         return layer.mix(h, self.across()) * self.scaling
 
-    def across(self) -> Any:
+    def across(self) -> Tensor:
         """Return B as the matrix `[out, r]` that mixes all outputs of A; entries between groups are 0."""
         out, share = self.B.shape
         return block_diagonal(self.B.reshape(self.groups, out // self.groups, share))
 
 
-def fresh_pair(W: Any, rank: int, groups: int, random: Random) -> dict[str, Any]:
+def fresh_pair(W: Tensor, rank: int, groups: int, random: Random) -> dict[str, Tensor]:
     """Return a random A and a B of zeros for a weight `[out, in / groups, *k]`.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.updates import WeightUpdate, tensor
 
@@ -23,7 +23,7 @@ class InPlace(WeightUpdate):
         """Return the part of W to remove; its rank is at most r."""
         raise AssertionError("each method defines it")
 
-    def left(self) -> Any:
+    def left(self) -> Tensor:
         """Return the left factor, which multiplies A."""
         return self.B
 

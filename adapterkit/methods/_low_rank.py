@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.updates import Additive, of_pair
 from ..errors import NotMergeable
@@ -44,7 +44,7 @@ class LowRank(Additive):
         return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B)
 
 
-def block_diagonal(blocks: Any) -> Any:
+def block_diagonal(blocks: Tensor) -> Tensor:
     """Place blocks `[n, rows, columns]` on the diagonal of a matrix `[n * rows, n * columns]`."""
     n, rows, columns = blocks.shape
     identity = namespace(blocks).eye(n, dtype=blocks.dtype, device=getattr(blocks, "device", None))

@@ -5,7 +5,7 @@ Not a method itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..core.updates import OutputUpdate
 from ..linalg.activations import softmax
@@ -35,13 +35,13 @@ def mixed(x: Tensor, shares: Tensor, A: Tensor, B: Tensor, layer: Layer) -> Tens
     return layer.mix(h.reshape(*h.shape[:-2], experts * r), B.swapaxes(0, 1).reshape(-1, experts * r))
 
 
-def best(scores: Any, count: int) -> Any:
+def best(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the `count` largest entries along the last axis; among equal entries, the first ones."""
     xp = namespace(scores)
     return xp.argsort(xp.argsort(-scores, axis=-1), axis=-1) < count
 
 
-def softmax_among(scores: Any, chosen: Any) -> Any:
+def softmax_among(scores: Tensor, chosen: Tensor) -> Tensor:
     """Return shares along the last axis: they add up to 1 over the chosen entries, and are 0 for the others."""
     xp = namespace(scores)
     return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

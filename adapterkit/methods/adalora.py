@@ -7,7 +7,7 @@ with the matching rows of A and columns of B, and may drop all of them.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import tensor
 from ._low_rank import LowRank
@@ -30,10 +30,10 @@ class AdaLoRA(LowRank):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         columns = math.prod(W.shape[1:])
         A, B = random((rank, columns)) / columns**0.5, random((len(W), rank)) / rank**0.5
-        return cls(A=A, B=B, E=W.new_zeros(rank), **attributes)
+        return cls.from_fields(A=A, B=B, E=W.new_zeros(rank), **attributes)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.scaling * self.B * self.E, self.A

@@ -7,7 +7,7 @@ bias is treated as one more column of W, and changes by way of `basis_bias`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.namespace import namespace
@@ -42,11 +42,11 @@ class AdaMSS(LowRank):
     seed: int = 0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Create groups of consecutive rows, all of the same size; only PEFT's files have groups from k-means."""
         groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
         rows = namespace(W).arange(len(W), device=W.device)
-        return cls(
+        return cls.from_fields(
             A=random((groups, 1, r)) / r**0.5, B=W.new_zeros(len(W), 1), basis=singular(W)[2][:r] * 1,
             group=rows * groups // len(W), ranks=rows[:groups] * 0 + 1, **attributes,
         )  # fmt: skip
@@ -65,13 +65,13 @@ class AdaMSS(LowRank):
         y, d = super().forward(x, layer), self.bias_delta()
         return y if d is None else y + layer.per_channel(d)
 
-    def _placed(self) -> Any:
+    def _placed(self) -> Tensor:
         """Return B as `[out, g * w]`: each row's numbers stand in the columns of its group, all others are 0."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         own = own[xp.astype(self.group, xp.int64)]
         return (own[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
 
-    def _rows(self) -> Any:
+    def _rows(self) -> Tensor:
         """Return all A as `[g * w, r]`."""
         return self.A.reshape(-1, self.A.shape[2])

@@ -5,7 +5,7 @@ The target is an attention. Keys and values are the attention's own projections 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, tensor
 from ..linalg.namespace import namespace
@@ -32,8 +32,8 @@ class AdaptionPrompt(ContextUpdate):
     projected: bool = True
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(P=random((rank, len(W))), gate=W.new_zeros(1), **attributes)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        return cls.from_fields(P=random((rank, len(W))), gate=W.new_zeros(1), **attributes)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         xp = namespace(q)

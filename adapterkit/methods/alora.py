@@ -7,7 +7,8 @@ keep the base's output, so a cache computed by the base is valid for them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ..errors import UsageError
@@ -38,14 +39,24 @@ class ALoRA(Routed):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        if "invocation" not in attributes:
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        invocation: Sequence[int] | Tensor | None = None,
+        **attributes: object,
+    ) -> Self:
+        if invocation is None:
             raise UsageError(
                 "no invocation given", where="invocation", cure="Pass invocation=, a list of token numbers"
             )
-        invocation: Any = namespace(W).asarray(attributes.pop("invocation"))
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
+        return cls.from_fields(
+            A=A, B=W.new_zeros(len(W), rank), invocation=namespace(W).asarray(invocation), **attributes
+        )
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         change = layer.mix(layer.mix(x, self.A), self.B)
@@ -55,7 +66,7 @@ class ALoRA(Routed):
         added: Tensor = xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
         return layer(x) + added
 
-    def _active(self, ids: Any, x: Any) -> Any:
+    def _active(self, ids: Tensor, x: Tensor) -> Tensor:
         """Return a mask of the positions of x from an invocation on; x holds the last tokens of the sequence."""
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
             why = f"the layer's input is {list(x.shape)}, but the model reads {list(ids.shape)} tokens"
@@ -70,13 +81,12 @@ class ALoRA(Routed):
         whole = xp.concat([xp.astype(own * 0, ids.dtype), xp.astype(active, ids.dtype)], axis=-1)
         return xp.take_along_axis(whole, places, axis=-1) > 0
 
-    def _begins(self, ids: Any) -> Any:
+    def _begins(self, ids: Tensor) -> Tensor:
         """Return a mask of the positions at which an invocation begins."""
         xp, behind = namespace(ids), len(self.invocation) - 1
         none = 0 * ids[:, :1] - 1
         ids = xp.concat([ids, *[none] * behind], axis=-1)
-        begins = None
-        for place in range(behind + 1):
-            same = ids[:, place : (place - behind) or None] == self.invocation[place]
-            begins = same if begins is None else begins & same
+        begins = ids[:, : -behind or None] == self.invocation[0]
+        for place in range(1, behind + 1):
+            begins = begins & (ids[:, place : (place - behind) or None] == self.invocation[place])
         return begins

@@ -72,6 +72,7 @@ class Arrow(Routed):
         assert self.A is not None
         assert self.B is not None
         assert self.prototypes is not None
+        assert self.strengths is not None
         likeness = abs(layer.mix(x, self.prototypes))
         shares = softmax_among(likeness / self.temperature, best(likeness, self.top_k)) * self.strengths
         return layer(x) + self.scaling * mixed(x, shares, self.A, self.B, layer)

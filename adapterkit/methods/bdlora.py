@@ -6,7 +6,7 @@ each block of B writes 1/n of the outputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..errors import ShapeMismatch
@@ -33,17 +33,27 @@ class BDLoRA(LowRank):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        A_blocks: int = 0,
+        B_blocks: int | None = None,
+        **attributes: object,
+    ) -> Self:
         """Start with B = 0. `B_blocks=n` makes n blocks of B, `A_blocks=n` makes n of A; the default is 2 of B."""
-        (out, in_), n = W.shape, int(attributes.pop("A_blocks", 0))
-        m = int(attributes.pop("B_blocks", 0 if n else 2))
+        (out, in_), n = W.shape, int(A_blocks)
+        m = int(B_blocks) if B_blocks is not None else 0 if n else 2
         if rank % (n or m) or (in_ % n if n else out % m):
             why = f"a weight {[out, in_]} does not split into {n or m} blocks of rank {rank}"
             raise ShapeMismatch(why, cure="Pass a rank and numbers of blocks that divide evenly")
         A = random((n, rank // n, in_ // n)) if n else random((rank, in_))
         B = W.new_zeros(out, rank) if n else W.new_zeros(m, out // m, rank // m)
         names = ("A_blocks", "B") if n else ("A", "B_blocks")
-        return cls(**dict(zip(names, (A / in_**0.5, B), strict=True)), **attributes)
+        return cls.from_fields(**dict(zip(names, (A / in_**0.5, B), strict=True)), **attributes)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A, B = _whole(self.A, self.A_blocks), _whole(self.B, self.B_blocks)
@@ -55,5 +65,8 @@ class BDLoRA(LowRank):
         return self.replace(A=A, B=B, A_blocks=None, B_blocks=None)
 
 
-def _whole(factor: Any, blocks: Any) -> Any:
-    return factor if blocks is None else block_diagonal(blocks)
+def _whole(factor: Tensor | None, blocks: Tensor | None) -> Tensor:
+    if factor is not None:
+        return factor
+    assert blocks is not None
+    return block_diagonal(blocks)

@@ -7,7 +7,7 @@ chunks of b / 2 with even numbers, then the odd ones. With a single factor, the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.rotations import cayley, turn_columns
@@ -38,10 +38,10 @@ class BOFT(WeightUpdate):
     s: Tensor = tensor("out")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         width = math.prod(W.shape[1:])
         size = math.gcd(rank, width)
-        return cls(R=W.new_zeros(1, width // size, size, size), s=W.new_ones(len(W)), **attributes)
+        return cls.from_fields(R=W.new_zeros(1, width // size, size, size), s=W.new_ones(len(W)), **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         X, size = W.reshape(len(W), -1), self.R.shape[-1]

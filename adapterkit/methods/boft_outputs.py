@@ -7,7 +7,7 @@ also rotates the bias (`on_output`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..linalg.rotations import cayley, shortened, turn_rows
@@ -40,9 +40,9 @@ class BOFTOutputs(WeightUpdate):
     on_output: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         size = max(n for n in range(2, max(rank, 2) + 1, 2) if len(W) % n == 0 or n == 2)
-        return cls(square=W.new_zeros(1, len(W) // size, size, size), **attributes)
+        return cls.from_fields(square=W.new_zeros(1, len(W) // size, size, size), **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         Q = self.square.mT - self.square

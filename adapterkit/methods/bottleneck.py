@@ -7,7 +7,7 @@ Adapter+ (Steitz and Roth 2024, https://arxiv.org/abs/2406.06820). They differ o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import tensor
 from ..linalg.activations import ACTIVATIONS
@@ -31,10 +31,10 @@ class Bottleneck(Narrow):
     up_bias: Tensor | None = tensor("hidden", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         hidden = len(W)
         down, zeros = random((rank, hidden)) / hidden**0.5, W.new_zeros(hidden)
-        return cls(
+        return cls.from_fields(
             down=down, down_bias=zeros[:1].repeat(rank), up=W.new_zeros(hidden, rank), up_bias=zeros, **attributes
         )
 

@@ -6,7 +6,7 @@ Element (i, j) of the block (m, n) is kernel[m, n, (j - i) mod b] / in. D acts a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import Additive, tensor
 from ..io.computed import times
@@ -27,10 +27,10 @@ class C3A(Additive):
     kernel: Tensor = tensor("out/b in/b b")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         common = math.gcd(*W.shape)
         size = max(n for n in range(1, min(rank, common) + 1) if common % n == 0)
-        return cls(**{"kernel": W.new_zeros(W.shape[0] // size, W.shape[1] // size, size), **attributes})
+        return cls.from_fields(**{"kernel": W.new_zeros(W.shape[0] // size, W.shape[1] // size, size), **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(kernel=times(self.kernel, weight))

@@ -6,7 +6,7 @@ W_i) + bias. All layers may share the rules, or whole factors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from ..core.updates import tensor
 from ..linalg.activations import ACTIVATIONS
@@ -47,11 +47,11 @@ class Compacter(Narrow):
     up_bias: Tensor | None = tensor("hidden", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         hidden, n = len(W), next(n for n in (4, 3, 2, 1) if not len(W) % n and not rank % n)
         rule, left = random((n, n, n)), random((n, hidden // n, 1)) / (hidden // n) ** 0.5
         right, up_left = random((n, 1, rank // n)), random((n, rank // n, 1)) / (rank // n) ** 0.5
-        return cls(
+        return cls.from_fields(
             down_rule=rule, down_left=left, down_right=right, down_bias=W.new_zeros(rank), up_rule=rule,
             up_left=up_left, up_right=W.new_zeros(n, 1, hidden // n), up_bias=W.new_zeros(hidden), **attributes,
         )  # fmt: skip
@@ -61,12 +61,12 @@ class Compacter(Narrow):
         inner = ACTIVATIONS[self.non_linearity](biased(layer.mix(h, down), self.down_bias, layer))
         return biased(layer.mix(inner, up), self.up_bias, layer)
 
-    def _matrix(self, side: str) -> Any:
+    def _matrix(self, side: str) -> Tensor:
         """Return sum_i kron(rule_i, W_i) as the `[out, in]` matrix of a linear layer."""
         rule, W = self._factor(f"{side}_rule", f"{side}_rule"), self._factor(f"{side}_W", side)
         a, b = rule.shape[1] * W.shape[1], rule.shape[2] * W.shape[2]
         return (rule[:, :, None, :, None] * W[:, None, :, None, :]).sum(0).reshape(a, b).mT
 
-    def _factor(self, whole: str, halves: str) -> Any:
-        tensor = getattr(self, whole)
-        return tensor if tensor is not None else getattr(self, f"{halves}_left") @ getattr(self, f"{halves}_right")
+    def _factor(self, whole: str, halves: str) -> Tensor:
+        held = cast("dict[str, Tensor]", self.tensors)
+        return held[whole] if whole in held else held[f"{halves}_left"] @ held[f"{halves}_right"]

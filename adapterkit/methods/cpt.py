@@ -5,7 +5,8 @@ PEFT's files store only the sum of both, so they are read as `prompt`, which the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, tensor
 from ..linalg.namespace import namespace
@@ -29,12 +30,22 @@ class CPT(ContextUpdate):
     epsilon: Tensor = tensor("n")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        E = tokens_of(W, rank, random, attributes.pop("index", None))
-        bound = attributes.pop("bound", 0.1) * (len(W) / 2048) ** 0.5
-        return cls(E=E, D=E * 0, epsilon=W.new_full((rank,), bound), **attributes)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        index: Sequence[int] | None = None,
+        bound: float = 0.1,
+        **attributes: object,
+    ) -> Self:
+        E = tokens_of(W, rank, random, index)
+        bound = bound * (len(W) / 2048) ** 0.5
+        return cls.from_fields(E=E, D=E * 0, epsilon=W.new_full((rank,), bound), **attributes)
 
-    def embeddings(self, task: Any = None) -> Tensor:
+    def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         xp = namespace(self.E)
         square = (self.D * self.D).sum(1)
         # Divide only for tokens beyond the bound: a norm has no derivative at 0.

@@ -6,7 +6,7 @@ P's QR decomposition and `right` equals Q, or Q is P and `right` is relu(P). Wit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.namespace import namespace
@@ -33,9 +33,9 @@ class DEFT(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with R equal to what P removes from W, so that nothing changes before training."""
-        made = cls(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
+        made = cls.from_fields(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
         _, right = made._projection()
         return made.replace(R=right.mT @ W / made.scaling)
 

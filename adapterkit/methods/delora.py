@@ -6,7 +6,7 @@ is weighted by `w_norm`: the norm of the weight's column at the start of trainin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..io.computed import times
@@ -35,12 +35,12 @@ class DeLoRA(LowRank):
     w_norm: Tensor = tensor("in")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         made = {
             "A": random((rank, W.shape[1])) / W.shape[1] ** 0.5, "B": W.new_zeros(len(W), rank),
             "strength": W.new_tensor([15.0]), "w_norm": (W * W).sum(0) ** 0.5,
         }  # fmt: skip
-        return cls(**{**made, **attributes})
+        return cls.from_fields(**{**made, **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(strength=times(self.strength, weight))
@@ -49,6 +49,6 @@ class DeLoRA(LowRank):
         return self.B * (self.strength / (len(self.A) * _norm(self.A, 1) * _norm(self.B, 0))), self.A * self.w_norm
 
 
-def _norm(factor: Any, axis: int) -> Any:
+def _norm(factor: Tensor, axis: int) -> Tensor:
     # Clip before taking the root, because the root's slope at 0 is infinite.
     return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

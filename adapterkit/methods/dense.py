@@ -5,7 +5,7 @@ Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/Ly
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import Additive, tensor
 
@@ -26,8 +26,8 @@ class Dense(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(D=0 * W, **attributes)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        return cls.from_fields(D=0 * W, **attributes)
 
     @property
     def changes_weight(self) -> bool:

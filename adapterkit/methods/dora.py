@@ -7,7 +7,7 @@ a dimension of an embedding. Training treats it as a constant (section 4.3 of th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..linalg.namespace import constant, lengths
@@ -30,17 +30,21 @@ class DoRA(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+
+    def normalized(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.magnitude, self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     def scaled_factors(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, A = self.scaling * self.B, self.A.reshape(len(self.A), -1)
+        magnitude, B, A = self.normalized()
         V = W.reshape(len(W), -1) + constant(B) @ constant(A)
-        return self.magnitude / lengths((V * V).sum(1)), B, A
+        return magnitude / lengths((V * V).sum(1)), B, A
 
     def new_weight(self, W: Tensor) -> Tensor:
-        V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
+        magnitude, B, A = self.normalized()
+        V = W.reshape(len(W), -1) + B @ A
         norm: Tensor = constant(lengths((V * V).sum(1)))
-        return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)
+        return (V * (magnitude / norm)[:, None]).reshape(W.shape)

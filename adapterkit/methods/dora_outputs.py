@@ -7,7 +7,7 @@ the factor multiplies the layer's whole output, including the bias.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
@@ -36,10 +36,10 @@ class DoRAOutputs(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
 
     def without_bias(self) -> Update:
         if self.scaling != 1 or self.factors is not None:
@@ -50,8 +50,9 @@ class DoRAOutputs(WeightUpdate):
     def changes_bias(self) -> bool:
         return True
 
-    def new_weight(self, W: Tensor) -> Any:
-        factors: Any = self.settled(W).factors
+    def new_weight(self, W: Tensor) -> Tensor:
+        factors = self.settled(W).factors
+        assert factors is not None
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
         return (V * factors[:, None]).reshape(W.shape)
 

@@ -27,4 +27,4 @@ class FourierFT(Coefficients):
         spectrum = xp.astype(self.spectrum, xp.result_type(self.spectrum.dtype, xp.float32))
         dense = scattered(spectrum, self.index[0] * shape[1] + self.index[1], shape)
         D: Tensor = self.scaling * xp.fft.ifftn(dense, axes=(0, 1)).real
-        return xp.astype(D, self.spectrum.dtype)  # type: ignore[no-any-return]
+        return xp.astype(D, self.spectrum.dtype)

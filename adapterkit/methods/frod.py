@@ -6,7 +6,7 @@ lengths |U|. The lengths are trained as l, and so are the few nonzero numbers of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..linalg.namespace import namespace
@@ -30,12 +30,12 @@ class FRoD(WeightUpdate):
     index: Tensor = tensor("2 n", integer=True, below="in in", distinct=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         size = W.shape[1]
         V = namespace(W).linalg.svd(W, full_matrices=True)[2].mT
         places = random((size * size,)).argsort()[: min(rank, size) * size]
         index = namespace(W).stack([places // size, places % size])
-        return cls(l=_spanned(W, V)[1], values=W.new_zeros(len(places)), V=V, index=index, **attributes)
+        return cls.from_fields(l=_spanned(W, V)[1], values=W.new_zeros(len(places)), V=V, index=index, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         xp, U = namespace(W), _spanned(W, self.V)[0]
@@ -45,7 +45,7 @@ class FRoD(WeightUpdate):
         return changed
 
 
-def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
+def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and l with W = U diag(l) V^T; a column of U has length 1, or 0 if its l is below 1e-12.
 
     Computed in float64 for every dtype: with less precision, columns whose length should be 0 get a direction too.
@@ -55,10 +55,11 @@ def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
     square = (G * G).sum(0)
     held = square > 1e-24
     length = xp.where(held, square, square * 0 + 1) ** 0.5
-    return tuple(xp.astype(part * xp.astype(held, G.dtype), W.dtype) for part in (G / length, length))
+    kept = xp.astype(held, G.dtype)
+    return xp.astype(G / length * kept, W.dtype), xp.astype(length * kept, W.dtype)
 
 
-def _solved(V: Any, W: Any) -> Any:
+def _solved(V: Tensor, W: Tensor) -> Tensor:
     """Return W @ inverse(V^T); uses the pseudoinverse if V is singular."""
     linalg = namespace(V).linalg
     try:

@@ -6,7 +6,7 @@ cannot be written as a change of the weight.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import OutputUpdate, tensor
 from ._gates import row_shares
@@ -30,9 +30,9 @@ class GatedLoRA(OutputUpdate):
     gate_bias: Tensor = tensor("1")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A, gate = (random((count, W.shape[1])) / W.shape[1] ** 0.5 for count in (rank, 1))
-        return cls(A=A, B=W.new_zeros(len(W), rank), gate=gate, gate_bias=W.new_zeros(1), **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), gate=gate, gate_bias=W.new_zeros(1), **attributes)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         shares: Tensor = row_shares(x @ self.gate.mT + self.gate_bias)

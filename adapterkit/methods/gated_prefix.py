@@ -32,7 +32,7 @@ class GatedPrefix(ContextUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         sizes, width = attributes.pop("sizes"), len(W)
         P, gate = random((1, 2, sizes["heads"], rank, sizes["d"])), random((1, width)) / width**0.5
-        return cls(P=P, gate=gate, gate_bias=W.new_zeros(1), **attributes)
+        return cls.from_fields(P=P, gate=gate, gate_bias=W.new_zeros(1), **attributes)
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.P, x, self.gate, self.gate_bias)

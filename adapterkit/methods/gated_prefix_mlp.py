@@ -33,8 +33,7 @@ class GatedPrefixMLP(PrefixMLP):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
-        sizes = {**attributes.pop("sizes"), "layers": 1}
-        return super().initial(W, b, rank, random, sizes=sizes, **gate, **attributes)
+        return super().initial(W, b, rank, random, sizes={**attributes.pop("sizes"), "layers": 1}, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
         """Return None: the gates need the attention's input, so there is no prefix for the whole model."""

@@ -6,7 +6,7 @@ constant, or absent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
@@ -47,13 +47,13 @@ class GLoRA(WeightUpdate):
     E_c: Tensor | None = tensor("1", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         out, in_ = W.shape
         fields = {f"{name}_d": W.new_zeros(out, rank) for name in "AB"}
         fields |= {f"{name}_u": random((rank, in_)) / in_**0.5 for name in "AB"}
         if b is not None:
             fields |= {"C_d": W.new_zeros(in_, rank), "C_u": random((rank, 1)), "D": 0 * b, "E": 0 * b}
-        return cls(**fields, **attributes)
+        return cls.from_fields(**fields, **attributes)
 
     @property
     def changes_weight(self) -> bool:
@@ -63,7 +63,7 @@ class GLoRA(WeightUpdate):
     def changes_bias(self) -> bool:
         return self._holds("CDE")
 
-    def new_weight(self, W: Tensor) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         return W + W * self._support("A") + self._support("B")
 
     def settled(self, W: Tensor) -> Self:
@@ -72,7 +72,7 @@ class GLoRA(WeightUpdate):
         E = (W @ self._support("C"))[..., 0] + self._support("E")
         return self.replace(C_d=None, C_u=None, C=None, E=E, E_c=None)
 
-    def new_bias(self, b: Tensor) -> Any:
+    def new_bias(self, b: Tensor) -> Tensor:
         if self._holds("C"):
             raise UsageError("GLoRA's C needs the weight", cure="Call settled(W) first")
         return b + b * self._support("D") + self._support("E")
@@ -80,8 +80,8 @@ class GLoRA(WeightUpdate):
     def _holds(self, supports: str) -> bool:
         return any(name[0] in supports for name in self.tensors)
 
-    def _support(self, name: str) -> Any:
+    def _support(self, name: str) -> Tensor:
         """Return one of the five supports; those that apply to a weight are a matrix or a column."""
-        held: Any = [leaf for field, leaf in self.tensors.items() if field[0] == name]
+        held = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
-        return held[0] @ held[1] if len(held) == 2 else sum(vectors)
+        return held[0] @ held[1] if len(held) == 2 else cast("Tensor", sum(vectors))

@@ -7,7 +7,7 @@ multiplies W on its inputs, at every kernel position of a convolution.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 
@@ -30,10 +30,10 @@ class GLoRAProducts(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A1, B1 = (random((n, rank)) / rank**0.5 for n in (W.shape[1], len(W)))
         A2, B2 = W.new_zeros(rank, W.shape[1]), W.new_zeros(rank, *W.shape[1:])
-        return cls(A1=A1, A2=A2, B1=B1, B2=B2, **attributes)
+        return cls.from_fields(A1=A1, A2=A2, B1=B1, B2=B2, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         columns = W.reshape(len(W), W.shape[1], math.prod(W.shape[2:])).swapaxes(1, 2)

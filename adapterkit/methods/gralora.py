@@ -5,7 +5,7 @@ A slice of inputs has r = g * q ranks, q for each slice of outputs. The hybrid f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import Additive, tensor
 from ..linalg.namespace import namespace
@@ -30,15 +30,15 @@ class GraLoRA(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         out, in_ = W.shape
         g = 1 if out % 2 or in_ % 2 or rank % 2 else 2
         A = random((g, in_ // g, rank)) / (in_ // g) ** 0.5
-        return cls(**{"A": A, "B": W.new_zeros(g, rank, out // g), **attributes})
+        return cls.from_fields(**{"A": A, "B": W.new_zeros(g, rank, out // g), **attributes})
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         A, B = self._blocks()
-        D: Any = (B @ A).swapaxes(1, 2).reshape(shape)
+        D: Tensor = (B @ A).swapaxes(1, 2).reshape(shape)
         if self.A_whole is not None and self.B_whole is not None:
             D = D + self.B_whole @ self.A_whole
         scaled: Tensor = self.scaling * D
@@ -57,7 +57,7 @@ class GraLoRA(Additive):
             right = xp.concat([right, self.A_whole])
         return left, right
 
-    def _blocks(self) -> tuple[Any, Any]:
+    def _blocks(self) -> tuple[Tensor, Tensor]:
         """Return A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, indexed by slice of outputs and slice of inputs."""
         g, _, r = self.A.shape
         A = self.A.reshape(g, -1, g, r // g).swapaxes(0, 2).swapaxes(1, 2).mT

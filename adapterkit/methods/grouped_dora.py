@@ -11,7 +11,7 @@ the norm of DoRA.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.namespace import constant, lengths, namespace
@@ -35,10 +35,12 @@ class GroupedDoRA(AcrossGroups):
     regrouped: bool = False
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        groups = attributes.pop("groups", cls.sizes["groups"])
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, groups: int | None = None, **attributes: object
+    ) -> Self:
+        groups = cls.sizes["groups"] if groups is None else groups
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-        return cls(**fresh_pair(W, rank, groups, random), magnitude=norm, **attributes)
+        return cls.from_fields(**fresh_pair(W, rank, groups, random), magnitude=norm, **attributes)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         factor, y, b = layer.per_channel(self.magnitude / self._norm(layer.weight)), layer(x), layer.bias
@@ -47,7 +49,7 @@ class GroupedDoRA(AcrossGroups):
         b = layer.per_channel(b)
         return (y - b + self.read(x, layer)) * factor + b
 
-    def _norm(self, W: Any) -> Any:
+    def _norm(self, W: Tensor) -> Tensor:
         """Return n `[out]`, for W `[out, in / groups, *k]`."""
         (r, *_), (out, _), groups = self.A.shape, self.B.shape, self.groups
         A, W = self.A.reshape(r, -1), W.reshape(out, -1)

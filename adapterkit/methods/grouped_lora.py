@@ -10,7 +10,7 @@ not dilated, whatever the layer does: PEFT gives A only the layer's kernel, stri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import attribute, tensor
 from ._grouped import AcrossGroups, fresh_pair
@@ -33,9 +33,11 @@ class GroupedLoRA(AcrossGroups):
     zero_padded: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        groups = attributes.pop("groups", cls.sizes["groups"])
-        return cls(**fresh_pair(W, rank, groups, random), **attributes)
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, groups: int | None = None, **attributes: object
+    ) -> Self:
+        groups = cls.sizes["groups"] if groups is None else groups
+        return cls.from_fields(**fresh_pair(W, rank, groups, random), **attributes)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer(x) + self.read(x, layer)

@@ -6,7 +6,7 @@ The change has full rank although its factor B @ A has low rank. A convolution's
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 
@@ -26,9 +26,9 @@ class HiRA(WeightUpdate):
     B: Tensor = tensor("out r")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         return W + W * (self.B @ self.A.reshape(len(self.A), -1)).reshape(W.shape)

@@ -7,7 +7,7 @@ u orthogonal. The chain is then one reflection in the space that they span, inde
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import Unsupported
@@ -30,12 +30,12 @@ class HRA(WeightUpdate):
     gram_schmidt: bool = False
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         if rank % 2 or attributes.get("gram_schmidt"):
             why = "an odd number of reflections, and orthogonal ones, change a weight from the start"
             raise Unsupported(why, where="rank", cure="Pass an even rank, without gram_schmidt")
         half = random((math.prod(W.shape[1:]), rank // 2))
-        return cls(u=half[:, [i // 2 for i in range(rank)]], **attributes)
+        return cls.from_fields(u=half[:, [i // 2 for i in range(rank)]], **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         X = W.reshape(len(W), -1)

@@ -6,7 +6,7 @@ The output form scales keys and values, and the bias with them. The input form s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..linalg.namespace import summed
@@ -29,8 +29,8 @@ class IA3(WeightUpdate):
     l_in: Tensor | None = tensor("in", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(l=W.new_ones(len(W)), **attributes)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        return cls.from_fields(l=W.new_ones(len(W)), **attributes)
 
     @classmethod
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called

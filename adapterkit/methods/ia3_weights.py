@@ -6,7 +6,7 @@ unchanged, except in LyCORIS's bypass mode (`on_output`). The tensors hold the d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import WeightUpdate, attribute, tensor
 
@@ -30,8 +30,8 @@ class IA3Weights(WeightUpdate):
     on_output: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(w=W.new_zeros(len(W)), **attributes)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        return cls.from_fields(w=W.new_zeros(len(W)), **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         if self.w is not None:

@@ -6,7 +6,7 @@ embeddings, and its inverse before the output head. For the inverse, the target 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..linalg.activations import ACTIVATIONS
@@ -47,14 +47,14 @@ class Invertible(OutputUpdate):
     reverse: bool = False
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         size = W.shape[1] if attributes.get("reverse") else len(W)
         first, second = size // 2, size - size // 2
         shapes: dict[str, Any] = {"F_down_bias": rank, "F_up": (first, rank), "F_up_bias": first, "G_down_bias": rank}
         shapes |= {"G_up": (second, rank), "G_up_bias": second}
         zeros: dict[str, Any] = {name: W.new_zeros(shape) for name, shape in shapes.items()}
         F, G = random((rank, second)) / second**0.5, random((rank, first)) / max(first, 1) ** 0.5
-        return cls(F_down=F, G_down=G, **zeros, **attributes)
+        return cls.from_fields(F_down=F, G_down=G, **zeros, **attributes)
 
     @property
     def channels(self) -> int | None:
@@ -67,20 +67,20 @@ class Invertible(OutputUpdate):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return layer(self._backward(x)) if self.reverse else self._forward(layer(x))
 
-    def _forward(self, y: Any) -> Any:
+    def _forward(self, y: Tensor) -> Tensor:
         y1, y2 = self._halves(y)
         y1 = y1 + self._net("F", y2)
         return namespace(y).concat([y1, y2 + self._net("G", y1)], axis=-1)
 
-    def _backward(self, y: Any) -> Any:
+    def _backward(self, y: Tensor) -> Tensor:
         y1, y2 = self._halves(y)
         y2 = y2 - self._net("G", y1)
         return namespace(y).concat([y1 - self._net("F", y2), y2], axis=-1)
 
-    def _halves(self, y: Any) -> tuple[Any, Any]:
+    def _halves(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y[..., : len(self.F_up_bias)], y[..., len(self.F_up_bias) :]
 
-    def _net(self, half: str, h: Any) -> Any:
-        own: dict[str, Any] = {**self.tensors}
+    def _net(self, half: str, h: Tensor) -> Tensor:
+        own = cast("dict[str, Tensor]", self.tensors)
         inner = ACTIVATIONS[self.non_linearity](h @ own[f"{half}_down"].mT + own[f"{half}_down_bias"])
         return inner @ own[f"{half}_up"].mT + own[f"{half}_up_bias"]

@@ -5,7 +5,7 @@ W' = (W without its r smallest singular values) + scaling * B @ diag @ A.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ..linalg.decompositions import svd
@@ -29,15 +29,15 @@ class KaSA(InPlace):
     diag: Tensor = tensor("r")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with B = 0. As the method defines it, W lacks its smallest singular values from the start."""
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
 
     def taken(self, W: Tensor) -> Tensor:
         kept, (U, S, V) = min(W.shape) - len(self.A), svd(W)
         part: Tensor = (U[:, kept:] * S[kept:]) @ V[kept:]
         return part
 
-    def left(self) -> Any:
+    def left(self) -> Tensor:
         return self.B * self.diag

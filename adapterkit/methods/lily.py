@@ -9,7 +9,7 @@ has its own B, unless the caller passes one to share.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.activations import softmax
@@ -35,11 +35,21 @@ class Lily(Routed):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        experts = attributes.pop("experts", cls.sizes["experts"])
-        B = attributes.pop("B", W.new_zeros(experts, rank, len(W)))
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        experts: int | None = None,
+        B: Tensor | None = None,
+        **attributes: object,
+    ) -> Self:
+        if B is None:
+            B = W.new_zeros(cls.sizes["experts"] if experts is None else experts, rank, len(W))
         A, router = random((rank, W.shape[1])) / W.shape[1] ** 0.5, random((len(B), rank)) / rank**0.5
-        return cls(A=A, B=B, router=router, **attributes)
+        return cls.from_fields(A=A, B=B, router=router, **attributes)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         h = layer.mix(x, self.A)

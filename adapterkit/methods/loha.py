@@ -7,7 +7,7 @@ a Tucker core and is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCOR
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Additive, tensor
 from ..linalg.products import contracted
@@ -37,11 +37,11 @@ class LoHa(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         columns = math.prod(W.shape[1:])
         w1_a, w2_a = (random((len(W), rank)) / rank**0.5 for _ in range(2))
         w1_b = random((rank, columns)) / columns**0.5
-        return cls(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=W.new_zeros(rank, columns), **attributes)
+        return cls.from_fields(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=W.new_zeros(rank, columns), **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         one = self.w1_a @ _right(self.w1_b, self.t1, self.w1_in)
@@ -56,6 +56,6 @@ class LoHa(Additive):
         return B.reshape(len(B), -1), (one[:, None] * two[None]).reshape(-1, one.shape[-1])
 
 
-def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Any:
+def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
     """Return the right factor of a product, `[r, in * k]`; with a core, the core times its inputs."""
-    return b if b is not None else contracted(core, inputs)
+    return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

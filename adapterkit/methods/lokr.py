@@ -9,7 +9,7 @@ the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Additive, Rule, attribute, tensor
 from ..linalg.products import contracted, even_split, kron, sides, tucker
@@ -54,14 +54,14 @@ class LoKr(Additive):
     stacked: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         (a, rows), (c, inner) = even_split(W.shape[0]), even_split(W.shape[1])
         columns = inner * math.prod(W.shape[2:])
         w1 = W.new_zeros(a, c)
         if rank >= max(rows, inner) / 2:
-            return cls(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
+            return cls.from_fields(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
         w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
-        return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
+        return cls.from_fields(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         D: Tensor = self._product.reshape(shape)
@@ -72,7 +72,7 @@ class LoKr(Additive):
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
-        right = self.w2_b if self.t2 is None else contracted(self.t2, self.w2_in)
+        right = self.w2_b if self.t2 is None else contracted(self.t2, cast("Tensor", self.w2_in))
         left_2, right_2 = sides(self.w2_a, right, None if self.w2 is None else self._second)
         return kron(self.scaling * left_1, left_2), kron(right_1, right_2)
 
@@ -89,23 +89,28 @@ class LoKr(Additive):
         return cast(Self, Dense(D=rows, d=None))  # A part of a Kronecker product is not a Kronecker product.
 
     @property
-    def _product(self) -> Any:
+    def _product(self) -> Tensor:
         """The scaled product of both factors; it has as many numbers as the weight."""
-        w1: Any = self.scaling * self._first
+        w1: Tensor = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)
-        w2: Any = self.w2
+        w2 = cast("Tensor", self.w2)
         inner = w2.reshape(len(w2), 1, w2.shape[1], 1, -1)
         return w1.reshape(1, len(w1), 1, -1, 1) * inner
 
     @property
-    def _first(self) -> Any:
+    def _first(self) -> Tensor:
         """The factor w1, `[a, c]`."""
-        return cast(Any, self.w1) if self.w1_a is None else self.w1_a @ cast(Any, self.w1_b)
+        if self.w1_a is None or self.w1_b is None:
+            return cast("Tensor", self.w1)
+        return self.w1_a @ self.w1_b
 
     @property
-    def _second(self) -> Any:
+    def _second(self) -> Tensor:
         """The factor w2, `[b, d * k]`."""
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
-        return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b
+        w2_a = cast("Tensor", self.w2_a)
+        if self.w2_b is not None:
+            return w2_a @ self.w2_b
+        return tucker(cast("Tensor", self.t2), w2_a, cast("Tensor", self.w2_in))

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import Additive, of_pair, tensor
 from ..linalg.products import product
@@ -31,9 +31,9 @@ class LoRA(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         return ((self.scaling * self.B) @ self.A.reshape(len(self.A), -1)).reshape(shape)

@@ -6,7 +6,7 @@ trained.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.namespace import namespace
@@ -31,10 +31,10 @@ class LoRAXS(LowRank):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, Vh = namespace(W).linalg.svd(W.reshape(len(W), -1), full_matrices=False)
         A = Vh[:rank].reshape(-1, *W.shape[1:])
-        return cls(A=A, R=W.new_zeros(len(A), len(A)), B=U[:, :rank] * S[:rank], **attributes)
+        return cls.from_fields(A=A, R=W.new_zeros(len(A), len(A)), B=U[:, :rank] * S[:rank], **attributes)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.scaling * self.B, self.R @ self.A.reshape(len(self.A), -1)

@@ -33,8 +33,8 @@ class MiSS(Additive):
     mini: Tensor | None = tensor("r m", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(D=W.new_zeros(rank, len(W)), **attributes)
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        return cls.from_fields(D=W.new_zeros(rank, len(W)), **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         plane: Tensor = _repeated(self._any, 0, shape[1], 0, shape[0])
@@ -58,11 +58,11 @@ class MiSS(Additive):
         return self.replace(D=_repeated(some, 0, len(some), start, stop), mini=None)
 
     @property
-    def _any(self) -> Any:
-        return next(iter(self.tensors.values()))
+    def _any(self) -> Tensor:
+        return cast("Tensor", next(iter(self.tensors.values())))
 
 
-def _repeated(block: Any, top: int, bottom: int, left: int, right: int) -> Any:
+def _repeated(block: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
     """Return a part of an infinite plane that is tiled with copies of a block."""
     rows, columns = block.shape
     return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]

@@ -6,7 +6,7 @@ W is split into blocks of r x r. All blocks with the same r outputs share one B,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, tensor
 
@@ -27,13 +27,13 @@ class MiSSBat(WeightUpdate):
     B: Tensor = tensor("out/r r r")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         size = math.gcd(rank, *W.shape)
-        return cls(B=W.new_zeros(len(W) // size, size, size), **attributes)
+        return cls.from_fields(B=W.new_zeros(len(W) // size, size, size), **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         n, r, _ = self.B.shape
         blocks = W.reshape(n, r, -1, r).swapaxes(1, 2)
-        B: Any = self.B[:, None]
+        B: Tensor = self.B[:, None]
         changed: Tensor = (blocks + blocks @ B + B).swapaxes(1, 2).reshape(W.shape)
         return changed

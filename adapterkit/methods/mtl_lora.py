@@ -7,7 +7,7 @@ its own weights and values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import attribute, tensor
 from ..linalg.namespace import namespace
@@ -39,15 +39,17 @@ class MTLLoRA(LowRank):
     sharpness: float = attribute(0.05, least=SHARPEST)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        count = attributes.pop("count", cls.sizes["count"])
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, count: int | None = None, **attributes: object
+    ) -> Self:
+        count = cls.sizes["count"] if count is None else count
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         # Start with pairs of opposite factors, which cancel out. Equal factors, such as zeros, would stay equal, and
         # the weights would never learn.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z
-        return cls(A=A, B=B, values=W.new_ones(rank), weights=W.new_ones(count), **attributes)
+        return cls.from_fields(A=A, B=B, values=W.new_ones(rank), weights=W.new_ones(count), **attributes)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.weights)

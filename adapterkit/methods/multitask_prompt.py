@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import ContextUpdate, Rule, tensor
 from .prompt import tokens_of
@@ -44,22 +45,32 @@ class MultitaskPrompt(ContextUpdate):
     decoder: bool = False
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        tasks, r = attributes.pop("tasks", 1), attributes.pop("r", 1)
-        P = tokens_of(W, rank, random, attributes.pop("index", None))
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        tasks: int = 1,
+        r: int = 1,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
+        P = tokens_of(W, rank, random, index)
         ones = W.new_ones(tasks, rank, r) / r, W.new_ones(tasks, r, len(W))
-        return cls(P=P, columns=ones[0], rows=ones[1], **attributes)
+        return cls.from_fields(P=P, columns=ones[0], rows=ones[1], **attributes)
 
-    def embeddings(self, task: Any = None) -> Tensor:
+    def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         return self._prompt(task)[..., : self._first, :]
 
-    def decoder_embeddings(self, task: Any = None) -> Tensor | None:
+    def decoder_embeddings(self, task: Tensor | int | None = None) -> Tensor | None:
         return self._prompt(task)[..., self._first :, :] if self.decoder else None
 
     @property
     def _first(self) -> int:
         return self.P.shape[0] // 2 if self.decoder else self.P.shape[0]
 
-    def _prompt(self, task: Any) -> Tensor:
+    def _prompt(self, task: Tensor | int | None) -> Tensor:
         at = self.task if task is None else task
         return self.P * (self.columns[at] @ self.rows[at])

@@ -8,7 +8,7 @@ reproduced are stored in `A_bases` and `B_bases`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.philox import combine
@@ -37,13 +37,15 @@ class NOLA(LowRank):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, beta: int = 256, **attributes: object
+    ) -> Self:
         """Start with B = 0 and A as large as in a new LoRA; `beta` is the number of bases, 256 by default."""
-        n = int(attributes.pop("beta", 256))
+        n = int(beta)
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
         seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)
         alpha = random((n,)) * (3 / math.prod(W.shape[1:])) ** 0.5
-        return cls(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
+        return cls.from_fields(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if self.seeds is None:
@@ -57,6 +59,7 @@ class NOLA(LowRank):
         return self.scaling * B, A if self.A0 is None else A + self.A0.reshape(A.shape)
 
 
-def _mixed(coefficients: Any, bases: Any) -> Any:
+def _mixed(coefficients: Tensor, bases: Tensor | None) -> Tensor:
+    assert bases is not None
     # The size is given explicitly, because -1 is ambiguous if there are no bases.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

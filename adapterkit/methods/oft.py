@@ -10,7 +10,7 @@ it also rotates the bias (`on_output`).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..linalg.rotations import shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
@@ -60,17 +60,17 @@ class OFT(WeightUpdate):
     on_output: bool = attribute(False, since=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         width = len(W) if attributes.get("side") == "out" else math.prod(W.shape[1:])
         size = math.gcd(rank, width)
-        return cls(pairs=W.new_zeros(width // size, size * (size - 1) // 2), **attributes)
+        return cls.from_fields(pairs=W.new_zeros(width // size, size * (size - 1) // 2), **attributes)
 
     def cuts(self, axis: str) -> bool:
         return axis != self.side
 
-    def new_weight(self, W: Tensor) -> Any:
-        Q = self._constrained(skew(self.pairs) if self.square is None else self.square.mT - self.square)
-        R = turned(Q, self.terms, self.doubled)
+    def new_weight(self, W: Tensor) -> Tensor:
+        Q = self.square.mT - self.square if self.square is not None else skew(cast("Tensor", self.pairs))
+        R = turned(self._constrained(Q), self.terms, self.doubled)
         new = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return new if self.rescale is None else new * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
 
@@ -78,10 +78,10 @@ class OFT(WeightUpdate):
     def changes_bias(self) -> bool:
         return self.on_output
 
-    def new_bias(self, b: Tensor) -> Any:
+    def new_bias(self, b: Tensor) -> Tensor:
         return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
-    def _constrained(self, Q: Any) -> Any:
+    def _constrained(self, Q: Tensor) -> Tensor:
         """Shrink Q if its norm exceeds the bound: block by block (COFT), or all blocks together (LyCORIS)."""
         if self.coft:
             Q = shortened_blocks(Q, self.eps)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import Unsupported
-from ..linalg.namespace import namespace
+from ..linalg.namespace import namespace, summed
 from ..linalg.rotations import shortened_blocks, skew, turned
 from ._low_rank import block_diagonal
 
@@ -73,13 +73,10 @@ class OFTPatches(OutputUpdate):
         by_patch = patches.reshape(-1, len(places), channels, rows * columns).swapaxes(1, 2).swapaxes(2, 3)
         by_place = by_patch.reshape(-1, channels, len(places), rows * columns).swapaxes(1, 2)
         patches = by_place.reshape(-1, len(places) * channels, rows, columns)
-        total: Any = 0
-        for position, (i, j) in enumerate(places):
-            part = patches[..., position * channels : (position + 1) * channels, :, :]
-            total = total + _bordered(x, part, i, j, high, wide)
-        return layer(total)
+        parts = (patches[..., n * channels : (n + 1) * channels, :, :] for n in range(len(places)))
+        return layer(summed(_bordered(x, part, *place, high, wide) for part, place in zip(parts, places, strict=True)))
 
-    def _mix(self, channels: int, places: int) -> Any:
+    def _mix(self, channels: int, places: int) -> Tensor:
         """Return the matrix that mixes a patch position by position, as the rotations mix it channel by channel."""
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
@@ -94,11 +91,11 @@ def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
-def _bordered(x: Any, part: Any, i: int, j: int, high: int, wide: int) -> Any:
+def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
     """Put a part back to the position it was taken from, with zeros around it."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
-        whole = (slice(None),) * (-1 - axis)
+        whole: tuple[Any, ...] = (slice(None),) * (-1 - axis)
         sides = [strip[(..., slice(0, before), *whole)] * 0] if before else []
         other = [strip[(..., slice(-behind, None), *whole)] * 0] if behind else []
         part = namespace(x).concat([*sides, part, *other], axis=axis) if sides or other else part

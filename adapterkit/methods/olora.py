@@ -6,7 +6,7 @@ decomposition W = Q R. A file with only A and B is complete, because the base de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule
 from ..linalg.decompositions import qr
@@ -27,10 +27,10 @@ class OLoRA(InPlace):
     paper = "https://arxiv.org/abs/2406.01775"
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with B = Q' and A = R', so that nothing changes before training."""
         Q, R = qr(W)
-        return cls(A=R[:rank] * 1, B=Q[:, :rank] * 1, **attributes)
+        return cls.from_fields(A=R[:rank] * 1, B=Q[:, :rank] * 1, **attributes)
 
     def taken(self, W: Tensor) -> Tensor:
         r, (Q, R) = len(self.A), qr(W)

@@ -7,7 +7,7 @@ store it. PEFT's training avoids the directions of the remaining part; the formu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.rotations import singular
@@ -38,21 +38,23 @@ class OSF(WeightUpdate):
     V_own: Tensor | None = tensor("r in", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, V = _tail(W, min(rank, *W.shape))
-        return cls(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
+        return cls.from_fields(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         trained = (self.U * self.S) @ self.V
         if self.S_own is None and len(self.S) == min(W.shape):
             return trained
-        own: Any = (self.U_own, self.S_own, self.V_own)
-        U, S, V = _tail(W, len(self.S)) if self.S_own is None else own
+        if self.U_own is None or self.S_own is None or self.V_own is None:
+            U, S, V = _tail(W, len(self.S))
+        else:
+            U, S, V = self.U_own, self.S_own, self.V_own
         changed: Tensor = W - (U * S) @ V + trained
         return changed
 
 
-def _tail(W: Any, r: int) -> Any:
+def _tail(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
     U, S, V = singular(W)
     kept = len(S) - r

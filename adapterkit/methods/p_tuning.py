@@ -5,7 +5,8 @@ PEFT's files store the network's output, not the network, so they are read as `p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, tensor
 from ..linalg.namespace import namespace
@@ -32,10 +33,20 @@ class PTuning(ContextUpdate):
     b3: Tensor = tensor("dim")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        dim, hidden = len(W), attributes.pop("hidden", len(W))
-        return cls(
-            E=tokens_of(W, rank, random, attributes.pop("index", None)),
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        hidden: int | None = None,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
+        dim, hidden = len(W), len(W) if hidden is None else hidden
+        return cls.from_fields(
+            E=tokens_of(W, rank, random, index),
             W1=random((hidden, dim)) / dim**0.5,
             b1=W.new_zeros(hidden),
             W2=random((hidden, hidden)) / hidden**0.5,
@@ -45,7 +56,7 @@ class PTuning(ContextUpdate):
             **attributes,
         )
 
-    def embeddings(self, task: Any = None) -> Tensor:
+    def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         xp = namespace(self.E)
         h = self.E @ self.W1.mT + self.b1
         h = xp.where(h > 0, h, 0 * h) @ self.W2.mT + self.b2

@@ -6,7 +6,7 @@ as `prompt`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import ContextUpdate, tensor
@@ -47,8 +47,19 @@ class PTuningLSTM(ContextUpdate):
     b2: Tensor = tensor("dim")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        dim, hidden, layers = len(W), attributes.pop("hidden", len(W)), attributes.pop("layers", 2)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        hidden: int | None = None,
+        layers: int = 2,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
+        dim, hidden = len(W), len(W) if hidden is None else hidden
         both, gates, scale = 2 * hidden, 4 * hidden, hidden**-0.5
         shapes = {"input": (2, gates, dim), "hidden": (2, gates, hidden), "input_bias": (2, gates)}
         shapes["hidden_bias"] = shapes["input_bias"]
@@ -57,10 +68,10 @@ class PTuningLSTM(ContextUpdate):
             deeper = {**shapes, "input": (2, gates, both)}
             drawn |= {f"deeper_{name}": random((layers - 1, *shape)) * scale for name, shape in deeper.items()}
         head = {"W1": random((both, both)) / both**0.5, "b1": W.new_zeros(both), "b2": W.new_zeros(dim)}
-        E = tokens_of(W, rank, random, attributes.pop("index", None))
-        return cls(E=E, **drawn, **head, W2=random((dim, both)) / both**0.5, **attributes)
+        E = tokens_of(W, rank, random, index)
+        return cls.from_fields(E=E, **drawn, **head, W2=random((dim, both)) / both**0.5, **attributes)
 
-    def embeddings(self, task: Any = None) -> Tensor:
+    def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         xp = namespace(self.E)
         h = both_ways(self.E, *self._layer("first"))
         for layer in range(0 if self.deeper_input is None else len(self.deeper_input)):
@@ -69,7 +80,7 @@ class PTuningLSTM(ContextUpdate):
         out: Tensor = xp.where(h > 0, h, 0 * h) @ self.W2.mT + self.b2
         return out
 
-    def _layer(self, which: str) -> tuple[Any, ...]:
+    def _layer(self, which: str) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))
 
 
@@ -78,7 +89,7 @@ class PTuningLSTM(ContextUpdate):
 # Gates are rows of the weights, in the order of input, forget, cell and output, as in torch.nn.LSTM.
 
 
-def both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) -> Any:
+def both_ways(x: Tensor, weights: Tensor, hidden: Tensor, bias: Tensor, hidden_bias: Tensor) -> Tensor:
     """Return a bidirectional layer's outputs `[n, 2 * hidden]` for its inputs `[n, width]`.
 
     The first axis of every argument but x is the direction.
@@ -88,7 +99,7 @@ def both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) ->
     return namespace(x).concat([ahead, back], axis=-1)
 
 
-def _one_way(x: Any, order: Iterable[int], weights: Any, hidden: Any, bias: Any) -> Any:
+def _one_way(x: Tensor, order: Iterable[int], weights: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
     xp, size = namespace(x), hidden.shape[-1]
     read = x @ weights.mT + bias
     h = c = 0 * bias[:size]

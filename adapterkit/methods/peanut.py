@@ -6,7 +6,7 @@ decoders of the same width follow, and each decoder's output is added to the inp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import WeightUpdate, attribute, tensor
 from ..linalg.activations import ACTIVATIONS
@@ -33,16 +33,16 @@ class PEANuT(WeightUpdate):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with one encoder, one decoder, and B = 0."""
         A, inner = random((rank, len(W))) / len(W) ** 0.5, (1, rank, rank)
         encoders, decoders = random(inner) / rank**0.5, random(inner) / rank**0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank), encoders=encoders, decoders=decoders, **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(len(W), rank), encoders=encoders, decoders=decoders, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         f = ACTIVATIONS[self.activation]
         h = f(self.A @ W)
-        inputs: list[Any] = []
+        inputs: list[Tensor] = []
         for encoder in () if self.encoders is None else self.encoders:
             inputs.append(h)
             h = f(encoder @ h)

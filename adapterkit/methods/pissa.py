@@ -6,7 +6,7 @@ determines the rest of W exactly, signs included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule
 from ..linalg.decompositions import svd
@@ -27,9 +27,9 @@ class PiSSA(InPlace):
     paper = "https://arxiv.org/abs/2404.02948"
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with B and A as the removed components, so that nothing changes before training."""
-        made = cls(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
+        made = cls.from_fields(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
         U, S, V = svd(W)
         root = (S[:rank] / made.scaling) ** 0.5
         return made.replace(A=root[:, None] * V[:rank], B=U[:, :rank] * root)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2211.03831. In training, the papers draw random shares aro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..errors import ShapeMismatch
@@ -34,12 +34,24 @@ class Poly(Routed):
     logits: Tensor = tensor("tasks splits*skills")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        tasks, skills, splits = (attributes.pop(name, size) for name, size in cls.sizes.items())
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        tasks: int | None = None,
+        skills: int | None = None,
+        splits: int | None = None,
+        **attributes: object,
+    ) -> Self:
+        given = {"tasks": tasks, "skills": skills, "splits": splits}
+        tasks, skills, splits = (cls.sizes[name] if size is None else size for name, size in given.items())
         out, inputs = (_part(size, splits) for size in W.shape)
         A = random((splits, skills, inputs, rank)) / inputs**0.5
         logits = 1e-3 * random((tasks, splits * skills))
-        return cls(A=A, B=W.new_zeros(splits, skills, rank, out), logits=logits, **attributes)
+        return cls.from_fields(A=A, B=W.new_zeros(splits, skills, rank, out), logits=logits, **attributes)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tasks = layer.call["task_ids"]

@@ -29,7 +29,7 @@ class Prefix(ContextUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         sizes = attributes.pop("sizes")
         P = random((sizes["layers"], 2, sizes["heads"], rank, sizes["d"]))
-        return cls(P=P, **attributes)
+        return cls.from_fields(P=P, **attributes)
 
     def past(self) -> Tensor:
         layers = self.P.shape[0]

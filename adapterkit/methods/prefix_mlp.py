@@ -35,7 +35,7 @@ class PrefixMLP(ContextUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         sizes, width, hidden = attributes.pop("sizes"), len(W), attributes.pop("hidden", 512)
         values = sizes["layers"], 2, sizes["heads"], sizes["d"]
-        return cls(
+        return cls.from_fields(
             E=random((rank, width)),
             W1=random((hidden, width)) / width**0.5,
             b1=W.new_zeros(hidden),

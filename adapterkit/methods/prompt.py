@@ -5,7 +5,8 @@ The formula also covers P-tuning and CPT once their embeddings have been compute
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import ContextUpdate, Rule, tensor
 
@@ -33,14 +34,23 @@ class Prompt(ContextUpdate):
     used: int = 0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(P=tokens_of(W, rank, random, attributes.pop("index", None)), **attributes)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
+        return cls.from_fields(P=tokens_of(W, rank, random, index), **attributes)
 
-    def embeddings(self, task: Any = None) -> Tensor:
+    def embeddings(self, task: Tensor | int | None = None) -> Tensor:
         return self.P[: self.used] if self.used else self.P
 
 
-def tokens_of(W: Tensor, count: int, random: Random, index: Any) -> Tensor:
+def tokens_of(W: Tensor, count: int, random: Random, index: Sequence[int] | None) -> Tensor:
     """Return initial embeddings `[count, dim]`: those of the given tokens, repeated, or of randomly drawn tokens.
 
     Args:

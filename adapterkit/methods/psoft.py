@@ -9,7 +9,7 @@ store A and B.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..linalg.rotations import cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
@@ -55,37 +55,39 @@ class PSOFT(WeightUpdate):
     eps: float = 0.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        A, B = _principal(W, min(rank, *W.shape), attributes.get("symmetric", False))
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        A, B = _principal(W, min(rank, *W.shape), bool(attributes.get("symmetric", False)))
         r = len(A)
-        return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
+        return cls.from_fields(
+            pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes
+        )
 
     def new_weight(self, W: Tensor) -> Tensor:
-        R: Any = self._rotation() if self.R is None else self.R
+        R: Tensor = self._rotation() if self.R is None else self.R
         turned = R if self.b is None else R * self.b[:, None]
         turned = turned if self.a is None else turned * self.a
-        A, B = self._own(W, len(R)) if self.A is None else (self.A, self.B)
+        A, B = self._own(W, len(R)) if self.A is None or self.B is None else (self.A, self.B)
         changed: Tensor = W + B @ (turned - identity(R)) @ A
         return changed
 
-    def _own(self, W: Tensor, r: int) -> tuple[Any, Any]:
+    def _own(self, W: Tensor, r: int) -> tuple[Tensor, Tensor]:
         """Compute A and B from W. `steps` is one more than the number of iterations; 0 is the exact decomposition."""
         if not self.steps:
             return _principal(W, r, self.symmetric)
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)
 
-    def _rotation(self) -> Any:
+    def _rotation(self) -> Tensor:
+        assert self.pairs is not None
         Q = skew(self.pairs)
         Q = shortened(Q, (Q * Q).sum(), self.eps, 0.0) if self.eps > 0 else Q
         return neumann(Q, self.terms) if self.terms else cayley(-Q)
 
 
-def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
+def _principal(W: Tensor, r: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Return A `[r, in]` and B `[out, r]`."""
     U, S, V = singular(W)
     return _split(U[:, :r], S[:r], V[:r], symmetric)
 
 
-def _split(U: Any, S: Any, V: Any, symmetric: bool) -> tuple[Any, Any]:
-    left, right = (S**0.5, S[:, None] ** 0.5) if symmetric else (S, 1)
-    return right * V, U * left
+def _split(U: Tensor, S: Tensor, V: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    return (S[:, None] ** 0.5 * V, U * S**0.5) if symmetric else (1 * V, U * S)

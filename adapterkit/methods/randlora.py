@@ -9,7 +9,7 @@ i, as in the authors' training code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ._low_rank import LowRank
@@ -51,12 +51,17 @@ class RandLoRA(LowRank):
         return {"A": random((rank, 1, shorts)) * 3**0.5, "B": random((longs, bases, rank)) * 3**0.5}
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        fields: dict[str, Any] = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, A: Tensor | None = None, **attributes: object
+    ) -> Self:
+        shared = cls.shared([tuple(W.shape)], rank, random)
+        A = shared["A"] if A is None else A
         short = min(W.shape[:2])
-        n = -(-short // len(fields["A"]))
+        n = -(-short // len(A))
         gamma = W.new_full((n, short), 1 / max(n, short))
-        return cls(lam=W.new_zeros(len(fields["A"]), n), gamma=gamma, **fields)
+        return cls.from_fields(
+            **{"A": A, "B": shared["B"], "lam": W.new_zeros(len(A), n), "gamma": gamma, **attributes}
+        )
 
     def largest_shape(self) -> tuple[int, ...]:
         return self.B.shape[-3], self.gamma.shape[-1]

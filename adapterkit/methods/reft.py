@@ -61,11 +61,13 @@ class ReFT(OutputUpdate):
     orthogonality: bool = False
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         projection, subtract = orthonormal_rows(random((rank, len(W)))), attributes.get("subtract_projection", True)
         source = projection if subtract else W.new_zeros(rank, len(W))
         attributes = {"orthogonality": bool(subtract)} | attributes
-        return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
+        return cls.from_fields(
+            source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes
+        )
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tied = self.source, self.source_bias, self.projection
@@ -76,7 +78,9 @@ class ReFT(OutputUpdate):
             layer(x), layer, counts, lambda h: self._changed(h, *tied), lambda h: self._changed(h, *last)
         )
 
-    def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:
+    def _changed(self, h: Tensor, source: Tensor | None, bias: Tensor | None, projection: Tensor | None) -> Tensor:
+        assert source is not None
+        assert projection is not None
         R = orthonormal_rows(projection) if self.orthogonality else projection
         told = h @ source.mT if bias is None else h @ source.mT + bias
         wanted = ACTIVATIONS[self.non_linearity](told)
@@ -86,7 +90,7 @@ class ReFT(OutputUpdate):
 # First and last positions of sequences, as ReFT counts them.  Not a method itself.
 
 
-Law = Callable[[Any], Any]
+Law = Callable[["Tensor"], "Tensor"]
 
 
 def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
@@ -107,7 +111,7 @@ def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law
     return joined
 
 
-def _masked(y: Any, mask: Any, counts: tuple[int, int], first: Law, last: Law) -> Any:
+def _masked(y: Tensor, mask: Tensor, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
     xp, real = namespace(y), (mask != 0) * 1
     place = (real * 0 + 1).cumsum(-1) - 1 - real.argmax(-1)[:, None]
     left = real.sum(-1)[:, None] - place

@@ -31,14 +31,14 @@ class Replacement(WeightUpdate):
     bias: Tensor | None = tensor("out", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Start with a copy. `weight=False` or `bias=False` omits one of them: BitFit trains only biases."""
         held = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
             why = "the target has none of the parameters to replace"
             raise UsageError(why, where="bias", cure="Choose targets that have a bias")
-        return cls(**wanted, **attributes)
+        return cls.from_fields(**wanted, **attributes)
 
     @classmethod
     def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called

@@ -7,7 +7,7 @@ trained. So the base stays unchanged, and the adapter alone defines the function
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core.updates import Additive, of_pair, tensor
 
@@ -33,8 +33,8 @@ class Residual(Additive):
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         pair = self.pair(shape)
-        D: Any = self.D
-        return (-self.scaling * D if pair is None else pair[0] @ pair[1]).reshape(shape)
+        D = -self.scaling * cast("Tensor", self.D) if pair is None else pair[0] @ pair[1]
+        return D.reshape(shape)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         if self.A is None or self.B is None:

@@ -7,7 +7,7 @@ in variant 2 the two entries of a row, in variant 4 none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..errors import ShapeMismatch
@@ -43,11 +43,13 @@ class RoAd(WeightUpdate):
     group: int = attribute(2, least=2)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, variant: int = 1, **attributes: object
+    ) -> Self:
         if len(W) % 2:
             raise ShapeMismatch(f"{len(W)} outputs do not form pairs", cure="Remove this target")
-        size = len(W) * attributes.get("variant", 1) // 2
-        return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
+        size = len(W) * variant // 2
+        return cls.from_fields(theta=W.new_zeros(size), alpha=W.new_ones(size), variant=variant, **attributes)
 
     @property
     def changes_bias(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch, UsageError
@@ -33,11 +33,19 @@ class Rows(WeightUpdate):
     values: Tensor = tensor("n out")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        index = attributes.pop("index", None)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
         if index is None:
             raise UsageError("the tokens were not given", where="index", cure="Pass index=[token, ...]")
-        return cls(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
+        return cls.from_fields(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         worst = outside(self.index, shape[1:2])

@@ -8,7 +8,7 @@ with few layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import Malformed, Unsupported, UsageError
@@ -77,6 +77,6 @@ class Shadow(OutputUpdate):
         shadow.keep((1 - g) * s + g * t)
         return y
 
-    def _update(self, name: str, y: Any) -> Any:
-        W, b, V, c = (getattr(self, f"{name}_{end}") for end in ("in", "in_bias", "out", "out_bias"))
+    def _update(self, name: str, y: Tensor) -> Tensor:
+        W, b, V, c = (cast("Tensor", self.tensors[f"{name}_{end}"]) for end in ("in", "in_bias", "out", "out_bias"))
         return ACTIVATIONS["gelu"](y @ W.mT + b) @ V.mT + c

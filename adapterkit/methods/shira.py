@@ -6,7 +6,7 @@ Training changes only 1 to 2 percent of the weight's elements, yet the change ha
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Additive, tensor
 from ..io.computed import times
@@ -30,11 +30,11 @@ class SHiRA(Additive):
     values: Tensor = tensor("n")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         out, in_ = W.shape
         flat = random_positions(0, out * in_, rank * (out + in_)).sort().values
         index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
-        return cls(**{"index": index, "values": W.new_zeros(len(flat)), **attributes})
+        return cls.from_fields(**{"index": index, "values": W.new_zeros(len(flat)), **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(values=times(self.values, weight))

@@ -5,7 +5,7 @@ Positions count the elements of the weight row by row. The hybrid form, Supra, a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Additive, tensor
 from ..io.computed import times
@@ -33,10 +33,10 @@ class SuperTuning(Additive):
     scaling: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         count = min(rank * (W.shape[0] + W.shape[1]), W.numel())
         index = W.abs().reshape(-1).topk(count).indices
-        return cls(**{"index": index, "values": W.new_zeros(count), **attributes})
+        return cls.from_fields(**{"index": index, "values": W.new_zeros(count), **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(values=times(self.values, weight), scaling=weight * self.scaling)

@@ -6,7 +6,8 @@ embedding and the tokenizer would have to grow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import ContextUpdate, tensor
 from .prompt import tokens_of
@@ -28,8 +29,17 @@ class TextualInversion(ContextUpdate):
     token: str = ""
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(P=tokens_of(W, rank, random, attributes.pop("index", None)), **attributes)
+    def initial(
+        cls,
+        W: Tensor,
+        b: Tensor | None,
+        rank: int,
+        random: Random,
+        *,
+        index: Sequence[int] | None = None,
+        **attributes: object,
+    ) -> Self:
+        return cls.from_fields(P=tokens_of(W, rank, random, index), **attributes)
 
     def vocabulary(self) -> Tensor:
         return self.P

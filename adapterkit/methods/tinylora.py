@@ -6,7 +6,7 @@ and P are fixed. Only the few numbers of v are trained, and several layers may s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..io.computed import times
@@ -36,13 +36,13 @@ class TinyLoRA(LowRank):
     v: Tensor = tensor("u")
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
         root = S[:rank] ** 0.5
         # Uniform numbers from -1 to 1 have a variance of 1/3; P should have 1 / r.
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
         made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
-        return cls(**{**made, **attributes})
+        return cls.from_fields(**{**made, **attributes})
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(v=times(self.v, weight))

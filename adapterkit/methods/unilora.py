@@ -6,7 +6,7 @@ of this element of theta in all modules. These scales make the projection an iso
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ..linalg.namespace import namespace
@@ -44,15 +44,17 @@ class UniLoRA(LowRank):
         return {"theta": theta, "uses": theta.new_tensor(rank * sum(map(sum, shapes)) / LENGTH)}
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
-        scale, (out, in_) = float(given.pop("uses")) ** -0.5, W.shape
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, uses: Tensor | None = None, **attributes: object
+    ) -> Self:
+        shared = cls.shared([tuple(W.shape)], rank, random)
+        scale, (out, in_) = float(shared["uses"] if uses is None else uses) ** -0.5, W.shape
         used = random((rank * (in_ + out),)).argsort() % LENGTH
         made = {
             "indices_A": used[: rank * in_].reshape(rank, in_), "scales_A": W.new_full((rank, in_), scale),
             "indices_B": used[rank * in_ :].reshape(out, rank), "scales_B": W.new_full((out, rank), scale),
         }  # fmt: skip
-        return cls(**{**made, **given})
+        return cls.from_fields(**{"theta": shared["theta"], **made, **attributes})
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)

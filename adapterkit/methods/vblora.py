@@ -7,7 +7,7 @@ Every piece of `b` numbers of a factor is a mixture of the bank's vectors. In tr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from ..core.updates import attribute, tensor
 from ..linalg.namespace import namespace
@@ -45,18 +45,21 @@ class VBLoRA(LowRank):
         return {"bank": 0.02 * random((256, length))}
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
-        count, length = given["bank"].shape
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, bank: Tensor | None = None, **attributes: object
+    ) -> Self:
+        shared = cls.shared([tuple(W.shape)], rank, random)
+        bank = shared["bank"] if bank is None else bank
+        count, length = bank.shape
         A, B = (rank, W.shape[1] // length, count), (W.shape[0] // length, rank, count)
-        return cls(**{"logits_A": random(A) / 6, "logits_B": random(B) / 6, **given})
+        return cls.from_fields(**{"bank": bank, "logits_A": random(A) / 6, "logits_B": random(B) / 6, **attributes})
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A = self._mixed(self.logits_A, self.indices_A, self.weights_A)
         B = self._mixed(self.logits_B, self.indices_B, self.weights_B).swapaxes(1, 2)
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
-    def _mixed(self, logits: Any, indices: Any, weights: Any) -> Any:
+    def _mixed(self, logits: Tensor | None, indices: Tensor | None, weights: Tensor | None) -> Tensor:
         """Return mixtures of the bank's vectors; an axis `b` replaces the last axis of the logits."""
         xp = namespace(self.bank)
         if logits is not None:
@@ -64,4 +67,6 @@ class VBLoRA(LowRank):
             kept = xp.take_along_axis(logits, indices, axis=-1)
             weights = xp.exp(kept - kept[..., :1])
             weights = weights / weights.sum(-1)[..., None]
+        assert indices is not None
+        assert weights is not None
         return (weights[..., None] * self.bank[xp.astype(indices, xp.int64)]).sum(-2)

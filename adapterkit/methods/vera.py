@@ -7,7 +7,7 @@ the first columns of A and the first rows of B. Only the vectors b and d belong 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ..io.computed import times
@@ -41,9 +41,13 @@ class VeRA(LowRank):
         return {"A": random((rank, ins)) * (6 / ins) ** 0.5, "B": random((outs, rank)) * (6 / rank) ** 0.5}
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        fields = cls.shared([tuple(W.shape)], rank, random) | attributes
-        return cls(b=W.new_zeros(len(W)), d=W.new_full((len(fields["A"]),), 0.1), **fields)
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, A: Tensor | None = None, **attributes: object
+    ) -> Self:
+        shared = cls.shared([tuple(W.shape)], rank, random)
+        A = shared["A"] if A is None else A
+        fields = {"A": A, "B": shared["B"], **attributes}
+        return cls.from_fields(b=W.new_zeros(len(W)), d=W.new_full((len(A),), 0.1), **fields)
 
     def largest_shape(self) -> tuple[int, ...]:
         return self.b.shape[-1], self.A.shape[-1]

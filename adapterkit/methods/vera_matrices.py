@@ -7,7 +7,7 @@ ones. A and B are fixed, and the same for all weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import tensor
 from ._low_rank import LowRank
@@ -39,10 +39,10 @@ class VeRAMatrices(LowRank):
         return cls._fixed(shapes[0], rank, random)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        fields: dict[str, Any] = {**cls._fixed(tuple(W.shape), rank, random), **attributes}
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+        fields: dict[str, object] = {**cls._fixed(tuple(W.shape), rank, random), **attributes}
         D = 0.1 * (W.new_zeros(rank, rank) + 1).tril().triu()
-        return cls(D=D, E=W.new_zeros(len(W), len(W)), **fields)
+        return cls.from_fields(D=D, E=W.new_zeros(len(W), len(W)), **fields)
 
     @staticmethod
     def _fixed(shape: tuple[int, ...], rank: int, random: Random) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ has the padded size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import Rule, tensor
 from ..linalg.namespace import namespace
@@ -39,13 +39,13 @@ class WaveFT(Coefficients):
     low_pass: Tensor | None = tensor("taps", optional=True)
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         return super().initial(W, b, rank, random, **{"low_pass": W.new_tensor([0.5**0.5] * 2), **attributes})
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         rows, columns = self.index[0], self.index[1]
         if self.low_pass is None:
-            return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)  # type: ignore[no-any-return]
+            return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
@@ -53,10 +53,10 @@ class WaveFT(Coefficients):
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
-        return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)  # type: ignore[no-any-return]
+        return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)
 
 
-def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
+def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
     """Return whether each coefficient is in the second half of its padded axis, and where its filter's taps are."""
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
@@ -65,11 +65,11 @@ def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
     return at >= half, (2 * (at % half) - (taps - 2))[:, None] + steps[None, :]
 
 
-def _taps(low: Any, high: Any) -> Any:
+def _taps(low: Tensor, high: Tensor) -> Tensor:
     """Return each coefficient's filter, `[n, taps]`: the low-pass one, or its mirror image with alternating signs."""
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 
 
-def _on(positions: Any, size: int) -> Any:
+def _on(positions: Tensor, size: int) -> Tensor:
     return (positions >= 0) & (positions < size)

@@ -6,7 +6,7 @@ two together are DoRA, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..linalg.namespace import lengths
@@ -30,19 +30,21 @@ class WeightNorm(WeightUpdate):
     eps: float = 0.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(
+        cls, W: Tensor, b: Tensor | None, rank: int, random: Random, *, eps: float = 0.0, **attributes: object
+    ) -> Self:
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-        return cls(out=norm + attributes.get("eps", 0.0), **attributes)
+        return cls.from_fields(out=norm + eps, eps=eps, **attributes)
 
     def cuts(self, axis: str) -> bool:
         """Whether the update can be split along an axis: only along the axis of the stored norms."""
         return axis == ("out" if self.into is None else "in")
 
-    def new_weight(self, W: Tensor) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         if self.into is None:
             norm = lengths((W * W).reshape(len(W), -1).sum(1))
-            wanted: Any = self.out
-            factors = wanted / (norm + self.eps)
+            assert self.out is not None
+            factors = self.out / (norm + self.eps)
             return W * factors.reshape(-1, *[1] * (W.ndim - 1))
         norm = lengths((W * W).reshape(len(W), W.shape[1], -1).sum(2).sum(0))
         factors = self.into / (norm + self.eps)

@@ -6,7 +6,7 @@ tokens without the adapter. One classifier serves all layers; its logits are com
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.updates import Rule, attribute, tensor
 from ..linalg.activations import relu, softmax
@@ -66,11 +66,12 @@ class XLoRA(Routed):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         assert self.A is not None
         assert self.B is not None
+        assert self.strengths is not None
         shares = self._shares(layer.call["hidden_states"], len(self.A)) * self.strengths
         return layer(x) + self.scaling * mixed(x, shares, self.A, self.B, layer)
 
-    def _shares(self, h: Any, experts: int) -> Any:
-        if self.first is not None:
+    def _shares(self, h: Tensor, experts: int) -> Tensor:
+        if self.first is not None and self.first_bias is not None:
             h = relu(h @ self.first.mT + self.first_bias)
         if self.inner is not None and self.inner_bias is not None:
             for W, b in zip(self.inner, self.inner_bias, strict=True):

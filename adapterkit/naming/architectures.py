@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -107,7 +107,7 @@ class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     only: dict[str, list[str]] = {}
     zero: str = ""
 
-    def holds(self, config: Mapping[str, Any]) -> bool:
+    def holds(self, config: Mapping[str, object]) -> bool:
         """Whether a base's config meets the condition."""
         if self.only:
             listed = [(config.get(field), set(words)) for field, words in self.only.items()]
@@ -293,7 +293,7 @@ class Architecture:
         return {}
 
 
-def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
+def architecture_of(config: Mapping[str, object] | None) -> Architecture | None:
     """Load the architecture of a base from the `model_type` in its config; None if no file describes it.
 
     Raises:
@@ -330,11 +330,12 @@ def _of_type(model_type: str) -> Architecture | None:
     return None
 
 
-def expert_count(config: Mapping[str, Any] | None) -> int:
+def expert_count(config: Mapping[str, object] | None) -> int:
     """Return the number of experts in a layer, from the base's config; 0 if the config does not state it."""
     config = config or {}
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else config
+    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)
 
 
 def of_gguf(name: str) -> list[Architecture]:

@@ -7,7 +7,7 @@ by converting tiny models with llama.cpp. A tensor without a place in this namin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, shown
 from .architectures import SPLIT, Architecture, Place, gguf_architectures, of_gguf, shape_of
@@ -64,7 +64,7 @@ def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int
     return -known, lacking, absent, family.family
 
 
-def is_projector(values: Mapping[str, Any]) -> bool:
+def is_projector(values: Mapping[str, object]) -> bool:
     """Whether a file's key-values describe the vision or audio part of a model, an `mmproj` file."""
     kind, name = values.get("general.type"), values.get(ARCHITECTURE)
     return kind == "mmproj" or name == "clip"
@@ -90,7 +90,7 @@ def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, di
     return [each for each in found if each is not None] if None not in found else []
 
 
-def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> list[int]:
+def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) -> list[int]:
     """Return the number of rows of each part of a fused tensor.
 
     Args:
@@ -184,7 +184,7 @@ def _linear(heads: Heads, where: str) -> LinearHeads:
     return heads.linear
 
 
-def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
+def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     """Return the heads stated in a model file's key-values.
 
     Raises:
@@ -212,7 +212,7 @@ def _in_attention(count: object) -> object:
     return several.pop() if len(several) == 1 else count
 
 
-def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
+def name_for(config: Mapping[str, object] | None) -> tuple[str, Architecture]:
     """Return (general.architecture, family) of the GGUF file that llama.cpp writes for a base.
 
     Args:
@@ -238,7 +238,7 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
     raise Unsupported(why, where="config.json", cure=f"Known architectures: {known}")
 
 
-def _chosen(family: Architecture, config: Mapping[str, Any]) -> str:
+def _chosen(family: Architecture, config: Mapping[str, object]) -> str:
     when = family.record.gguf_when
     for name in family.record.gguf:
         if name not in when or when[name].holds(config):

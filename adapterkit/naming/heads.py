@@ -62,7 +62,7 @@ class Heads:
         return self.query * self.dim, self.kv * self.dim, self.kv * self.dim
 
 
-def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
+def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     """Return the heads of a base, from its config.
 
     Args:
@@ -94,7 +94,7 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     return Heads(query, kv, dim, linear_of(own), rotary, tower)
 
 
-def _shared(config: Mapping[str, Any], query: int, where: str) -> int:
+def _shared(config: Mapping[str, object], query: int, where: str) -> int:
     """Return the number of key heads, from blocks that state how many query heads share one (Nemotron NAS).
 
     Raises:
@@ -110,7 +110,7 @@ def _shared(config: Mapping[str, Any], query: int, where: str) -> int:
     return query // group if type(group) is int and 0 < group <= query else query
 
 
-def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
+def linear_of(config: Mapping[str, object]) -> LinearHeads | None:
     """Return the heads of a base's linear attention, from its config; None if it has no linear attention."""
     return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
 
@@ -121,7 +121,7 @@ def linear_heads(keys: object, values: object, key_dim: object, value_dim: objec
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
 
-def _count(config: Any, names: tuple[str, ...], where: str, default: int | None = None) -> int:
+def _count(config: Mapping[str, object], names: tuple[str, ...], where: str, default: int | None = None) -> int:
     value = next((config[name] for name in names if config.get(name) is not None), default)
     if value is None:
         raise UsageError(f"the base's config does not state {names[0]}", where=where, cure=_GIVE)

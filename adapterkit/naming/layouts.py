@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
 
 from .architectures import HOLE, Architecture, architecture_of, shape_of
 
@@ -27,7 +26,7 @@ IN_OUT = {
 """Globs of targets that are stored as [in, out], by model_type."""
 
 
-def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
+def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
     """Whether the base stores this target as [in, out]; None if the family is not known to do so anywhere."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
 
 from ..errors import UsageError
 from .architectures import HOLE, WEIGHT, Architecture, Place, architecture_of, shape_of, with_naming
@@ -18,7 +17,7 @@ from .moves import Move
 NAMING = "mlx"
 
 
-def to_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
+def to_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
     """Find a target's parts in MLX-LM's model; None if the name is the same as on a hub.
 
     Args:
@@ -32,12 +31,12 @@ def to_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[M
     return _translated(name, config, experts, NAMING)
 
 
-def from_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
+def from_mlx(name: str, config: Mapping[str, object] | None, experts: int) -> tuple[Move, ...] | None:
     """Find a hub's parts of a module in MLX-LM's model, expert by expert; see `to_mlx` for the arguments."""
     return _translated(name, config, experts, WEIGHT)
 
 
-def _translated(name: str, config: Mapping[str, Any] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
+def _translated(name: str, config: Mapping[str, object] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
     found: dict[tuple[Move, ...], str] = {}
     family = _family(config)
     for each in _candidates(name, naming) if family is None else [family]:
@@ -77,7 +76,7 @@ def _keep(name: str) -> bool:
     return shape_of(name) in _kept()
 
 
-def is_absent(name: str, config: Mapping[str, Any] | None) -> bool:
+def is_absent(name: str, config: Mapping[str, object] | None) -> bool:
     """Whether every family with a weight of this name states that MLX-LM's model lacks the weight.
 
     DeepSeek's `kv_b_proj` becomes two stacks with a matrix per head, which MLX-LM's `load_adapters` cannot adapt. The
@@ -100,7 +99,7 @@ def _on_hub(family: Architecture, name: str) -> bool:
     return all(place is not None and place.of is None and not place.stacked for place in places)
 
 
-def _family(config: Mapping[str, Any] | None) -> Architecture | None:
+def _family(config: Mapping[str, object] | None) -> Architecture | None:
     for each in (config, (config or {}).get("text_config")):
         found = architecture_of(each) if isinstance(each, dict) else None
         if found is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import msgspec
 
@@ -71,17 +70,17 @@ def _parts() -> frozenset[str]:
     return frozenset(beside.union(*table().parts.values()))
 
 
-def models_of(config: Mapping[str, Any]) -> dict[str, bool]:
+def models_of(config: Mapping[str, object]) -> dict[str, bool]:
     """Map the model types of a base and of its parts to whether each belongs to the whole base.
 
     For a GGUF file, these are all model types that llama.cpp's converter writes with its `general.architecture`.
     """
     found: dict[str, bool] = {}
-    if isinstance(config.get(ARCHITECTURE), str):
+    if isinstance(architecture := config.get(ARCHITECTURE), str):
         # One architecture may have several families: DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
-        found |= {name: True for family in of_gguf(config[ARCHITECTURE]) for name in family.record.model_types}
-    if isinstance(config.get("model_type"), str) and config["model_type"]:
-        found[config["model_type"]] = True
+        found |= {name: True for family in of_gguf(architecture) for name in family.record.model_types}
+    if isinstance(model_type := config.get("model_type"), str) and model_type:
+        found[model_type] = True
     for part in config.values():
         # Parts are mostly in `text_config` and similar fields; an encoder-decoder has `encoder` and `decoder`.
         if isinstance(part, Mapping):

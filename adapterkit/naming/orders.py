@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ ORDERS = {
 
 
 def in_order(
-    paths: Collection[str], config: Mapping[str, Any] | None, declared: Sequence[str] = ()
+    paths: Collection[str], config: Mapping[str, object] | None, declared: Sequence[str] = ()
 ) -> list[str] | None:
     """Sort paths in the order in which the base's model declares them; None if the order is unknown.
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .tinker import is_tinker
+
+if TYPE_CHECKING:
+    from ..io.lazy import Lazy
+    from ..io.safetensors import Entry
 
 INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
 """Modules that read the hidden states; their experts share A."""
@@ -25,7 +29,7 @@ EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.jo
 """Matches one expert's module; the factor that it shares may be in a stack."""
 
 
-def is_shared_outer(entries: Mapping[str, Any]) -> bool:
+def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
     """Whether a file's keys and shapes have this layout: factors with three axes for experts."""
     # Check shapes first: they exclude nearly every file, and counting axes is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]

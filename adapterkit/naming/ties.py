@@ -19,6 +19,7 @@ from .architectures import architecture_of, decoded, folder
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
@@ -75,7 +76,7 @@ class Tie:
         return {name: self.stored for name in self.layers if name not in kept}
 
 
-def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie | None:
+def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -> Tie | None:
     """Find the tie between a base's head and its input embeddings; None if they are not tied.
 
     Args:
@@ -128,17 +129,17 @@ def aliases(base: Checkpoint) -> Mapping[str, str]:
 _ALIASES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 
 
-def says_untied(config: Mapping[str, Any] | None) -> bool:
+def says_untied(config: Mapping[str, object] | None) -> bool:
     """Whether a config states explicitly that head and embeddings are two tensors."""
     return _explicit(config or {}) is False
 
 
-def says_tied(config: Mapping[str, Any] | None) -> bool:
+def says_tied(config: Mapping[str, object] | None) -> bool:
     """Whether a config states explicitly that head and embeddings are one tensor."""
     return _explicit(config or {}) is True
 
 
-def ties_by_default(config: Mapping[str, Any]) -> bool:
+def ties_by_default(config: Mapping[str, object]) -> bool:
     """Whether head and embeddings are one tensor by a base's config, or else by the default of its model type."""
     explicit = _explicit(config)
     return config.get("model_type") in table().defaults if explicit is None else explicit is True
@@ -165,7 +166,7 @@ def is_head(name: str) -> bool:
     return _is(name, HEADS)
 
 
-def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
     """Return the changes to a config whose head gets a separate tensor."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
@@ -176,13 +177,13 @@ def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return changes
 
 
-def kept_tied(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
     """Return the changes to a config whose head stays tied; empty if the config or its family's default ties it."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
-def untied_scale(config: Mapping[str, Any] | None) -> float:
+def untied_scale(config: Mapping[str, object] | None) -> float:
     """Return the factor on an untied head's weight with which the model computes the same as with the tied head.
 
     T5 and similar models scale the head's input only if their config states that the head is tied.
@@ -249,7 +250,7 @@ def _by_class() -> Mapping[str, dict[str, str]]:
     return {name: each.pairs for each in table().ties for name in each.classes}
 
 
-def _pairs_of(config: Mapping[str, Any] | None) -> Mapping[str, str]:
+def _pairs_of(config: Mapping[str, object] | None) -> Mapping[str, str]:
     """Return the ties of a base's class, with names in the live model; empty if its config names no known class."""
     listed = (config or {}).get("architectures")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
@@ -265,7 +266,7 @@ def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _stored_as(name: str, names: Mapping[str, Any], config: Mapping[str, Any] | None) -> str | None:
+def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, object] | None) -> str | None:
     """Return the stored name of a live model's weight; None if the base does not have it."""
     family = architecture_of(config)
     place = None
@@ -275,7 +276,7 @@ def _stored_as(name: str, names: Mapping[str, Any], config: Mapping[str, Any] | 
     return next((each for each in known if each in names), None)
 
 
-def _says_tied(config: Mapping[str, Any] | None, has_head: bool, known: bool) -> bool:
+def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
     """Whether the config, or else its family's default, ties; a class with a head but without its weight must tie."""
     if config is None:
         return False
@@ -290,7 +291,7 @@ def _says_tied(config: Mapping[str, Any] | None, has_head: bool, known: bool) ->
     return config.get("model_type") in table().defaults if has_head else with_head
 
 
-def _explicit(config: Mapping[str, Any]) -> Any:
+def _explicit(config: Mapping[str, object]) -> object:
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return config.get("tie_word_embeddings", inner)
@@ -305,7 +306,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f".{module}.weight" for module in modules)
 
 
-def _of_another_shape(head: str, stored: str, names: Mapping[str, Any]) -> bool:
+def _of_another_shape(head: str, stored: str, names: Mapping[str, object]) -> bool:
     """Whether a base stores a head that is a matrix with another shape than its embeddings, but the same dtype."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
@@ -313,5 +314,5 @@ def _of_another_shape(head: str, stored: str, names: Mapping[str, Any]) -> bool:
     return alike and len(shapes[0]) == len(shapes[1]) == 2 and shapes[0] != shapes[1]
 
 
-def _head_of(config: Mapping[str, Any] | None) -> str:
+def _head_of(config: Mapping[str, object] | None) -> str:
     return _HEAD_OF.get(str((config or {}).get("model_type")), "lm_head")

@@ -1,4 +1,4 @@
-"""The compiled loops: `merge.c`, `quantize.c`, `ggml.c` and `dropping.c`, in one library that ctypes loads.
+"""The compiled loops: `merge.c`, `normalize.c`, `quantize.c`, `ggml.c`, `dropping.c`, in one library that ctypes loads.
 
 Each loop gives the same bits as the numpy code that it replaces. If the library is missing or does not run on this
 processor, numpy computes everything. `ADAPTERKIT_KERNEL=off` disables the library.
@@ -15,8 +15,8 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, next to this file."""
 
-VERSION = 10
-"""Version of the functions in the library: one that is older than this file is left alone."""
+VERSION = 11
+"""Version of the library's functions; a library of another version is not used."""
 
 OFF = "ADAPTERKIT_KERNEL"
 """The environment variable that disables the library, by the value `off`."""
@@ -25,7 +25,7 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """Element type -> its number in the library."""
 
 MOST_LANES = 16
-"""Numbers that a merge computes at a time, at most: 16 on processors with AVX-512, 8 on all others."""
+"""Largest number of elements that a merge computes at a time: 16 on processors with AVX-512, 8 on all others."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
@@ -45,8 +45,10 @@ def loops() -> ctypes.CDLL | None:
         return None
     loaded.adapterkit_lanes.restype, loaded.adapterkit_lanes.argtypes = _INT, (_INT,)
     loaded.adapterkit_lanes(MOST_LANES)
-    loaded.adapterkit_add.restype = _LONG
-    loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    for name in ("add", "normalize"):
+        function = getattr(loaded, f"adapterkit_{name}")
+        function.restype = _LONG
+        function.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     loaded.adapterkit_drop.restype = _INT
     loaded.adapterkit_drop.argtypes = (_POINTER, _LONG, _LONG, _WORD, _WORD, _DOUBLE, _DOUBLE, _INT)
     for name in ("levels", "indices"):

@@ -1,5 +1,5 @@
 /* Random drops of the entries of changes, for DARE and DELLA. The loop does what `ops/dropping.py` does with numpy, but in
- * one pass over each row while it is in the first cache. It uses the same random words and comparisons, and one
+ * one pass over each row while it is in the L1 cache. It uses the same random words and comparisons, and one
  * product and one quotient for each entry, so it gives the same bits. */
 
 #include <stdlib.h>
@@ -11,7 +11,7 @@ enum { PER_COUNT = 8, DIGITS = 256, BITS = 11, PARTS = 1 << BITS };
 /* A row is first sorted by 22 bits: 16 octaves below its largest magnitude, each divided into 2^18 parts. */
 enum { OCTAVES = 16, MANTISSA = 52, LEADING = 34, PASSES = 2 };
 
-/* Moves of keys by one position that are allowed per column; after more, a sort by all bits takes over. */
+/* Largest number of moves of keys by one position, per column; after more moves, the keys are sorted by all bits. */
 enum { MOVES = 4 };
 
 /* Computes Philox4x64-10 (Salmon et al. 2011) for one counter: eight words of 32 bits, low words first. */
@@ -69,7 +69,7 @@ static void radix(uint64_t *keys, uint64_t *other, int64_t count) {
   if (from != keys) memcpy(keys, from, (size_t)count * sizeof *keys);
 }
 
-/* Memory for one row: keys, sorted keys, probabilities and words. `low` masks the bits that hold a column. */
+/* Buffers for one row: keys, sorted keys, probabilities and random words. `low` masks the bits with the column. */
 typedef struct {
   uint64_t *keys, *sorted;
   double *chance;

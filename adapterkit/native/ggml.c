@@ -271,7 +271,7 @@ INLINE void joined(const uint8_t *q, int shift, int mask, int step, int run, uin
     }
 }
 
-/* Encodes sixteen columns: one block of sixteen runs or two blocks of eight. Returns 1 if numpy has to do it. */
+/* Encodes sixteen columns: one block of sixteen runs or two blocks of eight. Returns 1 if numpy has to encode them. */
 INLINE int encode_k(int kind, const float *x, uint8_t *out) {
   const int size = kind == Q4_K || kind == Q5_K ? 32 : 16;
   Columns own;
@@ -432,7 +432,7 @@ INLINE void decode(int kind, int bits, int offset, const uint8_t *from, int64_t 
   DO(Q4_0, 4, 0) DO(Q4_1, 4, 1) DO(Q5_0, 5, 0) DO(Q5_1, 5, 1) DO(Q8_0, 8, 0) \
   DO(Q2_K, 0, 0) DO(Q3_K, 0, 0) DO(Q4_K, 0, 0) DO(Q5_K, 0, 0) DO(Q6_K, 0, 0)
 
-/* Encodes whole blocks of `size` bytes; returns 1 if numpy has to do it, and then `out` is unfinished. */
+/* Encodes whole blocks of `size` bytes; returns 1 if numpy has to encode them, and then `out` is incomplete. */
 API int32_t adapterkit_ggml_encode(int32_t kind, const float *x, int64_t blocks, uint8_t *out, int64_t size) {
   const int64_t count = blocks * (kind < Q2_K ? PLAIN : BLOCK);
   int large = 0;

@@ -1,5 +1,5 @@
-/* Eight float32 numbers at a time, by the vector types of GCC and Clang, and their conversions from and to 16 bits.
- * A source that is compiled with LANES_512 has sixteen. */
+/* Vectors of eight float32 numbers, by the vector types of GCC and Clang, and their conversions from and to 16 bits.
+ * In a source that is compiled with LANES_512, a vector has sixteen numbers. */
 
 #pragma once
 

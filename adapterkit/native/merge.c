@@ -19,22 +19,22 @@
 #include <cpuid.h>
 #endif
 
-#include "lanes.h"
+#include "rounding.h"
 
 typedef double doubles __attribute__((vector_size(32)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 
-/* A tile's rows: their sums fill the registers; the last rows of a block go by three and one. A tile is two vectors wide.
- * Columns of the right factor are stored in panels of 16, and filled up to 32. */
+/* The number of rows of a tile, whose sums fill the registers; the last rows of a block are computed three or one at a
+ * time. A tile is two vectors wide. Columns of the right factor are stored in panels of 16, and padded to 32. */
 enum { WIDE = 2 * LANES, PANEL = 16, SHORT = 3, CHUNK = 16 };
 #if defined(LANES_512)
 enum { TALL = 7 };
 #else
 enum { TALL = 6 };
 #endif
-enum { VERSION = 10 };
+enum { VERSION = 11 };
 
-/* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
+/* Bytes of the right factor that are used at a time; they stay in a core's L2 cache for all rows. */
 enum { STRIP = 192 << 10 };
 
 /* One factor pair, as `merging/kernel.py` prepares it. */
@@ -50,16 +50,6 @@ typedef struct {
   int64_t rank;
 } Factors;
 
-INLINE int none(words flags) {
-#if defined(LANES_512)
-  return _mm512_test_epi32_mask((__m512i)flags, (__m512i)flags) == 0;
-#else
-  uint64_t bits[4];
-  memcpy(bits, &flags, 32);
-  return (bits[0] | bits[1] | bits[2] | bits[3]) == 0;
-#endif
-}
-
 /* Stores the upper halves of the words of two vectors. */
 INLINE void store_upper(uint16_t *out, words one, words two) {
 #if defined(LANES_512)
@@ -72,20 +62,6 @@ INLINE void store_upper(uint16_t *out, words one, words two) {
   *(loose_halves *)out = __builtin_convertvector(one >> 16, halves);
   *(loose_halves *)(out + LANES) = __builtin_convertvector(two >> 16, halves);
 #endif
-}
-
-/* Rounds float64 to 16 bits as numpy does: to bfloat16 by way of float32, to float16 directly. */
-static uint16_t rounded(int kind, double value) {
-  float near = (float)value;
-  uint32_t bits;
-  memcpy(&bits, &near, 4);
-  if (kind == BF16) return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  /* Rounding to odd makes the second rounding harmless: an inexact float32 is never a tie of float16, and it stays on
-   * the side of each tie where the float64 value is. Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819 */
-  if (isfinite(near) && (double)near != value) bits = (bits - (fabs((double)near) > fabs(value))) | 1u;
-  floats lanes = {0};
-  memcpy(&lanes, &bits, 4);
-  return narrowed(F16, lanes)[0];
 }
 
 INLINE double element(int kind, const void *from, int64_t at) {
@@ -151,7 +127,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
       floats right0 = *(const loose_floats *)(panel + PANEL * k);
       floats right1 = *(const loose_floats *)(second + PANEL * k);
 #if defined(LANES_512)
-      /* Keeps both in registers: compilers load them again for each row, and loads would be the limit. */
+      /* Keep both in registers. Compilers would load them again for each row, and the loads would limit the speed. */
       __asm__("" : "+v"(right0), "+v"(right1));
 #endif
 #pragma GCC unroll 12
@@ -197,7 +173,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
 }
 
-/* A tile at the right edge, in memory of its own: the rows of the weight end before WIDE columns are full. */
+/* Computes a tile at the right edge in a separate buffer, because the rows of the weight end within its columns. */
 INLINE int64_t edge(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
@@ -238,7 +214,7 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
   return open;
 }
 
-/* `adapterkit_add` of this file as it is compiled with LANES_512. */
+/* `adapterkit_add` of this file, compiled with LANES_512. */
 int64_t adapterkit_add_512(int32_t, int32_t, const char *, uint16_t *, int64_t, int64_t, const Factors *);
 
 #if defined(LANES_512)
@@ -258,12 +234,13 @@ static int has_512(void) {
 #endif
 }
 
-static int lanes = LANES;
+/* Read by all files that are compiled twice. */
+int adapterkit_used_lanes = LANES;
 
 /* Sets how many numbers `adapterkit_add` computes at a time, at most `most`; returns how many. */
 API int32_t adapterkit_lanes(int32_t most) {
-  lanes = most >= 2 * LANES && has_512() ? 2 * LANES : LANES;
-  return lanes;
+  adapterkit_used_lanes = most >= 2 * LANES && has_512() ? 2 * LANES : LANES;
+  return adapterkit_used_lanes;
 }
 
 /* The version of the library, for `native/__init__.py`; 0 if the processor lacks what the library was compiled for. */
@@ -289,9 +266,9 @@ API
 int64_t ADD(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
             const Factors *f) {
 #if defined(__x86_64__) && !defined(LANES_512)
-  if (lanes > LANES) return adapterkit_add_512(from, to, weight, out, rows, width, f);
+  if (adapterkit_used_lanes > LANES) return adapterkit_add_512(from, to, weight, out, rows, width, f);
 #endif
-  /* Another library may have made this thread flush small numbers to zero, which the bounds do not know. */
+  /* Disable flushing of small numbers to zero, which another library may have enabled; the bounds do not cover it. */
   fenv_t before;
   fegetenv(&before);
   fesetenv(FE_DFL_ENV);

@@ -1,44 +1,51 @@
-"""Check exports against the torch model: on the example inputs, without an adapter and with each one."""
+"""Compare an exported graph with its torch model on example inputs, without an adapter and with each adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..errors import CheckFailed
+from .building import Array
 from .checking import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles, told_by_reference
 from .tracing import quiet
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .session import Session
 
 
 NARROW_NOISE = 2.0
-"""Factor on 16-bit rounding noise: two roundings of the same outputs can each be as far off as the other."""
+"""A 16-bit difference may be this many times torch's rounding error, because the graph rounds as much as torch does."""
 
-Run = tuple[Callable[[], AbstractContextManager[Any]], Path | None]
-"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots."""
+Tree = TypeVar("Tree")
+
+Example = tuple[Sequence[object], Mapping[str, object]]
+"""Positional and named arguments of a torch model."""
+
+Run = tuple[Callable[[], AbstractContextManager[object]], Path | None]
+"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots, if it has
+any."""
 
 
 def compared(
-    model: nn.Module, examples: Sequence[Any], out: Path, session: Session, runs: Mapping[str | None, Run], *,
+    model: nn.Module, examples: Sequence[Example], out: Path, session: Session, runs: Mapping[str | None, Run], *,
     judged: bool = True,
 ) -> float:  # fmt: skip
     """Return the largest difference between the graph and torch, relative to the largest output.
 
     Args:
         model: the torch model.
-        examples: (positional, named) arguments.
+        examples: pairs of positional and named arguments.
         out: the graph.
-        session: the graph, loaded; the adapters stay loaded.
-        runs: adapter name -> how to attach it; None for the run without an adapter.
-        judged: False to return a difference without raising.
+        session: a session of the graph; it keeps the adapters loaded.
+        runs: for each adapter's name, how to attach the adapter; the name None is the run without an adapter.
+        judged: False to return the difference however large it is.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -59,8 +66,8 @@ def compared(
     return worst
 
 
-def compared_packed(packed: Path, plain: Path, examples: Sequence[object]) -> float:
-    """Return the largest difference between a graph with packed weights and one with their dequantized numbers.
+def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> float:
+    """Return the largest difference between a graph with packed weights and the same graph with dequantized weights.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -75,22 +82,22 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[object]) -> fl
     return worst
 
 
-def by_reference(out: Path, session: Session, example: Any) -> float | None:
+def by_reference(out: Path, session: Session, example: Example) -> float | None:
     """Return the largest difference between ONNX's reference implementation and onnxruntime; None if it cannot run."""
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 
 
-def told_by(session: Any, example: Any, adapter: str | None = None) -> list[object]:
+def told_by(session: Session, example: Example, adapter: str | None = None) -> list[Array]:
     """Return a session's outputs for a torch model's arguments."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 
 
-def _most(model: nn.Module, example: Any, wanted: Sequence[Any]) -> float:
-    """Return the largest difference that rounding explains: for 16-bit outputs, twice torch's own rounding error.
+def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
+    """Return the largest difference that rounding explains: for 16-bit outputs, twice the rounding error of torch.
 
-    The error is measured, not assumed: a model with a few large activations loses much of its precision in 16 bits, by
-    whatever route it is run.
+    The error is measured for each model: one with a few large activations loses much of its precision in 16 bits, in
+    any runtime.
     """
     if not is_narrow(wanted):
         return MOST_NOISE
@@ -117,14 +124,15 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = own
 
 
-def _widened(tree: Any) -> Any:
+def _widened(tree: Tree) -> Tree:
     import torch
     from torch.utils._pytree import tree_map
 
-    def wide(leaf: Any) -> Any:
+    def wide(leaf: object) -> object:
         return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return tree_map(wide, tree)
+    widened: Tree = tree_map(wide, tree)
+    return widened
 
 
 def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
@@ -134,15 +142,15 @@ def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
     raise CheckFailed(why, path=out, where=name, cure=_CURE)
 
 
-def outputs_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the tensors that a torch model returns, as arrays."""
+def outputs_of(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Array]:
+    """Run a torch model, and return its output tensors as arrays."""
     import torch
 
     with torch.no_grad(), quiet():
         return _numbers(model(*args, **kwargs))
 
 
-def _numbers(tree: Any) -> list[Any]:
+def _numbers(tree: object) -> list[Array]:
     """Return the tensors in a nested value, as arrays, in the order in which torch flattens it."""
     import torch
     from torch.utils._pytree import tree_leaves
@@ -151,14 +159,14 @@ def _numbers(tree: Any) -> list[Any]:
     return [_array(leaf) for leaf in leaves]
 
 
-def _array(leaf: Any) -> Any:
+def _array(leaf: Tensor) -> Array:
     import ml_dtypes
     import torch
 
-    # numpy has no bfloat16, so the bits travel as int16.
+    # numpy has no bfloat16, so pass the bits through int16.
     if leaf.dtype != torch.bfloat16:
         return np.asarray(leaf)
     return leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-_CURE = "Report this; with check off the file is kept"
+_CURE = "Report this. To keep the file, turn the check off: --no-check (check=False)"

@@ -1,10 +1,10 @@
-"""Attach an adapter to a graph: the nodes of its formulas take over the output of each target."""
+"""Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,18 +16,25 @@ from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
-from .calls import CallWords
+from .calls import CallWords, Heard
 from .found import FoldedNorm, Found, Spot
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
 from .rowwise import RowSlots
-from .values import Unsayable, Value
+from .values import Unsayable, Value, computed_over
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.updates.layer import Layer as FormulaLayer
+    from ..io.lazy import Leaf
+    from .slots import Slots
 
 
 class Slice:
-    """The outputs `start` to `stop` of a layer: the view of an update on rows of a fused weight."""
+    """The outputs `start` to `stop` of a layer, as an update of these rows of a fused weight sees them."""
 
-    def __init__(self, layer: Layer | Normed, rows: tuple[int, int]) -> None:
+    def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
         self.x, self.branch = layer.x, layer.branch
         self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
@@ -42,7 +49,7 @@ class Slice:
 
     @property
     def weight(self) -> Value:
-        return self.layer.weight[self.rows]
+        return known_weight(self.layer)[self.rows]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +74,7 @@ class Slice:
 
 
 class Normed:
-    """A layer with a folded batch normalisation, as a formula sees it: the layer before that norm."""
+    """A layer with a folded batch normalisation; formulas see the layer as it was before the fold."""
 
     def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
@@ -84,7 +91,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # A channel that the norm scales to 0 is lost. Any factor will do, since `around` scales it to 0 again.
+            # A channel that the norm scales to 0 cannot be restored. Use any factor: `around` scales the channel to 0
+            # again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -102,12 +110,11 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Return the output after the norm for a new one before it; keeps every bit if the two are equal."""
+        """Return the output after the norm for a new output before the norm; if that is unchanged, so is every bit."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
-        spread: Value = self.per_channel(self._known(array))
-        return spread
+        return self.per_channel(self._known(array))
 
     def _known(self, array: Array) -> Value:
         return Value(self.branch, array.shape, self.dtype, None, lambda: array)
@@ -116,7 +123,7 @@ class Normed:
 class Turned:
     """A layer with the first two axes of its weight swapped, the orientation in which embeddings store weights."""
 
-    def __init__(self, layer: Layer | Normed) -> None:
+    def __init__(self, layer: Layer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
         self.channel, self.direct, self.per_channel, self.bias = layer.channel, False, layer.per_channel, layer.bias
 
@@ -125,7 +132,7 @@ class Turned:
 
     @property
     def weight(self) -> Value:
-        return self.layer.weight.swapaxes(0, 1)
+        return known_weight(self.layer).swapaxes(0, 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -138,20 +145,38 @@ class Turned:
         raise Unsayable("a mix of channels behind a turned weight")
 
 
-# Attach an adapter to a graph: the nodes of its formulas take over the output of each target layer.
+TargetView = Layer | Ended | Normed | Slice | Turned
+"""A target as formulas see it."""
 
 
-def attach(found: Sequence[Found], building: Building, slots: Any = None, words: CallWords | None = None) -> None:
-    """Put every target's branch of nodes into the graph; several targets of one node are rows of a fused weight.
+def known_weight(layer: TargetView) -> Value:
+    """Return the weight of a target.
+
+    Raises:
+        Unsayable: the target is a module without a weight.
+    """
+    weight = layer.weight
+    if weight is None:
+        raise Unsayable("a module has no weight")
+    return weight
+
+
+# Attach an adapter to a graph: nodes that compute the adapter's formulas replace the output of each target.
+
+
+def attach(
+    found: Sequence[Found], building: Building, slots: Slots | RowSlots | None = None, words: CallWords | None = None
+) -> None:
+    """Insert the nodes of every target into the graph. Several targets at one node are row slices of a fused weight.
 
     Args:
         found: the targets.
-        building: collects what the model gets.
-        slots: creates graph inputs for the tensors of adapters to come, see slots.py; None for constants.
+        building: collects the changes to the model.
+        slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store constants.
         words: access to the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
-        Unsupported: a layer cannot take a method.
+        Unsupported: a layer cannot have an update of this method.
     """
     words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
@@ -164,7 +189,7 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the layer; split a fused attention node first, because its layer is inside of it."""
+    """Return the layer. Split a fused attention node first, because the layer is inside that node."""
     if spot.kind is not Attention:
         return spot
     if spot.node not in apart:
@@ -172,12 +197,17 @@ def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spo
     return replace(spot, node=apart[spot.node], kind=MatMul)
 
 
-def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: CallWords) -> None:
+def _attach(
+    place: Found, spot: Spot | None, building: Building, slots: Slots | RowSlots | None, words: CallWords
+) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
     layer = _layer(place, spot, branch)
     layer.call = words.at(layer)
-    core: Any = layer if place.norm is None else Normed(layer, place.norm)
-    seen: Any = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
+    core: Layer | Ended | Normed = layer
+    if place.norm is not None:
+        assert isinstance(layer, Layer)  # `_layer` refuses other targets with a folded norm.
+        core = Normed(layer, place.norm)
+    seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
     if isinstance(slots, RowSlots):
         y = slots.output(seen, layer, place)
@@ -195,17 +225,19 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
-        cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
-        raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
+        cure = _CONSTANT if slots is not None else _KEEP if outer else "Merge it instead"
+        raise Unsupported(
+            f"the formula cannot be written as nodes: {error}", where=str(place.asked), cure=cure
+        ) from None
     except AdapterkitError as error:
         raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
 
 
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
-    """Sort the targets: those that pass a state on come first, in the order of the graph.
+    """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
 
-    Their state is read by the branches of the layers inside of them.
+    The nodes that are added for layers inside such a block read its state.
 
     Raises:
         Unsupported: such a target is inside a subgraph.
@@ -217,36 +249,36 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     places: dict[Found, int] = {}
     for place in moving:
         if place.last is None or place.last not in at:
-            why = "a state that is handed on in a graph inside a node"
+            why = "the block passes on a state, and it is in a subgraph"
             raise Unsupported(why, where=str(place.asked), cure=_KEEP)
         places[place] = at[place.last]
     return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
 
 
-def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
+def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
     """Return the target with the interface that formulas use."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
     if place.norm is not None and place.outlet is not None:
-        why = f"a residual or norm outside of a layer that the batch normalisation {place.norm.name} is folded into"
+        why = f"the update has a residual or norm, and the batch norm {place.norm.name} is folded into the layer"
         raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.merge_only:
-        why = f"no branch beside a {spot.node.op_type} says this"
+        why = f"no nodes beside a {spot.node.op_type} can express this change"
         raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
     layer = spot.kind(spot.node, branch)
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Any, bias: object) -> None:
+def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):
-        why = "an update of weights behind one of the output"
+        why = "an update of weights follows an update of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
     for update in place.updates:
         if isinstance(update, OutputUpdate) and place.target.rows:
-            why = f"{update.method}, which is of whole outputs, at rows of one"
+            why = f"{update.method} changes the whole output, and the target is a row slice"
             raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
         if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
@@ -256,9 +288,9 @@ def _check(place: Found, layer: Any, bias: object) -> None:
             raise Unsupported(why, where=str(place.asked), cure="Inject into the graph before it is optimised")
 
 
-def _eaten(layer: Any) -> str | None:
-    """Return the type of the fused node that adds the layer's bias together with other work; None if none does."""
-    # Position of the bias among the fused node's inputs, by onnxruntime's contrib operators.
+def _eaten(layer: Layer | Ended) -> str | None:
+    """Return the operator of the fused node that also adds the layer's bias; None if there is no such node."""
+    # The position of the bias among the inputs of each fused operator of onnxruntime.
     uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
@@ -271,19 +303,18 @@ def _eaten(layer: Any) -> str | None:
     return None
 
 
-def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any) -> Update:
-    """Return the update over graph values, in the dtype that the layer computes in."""
+def _valued(update: Update, layer: Layer | Ended, place: Found, position: int, slots: Slots | None) -> Update:
+    """Return the update with graph values in place of its tensors, in the dtype that the layer computes in."""
     if slots is not None:
-        opened: Update = slots.opened(update, layer, place, position)
-        return opened
+        return slots.opened(update, layer, place, position)
     building, dtype = layer.branch.building, layer.dtype
     name = (
         f"{place.target}.{update.method}" if len(place.updates) == 1 else f"{place.target}.{position}.{update.method}"
     )
 
-    def value(field: str, leaf: Any) -> Value:
-        def make() -> Any:
-            array = as_array(leaf)
+    def value(field: str, leaf: Leaf) -> Value:
+        def make() -> Array:
+            array: Array = as_array(leaf)
             return array.astype("i8" if array.dtype.kind in "iu" else dtype)
 
         key = building.keep(leaf), dtype.str
@@ -295,14 +326,14 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
     return update.replace(**{field: value(field, leaf) for field, leaf in update.tensors.items()})
 
 
-def _wide(leaf: Any) -> Any:
-    array = as_array(leaf)
+def _wide(leaf: Leaf) -> Array:
+    array: Array = as_array(leaf)
     return array.astype("i8" if array.dtype.kind in "iu" else np.float64)
 
 
-def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
-    """Return the update itself if nodes can express its formula, else its dense equivalent at this weight."""
-    # Try the formula; nodes that it appended are removed again in any case.
+def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
+    """Return the update if nodes can express its formula; otherwise, return its dense equivalent at this weight."""
+    # Try the formula, and always remove the nodes that it appended.
     if isinstance(update, OutputUpdate):
         return update
     before = len(branch.nodes)
@@ -317,82 +348,92 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
     return update
 
 
-def _slotted(update: Update, position: int, seen: Any, layer: Any, place: Found, slots: Any) -> Update:
-    """Return the update over slots: its own tensors, or what they come to at the base's weight."""
+def _slotted(
+    update: Update, position: int, seen: TargetView, layer: Layer | Ended, place: Found, slots: Slots
+) -> Update:
+    """Return the update over slots for its own tensors, or for factors computed from them and the base's weight."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
-        factors: Update | None = slots.factored(place.updates[position], layer, place, position)
+        factors = slots.factored(place.updates[position], layer, place, position)
         if factors is None:
             raise
         return factors
 
 
-def _worked_out(update: Update, layer: Any) -> Update:
-    """Evaluate the formula at a known weight, in float64 with one rounding: as a sum or a replaced weight."""
-    held = update.map(_numbers)
+def _worked_out(update: Update, layer: TargetView) -> Update:
+    """Evaluate the formula at a known weight, in float64 with one rounding; return an added or a replaced weight."""
+    held = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
         return Dense(D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
-    W: Any = layer.weight.numbers().astype(np.float64)
+    W: Any = known_weight(layer).numbers().astype(np.float64)
     held = held.settled(W) if held.bias_sees_weight else held
     weight: Any = held.new_weight(W) if held.changes_weight else None
     b = layer.bias if held.changes_bias else None
-    bias: Any = None if b is None else held.new_bias(b.numbers().astype(np.float64))
+    known: Any = None if b is None else b.numbers().astype(np.float64)
+    bias = None if b is None else held.new_bias(known)
     return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 
-def _numbers(value: Any) -> Any:
-    known = value.known()
-    return np.array(known)
+def _numbers(value: Value) -> Array:
+    assert value.known is not None
+    return np.array(value.known())
 
 
-def _constant(layer: Any, array: Any) -> Any:
+def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
+    """Return numbers as a constant of the layer's dtype, of the type of formulas."""
     if array is None:
         return None
-    kind = layer.weight.dtype
-    return Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array))
+    kind = known_weight(layer).dtype
+    return cast("Tensor", Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array)))
 
 
-def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
-    """Return the layer's new output, by the formulas; for grouped layers, by weights and biases only.
+def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -> Value:
+    """Return the layer's new output by its updates' formulas; a grouped layer only gets a new weight and bias.
 
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: add changes of weights to the layer's own output, so that an update without effect keeps every bit.
+        added: add the output of the changes to the layer's output, so that an update without effect keeps every bit.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
-    chain = layer
+    # Formulas are typed for tensors, and compute with graph values in the same way.
+    chain = cast("FormulaLayer", layer)
     for update in updates:
-        chain = Composed(chain, update)
+        chain = cast("FormulaLayer", Composed(chain, update))
     if (layer.direct and (not added or not weights or not inner)) or not inner:
-        return cast(Value, chain(layer.x))
+        return cast(Value, chain(cast("Tensor", layer.x)))
     if outer:
-        raise Unsayable("an output update behind one of weights")
+        raise Unsayable("an output update follows an update of weights")
     if not added:
-        y: Value = layer.op(layer.x, chain.weight)
-        return y if chain.bias is None else y + layer.per_channel(chain.bias)
-    y = layer(layer.x) + layer.op(layer.x, chain.weight - layer.weight)
-    return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)
+        y = layer.op(layer.x, cast(Value, chain.weight))
+        return y if chain.bias is None else y + layer.per_channel(cast(Value, chain.bias))
+    y = layer(layer.x) + layer.op(layer.x, cast(Value, chain.weight) - known_weight(layer))
+    return y if layer.bias is None else y + layer.per_channel(cast(Value, chain.bias) - layer.bias)
 
 
-def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
-    """Replace a layer's output (and input, if the update moved it), and remove nodes that nothing reads any more."""
+def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
+    """Replace a layer's output, and its input if the update moved it; remove nodes that nothing reads any more."""
     last = layer.end.producer()
-    if layer.moved is not None:
-        if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):
-            raise Unsupported("a block whose input a graph inside a node reads", where=branch.name, cure=_KEEP)
+    if isinstance(layer, Ended) and layer.moved is not None:
+        graph = None if layer.node is None else layer.node.graph
+        if any(use.node.graph is not graph for use in layer.x.value.uses() if use.node.graph is not None):
+            raise Unsupported("a subgraph reads the input of this block", where=branch.name, cure=_KEEP)
         before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
     behind(layer.end, new, branch)
+    assert isinstance(layer.call, Heard)
     if not layer.call.shadow.hand_on(new):
         branch.close()
     for node in dict.fromkeys((last, layer.node)):
+        if node is None or node.graph is None:
+            continue
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             node.graph.remove(node, safe=True)
 
 
 _UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"
+_CONSTANT = "Inject it with --mode constant (mode='constant')"

@@ -1,14 +1,15 @@
-"""Find attentions in a graph, and attach prefixes to single ones: extra keys and values before the computed ones.
+"""Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are inserted after the mask, which
-must not hide them, and before the scores of the keys. Its values come before the values. No cache stores the prefix.
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before those of the
+computed keys. They are added after the mask, so that the mask cannot hide them. The prefix's values go before the
+computed values. The prefix is not part of any cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +18,13 @@ from ..core.adapter import Target
 from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import as_array
-from .building import Branch, Building, before, element_type
+from .building import Branch, Building, Dtype, before, element_type
 from .modules import Module, module_at
 from .operands import is_constant, shape_of
-from .values import SYMBOLS, Value, concatenated
+from .values import SYMBOLS, Value, computed_over, concatenated
+
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
 
 _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
@@ -29,7 +33,7 @@ _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
 _EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
 
 Factors = tuple[tuple[str, ir.Value], ...]
-"""(operator, number) pairs, in the order in which they multiply or divide a value."""
+"""Pairs of an operator (`Mul` or `Div`) and a number, in the order in which they apply to a value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,11 +41,11 @@ class AttentionNodes:
     """The nodes of an attention.
 
     Attributes:
-        module: the module that they belong to.
-        softmax: turns scores into attention weights.
-        scores: the product of queries and keys.
-        mixed: the product of attention weights and values.
-        factors: the numbers that multiply the scores on their way to the softmax.
+        module: the module that the nodes belong to.
+        softmax: the node that turns scores into attention weights.
+        scores: the node that multiplies queries by keys.
+        mixed: the node that multiplies attention weights by values.
+        factors: the numbers that multiply the scores before the softmax.
     """
 
     module: Module
@@ -72,7 +76,9 @@ class AttentionNodes:
         shape = self.mixed.outputs[0].shape
         size = None if shape is None or len(shape) != 4 else shape[axis]
         if not isinstance(size, int):
-            raise Unsupported("an attention whose heads the graph does not tell", where=self.module.path, cure=_EXPORT)
+            raise Unsupported(
+                "the graph does not give the heads of this attention", where=self.module.path, cure=_EXPORT
+            )
         return size
 
 
@@ -81,7 +87,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module has no softmax of scores, or adds a position bias to the scores.
+        Unsupported: the module has no single softmax of scores, or it adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -89,22 +95,26 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     way = _way_back(found[0].inputs[0]) if len(found) == 1 else None
     mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
     if way is None or mixed is None:
-        raise Unsupported("the graph shows no softmax of one attention there", where=where, cure=_EXPORT)
+        raise Unsupported("the graph does not have exactly one softmax of scores there", where=where, cure=_EXPORT)
     return AttentionNodes(module, found[0], way[0], mixed, way[1])
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Put prefixes before an attention's keys and values; the first update's prefix comes first.
+    """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: a prefix has other heads than the keys.
+        ShapeMismatch: a prefix does not have the keys' number or size of heads.
         And what `attention_at` raises.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
     kind = element_type(at.mixed.outputs[0])
     pasts = [_past(update, at, branch, kind, target) for update in updates]
-    past = pasts[0] if len(pasts) == 1 else concatenated([_of_rows(each, at, branch) for each in pasts], 3)
+    past = (
+        pasts[0]
+        if len(pasts) == 1
+        else concatenated([each * _ones(at, branch, each.dtype)[:, None] for each in pasts], 3)
+    )
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
@@ -118,17 +128,18 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     branch.close()
 
 
-def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Any, target: Target) -> Value:
-    """Return keys and values `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
+def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
+    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
 
-    def value(leaf: Any) -> Value:
+    def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)
         return Value(branch, array.shape, kind, None, lambda: array)
 
-    found: Any = update.map(value).prefix(_reads(update, at, branch, target))  # type: ignore[arg-type]
+    gate_input: Any = _reads(update, at, branch, target)
+    found: Any = computed_over(update, value).prefix(gate_input)
     heads = found.shape[2]
     if at.heads % heads:
-        why = f"made for {heads} heads; the attention has {at.heads}"
+        why = f"the prefix was made for {heads} heads, and the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
     # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
@@ -136,25 +147,21 @@ def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Any, 
     return out
 
 
-def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Any:
-    """Return the attention's input if the prefix has a gate that reads it, else None."""
+def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Value | None:
+    """Return the attention's input, if the prefix has a gate that reads it; otherwise None."""
     gate = update.tensors.get("gate")
     if gate is None:
         return None
     width = gate.shape[-1]
     found = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
     if len(found) != 1:
-        why = f"{len(found)} values of {width} channels enter the attention, where its gate looks at one"
+        why = f"{len(found)} values of {width} channels enter the attention, and the prefix's gate reads exactly one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
     return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
 
 
-def _of_rows(past: Value, at: AttentionNodes, branch: Branch) -> Value:
-    return past * _ones(at, branch, past.dtype)[:, None]
-
-
-def _ones(at: AttentionNodes, branch: Branch, kind: Any) -> Value:
-    """Return ones `[rows, heads, 1, 1]`, by which a constant is expanded to the rows of the call."""
+def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
+    """Return ones `[rows, heads, 1, 1]`; a product with them expands a constant to the rows of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -175,12 +182,12 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
 
 def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
     if at.width != past.shape[-1]:
-        why = f"made for heads of {past.shape[-1]}; the attention's have {at.width}"
+        why = f"the prefix was made for heads of size {past.shape[-1]}, and the attention's have size {at.width}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Walk from the softmax's input back to the product of queries and keys; return it and the factors on the way."""
+    """Walk back from the softmax's input to the product of queries and keys; return it and the factors passed."""
     node = None if value is None else value.producer()
     if node is None:
         return None
@@ -190,7 +197,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
         return None
     # T5 adds a learned table of relative positions to its scores here.
     if node.op_type == "Add" and any(_looks_up_positions(one) for one in node.inputs):
-        raise Unsupported("an attention with a table of positions", where=node.name, cure="Keep it in the torch model")
+        raise Unsupported("the attention adds position biases", where=node.name, cure="Keep it in the torch model")
     for own, factor in _operands(node):
         found = _way_back(own)
         if found is not None:
@@ -199,7 +206,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
 
 
 def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
-    """Yield each input that may carry the scores or keys, with the factor that the node applies to it."""
+    """Yield each input that may hold the scores or keys, with the factor that the node applies to the input."""
     for position, one in enumerate(node.inputs):
         if node.op_type not in ("Mul", "Div"):
             yield one, ()
@@ -210,7 +217,7 @@ def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
 
 
 def _factors_of(value: ir.Value | None) -> Factors:
-    """Return the numbers that multiply the keys on their way to the product."""
+    """Return the numbers that multiply the keys before the product with the queries."""
     node = None if value is None else value.producer()
     if node is None or node.op_type not in (*_TURNS, "Mul", "Div"):
         return ()
@@ -221,7 +228,7 @@ def _factors_of(value: ir.Value | None) -> Factors:
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
-    """Return the queries before they were multiplied by numbers."""
+    """Return the queries before any multiplication by a number."""
     assert value is not None
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):

@@ -1,26 +1,34 @@
-"""Collect what an injection adds to a graph: nodes in order, each tensor once, unique names; insert and copy nodes."""
+"""Add nodes and tensors to a graph: with unique names, each tensor once; insert and copy nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, Unsupported
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 Array = np.ndarray[Any, Any]
 
+Dtype = np.dtype[np.generic]
+
+Attribute = str | int | float | Sequence[int] | Sequence[float] | ir.TensorProtocol | ir.Attr
+"""The value of a node's attribute."""
+
 OPSET = 13
-"""The oldest opset whose operator forms are written; older models are converted to it first."""
+"""The oldest opset that the added nodes support; models of an older opset are first converted to this one."""
 
 FREE = 1 << 40
-"""Numbers from here on represent sizes that are open until an adapter is loaded; see slots.py."""
+"""Numbers from this one on stand for open sizes, which are only known when an adapter is loaded; see slots.py."""
 
 
 class Building:
-    """Everything new in one model. Tensors are created once per source object and shared.
+    """The additions to one model. Each source object becomes one tensor, which all of its readers share.
 
     Args:
         model: the model that is being changed.
@@ -31,20 +39,20 @@ class Building:
         self.opset = model.graph.opset_imports.get("", OPSET)
         self.taken = {value.name for graph in model.graphs() for value in _values(graph)}
         self.taken |= {node.name for graph in model.graphs() for node in graph}
-        self.tensors: dict[Any, ir.Value] = {}
-        self.kept: list[Any] = []
+        self.tensors: dict[Hashable, ir.Value] = {}
+        self.kept: list[object] = []
         self.inputs: list[ir.Value] = []
         self.moved: dict[ir.Value, ir.Value] = {}
 
     def now(self, value: ir.Value) -> ir.Value:
-        """Return the value that now stands in place of a value of the original graph."""
-        # A value may have been replaced several times, by several targets in a row.
+        """Return the current replacement of a value of the original graph; the value itself if it was not replaced."""
+        # Follow all replacements: several targets may replace the same output, one after the other.
         while value in self.moved:
             value = self.moved[value]
         return value
 
     def name(self, wanted: str) -> str:
-        """Return a unique name: the wanted one, with a number if it is taken."""
+        """Return a unique name: the wanted one, with a number appended if it is taken."""
         name, count = wanted, 0
         while name in self.taken:
             count += 1
@@ -52,7 +60,7 @@ class Building:
         self.taken.add(name)
         return name
 
-    def tensor(self, key: Any, wanted: str, make: Callable[[], Array]) -> ir.Value:
+    def tensor(self, key: Hashable, wanted: str, make: Callable[[], Array]) -> ir.Value:
         """Return the initializer made from `key`. `settle` registers it with the graph if a node reads it."""
         if key not in self.tensors:
             array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
@@ -69,34 +77,34 @@ class Building:
             ("literal", array.dtype.str, array.shape, array.tobytes()), "adapterkit.constant", lambda: array
         )
 
-    def slot(self, key: Any, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
-        """Return an overridable input: an initializer (its default) that is also listed as a graph input."""
+    def slot(self, key: Hashable, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
+        """Return an optional input: an initializer, which holds the default, that is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
-            # The default has size 0 or 1 on open axes, so the declared shape must be open instead.
+            # Declare the open sizes, because the default has size 0 or 1 there.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
 
-    def keep(self, thing: Any) -> int:
+    def keep(self, thing: object) -> int:
         """Return the `id` of an object, and keep the object alive so that the id is not reused."""
         self.kept.append(thing)
         return id(thing)
 
     def settle(self) -> None:
-        """Register new tensors that nodes read with the graph, and overridable inputs with its inputs."""
+        """Add the new tensors that nodes read to the graph's initializers, and the new inputs to its inputs."""
         for value in self.tensors.values():
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
         self.model.graph.inputs.extend(value for value in self.inputs if value.uses())
-        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers had to be inputs too.
+        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must be inputs, too.
 
 
 class Branch:
     """The nodes of one target, in order, before they are inserted into its graph.
 
     Args:
-        building: collects what the model gets.
+        building: collects the changes to the model.
         name: the prefix of the nodes' names.
     """
 
@@ -109,13 +117,13 @@ class Branch:
         return self.building.opset
 
     def node(
-        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any,
-        position: int = 0, domain: str = "",
+        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
+        dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
-        """Append a node; return its output at `position`, the only one that is read."""
+        """Append a node of which only the output at `position` is read; return that output."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        # A size of FREE or more stands for an open one and must not reach the file.
+        # Omit a shape with a size of FREE or more, which stands for an open size and must not be written to the file.
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
@@ -129,7 +137,7 @@ class Branch:
         del self.nodes[count:]
 
     def waiting(self, results: Iterable[ir.Value]) -> list[ir.Node]:
-        """Return the nodes that the results need and that are in no graph yet, in order."""
+        """Return the nodes that compute the results and are not in a graph yet, in order."""
         wanted, needed = set(results), []
         for node in reversed(self.nodes):
             if any(out in wanted for out in node.outputs):
@@ -138,7 +146,7 @@ class Branch:
         return [node for node in reversed(needed) if node.graph is None]
 
     def close(self) -> None:
-        """Release the nodes; disconnect those that were inserted nowhere, so that they count as no readers."""
+        """Release the nodes. Disconnect those that were not inserted, so that they do not count as readers."""
         _disconnect([node for node in self.nodes if node.graph is None])
         self.nodes.clear()
 
@@ -147,8 +155,8 @@ KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueez
 """Operators whose output has the element type of their first input."""
 
 
-def element_type(value: ir.Value | None) -> np.dtype[Any]:
-    """Return the numpy dtype of a value, following producers if the graph does not say; float32 as a last resort."""
+def element_type(value: ir.Value | None) -> Dtype:
+    """Return the numpy dtype of a value. If the graph does not give it, follow the producers; by default, float32."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if held is not None and held not in _UNKNOWN:
@@ -163,12 +171,12 @@ def element_type(value: ir.Value | None) -> np.dtype[Any]:
     return np.dtype(np.float32)
 
 
-def _cast_to(node: ir.Node) -> np.dtype[Any]:
+def _cast_to(node: ir.Node) -> Dtype:
     to = node.attributes["to"].as_int()
     try:
         return ir.DataType(to).numpy()
     except (TypeError, ValueError):
-        raise Malformed(f"a Cast to the unknown type {to}", where=node.name, cure="Export the model again") from None
+        raise Malformed(f"a Cast has the unknown type {to}", where=node.name, cure="Export the model again") from None
 
 
 _UNKNOWN = (ir.DataType.UNDEFINED, ir.DataType.STRING)
@@ -179,14 +187,17 @@ def kind_of(value: ir.Value) -> ir.DataType:
     return ir.DataType.from_numpy(element_type(value))
 
 
-def _typed(name: str, value: Any) -> Any:
-    """Return an attribute in the form that `ir.node` takes.
+def _typed(name: str, value: Attribute) -> Attribute:
+    """Return an attribute in the form that `ir.node` accepts.
 
-    For a list of integers, onnx-ir checks each of its protocols before it finds the type. That took a quarter of the
-    time of an injection, so the type is given here.
+    Give the type of a list of integers here. Otherwise, onnx-ir checks each of its protocols to find the type, which
+    took a quarter of the time of an injection.
     """
-    whole = isinstance(value, list | tuple) and bool(value) and {*map(type, value)} == {int}
-    return ir.AttrInt64s(name, value) if whole else value
+    if isinstance(value, list | tuple):
+        whole = [one for one in value if type(one) is int]
+        if whole and len(whole) == len(value):
+            return ir.AttrInt64s(name, whole)
+    return value
 
 
 def _disconnect(nodes: Sequence[ir.Node]) -> None:
@@ -202,7 +213,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-# Insert a branch's nodes into a graph, after the value that they change or before the nodes that read it.
+# Insert a branch's nodes into a graph: after the node whose output they change, or before the nodes that read it.
 
 
 def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
@@ -217,7 +228,7 @@ def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Insert the nodes of `new` before the first of some readers of `old`, and make these read `new`."""
+    """Insert the nodes of `new` before the first of these readers of `old`, and make the readers read `new` instead."""
     among = set(readers)
     uses = [use for use in old.uses() if use.node in among]
     graph, reading = _graph(uses[0].node), {use.node for use in uses}
@@ -227,12 +238,12 @@ def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Bra
 
 
 def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Replace all uses of `old` with `new`, except in the branch itself; a graph output keeps its name."""
+    """Replace all uses of `old` with `new`, except inside the branch; a graph output keeps its name."""
     own = set(branch.nodes)
     for use in old.uses():
         if use.node not in own:
             use.node.replace_input_with(use.idx, new)
-    # Callers know a graph's outputs by name, so the new value takes over the old one's.
+    # Give the new value the name of the old one, because callers select a graph's outputs by name.
     if old.is_graph_output():
         made_by = new.producer()
         assert made_by is not None
@@ -241,7 +252,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """Return the nodes that read a value, except for the branch's own."""
+    """Return the nodes that read a value, without those of the branch."""
     own = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in own]
 
@@ -260,19 +271,19 @@ def _graph(node: ir.Node) -> ir.Graph:
     return graph
 
 
-# Copy nodes, so that they compute the same on other values.
+# Copy nodes, so that the copies compute the same on other values.
 
 
 Copies = dict[ir.Value, ir.Value]
-"""Original value -> its counterpart among the copies."""
+"""A map from each original value to its copy."""
 
 
 def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str]) -> list[ir.Node]:
     """Copy nodes.
 
     Args:
-        nodes: in the order in which they run.
-        copies: replacements for what they read; gets their new outputs.
+        nodes: the nodes, in the order in which they run.
+        copies: replacements for values that the nodes read; the new outputs are added to this map.
         name: returns a unique name.
 
     Raises:
@@ -282,10 +293,10 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # A subgraph may read outer values, which would have to be replaced inside of it, too.
+    # Refuse a subgraph: it may read outer values, which would have to be replaced inside the subgraph, too.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
-        cure = "Attach it to the torch model, and export that"
-        raise Unsupported(f"a copy of a {node.op_type}", where=node.name, cure=cure)
+        cure = "Attach the adapter to the torch model, and export that model"
+        raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)
     copy = ir.Node(
         node.domain, node.op_type, [None if one is None else copies.get(one, one) for one in node.inputs],
         list(node.attributes.values()), num_outputs=len(node.outputs), overload=node.overload,
@@ -293,8 +304,8 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
     )  # fmt: skip
     for own, other in zip(node.outputs, copy.outputs, strict=True):
         other.name = name(own.name or "output")
-        # Drop the names of open sizes. Runtimes share memory between values of equal names, and the copy's sizes may
-        # differ.
+        # Drop the names of open sizes: runtimes share memory between values whose sizes have equal names, and the
+        # copy's sizes may differ.
         fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
         other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type
         copies[own] = other
@@ -302,7 +313,7 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
 
 
 def between(start: ir.Value | None, end: ir.Value, among: Sequence[ir.Node]) -> list[ir.Node]:
-    """Return the nodes on the way from one value to another, in order.
+    """Return the nodes on the paths from one value to another, in order.
 
     Args:
         start: the first value; None for all nodes that contribute to `end`.

@@ -1,14 +1,13 @@
-"""The inputs of the model's call that formulas ask for, the tokens of the past, and the output without the adapter.
+"""Inputs of the model's call that formulas read, and the last layer's output without the adapter.
 
-All tokens of a sequence: those of the past, given by an extra input, followed by those of the call.
-
-Nodes that read all of them compute the same for the call's tokens as without a past.
+If the graph has a past, formulas that read all tokens get them from an extra input for the past's tokens, followed by
+the tokens of the call; see tokens.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -36,30 +35,33 @@ from .values import SYMBOLS, Value, plain
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
+    from .outlets import Ended
+    from .tokens import Size
 
 
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
-#
-# The copy reads the same stored tensors. A past was computed with the adapter, so the copy reads the past's tokens
-# again.
+# The copy reads the same stored tensors. The cached past was computed with the adapter, so the copy computes from the
+# past's tokens instead.
 
 
 WORD = "hidden_states"
 
 KNOWN = ("last_hidden_state", WORD)
-"""Names of graph outputs that are the last layer's output."""
+"""Names of graph outputs that hold the last layer's output."""
 
 
-def first_pass(words: CallWords, told: Any) -> ir.Value:
-    """Copy the nodes that compute the last layer's output; return the copy's output for the call's own tokens.
+def first_pass(words: CallWords, told: str | None) -> ir.Value:
+    """Copy the nodes that compute the last layer's output; return the copy's output for the tokens of the call.
 
     Args:
-        words: the words of the call, before anything of the graph is changed.
-        told: the name of the value; by default, the output of a known name, or the input of the `logits` head.
+        words: the inputs of the call, in a graph that is not changed yet.
+        told: the name of the last layer's output. By default, it is the output with a name in `KNOWN`, or the input of
+            the head that computes `logits`.
 
     Raises:
-        UsageError: the graph has no such value, or does not show which one it is.
-        Unsupported: a copied node has a subgraph, or the graph has a past and inputs that cannot be extended to it.
+        UsageError: the graph has no such value, or none was named and the graph does not show which one it is.
+        Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
+            it.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, told), Branch(building, _NAME)
@@ -68,20 +70,20 @@ def first_pass(words: CallWords, told: Any) -> ir.Value:
     end, ids = copies.get(value, value), words.input(TOKENS)
     if ids is not None:
         end = of_call(end, words, branch, plain(ids, branch))
-    # At the front, because branches anywhere in the graph may read the result.
+    # Insert the copy at the front, because added nodes anywhere in the graph may read the result.
     graph.insert_before(graph[0], branch.nodes)
     return end
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Return replacements for the inputs: all tokens at once, and an empty past."""
+    """Return replacements for the graph's inputs: all tokens at once, and an empty past."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
     assert ids is not None
     for value in words.building.model.graph.inputs:
         if value not in copies and value not in (ids, positions, mask) and not value.is_initializer():
-            why = f"the graph's input {value.name} behind a past, of which a first pass over all tokens needs all"
+            why = f"the first pass needs the input {value.name} for all tokens, and the past does not include it"
             raise Unsupported(why, cure="Export the model without past keys and values")
     copies[ids] = _like(tokens, ids, branch)
     if positions is not None:
@@ -103,7 +105,7 @@ def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(element_type(other)).value
 
 
-def _last(model: ir.Model, told: Any) -> ir.Value:
+def _last(model: ir.Model, told: str | None) -> ir.Value:
     values = {out.name: out for node in model.graph for out in node.outputs}
     if told is not None:
         if told not in values:
@@ -115,8 +117,8 @@ def _last(model: ir.Model, told: Any) -> ir.Value:
     heads = [spot for spot in spots_of(model) if issubclass(spot.kind, MatMul) and _is_head(spot.node)]
     if len(heads) == 1 and heads[0].node.inputs[0] is not None:
         return heads[0].node.inputs[0]
-    why = "the graph does not show what its last layer gives"
-    raise UsageError(why, where=f"call: {WORD}", cure=f"Name the value: call={{{WORD!r}: NAME}}, --call {WORD}=NAME")
+    why = "the graph does not show which value is the output of its last layer"
+    raise UsageError(why, where=f"call: {WORD}", cure=f"Name the value: --call {WORD}=NAME (call={{{WORD!r}: NAME}})")
 
 
 def _is_head(node: ir.Node) -> bool:
@@ -133,60 +135,64 @@ def _is_head(node: ir.Node) -> bool:
 _NAME = "adapterkit/first_pass"
 
 
-# The inputs of the model's call that formulas ask for, as values of the graph.
-#
-# Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph lacks a word or names it
-# differently, the caller says so. A missing `task_ids` becomes a new input. `hidden_states`, the last layer's output
-# without the adapter, is computed by a copy of the nodes before the head. `OutputUpdate` explains each word.
+# The inputs of the model's call that formulas read, as values of the graph.
+# Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph names an input differently,
+# the caller passes its name. A missing `task_ids` becomes a new input. `hidden_states`, the last layer's output without
+# the adapter, is computed by a copy of the nodes before the head. `OutputUpdate` explains each input.
 
 
 TASKS, LAST = "task_ids", "hidden_states"
 
 
 class CallWords:
-    """The words that updates ask of a model's call.
+    """The inputs of a model's call that updates read, each by its name in `OutputUpdate`.
 
     Args:
-        building: the model, before anything of it is changed.
-        updates: the updates that ask.
-        told: word -> name of a graph value; for `task_ids` also the task of all rows.
-        config: returns the base's `config.json`, for formulas that create a network like the base.
+        building: the model, which is not changed yet.
+        updates: the updates, whose `asks` and `hears` name the inputs.
+        told: for an input, the name of a graph value; for `task_ids`, also the number of the task of all rows.
+        config: returns the base's `config.json`, for formulas with a side network like the base.
 
     Raises:
-        UsageError: no update asks for a given word, or its value is not in the graph.
-        Unsupported: the graph lacks a word.
+        UsageError: no update reads an input in `told`, or the graph has no value of the given name.
+        Unsupported: the graph lacks an input that an update reads.
     """
 
     def __init__(
         self, building: Building, updates: Iterable[object], told: Mapping[str, JsonValue] | None = None,
-        config: Callable[[], Mapping[str, Any]] | None = None,
+        config: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # A network beside the model, and a first pass, read the inputs of the whole call.
+        # Add all inputs of the call, if a side network or a first pass reads them.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
-                raise UsageError(f"no update asks for {word}", where="call", cure=f"Asked for: {_listed(asked)}")
+                raise UsageError(
+                    f"no update reads {word}",
+                    where="call",
+                    cure=f"Updates read: {', '.join(sorted(asked)) or 'nothing'}",
+                )
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
-                cure = "A word is the name of a value of the graph; task_ids may be the number of one task"
-                raise UsageError(f"{value!r} is no {word}", where=f"call: {word}", cure=cure)
+                cure = "Give the name of a value of the graph; for task_ids, the number of one task is possible, too"
+                raise UsageError(f"{value!r} is not a value for {word}", where=f"call: {word}", cure=cure)
         self.made: dict[str, ir.Value] = {}
-        self.hidden = first_pass(self, self.told.get(LAST)) if LAST in asked else None
+        last = self.told.get(LAST)
+        self.hidden = first_pass(self, last if isinstance(last, str) else None) if LAST in asked else None
         self.shadows = Shadows(self, config)
 
     @property
     def note(self) -> str:
-        """The new inputs that a run must be given, in words."""
-        said = {TASKS: "one number of a task for each row", EARLIER: "the tokens that the past is of, before the new"}
-        return "; ".join(f"its input {value.name} takes {said[word]}" for word, value in self.made.items())
+        """A sentence about the new inputs that each run must be given."""
+        said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
+        return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
 
-    def at(self, layer: Layer) -> Heard:
-        """Return the words as seen from a layer's branch."""
+    def at(self, layer: Layer | Ended) -> Heard:
+        """Return the inputs as a layer's formula sees them."""
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the value given for a word, or the graph input of that name; None if there is neither."""
+        """Return the graph input for an input of the call, or None; `told` may give another name for it."""
         name = self.told.get(word, word)
         if not isinstance(name, str):
             return None
@@ -195,8 +201,8 @@ class CallWords:
             raise UsageError(f"the graph has no input {name}", where=f"call: {word}", cure="Name one of its inputs")
         return found
 
-    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
-        """Add an integer input to the graph, once per word."""
+    def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
+        """Add an integer input to the graph, once per name."""
         if word not in self.made:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=self.building.name(word), shape=ir.Shape(axes), type=kind)
@@ -206,28 +212,28 @@ class CallWords:
 
 
 class Heard:
-    """The words of a call, as seen from a layer's branch.
+    """The inputs of a call, as a layer's formula sees them.
 
     Args:
-        words: the words of the graph.
-        layer: the layer whose rows they belong to.
+        words: the inputs of the call.
+        layer: the layer whose formula reads them.
     """
 
-    def __init__(self, words: CallWords, layer: Layer) -> None:
+    def __init__(self, words: CallWords, layer: Layer | Ended) -> None:
         self.words, self.layer = words, layer
         self.shadow = State(words.shadows, self)
 
-    def __getitem__(self, word: str) -> Any:
+    def __getitem__(self, word: str) -> State | Value:
         if word == SHADOW:
             return self.shadow
         formula = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
         if formula is None:
-            why = f"its formula reads {word}, which no input of a graph provides"
+            why = f"its formula reads {word}, which is not an input of a graph"
             raise Unsupported(why, cure="Keep it in the torch model")
         return formula()
 
     def get(self, word: str) -> Value | None:
-        """Return an optional word, or None if the call does not have it."""
+        """Return an optional input, or None if the call does not have it."""
         value = self.words.input(word)
         return None if value is None else self._mask(value)
 
@@ -265,24 +271,20 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's own positions; all ones if the mask covers others, such as a past."""
+        """Return the mask of the layer's positions; all ones if the mask covers other positions too, e.g. a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
         own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
-        # Both branches of `Where` need one shape, so the mask is cut to the layer's number of columns.
+        # Cut the mask to the layer's number of columns, because both branches of `Where` need one shape.
         cut = last_columns(plain(value, self.layer.branch).cast(np.int64), own)
         chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
     def _alike(self, value: ir.Value, own: Value) -> ir.Value:
-        """Return a boolean scalar of the graph: two matrices have the same sizes at run time."""
+        """Return a boolean scalar of the graph: whether two matrices have the same sizes at run time."""
         node = self.layer.branch.node
         sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))
         every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
         return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())
-
-
-def _listed(words: set[str]) -> str:
-    return ", ".join(sorted(words)) or "nothing"

@@ -1,14 +1,13 @@
-"""Changes to stored tensors for a merge, computed in blocks by the same engine that merges any base.
+"""Compute the changed tensors of a merge in blocks, by the same engine that merges any base.
 
-A weight that reaches its node through transpositions is changed in its stored order, and those nodes stay.
+If a node reads a weight through transpositions, the stored tensor is changed, and the transpositions stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +18,7 @@ from ..merging.blocks import blocks
 from ..merging.compute import BlockMerger
 from ..merging.planned import Output
 from ..merging.planned_update import PlannedUpdate
-from .building import Array, Building, kind_of
+from .building import Array, Building, Dtype, kind_of
 from .operands import attribute, numbers, shape_of
 
 
@@ -28,7 +27,7 @@ class Stored:
     """The tensor to replace behind a constant operand.
 
     Attributes:
-        value: the stored tensor; the operand itself if more than transpositions are between them.
+        value: the stored tensor; the operand itself if other nodes than transpositions are between the two.
         turned: True if the operand has the first two axes of `value` swapped.
         chain: the nodes from the stored tensor to the operand.
     """
@@ -75,12 +74,12 @@ def _turns(node: ir.Node) -> bool | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredChange:
-    """A stored tensor to be computed.
+    """A stored tensor that the merge computes.
 
     Attributes:
         where: the target, for errors.
         source: the old numbers.
-        folds: the updates, in the order in which the tensor is stored.
+        folds: the updates, for the axis order of the stored tensor.
     """
 
     where: str
@@ -88,18 +87,18 @@ class StoredChange:
     folds: tuple[PlannedUpdate, ...]
 
     def output(self, offset: int) -> Output:
-        """Return the tensor as planned output at an offset of a file."""
+        """Return the tensor as a planned output at an offset in a file."""
         return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
 
     def array(self) -> Array:
         """Compute the numbers in memory."""
         output = self.output(0)
-        out = np.empty(self.source.shape, dtype=self.source.dtype.array)
+        out: Array = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
         with arrays.quiet():
             folder = BlockMerger(output, Workspace(arrays))
             for block in blocks(output):
-                raw = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
+                raw: Array = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
                 folder.compute(raw, flat[block.first : block.first + block.elements], block)
         return out
 
@@ -113,13 +112,13 @@ def lazy_of(value: ir.Value) -> Lazy:
 
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Return numbers that can only be computed as a whole, for readers that read in blocks."""
+    """Return a lazy tensor that is computed as a whole, for readers that read in blocks."""
     held = _Once(make)
     return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
 
-def bytes_of(tensor: Any) -> Lazy:
-    """Return a stored tensor as bytes, for copying, whatever its dtype."""
+def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
+    """Return a stored tensor of any dtype as bytes, for copying."""
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, kind, shape)
@@ -127,8 +126,8 @@ def bytes_of(tensor: Any) -> Lazy:
     return Lazy(shape, kind, held.whole, part=held.part)
 
 
-def _flat_bytes(tensor: Any) -> Array:
-    """Return the bytes of a tensor, without a copy if numpy stores them like the file (not for 4-bit types)."""
+def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
+    """Return the bytes of a tensor; without a copy, except for 4-bit types, which numpy stores differently."""
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -141,7 +140,7 @@ def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> 
 
 
 class _Once:
-    """Numbers computed as a whole: kept while workers read their blocks, and freed after the last one."""
+    """Numbers that are computed as a whole, kept while workers read their blocks, and freed after the last block."""
 
     def __init__(self, make: Callable[[], Array]) -> None:
         self.make, self.lock, self.given = make, Lock(), 0
@@ -152,7 +151,8 @@ class _Once:
 
     def part(self, first: int, count: int) -> memoryview:
         with self.lock:
-            # Workers together read each element once, so the count of read elements tells when all are done.
+            # Count the elements that were read: the workers together read each element once, so this shows when all are
+            # done.
             if self.held is None:
                 self.held, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
             held = self.held
@@ -162,27 +162,29 @@ class _Once:
         return held[first : first + count].view(np.uint8).data
 
 
-def _dtype(kind: np.dtype[Any]) -> DType:
+def _dtype(kind: Dtype) -> DType:
     return next(known for known in DTYPES.values() if known.array == kind)
 
 
 def from_array(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Return numbers that are computed when they are written."""
+    """Return a lazy tensor that is computed when it is written."""
     return Lazy(shape, _dtype(kind.numpy()), lambda: np.ascontiguousarray(make()).tobytes())
 
 
 class Changed(ir.LazyTensor):
-    """A tensor that is computed when it is written; `change` says how."""
+    """A tensor that is computed from its `change` when it is written."""
 
     def __init__(self, change: StoredChange, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
         super().__init__(lambda: ir.Tensor(change.array(), dtype=kind, name=name), kind, shape, cache=False, name=name)
         self.change = change
 
 
-def fresh_value(
-    building: Building, fresh: dict[Any, ir.Value], key: object, old: ir.Value, change: StoredChange
-) -> ir.Value:
-    """Return the changed tensor, stored beside `old`; nodes with the same changes share it."""
+Fresh = dict[Hashable, ir.Value]
+"""The new tensors of a merge, each under a key of its sources."""
+
+
+def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
+    """Return the changed tensor, a new initializer beside `old`; nodes with the same changes share it."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
@@ -192,10 +194,8 @@ def fresh_value(
     return fresh[key]
 
 
-def settled_from(
-    building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: object
-) -> ir.Value:
-    """Register a new tensor; `settle` later gives it the old one's name if nothing reads that any more."""
+def settled_from(building: Building, fresh: Fresh, value: ir.Value, old: ir.Value, key: Hashable) -> ir.Value:
+    """Register a new tensor. If nothing reads the old one any more, `settle` later gives its name to the new one."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
@@ -204,12 +204,12 @@ def settled_from(
 
 
 def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, building: Building) -> None:
-    """Connect a node to the new tensor, through copies of the nodes between, which others may still read."""
+    """Connect a node to the new tensor, through copies of the nodes between the stored tensor and the node."""
     value = new
     for link in stored.chain:
         out = ir.Value(name=building.name(f"{new.name}/{link.op_type}_output"), type=link.outputs[0].type)
         out.shape = link.outputs[0].shape
-        # Other nodes may read the originals, so the chain is copied.
+        # Copy the chain, because other nodes may read the originals.
         copy = ir.node(
             link.op_type, [value], {name: held.value for name, held in link.attributes.items()}, outputs=[out],
             name=building.name(f"{new.name}/{link.op_type}"),
@@ -225,10 +225,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove tensors that nothing reads any more, and give their names to their successors, since tools use names."""
+    """Remove tensors that nothing reads any more; give their names, which tools use, to the new tensors."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        # Two layers that shared `old` get a tensor each; the first one has already taken its name.
+        # If two layers shared `old`, each has a new tensor, and the first one has taken the name already.
         stored = {} if graph is None else graph.initializers
         lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():

@@ -1,4 +1,4 @@
-"""Check written graphs: run them in onnxruntime on trial inputs, and compare with the same formulas in numpy."""
+"""Check a written graph: run it in onnxruntime, and compare it with the same change made another way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
-from .building import Building
+from .building import Array, Building
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
@@ -29,6 +29,15 @@ from .saturation import compared as saturation
 from .slots import fills_of, neutral, sizes_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
 
+if TYPE_CHECKING:
+    import onnx
+
+    from ..io.checkpoint import Checkpoint
+    from .found import Found
+    from .providers import OrtSession
+    from .reading import Base, Model
+    from .tying import Tying
+
 SMALL = 1 << 25
 """Largest model to run, in bytes, data files included."""
 
@@ -36,11 +45,11 @@ FEW = 1 << 16
 """Most input numbers to run on."""
 
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
-"""Operators that round inputs: different orders of summation may differ by a whole step there."""
+"""Operators that round their inputs: there, another order of summation can change a value by a whole step."""
 
 
-def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
-    """Return the reference implementation's outputs; None if it cannot run the model, or would take too long."""
+def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
+    """Return the outputs of ONNX's reference implementation; None if it cannot run the model or would take too long."""
     from onnx.reference import ReferenceEvaluator
 
     if numbers_in(feeds) > FEW:
@@ -57,12 +66,12 @@ def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
         given = {name: array for name, array in feeds.items() if name in taken | defaults}
         with np.errstate(all="ignore"):
             told: Any = ReferenceEvaluator(proto).run(None, given)
-    except Exception:  # Its operators raise any type of error.
+    except Exception:  # The operators of the reference implementation raise any type of error.
         return None
     return [np.asarray(array) for array in told]
 
 
-def _proto(model: Path | bytes) -> Any:
+def _proto(model: Path | bytes) -> onnx.ModelProto | None:
     """Return the whole model, or None if it has too many bytes."""
     import onnx
 
@@ -74,23 +83,23 @@ def _proto(model: Path | bytes) -> Any:
     return onnx.load(model) if model.stat().st_size + outside <= SMALL else None
 
 
-# Measure differences of outputs, and bound those that rounding alone can cause.
+# Measure the difference of outputs, and compute the largest difference that rounding alone can cause.
 
 
 TOLERANCE = {"f": 1e-5, "V": 3e-2}
 """Largest allowed difference relative to the largest output: for float32 and float64 ("f"), and for 16 bits ("V")."""
 
 NOISE, MOST_NOISE = 10.0, 1e-4
-"""Deep graphs round more. A difference may be this many times the graph's difference from itself without
-optimizations, but never more than the second number."""
+"""Two limits for deep graphs, which round more. A difference may be `NOISE` times the difference that onnxruntime's
+optimizations make to the graph, but never more than `MOST_NOISE`."""
 
 
 def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
-    """Return the largest difference, relative to the largest number of its output."""
+    """Return the largest difference over all outputs, each relative to the largest number of that output."""
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
-        # numpy gives bfloat16 and float8 of ml_dtypes the kind V.
+        # The kind V is that of bfloat16 and float8 from ml_dtypes.
         if a.dtype.kind not in "fV":
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
@@ -105,32 +114,24 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
     return worst
 
 
-def is_narrow(outputs: Sequence[Any]) -> bool:
-    """Whether some outputs have 16 bits or fewer."""
-    arrays = map(np.asarray, outputs)
+def is_narrow(outputs: Sequence[object]) -> bool:
+    """Whether any output has floating-point numbers of 16 bits or fewer."""
+    arrays = (np.asarray(one) for one in outputs)
     return any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in arrays)
 
 
-def most_of_oracles(outputs: Sequence[Any]) -> float:
+def most_of_oracles(outputs: Sequence[object]) -> float:
     """Return the largest difference between onnxruntime and the reference implementation that rounding explains."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
 
-# Check written graphs: run them in onnxruntime on trial inputs, and compare with the same change made another way.
-#
-# An injection is compared with merged weights, and a merge with an injection. One runs the formulas over graph values,
-# the other over numbers in float64.
-
-
-if TYPE_CHECKING:
-    from ..io.checkpoint import Checkpoint
-    from .found import Found
-    from .reading import Base, Model
-    from .tying import Tying
+# Run written graphs in onnxruntime on trial inputs, and compare them with the same change made another way.
+# An injection is compared with merged weights, and a merge with an injection. An injection runs the formulas over graph
+# values; a merge runs them over float64 numbers.
 
 
 LARGE = 1 << 29
-"""Models with this many bytes of numbers are not loaded a second time just for a check."""
+"""Models with more bytes of numbers than this are not loaded a second time for a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class CheckOutcome:
 
     Attributes:
         difference: the largest difference, relative to the largest output.
-        note: why there is no difference.
+        note: why there is no difference; or what the check could not cover.
         reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
         saturation: values clipped by static quantization, if the graph has any.
     """
@@ -154,20 +155,19 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the written graph with the original graph with merged weights.
+    """Compare the graph that an injection wrote with the original graph with merged weights.
 
     Args:
         model: the original graph.
         adapter: the injected adapter.
         base: the base's weights.
         out: the written graph.
-        beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds that file and nothing
-            else, as a user does, so an unfilled slot shows up. It also compares the graph with empty slots to the
-            original.
+        beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds only that file, as a
+            user does, so it finds an unfilled slot. It also compares the graph with empty slots with the original.
         given: inputs to run on, by name.
-        alone: True if there is no second way to make the change, e.g. for prefixes of attentions.
-        tying: as for the injection.
-        by_rows: the slots are stacks of adapters; then a batch with the adapter in one row is tried as well.
+        alone: True if there is no second way to make the change, as for prefixes of attentions.
+        tying: the choices for tied layers, as for the injection.
+        by_rows: True if the slots are stacks of adapters. Then a batch with the adapter in one row is tried as well.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -184,13 +184,13 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Only context: without its tokens, or with a past, the graph equals the original.
+    if not adapter.updates:  # Context only: inputs without its tokens, or with a past, give the original outputs.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
-        with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
+        with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
             # A floating-point layer does not round what a quantizer of activations rounds.
             rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
             packed = None if rough else "dequantize"
@@ -207,11 +207,11 @@ def checked_injection(
 def _compared_by_rows(
     wanted: bytes, plain: bytes, out: Path, fed: Feeds, known: Sizes, bare: bool
 ) -> float | None:  # fmt: skip
-    """Run two rows, the adapter in the first one alone; compare each with the graph that has its numbers.
+    """Run two rows, with the adapter in the first row only; compare row 1 with merged weights, row 2 with the base.
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
-        Unsupported: no made-up batch runs, so that nothing shows that rows are the first axis.
+        Unsupported: the graph does not run on a made-up batch, so nothing shows that rows are the first axis.
     """
     stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
     why = "no inputs"
@@ -231,12 +231,12 @@ def _compared_by_rows(
             _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second)))
             return max(first, second)
         why = "no output has rows that the adapter changes"
-    cure = "Export the graph with an open batch size, or inject with --mode slots, mode='slots'"
+    cure = "Export the graph with an open batch size, or inject with --mode slots (mode='slots')"
     raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
-    """Return the tensors that a user feeds: those of the `.onnx_adapter` file beside a graph with slots.
+    """Return the tensors that a user feeds to a graph with slots, from the `.onnx_adapter` file beside it.
 
     Raises:
         CheckFailed: the file leaves a slot of the graph unfilled.
@@ -244,12 +244,12 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
     slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys() - {INDEX}
     if empty := sorted(slots - feeds.keys()):
-        raise CheckFailed(f"nothing fills the slot {empty[0]!r}", path=out, cure=_REPORT)
+        raise CheckFailed(f"the adapter file does not fill the slot {empty[0]!r}", path=out, cure=_REPORT)
     return feeds
 
 
 def _empty(out: Path) -> Feeds:
-    """Return what has to be fed for slots without defaults, so that the graph computes what the base does."""
+    """Return values for slots without defaults with which the graph computes the same as the base."""
     model = opened(out).model
     return neutral(fills_of(model.metadata_props), {name: sizes_of(one) for name, one in slots_of(model).items()})
 
@@ -261,9 +261,9 @@ def checked_merge(
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with the original graph with the adapter injected.
 
-    If packed weights were dequantized, they are dequantized in the original too. If weights were requantized, the
-    difference includes the requantization error, so it is reported but not judged. Changes that were kept beside
-    packed weights are compared with the same ones in dequantized weights.
+    If packed weights were dequantized, they are dequantized in the original, too. If weights were requantized, the
+    difference includes the requantization error, so it is reported but does not fail the check. Changes that were kept
+    beside packed weights are compared with the same changes in dequantized weights.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -272,7 +272,7 @@ def checked_merge(
     if beside:
         return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
-        return CheckOutcome(None, "several adapters, or one by a part, are not injected")
+        return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter at weight 1")
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -285,7 +285,7 @@ def checked_merge(
         found = unpacked(found, building)
     try:
         attach(found, building)
-    except Unsupported:  # E.g. recurrent layers: their weights can change, but no branch can express the change.
+    except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
     judged = quantized != "requantize"
@@ -296,7 +296,7 @@ def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None, given: Feeds | None, tying: Tying | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare a graph with changes beside packed weights with the graph whose dequantized weights hold them."""
+    """Compare a graph with changes beside packed weights to the graph with the same changes in dequantized weights."""
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -318,7 +318,7 @@ def _checked_beside(
 
 
 def _exact(model: ir.Model) -> bool:
-    """Whether a floating-point layer computes the same as one with packed weights, in a session as a user starts it.
+    """Whether layers with packed weights compute in floating point in a session with default options.
 
     onnxruntime may round the inputs of nodes that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
     `accuracy_level` allows it.
@@ -329,8 +329,8 @@ def _exact(model: ir.Model) -> bool:
     )
 
 
-def _session(model: bytes | str, bare: bool) -> Any:
-    """Start a session; a bare one rounds no inputs of packed layers, by which two right graphs would differ."""
+def _session(model: bytes | str, bare: bool) -> OrtSession:
+    """Start a session; if `bare`, inputs of packed layers are not rounded, which correct graphs may do differently."""
     if not bare:
         return session_of(model)
     import onnx
@@ -349,7 +349,7 @@ def _too_large(source: GraphSource) -> str | None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
-    return f"{total} bytes of numbers are too many to load twice" if total > LARGE else None
+    return f"the graph has {total} bytes of numbers, which is too many to load twice" if total > LARGE else None
 
 
 def _compared(
@@ -357,18 +357,18 @@ def _compared(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare both graphs on the same inputs: the given ones, or made-up ones of the first sizes that work.
+    """Compare two graphs on the same inputs: the given ones, or made-up inputs of the first sizes that work.
 
     Args:
-        wanted: a graph that should compute the same; None if there is none.
+        wanted: a graph that must compute the same; None if there is none.
         out: the written graph.
         more: additional inputs of `out`.
-        exact: require equal bits when onnxruntime runs both graphs without optimizations.
-        plain: the graph without the adapter, to see whether the inputs show any effect at all.
+        exact: require equal bits from both graphs without onnxruntime's optimizations.
+        plain: the graph without the adapter, to see whether the adapter has any effect on these inputs.
         judged: False to return a difference without raising.
         given: inputs, by name.
         known: sizes from the configs beside the graph.
-        bare: run both graphs without optimizations, and without rounding inputs of packed layers.
+        bare: run both graphs without optimizations, and without rounding the inputs of packed layers.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -391,13 +391,14 @@ def _compared(
             continue
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
-            why = "it runs, but there is no second way to make this change to compare it with"
+            why = "the graph runs, but there is no second way to make this change and compare"
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged:
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
-            # With slots, onnxruntime fuses other nodes than in the original graph, and rounds in other places.
+            # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
+            # the original graph, and so rounds differently.
             results = session_of(wanted, optimized=False).run(None, feeds)
             got = session_of(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
@@ -410,7 +411,7 @@ def _compared(
             if other is None:
                 untried = f"the branch of {name} = {not feeds[name].any()} does not run on the inputs of the check"
             difference = max(difference, other or 0.0)
-        # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
+        # If the adapter changes nothing on these inputs, equality proves little, so try other sizes.
         if seen:
             return CheckOutcome(difference, untried, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
@@ -424,14 +425,14 @@ def _compared(
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
-    """Return the inputs that choose a branch of an If, as in optimum's decoders with and without a past."""
+    """Return the inputs that select a branch of an If, such as the branch with a past in optimum's merged decoders."""
     read = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "If"]
     names = dict.fromkeys(root.name or "" for value in read for root in _roots(value))
     return [name for name in names if name in feeds and feeds[name].dtype == np.bool_]
 
 
 def _roots(value: ir.Value | None) -> list[ir.Value]:
-    """Return the graph inputs that a condition is computed from by nodes of one input, such as Squeeze."""
+    """Return the graph input that a condition is computed from, looking through nodes of one input such as Squeeze."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0] if node.inputs else None
     return [] if value is None else [value]
@@ -461,7 +462,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
     """Count the values that static quantization clips, with and without the adapter."""
-    # Reading the graph once more takes as long as injecting: only graphs that name the operator are.
+    # Only read a graph again if it contains the operator's name, because reading takes as long as an injection.
     if plain is None or b"QuantizeLinear" not in plain or not quantizers(after := opened(out).model):
         return None
     import onnx
@@ -469,10 +470,10 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
     return saturation(ir.from_proto(onnx.ModelProto.FromString(plain)), after, feeds, both)
 
 
-def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any]) -> float | None:
-    """Return the difference to the reference implementation; raise if it is large.
+def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
+    """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation has faults of its own. It only counts if it agrees with onnxruntime on the original
+    The reference implementation has bugs, too. Its result only counts if it agrees with onnxruntime on the original
     graph.
     """
     told = told_by_reference(out, feeds)
@@ -491,21 +492,23 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 
-def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
+def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
     names = {entry.name for entry in session.get_inputs()}
     return {name: array for name, array in given.items() if name in names}
 
 
-def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None) -> Feeds:
-    """Return the inputs that only the written graph has, e.g. tasks of rows: the given ones, else made-up ones."""
+def _of_new_inputs(
+    session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
+) -> Feeds:
+    """Return inputs that only the written graph has, such as the task of each row: given ones, or zeros."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
-def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:
+def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float) -> float:
     """Return the largest difference that rounding explains."""
-    # Deep graphs round more. The noise is measured by running the same graph without optimizations.
+    # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
     if is_narrow(results):
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
@@ -517,7 +520,7 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float
 
 
 def _computes_narrow(model: bytes) -> bool:
-    """Whether a graph computes in 16 bits or fewer internally, whatever its outputs are.
+    """Whether a graph computes in 16 bits or fewer internally, independent of the dtype of its outputs.
 
     Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
     to 32 before use do not count.
@@ -542,4 +545,4 @@ def _judge(difference: float, out: Path, most: float) -> None:
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 
-_REPORT = "Report this; with check off the file is kept"
+_REPORT = "Report this. To keep the file, turn the check off: --no-check (check=False)"

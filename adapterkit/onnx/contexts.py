@@ -1,10 +1,10 @@
-"""Context in graphs: soft prompts and new tokens at the embedding, prefixes and adaption prompts in attentions."""
+"""Attach context to a graph: soft prompts and new tokens at the embedding, prefixes and prompts in attentions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,24 +21,26 @@ from .modules import Module, module_at, modules_of, same_end
 from .operands import input_behind
 from .resolving import spots_of
 from .tokens import past_inputs
-from .values import SYMBOLS, Value, plain
+from .values import SYMBOLS, Value, computed_over, plain
 
-# New tokens at a graph's embeddings: numbers after the vocabulary, with vectors from a second table.
-#
-# They replace looked-up rows, or are inserted after a module that adds positions and token types. There, the positions
-# of later tokens do not count them.
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
+
+# New tokens at a graph's embeddings: token numbers after the vocabulary, with vectors from a second table.
+# The new vectors replace looked-up rows at the embedding, or at the output of a module that also adds positions and
+# token types. In the second case, the positions of later tokens do not count the new tokens.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTokens:
-    """Nodes that separate new tokens from those of the vocabulary.
+    """Values that separate new tokens from those of the vocabulary.
 
     Attributes:
         ids: the token numbers.
         new: True where a token is new.
         known: the token numbers, 0 where a token is new.
         vectors: the vectors of new tokens.
-        said: which numbers the new tokens have, in words.
+        said: a sentence that gives the numbers of the new tokens.
     """
 
     ids: ir.Value
@@ -48,28 +50,28 @@ class NewTokens:
     said: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
-        """Return the embedded tokens, with the new tokens' vectors in place."""
+        """Return the embedded tokens, with the vectors of new tokens in their positions."""
         wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
         return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
 
 
 def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
-    """Add the nodes that separate an embedding's tokens from new ones with the vectors `more`.
+    """Add the nodes that separate an embedding's known tokens from new tokens, whose vectors are `more`.
 
     Raises:
         ShapeMismatch: the vectors have another size.
     """
-    # Layers see weights as [out, in]: for an embedding, `in` counts the tokens.
+    # A layer's weight is [out, in]: for an embedding, `in` is the number of tokens.
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
-        raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))
+        raise ShapeMismatch(f"made for {more.shape[-1]} channels, and the embedding has {dim}", where=str(target))
     layer = Gather(spot.node, branch)
     ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
     made = ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
     table = building.tensor(*made)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
-    # Gather reads both tables for every token, so numbers that are out of range in one are set to 0 first.
+    # Set token numbers that are out of range for a table to 0, because a Gather reads each table for every token.
     known = branch.node("Where", [new, zero, ids], None, kind, None)
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
@@ -84,28 +86,29 @@ def read_by(node: ir.Node) -> str | None:
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """Put new tokens after a module of several embeddings; positions of other tokens do not count them.
+    """Insert new tokens after a module of several embeddings; the positions of other tokens do not count them.
 
     Raises:
-        TargetNotFound: the module does not embed tokens, or has no single output of that width.
+        TargetNotFound: the module does not embed tokens, or does not have exactly one output of the vectors' width.
         ShapeMismatch: the vectors have another size.
-        Unsupported: the graph does not show how positions are counted, or it has a past, which would count the tokens.
+        Unsupported: the graph does not show how positions are counted, or it has a past, whose positions would count
+            the new tokens.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
     spots = [spot for spot in spots_of(building.model) if spot.kind is Gather and spot.node in module.nodes]
     tokens = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(tokens) != 1:
-        why = f"{len(tokens)} embeddings of the graph's tokens in the module {module.path}, which has one"
-        raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+        why = f"the module {module.path} has {len(tokens)} embeddings of the graph's tokens, and must have one"
+        raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
     branch = Branch(building, f"adapterkit/{target}")
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
     if past_inputs(building.model.graph):
-        why = "tokens behind the embeddings of a decoder, whose past goes on without them"
+        why = "new tokens cannot follow the embeddings of a decoder, whose past goes on without them"
         raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
-        why = "a module whose positions are no row of a table that the graph counts itself"
+        why = "the module does not look up positions that the graph counts itself"
         raise Unsupported(why, where=where, cure="Attach it to the torch model")
     end = module.given(more.shape[-1], where)
     before([tokens[0].node], new.ids, new.known, branch)
@@ -123,28 +126,27 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # One row of positions used to serve all rows of the batch. Now each row has its own.
+    # Open the batch size: one row of positions served all rows of the batch, and now each row has its own positions.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)
             out.shape = ir.Shape([None, *sizes[1:]]) if sizes and sizes[0] == 1 else out.shape
 
 
-# Adaption prompts in a graph: the attention of the queries to a prompt is added to the heads' outputs.
-#
-# The prompt's keys and values are the attention's own projections of it, computed when it is attached.
+# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs.
+# The attention's own projections of the prompt give its keys and values; both are computed when it is attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
-"""Names of the projections in attentions like Llama's, and like GPT-2's."""
+"""Names of the projections in attentions: separate ones as in Llama, and fused ones as in GPT-2."""
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Add the attention to prompts to an attention's output.
+    """Attach adaption prompts to an attention: add what the queries read from the prompts to the output.
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: it is not an attention like Llama's or GPT-2's.
+        Unsupported: the module is not an attention like Llama's or GPT-2's.
         ShapeMismatch: a prompt has another width.
     """
     at = attention_at(building.model, target)
@@ -173,7 +175,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
         for name in names & {*SEPARATE, *FUSED}:
             found[name] = spot.kind(spot.node, branch)
     if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
-        why = f"the module {at.module.path} is no attention of Llama's kind or GPT-2's"
+        why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
         raise Unsupported(why, where=str(target), cure="Choose the attentions of such a model")
     return found
 
@@ -185,54 +187,53 @@ def _added(
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width
 
-    def value(array: Any) -> Value:
+    def value(array: Array) -> Value:
         return Value(branch, array.shape, kind, None, lambda: array)
 
     P = as_array(update.tensors["P"]).astype(np.float64)
     k, v = (value(_of_heads(array, at.heads, d)) for array in _keys_values(P, layers, target))
-    held: Any = update.map(lambda leaf: value(as_array(leaf).astype(np.float64)))  # type: ignore[arg-type, return-value]
+    held: Any = computed_over(update, lambda leaf: value(as_array(leaf).astype(np.float64)))
     heads = held.attention(Value(branch, (None, at.heads, None, d), kind, queries), k, v).swapaxes(1, 2)
     out: Value = heads.reshape(*heads.shape[:2], at.heads * d)
     return out
 
 
-def _keys_values(P: object, layers: Mapping[str, Layer], target: Target) -> tuple[Any, Any]:
+def _keys_values(P: Array, layers: Mapping[str, Layer], target: Target) -> tuple[Array, Array]:
     if "c_attn" in layers:
         _, k, v = np.split(_projected(P, layers["c_attn"], target), 3, -1)
         return k, v
     return _projected(P, layers["k_proj"], target), _projected(P, layers["v_proj"], target)
 
 
-def _projected(P: Any, layer: Layer, target: Target) -> Any:
+def _projected(P: Array, layer: Layer, target: Target) -> Array:
     W = layer.weight.numbers().astype(np.float64)
     if P.shape[1] != W.shape[1]:
-        why = f"made for {P.shape[1]} channels; the attention reads {W.shape[1]}"
+        why = f"the prompt was made for {P.shape[1]} channels, and the attention reads {W.shape[1]}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
-    y = P @ W.T
+    y: Array = P @ W.T
     return y if layer.bias is None else y + layer.bias.numbers()
 
 
-def _of_heads(array: Any, heads: int, d: int) -> Any:
-    """Reshape `[n, groups * d]` to `[heads, n, d]`, repeating the groups of grouped queries."""
+def _of_heads(array: Array, heads: int, d: int) -> Array:
+    """Reshape `[n, groups * d]` to `[heads, n, d]`; repeat the groups of grouped-query attention."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
     # In grouped-query attention, several query heads share a key head.
     return np.repeat(split, heads // len(split), 0)
 
 
-# Context in graphs: soft prompts and new tokens at the embedding, prefixes as the initial past.
-#
-# A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. An input that
-# begins with these numbers, with a mask and positions that count them, starts with the prompt. If a module adds
-# positions itself, those do not count the prompt. A prefix becomes the default of the graph's inputs of past keys and
-# values, for a batch of one; the mask must count it.
+# Context of the whole model: soft prompts and new tokens at the embedding, prefixes as the initial past.
+# A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. To use the prompt,
+# begin an input with these numbers, and let the mask and the positions count them. If a module computes positions
+# itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and values, for
+# a batch of one; the mask must count the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
-"""Places of context updates that a graph can provide."""
+"""The places of context updates (`ContextUpdate.place`) that a graph can have."""
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
-    """Split an adapter into updates of layers, and context that has a place in a graph."""
+    """Split an adapter into updates of layers, and context updates that can be attached to a graph."""
     context = [(target, update) for target, update in adapter if isinstance(update, ContextUpdate) and _placed(update)]
     kept = {
         target: rest
@@ -256,12 +257,12 @@ def _at_attention(target: Target, updates: Sequence[ContextUpdate], building: Bu
         with_prefixes(target, prefixes, building)
 
 
-def _placed(update: Any) -> bool:
+def _placed(update: object) -> bool:
     return isinstance(update, ContextUpdate) and update.place in PLACES
 
 
 def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -> str:
-    """Put prompts, new tokens and a prefix into a graph; return a sentence on how to use them.
+    """Attach prompts, new tokens and a prefix to a graph; return a sentence that says how to use them.
 
     Args:
         context: the second result of `parted`.
@@ -269,7 +270,7 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
 
     Raises:
         TargetNotFound: the graph shows no token embedding, or has no past.
-        ShapeMismatch: the context has another size than the graph.
+        ShapeMismatch: the sizes of the context and the graph differ.
         Unsupported: there are two prefixes.
     """
     rows: list[tuple[Target, Array]] = []
@@ -279,14 +280,14 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
         if of_attention(target, update):
             beside.setdefault(target, []).append(update)
             continue
-        held = update.map(_wide)
+        held = computed_over(update, _wide)
         if update.place == "past":
             pasts.append((target, _numbers(held.past())))
         else:
             found = held.embeddings() if update.place == "embeddings" else held.vocabulary()
             rows.append((target, _numbers(found)))
     if len(pasts) > 1:
-        raise Unsupported("two prefixes", where=str(pasts[1][0]), cure="Inject one of them")
+        raise Unsupported("a graph can have one prefix, not two", where=str(pasts[1][0]), cure="Inject one of them")
     said = [_with_tokens(target, more, building) for target, more in rows[:1]] if len(rows) == 1 else []
     if len(rows) > 1:
         said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
@@ -296,18 +297,18 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     return "; ".join(said)
 
 
-def _wide(leaf: Any) -> Any:
-    array = as_array(leaf)
+def _wide(leaf: Leaf) -> Array:
+    array: Array = as_array(leaf)
     return array if array.dtype.kind in "iu" else array.astype(np.float64)
 
 
-def _numbers(found: Any) -> Array:
+def _numbers(found: object) -> Array:
     array: Array = np.asarray(found)
     return array
 
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
-    """Extend an embedding: a new token looks up a row of a second table instead."""
+    """Extend an embedding: a new token looks up a row of a second table."""
     if _is_module(target, building.model):
         return with_tokens_behind(target, more, building)
     spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")
@@ -319,7 +320,7 @@ def _with_tokens(target: Target, more: Array, building: Building) -> str:
 
 
 def _is_module(target: Target, model: ir.Model) -> bool:
-    """Whether a target is a module around embeddings, and not an embedding itself."""
+    """Whether a target is a module that contains embeddings, not an embedding itself."""
     names = (name for spot in spots_of(model) if spot.kind is Gather for said in spot.names.values() for name in said)
     inside = any(target.path in modules_of(node) for node in model.graph)
     return bool(target.path) and inside and not any(same_end(n.removesuffix(".weight"), target.path) for n in names)
@@ -334,13 +335,13 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(spots) != 1:
-        why = "the graph shows no embedding of tokens" if not spots else "several embeddings may be that of the tokens"
+        why = "the graph shows no embedding of tokens" if not spots else "several embeddings may embed the tokens"
         raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")
     return spots[0]
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
-    """Set a prefix as the default of the inputs of past keys and values."""
+    """Make a prefix the default value of the inputs for past keys and values."""
     inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:
@@ -351,11 +352,12 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         fits = len(sizes) == 4 and sizes[1] in (None, heads) and sizes[3] in (None, width)
         if not fits or layer >= layers or len(inputs) != 2 * layers:
             why = (
-                f"a prefix of {layers} layers, {heads} heads of {width}; the graph takes {sizes} in {len(inputs) // 2}"
+                f"the prefix has {layers} layers with {heads} heads of {width}, "
+                f"and the graph's past has {len(inputs) // 2} layers of {sizes}"
             )
-            raise ShapeMismatch(why, where=value.name, cure="Is this adapter made for this base?")
+            raise ShapeMismatch(why, where=value.name, cure="Is this the base that the adapter was trained on?")
     for (layer, part), value in inputs.items():
         array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
-    return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"
+    return f"a run without a past begins with the prefix: count its {length} tokens in the mask and the positions"

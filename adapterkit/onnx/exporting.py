@@ -44,10 +44,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..io.strict_json import JsonValue
+    from ..torch import Handle
+    from .against_torch import Example
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""Suffixes of weight files that an export does not write, apart from `GRAPHS`."""
+"""Suffixes of weight files; an export only writes those in `GRAPHS`."""
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -58,17 +60,17 @@ CARRIED = (
 """Config, tokenizer and processor files that are copied along."""
 
 GRAPHS = ("model.onnx", *FILES)
-"""Graphs that an export of a folder writes: one, or the parts of a model."""
+"""Names of the graphs that an export of a folder writes: one graph, or the parts of a model."""
 
 OWNS = frozenset({*GRAPHS, *(f"{name}.data" for name in GRAPHS), "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
-"""Files of an export; those of an older export are removed."""
+"""Names of the files of an export; files of an older export with these names are removed."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless an export wrote it, it has no other weights, and it may be replaced.
+    """Refuse an existing folder, unless an export wrote it, it has no other weights, and `overwrite` is set.
 
     Raises:
-        StorageError: it exists, or its parent folder does not.
+        StorageError: the folder exists and may not be replaced, or its parent folder does not exist.
     """
     if not target.absolute().parent.is_dir():
         raise StorageError("no such folder", path=target.absolute().parent, cure="Make the folder first")
@@ -80,17 +82,17 @@ def check_folder(target: Path, overwrite: bool) -> None:
     cure = "Remove it yourself, or write beside"
     if not any((target / name).is_file() for name in GRAPHS):
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
-    # A folder with other weights is a model of its own, which an export must not replace.
+    # Refuse a folder with other weights: it is another model, which an export must not replace.
     held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name not in GRAPHS)
     if held:
-        raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)
+        raise StorageError(f"the folder holds {held[0]}, which no export wrote", path=target, cure=cure)
 
 
 @contextmanager
 def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
-    """Yield a folder to write an export to; at the end it replaces `target`.
+    """Yield a folder to write an export to; when the block ends, that folder replaces `target`.
 
-    Files in `target` that no export writes stay. The inputs are never replaced.
+    Files in `target` stay if an export never writes files of that name. The inputs are never replaced.
     """
     with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
         folder.mkdir(exist_ok=True)
@@ -98,27 +100,27 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
 
 
 def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
-    """Return the report of an export in a scratch folder, with the paths that the files have in `target`."""
+    """Return the report of an export to a scratch folder, with the files' paths in `target`."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / report.out.name, files=files)
 
 
-# Put adapters on live torch models while they are traced or run; the models are unchanged afterwards.
+# Attach adapters to live torch models while the models are traced or run; afterwards, the models are unchanged.
 
 
-def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[Any]:
-    """Return a context in which the live model is in the form to trace."""
+def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[object]:
+    """Return a context in which the live model is ready to be traced: with its adapters merged, attached, or absent."""
     if mode == "merged":
         return _merged(model, adapters)
     return injected(model, adapters if mode == "attached" else {})
 
 
 @contextmanager
-def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
+def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Handle]]:
     """Inject adapters into the live model for the block."""
     from ..torch import inject
 
-    handles: list[Any] = []
+    handles: list[Handle] = []
     try:
         for name, adapter in adapters.items():
             handles.append(inject(model, adapter, name=f"export {name}"))
@@ -130,7 +132,7 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Merge adapters into the live model's parameters for the block; the original tensors are put back unchanged."""
+    """Merge adapters into the live model's parameters for the block; afterwards, restore the original tensors."""
     from ..torch.handle import changes
 
     with injected(model, adapters) as handles:
@@ -146,25 +148,24 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
             parameter.data = own
 
 
-# Share weights with the base's safetensors files: the graph refers to their bytes, without a second copy.
-#
-# Runtimes read no files outside of a model's folder, so these files must be in it. If a file stores 16 bits and the
-# graph computes in 32, a Cast node is added, which runtimes evaluate when they load the model.
+# Share weights with the base's safetensors files: the graph refers to the bytes in these files instead of a copy.
+# Runtimes do not read files outside of a graph's folder, so the weights must be in that folder. If a file stores 16
+# bits and the graph computes in 32, a Cast node is added, which runtimes evaluate when they load the graph.
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
     """Replace stored tensors by references to equal tensors in safetensors files.
 
     Args:
-        graph: an export, whose tensors have the base's names.
+        graph: an exported graph, whose tensors have the base's names.
         weights: a safetensors file, or a folder of them.
-        out: the graph's destination: in the files' folder, or above it.
+        out: the file that the graph will be written to, in the folder of the safetensors files or in a parent of it.
 
     Returns:
-        Names of the shared tensors.
+        the names of the shared tensors.
 
     Raises:
-        UsageError: none of their tensors equals one of the graph's.
+        UsageError: no tensor of the graph equals a tensor of these files.
     """
     held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
     building, shared = Building(graph), list[str]()
@@ -178,35 +179,37 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
             _placed(value, leaf, out, building)
             shared.append(name)
     if not shared:
-        cure = "Name the safetensors files that the model was loaded from"
-        raise UsageError("no weight of the graph is one of the files'", path=weights, cure=cure)
+        cure = "Pass the safetensors files that the model was loaded from (share=)"
+        raise UsageError("no weight of the graph equals a tensor of these files", path=weights, cure=cure)
     return shared
 
 
 def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
-    """Refuse weights that are in no safetensors file, or elsewhere than the graph."""
+    """Refuse weights that are not in safetensors files, or not in the graph's folder."""
     home = out.parent.resolve()
     for leaf in held.values():
         if leaf.span is None:
             continue
         file = Path(leaf.span.path)
         if file.suffix != ".safetensors":
-            cure = "Save the model by save_pretrained, which writes safetensors files"
-            raise UsageError("weights that are in no safetensors file cannot be shared", path=file, cure=cure)
+            cure = "Save the model with save_pretrained, which writes safetensors files"
+            raise UsageError("weights that are not in a safetensors file cannot be shared", path=file, cure=cure)
         if file.is_symlink() or not file.resolve().is_relative_to(home):
-            why = "weights outside of the graph's folder cannot be shared: runtimes read none there"
-            raise UsageError(why, path=file, cure=f"Write the graph into {file.parent}; no link will do")
+            why = "weights outside of the graph's folder cannot be shared: runtimes do not read them"
+            raise UsageError(
+                why, path=file, cure=f"Write the graph into {file.parent}; a link to the weights is not enough"
+            )
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return tensors of the files that may equal one of the graph's: those of its name, else of its shape (ties)."""
+    """Return the stored tensors that may equal a tensor of the graph: those of its name, else of its shape (ties)."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
 
 
-def _same(tensor: Any, leaf: Lazy) -> bool:
-    """Whether the numbers are equal bit for bit; 16-bit numbers are first converted to the graph's float32."""
+def _same(tensor: ir.TensorProtocol, leaf: Lazy) -> bool:
+    """Whether two tensors are equal bit for bit; stored 16-bit numbers are first converted to the graph's float32."""
     theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
         if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
@@ -236,15 +239,14 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph = value.graph
     assert isinstance(graph, ir.Graph)
-    # At the front, before all nodes that may read it.
+    # Insert the Cast at the front, before all nodes that may read it.
     graph.insert_before(graph[0], cast)
     value.const_value, value.type = place, ir.TensorType(kind)
 
 
 # Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
-#
-# onnxruntime runs the written graph on the example inputs. The result is compared with the torch model with the
-# adapters injected: merged weights, nodes and slots are each another way to the same numbers.
+# onnxruntime runs the written graph on the example inputs. The outputs are compared with those of the torch model with
+# injected adapters: merged weights, nodes and slots must all give the same numbers.
 
 
 if TYPE_CHECKING:
@@ -279,39 +281,41 @@ def export(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> GraphReport:
-    """Write a torch model as a graph by torch's dynamo exporter; tensors and nodes keep the modules' names.
+    """Write a torch model as a graph, by torch's dynamo exporter; tensors and nodes keep the names of the modules.
 
     Args:
-        torch_model: the model, in evaluation mode; it is unchanged afterwards.
+        torch_model: the model, in evaluation mode; the export leaves it unchanged.
         args: an example of its positional arguments.
-        out: the file to write; more than 64 MB of numbers go into a data file, `out` with `.data` appended.
-        adapter: one adapter, several, or several by name. They apply together, except as slots, where each gets its own
-            file.
-        mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes for them;
-            `slots` makes their tensors optional inputs and writes `.onnx_adapter` files beside the model.
+        out: the file to write. If there are more than 64 MB of numbers, they go into a data file, `out` with `.data`
+            appended.
+        adapter: one adapter, several, or a mapping from names to adapters. They apply together, except with `slots`:
+            then each one gets its own file.
+        mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes that compute
+            them; `slots` makes their tensors optional inputs of the graph and writes `.onnx_adapter` files beside the
+            graph.
         kwargs: an example of its named arguments.
         input_names: names of the graph's inputs.
         output_names: names of its outputs.
-        dynamic_shapes: the open sizes, as `torch.onnx.export` takes them.
+        dynamic_shapes: the open sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
-        inside: the attribute of a wrapper that holds the model; names are relative to it.
-        also: further examples of `args`, of other sizes, for the check.
-        quantize: `int8` or `int4`: pack the linear layers by onnxruntime's quantizers; see quantizing.py.
-            `GraphReport.damage` has the error of each weight, `GraphReport.difference` that of the outputs.
-        share: safetensors files in the folder of `out`, or that folder: weights in them are not copied, and the graph
-            refers to their bytes.
+        inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
+        also: more examples of `args` in other sizes, for the check.
+        quantize: `int8` or `int4` packs the linear layers by onnxruntime's quantizers; see quantizing.py.
+            `GraphReport.damage` has the error of each weight, and `GraphReport.difference` the error of the outputs.
+        share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
+            instead of a copy.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: the graph holds a part of the model, as an encoder's does: with slots, leave out targets that it
-            lacks (`GraphReport.left`), and write `PART.NAME.onnx_adapter` files.
-        check: run the result in onnxruntime and compare it with the torch model; a quantized one is also compared with
-            its own dequantized weights.
+        allow_partial: True if the graph is one part of a model, such as its encoder. With slots, omit targets that the
+            graph lacks (`GraphReport.left` lists them), and write `PART.NAME.onnx_adapter` files.
+        check: run the graph in onnxruntime and compare it with the torch model; a quantized graph is also compared with
+            the same graph with dequantized weights.
 
     Raises:
         UsageError: an argument is invalid, or the model is in training mode.
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
-        NotMergeable: an adapter does not change weights only, or a weight is tied.
+        NotMergeable: an adapter changes more than weights, or a weight is tied.
         Unsupported: torch cannot export the model, or a layer cannot take a method.
-        CheckFailed: the graph computes something else; nothing is left at `out`.
+        CheckFailed: the graph computes something else. Then no file is left at `out`.
     """
     from ..torch.inject import config_of_model
 
@@ -326,19 +330,19 @@ def export(
     }  # fmt: skip
     held = getattr(torch_model, inside) if inside else torch_model
     config = config_of_model(held)
-    examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
+    examples: list[Example] = [(tuple(args), dict(kwargs or {})), *((tuple(one), {}) for one in also)]
     told = CheckOutcome(None)
     left: dict[str, tuple[Target, ...]] = {}
     stays: tuple[Path, ...] = ()
     if share is not None:
         weights = opened_base(share)
-        # Files in a wrong place are refused here, before minutes of tracing.
+        # Refuse files in the wrong folder now, before minutes of tracing.
         _check_place(weights.tensors, target)
         stays = weights.files
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer starts from a float graph, which is checked, too.
+        # The quantizer starts from a float graph; the check covers that graph, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -354,7 +358,8 @@ def export(
         if quantize is not None:
             damage = packed(plain, quantize, path)
         if mode == "slots":
-            _adapter_files(path, adapters, allow_partial)
+            for name, each in adapters.items():
+                write_adapter(path, each, _file(path, name, allow_partial))
         runs = _runs(held, path, adapters, mode, allow_partial)
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
@@ -366,14 +371,14 @@ def export(
 def _own_parts(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return the parts of adapters whose targets a graph has, without those that have none, and the other targets."""
+    """Return, by name, the part of each adapter that a graph has targets for, if any, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     own = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return own, {name: lost for name, (_, lost) in split.items()}
 
 
 def steps_of(mode: str, quantize: str | None, check: bool) -> int:
-    """Return how many steps an export tells: tracing, converting, and those that it was asked for."""
+    """Return how many steps an export reports: tracing, converting, and the optional ones."""
     return 2 + (mode == "slots") + (quantize is not None) + check
 
 
@@ -383,12 +388,12 @@ def read_adapters(adapters: Adapters) -> dict[str, Adapter]:
 
 
 def files_of_adapters(adapters: Adapters) -> list[Path]:
-    """Return the files that the adapters of an export are read from."""
+    """Return the files of the adapters of an export."""
     return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
 def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Run the model once before tracing: some formulas create a network in the first call, which tracing cannot do.
+    """Run the model once before it is traced: some formulas create a network in the first call, which cannot be traced.
 
     Raises:
         Unsupported: the formula cannot handle such a call.
@@ -401,10 +406,10 @@ def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, o
 
 
 def _checked(
-    model: nn.Module, examples: Sequence[object], plain: Path, out: Path, runs: Mapping[str | None, Run],
+    model: nn.Module, examples: Sequence[Example], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Check the graph; for a quantized one, check the float graph that it was made from, too."""
+    """Check the graph; if it is quantized, also check the float graph that it was made from."""
     from .session import Session
 
     stage("running the graph and comparing it with the model")
@@ -413,8 +418,8 @@ def _checked(
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
-            # Judge the packing alone: dequantized weights against packed ones on exact inputs. The error of the packing
-            # itself is reported, not judged.
+            # Check the packed layers against dequantized weights on exact inputs. The error of the packing itself is
+            # reported; it does not fail the check.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
@@ -427,7 +432,7 @@ def _checked(
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
-    """Return what to run a graph with: each adapter by itself for slots, else all together."""
+    """Return the adapters for each run of the check: with slots, one run per adapter; otherwise, one run with all."""
     if mode != "slots":
         return {None: (lambda: injected(held, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
@@ -437,7 +442,7 @@ def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Return adapters by name: the given names, else those of their files or folders."""
+    """Return adapters by name: by the given names, or by the names of their files or folders."""
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping):
@@ -447,8 +452,8 @@ def _named(adapter: Adapters) -> dict[str, One]:
     for one in several:
         name = "adapter" if isinstance(one, Adapter) else _stem(one)
         if name in named:
-            cure = "Pass a dictionary that names each"
-            raise UsageError(f"two adapters of the name {name!r}", where="adapter", cure=cure)
+            cure = "Rename one of the files, or pass a dictionary that names each (adapter={NAME: PATH})"
+            raise UsageError(f"two adapters have the name {name!r}", where="adapter", cure=cure)
         named[name] = one
     return named
 
@@ -458,22 +463,24 @@ def _stem(path: str | PathLike[str]) -> str:
     return name.removesuffix(".safetensors") or "adapter"
 
 
-def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str, part: bool) -> None:
+def _check_call(model: object, out: Path, adapters: Mapping[str, object], mode: str, part: bool) -> None:
     from torch import nn
 
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"a {type(model).__name__} is no torch module", cure="Pass an nn.Module")
+        raise UsageError(f"a {type(model).__name__} is not a torch module", cure="Pass an nn.Module")
     if model.training:
         raise UsageError("the model is in training mode", cure="Call model.eval() first")
     if mode == "slots" and not adapters:
-        raise UsageError("slots for no adapter", where="adapter", cure="Pass the adapters that the slots are for")
+        raise UsageError(
+            "mode slots needs an adapter", where="adapter", cure="Pass the adapters that the slots are for"
+        )
     for name in adapters:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\:\0"):
             raise UsageError(f"{name!r} cannot name a file", where="adapter", cure="Give it another name")
     if out.is_dir():
-        raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
+        raise UsageError("the output is a folder, and must be a file", path=out, cure="Name a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
     files = [_file(out, name, part) for name in adapters if mode == "slots"]
@@ -486,23 +493,25 @@ def _check_weights(quantize: str | None, share: object) -> None:
     if quantize is not None and quantize not in SCHEMES:
         raise UsageError(f"unknown scheme {quantize!r}", where="quantize", cure=f"Known: {', '.join(SCHEMES)}")
     if quantize is not None and share is not None:
-        cure = "Leave one of the two out"
-        raise UsageError("packed weights are not those of the base's files", where="share", cure=cure)
+        cure = "Omit one: --quantize (quantize=) or --share-weights (share_weights=, share=)"
+        raise UsageError(
+            "packed weights cannot be shared, because they are not those of the base's files", where="share", cure=cure
+        )
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the adapter file for a graph's slots; those of a model's parts lie side by side in one folder."""
+    """Return the path of the adapter file for a graph's slots; that of a part of a model includes the part's name."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
-    """Give the graph slots for all adapters: one set per target, whichever adapters have it."""
+    """Give the graph one set of slots for each target of any of the adapters."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
-                why = f"{name} is of another method, or has other tensors, than another adapter at the same target"
+                why = f"{name} has another method or other tensors than a previous adapter at the same target"
                 raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")
     building = Building(graph)
     slots = Slots(building)
@@ -512,10 +521,10 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
     return list(places.values())
 
 
-def _form(place: Found) -> list[Any]:
-    """Return what adapters must have in common to use the same slots."""
+def _form(place: Found) -> list[object]:
+    """Return the properties that two adapters must share at a target to use the same slots."""
     return [
-        # `scaling` is a slot of its own, so adapters may differ in it.
+        # Omit `scaling`: it has its own slot, so adapters may differ in it.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]
@@ -532,8 +541,3 @@ def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None)
     if quantized is not None:
         prepare(graph, set(quantized.state_dict(keep_vars=True)))
     save_fresh(graph, out)
-
-
-def _adapter_files(out: Path, adapters: Mapping[str, Adapter], part: bool) -> None:
-    for name, adapter in adapters.items():
-        write_adapter(out, adapter, _file(out, name, part))

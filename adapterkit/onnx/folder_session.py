@@ -1,4 +1,4 @@
-"""Run a folder of graphs as one model: an encoder with its decoders, with adapters exchanged in all of them."""
+"""Run a folder of graphs as one model, such as an encoder with its decoders, and swap adapters in all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,25 +24,27 @@ from .session import PAST, Provider, Session
 from .slots import slotted
 
 if TYPE_CHECKING:
-    from .reading import Base
+    import numpy.typing as npt
+
+    from .reading import Base, Source
 
 ENDS = ("generation_config.json", "config.json")
-"""Configs that name the tokens with which a text begins and ends; the first one that does counts."""
+"""Config files that give the first and the last token of a text; the first file that gives a token is used."""
 
 
 class FolderSession:
-    """A model of several graphs in onnxruntime, as `adapterkit export` and optimum write it.
+    """A model of several graphs in onnxruntime, in a folder that `adapterkit export` or optimum wrote.
 
     Args:
         folder: the folder.
-        adapters: adapters to load, by name; see `load`.
-        providers: as for `Session`.
+        adapters: the adapters to load, by name; see `load`.
+        providers: the execution providers, as for `Session`.
 
     Attributes:
-        parts: the graphs, by their names in the folder.
+        parts: the graphs, by their file names in the folder.
 
     Raises:
-        UsageError: the folder has no graph, or a requested provider does not run here.
+        UsageError: the folder has no graph, or a requested provider is not available here.
         StorageError, Malformed: a graph cannot be read.
     """
 
@@ -51,7 +54,7 @@ class FolderSession:
     ) -> None:  # fmt: skip
         self._path = located(folder)
         if not self._path.is_dir():
-            raise UsageError("not a folder", path=self._path, cure="Open a graph by adapterkit.onnx.Session")
+            raise UsageError("not a folder", path=self._path, cure="Open a single graph with adapterkit.onnx.Session")
         self._graphs = parts_of(self._path)
         self.parts = {
             part.name.as_posix(): Session(part.path, providers=providers) for part in self._graphs
@@ -72,20 +75,22 @@ class FolderSession:
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
-        """Load an adapter under a name, replacing one of that name; each graph takes the targets that it has.
+        """Load an adapter under a name, and replace an adapter of that name; each graph gets the targets that it has.
 
         Args:
-            name: the name for `run` and `generate`.
-            adapter: an adapter, or its path. If it is left out, the files `PART.NAME.onnx_adapter` in the folder, as
-                `export` writes them.
+            name: the adapter's name in calls of `run` and `generate`.
+            adapter: an adapter, or its path. By default, the files `PART.NAME.onnx_adapter` in the folder, which
+                `export` writes.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
         Raises:
-            TargetNotFound: no graph has slots for a target, or there is no file of that name.
+            TargetNotFound: no graph has slots for a target, or the folder has no files for that name.
             ShapeMismatch: a tensor does not fit its slot.
             Malformed: a file is damaged.
         """
-        held = self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+        held: Mapping[str, Source] = (
+            self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+        )
         for key in self._adapters.get(name, ()):
             self.parts[key].unload(name)
         self._adapters.pop(name, None)
@@ -93,8 +98,8 @@ class FolderSession:
             self.parts[key].load(name, own, base_weights=base_weights)
         self._adapters[name] = set(held)
 
-    def _files(self, name: str) -> dict[str, Any]:
-        """Return the files of an adapter that an export wrote, for each graph."""
+    def _files(self, name: str) -> dict[str, Path]:
+        """Return, for each graph, the adapter file that an export wrote."""
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
         if not there:
@@ -104,9 +109,9 @@ class FolderSession:
             raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
         return there
 
-    def _parts(self, adapter: Adapter) -> dict[str, Any]:
-        """Return the part of an adapter for each graph that has slots for some of its targets."""
-        held: dict[str, Any] = {}
+    def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
+        """Return, for each graph with slots for some of an adapter's targets, that part of the adapter."""
+        held: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:
             key = part.name.as_posix()
@@ -119,7 +124,7 @@ class FolderSession:
                 seen |= set(own.updates)
         lost = [target for target in adapter.updates if target not in seen]
         if lost:
-            cure = "Give the graphs slots for it: inject into the folder with --mode slots, mode='slots'"
+            cure = "Give the graphs slots for it: inject into the folder with --mode slots (mode='slots')"
             raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
         return held
 
@@ -133,12 +138,12 @@ class FolderSession:
         for key in self._adapters.pop(name):
             self.parts[key].unload(name)
 
-    def run(self, part: str, inputs: Mapping[str, Any], adapter: str | None = None) -> dict[str, Array]:
+    def run(self, part: str, inputs: Mapping[str, npt.ArrayLike], adapter: str | None = None) -> dict[str, Array]:
         """Run one graph.
 
         Args:
-            part: its name, such as `encoder_model.onnx`.
-            inputs: as for `Session.run`.
+            part: the graph's file name, such as `encoder_model.onnx`.
+            inputs: the graph's inputs, as for `Session.run`.
             adapter: the adapter's name; None for the bare model.
 
         Raises:
@@ -154,29 +159,29 @@ class FolderSession:
         return self.parts[part].run(inputs, own)
 
     def generate(
-        self, inputs: Mapping[str, Any] | object, *, max_new_tokens: int = 32, adapter: str | None = None,
-        start: int | None = None, end: int | Sequence[int] | None = None,
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
+        adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
-        """Write texts greedily from what the encoder reads: texts, sounds or images.
+        """Generate texts greedily from the encoder's inputs: texts, sounds or images.
 
         Args:
-            inputs: the encoder's inputs by name, or `input_ids` alone. A mask shows all tokens unless it is given.
-            max_new_tokens: tokens to write at most.
+            inputs: the encoder's inputs by name, or `input_ids` alone. The default mask shows all tokens.
+            max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
-            start: the token to begin with; by default `decoder_start_token_id` of the configs in the folder.
-            end: the token, or tokens, after which a text ends; by default `eos_token_id` of the configs.
+            start: the first token; by default, `decoder_start_token_id` of the configs in the folder.
+            end: the token or tokens that end a text; by default, `eos_token_id` of the configs.
 
         Returns:
-            the tokens, [batch, 1 + new], with `start` first. Texts that ended before others are filled with `end`.
+            the tokens, `[batch, 1 + new]`, beginning with `start`. Texts that end before others are padded with `end`.
 
         Raises:
-            UsageError: the folder is no encoder-decoder, or nothing names the first token.
+            UsageError: the folder is not an encoder-decoder, or no config gives the first token.
             And what `run` raises.
         """
         if not {*FILES[:3]} <= {*self.parts}:
             lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
-            cure = "Export it by adapterkit export, or run its graphs by run"
-            raise UsageError(f"no encoder-decoder, for it lacks {lacking}", path=self._path, cure=cure)
+            cure = "Export it with adapterkit export, or call run for each graph"
+            raise UsageError(f"not an encoder-decoder: it lacks {lacking}", path=self._path, cure=cure)
         given = (
             dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
         )
@@ -194,7 +199,8 @@ class FolderSession:
             part = WITH_PAST if step else DECODER
             feeds = {"input_ids": tokens[:, -1:], **more, **past}
             wanted = self.parts[part].inputs
-            told = self.run(part, {name: feeds[name] for name in wanted if feeds.get(name) is not None}, adapter)
+            inputs_now = {name: array for name in wanted if (array := feeds.get(name)) is not None}
+            told = self.run(part, inputs_now, adapter)
             past |= {name.replace("present.", PAST, 1): array for name, array in told.items() if name != "logits"}
             new = np.where(done, ends[0] if ends else 0, told["logits"][:, -1].argmax(-1)).astype(np.int64)
             tokens = np.concatenate([tokens, new[:, None]], 1)
@@ -203,9 +209,15 @@ class FolderSession:
                 break
         return tokens
 
-    async def generate_async(self, inputs: Mapping[str, Any] | object, **options: Any) -> Array:
-        """Write texts in a thread, as `generate` does."""
-        return await asyncio.to_thread(partial(self.generate, inputs, **options))
+    async def generate_async(
+        self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
+        adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
+    ) -> Array:  # fmt: skip
+        """Call `generate` in a thread."""
+        call = partial(
+            self.generate, inputs, max_new_tokens=max_new_tokens, adapter=adapter, start=start, end=end
+        )  # fmt: skip
+        return await asyncio.to_thread(call)
 
     def _check_loaded(self, name: str) -> None:
         if name not in self._adapters:

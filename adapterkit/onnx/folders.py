@@ -1,10 +1,10 @@
-"""Folders of graphs as one model: an encoder with its decoders, or text, vision and speech parts.
+"""Change a folder of graphs as one model: an encoder with its decoders, or text, vision and speech parts.
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
 `decoder_model_merged.onnx` for one model; onnxruntime-genai lists its parts in `genai_config.json`. An adapter spans
-all of them, so each graph takes the targets that it has. Graphs of an encoder name their layers without the word
-`encoder`: `layers.0.self_attn.q_proj` may then be the encoder's or the decoder's. So the part that a file holds is told
-from its name first.
+all of them, so each graph gets the targets that it has. The graph of an encoder names its layers without the word
+`encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. The file's name therefore decides
+first which part of the model a graph holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..errors import (
@@ -43,22 +43,25 @@ from .resolving import is_named, spots_of, taken
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
     from .found import Found
-    from .reading import Base
+    from .reading import Base, Model, Source
     from .tying import Tying
 
 DEEP = 2
-"""How many folders below the model's own are searched: diffusers' pipelines have one for each part."""
+"""How many levels of folders are searched, including the model's folder: diffusers has one folder for each part."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-"""Suffixes of weights of other frameworks, which a changed model does not get: they would be the old ones."""
+"""Suffixes of weight files of other frameworks. They are not copied to a changed model, because they hold old
+weights."""
 
 FILE_WORDS = (
     ("vae", "vae"), ("vision", "vision"), ("visual", "vision"), ("image", "vision"), ("speech", "audio"),
     ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
     ("encoder", "encoder"),
 )  # fmt: skip
-"""Words of a file's or a folder's name -> the part that it holds; the first one counts."""
+"""Word in a file's or a folder's name -> the part of the model in it; the first word that matches decides."""
 
 PATH_WORDS = {
     "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
@@ -66,13 +69,13 @@ PATH_WORDS = {
     "audio_model": "audio", "speech_encoder": "audio", "audio_encoder": "audio", "language_model": "text",
     "text_model": "text", "text_encoder": "text", "vae": "vae",
 }  # fmt: skip
-"""Segments of a target's path -> the part that it belongs to; the first one counts."""
+"""Segment of a target's path -> the part that the target belongs to; the first segment that matches decides."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""Part of a file -> parts of targets that it may hold: a decoder beside a vision part is the language model."""
+"""Part in a file -> the parts whose targets it may hold: a decoder beside a vision part is the language model."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
-"""Section of `genai_config.json` -> the part that its file holds."""
+"""Section of `genai_config.json` -> the part in its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,10 @@ class GraphPart:
     """One graph of a folder.
 
     Attributes:
-        path: its file.
-        name: the path relative to the folder.
-        role: the part of the model that it holds; None if its name does not tell.
-        data: the files beside it that hold its numbers.
+        path: the graph's file.
+        name: the file's path relative to the folder.
+        role: the part of the model that the graph holds; None if its name does not show the part.
+        data: the files with the graph's external data.
     """
 
     path: Path
@@ -97,7 +100,7 @@ class GraphPart:
         return self.path, *self.data
 
     def may_hold(self, target: Target) -> bool:
-        """Whether the names of the file and the target allow that the graph has this target."""
+        """Whether the graph may have this target, judging by the names of the file and the target."""
         words = target.path.split(".")
         folder = self.name.parts[0]
         if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
@@ -106,8 +109,8 @@ class GraphPart:
         return said is None or self.role is None or said in TAKES.get(self.role, {self.role})
 
 
-def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
-    """Return the folder if a model is one and a folder is to be written; None for a file or a model in memory."""
+def folder_of(model: Model, out: str | PathLike[str]) -> Path | None:
+    """Return the model's folder if a folder must be written; None for a single graph, in a file or in memory."""
     if not isinstance(model, str | PathLike) or str(model).lower().endswith(".onnx"):
         return None
     path = Path(model)
@@ -117,19 +120,19 @@ def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
     if Path(out).suffix.lower() == ".onnx" and not several:
         return None
     if Path(out).suffix.lower() == ".onnx":
-        why = "the model is a folder of several graphs, and the output one file"
+        why = "the model is a folder of several graphs, and the output is one file"
         raise UsageError(why, path=str(out), cure="Name a folder to write: -o DIR (out=)")
     return path
 
 
-def only_graph(model: Any) -> Any:
-    """Return the graph of a folder that has one; anything else as it is, for `opened` to judge."""
+def only_graph(model: Model) -> Model:
+    """Return the graph of a folder with one graph; return anything else unchanged, for `opened` to check."""
     found = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
     return found[0] if len(found) == 1 else model
 
 
 def graphs_in(folder: Path) -> list[Path]:
-    """Return the graphs of a folder, and of folders in it."""
+    """Return the graphs in a folder and in its subfolders."""
     found = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]
     return sorted(file for file in found if len(file.relative_to(folder).parts) <= DEEP)
 
@@ -138,8 +141,8 @@ def parts_of(folder: Path) -> list[GraphPart]:
     """Return the graphs that make up a model.
 
     Raises:
-        UsageError: there is none.
-        Malformed: `genai_config.json` cannot be read, or names a graph that is not there.
+        UsageError: the folder has no graph.
+        Malformed: `genai_config.json` cannot be read, or it names a graph that is missing.
     """
     graphs = graphs_in(folder)
     if not graphs:
@@ -159,7 +162,7 @@ def parts_of(folder: Path) -> list[GraphPart]:
 
 def _role(name: Path) -> str | None:
     words = re.split(r"[_\-.]+", name.stem.lower())
-    # `model.onnx` in a folder of its own is named by the folder.
+    # If the file's name does not show the part, as for `model.onnx`, use the name of its folder.
     if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
         words = re.split(r"[_\-.]+", name.parts[0].lower())
     return next((role for word, role in FILE_WORDS if word in words), None)
@@ -177,16 +180,16 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 
-# Give each graph its own targets.
+# Split an adapter by the graphs that have its targets.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """An adapter in parts.
+    """An adapter, split by graphs.
 
     Attributes:
         whole: the adapter.
-        of: for each graph, its part of the adapter; None if it has none of the targets.
+        of: for each graph, its part of the adapter; None if the graph has none of the targets.
         lost: targets that no graph has.
     """
 
@@ -196,39 +199,41 @@ class Division:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence about targets that were left out."""
+        """A sentence about omitted targets."""
         return left_line(self.lost, "no graph has them")
 
 
 def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
-    """Return a sentence about targets that were left out; nothing if there are none."""
+    """Return a sentence about omitted targets; nothing if there are none."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return (f"left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
 
 
-def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tuple[Adapter, tuple[str, ...]]:
-    """Return the part of an adapter whose targets one graph has, and a sentence about the others.
+def left_out(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None, tying: Tying
+) -> tuple[Adapter, tuple[str, ...]]:
+    """Return the part of an adapter whose targets a graph has, and a sentence about the other targets.
 
     Raises:
         TargetNotFound: the graph has none of the targets.
     """
     kept, lost = taken(model, adapter, base, tying.config)
-    # Without any target left, the search by name raises the error that lists the nearest names.
-    return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph has not got them")
+    # If no target is left, keep the adapter: the search by name then raises the error with the nearest names.
+    return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 
-def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
+def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | None, allow_partial: bool) -> Division:
     """Give each graph the updates whose targets it has.
 
     Raises:
-        TargetNotFound: no graph has a target, and `allow_partial` is not set; or none of them.
-        Unsupported: the adapter has tokens or prefixes, and there are several graphs.
+        TargetNotFound: no graph has any target; or no graph has one of them, and `allow_partial` is not set.
+        Unsupported: the adapter has new tokens or prefixes, and there are several graphs.
     """
     rest, context = parted(adapter)
     if context and len(parts) > 1:
-        why = f"{context[0][1].method} in a model of several graphs"
+        why = f"{context[0][1].method} cannot be attached in a model of several graphs"
         cure = "Inject it into one graph: name the .onnx file, or export the torch model with the adapter attached"
         raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
     own: dict[Path, Adapter | None] = {}
@@ -248,14 +253,14 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_parti
     return Division(adapter, own, lost)
 
 
-def _of(context: Iterable[tuple[Target, object]]) -> dict[Target, tuple[Any, ...]]:
-    found: dict[Target, tuple[Any, ...]] = {}
+def _of(context: Iterable[tuple[Target, Update]]) -> dict[Target, tuple[Update, ...]]:
+    found: dict[Target, tuple[Update, ...]] = {}
     for target, update in context:
         found[target] = (*found.get(target, ()), update)
     return found
 
 
-def _config(base: Any, path: Path) -> Mapping[str, Any] | None:
+def _config(base: Checkpoint | None, path: Path) -> Mapping[str, object] | None:
     try:
         return config_of(base, path)
     except UsageError:
@@ -273,7 +278,7 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> 
     near = nearest(lost[0].path, known)
     cure = near or "Is this the base that the adapter was trained on?"
     if some:
-        cure = f"{cure}. To leave such targets out: --allow-partial (allow_partial=True)"
+        cure = f"{cure}. To omit such targets: --allow-partial (allow_partial=True)"
     return TargetNotFound(f"no graph of the folder has this target{more}: {graphs}", where=str(lost[0]), cure=cure)
 
 
@@ -281,13 +286,13 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> 
 
 
 def files_of_folder(folder: Path, parts: Sequence[GraphPart] | None = None) -> list[Path]:
-    """Return all files that decide what a change of a folder writes: graphs, their data, and what is copied along."""
+    """Return all files that a change of a folder reads: graphs, their data, and the files that are copied."""
     known = parts_of(folder) if parts is None else parts
     return [*dict.fromkeys([*(file for part in known for file in part.files), *_others(folder, known)])]
 
 
 def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
-    """Yield the files beside the graphs: configs, tokenizers."""
+    """Yield the files beside the graphs, such as configs and tokenizers."""
     held = {file.resolve() for part in parts for file in part.files}
     home = folder.resolve()
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
@@ -297,16 +302,16 @@ def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
         if hidden or file.suffix.lower() in WEIGHTS or file.resolve() in held or not file.is_file():
             continue
         if not file.resolve().is_relative_to(root):
-            raise Malformed("a link out of the model's folder", path=file, cure="Do not use this folder")
+            raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
         yield file
 
 
 def inject_folder(
-    inject: Callable[..., GraphReport], folder: Path, adapter: Any, out: str | PathLike[str], *,
+    inject: Callable[..., GraphReport], folder: Path, adapter: Source, out: str | PathLike[str], *,
     base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Attach an adapter to the graphs of a folder by `injecting.inject`, which is called once for each graph.
+    """Attach an adapter to the graphs of a folder; calls `injecting.inject` once for each graph.
 
     Raises:
         TargetNotFound: no graph has a target, and `allow_partial` is not set.
@@ -324,12 +329,12 @@ def inject_folder(
 
 
 def merge_folder(
-    merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
+    merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Source], out: str | PathLike[str], *,
     weights: Sequence[float] | None,
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Fold adapters into the graphs of a folder by `merging.merge`, which is called once for each graph.
+    """Fold adapters into the graphs of a folder; calls `merging.merge` once for each graph.
 
     Raises:
         TargetNotFound: no graph has a target, and `allow_partial` is not set.
@@ -354,11 +359,11 @@ def merge_folder(
 
 
 def plan_folder(
-    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Any, *,
+    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Source | Sequence[Source], *,
     weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
     base_weights: Base | None, **options: object,
 ) -> tuple[Found, ...]:  # fmt: skip
-    """Return where `merge_folder` would fold adapters; writes nothing."""
+    """Return where `merge_folder` would fold adapters, without writing anything."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     parts, read, base = _read(folder, several, base_weights, rename)
     _factors(weights, len(read))
@@ -378,8 +383,8 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _read(
-    folder: Path, adapters: Sequence[Any], base_weights: Base | None, rename: str | Sequence[str]
-) -> tuple[list[GraphPart], list[Adapter], Any]:  # fmt: skip
+    folder: Path, adapters: Sequence[Source], base_weights: Base | None, rename: str | Sequence[str]
+) -> tuple[list[GraphPart], list[Adapter], Checkpoint | None]:  # fmt: skip
     read = renamed([loaded(one, base_weights)[0] for one in adapters], rename)
     return parts_of(folder), read, None if base_weights is None else opened_base(base_weights)
 
@@ -409,19 +414,21 @@ def placed_folder(
     out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
     overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a folder to write to; at the end it replaces the graphs of `out`, and files that no model has stay.
+    """Yield a scratch folder; when the block ends, its files replace those of `out`, and unrelated files stay.
 
     Raises:
         UsageError: `out` is the model's own folder.
         StorageError: `out` holds other graphs.
     """
     if out.exists() and folder.exists() and out.is_dir() and out.samefile(folder):
-        raise UsageError("the output is the model's own folder", path=out, cure="Write another folder")
+        raise UsageError(
+            "the output is the model's own folder", path=out, cure="Write to another folder: -o DIR (out=)"
+        )
     names = {part.name.name for part in parts}
     if out.is_dir():
         strange = sorted(file.name for file in graphs_in(out) if file.name not in names)
         if strange:
-            why = f"it holds {strange[0]}, which this model has not"
+            why = f"the folder holds {strange[0]}, which is not a graph of this model"
             raise StorageError(why, path=out, cure="Write to another folder")
     owns = {*(f"{name}*" for name in names), "*.onnx_adapter", "*.onnx_adapter.json", *(file.name for file in others)}
     owns |= {file.name for part in parts for file in part.data}
@@ -444,7 +451,7 @@ def _copied(files: Iterable[Path], home: Path, there: Path) -> None:
 def joined(
     reports: Mapping[str, GraphReport], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
 ) -> GraphReport:
-    """Return one report of all graphs, with the paths that the files have at the end."""
+    """Return one report of all graphs, with the final paths of the files."""
     moved = {
         name: replace(
             each, out=out / each.out.relative_to(scratch), files=tuple(out / f.relative_to(scratch) for f in each.files)

@@ -1,15 +1,15 @@
-"""Fold updates into the weights of a graph's layers, of those that are named and of no others.
+"""Fold updates into the weights of the layers that an adapter names; all other layers keep their weights.
 
-A stored tensor may be shared with other layers, because it is tied or because the exporter stored equal tensors once.
-Then it stays as it is for those, and the layer gets its own copy. Everything is computed in float64 and rounded once.
+Layers may share a stored tensor, because it is tied or because the exporter stored equal tensors once. Then the changed
+layer gets its own copy, and the others keep the old tensor. Changes are computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,12 +19,16 @@ from ..errors import Malformed, NotMergeable, Unsupported
 from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
-from .changes import Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
+from .changes import Fresh, Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .layers import Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
+from .values import computed_over
+
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
 
 PlannedUpdate = tuple[Found, float]
 """A target of one adapter, and that adapter's weight in the merge."""
@@ -35,23 +39,24 @@ def fold(
     damage: dict[str, Mapping[str, float]] | None = None, keep_change: str | None = None,
     beside: list[Found] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
-    """Give every named layer its own changed weight and bias; return the new values, whose numbers are lazy.
+    """Give every named layer a changed weight and bias; return the new values, which are computed lazily.
 
     Args:
-        folds: targets and factors.
+        folds: pairs of a target and its adapter's weight in the merge.
         building: the model that is being changed.
-        quantized: what to do with packed weights, one of `CHOICES`.
-        damage: gets the error of each requantized weight, by target; also of those that were tried and not taken.
-        keep_change: whether a packed weight stays as it is and its change is attached beside it, one of `KEEPING`; by
-            default, where quantizing again would lose more than `MOST_LOST` of the change.
-        beside: gets the targets whose change is to be attached beside a packed weight; None to attach none.
+        quantized: the choice for packed weights, one of `CHOICES`.
+        damage: gets the error of each requantized weight, by target, even if the change was kept beside the weight
+            instead.
+        keep_change: one of `KEEPING`: whether a packed weight stays unchanged and its change is attached beside it. By
+            default, this is done if quantizing again would lose more than `MOST_LOST` of the change.
+        beside: gets the targets whose change must be attached beside a packed weight; None to attach no change.
     """
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
-    fresh: dict[tuple[Any, ...], ir.Value] = {}
-    # All targets of a node are folded together, because its weight is rounded only once.
-    # Queries, keys and values of one packed layer are spots of one node.
+    fresh: Fresh = {}
+    # Fold all targets of a node together, because the node's weight is rounded only once.
+    # The queries, keys and values of one packed layer are different spots at one node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
@@ -68,7 +73,7 @@ def fold(
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
-    made: dict[Any, ir.Value] = {}
+    made: Fresh = {}
     nodes: dict[Any, Spot] = {}
     spots: dict[Spot, Spot] = {}
     for spot in dict.fromkeys(spot for place in found for spot in place.spots):
@@ -88,15 +93,15 @@ class Folding:
 
     Attributes:
         spot: the layer.
-        at: its targets and their factors.
+        at: the layer's targets and their factors.
         building: the model that is being changed.
-        fresh: new tensors of the whole merge, by what they are made from.
+        fresh: the new tensors of the whole merge, each under a key of its sources.
     """
 
     spot: Spot
     at: list[PlannedUpdate]
     building: Building
-    fresh: dict[tuple[Any, ...], ir.Value]
+    fresh: Fresh
 
     @property
     def name(self) -> str:
@@ -108,28 +113,28 @@ class Folding:
         return [update for place, _ in self.at for update in place.updates]
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Hashable, ...]:
         return tuple((id(place), factor) for place, factor in self.at)
 
     def done(
         self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None, keep: str | None
     ) -> list[Found]:  # fmt: skip
-        """Replace the layer's bias and weight by the changed ones; return the targets to attach beside it instead.
+        """Change the layer's bias and weight; return the targets whose changes must be attached instead.
 
         Args:
-            quantized: what to do with a packed weight.
+            quantized: the choice for a packed weight.
             damage: gets the error of a requantized weight.
-            keep: what to do with the change of a packed weight; empty to decide by what is lost, None to round it.
+            keep: the choice for the change of a packed weight: empty to decide by the loss, None to quantize it.
         """
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and keep == "float":
             return self._apart(True)
         if packed and quantized is None:
-            raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
+            raise Unsupported("the weight is quantized", where=self.name, cure=EXPLAINED)
         normed = next((place.norm for place, _ in self.at if place.norm is not None), None)
         if packed and normed is not None:
-            why = f"a quantized weight that the batch normalisation {normed.name} is folded into, quantized again"
-            raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize, quantized='dequantize'")
+            why = f"the batch norm {normed.name} is folded into this quantized weight, which cannot be quantized again"
+            raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize (quantized='dequantize')")
         if packed and any(update.changes_weight for update in self.updates):
             packing = packing_of(self.spot, self.building, self.fresh)
             change = StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
@@ -159,10 +164,10 @@ class Folding:
         return []
 
     def _apart(self, must: bool) -> list[Found]:
-        """Return the targets with their updates times their factors, to attach beside the layer.
+        """Return the targets, with updates scaled by the factors, to attach them beside the layer.
 
         Raises:
-            Unsupported: `must` is set, and what branches add up to is not the merge.
+            Unsupported: `must` is set, and the sum of the attached updates is not equal to the merge.
         """
         if len(self.at) == 1 and self.at[0][1] == 1 and must:
             return [replace(self.at[0][0], spots=(self.spot,))]
@@ -175,8 +180,10 @@ class Folding:
             return apart
         if must:
             methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
-            why = f"{methods}, by a part or beside another adapter, kept beside a quantized weight"
-            cure = "Leave --keep-change (keep_change=) out, or add the adapters first: adapterkit combine"
+            why = (
+                f"{methods} cannot be kept beside a quantized weight at a weight other than 1 or beside another adapter"
+            )
+            cure = "Omit --keep-change (keep_change=), or add the adapters first: adapterkit combine"
             raise Unsupported(why, where=self.name, cure=cure)
         return []
 
@@ -185,7 +192,7 @@ class Folding:
         own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
         if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
             cure = "Inject it instead of merging"
-            raise NotMergeable("changes a bias that the layer does not have", where=self.name, cure=cure)
+            raise NotMergeable("the update changes a bias that the layer does not have", where=self.name, cure=cure)
         if bias is None or not any(update.changes_bias for update in changing):
             return
         make = partial(_bias, self.spot, self.at, self.spot.kind.detached(self.spot.node), held_apart(bias))
@@ -195,10 +202,10 @@ class Folding:
 
     def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
         make = kind.changed(self.spot.node, partial(_added, self.at))
-        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
+        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
-    def _made(self, old: ir.Value, make: Callable[[], Array], *key: object) -> ir.Value:
-        """Return a tensor that is computed as a whole, in place of an old one and in its dtype."""
+    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
+        """Return a tensor that replaces an old one, in the same dtype, and is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -216,7 +223,7 @@ class Folding:
 
 
 def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """Return a target's weight updates, with the layout in which the tensor is stored."""
+    """Return a target's weight updates, for the axis order of the stored tensor."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
@@ -224,7 +231,7 @@ def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tupl
 
 
 def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: ir.Value) -> Array:
-    """Return the changed bias as the node takes it, in float64."""
+    """Return the changed bias in the shape that the node takes, in float64."""
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
@@ -232,21 +239,22 @@ def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: 
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         norm = place.norm
-        own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
+        if norm is None:
+            own, scale = flat, np.ones(1)
+        else:
+            own = np.zeros_like(flat) if norm.bias is None else norm.bias
+            scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
         # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
         after[rows] += factor * scale * (through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
 
 
-def _or_zeros(array: Array | None, like: Array) -> Array:
-    return np.zeros_like(like) if array is None else array
-
-
 def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array]) -> Array:
-    """Return the changed weight of a layer with a folded norm, as the node takes it, in float64.
+    """Return the changed weight of a layer with a folded norm, in the node's axis order, in float64.
 
-    The updates apply to the base's weight. Their change is then multiplied by the norm's scale, as the graph's is.
+    The updates apply to the base's weight. Their change is then multiplied by the norm's scale, like the graph's
+    weight.
     """
     V = seen_by(held().astype(np.float64), spot).copy()
     for place, factor in at:
@@ -259,7 +267,7 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array])
 
 
 def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shape: tuple[int, ...]) -> Array:
-    """Return the changed matrix in the shape in which it is stored, in float64."""
+    """Return the changed matrix in its stored shape, in float64."""
     before = seen_by(held().astype(np.float64), spot)
     after = before.copy()
     for place, factor in at:
@@ -278,7 +286,7 @@ def _added(at: list[PlannedUpdate], W: Array) -> Array:
 
 
 def through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
-    """Apply a target's updates to W and b, in order."""
+    """Apply a target's updates in order to a weight and a bias; return both."""
     for update in place.updates:
         loaded = wide(update)
         loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
@@ -290,20 +298,20 @@ def through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
 def wide(update: Update) -> Update:
     """Return an update with its tensors in float64."""
 
-    def wide(leaf: Any) -> Any:
+    def wide(leaf: Leaf) -> Array:
         array = as_array(leaf)
         return array if array.dtype.kind in "iub" else array.astype(np.float64)
 
-    return update.map(wide)
+    return computed_over(update, wide)
 
 
 def seen_by(W: Array, spot: Spot) -> Array:
-    """Return a node's weight as formulas see it, or back."""
+    """Convert a weight from a node's axis order to that of formulas, or back."""
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 
 def part_of(W: Array, place: Found) -> Array:
-    """Return the rows of a weight that a target names, in the orientation that its updates see."""
+    """Return the rows of a weight that a target names, in the axis order that its updates use."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W
 
@@ -313,8 +321,8 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
-    # Only an overflow is an error here. A base may hold NaN or infinity already.
+    # Refuse an overflow only: the base may already have NaN or infinity.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
         cure = "Merge with a smaller weight"
-        raise Malformed(f"merging gives values that {kind.name} cannot hold", where=name, cure=cure)
+        raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)
     return out

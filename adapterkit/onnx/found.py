@@ -1,6 +1,6 @@
-"""Finds in a graph: the nodes that are layers, norms folded into them, and an adapter's targets at them.
+"""Types for what is found in a graph: layers, norms folded into layers, and an adapter's targets.
 
-`resolving` finds them; the modules that it asks (`heads`, `norms`, `matching`, `packed`, `tying`) speak of them, too.
+`resolving` finds them, with the help of `heads`, `norms`, `matching`, `packed` and `tying`.
 """
 
 from __future__ import annotations
@@ -14,33 +14,34 @@ import onnx_ir as ir
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..io.strict_json import JsonValue
     from .building import Array
     from .layers import Layer
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the
-node's name, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight that
-packs several layers, or the nearest numbers."""
+"""How a name was found: by the exporter's module scopes, its note of a folded parameter, the name of the stored tensor,
+the name of the node, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight
+that packs several layers, or the nearest numbers."""
 
 NEAR = 0.15
-"""Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the same."""
+"""Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the base's weight."""
 
 APART = 3.0
-"""How many times farther away the second nearest weight must be."""
+"""The second nearest weight must be this many times as far away as the nearest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spot:
-    """A node that is a layer.
+    """A layer at a node of a graph.
 
     Attributes:
         node: the node.
         kind: the kind of layer.
-        names: method -> names of the node's weight, as in the base, with `weight`.
+        names: for each method in `METHODS`, the names of the node's weight in the base, ending with `.weight`.
         shape: the weight's shape as formulas see it, `[out, in, *k]`.
-        sources: the stored tensors that the weight is computed from.
-        rows: the layer's outputs among the node's, if the node packs several layers.
+        sources: the stored tensors that the node's weight is computed from.
+        rows: the range of the node's outputs that are the layer's, if the node packs several layers.
     """
 
     node: ir.Node
@@ -52,11 +53,11 @@ class Spot:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""Name of a weight -> the method that found it, and its nodes."""
+"""Name of a weight -> the method that found the name, and the layers with that weight."""
 
 
-def distance(W: Any, spot: Spot) -> float | None:
-    """Return the relative distance between a weight and a layer's, in either orientation; None if shapes differ."""
+def distance(W: Array, spot: Spot) -> float | None:
+    """Return the relative distance of a layer's weight, transposed or not, from a weight; None if the shapes differ."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None
@@ -85,10 +86,11 @@ class FoldedNorm:
     bias: Array | None
 
     def factors(self, groups: int) -> Array:
-        """Return the scale in a shape that multiplies a weight `[out, in, *k]`.
+        """Return the scale in a shape that broadcasts with a weight `[out, in, *k]`.
 
         Args:
-            groups: for a transposed convolution, whose weight has `out / groups` outputs for each input.
+            groups: the groups of a transposed convolution, whose weight has `out / groups` outputs for each input; else
+                1.
         """
         rest = self.weight.ndim - 2
         if groups == 1:
@@ -99,18 +101,18 @@ class FoldedNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A target in a graph.
+    """An adapter's target in a graph.
 
     Attributes:
         target: the target under the graph's own name, in the layout `out *in`.
-        asked: the target as the adapter names it.
+        asked: the target under the adapter's name.
         updates: the updates at the target.
-        spots: its nodes, one per call of the module.
-        method: how they were found, one of `METHODS`.
+        spots: the target's layers, one for each call of the module.
+        method: how the layers were found, one of `METHODS`.
         confidence: 1 for names and equal numbers; for the nearest numbers, 1 minus their relative distance.
         turned: True if the updates see the weight with its first two axes swapped.
-        outlet: its output site, if that is not the node's output; a module without a weight has no spots.
-        norm: the batch normalisation that an exporter folded into it.
+        outlet: the target's output site, if that is not the output of a node; a module without a weight has only this.
+        norm: the batch normalisation that an exporter folded into the layer.
     """
 
     target: Target
@@ -125,25 +127,25 @@ class Found:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's shape as formulas see it; for a module without a weight, its channels twice."""
+        """The weight's shape, `[out, in, *k]`; for a module without a weight, `(channels, channels)`."""
         if self.spots:
             return self.spots[0].shape
         return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
 
     @property
     def last(self) -> ir.Node | None:
-        """Its node; for a module, the last one."""
+        """The target's node; for a module, its last node."""
         if self.spots:
             return self.spots[0].node
         return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
 
     @property
     def nodes(self) -> list[str]:
-        """The names of its nodes; for a module, of the last one."""
+        """The names of the target's nodes; for a module, only of its last node."""
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
-    def record(self) -> dict[str, Any]:
-        """Return the same as plain data."""
+    def record(self) -> dict[str, JsonValue]:
+        """Return the target as plain data."""
         return {
             "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
             "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),

@@ -1,7 +1,7 @@
-"""Queries, keys and values that a graph packs into one layer: `qkv_proj` of onnxruntime-genai's builder.
+"""Find queries, keys and values that a graph packs into one layer, as onnxruntime-genai's `qkv_proj` does.
 
-An adapter names `q_proj`, `k_proj` and `v_proj`. The attention that reads the layer tells by its head counts how many
-rows each has; or a Split tells by its sizes. So nothing is guessed, and no weights of the base are needed.
+An adapter names `q_proj`, `k_proj` and `v_proj`. The head counts of the attention that reads the layer give the number
+of rows of each; or the sizes of a Split do. So nothing is guessed, and the base's weights are not needed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers of Phi-3, by their last word -> those that the builder makes of them, in the order of rows."""
+"""Last segment of a layer's name in Phi-3 -> the layers that the builder splits it into, in the order of rows."""
 
 PACKED = "qkv_proj"
-"""The word that the builder puts in place of these."""
+"""The name that the builder gives the layer that packs `PARTS`."""
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
-    """Cut updates of a layer that a graph has in parts only.
+    """Split the updates of layers that a graph only has in parts.
 
     Args:
         adapter: the adapter.
-        rows_of: how many rows the layer of a path has in the graph; None if there is none.
+        rows_of: returns the number of rows of the layer at a path in the graph; None if there is no such layer.
 
     Returns:
-        the adapter, and the targets of parts -> the target that they are of.
+        the adapter with split updates, and a map from each part's target to the target that was split.
     """
     whole: dict[Target, Target] = {}
     updates: dict[Target, tuple[Update, ...]] = {}
@@ -62,14 +62,14 @@ def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Ad
 BETWEEN = {
     "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Cast", "Transpose", "Identity",
 }  # fmt: skip
-"""Operators between a part and its attention that leave it the part that it is."""
+"""Operators that may be between a packed layer's part and its attention, because they keep the part's meaning."""
 
 DEEP = 8
-"""Most of these in a row."""
+"""Largest number of these operators in a row."""
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:
-    """Return queries, keys and values of layers that pack them, each with its rows and names."""
+    """Return the queries, keys and values of layers that pack them as separate layers, each with its rows and names."""
     return [part for spot in spots for part in _parts(spot)]
 
 
@@ -88,10 +88,10 @@ def _parts(spot: Spot) -> Iterator[Spot]:
 
 
 def _sizes(value: ir.Value, rows: int) -> tuple[int, int, int] | None:
-    """Return how many rows queries, keys and values have; None if no attention tells."""
+    """Return the number of rows of queries, keys and values; None if no attention or Split shows them."""
     node = _reader(value)
     if node is not None and node.op_type == "Add" and any(is_constant(one) for one in node.inputs):
-        value = node.outputs[0]  # The bias.
+        value = node.outputs[0]  # Skip the bias.
         node = _reader(value)
     if node is None:
         return None

@@ -1,4 +1,4 @@
-"""Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay as they are."""
+"""Inject an adapter into a graph: add nodes beside the adapted layers, and keep the model's weights unchanged."""
 
 from __future__ import annotations
 
@@ -35,16 +35,20 @@ from .slots import fills_of, neutral, sizes_of, slots_of, write_adapter, write_s
 from .tying import Tying
 
 if TYPE_CHECKING:
+    import onnx
+
     from ..io.strict_json import JsonValue
-    from .reading import Base, Model
+    from .reading import Base, Model, Source
+    from .rowwise import RowSlots
+    from .slots import Slots
     from .trial_inputs import Feeds
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter with its experts; unchanged if it lacks none.
+    """Return the adapter with its experts; unchanged if it does not need any.
 
     Raises:
-        Unsupported: the assignment of its logits depends on the order of the torch model's modules.
+        Unsupported: the logits of its classifier follow the order of the torch model's modules, which a graph lacks.
         And what `adapterkit/torch/experts.py` raises.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
@@ -55,16 +59,16 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
 
 def _no_order() -> NoReturn:
-    why = "a classifier with logits for each layer, whose order is that of the torch model's modules"
-    cure = "Inject it into the torch model, and write the adapter with its experts"
+    why = "the classifier has logits for each layer, and their order is that of the torch model's modules"
+    cure = "Inject the adapter into the torch model, and write it with its experts"
     raise Unsupported(why, where="(model): xlora", cure=cure)
 
 
-# Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay unchanged.
+# Inject an adapter into a graph: add nodes beside the adapted layers, and keep the model's weights unchanged.
 
 
 ORIGINAL = "adapterkit.original"
-"""Metadata key under which a rewritten model stores what is needed to restore the original."""
+"""Metadata key of a rewritten model for the data that restores the original file."""
 
 MODES = ("constant", "slots", "rows", "inputs")
 
@@ -87,44 +91,45 @@ def inject(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> GraphReport:
-    """Attach an adapter to a graph, so that each target computes the adapter's formulas.
+    """Attach an adapter to a graph, so that each target computes the adapter's formula.
 
     Args:
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
-            decoders. Nothing of it is changed.
+            decoders. The model is not changed.
         adapter: the adapter, or its path.
         out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
             a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
             adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows` stacks these
             inputs over several LoRAs, so that each row of a batch can have its own. `inputs` makes them required inputs
-            of rank 1 or more, which other run times exchange, too; `OUT.slots.safetensors` has the adapter by the names
-            of inputs, and `OUT.neutral.safetensors` tensors that change nothing.
+            of rank 1 or more, which other run times can swap, too. `OUT.slots.safetensors` then has the adapter's
+            tensors by the names of the inputs; `OUT.neutral.safetensors` has tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
-            has a network beside the model, the `config.json` there (or beside the graph) describes it.
-        call: word -> name of a graph value, for inputs of the model's call that the graph names differently.
-            `{"task_ids": 1}` fixes the task of all rows, which otherwise becomes an input. `{"hidden_states": "NAME"}`
-            is the output of the last layer.
+            has a side network (Shadow), its architecture is read from the `config.json` of the base, or beside the
+            graph.
+        call: for inputs of the model's call that the graph names differently, a map from their usual name to the name
+            of a graph value. `{"task_ids": 1}` fixes the task of all rows; otherwise, the task is a new input.
+            `{"hidden_states": "NAME"}` names the output of the last layer.
         experts: adapters that a router's file names but does not contain (Arrow, X-LoRA), in the router's order.
-        tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
-            default, those that the tool which trained the adapter changed.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names,
-            instead of a warning in the report.
+        tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
+            By default, the same layers as in the tool that trained the adapter.
+        strict_base: refuse a base whose name, config or fingerprint differs from the base that the adapter names. By
+            default, the report has a warning.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: leave out targets that the graph lacks; at least one must be there.
-        check: run the result in onnxruntime and compare it with merged weights; a mapping gives the inputs by name,
-            True makes them up.
+        allow_partial: omit targets that the graph lacks; the graph must have at least one target.
+        check: run the result in onnxruntime and compare it with merged weights. A mapping gives the inputs by name;
+            True uses made-up inputs.
         overwrite: replace an existing `out`.
-        made_from: a digest of everything that decides the output, stored with it for a later run.
+        made_from: a digest of everything that determines the output, stored with the output for later runs.
 
     Raises:
-        TargetNotFound: a target has no place in the graph, or several.
+        TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a layer cannot take the method.
+        Unsupported: a layer cannot have an update of this method.
         Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
-        UsageError: nothing tells which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs; nothing is
-            left at `out`.
+        UsageError: it is unknown which of several tied layers an update changes.
+        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs. Then no
+            file is left at `out`.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
@@ -145,8 +150,10 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
-        raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
+        cure = (
+            "Inject it with --mode constant (mode='constant'): a run without its tokens, or with a past, is the base's"
+        )
+        raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
     found = resolve(source.model, rest, base, tying)
@@ -181,11 +188,11 @@ def inject(
     )  # fmt: skip
 
 
-def _beside(out: Path, adapter: Any) -> Path:
-    """Return the path of the adapter file for a model with slots.
+def _beside(out: Path, adapter: Source) -> Path:
+    """Return the path of the adapter file of a graph with slots.
 
     Raises:
-        UsageError: it is the path of the model, or of the file that the adapter is read from.
+        UsageError: this is the path of the model, or of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)
@@ -195,7 +202,7 @@ def _beside(out: Path, adapter: Any) -> Path:
     return file
 
 
-def _slots(mode: str, building: Building) -> Any:
+def _slots(mode: str, building: Building) -> Slots | RowSlots | None:
     if mode == "constant":
         return None
     from .rowwise import RowSlots
@@ -205,7 +212,7 @@ def _slots(mode: str, building: Building) -> Any:
 
 
 def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
-    """Write the adapter, and tensors that change nothing, by the names of a graph's required inputs."""
+    """Write two files for a graph's required inputs: the adapter's tensors, and tensors that change nothing."""
     write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
     model = opened(path).model
     declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
@@ -214,24 +221,26 @@ def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
 
 
 def keep_original(source: GraphSource) -> None:
-    """Store the original file in the model's metadata, except for runs of bytes that its stored tensors still hold.
+    """Store the original file in the model's metadata, without the runs of bytes that the model's tensors still hold.
 
     Raises:
         Unsupported: the model has been rewritten before.
     """
     model = source.model
     if ORIGINAL in model.metadata_props:
-        raise Unsupported("an adapter is in this graph already", path=source.path, cure="Eject it first")
+        raise Unsupported(
+            "the graph already has an injected adapter", path=source.path, cure="Eject it first: adapterkit eject"
+        )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
-        # Search forward only, because the tensors are in the order of the file.
+        # Search forward from the last tensor only, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
             rest.append(source.original[end:at])
             end = at + len(data)
     rest.append(source.original[end:])
-    # The metadata is text, in which base85 takes less space than base64.
+    # Encode as base85, because metadata is text, and base64 takes more space.
     packed = base64.b85encode(zlib.compress(b"".join(rest), 9)).decode()
     digest = hashlib.sha256(source.original).hexdigest()
     model.metadata_props[ORIGINAL] = json.dumps(
@@ -240,7 +249,7 @@ def keep_original(source: GraphSource) -> None:
 
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
-    """Return large tensors stored in the main graph, with their bytes, in the order of the file."""
+    """Return the names and bytes of large tensors stored in the main graph, in the order of the file."""
     held = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
@@ -251,11 +260,11 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
 
 @places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
-    """Write the model as it was before `inject`, byte for byte.
+    """Write the original model of an injected graph, byte for byte.
 
     Args:
         model: a file that `inject` wrote.
-        out: the file to write; data files that the original names must be beside it.
+        out: the file to write; if the original has data files, they must be in the same folder.
 
     Raises:
         UsageError: the model has no injected adapter.
@@ -268,13 +277,13 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
         raise storage_error(error, path) from error
     note = loaded_model.metadata_props.get(ORIGINAL)
     if note is None:
-        raise UsageError("no adapter is in this graph", path=path, cure="Name a file that inject wrote")
+        raise UsageError("no adapter is injected into this graph", path=path, cure="Name a file that inject wrote")
     data = _restored(loaded_model, note, path)
     write_bytes(target, data)
     return target
 
 
-def _proto(path: Path) -> Any:
+def _proto(path: Path) -> onnx.ModelProto:
     import onnx
 
     proto = onnx.ModelProto()
@@ -301,10 +310,10 @@ def _restored(model: ir.Model, note: str, path: Path) -> bytes:
             taken, end = taken + at - end, at + length
         data = b"".join([*parts, rest[taken:]])
     except (KeyError, TypeError, ValueError, zlib.error) as error:
-        raise Corrupt(f"its note of the first model is damaged ({error})", path=path, cure=_FRESH) from None
+        raise Corrupt(f"the stored data of the original model is damaged ({error})", path=path, cure=_FRESH) from None
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-        raise Corrupt("the first model does not come out as it was", path=path, cure=_FRESH)
+        raise Corrupt("the restored model differs from the original", path=path, cure=_FRESH)
     return data
 
 
-_FRESH = "Take the model that was injected into instead"
+_FRESH = "Use your own copy of the original model"

@@ -1,14 +1,14 @@
 """Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py`.
 
-Weights are `[out, in, *k]`, however the node stores them. A layer's input and output are graph values, and the result
-of a formula takes over the output.
+Formulas see a weight as `[out, in, *k]`, however the node stores it. A layer's input and output are graph values, and
+the result of a formula replaces the output.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -16,28 +16,29 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, Unsupported
-from .building import Array, Branch, Building, element_type, kind_of, takes_over
+from .building import Array, Attribute, Branch, Building, Dtype, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 
 class Layer:
-    """A node whose weight can be exchanged; subclasses say how.
+    """A node with a weight that formulas can replace; each subclass supports one operator.
 
     Class attributes:
         op_type: the node's operator.
-        position: which input is the weight.
-        axes: how many axes the weight may have.
-        merge_only: True if the output is no function of `x @ W` alone, so that no branch can express a change.
-        whole: True if the stored tensor has other axes than the weight, so that a merge computes it as a whole.
+        position: the position of the weight among the node's inputs.
+        axes: the possible numbers of axes of the weight.
+        merge_only: True if the output is not a function of `x @ W` alone, so that added nodes cannot express a change.
+        whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
+            whole.
 
     Args:
         node: the node.
-        branch: nodes are appended to it.
+        branch: collects the nodes that formulas append.
 
     Attributes:
-        call: access to the model's call, for formulas that ask for it; see calls.py.
-        moved: the module's new input, if a formula replaced it; None for layers.
+        call: the inputs of the model's call, for formulas that read them; see calls.py.
+        moved: the new input of a module whose input a formula replaced; None for layers.
     """
 
     op_type: ClassVar[str] = ""
@@ -55,65 +56,65 @@ class Layer:
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
         self.y = self._value(self.end, like=self.dtype)
-        self.call: Any = None
+        self.call: object = None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        """Whether a node is such a layer; its weight must not depend on the model's inputs."""
+        """Whether a node is a layer of this kind; its weight must not depend on the model's inputs."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
         weight = node.inputs[cls.position] if known else None
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the layer's input and output, outside of Reshapes that merge the axes of rows and positions."""
+        """Return the layer's input and output, outside of any Reshapes that merge the axes of rows and positions."""
         return given, end
 
     @property
     def read(self) -> ir.Value:
-        """The value that the node reads, before it is quantized and dequantized."""
+        """The value that the node reads, before any QuantizeLinear and DequantizeLinear."""
         return before_rounding(self.node.inputs[0])
 
     @property
     def result(self) -> ir.Value:
-        """The output before a bias that another node adds."""
+        """The output, before another node adds a bias."""
         return self.node.outputs[0]
 
     @classmethod
     def operand_of(cls, node: ir.Node) -> ir.Value:
-        """Return the weight in the form in which the node takes it.
+        """Return the weight as the node's input.
 
         Raises:
-            Malformed: the node leaves it out, although its operator requires it.
+            Malformed: the node has no weight, although its operator requires one.
         """
         found = node.inputs[cls.position]
         if found is None:
-            why = f"a {node.op_type} without its input {cls.position}, the weight"
+            why = f"a {node.op_type} lacks its input {cls.position}, the weight"
             raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
         return found
 
     @classmethod
     def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
-        """Return the weight's shape, its axes in the node's order."""
+        """Return the shape of the weight, in the node's axis order."""
         return shape_of(cls.operand_of(node))
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
-        """Return the weight's numbers, its axes in the node's order."""
+        """Return the weight as an array, in the node's axis order."""
         return numbers(cls.operand_of(node))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function like `held` that still works after the node was changed."""
+        """Return a function that computes the same as `held`, even after the node was changed."""
         copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
-        """The weight in the form in which the node takes it."""
+        """The weight as the node's input."""
         return self.operand_of(self.node)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         """The dtype that the layer computes in."""
         return element_type(self.operand)
 
@@ -131,7 +132,7 @@ class Layer:
     @property
     def weight(self) -> Value:
         shape = self.held_shape(self.node)
-        # A packed weight is not a float value of the graph. A formula that needs it gets an unpacked copy.
+        # Give a formula that needs a packed weight an unpacked copy, because the graph has no float value for it.
         value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
@@ -150,16 +151,16 @@ class Layer:
 
     @property
     def direct(self) -> bool:
-        """Whether `op` accepts weights with another number of outputs."""
+        """Whether `op` accepts a weight with another number of outputs than the layer's."""
         return True
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
-        """Whether the node takes its weight with `in` before `out`."""
+        """Whether the node stores its weight with `in` before `out`."""
         return True
 
     def seen(self, W: Value) -> Value:
-        """Convert a stored weight to `[out, in, *k]`, and back."""
+        """Convert a weight from the node's axis order to `[out, in, *k]`, or back."""
         return W.swapaxes(0, 1) if self.turns(self.node) else W
 
     def __call__(self, x: Value) -> Value:
@@ -186,20 +187,20 @@ class Layer:
     def mix(self, h: Value, w: Value) -> Value:
         return h @ self._of(h, w).mT
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v
 
     def _of(self, x: Value, w: object) -> Value:
         return w if isinstance(w, Value) else x.like(w)
 
-    def _value(self, value: ir.Value, like: Any = None) -> Value:
+    def _value(self, value: ir.Value, like: Dtype | None = None) -> Value:
         sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
         dtype = element_type(value) if value.dtype is not None or like is None else like
         return Value(self.branch, sizes, dtype, value)
 
 
 class MatMul(Layer):
-    """`x @ W`: a linear layer, as exporters write it for inputs of more than two axes."""
+    """`x @ W`: a linear layer; exporters write it for inputs with more than two axes."""
 
     op_type = "MatMul"
 
@@ -209,7 +210,7 @@ class MatMul(Layer):
 
 
 class LeftMatMul(Layer):
-    """`W @ x`: a linear layer whose channels are the second to last axis."""
+    """`W @ x`: a linear layer along the second to last axis."""
 
     op_type = "MatMul"
     position = 0
@@ -236,12 +237,12 @@ class LeftMatMul(Layer):
     def mix(self, h: Value, w: Value) -> Value:
         return self._of(h, w) @ h
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v.reshape(-1, 1)
 
 
 class _Single:
-    """A matrix stored with leading axes of size 1, `[1, in, out]`, as some converters write it."""
+    """A mixin for matrices that some converters store with leading axes of size 1, `[1, in, out]`."""
 
     position: ClassVar[int]
     whole: ClassVar[bool] = True
@@ -297,12 +298,12 @@ class Einsum(Layer):
 
     @classmethod
     def labels(cls, node: ir.Node) -> tuple[str] | None:
-        """Return the order of the weight's axes, see `_labels_in`."""
+        """Return the axis order of the weight; see `_labels_in`."""
         return _labels_in(str(attribute(node, "equation", "")).replace(" ", ""))
 
 
 class LeftEinsum(Einsum):
-    """`io,...i->...o` or `oi,...i->...o`: the same, with the weight first."""
+    """`io,...i->...o` or `oi,...i->...o`: an `Einsum` whose first operand is the weight."""
 
     position = 0
 
@@ -323,7 +324,7 @@ class LeftEinsum(Einsum):
 
 
 def _labels_in(equation: str) -> tuple[str] | None:
-    """Return whether an Einsum's weight is `[in, out]` ("io") or `[out, in]` ("oi"); None for another equation."""
+    """Return the axis order of an Einsum's weight, `io` or `oi`; None if the equation is not a linear layer."""
     found = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
     if found is None:
         return None
@@ -334,7 +335,7 @@ def _labels_in(equation: str) -> tuple[str] | None:
 
 
 class Gemm(Layer):
-    """`alpha * x @ W + beta * C`, with either operand transposed or not: a linear layer for inputs of two axes."""
+    """`alpha * x @ W + beta * C`: a linear layer for inputs of two axes; x and W may be transposed."""
 
     op_type = "Gemm"
 
@@ -342,14 +343,14 @@ class Gemm(Layer):
         super().__init__(node, branch)
         for name in ("alpha", "beta"):
             if attribute(node, name, 1.0) != 1.0:
-                why = f"a Gemm with {name} other than 1"
+                why = f"a Gemm has a {name} other than 1"
                 raise Unsupported(why, where=node.name, cure="Fold the factor into the weight first")
 
     @property
     def own_bias(self) -> ir.Value | None:
         held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
-            raise Unsupported("a Gemm whose bias is not a vector", where=self.node.name, cure="Export it anew")
+            raise Unsupported("the bias of a Gemm is not a vector", where=self.node.name, cure="Export the model again")
         return held
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -373,7 +374,7 @@ class Gemm(Layer):
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """Return the only node that reads a value, if it has this type and is in the same graph; else None."""
+    """Return the only node that reads a value, if it has this operator and is in the same graph; otherwise None."""
     uses, made_by = list(value.uses()), value.producer()
     if len(uses) != 1 or value.is_graph_output() or made_by is None or uses[0].node.graph is not made_by.graph:
         return None
@@ -381,7 +382,7 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def before_rounding(found: ir.Value | None) -> ir.Value:
-    """Return what a node reads, before it is quantized and dequantized."""
+    """Return the value that a node reads, before any QuantizeLinear and DequantizeLinear."""
     assert found is not None
     back = found.producer()
     there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
@@ -390,7 +391,7 @@ def before_rounding(found: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """Return a value after it is quantized and dequantized, where an added change is not clipped."""
+    """Return a value after any QuantizeLinear and DequantizeLinear, where a change is not clipped."""
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
@@ -398,9 +399,9 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear may also act as a Relu or a Clip at 0, because its range ends at 0.
+    """Whether a QuantizeLinear may also stand for a Relu or a Clip at 0, because its range ends at 0.
 
-    onnxruntime's static quantizer removes a Relu or Clip before a range that clips the same.
+    onnxruntime's static quantizer removes a Relu or a Clip before a QuantizeLinear that clips the same values.
     """
     held = node.inputs[2] if len(node.inputs) > 2 else None
     if held is not None and not is_constant(held):
@@ -418,14 +419,14 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
-    """Return the Add of a constant vector that is a linear layer's only reader, and the vector; else None."""
+    """Return the Add of a bias that is the only reader of a linear layer, and the bias; otherwise None."""
     add = only_reader(out, "Add") if "MatMul" in node.op_type or node.op_type == "Einsum" else None
     if add is None:
         return None
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other):
         return None
-    # Only a vector of the outputs is a bias; another constant may be a mask or a table of positions.
+    # Only accept a vector of the outputs as a bias; another constant may be a mask or a table of positions.
     on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
 
@@ -457,9 +458,9 @@ class Conv(Layer):
 
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
-        # The new weight may have another kernel, whose shape ONNX infers without the attribute.
+        # Drop `kernel_shape`: the new weight may have another kernel, and ONNX infers its shape without the attribute.
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
-        # The weight spans the channels of all groups: convolve without groups.
+        # Convolve without groups if the weight spans the channels of all groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
             return self._convolved(x, w, w.shape[0], kept | {"group": 1})
         whole = w.reshape(w.shape[0], *self.shape[1:])
@@ -467,17 +468,17 @@ class Conv(Layer):
 
     def mix(self, h: Value, w: Value) -> Value:
         w = self._of(h, w)
-        # A mix of channels is a convolution with a kernel of size 1.
+        # Mix channels by a convolution with a kernel of size 1.
         point = w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2))
         return self._node("Conv", h, point, w.shape[0], {})
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
-    def _convolved(self, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+    def _convolved(self, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
         return self._node(self.op_type, x, w, out, attributes)
 
-    def _node(self, op: str, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+    def _node(self, op: str, x: Value, w: Value, out: int, attributes: Mapping[str, Attribute]) -> Value:
         sizes = (None, out, *[None] * (len(self.shape) - 2))
         node = self.branch.node(op, [x.value, w.value], attributes, x.dtype, None)
         return Value(self.branch, sizes, x.dtype, node)
@@ -494,7 +495,7 @@ class ConvTranspose(Conv):
 
 
 class Gather(Layer):
-    """An embedding: rows of a table `[in, out]`, where a token is an index along `in`."""
+    """An embedding: looks up rows of a table `[in, out]`; a token is an index along `in`."""
 
     op_type = "Gather"
     position = 0
@@ -517,19 +518,18 @@ class Gather(Layer):
         return Value(self.branch, sizes, table.dtype, node)
 
 
-# onnxruntime's fused attention: one weight `[in, q | k | v]` in a node that computes the whole attention.
-#
-# A merge changes that weight in place. For a branch, the node is split into a MatMul, an Add of its bias and a
+# onnxruntime's fused attention: a node that computes a whole attention, with one weight `[in, q | k | v]`.
+# A merge changes that weight. To attach an adapter, the node is first split into a MatMul, an Add of its bias and a
 # MultiHeadAttention.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 
 
 KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
-"""Attributes that both operators have."""
+"""Attributes that Attention and MultiHeadAttention share."""
 
 
 class Attention(Layer):
-    """The projections to queries, keys and values, which are rows of one weight."""
+    """The projections to queries, keys and values: rows of one weight."""
 
     op_type = "Attention"
 
@@ -547,7 +547,7 @@ class Attention(Layer):
 class FusedGemm(Gemm):
     """A Gemm with a fused activation, as in saved optimized sessions."""
 
-    # A branch would have to be added before the activation, which is inside of the node. A merge changes W only.
+    # An adapter would have to be attached before the activation, which is inside the node. So only a merge is possible.
 
     op_type = "FusedGemm"
     merge_only = True
@@ -558,7 +558,7 @@ class FusedGemm(Gemm):
 
 
 class FusedConv(Conv):
-    """A Conv with a fused sum and activation."""
+    """A Conv with a fused sum and activation, as in saved optimized sessions."""
 
     op_type = "FusedConv"
     merge_only = True
@@ -574,20 +574,20 @@ def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
 
 
 def taken_apart(node: ir.Node, building: Building) -> ir.Node:
-    """Replace the node by several; return the MatMul among them.
+    """Split an Attention node into several nodes; return the MatMul among them.
 
     Raises:
-        Unsupported: it has a past or a position bias, or applies rotary embeddings.
+        Unsupported: the node has a past or a position bias, or applies rotary embeddings.
     """
     more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
-    if more or attribute(node, "do_rotary", 0):
-        why = "an Attention node with a past or positions of its own"
+    if more or attribute(node, "do_rotary", 0) != 0:
+        why = "an Attention node has a past, a position bias or rotary embeddings"
         raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
     x, W, bias, mask = (*node.inputs, None, None)[:4]
     assert x is not None
     assert W is not None
     third = shape_of(W)[1] // 3
-    # Without the attribute, queries, keys and values have equal sizes.
+    # By default, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
     branch, kind = Branch(building, node.name or "attention"), element_type(W)
     y = branch.node("MatMul", [x, W], None, kind, None)
@@ -606,15 +606,14 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     return branch.nodes[0]
 
 
-def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: object) -> ir.Value:
+def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.Value:
     limits = [branch.building.literal(np.array([number], dtype=np.int64)) for number in (start, stop, -1)]
     return branch.node("Slice", [y, *limits], None, kind, None)
 
 
-# Recurrent layers: one tensor has the weights of all gates and directions. Merges can change it, branches cannot.
-#
-# The order of gates differs: torch has r z n for GRU and i f g o for LSTM, ONNX has z r h and i o f c. Weights are
-# shown in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
+# Recurrent layers: one tensor has the weights of all gates and directions. Only a merge can change it.
+# The order of gates differs: torch has r z n for GRU and i f g o for LSTM; ONNX has z r h and i o f c. Formulas see
+# weights in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
 # https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 
 
@@ -628,8 +627,8 @@ class Recurrent(Layer):
     """One direction's weight `[gates * hidden, in]`, for the inputs or the hidden state.
 
     Class attributes:
-        direction: which of the stacked directions.
-        part: torch's name of the weight.
+        direction: the index of the direction in the stacked tensor.
+        part: the weight's name in torch, `ih` or `hh`.
     """
 
     merge_only = True
@@ -640,7 +639,7 @@ class Recurrent(Layer):
     def takes(cls, node: ir.Node) -> bool:
         given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
-        # A unidirectional layer stacks only one direction.
+        # A unidirectional layer has only one direction.
         return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
 
     @classmethod
@@ -657,7 +656,7 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        # argsort inverts the permutation: from ONNX's order back to torch's.
+        # argsort inverts the permutation, from ONNX's order of gates to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
@@ -676,7 +675,7 @@ class Recurrent(Layer):
 
     @classmethod
     def name(cls, node: ir.Node) -> str | None:
-        """Return torch's name of the weight, from the node's path."""
+        """Return the weight's name in torch, from the node's path."""
         found = _CALL.search(node.name or "")
         if found is None or not (node.name or "").startswith("/"):
             return None
@@ -685,7 +684,7 @@ class Recurrent(Layer):
         return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
 
 
-def _reordered(W: Any, order: Any) -> Array:
+def _reordered(W: Array, order: Array) -> Array:
     gates: Array = W.reshape(len(order), -1, W.shape[-1])[order]
     return gates.reshape(W.shape)
 

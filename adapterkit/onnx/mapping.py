@@ -1,4 +1,4 @@
-"""List the layers of a graph: their names, and how the names were found."""
+"""List the layers of a graph, with their names and how each name was found."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A layer, with all nodes that call it.
+    """A layer of a graph, with all nodes that call it.
 
     Attributes:
-        target: the name that an adapter would use for it; None if nothing shows it.
-        spots: its nodes.
-        method: how the name was found, one of `METHODS`; None if it was not.
-        confidence: 1 for equal numbers and for names that were not compared, else 1 minus the relative distance from
-            the base's weight.
-        note: why nothing was found.
+        target: the name of the layer for an adapter; None if the graph does not show a name.
+        spots: the layer at each of its nodes.
+        method: how the name was found, one of `METHODS`; None if no name was found.
+        confidence: 1 minus the relative distance from the base's weight; 1 if the layer was not compared with a weight.
+        note: why no node was found.
     """
 
     target: str | None
@@ -41,7 +40,7 @@ class Place:
     note: str | None = None
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the same as plain data."""
+        """Return the layer as plain data."""
         first = self.spots[0] if self.spots else None
         return {
             "target": self.target, "method": self.method, "confidence": round(self.confidence, 4), "note": self.note,
@@ -58,14 +57,15 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
     Args:
         model: an ONNX file, or an in-memory model.
-        base_weights: the weights that the graph was exported from. Each of its matrices is then searched, by name and
-            by numbers, and named layers are compared with it.
+        base_weights: the weights that the graph was exported from. If given, each of its matrices is searched in the
+            graph by name and by numbers, and layers with a name are compared with it.
 
     Returns:
-        The layers in the graph's order; with `base_weights`, those of the base in its order, then all others.
+        the layers in the order of the graph; with `base_weights`, first the layers of the base in its order, then all
+        others.
 
     Raises:
-        Malformed, StorageError: as `inject`.
+        Malformed, StorageError: as in `inject`.
     """
     spots = spots_of(opened(model).model)
     if base_weights is None:
@@ -73,7 +73,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     known, found = by_name(spots), []
     base = opened_base(base_weights)
     for name, tensor in base.tensors.items():
-        # Vectors are norms and biases, which are no layers of their own.
+        # Skip vectors, which are norms and biases.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
             found.append(_looked_for(name, base, known, spots))
     seen = {id(spot.node) for place in found for spot in place.spots}
@@ -81,7 +81,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
-    """Group layers by their own names."""
+    """Group layers by their names in the graph."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     for spot in spots:
         method, name = _best(spot)
@@ -92,7 +92,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """Return the best name of a layer and its method: a module's weight first, else the name of a tensor."""
+    """Return the best name of a layer and the method that found it: a module's weight, else the name of a tensor."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
     own = [(method, name) for method, name in said if not NUMBERED.match(name)]

@@ -1,7 +1,8 @@
-"""Find layers by the numbers of their weights: for graphs whose names are lost, and to verify the base.
+"""Find layers by the numbers of their weights, if a graph has lost its names, and compare layers with the base.
 
-Equal numbers are proof. Without any, as in quantized graphs, the nearest weight of the same shape counts if it is close
-and no other one is. A quantized copy is within `NEAR`; another checkpoint of the same network is not.
+A layer with equal numbers is certain. If there is none, as in quantized graphs, the nearest weight of the same shape is
+accepted if it is close and all others are far. A quantized copy of a weight is within `NEAR`; a weight of another
+checkpoint of the same network is not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .norms import refuse_folded, with_norms
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from .building import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,16 @@ class _Near:
 
 
 def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
-    """Return the names of an adapter's targets in a graph, found by the base's weights.
+    """Find an adapter's targets in a graph by the base's weights; return their names and layers.
 
     Args:
         adapter: the adapter.
         base: the base's weights.
         spots: the layers of the graph.
-        error: the error of the search by name.
+        error: the error that the search by name raised.
 
     Raises:
-        TargetNotFound: no layer has these numbers, or several different ones are equally near.
+        TargetNotFound: no layer has a target's numbers, or several different layers are about equally near.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     bound = find_sites(adapter, shapes, partial=False, config=base.config)
@@ -49,23 +51,23 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         if site.weight is None:
             raise error
         W = _array(base, site.weight)
-        # A target that the base stores in parts gets the names of the parts.
+        # If the base stores a target in parts, use the names of the parts.
         path = asked.path if bound.origins.count(asked) == 1 else site.target.path
         name = f"{path}.weight" if site.weight.endswith(".weight") else path
         method, found = nearest(W, spots, str(asked))
         twin = _twin(base, site.weight, W) if len(found) > 1 else None
         if twin is not None:
-            why = f"{len(found)} nodes have this weight, and {twin} of the base holds the same numbers"
+            why = f"{len(found)} nodes have this weight, and {twin} of the base has the same numbers"
             raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, found)
     return known
 
 
 def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
-    """Compare layers found by name with the base's weights; return them with any norms folded into them.
+    """Compare layers that were found by name with the base's weights; return the layers, with any folded norms.
 
     Raises:
-        TargetNotFound: a layer holds other numbers.
+        TargetNotFound: a layer holds other numbers than the base.
         Unsupported: a norm may be folded into a layer whose weight the base lacks.
     """
     compared = []
@@ -86,11 +88,11 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
     return compared
 
 
-def _compare_rows(place: Found, W: Any) -> None:
-    """Check the rows that head counts give to a part of a packed layer.
+def _compare_rows(place: Found, W: Array) -> None:
+    """Compare the rows of a packed layer that head counts assign to a target with the base's weight.
 
     Raises:
-        TargetNotFound: they hold other numbers than the base, by more than quantizers round.
+        TargetNotFound: the rows differ from the base's weight by more than quantizers round.
     """
     for spot in place.spots:
         held = spot.kind.held(spot.node).astype(np.float32)
@@ -103,26 +105,26 @@ def _compare_rows(place: Found, W: Any) -> None:
             raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
-def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
-    """Return another weight of the base with equal numbers, which the same nodes could belong to; else None."""
+def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
+    """Return another weight of the base with equal numbers, which may also be that of the same nodes; else None."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
     return next((other for other in same if np.array_equal(_array(base, other), W)), None)
 
 
-def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
-    """Return the layers that store a weight, and how they were found.
+def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+    """Return how the layers that store a weight were found, and the layers.
 
     Raises:
-        TargetNotFound: no layer does, or several may.
+        TargetNotFound: no layer stores the weight, or several layers may.
     """
-    # Nodes that share a stored weight count as one candidate.
+    # Group nodes that share a stored weight, which are one candidate.
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault((spot.sources, spot.kind), []).append(spot)
     near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
-    # Nearest first: the second one decides whether the first is unambiguous.
+    # Sort by distance, because the second nearest decides whether the nearest is unambiguous.
     near.sort(key=lambda one: one.distance)
     equal = [one for one in near if one.distance == 0]
     if equal:
@@ -134,13 +136,13 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
         return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
     best = f"the nearest is {near[0].distance:.2f} away" if near else "none has its shape"
     if near and near[0].distance <= NEAR:
-        best = f"two are about as near, {near[0].distance:.3f} and {second:.3f} away"
+        best = f"two are about equally near, {near[0].distance:.3f} and {second:.3f} away"
     cure = "Is this the base that the graph was exported from?"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
-def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
-    """Return nodes that have this weight among their rows, as for packed queries, keys and values."""
+def _as_rows(W: Array, spots: Sequence[Spot]) -> list[Spot]:
+    """Return layers that hold a weight among their rows, as for packed queries, keys and values."""
     found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:
@@ -154,5 +156,6 @@ def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
     return found
 
 
-def _array(base: Checkpoint, name: str) -> Any:
-    return as_array(base.tensors[name]).astype(np.float32)
+def _array(base: Checkpoint, name: str) -> Array:
+    array: Array = as_array(base.tensors[name]).astype(np.float32)
+    return array

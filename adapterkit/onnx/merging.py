@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of the layers that they name, and of no others."""
+"""Merge adapters into the weights of the layers that they name; all other layers keep their weights."""
 
 from __future__ import annotations
 
@@ -31,10 +31,8 @@ from .saturation import clipping
 from .tying import Tying
 
 if TYPE_CHECKING:
-    from .reading import Base, Model
+    from .reading import Base, Model, Source
     from .trial_inputs import Feeds
-
-    Source = Adapter | str | PathLike[str]
 
 
 @places_errors
@@ -59,49 +57,51 @@ def merge(
 
     Args:
         model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
-            decoders. Nothing of it is changed.
+            decoders. The model is not changed.
         adapters: one adapter or several: paths or `Adapter`s.
         out: the file to write. If the model has external data, the result gets one new data file beside it. For a
             folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
-        weights: one factor per adapter; 1 for each if not given.
+        weights: one factor per adapter; 1 by default.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
-        quantized: for packed weights. `dequantize` folds into the dequantized numbers and writes a floating-point
-            layer. `requantize` quantizes the result again in the same scheme; `GraphReport.damage` has the error.
-        keep_change: for packed weights. `float` leaves the weight as it is and keeps the change beside it, as factors
-            of floating point. `packed` quantizes it again, however much is lost. By default, `requantize` keeps beside
-            what it would lose more than 5 % of; `GraphReport.beside` names these targets.
-        tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
-            default, those that the tool which trained the adapter changed.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names, instead
-            of a warning in the report.
+        quantized: the choice for packed weights. `dequantize` folds into the dequantized numbers and writes a
+            floating-point layer. `requantize` quantizes the result again in the same scheme; `GraphReport.damage` has
+            the error.
+        keep_change: the choice for the change of a packed weight. `float` keeps the weight unchanged and attaches the
+            change beside it, as floating-point factors. `packed` quantizes the changed weight again, however much is
+            lost. By default, `requantize` attaches a change of which it would lose more than 5 %; `GraphReport.beside`
+            names these targets.
+        tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
+            By default, the same layers as in the tool that trained the adapter.
+        strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By
+            default, the report has a warning.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        allow_partial: leave out targets that the graph lacks; at least one of each adapter must be there.
-        check: run the result in onnxruntime and compare it with injected adapters; a mapping gives the inputs by name,
-            True makes them up.
+        allow_partial: omit targets that the graph lacks; the graph must have at least one target of each adapter.
+        check: run the result in onnxruntime and compare it with injected adapters. A mapping gives the inputs by name;
+            True uses made-up inputs.
         overwrite: replace an existing `out`.
-        made_from: a digest of everything that decides the output, stored with it for a later run.
+        made_from: a digest of everything that determines the output, stored with the output for later runs.
 
     Raises:
-        TargetNotFound: a target has no place in the graph, or several.
+        TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished.
         ShapeMismatch: a shape does not fit.
-        NotMergeable: an update does not change weights only.
-        Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given, its packing scheme is
-            unknown, or no branch beside it says what is merged.
+        NotMergeable: an update changes something else than weights.
+        Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given; its packing scheme is
+            unknown; or the merge cannot be attached beside the weight.
         Malformed: the file is not a model, or a result does not fit its dtype.
-        UsageError: nothing tells which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs; nothing is
-            left at `out`.
+        UsageError: it is unknown which of several tied layers an update changes.
+        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs. Then no
+            file is left at `out`.
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
     if keep_change is not None and keep_change not in KEEPING:
         raise UsageError(f"unknown choice {keep_change!r}", where="keep_change", cure=f"Known: {', '.join(KEEPING)}")
     if keep_change is not None and quantized != ("requantize" if keep_change == "packed" else quantized):
-        cure = "Name --quantized requantize (quantized='requantize')"
-        raise UsageError("a change is packed where weights are quantized again", where="keep_change", cure=cure)
+        cure = "Also pass --quantized requantize (quantized='requantize')"
+        raise UsageError("a change can only be packed if weights are quantized again", where="keep_change", cure=cure)
     if keep_change == "float" and quantized == "dequantize":
-        cure = "Leave one of --keep-change (keep_change=) and --quantized (quantized=) out"
-        raise UsageError("dequantized weights take the whole change", where="keep_change", cure=cure)
+        cure = "Omit one: --keep-change (keep_change=) or --quantized (quantized=)"
+        raise UsageError("dequantized weights always take the whole change", where="keep_change", cure=cure)
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
         return merge_folder(
@@ -148,10 +148,10 @@ def plan(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
 ) -> tuple[Found, ...]:
-    """Return where `merge` would fold adapters into a graph, or into the graphs of a folder; writes nothing.
+    """Return where `merge` would fold adapters into a graph or a folder of graphs, without writing anything.
 
     Raises:
-        TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as `merge`.
+        TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as in `merge`.
     """
     if (folder := folder_of(model, "")) is not None and len(graphs_in(folder)) > 1:
         return plan_folder(

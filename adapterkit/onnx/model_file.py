@@ -1,4 +1,4 @@
-"""Model files: opened without their numbers, checked, and written completely or not at all."""
+"""Open model files without reading their external data, check them, and write them completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -34,10 +34,10 @@ from .validating import check_model
 
 
 def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """Return the files that hold the model's numbers, after checking each of them.
+    """Check the files with the model's external data; return them.
 
     Raises:
-        Malformed: a file is missing, too short, outside of the folder, or linked from elsewhere.
+        Malformed: a file is missing, too short, outside of the model's folder, or a hard link.
     """
     files: dict[Path, int] = {}
     for tensor in external(model):
@@ -45,39 +45,41 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
-        # The length may be left out of a reference; then it follows from shape and dtype.
+        # If a reference does not give the length, it follows from the shape and the dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
-            raise Malformed("its offset or length in the data file is invalid", path=path, where=where, cure=_AGAIN)
+            raise Malformed(
+                "the tensor's offset or length in the data file is invalid", path=path, where=where, cure=_AGAIN
+            )
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
-            why = f"{real.stat().st_size} bytes where {need} are needed"
+            why = f"the file has {real.stat().st_size} bytes, and {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        # A hub's cache stores files as links. Runtimes refuse links out of the folder, so read the real file.
+        # Read the real file: a hub's cache stores files as links, and runtimes refuse links out of the folder.
         tensor._base_dir, tensor._location = str(real.parent), real.name
         tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
     return tuple(files)
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Return the real file behind links; they may lead to the folder of the model's own real file, nowhere else."""
+    """Resolve links; return the file, which must be in the model's folder or in that of the resolved model file."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
-        why = f"its data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
+        why = f"the data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
         raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
     if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
-        why = f"its data file {file.name} is a link out of the model's folder"
+        why = f"the data file {file.name} is a link out of the model's folder"
         raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
-    # An archive may contain a hard link to any file of the user who unpacks it. onnx refuses hard links, too.
+    # Refuse hard links, as onnx does: in an archive, they can refer to any file of the user who unpacks it.
     if real.stat().st_nlink > 1:
-        why = f"its data file {file.name} is a hard link, possibly to another user's file"
-        raise Malformed(why, path=model, where=where, cure="Copy the file in its own place, if you trust it")
+        why = f"the data file {file.name} is a hard link, possibly to another user's file"
+        raise Malformed(why, path=model, where=where, cure="If you trust the file, replace it by a copy of itself")
     return real
 
 
 def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Yield the tensors with data outside of the model file, including those of node attributes and subgraphs."""
+    """Yield the tensors with external data, including those in node attributes and subgraphs."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -91,7 +93,7 @@ def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 _AGAIN = "Export the model again"
 
 
-# Write the numbers of a merged model: computed and copied into one data file by the workers of the merge engine.
+# Write the tensors of a merged model: the merge engine's workers compute or copy them into one data file.
 
 
 PAGE = 4096
@@ -99,7 +101,7 @@ PAGE = 4096
 
 
 def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
-    """Write tensors into a new data file beside `out`, atomically; the tensors then refer to it.
+    """Write tensors atomically into a new data file beside `out`, and make the values refer to that file.
 
     Raises:
         StorageError: the file exists, or cannot be written.
@@ -109,7 +111,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     if file.exists():
         raise StorageError("already there", path=file, cure="Remove it, or write to another name")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
-    # A later run cannot continue half a data file, so the stage's random name is never reused.
+    # Use a random name for the stage: a later run cannot continue a partial data file.
     stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
@@ -119,6 +121,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
             stage.discard()
             raise
     for value, output in zip(values, planned.outputs, strict=True):
+        assert value.const_value is not None
         value.const_value = placed(value.const_value, file, output.offset)
     return [file]
 
@@ -138,14 +141,14 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute tensors that stay in the model's own file."""
+    """Compute the changed tensors that are stored in the model's own file."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
         assert isinstance(tensor, Changed)
         value.const_value = ir.Tensor(tensor.change.array(), dtype=tensor.dtype, name=value.name)
 
-    # One BLAS thread per worker, because the workers together already use all cores.
+    # Use one BLAS thread per worker, because the workers together already use all cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(most_workers()) as pool:
         list(pool.map(compute, values))
 
@@ -155,27 +158,32 @@ def alignment(nbytes: int) -> int:
     return PAGE if nbytes > 1 << 20 else 64
 
 
-def placed(tensor: Any, file: Path, offset: int) -> ir.ExternalTensor:
-    """Return a tensor that refers to a run of bytes in a file."""
+def placed(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTensor:
+    """Return a tensor that refers to its bytes in a file."""
     return ir.ExternalTensor(
-        file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
+        file.name,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        base_dir=file.parent,
     )
 
 
-# Model files: opened without their numbers, checked, and written completely or not at all.
-#
-# External data of a model is shared: the rewritten model refers to the same bytes, and new tensors go into a small
-# file of their own.
+# Open model files without reading their external data, check them, and write them completely or not at all.
+# A rewritten model shares the external data of the original: it refers to the same bytes, and only the new tensors are
+# written, to a small data file.
 
 
 INLINE = 1024
-"""New tensors of up to this many bytes are stored in the model's own file."""
+"""New tensors of up to this many bytes are stored in the model's file."""
 
 APART = 1 << 26
-"""An export with more bytes of numbers than this gets a data file beside the model."""
+"""The tensors of an export with more bytes than this are written to a data file beside the model."""
 
 STAYS = "adapterkit.stays"
-"""Marks a tensor that stays in its file while all others are rewritten."""
+"""Marks a tensor that stays in its file while all other tensors are rewritten."""
 
 LIMIT = 2**31 - 2**20
 """Largest model file in bytes: protobuf is limited to 2 GB."""
@@ -183,13 +191,13 @@ LIMIT = 2**31 - 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphSource:
-    """A model and its origin.
+    """An opened model, and the files that it was read from.
 
     Attributes:
         model: the model.
-        path: its file; None for an in-memory model.
-        data: the files beside it that hold its numbers.
-        original: the bytes of its file, or of the file that an in-memory model would be written to.
+        path: the model's file; None for an in-memory model.
+        data: the files with the model's external data.
+        original: the bytes of the model's file, or those that would be written for an in-memory model.
     """
 
     model: ir.Model
@@ -202,17 +210,17 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
     """Open a model without reading its external data.
 
     Raises:
-        StorageError: it cannot be read.
-        NetworkError: it is on a hub and cannot be downloaded.
-        Malformed: it is not a model, or its data is missing, too short, or outside of its folder.
-        Unsupported: its opset is too old to be converted, or it is in memory and too large for a file.
+        StorageError: the model cannot be read.
+        NetworkError: the model is on a hub and cannot be downloaded.
+        Malformed: the file is not a model, or its external data is missing, too short, or outside of its folder.
+        Unsupported: the opset is too old to be converted, or an in-memory model is too large for a file.
     """
     if isinstance(model, ir.Model):
-        # The caller's model must not change.
+        # Copy the caller's model, which must not change.
         copy = model.clone()
         if _large(copy):
-            cure = "Save it with its numbers in data files (onnx_ir.save with external_data=), and name the file"
-            raise Unsupported("a model of more than 2 GB in memory, which no file of ONNX's holds", cure=cure)
+            cure = "Save it with external data (onnx_ir.save with external_data=), and pass the file's path"
+            raise Unsupported("the model has more than 2 GB in memory, which is too large for one ONNX file", cure=cure)
         return GraphSource(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
@@ -243,7 +251,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
 
 
 def _without_functions(model: ir.Model) -> ir.Model:
-    """Return the model with the nodes of its local functions in place of their calls, each of which can then differ."""
+    """Replace each call of a local function by the function's nodes, so that an adapter can change one call alone."""
     if not model.functions:
         return model
     from onnx_ir.passes.common import InlinePass
@@ -264,7 +272,7 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     if version >= OPSET:
         return model
     if any(True for _ in external(model)):
-        why = f"operator set {version}, with its numbers in other files"
+        why = f"the model has operator set {version}, with its numbers in other files"
         raise Unsupported(why, path=path, cure=f"Convert it to operator set {OPSET} or newer first")
     from onnx import version_converter
 
@@ -276,17 +284,17 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         raise
     except Exception as error:  # The converter raises RuntimeError and others.
         first = first_line(error)
-        why = f"operator set {version}, and no way to {OPSET} ({first})"
+        why = f"the model has operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
 
 
 def inline(model: ir.Model) -> bytes:
-    """Serialize a model with all of its numbers."""
+    """Serialize a model with all of its tensors inside."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
-                # Copy the numbers, because an external tensor's array is a view of its mapped file.
+                # Copy the array, because an external tensor's array is a view of its memory-mapped file.
                 array = np.array(tensor.numpy())
                 value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
     data: bytes = ir.to_proto(model).SerializeToString()
@@ -294,19 +302,19 @@ def inline(model: ir.Model) -> bytes:
 
 
 def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value]) -> None:
-    """Write a model that shares its source's data files.
+    """Write a model that shares the data files of its source.
 
     Args:
         model: the model.
-        source: the model that it was made from.
-        out: the file to write, inside `placing`.
+        source: the model that it was made from, as opened.
+        out: the file to write, inside a `placing` block.
         fresh: values whose tensors are new.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     _apart(fresh, out, bool(source.data) or _large(model))
-    # `checked_data` pointed tensors at the real files behind a cache's links. The written model uses the names again.
+    # Restore the names of the data files, because `checked_data` made tensors refer to the real files behind links.
     for tensor in external(model):
         if "adapterkit.location" in tensor.meta:
             tensor._location = tensor.meta["adapterkit.location"]
@@ -314,10 +322,10 @@ def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Val
 
 
 def _serialized(model: ir.Model, out: Path) -> bytes:
-    """Return the bytes of a model's own file.
+    """Return the bytes of a model file, without external data.
 
     Raises:
-        Malformed: onnx-ir read something in the model that it cannot write.
+        Malformed: the model has something that onnx-ir can read but not write.
     """
     try:
         data: bytes = ir.to_proto(model).SerializeToString()
@@ -325,7 +333,7 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        cure = "Correct the model, or write it again with the tool that made it"
+        cure = "Correct the model, or write it again with the tool that wrote it"
         raise Malformed(f"the graph cannot be written ({first_line(cause)})", path=out, cure=cure) from None
     return data
 
@@ -333,9 +341,10 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model whose numbers changed, with a few blocks in memory at a time; see `save`.
+    """Write a model with changed tensors, a few blocks in memory at a time; see `save`.
 
-    A model with external data, or one to be kept `apart`, gets one new data file with all tensors that a node reads.
+    If the model has external data, or if `apart` is set, all tensors that a node reads are written to one new data
+    file.
     """
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -351,7 +360,7 @@ def save_merged(
 
 
 def save_fresh(graph: ir.Model, out: Path) -> None:
-    """Write a newly created model; many numbers go into one data file beside it."""
+    """Write a newly created model; if it is large, write its tensors to a data file beside it."""
     held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
     apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
     save_merged(graph, GraphSource(graph, None, (), b""), out, (), apart)
@@ -362,8 +371,8 @@ class Placing:
     """A model that is being written.
 
     Attributes:
-        path: where it is written and checked.
-        scratch: a folder for temporary files, removed at the end.
+        path: the path at which the model is written and checked.
+        scratch: a folder for temporary files, which is removed at the end.
         files: all written files, the model last; set when the model is in place.
     """
 
@@ -377,24 +386,25 @@ def placing(
     out: Path, source: GraphSource | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
 ) -> Iterator[Placing]:  # fmt: skip
-    """Yield a path to write a model to; the model and the files beside it move into place when the block ends.
+    """Yield a path to write a model to; when the block ends, the model and the files beside it move into place.
 
-    Usually the model is staged. A model that refers to data files which are already in the folder of `out` is written
-    in place, because it can only run beside them: onnx and onnxruntime follow no links to them. The old file at `out`
-    then waits in the stage. It comes back after an error, or after a kill with the next run.
+    Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
+    of `out`, it is written in place, because it can only run beside them: onnx and onnxruntime do not follow links to
+    them. The old file at `out` is then kept in the staging folder, and is restored after an error; after a kill, the
+    next run restores it.
 
     Args:
         out: the model's destination.
-        source: the model that it is made from.
-        shares: the model refers to its source's data files; they are copied if `out` is in another folder.
+        source: the model that the new model is made from.
+        shares: True if the model refers to its source's data files; they are copied if `out` is in another folder.
         stays: more files in the folder of `out` that the model refers to.
-        inputs: other files that are read; none of them is replaced.
+        inputs: other files that are read, and so must not be replaced.
         overwrite: replace an existing model.
-        made_from: a digest of everything that decides the output; see `adapterkit.io.staging`.
+        made_from: a digest of everything that determines the output; see `adapterkit.io.staging`.
 
     Raises:
         UsageError: `out` is a folder, the model itself, or another input.
-        StorageError: it cannot be written, or a file beside it belongs to another model.
+        StorageError: the model cannot be written, or a file that it would replace belongs to another model.
     """
     _check_out(source, out)
     named = {}
@@ -422,7 +432,7 @@ def placing(
 def _in_place(
     out: Path, named: Mapping[Path, Path], read: Sequence[Path], overwrite: bool, made_from: str | None
 ) -> Iterator[Placing]:
-    """Write a model beside existing data files; an error restores the old state."""
+    """Write a model beside existing data files; after an error, restore the old files."""
     check_free(out, overwrite)
     check_inputs([out], read)
     stage = Staging(out)
@@ -450,7 +460,7 @@ def _in_place(
 
 
 def _is_of(file: Path, out: Path) -> bool:
-    """Whether a file beside a model is named after it."""
+    """Whether a file is beside a model and has a name that begins with the model's."""
     return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
 
 
@@ -458,27 +468,27 @@ def _copied(file: Path, there: Path) -> None:
     if there.exists():
         if there.samefile(file) or _same(there, file):
             return
-        raise StorageError("already there, with other contents", path=there, cure="Write to another folder")
+        raise StorageError("the file exists, with other contents", path=there, cure="Write to another folder")
     there.parent.mkdir(parents=True, exist_ok=True)
     with replacing(there) as target, open(file, "rb") as held:
         shutil.copyfileobj(held, target, 1 << 22)
 
 
 def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
-    """Refuse to replace a data file that another model in the folder refers to."""
+    """Refuse to replace data files that another model in the folder refers to."""
     for name in names:
         there = out.parent / name
         if not there.exists() or _same(there, stage / name):
             continue
-        # protobuf stores the file's name as plain bytes, so a search is enough to find a reference to it.
+        # Search the bytes for the name, which protobuf stores as plain bytes.
         for other in out.parent.glob("*.onnx"):
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
-                why = f"already there, and {other.name} names it as its data"
+                why = f"the file exists, and {other.name} refers to it as its data"
                 raise StorageError(why, path=there, cure="Write to another path")
 
 
 def _take_in(values: Iterable[ir.Value], out: Path) -> None:
-    """Load external tensors into the model's own file, except for those of its new data file and those that stay."""
+    """Load external tensors into the model's file, except those in its new data file and those marked to stay."""
     for value in values:
         tensor = value.const_value
         own = out.with_name(f"{out.name}.data")
@@ -486,16 +496,16 @@ def _take_in(values: Iterable[ir.Value], out: Path) -> None:
             value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
 
 
-def _moves(tensor: Any) -> bool:
-    return tensor.nbytes > INLINE and STAYS not in tensor.meta
+def _moves(tensor: ir.TensorProtocol | None) -> bool:
+    return tensor is not None and tensor.nbytes > INLINE and STAYS not in tensor.meta
 
 
 def _check_out(source: GraphSource | None, out: Path) -> None:
     if out.is_dir():
-        raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
+        raise UsageError("the output is a folder, and must be a file", path=out, cure="Name a .onnx file")
     for file in () if source is None else (source.path, *source.data):
         if file is not None and out.exists() and file.exists() and out.samefile(file):
-            raise UsageError("the output is one of the model's own files", path=out, cure="Write another file")
+            raise UsageError("the output is one of the model's own files", path=out, cure="Write to another file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
 
@@ -511,7 +521,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a file of their own; its name has their hash, so it never replaces another file."""
+    """Write new tensors to a data file; its name has their hash, so that it never replaces another file."""
     held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not held:
         return
@@ -525,7 +535,7 @@ def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
             value.const_value = _placed(target, tensor, file)
 
 
-def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
+def _placed(target: BinaryIO, tensor: ir.TensorProtocol, file: Path) -> ir.ExternalTensor:
     target.write(b"\0" * (-target.tell() % alignment(tensor.nbytes)))
     offset = target.tell()
     target.write(tensor.tobytes())

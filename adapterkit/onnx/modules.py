@@ -1,4 +1,4 @@
-"""Modules of the exported model: their names in a graph, their nodes, inputs and outputs."""
+"""Find the modules of the exported model in a graph: their names, nodes, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .building import element_type
 from .operands import is_constant
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key of a node that lists the modules that it is in."""
+"""Metadata key of a node for the names of the modules around it."""
 
 CLASSES = "pkg.torch.onnx.class_hierarchy"
-"""Metadata key of a node that lists the classes of these modules."""
+"""Metadata key of a node for the classes of the modules around it."""
 
 _LIST = 1 << 16
-"""Longest list in characters; an untrusted file may have any length."""
+"""Longest list, in characters; a list in an untrusted file may have any length."""
 
 
 def listed(text: str | None) -> list[str]:
-    """Parse a list of words from a graph's metadata; return an empty list if it is invalid."""
+    """Parse a list of strings from a graph's metadata; return an empty list if the text is invalid."""
     if not text or len(text) > _LIST:
         return []
     try:
-        # torch writes the list as Python's repr, which is not JSON.
+        # Parse Python's repr, in which torch writes the list; it is not JSON.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
@@ -36,14 +36,13 @@ def listed(text: str | None) -> list[str]:
 
 
 def same_end(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal except for a prefix that a wrapper adds."""
+    """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one of them."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
-# Modules of the exported model: their nodes, inputs and outputs, found by the names that exporters leave.
-#
-# Bottlenecks, ReFT and invertible adapters attach to modules that are no single layer. torch's exporters record which
-# modules each node is in: the newer one in the node's metadata, the older one in its name.
+# Modules of the exported model, found by the names that exporters write.
+# Bottlenecks, ReFT and invertible adapters attach to modules of several layers. torch's exporters record the modules
+# around each node: the new exporter in the node's metadata, the old one in the node's name.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +50,10 @@ class Module:
     """A module's part of a graph.
 
     Attributes:
-        path: its name in the graph.
-        nodes: its nodes, in order.
-        entering: floating-point values that it reads.
-        leaving: floating-point values of it that others read.
+        path: the module's name in the graph.
+        nodes: the module's nodes, in order.
+        entering: floating-point values from outside that the module reads.
+        leaving: floating-point values of the module that are read outside.
     """
 
     path: str
@@ -68,33 +67,33 @@ class Module:
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:
-        """Return the input with so many channels; among several, the one that the module itself adds something to.
+        """Return the input with this number of channels; of several, the input that the module's residual Add reads.
 
         Raises:
-            TargetNotFound: there is none, or more than one.
+            TargetNotFound: the module has no such value, or more than one.
         """
         found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(found) > 1:
-            # The module's own Add is its residual connection, and one operand is the value that it transforms.
+            # Select by the module's own Add: it is the residual connection, and one operand is the module's input.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
-            why = f"{len(found)} values of {channels} channels enter the module {self.path}, where one is its input"
-            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+            why = f"{len(found)} values of {channels} channels enter the module {self.path}, and one must be its input"
+            raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return found[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
-        """Return the output with so many channels.
+        """Return the output with this number of channels.
 
         Raises:
-            TargetNotFound: there is none, or more than one.
+            TargetNotFound: the module has no such value, or more than one.
         """
         found = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
-        # Keys and values for a cache also leave the module; they have an extra axis for the heads.
+        # Skip keys and values for a cache, which have an extra axis for the heads.
         rows = [value for value in found if len(_sizes(value)) == 3] or found
         if len(rows) != 1:
-            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, where one is its output"
-            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, and one must be its output"
+            raise TargetNotFound(why, where=where, cure="Export the model again with torch's exporter")
         return rows[0]
 
 
@@ -102,31 +101,32 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
     """Return a module by its path in the base.
 
     Raises:
-        TargetNotFound: no node is in such a module, or several modules fit; names the nearest.
+        TargetNotFound: no node is in such a module, or several modules match the path; the error gives the nearest
+            names.
     """
     inside = {node: modules_of(node) for node in model.graph}
     known = dict.fromkeys(name for names in inside.values() for name in names)
     fits = [path] if path in known else [name for name in known if same_end(name, path)]
     if len(fits) != 1:
-        why = "the graph has no weight there, and no node tells of such a module" if not fits else "several modules fit"
+        why = "the graph has no weight and no module of this name" if not fits else "several modules match this name"
         raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export it by torch's own exporter")
     nodes = tuple(node for node, names in inside.items() if fits[0] in names)
     return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
 
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
-    """Return the modules that a node is in, outermost first."""
+    """Return the names of the modules around a node, outermost first."""
     return _told(node.metadata_props.get(SCOPES), node.name or "")
 
 
 @lru_cache(maxsize=1 << 16)
 def _told(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse the modules from a node's metadata or name; cached, because each node is asked for every target."""
+    """Parse the modules from a node's metadata or name; cached, because this runs for each node and each target."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
-    # Names of torch's older exporter start with a slash; others tell nothing.
+    # Only names by torch's older exporter, which start with a slash, contain modules.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))

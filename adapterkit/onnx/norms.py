@@ -1,8 +1,9 @@
-"""Batch normalisations that exporters folded into the layer before them.
+"""Find batch normalisations that exporters folded into the layer before them.
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
-convolution or linear layer. The graph then holds `s * W` where the base holds `W`. An adapter changes `W`, so the graph
-needs the change times `s`. `s` is computed from the base's statistics, and verified against the graph's kernel.
+convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so the
+graph's change must be multiplied by `s`. `s` is computed from the base's statistics, and verified by the graph's
+weight.
 """
 
 from __future__ import annotations
@@ -28,36 +29,37 @@ if TYPE_CHECKING:
     from .found import Found, Spot
 
 ALIKE = 1e-3
-"""Factors closer to 1 than this need not be told apart from no norm."""
+"""Scales that differ from 1 by less than this have the same effect as no norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which no weight file stores: torch's default first, then that of models from TensorFlow."""
+"""Candidates for `eps`, which weight files do not store: first torch's default, then the one of models from
+TensorFlow."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the groups of a transposed convolution; 1 for other layers, whose weights have all outputs on one axis."""
+    """Return the groups of a transposed convolution; 1 for other layers, which have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
-    """Refuse layers with a possibly folded norm if there are no base weights to verify it.
+    """Refuse layers that may have a folded norm, if there are no base weights to verify it.
 
     Raises:
-        Unsupported: the graph shows traces of such a fold.
+        Unsupported: the graph has signs of a folded norm.
     """
     for place in found:
         for spot in place.spots:
             if (trace := _trace(spot, place.target.path)) is not None:
                 why = f"a batch normalisation may be folded into this layer ({trace}), which scales the change"
-                cure = "Pass the weights of the base, which tell: --base-weights DIR, base_weights="
+                cure = "Pass the base's weights, which show it: --base-weights DIR (base_weights=)"
                 raise Unsupported(why, where=str(place.asked), cure=cure)
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's metadata says that a node computes a batch normalisation, possibly with other work."""
+    """Whether a node computes a batch normalisation, by the exporter's metadata; it may compute other things, too."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -66,29 +68,29 @@ def _trace(spot: Spot, path: str) -> str | None:
     """Return the evidence that a norm may be folded into a layer, or None."""
     bias = _bias_of(spot)
     if not issubclass(spot.kind, Conv | Gemm | MatMul) or bias is None:
-        return None  # A fold always leaves a bias.
+        return None  # A folded norm always leaves a bias.
     if only_reader(dequantized(spot.node.outputs[0]), "BatchNormalization") is not None:
         return None
     if is_norm(spot.node):
-        return "the exporter notes it at the node"
+        return "the node's metadata names one"
     names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
     biases = [source.name or "" for source in sources(bias)]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
-        return "a name says so"
-    # Exporters keep the names of a convolution's parameters, but a fold writes new tensors with made-up names. Weights
-    # of linear layers also lose their names without a fold, when they are transposed.
-    if not issubclass(spot.kind, Conv) or path in names:  # The target is the stored tensor itself.
+        return "a tensor's name contains it"
+    # Check the names of a convolution's parameters: exporters keep them, but folding a norm writes new tensors with
+    # made-up names. The weight of a linear layer can lose its name without a fold, by a transposition.
+    if not issubclass(spot.kind, Conv) or path in names:  # The target names the stored tensor.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
-        return f"its weight is called {names[0] if names else 'nothing'}"
+        return f"its weight has the name {names[0]}" if names else "its weight has no name"
     if not numbers(bias).any():
         return None
     plain = [re.sub(r"_(?:quantized|q|scale|zero_point)(?:_scale|_zero_point)?$", "", name) for name in biases]
-    return None if all(_PARAMETER.match(name) for name in plain) else f"its bias is called {biases[0]}"
+    return None if all(_PARAMETER.match(name) for name in plain) else f"its bias has the name {biases[0]}"
 
 
 def _bias_of(spot: Spot) -> ir.Value | None:
-    """Return the constant vector that a layer adds, itself or by a following node."""
+    """Return the constant vector that a layer, or an Add after it, adds."""
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
         after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
         return None if after is None else after[1]
@@ -98,7 +100,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A norm of the base with one `eps`, and the distance of the graph's weight and bias from it."""
+    """A candidate norm of the base with one `eps`, and the distance of the graph's weight and bias to it."""
 
     name: str
     scale: Array
@@ -107,7 +109,7 @@ class _Guess:
 
 
 def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
-    """Compare a layer found by name with the base's weight, and find a norm that is folded into it.
+    """Compare a layer that was found by name with the base's weight, and find a norm that is folded into the layer.
 
     Args:
         place: the target.
@@ -115,7 +117,7 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer holds other numbers, or two explanations of them are about equally near.
+        TargetNotFound: the layer holds other numbers; or the weight with and without a norm are about equally near.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -133,7 +135,9 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
     if far is not None and far <= NEAR and far < APART * best.distance:
         if alike:
             return place
-        why = f"the layer is about as near to the base's weight ({far:.3f}) as to it times {best.name}"
+        why = (
+            f"the layer is about as near to the base's weight ({far:.3f}) as to that weight times the norm {best.name}"
+        )
         raise TargetNotFound(why, where=str(place.asked), cure="Use a graph whose weights are not rounded as much")
     return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b))
 
@@ -144,7 +148,7 @@ def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
     how = "another shape" if far is None else f"a distance of {far:.2f}"
     cure = "Is this the base that the graph was exported from?"
     if scaled:
-        how = "the base's, each channel times a factor that no batch normalisation of the base has"
+        how = "those of the base, each channel times a factor that no batch normalisation of the base has"
         cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
     raise TargetNotFound(f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure)
 
@@ -155,7 +159,7 @@ def _own_bias(base: Checkpoint, weight: str) -> Array | None:
 
 
 def _by_channel(spot: Spot, W: Array) -> Array:
-    """Return a weight `[out, in, *k]` as rows, one per output channel."""
+    """Return a weight `[out, in, *k]` as a matrix with one row per output channel."""
     groups = groups_of(spot)
     if groups == 1:
         return W.reshape(len(W), -1)
@@ -169,9 +173,9 @@ def _held(spot: Spot) -> Array:
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer holds a weight with each channel scaled by some factor."""
+    """Whether a layer's weight is the base's weight with each channel scaled by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
-    # The best factor of each channel, by least squares.
+    # Compute the best factor of each channel by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
 
@@ -186,12 +190,13 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
-            # Weight and bias must both fit, because several norms can have similar scales.
+            # Use the larger distance of weight and bias: both must match, because several norms can have similar
+            # scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 
 def _norms(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array, Array, Array, Array]]:
-    """Yield name, gamma, beta, mean and variance of the base's batch normalisations of so many channels."""
+    """Yield name, gamma, beta, mean and variance of the base's batch normalisations with this number of channels."""
     for key, leaf in base.tensors.items():
         name, _, field = key.rpartition(".")
         mean = base.tensors.get(f"{name}.running_mean")

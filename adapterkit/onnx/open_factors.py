@@ -1,15 +1,16 @@
-"""Slots for updates whose own tensors cannot be slots: factors, scales and a bias, worked out at the base's weight.
+"""Slots for updates whose own tensors cannot be slots: factors, scales and a bias, computed from the base's weight.
 
-DoRA divides by the norm of the changed weight, OFT solves a system, a saved module replaces a weight: no tensors of
-theirs leave the base as it is, or no nodes express their formula for tensors that are not known yet. At a known weight
-each is a low-rank change, a scale of the outputs and a change of the bias, all of which can be empty. A change that is
-not of low rank is stored whole: its file is as large as the weights, the graph's defaults are not.
+Some updates have no tensors that leave the base unchanged, or their formula cannot be written as nodes while the
+tensors are unknown: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces
+a weight. With a known weight, each of them is a low-rank change, a scale of the outputs and a change of the bias; any
+of these can be neutral. A change that is not low-rank is stored whole: its file is as large as the weights, but the
+graph's defaults stay small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.adapter import Adapter, Target
+    from ..core.updates.layer import Layer as FormulaLayer
     from .found import Found
     from .reading import Base
 
 FACTORS = ("A", "B", "s")
-"""Fields of the slots, beside `d`, the change of a bias."""
+"""Fields of the slots; a further field `d` is the change of a bias."""
 
 
 class OpenFactors(Additive):
@@ -43,23 +45,23 @@ class OpenFactors(Additive):
 
     neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: FormulaLayer) -> Tensor:
         y, b = layer(x), layer.bias
         core = y if b is None else y - layer.per_channel(b)
         h = layer.mix(layer.op(x, self.A), self.B)
         out = y + core * layer.per_channel(self.s - 1) + h * layer.per_channel(self.s)
         return out if self.d is None else out + layer.per_channel(self.d)
 
-    def new_weight(self, W: Any) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(W.shape[0], -1) + self.B @ self.A.reshape(self.A.shape[0], -1)
         return (V * self.s[:, None]).reshape(W.shape)
 
-    def bias_delta(self) -> Any:
+    def bias_delta(self) -> Tensor | None:
         return self.d
 
 
 def template(update: Update, place: Found) -> OpenFactors | None:
-    """Return factors with the shapes of the slots for an update; None if it is no change of a weight or a bias."""
+    """Return factors with the shapes of an update's slots; None if the update changes more than a weight and a bias."""
     norm = place.norm is not None or place.turned
     if isinstance(update, OutputUpdate) or norm or not place.spots or getattr(update, "asks", None):
         return None
@@ -67,7 +69,7 @@ def template(update: Update, place: Found) -> OpenFactors | None:
     out = place.shape[0] if rows is None else rows[1] - rows[0]
     A, into = update.tensors.get("A"), place.shape[1:]
     rank = min(out, math.prod(into)) if A is None or _factors_of(update) is None else A.shape[0]
-    # Only shapes are read of these, so a single zero stands for all numbers.
+    # Broadcast a single zero, because only the shapes of these arrays are read.
     held: dict[str, Array] = {
         "A": np.broadcast_to(0.0, (rank, *into)), "B": np.broadcast_to(0.0, (out, rank)), "s": np.ones(out),
     }  # fmt: skip
@@ -81,24 +83,24 @@ def _made(held: Mapping[str, Array]) -> OpenFactors:
     return OpenFactors(**leaves)
 
 
-def _factors_of(update: Update) -> Any:
-    """Return the formula that gives an update's scales and factors at a weight; None if it has none."""
+def _factors_of(update: Update) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor] | None] | None:
+    """Return the update's function from a weight to scales and factors; None if it has no such function."""
     if not isinstance(update, WeightUpdate) or type(update).scaled_factors is WeightUpdate.scaled_factors:
         return None
     return update.scaled_factors
 
 
 def is_worked_out(update: Update, fields: Mapping[str, str]) -> bool:
-    """Whether the slots of an update hold factors that are worked out at the base's weight."""
+    """Whether the slots of an update hold factors that are computed from the base's weight."""
     return {*FACTORS} <= {*fields} and not isinstance(update, OpenFactors)
 
 
 def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | None) -> list[OpenFactors]:
-    """Return the factors of each update at a target, by the weight of the graph's own layer there.
+    """Return the factors of each update at a target, computed from the weight of the graph's layer.
 
     Raises:
         TargetNotFound: the graph has no such layer.
-        Unsupported: a further update of the target sees the weight that the one before has changed.
+        Unsupported: the target has several updates; a second one would need the weight that the first one changed.
     """
     from ..io.checkpoint import opened as opened_base
     from .resolving import resolve
@@ -108,7 +110,11 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
     update, *more = place.updates
     if more:
         methods = ", ".join(update.method for update in place.updates)
-        raise Unsupported(f"slots for {methods} at one target", where=str(target), cure="Inject it as constants")
+        raise Unsupported(
+            f"{methods} at one target cannot share slots",
+            where=str(target),
+            cure="Inject it with --mode constant (mode='constant')",
+        )
     spot = place.spots[0]
     W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)
     bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias else None
@@ -120,7 +126,7 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
 def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
     (update,) = place.updates
     held: dict[str, Array] = {}
-    f = _factors_of(wide(update))
+    f: Any = _factors_of(wide(update))
     scaled = None if f is None else f(W)
     after, new_b = through(place, W, b)
     if scaled is not None:
@@ -135,7 +141,7 @@ def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
         }  # fmt: skip
     if update.changes_bias:
         if b is None and not isinstance(update, Additive):
-            raise Unsayable("a change of a bias that the layer does not have")
+            raise Unsayable("the update changes a bias that the layer does not have")
         added = update.bias_delta() if isinstance(update, Additive) else None
         held["d"] = new_b - b if b is not None else np.asarray(added, np.float64)
     return _made(held)

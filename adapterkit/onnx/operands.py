@@ -1,9 +1,9 @@
-"""Constant operands of nodes: those that do not depend on the model's inputs, and their numbers."""
+"""Find operands that do not depend on the model's inputs, and compute their numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import onnx_ir as ir
@@ -15,19 +15,19 @@ THROUGH = frozenset(
     {"Transpose", "Identity", "Cast", "DequantizeLinear", "Mul", "Sub", "Add", "Reshape", "Squeeze", "Unsqueeze",
      "Constant", "ConstantOfShape", "QuantizeLinear", "Concat", "Slice", "Gather"}
 )  # fmt: skip
-"""Operators that may stand between a stored tensor and a constant operand."""
+"""Operators that may be between a stored tensor and a constant operand."""
 
 DEEP = 16
-"""Most nodes between a stored tensor and an operand; an untrusted graph may have any number."""
+"""Largest number of nodes between a stored tensor and an operand; an untrusted graph may have any number."""
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield every node, including subgraphs. Functions are left out: a change there would affect all of their calls."""
+    """Yield every node, including those of subgraphs but not those of functions, where a change affects all calls."""
     yield from model.graph.all_nodes()
 
 
 def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
-    """Whether a value is the same for all inputs of the model."""
+    """Whether a value does not depend on the model's inputs."""
     if value is None or depth == 0:
         return False
     if value.const_value is not None:
@@ -58,7 +58,7 @@ def numbers(value: ir.Value) -> Array:
     assert node is not None
     given = [None if one is None else numbers(one) for one in node.inputs]
     try:
-        # The two common operators need no reference implementation, which would copy the numbers.
+        # Compute two common operators here, because the reference implementation would copy the numbers.
         if node.op_type == "Identity":
             return _some(given[0])
         if node.op_type == "Transpose":
@@ -66,12 +66,12 @@ def numbers(value: ir.Value) -> Array:
             return _some(given[0]).transpose(order)
         return _run(node, given)
     except Exception as error:  # The reference implementation raises any type of error.
-        why = f"the numbers of {value.name!r} cannot be worked out ({first_line(error)})"
+        why = f"the numbers of {value.name!r} cannot be computed ({first_line(error)})"
         raise Malformed(why, where=node.name, cure="Export the model again") from None
 
 
 def held_apart(value: ir.Value) -> ir.Value:
-    """Copy a constant value out of the graph, so that it survives the removal of its nodes."""
+    """Copy a constant value and the nodes that compute it, so that it can be computed after the graph has changed."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
@@ -83,7 +83,7 @@ def held_apart(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the graph input behind a value, looking through casts and reshapes; None if it is computed."""
+    """Return the graph input behind a value, looking through casts and reshapes; None if the value is computed."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):
@@ -92,7 +92,7 @@ def input_behind(value: ir.Value | None) -> ir.Value | None:
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """Return the shape of a constant value; computes the numbers only if the graph does not tell."""
+    """Return the shape of a constant value; only compute its numbers if the graph does not give the shape."""
     if value.const_value is not None:
         return tuple(value.const_value.shape.numpy())
     if value.shape is not None and all(isinstance(size, int) for size in value.shape):
@@ -104,24 +104,35 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
         inner = shape_of(node.inputs[0])
         order = list(attribute(node, "perm", range(len(inner))[::-1]))
         if sorted(order) != list(range(len(inner))):
-            why = f"the order {order} of {len(inner)} axes"
+            why = f"a Transpose has the invalid order {order} for {len(inner)} axes"
             raise Malformed(why, where=node.name, cure="Export the model again")
         return tuple(inner[axis] for axis in order)
     return tuple(numbers(value).shape)
 
 
-def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    """Return a node's attribute, or its default.
+Default = TypeVar("Default")
+
+
+@overload
+def attribute(node: ir.Node, name: str, default: None) -> Sequence[int] | None: ...
+
+
+@overload
+def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
+
+
+def attribute(node: ir.Node, name: str, default: object) -> object:
+    """Return a node's attribute, or its default; the default None is for lists of integers.
 
     Raises:
-        Malformed: it has another type than the default.
+        Malformed: the attribute has another type than the default.
     """
     found = node.attributes.get(name)
     if found is None:
         return default
     kind = Sequence if isinstance(default, Sequence) else type(default)
     if default is not None and not isinstance(found.value, kind):
-        why = f"a {node.op_type} with another type of the attribute {name}"
+        why = f"the attribute {name} of a {node.op_type} has the wrong type"
         raise Malformed(why, where=node.name, cure="Export the model again")
     return found.value
 
@@ -146,8 +157,8 @@ def _run(node: ir.Node, given: list[Array | None]) -> Array:
         for name, array in feeds.items()
     ]
     graph = helper.make_graph([proto], "constant", inputs, [helper.make_empty_tensor_value_info("out")])
-    # The reference implementation has no DequantizeLinear before opset 19. The operators in `THROUGH` mean the same in
-    # opsets 13 to 21.
+    # Use opset 21, because the reference implementation has no DequantizeLinear before opset 19. The operators in
+    # `THROUGH` mean the same in opsets 13 to 21.
     opset = max(node.graph.opset_imports.get("", 21), 21) if isinstance(node.graph, ir.Graph) else 21
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     results: Any = ReferenceEvaluator(made).run(None, feeds)

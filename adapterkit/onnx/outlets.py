@@ -1,29 +1,34 @@
-"""Output sites: where a target's output ends in a graph, with the interface that output updates use.
+"""Output sites: the values of a graph that are a target's output, residual and norm, for output updates.
 
-Some modules end a sub-layer themselves: they add a value that they read for nothing else, like BERT's `BertOutput`. In
-other blocks the sum is outside, and an update names the modules whose input is the residual, and that normalise.
-Sites are found before anything is attached; later replacements are followed by `Building.now`.
+Some modules add a residual themselves: a value that they read only for this sum, like BERT's `BertOutput`. In other
+blocks, the sum is outside the module; the update then names the module whose input is the residual, and the module that
+normalises the sum. Sites are found before anything is attached; `Building.now` returns later replacements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from ..core.adapter import Target
+from ..core.updates import OutputUpdate
 from ..errors import Unsupported
-from .building import Branch, Copies, between, copied
+from .building import Branch, Copies, Dtype, between, copied
 from .modules import Module, module_at
 from .operands import attribute, is_constant
 from .values import Unsayable, Value, plain
 
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from .layers import Layer
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """A normalisation: its first value, its nodes, and its output."""
+    """A normalisation in a graph: its input, its nodes, and its output."""
 
     start: ir.Value
     nodes: tuple[ir.Node, ...]
@@ -32,15 +37,15 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outlet:
-    """The place where a target's output ends.
+    """The output site of a target.
 
     Attributes:
-        end: its output; None for a layer, which knows its own.
-        read: its input; None if that is not one value, or for a layer.
-        residual: the value that is added to its output.
-        norm: the normalisation of the sum.
-        hidden: its output before its own residual is added; None if the residual is added outside, or not at all.
-        nodes: the nodes of a module whose input an update replaces.
+        end: the target's output; None for a layer, which has its own.
+        read: the target's input; None if the target reads several values, or for a layer.
+        residual: the value that is added to the target's output.
+        norm: the normalisation of that sum.
+        hidden: the output before the module adds a residual; None if the module does not add one.
+        nodes: the nodes of the module, if an update replaces the module's input.
     """
 
     end: ir.Value | None = None
@@ -51,33 +56,34 @@ class Outlet:
     nodes: tuple[ir.Node, ...] = ()
 
 
-def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bool) -> Outlet | None:
+def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer: bool) -> Outlet | None:
     """Return the output site of a target for output updates; None for a plain layer.
 
     Raises:
-        TargetNotFound: the graph does not show the module, or those that an update names.
-        Unsupported: the updates name residuals at different places.
+        TargetNotFound: the graph does not have the module, or a module that an update names.
+        Unsupported: the updates name different residuals.
     """
     where = str(target)
-    placed = [update for update in updates if getattr(update, "placed", False)]
+    outer = [update for update in updates if isinstance(update, OutputUpdate)]
+    placed = [update for update in outer if update.placed]
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        cure = "Give each its own adapter, or change the order"
-        raise Unsupported("updates of one target with residuals at several places", where=where, cure=cure)
+        cure = "Give each update its own adapter, or change the order"
+        raise Unsupported("the updates of one target have different residuals", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
-        why = "the block around it normalises the output, so that the norm cannot be left out"
+        why = "the block around the target normalises the output, so the norm cannot be omitted"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
     reads = _read(model, target, residual, where) if residual else None
     through = _norm(model, target, norm, where) if norm else None
     if is_layer:
         return Outlet(residual=reads, norm=through) if residual or norm else None
     module = module_at(model, target.path, where)
-    channels = next((update.channels for update in updates if update.channels is not None), None)
+    channels = next((update.channels for update in outer if update.channels is not None), None)
     end = module.given(channels, where)
     own = _own(module, end) if named == {("", "")} else None
     found = own or Outlet(end, module.read, reads, through)
-    if not any(getattr(update, "moves_input", False) for update in updates):
+    if not any(update.moves_input for update in outer):
         return found
     return replace(found, read=module.fed(channels, where), nodes=module.nodes)
 
@@ -85,7 +91,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bo
 def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
     module = module_at(model, _beside(target, path), where)
     if module.read is None:
-        why = f"the module {module.path} reads {len(module.entering)} values, of which one is the residual"
+        why = f"the module {module.path} reads {len(module.entering)} values, so its input is not the residual"
         raise Unsupported(why, where=where, cure="Correct the update's `residual`")
     return module.read
 
@@ -93,7 +99,7 @@ def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
 def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
     module = module_at(model, _beside(target, path), where)
     if module.read is None or len(module.leaving) != 1:
-        why = f"the module {module.path} is no function of one value"
+        why = f"the module {module.path} is not a function of one value"
         raise Unsupported(why, where=where, cure="Correct the update's `norm`")
     return Norm(module.read, module.nodes, module.leaving[0])
 
@@ -104,14 +110,14 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _own(module: Module, end: ir.Value) -> Outlet | None:
-    """Return the site of a module that adds a residual, which it reads for nothing else, and at most normalises it."""
+    """Return the site of a module that adds a residual at its end, and perhaps normalises the sum; otherwise None."""
     found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(found) != 1:
         return None
     (node, at) = found[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
-    # A constant matrix on the way means another layer, not a normalisation.
+    # Refuse a constant matrix after the sum, which means another layer and not a normalisation.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]
@@ -120,7 +126,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether a node adds one of its inputs, which the module only reads here, to what the module computed."""
+    """Whether a node adds its input `at`, which the module reads only here, to a value that the module computed."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -129,17 +135,17 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target with the interface of `OutputUpdate`: a module, or a layer whose residual and norm are outside.
+    """A target with the interface that `OutputUpdate` uses: a module, or a layer with a residual and norm outside.
 
     Args:
-        outlet: its output site.
+        outlet: the target's output site.
         branch: nodes are appended to it.
         layer: the layer; None for a module.
     """
 
     direct = True
 
-    def __init__(self, outlet: Outlet, branch: Branch, layer: Any = None) -> None:
+    def __init__(self, outlet: Outlet, branch: Branch, layer: Layer | None = None) -> None:
         self.outlet, self.branch, self.layer = outlet, branch, layer
         if layer is None:
             assert outlet.end is not None
@@ -149,24 +155,24 @@ class Ended:
             self.node, self.channel = self.end.producer(), -1
         else:
             self.end, self.y, self.x, self.node, self.channel = layer.end, layer.y, layer.x, layer.node, layer.channel
-        self.call: Any = None
+        self.call: object = None
         self.asked: Value | None = None
 
     @property
     def moved(self) -> Value | None:
-        """The input that a formula calls the module with, if it is not the module's own; else None."""
+        """The input with which a formula calls the module, if that differs from the module's input; else None."""
         return None if self.asked is self.x else self.asked
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Dtype:
         return self.y.dtype
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Value | None:
         return None if self.layer is None else self.layer.weight
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Value | None:
         return None if self.layer is None else self.layer.bias
 
     @property
@@ -179,9 +185,9 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("what a module gives for another input")
+            raise Unsayable("the output of a module for another input is unknown")
         if self.asked is not None and self.asked is not x:
-            raise Unsayable("what a module gives for two inputs")
+            raise Unsayable("a module has one output, and the formula calls it with two inputs")
         self.asked = x
         return self.y
 
@@ -211,25 +217,25 @@ class Ended:
 
     def op(self, x: Value, w: Value) -> Value:
         if self.layer is None:
-            raise Unsayable("no weight to exchange")
+            raise Unsayable("a module has no weight to replace")
         y: Value = self.layer.op(x, w)
         return y
 
     def zero_padded(self, x: Value, w: Value) -> Value:
-        node = self.layer and self.layer.node
+        node = None if self.layer is None else self.layer.node
         own = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
         before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
         if any(size != 1 for size in own or ()) or (before is not None and before.op_type == "Pad"):
-            raise Unsayable("zeros around an input that the graph pads otherwise, or a kernel without its dilation")
+            raise Unsayable("the graph pads the input itself, or the kernel is dilated")
         return self.op(x, w)
 
-    def mix(self, h: Value, w: Any) -> Value:
+    def mix(self, h: Value, w: Value) -> Value:
         if self.layer is not None:
             y: Value = self.layer.mix(h, w)
             return y
         return h @ (w if isinstance(w, Value) else h.like(w)).mT
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Value) -> Value:
         return v if self.layer is None else self.layer.per_channel(v)
 
     def _read(self) -> Value:
@@ -240,7 +246,7 @@ class Ended:
 
 
 class _Unread(Value):
-    """The input of a module that reads several values: a formula may pass it on, but no node can compute with it."""
+    """The input of a module that reads several values: formulas may pass it on, but not compute with it."""
 
     __slots__ = ()
 

@@ -1,10 +1,10 @@
-"""Layers with packed integer weights: read them, convert them to floating point, and pack changed weights again."""
+"""Layers with packed integer weights: read them, convert them to floating point, or pack changed weights again."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from ..merging.quantized import WHY
 from ..merging.requantize import damage_of
 from ..quant._grouped import Grouped
 from ..quant._scheme import joined
-from .building import Array, Branch, Building, element_type, takes_over
-from .changes import Stored, StoredChange, exchange, lazily, settled_from, unturned
+from .building import Array, Branch, Building, Dtype, element_type, takes_over
+from .changes import Fresh, Stored, StoredChange, exchange, lazily, settled_from, unturned
 from .layers import Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 if TYPE_CHECKING:
+    from ..io.lazy import Lazy
     from .found import Spot
 
 
@@ -71,13 +72,13 @@ class PackedNumbers(Grouped):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """How an integer tensor maps to rows, in which each run of columns has one scale.
+    """The layout of an integer tensor as a matrix whose rows, or groups of columns, have one scale each.
 
     Attributes:
         shape: the tensor's shape.
-        scale: the stored scales: one, one per channel, or one per block.
-        axis: the axis along which scales differ.
-        block: how many numbers along the axis share a scale; 0 for channels.
+        scale: the stored scales: a single one, one per channel, or one per block.
+        axis: the axis along which the scales differ.
+        block: how many numbers along the axis share a scale; 0 for a scale per channel.
     """
 
     shape: tuple[int, ...]
@@ -115,7 +116,7 @@ class Seen:
 
     def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> PackedNumbers:
         limits = import_module("ml_dtypes").iinfo(q.dtype)
-        # The rows have no padding for a last, shorter block.
+        # Refuse a shorter last block, because the rows are not padded.
         uneven = self.block and self.shape[self.axis] % self.block
         if uneven or (zero is not None and zero.size not in (1, self.scale.size)) or (zero is None and limits.min == 0):
             raise unknown(node)
@@ -128,8 +129,10 @@ class Seen:
         return numbers_in(node, self.rows(q.astype(np.int32)), zeros, self.wide(self.scale), span, bits)
 
 
-def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> PackedNumbers:
-    """Return integers `[rows, columns]` with zero points and scales `[rows, groups]` and the stored type's limits."""
+def numbers_in(
+    node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
+) -> PackedNumbers:
+    """Return packed numbers of integers `[rows, columns]`, and zero points and scales `[rows, groups]`."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -137,17 +140,17 @@ def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[i
 
 def unknown(node: ir.Node) -> Unsupported:
     """Return the error for an unknown packing scheme."""
-    why = "a weight in an unknown packing scheme"
-    return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
+    why = "the packing scheme of the weight is unknown"
+    return Unsupported(why, where=node.name, cure="Merge with --quantized dequantize (quantized='dequantize')")
 
 
 def split(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits from bytes, `[rows, columns]`, int32."""
+    """Unpack numbers of a few bits from bytes to `[rows, columns]`, int32."""
     return unpacked(rows, bits).astype(np.int32)
 
 
 def joined_bits(rows: Array, bits: int) -> Array:
-    """Pack numbers of a few bits into bytes, lowest bits first; rows are padded with zeros."""
+    """Pack numbers of a few bits into bytes, lowest bits first; pad rows with zeros."""
     per = 8 // bits
     full = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per))).astype(np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -155,9 +158,9 @@ def joined_bits(rows: Array, bits: int) -> Array:
     return packed
 
 
-# Layers as onnxruntime's tools write them: fused ones, and those that compute with packed weights.
-#
-# Packed numbers stay unchanged. A branch computes in floating point beside them, on the input before it is quantized.
+# Layers that onnxruntime's tools write: fused layers, and layers that compute with packed weights.
+# To attach an adapter, the packed numbers stay unchanged. The added nodes compute in floating point beside them, on the
+# input before it is quantized.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
 
@@ -179,7 +182,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # A Transpose needs the number of axes, which saved sessions leave out; this operator does not.
+        # Use this operator instead of a Transpose, which needs the number of axes: saved sessions omit it.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -187,7 +190,7 @@ class FusedMatMul(MatMul):
 
 
 class MatMulNBits(Layer):
-    """`x @ W.T` with `W` `[N, K]` in `bits`-bit blocks along K, each with a scale and perhaps a zero point."""
+    """`x @ W.T` with `W` as `[N, K]`, packed in blocks along K that have a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
 
@@ -195,7 +198,7 @@ class MatMulNBits(Layer):
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 2
         plain = known and all(is_constant(one) for one in node.inputs[1:] if one is not None)
-        # Input 4 is `g_idx`, which assigns columns to groups; layers with it are not read.
+        # Skip layers with input 4, `g_idx`, which assigns columns to groups.
         ordered = len(node.inputs) < 5 or node.inputs[4] is None
         return plain and ordered and attribute(node, "bits", 4) in (2, 4, 8)
 
@@ -224,7 +227,7 @@ class MatMulNBits(Layer):
         blocks = -(-K // size)
         q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
-            # Without zero points, the middle of the range stands for 0.
+            # Without zero points, the middle of the range is 0.
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
             zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
@@ -234,7 +237,7 @@ class MatMulNBits(Layer):
         return W
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         scales = self.node.inputs[2]
         assert scales is not None
         return element_type(scales)
@@ -245,7 +248,7 @@ class MatMulNBits(Layer):
 
 
 class MatMulInteger(Layer):
-    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, as dynamic quantization writes it."""
+    """`Mul(Cast(MatMulInteger(quantized x, W8)), scales)`, the result of dynamic quantization."""
 
     op_type = "MatMulInteger"
 
@@ -286,22 +289,22 @@ class MatMulInteger(Layer):
         return found[0]
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Dtype:
         found = _scaled(self.node)
         assert found is not None
-        kind: np.dtype[Any] = numbers(found[1]).dtype
+        kind: Dtype = numbers(found[1]).dtype
         return kind
 
 
 def unpacked(rows: Array, bits: int) -> Array:
-    """Unpack numbers of a few bits, lowest bits of a byte first."""
+    """Unpack numbers of a few bits from bytes, lowest bits first; keeps the dtype uint8."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each: Array = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return each.reshape(len(rows), -1)
 
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """Return the weight's scales of a MatMulInteger, and the Mul that multiplies its result by them."""
+    """Return the scales of a MatMulInteger's weight, and the Mul that multiplies its result by them."""
     found = _scaled(node)
     assert found is not None
     mul = found[0].producer()
@@ -316,7 +319,7 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for another pattern."""
+    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for other patterns."""
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
     if quantizer is None or cast is None or mul is None:
@@ -331,27 +334,27 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     return mul.outputs[0], of_weight[0]
 
 
-# Convert packed layers to floating point, so that a merge can change them; and the choices for packed weights.
+# The choices for packed weights, and the conversion of packed layers to floating point for a merge.
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""Choices of a merge for a packed weight -> their meaning."""
+"""Choice of a merge for a packed weight -> its meaning."""
 
 EXPLAINED = (
-    "Choose: (1) keep_change='float' (--keep-change float): keep the weight as it is, and the change beside it as "
-    "factors of floating point; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
-    "and write a layer of floating point; (3) quantized='requantize' (--quantized requantize): quantize the result "
-    "again in the same scheme, and say how much of the change is left"
+    "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
+    "floating-point factors; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
+    "and write a floating-point layer; (3) quantized='requantize' (--quantized requantize): quantize the result "
+    "again in the same scheme, and report how much of the change is left"
 )
 
 KEEPING = {
     "float": "keep each packed weight as it is, and the change beside it as factors of floating point",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""Choices of a merge for the change of a packed weight -> their meaning."""
+"""Choice of a merge for the change of a packed weight -> its meaning."""
 
 MOST_LOST = 0.05
-"""The part of a change that quantizing again may lose by default; if it loses more, the change is kept beside."""
+"""The fraction of a change that quantizing again may lose; by default, a change that would lose more is attached."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -365,8 +368,8 @@ def is_packed(spot: Spot) -> bool:
     )
 
 
-def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
-    """Convert a packed layer to floating point, including its input and output; return the new layer."""
+def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
+    """Convert a packed layer, its input and its output to floating point; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
     whole = isinstance(layer, MatMulNBits | MatMulInteger)
     value = _unpacked(spot, layer, whole, building, made)
@@ -378,7 +381,7 @@ def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
 
 
 def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
-    """Return the node with its weight, input and output no longer quantized and dequantized."""
+    """Remove the QuantizeLinear and DequantizeLinear of a node's weight, input and output; return the node."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
     node.replace_input_with(other, layer.read)
@@ -391,10 +394,10 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
     return node
 
 
-def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
-    """Return the dequantized weight, one initializer per packed one; computed when it is written."""
+def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: Fresh) -> ir.Value:
+    """Return the dequantized weight, which is computed when it is written; one initializer for each packed weight."""
     operand = layer.operand
-    key = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
+    key: Hashable = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
     if key not in made:
         make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
         shape, turn = spot.kind.held_shape(spot.node), whole and not spot.kind.turns(spot.node)
@@ -408,13 +411,13 @@ def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: d
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
         made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
         building.model.graph.register_initializer(made[key])
-        # Keep the operand alive, so that no other object gets its id.
+        # Keep the operand alive, so that its id is not reused.
         building.keep(operand)
     return made[key]
 
 
 def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
-    """Replace a node that computes with packed weights by a MatMul, and an Add if it had a bias."""
+    """Replace a node that computes with packed weights by a MatMul, and by an Add if the node has a bias."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
@@ -430,7 +433,7 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Replace all uses of `old` with `new`, and remove the nodes that are left unused."""
+    """Replace all uses of `old` with `new`, and remove the nodes that become unused."""
     if old is new:
         return
     takes_over(old, new, branch)
@@ -438,7 +441,7 @@ def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def drop(node: ir.Node | None) -> None:
-    """Remove a node that nothing reads, and the nodes before it that served only that one."""
+    """Remove a node that nothing reads, and the nodes before it that are then unused."""
     if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
         return
     before = [value.producer() for value in node.inputs if value is not None]
@@ -447,7 +450,7 @@ def drop(node: ir.Node | None) -> None:
         drop(one)
 
 
-# Pack changed weights again, in their original scheme.
+# Pack changed weights again in their original scheme.
 #
 # Scales and zero points are chosen by the same code that requantizes any base; see `adapterkit/quant/_grouped.py`.
 
@@ -457,11 +460,11 @@ class Packing:
     """How a layer's weight is packed.
 
     Attributes:
-        stored: the tensor, and whether the layer sees it transposed.
+        stored: the stored tensor, and whether the layer reads it transposed.
         shape: the stored weight's shape.
-        numbers: its integers, zero points and scales, as rows.
-        rows: converts a weight in stored order to rows.
-        put: gives the layer other integers, zero points and scales.
+        numbers: the integers, zero points and scales, as rows.
+        rows: a function that converts a weight in its stored axis order to rows.
+        put: a function that replaces the layer's integers, zero points and scales.
     """
 
     stored: Stored
@@ -471,22 +474,22 @@ class Packing:
     put: Callable[[PackedNumbers], None]
 
     def tried(self, change: StoredChange) -> tuple[PackedNumbers, dict[str, float]]:
-        """Pack a changed weight; return its numbers and their error, see `damage_of`."""
+        """Pack a changed weight; return the packed numbers and their error (see `damage_of`)."""
         merged = self.rows(change.array()).astype(np.float32)
         found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
         count = len(merged)
         M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), found.rows(0, count)))
         return found, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
-    def source(self, spot: Spot) -> Any:
-        """Return the dequantized numbers in stored order, float32."""
+    def source(self, spot: Spot) -> Lazy:
+        """Return the dequantized weight in its stored axis order, float32."""
         make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
         value = self.stored.value
         made = make or (lambda: numbers(value))
         return lazily(lambda: np.asarray(made()).astype(np.float32), self.shape, ir.DataType.FLOAT)
 
 
-def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def packing_of(spot: Spot, building: Building, fresh: Fresh) -> Packing:
     """Return how a layer's weight is packed.
 
     Raises:
@@ -505,7 +508,7 @@ def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Pa
     raise unknown(spot.node)
 
 
-def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def _in_bits(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     (N, K), bits, size = MatMulNBits.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
     blocks, given = -(-K // size), [*node.inputs[1:4], None][:3]
     packed, scale = numbers(given[0]), numbers(given[1])  # type: ignore[arg-type]
@@ -533,7 +536,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> P
     return Packing(Stored(given[0], False, ()), (N, K), found, rows, put)  # type: ignore[arg-type]
 
 
-def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+def _in_integers(node: ir.Node, building: Building, fresh: Fresh) -> Packing:
     held, scale, mul = node.inputs[1], *product_behind(node)
     zero = node.inputs[3] if len(node.inputs) > 3 else None
     assert held is not None
@@ -558,7 +561,7 @@ def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) 
 
 
 def _in_linear(
-    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
     given = [*node.inputs, None][:3]
     held, scale, zero = (None if one is None else numbers(one) for one in given)
@@ -576,9 +579,9 @@ def _in_linear(
 
 
 def _in_product(
-    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: Fresh
 ) -> Packing:  # fmt: skip
-    """`Cast(q) * scale`: 8-bit weights stored without quantization operators."""
+    """Return the packing of `Cast(q) * scale`: 8-bit weights that are stored without quantization operators."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
@@ -606,7 +609,7 @@ def _in_product(
 
 
 def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], building: Building) -> None:
-    """Connect a layer to a copy of its dequantizing node, because others may read the original."""
+    """Connect a layer to a copy of its dequantizing node, because other nodes may read the original."""
     out = ir.Value(name=building.name(f"{node.outputs[0].name}.merged"), type=node.outputs[0].type)
     out.shape = node.outputs[0].shape
     words = {name: one.value for name, one in node.attributes.items()}
@@ -617,13 +620,13 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
     drop(node)
 
 
-def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor in place of an old one and in its dtype; nodes with equal numbers share it."""
+def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
+    """Return a new tensor that replaces an old one, in the same dtype; nodes with equal numbers share it."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # By content, so that layers which share a tensor and get equal numbers share the new one, too.
+    # Use the content as key, so that layers that shared a tensor and get equal numbers share the new tensor, too.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

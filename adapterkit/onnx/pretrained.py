@@ -1,4 +1,4 @@
-"""Export a transformers folder or a module of the user's own: the graph, with config and tokenizer beside it."""
+"""Export a transformers folder, with its config and tokenizer, or a torch module that a user's function returns."""
 
 from __future__ import annotations
 
@@ -46,33 +46,36 @@ from .report import GraphReport
 from .tracing import quiet
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .exporting import Adapters
+    from .pretrained_calls import PretrainedModel
 
 
-# Export a torch module that a user's function returns, together with example inputs.
+# Export a torch module that a user's function returns together with example inputs.
 
 
 OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
-"""Arguments of `export` that the function may return with its module; the caller's `opset` takes precedence."""
+"""Arguments of `export` that the user's function may return; the caller's `opset` takes precedence."""
 
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: object,
 ) -> GraphReport:  # fmt: skip
-    """Write a folder with `model.onnx` and adapter files for its slots, from the module that a function returns.
+    """Export the module that a function returns: write a folder with `model.onnx` and adapter files for its slots.
 
     Args:
-        factory: `module:function`, imported as Python does, with the working folder first. The function takes no
-            arguments. It returns `(torch module, example arguments)`, and optionally a dictionary of further arguments
-            of `export` (those in `OWN`, which say how the module is called).
-        out: the folder to write; it appears complete, by a rename.
+        factory: `module:function`, imported with the working folder first on Python's path. The function takes no
+            arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
+            of `export` (those in `OWN`, which describe the module's call).
+        out: the folder to write; it appears when it is complete, by a rename.
         weights: a file or folder of weights to load into the module; it must have all parameters and buffers.
         overwrite: replace a folder that an export wrote.
-        options: further arguments of `export`; those that are None are left to the function.
+        options: more arguments of `export`; for an argument that is None, the function's value is used.
 
     Raises:
-        UsageError: there is no such function, or it returns something else.
+        UsageError: there is no such function, or it returns something of another form.
         ShapeMismatch: the weights do not fit the module.
         And what `export` raises; `out` is left unchanged.
     """
@@ -87,13 +90,13 @@ def export_factory(
     return moved(report, target)
 
 
-def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
     from torch import nn
 
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
-        raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
-    # For a console command, Python puts the command's folder on the path, not the working folder.
+        raise UsageError(f"{factory!r} does not name a function", where="model", cure="Write module:function")
+    # Add the working folder, because for a console command Python only adds the command's folder to the path.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -106,29 +109,29 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     found: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
         cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
-        raise UsageError(f"{factory} returns something else", where="model", cure=cure)
+        raise UsageError(f"{factory} does not return a module and its arguments", where="model", cure=cure)
     more = dict(found[2]) if len(found) == 3 else {}
     if foreign := sorted(more.keys() - OWN, key=str):
-        cure = f"Leave it out; a function may return: {', '.join(sorted(OWN))}"
+        cure = f"Omit it; a function may return: {', '.join(sorted(OWN))}"
         raise UsageError(
             f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
         )
     return found[0], tuple(found[1]), more
 
 
-def _load(module: Any, weights: str | PathLike[str]) -> None:
+def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
     held = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
     try:
         module.load_state_dict(held, strict=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())
-        raise ShapeMismatch(first[:300], path=weights, cure="Name weights of this very module") from None
+        raise ShapeMismatch(first[:300], path=weights, cure="Pass weights of this module (weights=)") from None
 
 
-# Export a transformers folder: its model as a graph, with its config and tokenizer beside it.
-#
-# A causal language model gets its past keys and values as inputs and outputs, named like Optimum and onnxruntime-genai
-# name them. An encoder or classifier gets tokens and an attention mask. Sizes of batch and sequence are open.
+# Export a transformers folder: the model as a graph, with the config and tokenizer beside it.
+# The graph of a causal language model has past keys and values as inputs and outputs, with the names that Optimum and
+# onnxruntime-genai use. The graph of an encoder or classifier has tokens and an attention mask as inputs. Batch size
+# and sequence length are open.
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -140,34 +143,34 @@ def export_pretrained(
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> GraphReport:  # fmt: skip
-    """Write a folder with `model.onnx`, adapter files for its slots, config and tokenizer.
+    """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
 
-    A model of encoder and decoder becomes the graphs that optimum's `ORTModelForSeq2SeqLM` and its like load, and a
-    language model that reads images those that transformers.js loads; see `pretrained_parts`. Each adapter then has an
-    `.onnx_adapter` file for each graph that has some of its targets.
+    An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
+    model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. Each adapter then has
+    an `.onnx_adapter` file for each graph that has some of its targets.
 
     Args:
-        model: a folder as transformers saves it; nothing is downloaded and no code of it is run.
-        out: the folder to write; it appears complete, by a rename.
+        model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
+        out: the folder to write; it appears when it is complete, by a rename.
         adapter: see `export`.
         mode: see `export`.
-        dtype: the dtype that the graph computes in.
+        dtype: the dtype in which the graph computes.
         opset: the opset version; torch's default if not given.
         quantize: see `export`.
-        share_weights: `out` is the model's own folder, and the graph refers to its safetensors files instead of a
-            second copy of them; 16-bit weights are cast if the graph computes in 32 bits.
+        share_weights: write to the model's own folder, and make the graph refer to its safetensors files instead of a
+            copy; 16-bit weights are cast if the graph computes in 32 bits.
         check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
-        made_from: a digest of everything that decides the output, stored with it for a later run.
+        made_from: a digest of everything that determines the output, stored with the output for later runs.
         rename: see `export`.
-        strict_base: refuse a model whose name, config or fingerprint differs from the one that an adapter names.
+        strict_base: refuse a model whose name, config or fingerprint differs from the base that an adapter names.
 
     Raises:
-        CheckFailed: `strict_base` is set and the model is not the one that an adapter names.
+        CheckFailed: `strict_base` is set, and the model is not the base that an adapter names.
         UsageError: an argument is invalid, or transformers is not installed.
         StorageError: `out` exists, or cannot be written.
         Malformed: transformers cannot load the folder.
-        Unsupported: the kind of model is unknown, the model brings its own code, or it names a kernel to download.
+        Unsupported: the kind of model is unknown, or the model needs its own code or a kernel to download.
         And what `export` raises; `out` is left unchanged.
     """
     source, target = located(model), Path(path_text(out))
@@ -181,13 +184,14 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
-    # A folder that is refused for its links is refused before minutes of tracing, and not only when they are copied.
+    # Check for links out of the folder now, before minutes of tracing.
     if not share_weights:
         _to_carry(source)
     with quiet():
         torch_model = load_pretrained(source, dtype)
-    parts = parts_of_model(torch_model, source)
-    words = {} if parts else {"model.onnx": words_of(torch_model, source)}
+    as_trained = cast("PretrainedModel", torch_model)
+    parts = parts_of_model(as_trained, source)
+    words = {} if parts else {"model.onnx": words_of(as_trained, source)}
     options: dict[str, Any] = {
         "adapter": adapter, "mode": mode, "opset": opset, "quantize": quantize, "check": check, "rename": rename,
         "share": source if share_weights else None,
@@ -220,28 +224,28 @@ def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
     )  # fmt: skip
 
 
-def _check_for_parts(adapter: Adapters, source: Path, model: Any, rename: str | Sequence[str]) -> None:
-    """Check that the model has all targets, and refuse tokens and prefixes: they are no part of one graph of several.
+def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: str | Sequence[str]) -> None:
+    """Check that the model has all targets, and refuse new tokens and prefixes, which do not belong to a single graph.
 
     Raises:
-        Unsupported: an adapter has tokens or prefixes.
+        Unsupported: an adapter has new tokens or prefixes.
         TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
     """
     adapters = read_adapters(adapter)
     for one in adapters.values():
         for target, update in one:
             if update.kind == "context":
-                why = f"{update.method} in a model of several graphs"
+                why = f"{update.method} cannot be attached in a model of several graphs"
                 cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Each graph has some of the targets, so none of them could tell.
+        pass  # Only check: each graph has some of the targets, so none can find a missing one.
 
 
 def _whole(
     reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
 ) -> GraphReport:  # fmt: skip
-    """Return one report of all parts; it warns of targets that no graph has, such as layers that no output needs."""
+    """Return one report of all parts, with a warning about targets that no graph has because no output needs them."""
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
         at
@@ -257,10 +261,12 @@ def _whole(
 def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
     own = target.is_dir() and source.samefile(target)
     if own and not share_weights:
-        cure = "Write another folder, or share its weights (share_weights=True, --share-weights)"
+        cure = "Write to another folder, or share the weights: --share-weights (share_weights=True)"
         raise UsageError("the output is the model's own folder", path=target, cure=cure)
     if share_weights and not own:
-        why = "a graph that shares the model's weights lies in the model's own folder: runtimes read no file outside"
+        why = (
+            "a graph that shares the model's weights must be in the model's folder: runtimes do not read files outside"
+        )
         raise UsageError(why, path=target, cure=f"Write to {source}")
     taken = [target / name for name in GRAPHS if (target / name).exists()]
     if share_weights and taken:
@@ -268,7 +274,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
 
 
 def _carried(source: Path, out: Path) -> list[Path]:
-    """Copy config and tokenizer; return the copies."""
+    """Copy the config and tokenizer files; return the copies."""
     copied = []
     for file in _to_carry(source):
         try:
@@ -280,12 +286,12 @@ def _carried(source: Path, out: Path) -> list[Path]:
 
 
 def _to_carry(source: Path) -> list[Path]:
-    """Return config and tokenizer; refuse a link that leaves the model's folder and its repository's cache."""
+    """Return the config and tokenizer files; refuse a link out of the model's folder or its repository's cache."""
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
     found = [source / name for name in CARRIED if (source / name).is_file()]
     for file in found:
         if not file.resolve().is_relative_to(root):
-            raise Malformed("a link out of the model's folder", path=file, cure="Do not use this folder")
+            raise Malformed("the file is a link out of the model's folder", path=file, cure="Do not use this folder")
     return found

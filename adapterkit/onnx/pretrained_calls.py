@@ -1,18 +1,84 @@
-"""How a transformers model is called for its export: example inputs, names of inputs and outputs, open sizes."""
+"""Describe the call of a transformers model for its export: example inputs, names of inputs and outputs, open sizes."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import Unsupported
 from .tracing import quiet
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Nested = Tensor | Sequence["Nested"] | None
+    Open = dict[int, str] | Sequence["Open"] | None
+
 INSIDE = "model"
 """Name of the attribute that holds the model inside the wrapper modules of this file."""
+
+
+class ModelConfig(Protocol):
+    """A config of transformers; each architecture has its own attributes."""
+
+    model_type: str
+
+    def get_text_config(self) -> ModelConfig: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class PretrainedOutput(Protocol):
+    """The outputs of a transformers model, by name."""
+
+    logits: Tensor
+    last_hidden_state: Tensor
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def get(self, name: str) -> object: ...
+
+
+class CacheLayer(Protocol):
+    """The cached keys and values of one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Cache(Protocol):
+    """A cache of transformers; `EncoderDecoderCache` has the last three attributes."""
+
+    layers: Sequence[CacheLayer]
+    self_attention_cache: Cache
+    cross_attention_cache: Cache
+    is_updated: dict[int, bool]
+
+
+class PretrainedModel(Protocol):
+    """The attributes of transformers' `PreTrainedModel` that an export uses."""
+
+    config: ModelConfig
+    main_input_name: str
+
+    @property
+    def forward(self) -> Callable[..., object]: ...
+
+    def __call__(self, *args: object, **kwargs: object) -> PretrainedOutput: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def get_encoder(self) -> Callable[..., PretrainedOutput]: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def get_image_features(self, *, pixel_values: Tensor) -> object: ...
+
+    def set_attn_implementation(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,37 +88,37 @@ class ExportWords:
     Attributes:
         module: a wrapper that takes positional tensors and returns tensors.
         examples: example arguments of several sizes; the first one is traced.
-        inputs: names of the inputs, flattened.
+        inputs: names of the inputs, with nested ones flattened.
         outputs: names of the outputs.
         shapes: names of the open sizes, in the structure of the arguments.
     """
 
-    module: Any
-    examples: tuple[tuple[Any, ...], ...]
+    module: nn.Module
+    examples: tuple[tuple[Nested, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: tuple[Any, ...]
+    shapes: tuple[Open, ...]
 
 
-def words_of(model: Any, source: Path) -> ExportWords:
-    """Return how a model is called, judging by its class and its forward's signature.
+def words_of(model: PretrainedModel, source: Path) -> ExportWords:
+    """Return a description of a model's call, found from its class and the signature of `forward`.
 
     Args:
         model: a transformers model in evaluation mode.
-        source: its folder, for errors.
+        source: the model's folder, for errors.
 
     Raises:
-        Unsupported: an unknown kind of model.
+        Unsupported: the kind of model is unknown.
     """
     if "input_ids" not in inspect.signature(model.forward).parameters:
         cure = "Export the torch model by adapterkit.onnx.export"
-        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
+        raise Unsupported(f"a {type(model).__name__} does not read tokens", path=source, cure=cure)
     names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
     return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
 
 
-def _encoder(model: Any) -> ExportWords:
+def _encoder(model: PretrainedModel) -> ExportWords:
     import torch
     from torch import nn
 
@@ -65,13 +131,13 @@ def _encoder(model: Any) -> ExportWords:
             super().__init__()
             self.model = model
 
-        def forward(self, *given: Any) -> Any:
+        def forward(self, *given: Tensor) -> list[Tensor]:
             told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
             return [told[name] for name in outputs]
 
-    def example(batch: int, length: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int) -> tuple[Tensor, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        # Hide a position, so that the check covers padding.
+        # Hide one position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
         kind = torch.zeros_like(mask)
         kind[:, length // 2 :] = 1
@@ -86,7 +152,7 @@ def _encoder(model: Any) -> ExportWords:
     return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
 
-def _causal(model: Any, source: Path) -> ExportWords:
+def _causal(model: PretrainedModel, source: Path) -> ExportWords:
     import torch
     from torch import nn
 
@@ -100,8 +166,8 @@ def _causal(model: Any, source: Path) -> ExportWords:
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any, mask: Any, *rest: Any) -> Any:
-            cache = transformers.DynamicCache(rest[-1])
+        def forward(self, ids: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            cache: Cache = transformers.DynamicCache(rest[-1])
             given = dict(zip(told, (ids, mask, *rest[:-1]), strict=True))
             logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
             return logits, pairs(cache)
@@ -110,12 +176,12 @@ def _causal(model: Any, source: Path) -> ExportWords:
     kind = next(model.parameters()).dtype
     rng = torch.Generator().manual_seed(0)
 
-    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        # Hide a position of the past, so that the check covers left padding.
+        # Hide one position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
-        # The past is random instead of zero, so that outputs depend on it.
+        # Use a random past instead of zeros, so that the outputs depend on it.
         held = [
             tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
             for pair in sizes
@@ -134,7 +200,7 @@ def _causal(model: Any, source: Path) -> ExportWords:
 
 
 def past_names(word: str, layers: int) -> list[str]:
-    """Return the names of cached keys and values, as optimum gives them to inputs and outputs."""
+    """Return the names of the inputs or outputs for cached keys and values, as in optimum."""
     return [f"{word}.{at}.{part}" for at in range(layers) for part in ("key", "value")]
 
 
@@ -143,33 +209,33 @@ def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
     return [({0: "batch", 2: "past"},) * 2 for _ in range(layers)]
 
 
-def tokens(model: Any, batch: int, length: int) -> Any:
-    """Return random tokens of a model's vocabulary."""
+def tokens(model: PretrainedModel, batch: int, length: int) -> Tensor:
+    """Return random tokens from a model's vocabulary, `[batch, length]`."""
     import torch
 
     most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
     return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def pairs(cache: Any) -> list[tuple[Any, Any]]:
+def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Return the keys and values of each layer of a cache."""
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return heads and head size of each layer's keys and values, by running the model once."""
-    # Configs name these sizes differently per architecture, so they are read off a real cache.
+def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Run the model once; return the number and size of heads of each layer's keys and values."""
+    # Read these sizes from a real cache, because configs name them differently for each architecture.
     import torch
 
-    cache = import_module("transformers").DynamicCache()
+    cache: Cache = import_module("transformers").DynamicCache()
     try:
         with torch.no_grad(), quiet():
             model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)
         sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs(cache)]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
+        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({error})"
         raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
     if not sizes:
-        why = f"a {type(model).__name__} that keeps no keys and values"
+        why = f"a {type(model).__name__} does not cache keys and values"
         raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
     return sizes

@@ -1,6 +1,6 @@
-"""Models that are exported as several graphs: encoder-decoders, and language models that read images.
+"""Export models as several graphs: encoder-decoders, and language models that read images.
 
-The files have the names that optimum and transformers.js look for. An encoder-decoder becomes `encoder_model.onnx`,
+The files have the names that optimum and transformers.js expect. An encoder-decoder becomes `encoder_model.onnx`,
 `decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. A language model that reads
 images becomes `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx`, which reads embeddings.
 """
@@ -11,44 +11,50 @@ import inspect
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, first_line
 from ..torch.pretrained import silent
 from .pretrained_calls import ExportWords, pairs, past_axes, past_names, past_sizes, tokens
 from .tracing import quiet
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .pretrained_calls import Cache, ModelConfig, Nested, PretrainedModel
+
 ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 
 VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 
 FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
-"""All graphs that an export of a folder of graphs writes."""
+"""The names of all graphs that an export may write for the parts of a model."""
 
 MASKED = ("input_ids",)
-"""Main inputs of encoders that need a mask beside them."""
+"""Main inputs of encoders that also need a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Other main inputs -> the types of models whose encoder reads nothing else."""
+"""Other main inputs -> the `model_type` of models whose encoder reads only this input."""
 
 CLOSE = 1e-4
-"""Largest relative difference between the parts and the whole torch model, in float32."""
+"""Largest relative difference between the parts and the whole torch model in float32."""
 
 CLOSE_NARROW = 3e-2
-"""The same, where the model computes in 16 bits."""
+"""Largest relative difference between the parts and the whole torch model in 16 bits."""
 
 _WHOLE = "Export the torch model by adapterkit.onnx.export"
 
 
-def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
-    """Return the graphs that a model becomes, by file name; an empty dictionary if it is exported as one graph.
+def parts_of_model(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
+    """Return the parts of a model to export as graphs, by file name; empty if the model becomes one graph.
 
     Args:
-        model: a transformers model in evaluation mode. Its attention is set to `eager`, which all exporters can trace.
-        source: its folder, for errors.
+        model: a transformers model in evaluation mode. Its attention implementation is set to `eager`, which can be
+            traced.
+        source: the model's folder, for errors.
 
     Raises:
-        Unsupported: an encoder-decoder of an unknown kind, or a model that is not the sum of such parts.
+        Unsupported: the kind of encoder-decoder is unknown, or the model computes more than its parts do.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return _encoder_decoder(model, source)
@@ -60,25 +66,25 @@ def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
 # Encoder-decoders.
 
 
-def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
+def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
     import torch
 
     main, kind = model.main_input_name, model.config.model_type
     if main not in MASKED and kind not in UNMASKED.get(main, ()):
-        why = f"an encoder-decoder of the type {kind}, whose encoder reads {main}"
+        why = f"the model is an encoder-decoder of the unknown type {kind}, whose encoder reads {main}"
         raise Unsupported(why, path=source, cure=_WHOLE)
     if not hasattr(model, "lm_head") and not hasattr(model, "proj_out") and not hasattr(model, "decoder"):
-        why = f"a {type(model).__name__}, which writes no tokens"
+        why = f"a {type(model).__name__} does not generate tokens"
         raise Unsupported(why, path=source, cure="Name the folder of a model that generates, or " + _WHOLE.lower())
-    # torch.export cannot follow the strides of its fused attention beside a position bias, as in T5.
+    # torch.export cannot trace the strides of torch's fused attention with a position bias, as in T5.
     with silent():
         model.set_attn_implementation("eager")
     masked = main in MASKED
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # In the encoder's output, the number of positions is fixed for sounds and images, and so are the heads of the
-        # past, which configs name differently.
+        # Run the encoder to get the sizes of its output: configs name them differently, and for sounds and images, the
+        # number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
     sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
@@ -94,14 +100,14 @@ def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
     }
 
 
-def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ...]:
+def _main_input(model: PretrainedModel, main: str, batch: int, length: int) -> tuple[Tensor, ...]:
     """Return an example of the encoder's inputs."""
     import torch
 
     rng = torch.Generator().manual_seed(batch)
     if main in MASKED:
         mask = torch.ones(batch, length, dtype=torch.int64)
-        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide a position, so that the check covers padding.
+        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide one position, so that the check covers padding.
         return tokens(model, batch, length), mask
     # Whisper's second convolution halves the number of frames.
     frames = (model.config.num_mel_bins, 2 * model.config.max_source_positions) if main == "input_features" else (0, 0)
@@ -109,18 +115,18 @@ def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ..
     return (torch.randn(batch, *shape, generator=rng).to(next(model.parameters()).dtype),)
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: ModelConfig) -> tuple[int, int, int]:
     size = config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
-def _encode(model: Any, given: Any, mask: Any = None) -> Any:
+def _encode(model: PretrainedModel, given: Tensor, mask: Tensor | None = None) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
     return model.get_encoder()(given, **more, return_dict=True).last_hidden_state
 
 
-def _encoder_module(model: Any) -> Any:
+def _encoder_module(model: PretrainedModel) -> nn.Module:
     from torch import nn
 
     class Encoder(nn.Module):
@@ -128,17 +134,17 @@ def _encoder_module(model: Any) -> Any:
             super().__init__()
             self.model = model
 
-        def forward(self, given: Any, *mask: Any) -> Any:
+        def forward(self, given: Tensor, *mask: Tensor) -> Tensor:
             return _encode(self.model, given, *mask)
 
     return Encoder().eval()
 
 
-def _cache_word(model: Any) -> str:
+def _cache_word(model: PretrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
+def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     more = {} if mask is None else {"attention_mask": mask}
     return model(
         decoder_input_ids=ids, encoder_outputs=(hidden,), **more, **{_cache_word(model): cache}, use_cache=True,
@@ -146,18 +152,18 @@ def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
     ).logits  # fmt: skip
 
 
-def _empty_cache(past: Sequence[Sequence[Any]] = ()) -> Any:
-    """Return a cache; with the keys and values of the encoder, attentions read them instead of computing them."""
+def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
+    """Return a cache with a past; attentions read the encoder's keys and values from it if it has them."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
-    cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
+    cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
     for layer in range(len(past)):
         cache.is_updated[layer] = True
     return cache
 
 
-def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
-    """Return heads and head size of each layer's keys and values: the decoder's own, then those of the encoder."""
+def _heads(model: PretrainedModel, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
+    """Return the number and size of heads of each layer's keys and values: the decoder's, then the encoder's."""
     import torch
 
     cache, kind = _empty_cache(), next(model.parameters()).dtype
@@ -167,10 +173,10 @@ def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[
         both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
         sizes = [tuple((one.shape[1], one.shape[3]) for one in (*own, *cross)) for own, cross in both]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({first_line(error)})"
+        why = f"the past of a {type(model).__name__} is not keys and values of each layer ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     if not sizes:
-        raise Unsupported(f"a {type(model).__name__} that keeps no keys and values", path=source, cure=_WHOLE)
+        raise Unsupported(f"a {type(model).__name__} does not cache keys and values", path=source, cure=_WHOLE)
     return sizes
 
 
@@ -179,12 +185,12 @@ KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 
 
 def _decoder(
-    model: Any, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]], masked: bool,
-    past: bool,
+    model: PretrainedModel, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]],
+    masked: bool, past: bool,
 ) -> ExportWords:  # fmt: skip
-    """Return the decoder's call: for the first token, or with a past.
+    """Return a description of the decoder's call: for the first token, or with a past.
 
-    With a past, it does not read the encoder's output, whose keys and values are in the past already.
+    With a past, the decoder does not read the encoder's output: the past has the keys and values of that output.
     """
     import torch
     from torch import nn
@@ -194,11 +200,14 @@ def _decoder(
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any, mask: Any, states: Any, held: Any) -> Any:
-            if past:
-                cross = held[0][2]
-                # Nothing reads these numbers: attentions take the encoder's keys and values from the past.
-                states = cross.new_zeros(cross.shape[0], cross.shape[2], width)
+        def forward(
+            self, ids: Tensor, mask: Tensor | None, states: Tensor | None, held: Sequence[Sequence[Tensor]] | None
+        ) -> tuple[Tensor, list[list[Tensor]]]:
+            if held:
+                first = held[0][2]
+                # Pass zeros, which are not used: attentions read the encoder's keys and values from the past.
+                states = first.new_zeros(first.shape[0], first.shape[2], width)
+            assert states is not None
             cache = _empty_cache(held or ())
             logits = _decode(self.model, ids, states, mask, cache)
             own, cross = (pairs(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
@@ -207,15 +216,15 @@ def _decoder(
     kind, rng = next(model.parameters()).dtype, torch.Generator().manual_seed(0)
     width = hidden[2][1]
 
-    def drawn(*shape: int) -> Any:
+    def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng).to(kind)
 
-    def example(batch: int, length: int, before: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, before: int) -> tuple[Nested, ...]:
         size = hidden[batch][0]
         mask = torch.ones(batch, size, dtype=torch.int64)
         mask[0, size - 1 :] = 0 if batch > 1 else 1
         counts = (before, before, size, size)
-        # The past is random instead of zero, so that outputs depend on it.
+        # Use a random past instead of zeros, so that the outputs depend on it.
         held = [tuple(drawn(batch, n, c, w) for (n, w), c in zip(layer, counts, strict=True)) for layer in heads]
         return (
             tokens(model, batch, length), mask if masked else None, None if past else drawn(batch, size, width),
@@ -239,10 +248,10 @@ def _decoder(
     return ExportWords(Decoder().eval(), examples, inputs, outputs, shapes)
 
 
-# Language models that read images: their features take the places of image tokens among the embeddings.
+# Language models that read images: image features replace the embeddings of image tokens.
 
 
-def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
+def _vision_language(model: PretrainedModel, source: Path) -> dict[str, ExportWords]:
     import torch
     from torch import nn
 
@@ -258,9 +267,9 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
             super().__init__()
             self.model = model
 
-        def forward(self, pixels: Any) -> Any:
-            found = self.model.get_image_features(pixel_values=pixels)
-            found = getattr(found, "pooler_output", found)
+        def forward(self, pixels: Tensor) -> Tensor:
+            output = self.model.get_image_features(pixel_values=pixels)
+            found: Any = getattr(output, "pooler_output", output)
             return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
     class Embedding(nn.Module):
@@ -268,16 +277,17 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
             super().__init__()
             self.model = model
 
-        def forward(self, ids: Any) -> Any:
-            return self.model.get_input_embeddings()(ids)
+        def forward(self, ids: Tensor) -> Tensor:
+            embedded: Tensor = self.model.get_input_embeddings()(ids)
+            return embedded
 
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, embedded: Any, mask: Any, *rest: Any) -> Any:
-            cache = transformers.DynamicCache(rest[-1])
+        def forward(self, embedded: Tensor, mask: Tensor, *rest: Nested) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+            cache: Cache = transformers.DynamicCache(rest[-1])
             given = dict(zip(told, (mask, *rest[:-1]), strict=True))
             logits = self.model(
                 inputs_embeds=embedded, **given, **{word: cache}, use_cache=True, return_dict=True
@@ -291,14 +301,14 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
         other = torch.randn(pixels.shape, generator=rng).to(kind)
         _check_parts(model, vision, embedding, decoder, pixels, told)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
-        why = f"a {type(model).__name__} is not called part by part like LLaVA ({first_line(error)})"
+        why = f"a {type(model).__name__} cannot be called part by part like LLaVA ({first_line(error)})"
         raise Unsupported(why, path=source, cure=_WHOLE) from None
     sizes = past_sizes(model, word, source)
     width = embedding(tokens(model, 1, 1)).shape[-1]
 
-    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+    def example(batch: int, length: int, past: int) -> tuple[Nested, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
-        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide a position of the past, so that the check covers padding.
+        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide one position, so that the check covers padding.
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
         embedded = torch.randn(batch, length, width, generator=rng).to(kind)
         held = [
@@ -324,11 +334,14 @@ def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
     }  # fmt: skip
 
 
-def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: Any, told: Sequence[str]) -> None:
-    """Check that embeddings with image features in place of image tokens give the whole model's logits.
+def _check_parts(
+    model: PretrainedModel, vision: nn.Module, embedding: nn.Module, decoder: nn.Module, pixels: Tensor,
+    told: Sequence[str],
+) -> None:  # fmt: skip
+    """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
-    Some models look at image tokens in other places too, for example for a mask that is not causal, or for positions of
-    rows and columns. Their graphs would run and be wrong.
+    Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for positions of rows
+    and columns. Their graphs would run, but compute something else.
 
     Raises:
         ValueError: the logits differ.
@@ -346,7 +359,7 @@ def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: 
         around[around == mark] = (mark + 1) % int(model.config.get_text_config().vocab_size)
         ids = torch.cat([around[:, :2], torch.full((1, count), mark), around[:, 2:]], 1)
         asked = inspect.signature(model.forward).parameters
-        # Processors tell image tokens from others, by which some models let them attend to each other.
+        # Pass token types, with which processors mark image tokens: some models let image tokens attend to each other.
         kinds = {name: (ids == mark).long() for name in ("token_type_ids", "mm_token_type_ids") if name in asked}
         mask = torch.ones_like(ids)
         whole = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, **kinds, return_dict=True).logits
@@ -356,4 +369,4 @@ def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: 
         logits, _ = decoder(embedded, *(given[name] for name in told), None)
     apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
     if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
-        raise ValueError(f"its logits differ by {apart:.2g} if they are computed from embeddings")
+        raise ValueError(f"the logits differ by {apart:.2g} if they are computed from embeddings")

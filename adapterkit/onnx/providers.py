@@ -1,75 +1,159 @@
-"""Find the provider that onnxruntime really runs on: it lists all built-in ones, and silently falls back to another."""
+"""Find an execution provider that works: onnxruntime lists all built-in ones, and silently falls back to others."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .building import Array
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-"""Providers that need NVIDIA's driver; without it, onnxruntime would load their libraries and print errors."""
+"""Providers that need NVIDIA's driver; without the driver, onnxruntime would load their libraries and print errors."""
 
 WORDS = {
     "cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider",
     "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "dml": "DmlExecutionProvider",
     "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider", "webgpu": "WebGpuExecutionProvider",
 }  # fmt: skip
-"""Short names of providers -> onnxruntime's."""
+"""Short name of a provider -> onnxruntime's name."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
-"""Provider options for full float32 precision: by default, CUDA may round to TF32."""
+"""Options of providers for full float32 precision: by default, CUDA may round to TF32."""
+
+
+class OrtInput(Protocol):
+    """An input of a session: its name, element type such as `tensor(float)`, and sizes; an open size is a name."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+class OrtValue(Protocol):
+    """A tensor of onnxruntime."""
+
+    _ortvalue: object
+
+    def data_type(self) -> str: ...
+
+    def numpy(self) -> Array: ...
+
+
+class OrtBinding(Protocol):
+    """onnxruntime's `IOBinding`: the inputs and outputs of a run, bound by name."""
+
+    def bind_cpu_input(self, name: str, arr_on_cpu: Array) -> None: ...
+
+    def bind_input(
+        self, name: str, device_type: str, device_id: int, element_type: object, shape: Sequence[int], buffer_ptr: int
+    ) -> None: ...
+
+    def bind_ortvalue_input(self, name: str, ortvalue: OrtValue) -> None: ...
+
+    def synchronize_inputs(self) -> None: ...
+
+    def bind_output(
+        self, name: str, device_type: str = "cpu", device_id: int = 0, element_type: object = None,
+        shape: Sequence[int] | None = None, buffer_ptr: int | None = None,
+    ) -> None: ...  # fmt: skip
+
+    def bind_ortvalue_output(self, name: str, ortvalue: OrtValue) -> None: ...
+
+    def synchronize_outputs(self) -> None: ...
+
+    def get_outputs(self) -> Sequence[OrtValue]: ...
+
+    def copy_outputs_to_cpu(self) -> list[Array]: ...
+
+    def clear_binding_inputs(self) -> None: ...
+
+    def clear_binding_outputs(self) -> None: ...
+
+
+class ModelMetadata(Protocol):
+    """The metadata of a session's model."""
+
+    custom_metadata_map: Mapping[str, str]
+
+
+class OrtSession(Protocol):
+    """The methods of onnxruntime's `InferenceSession` that this package uses; onnxruntime has no type hints."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]: ...
+
+    def run_with_ort_values(
+        self, output_names: Sequence[str], input_dict_ort_values: Mapping[str, OrtValue]
+    ) -> list[OrtValue]: ...
+
+    def run_with_iobinding(self, iobinding: OrtBinding) -> None: ...
+
+    def io_binding(self) -> OrtBinding: ...
+
+    def get_inputs(self) -> list[OrtInput]: ...
+
+    def get_overridable_initializers(self) -> list[OrtInput]: ...
+
+    def get_outputs(self) -> list[OrtInput]: ...
+
+    def get_providers(self) -> list[str]: ...
+
+    def get_modelmeta(self) -> ModelMetadata: ...
 
 
 def named(provider: str) -> str:
-    """Return onnxruntime's name of a provider, which may be given by a short one such as `openvino`."""
+    """Return onnxruntime's name of a provider; accepts short names such as `openvino`."""
     return WORDS.get(provider.lower(), provider)
 
 
 @cache
 def best_provider() -> str:
-    """Return CUDA if a session really starts on it, else the CPU."""
+    """Return CUDA if a session starts on it, otherwise the CPU."""
     return CUDA if runs_on(CUDA) else CPU
 
 
 @cache
 def runs_on(provider: str) -> bool:
-    """Whether a session of one node starts on a provider and stays there."""
+    """Whether a session with a graph of one node starts on a provider, without a fallback to another one."""
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
-        # CUDA libraries from pip's nvidia packages are not on the loader's search path.
+        # Load the CUDA libraries of pip's nvidia packages, which are not on the loader's search path.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
     except Exception:  # onnxruntime's errors have no common base class.
         return False
-    # onnxruntime may fall back to the CPU without an error.
+    # Compare the provider, because onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 
 def with_options(provider: str) -> list[object]:
-    """Return a provider with its options, followed by the CPU for operators that it has no kernel for."""
+    """Return a provider with its options, and the CPU as fallback for operators without a kernel on that provider."""
     first = (provider, EXACT[provider]) if provider in EXACT else provider
     return [first] if provider == CPU else [first, CPU]
 
 
-def quiet_options() -> Any:
+def quiet_options() -> object:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    # 4 means fatal. Anything milder would be printed to stderr, past Python's logging.
+    options: Any = onnxruntime.SessionOptions()
+    # 4 means fatal. onnxruntime would print messages of other levels to stderr, without Python's logging.
     options.log_severity_level = 4
-    return options
+    quiet: object = options
+    return quiet
 
 
-def session_of(model: bytes | str, optimized: bool = True) -> Any:
+def session_of(model: bytes | str, optimized: bool = True) -> OrtSession:
     """Start a quiet onnxruntime session on the best provider.
 
     Args:
@@ -77,10 +161,11 @@ def session_of(model: bytes | str, optimized: bool = True) -> Any:
         optimized: False to keep onnxruntime from fusing nodes.
     """
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()
+    options: Any = quiet_options()
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
+    session: OrtSession = onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
+    return session
 
 
 def _has_driver() -> bool:

@@ -1,9 +1,9 @@
-"""Quantize an export by onnxruntime's own quantizers, and measure the error of its weights.
+"""Quantize an exported graph by onnxruntime's quantizers, and measure the error of its weights.
 
-Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input, in
-the same blocks; otherwise it would unpack whole weights for each token. Dynamic quantization, which rounds an input as
-a whole, is not used: models with a few large activations lose most of their precision by it. Adapters that stay nodes
-or slots are left in floating point.
+Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input in
+the same blocks; otherwise, it would unpack whole weights for each token. Dynamic quantization, which rounds the whole
+input with one scale, is not used: models with a few large activations would lose most of their precision. Adapters that
+are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -22,7 +22,7 @@ import onnx_ir as ir
 from ..errors import Unsupported, first_line
 from ..io.stages import stage
 from .building import Building
-from .changes import settle, settled_from, unturned
+from .changes import Fresh, settle, settled_from, unturned
 from .model_file import opened, save_fresh
 from .modules import SCOPES, listed
 from .operands import attribute, is_constant, nodes_of
@@ -30,23 +30,23 @@ from .packed import PACKED, as_float, drop, is_packed
 from .resolving import spots_of
 
 SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
-"""Scheme -> bits of a weight, and the accuracy of kernels: level 4 lets them compute in 8-bit integers."""
+"""Scheme -> bits per weight, and the accuracy level of kernels: level 4 allows them to compute in 8-bit integers."""
 
 BLOCK = 32
 """Number of inputs that share a scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
-"""Metadata that onnxruntime's quantizers expect; without it they log a remark."""
+"""Metadata that onnxruntime's quantizers expect; without it, they log a warning."""
 
 
 def prepare(graph: ir.Model, names: Collection[str]) -> None:
-    """Rewrite linear layers to the form that the quantizers know: `MatMul` with a stored `[in, out]` weight, and `Add`.
+    """Rewrite linear layers to the form that quantizers support: `MatMul` with a stored `[in, out]` weight, and `Add`.
 
     Args:
-        graph: a traced export, each weight behind its own Transpose.
-        names: the weights to quantize; an adapter's own tensors are not among them.
+        graph: a traced export, in which each weight has its own Transpose.
+        names: the names of the weights to quantize, without the tensors of adapters.
     """
-    building, made = Building(graph), dict[Any, ir.Value]()
+    building, made = Building(graph), Fresh()
     for node in list(nodes_of(graph)):
         if node.op_type == "Gemm" and node.domain == "":
             _prepare_gemm(node, names, building, made)
@@ -60,7 +60,7 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
     graph.metadata_props.update(_PREPARED)
 
 
-def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: dict[Any, ir.Value]) -> None:
+def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: Fresh) -> None:
     x, W, *rest = node.inputs
     plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attribute(node, "transA", 0)
     if W is None or W.name not in names or W.const_value is None or not plain or node.graph is None:
@@ -75,8 +75,8 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, mad
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [node.outputs[0]], [out])
 
 
-def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
-    """Return the weight stored as `[in, out]`; if others still read the original (embeddings), under a new name."""
+def _turned(node: ir.Node, W: ir.Value, building: Building, made: Fresh) -> ir.Value:
+    """Return the weight stored as `[in, out]`; under a new name if other nodes, e.g. embeddings, read the original."""
     tensor = W.const_value
     assert tensor is not None
     if W not in made:
@@ -95,7 +95,7 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.V
 
 
 def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
-    """Write a graph with its linear layers packed; return the rounding error of each weight.
+    """Pack the linear layers of a graph and write it; return the rounding error of each weight.
 
     Args:
         model: a prepared file, in a scratch folder.
@@ -103,7 +103,7 @@ def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
         out: the file to write.
 
     Raises:
-        Unsupported: onnxruntime's quantizer fails, or finds nothing to pack.
+        Unsupported: onnxruntime's quantizer fails, or finds no layer to pack.
     """
     stage(f"quantizing to {scheme}")
     graph = _quantized(model, scheme, model.with_name("quantized.onnx"))
@@ -121,11 +121,13 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
             _in_bits(model, SCHEMES[scheme], out)
     except Exception as error:  # The quantizers raise any type of error.
         first = first_line(error)
-        raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
+        raise Unsupported(
+            f"onnxruntime cannot quantize it ({first})", cure="Export it without --quantize (quantize=)"
+        ) from error
     graph = opened(out).model
     if not any(is_packed(spot) for spot in spots_of(graph)):
         why = "onnxruntime's quantizer finds no layer that it can pack"
-        raise Unsupported(why, cure="Export it without quantize")
+        raise Unsupported(why, cure="Export it without --quantize (quantize=)")
     return graph
 
 
@@ -141,7 +143,7 @@ def _in_bits(model: Path, scheme: Mapping[str, object], out: Path) -> None:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Silence the quantizers. Importing them also installs a handler on the root logger, which is removed again."""
+    """Silence the quantizers, and remove the handler that their import adds to the root logger."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -154,7 +156,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
-    """Return the relative error of each weight in the Frobenius norm, by its module."""
+    """Return the relative error of each weight in the Frobenius norm, by the name of its module."""
     held = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):
@@ -171,7 +173,7 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
 
 
 def with_exact_inputs(packed: Path, out: Path) -> None:
-    """Write the graph so that packed layers compute on unrounded inputs, to judge the packing alone."""
+    """Write a graph whose packed layers do not round their inputs, to check the packing alone."""
     model = opened(packed).model
     for node in nodes_of(model):
         if node.op_type == "MatMulNBits":
@@ -180,9 +182,9 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 
 
 def as_floats(packed: Path, out: Path) -> None:
-    """Write the graph with dequantized weights, to compare packed layers with."""
+    """Write a graph with dequantized weights, to compare it with the packed one."""
     model = opened(packed).model
-    building, made = Building(model), dict[Any, ir.Value]()
+    building, made = Building(model), Fresh()
     for spot in spots_of(model):
         if is_packed(spot):
             as_float(spot, building, made)

@@ -1,4 +1,4 @@
-"""Open the arguments that the functions of this package share: a model, an adapter, and the base's weights."""
+"""Open the arguments that functions of this package share: an adapter and the base's weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     Model = ir.Model | str | PathLike[str]
     Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
 
 
-def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
+def loaded(adapter: Source, base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
     """Read and validate an adapter, and open the base's weights."""
     base = None if base_weights is None else opened_base(base_weights)
     if not isinstance(adapter, Adapter):
@@ -33,24 +34,24 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
     return adapter, base
 
 
-def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> list[Path]:
-    """Return the files that an adapter and the base's weights are read from."""
+def inputs_of(adapter: Source, base_weights: Base | None) -> list[Path]:
+    """Return the files of an adapter and of the base's weights."""
     from ..formats import files_of, files_read
 
     files = [] if base_weights is None else list(opened_base(base_weights).files)
     return files + (list(files_of(adapter)) if isinstance(adapter, Adapter) else files_read(adapter))
 
 
-def name_of(adapter: Adapter | str | PathLike[str]) -> str:
-    """Return the name of an adapter in messages."""
+def name_of(adapter: Source) -> str:
+    """Return the name of an adapter for messages."""
     return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
 
 
 def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
-    """Return warnings if adapters name another base than this one; none if no base is given.
+    """Return a warning for each adapter that names another base than this one; none if no base is given.
 
     Raises:
-        CheckFailed: there is a warning, and `strict` is set.
+        CheckFailed: there would be a warning, and `strict` is set.
     """
     if base is None:
         return ()
@@ -60,16 +61,16 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
 
 
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object]:
-    """Return the config of the exported model: the base's, or the one beside the graph.
+    """Return the config of the exported model, from the base or from the graph's folder.
 
     Raises:
-        UsageError: there is neither.
-        Malformed: it is not a JSON object.
+        UsageError: there is no config.
+        Malformed: the config is not a JSON object.
     """
     if base is not None and base.config is not None:
         return base.config
     beside = None if path is None else path.parent / "config.json"
     if beside is None or not beside.is_file():
         why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
-        raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
+        raise UsageError(why, path=path, cure="Pass the base's folder: --base-weights DIR (base_weights=DIR)")
     return read_json(beside)

@@ -21,20 +21,20 @@ class GraphReport:
     Attributes:
         out: the written model.
         files: all written files.
-        found: the place of each target.
-        difference: the largest difference that the check found; None if it did not run.
-        note: why the check did not run; for context, how to use it.
-        damage: for each target with a requantized weight, its `error` relative to the merged weight, and `kept`, the
-            part of the change that is left.
+        found: the layers of each target.
+        difference: the largest difference that the check found; None if the check did not run.
+        note: why the check did not run; for an adapter with context, how to use it.
+        damage: for each target with a requantized weight, the `error` relative to the merged weight, and `kept`, the
+            fraction of the change that is left.
         reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
-            None if it did not run, e.g. because of operators outside of ONNX.
-        saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
-            check did not run.
-        warnings: sentences for the user, each with a cure.
-        parts: for a folder of graphs, the report of each changed graph, by its name.
-        beside: targets whose packed weight stays as it is, with the change beside it as factors of floating point; if
-            quantizing again was tried, `damage` says what it would have left.
-        left: for each adapter of an export, the targets that the graph lacks, if these may be left out.
+            None if the reference implementation did not run, e.g. because of operators outside of ONNX.
+        saturation: for static quantization, the number of values that the graph clips without and with the adapter;
+            None if the check did not run.
+        warnings: sentences for the user, each with a remedy.
+        parts: for a folder of graphs, the report of each changed graph, by the graph's name.
+        beside: targets whose packed weight stays unchanged, with the change attached as floating-point factors; if
+            quantizing again was tried, `damage` has its result.
+        left: for each adapter of an export with `allow_partial`, the targets that the graph lacks.
     """
 
     out: Path
@@ -51,7 +51,7 @@ class GraphReport:
     left: Mapping[str, tuple[Target, ...]] = field(default_factory=dict)
 
     def record(self) -> dict[str, JsonValue]:
-        """Return the same as plain data."""
+        """Return the report as plain data."""
         if self.parts:
             targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
             files = [file.relative_to(self.out).as_posix() for file in self.files]

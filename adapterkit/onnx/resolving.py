@@ -50,19 +50,18 @@ KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
     FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul,
 )  # fmt: skip
-"""Kinds of layers; a node has at most one of them."""
+"""The kinds of layers; a node is a layer of at most one of them."""
 
 
 def kinds_of(node: ir.Node) -> list[type[Layer]]:
-    """Return the kinds of layers of a node: at most one, except that a recurrent node has one per weight."""
+    """Return the kinds of layers at a node: at most one, or for a recurrent node, one per weight."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
 
 
 # Resolve an adapter's targets to nodes of a graph.
-#
-# Exporters leave names in different places, which are searched in the order of `METHODS`. Layers without a name are
-# found by the numbers of their weights, if the base is available. Nothing is guessed.
+# Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
+# without a name are found by the numbers of their weights. Nothing is guessed.
 
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
@@ -74,20 +73,22 @@ _CALL = re.compile(r"_\d+(?=\.weight$)")
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
 ) -> list[Found]:
-    """Return the places of an adapter's targets in a graph, and of tied layers that its updates change as well.
+    """Find an adapter's targets in a graph, and tied layers that its updates also change.
 
     Args:
         model: the graph.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, for graphs without names and to verify the others.
+        base: the weights that the graph was exported from, to find layers without names and to verify layers with
+            names.
         tying: the caller's choice for tied layers, and the base's config, whose `model_type` selects the naming.
 
     Raises:
-        TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
+        TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished; the error gives
+            the nearest names.
         ShapeMismatch: a shape does not fit.
-        Unsupported: graphs have no such target, or a norm may be folded into a layer, which only the base's weights
-            can show.
-        UsageError: nothing tells which of several tied layers an update changes.
+        Unsupported: a graph cannot have such a target; or a norm may be folded into a layer, and no base is given to
+            verify it.
+        UsageError: it is unknown which of several tied layers an update changes.
     """
     stage("finding the targets in the graph")
     from .tying import Tying, with_tied
@@ -104,7 +105,7 @@ def resolve(
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
         if (unknown := _other_operator(model, error.where or "", spots)) is not None:
-            why = f"its weight is read by {unknown}, which is no layer that adapters can be attached to here"
+            why = f"its weight is read by {unknown}, which is not a layer that adapters can be attached to here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
@@ -116,7 +117,7 @@ def resolve(
 
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
-    # Inner layers come first: their new outputs are inputs of the modules around them.
+    # Put inner layers first, because their new outputs are inputs of the modules around them.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
@@ -128,14 +129,14 @@ def taken(
     """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
 
     Args:
-        model: the graph: one of several that make up a model, or one that holds a part of the adapter's layers.
+        model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, to look for lost names by numbers.
+        base: the weights that the graph was exported from, to find layers without names by numbers.
         config: the base's config.
 
     Raises:
-        TargetNotFound: a target may be one of the layers whose names are lost, which only numbers can tell; or two
-            targets are one layer of the graph.
+        TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare numbers; or two
+            targets are the same layer.
     """
     spots = spots_of(model)
     known = by_name(spots)
@@ -156,7 +157,7 @@ def taken(
 
 
 def _rows_of(known: Known) -> Callable[[str], int | None]:
-    """Return how many rows a graph's layer of some path has."""
+    """Return a function that gives the number of rows of the layer at a path; None if there is no such layer."""
 
     def rows_of(path: str) -> int | None:
         at = known.get(f"{path}.weight") or next(
@@ -174,20 +175,20 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
     modules = [name.removesuffix(".weight") for name in shapes]
     try:
         bound = find_sites(adapter, shapes, partial=True, modules=modules, config=config)
-    except TargetNotFound:  # None of them is there.
+    except TargetNotFound:  # The graph has none of the targets.
         return tuple(adapter.updates)
     _check_apart(bound.sites, bound.origins)
     return tuple(bound.missing)
 
 
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
-    """Refuse two targets at one layer: an encoder's graph names layers without the word that tells them apart."""
+    """Refuse two targets at one layer: an encoder's graph omits the word that distinguishes its layers' names."""
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
         first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
         if first.path != origin.path:
-            why = f"{first} and {origin} are both the layer {site.target.path} of the graph"
-            cure = "Name the folder of all graphs of the model, so that each takes its own part"
+            why = f"{first} and {origin} both match the layer {site.target.path} of the graph"
+            cure = "Pass the folder with all graphs of the model, so that each graph gets its own targets"
             raise TargetNotFound(why, where=str(origin), cure=cure)
 
 
@@ -206,14 +207,14 @@ def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Seque
 
 
 def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]) -> None:
-    """Refuse to take targets for missing where the graph has layers of their shape whose names are lost."""
+    """Refuse to omit targets if the graph has layers of the same shape whose names are lost."""
     nameless = [spot for spot in spots if not is_named(spot)]
     for target in lost if nameless else ():
         plain = replace(target, layout="out *in")
         alike = sum(fits(plain, adapter.updates[target], spot.shape) for spot in nameless)
         if alike:
             why = f"it may be one of {alike} layers of the graph whose names are lost"
-            cure = "Pass the weights that it was exported from: --base-weights DIR (base_weights=)"
+            cure = "Pass the weights that the graph was exported from: --base-weights DIR (base_weights=)"
             raise TargetNotFound(why, where=str(target), cure=cure)
 
 
@@ -222,12 +223,12 @@ NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
 
 
 def is_named(spot: Spot) -> bool:
-    """Whether something tells which module a layer is."""
+    """Whether a layer has a name that an exporter did not make up."""
     return any(not NUMBERED.match(name) for method in METHODS for name in spot.names.get(method, ()))
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
-    """Return the node that reads a target's weight, if its operator is not a known layer; else None."""
+    """Return a phrase for the node that reads a target's weight, if its operator is not a known layer; else None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
@@ -245,20 +246,20 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | 
 
 
 def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:
-    """Return the targets that are modules without a weight of their own."""
+    """Return the targets that are modules, not layers with a weight."""
     found: dict[Target, Found] = {}
     for target, updates in adapter.updates.items():
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
-        with contextlib.suppress(TargetNotFound):  # A layer without a name, or no layer: reported with the others.
+        with contextlib.suppress(TargetNotFound):  # It may be a layer without a name; `_sites` reports it.
             ends = outlet(model, target, updates, is_layer=False)
             found[target] = Found(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return found
 
 
 def spots_of(model: ir.Model) -> list[Spot]:
-    """Return every layer of a graph, including subgraphs."""
+    """Return all layers of a graph, including those in subgraphs."""
     nodes = list(nodes_of(model))
     containers = _containers(nodes)
     spots = []
@@ -270,11 +271,12 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Return module path in node names -> its prefix in parameter names.
+    """Return, for each module path in node names, the prefix that parameter names have in addition.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
     it is missing from names such as `/self_attn/q_proj/Add`. Parameters that kept their names, such as
-    `layers.0.self_attn.q_proj.bias`, show it. A path with two prefixes is left out, because it proves nothing.
+    `layers.0.self_attn.q_proj.bias`, show the full path. A module path with two different prefixes is omitted, because
+    it is ambiguous.
     """
     found: dict[str, set[str]] = {}
     for node in nodes:
@@ -291,7 +293,7 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
 
 
 def _refuse_orders(found: Sequence[Found]) -> None:
-    """Refuse targets at one node whose order counts: graphs add up what each does to the base."""
+    """Refuse targets at one node if their order matters, because a graph adds the changes of all targets."""
     by_spot: dict[Spot, list[Found]] = {}
     for at in found:
         if all(update.kind in ("additive", "weight") for update in at.updates):
@@ -299,7 +301,7 @@ def _refuse_orders(found: Sequence[Found]) -> None:
                 by_spot.setdefault(spot, []).append(at)
     for here in by_spot.values():
         if order_counts([(at.asked, at.updates) for at in here]):
-            why = "several targets of one adapter at one weight, of which one is no plain sum"
+            why = "several targets of one adapter are at one weight, and not all of them are plain sums"
             cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
             raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 
@@ -307,12 +309,12 @@ def _refuse_orders(found: Sequence[Found]) -> None:
 def _refuse(adapter: Adapter) -> None:
     for target, update in adapter:
         if update.kind == "context":
-            why = f"{update.method} changes {update.acts_on}, which a graph's nodes do not show"
+            why = f"{update.method} changes {update.acts_on}, which is not a layer of a graph"
             raise Unsupported(why, where=str(target), cure="Attach it to the torch model and export that")
 
 
 def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
-    """Return the shape of a layer's weight as formulas see it."""
+    """Return the shape of a layer's weight, `[out, in, *k]`."""
     first, second, *rest = kind.held_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
@@ -347,7 +349,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights, each from the first method that has it."""
+    """Return all names of weights, each with the first method that found it."""
     known: Known = {}
     spots = [*spots, *in_heads(spots)]
     for method in METHODS:
@@ -358,13 +360,13 @@ def by_name(spots: Sequence[Spot]) -> Known:
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
-            # The first method that has a name wins, in the order of reliability.
+            # Keep the first method for a name: `METHODS` is in the order of reliability.
             known.setdefault(name, (method, _told_apart(name, at) if method in ("folded_from", "initializer") else at))
     return known
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Merge repeated calls: in node names of later calls, a module's name has a number appended."""
+    """Group the repeated calls of a module: node names of later calls have a number appended to the module's name."""
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -374,16 +376,16 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
-    """Select a module's nodes: equal weights of different modules are stored once, so their node names decide."""
+    """Select a module's nodes by their names, because equal weights of different modules may be stored once."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
 
 
 Placed = list[tuple[Site, Target]]
-"""Each place under the graph's names, with the adapter's target that it comes from."""
+"""Pairs of a site, under the graph's names, and the adapter's target for it."""
 
-Config = Mapping[str, Any] | None
+Config = Mapping[str, object] | None
 
 
 def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None, config: Config) -> Placed:
@@ -392,7 +394,7 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
     except TargetNotFound as error:
         if base is None:
-            cure = f"{error.cure}; pass the base's weights to find layers by their numbers"
+            cure = f"{error.cure}; to find layers by their numbers, pass the base: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
         from .matching import by_values
 
@@ -405,15 +407,15 @@ ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
-    """Return a graph's names, with its attentions under the adapter's word for them.
+    """Return a graph's names, and the same names with the adapter's name for attentions (`attn` or `self_attn`).
 
-    This comes before any family's naming: one of them has `attn.q_proj` as well, with rows in another order.
+    This must run before the naming of families, because one family also has `attn.q_proj`, with rows in another order.
     """
     return {alias: known[name] for alias, name in _own_names(adapter, known).items()} | known
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return the adapter's names of attentions -> the graph's own, if they use different words."""
+    """Return the adapter's name -> the graph's name for weights of attentions, if the two use different words."""
     for one, other in ATTENTION_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
         there = any(f".{other}." in f".{name}" for name in known)
@@ -431,10 +433,14 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
 
 
 def _found(site: Site, asked: Target, known: Known, own: Mapping[str, str]) -> Found:
-    """Return a place; `own` gives the graph's own name of a weight that was found by the adapter's word."""
+    """Return the target at a site; `own` maps an adapter's name of a weight to the graph's name if the two differ."""
     name = site.weight
     if site.target.stacked:
-        raise Unsupported("stacked experts in a graph", where=str(asked), cure="Merge them before the export")
+        raise Unsupported(
+            "the target is a stack of experts, which a graph lacks",
+            where=str(asked),
+            cure="Merge them before the export",
+        )
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has one")
     method, spots = known[name]
@@ -461,7 +467,7 @@ def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
     """Whether the updates see the weight with its first two axes swapped.
 
     Token rows index tokens, which are the inputs of an embedding and the outputs of a head. Updates that store whole
-    weights may store them in the base's order, `in` first.
+    weights may store them in the base's axis order, with `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -1,15 +1,16 @@
-"""An adapter for each row of a batch: factors stacked over adapters, and an input that says which row takes which.
+"""A different adapter for each row of a batch: slots for stacked adapters, and an input that selects one for each row.
 
-One run then serves texts with different adapters, as servers of many LoRAs need. Each target gets two slots, `A`
-`[adapters, in, rank]` and `B` `[adapters, rank, out]` with the scaling inside, and all share the input `adapter_index`
-`[batch]`. Without any of them, the graph computes what the base does, bit for bit: the default is an adapter of rank 0.
+One run can then serve texts with different adapters, as servers of many LoRAs need. Each target has two slots: `A`,
+`[adapters, in, rank]`, and `B`, `[adapters, rank, out]`, which includes the scaling. All targets share the input
+`adapter_index`, `[batch]`. By default, the slots hold an adapter of rank 0, with which the graph computes the same as
+the base, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -25,18 +26,29 @@ from .values import Value
 if TYPE_CHECKING:
     from ..core.updates import Update
     from .found import Found
+    from .layers import Layer
+    from .outlets import Ended
+    from .providers import OrtInput
 
 INDEX = "adapter_index"
-"""Name of the input that has a number of an adapter for each row."""
+"""Name of the input with the number of an adapter for each row."""
 
 ROWS = "adapterkit.rows"
-"""Metadata key of the model under which the name of that input is."""
+"""Metadata key of a model for the name of that input."""
 
 LARGE = 1 << 28
-"""Models with more bytes of numbers in their own file are not copied to work out shapes."""
+"""Models with more bytes of tensors in their own file than this are not copied to infer shapes."""
 
 LINEAR = (MatMul, Gemm, MatMulNBits, MatMulInteger, Attention)
-"""Kinds of layers whose channels are the last axis, behind the rows of the batch."""
+"""Kinds of layers whose first axis is the batch and whose last axis is the channels."""
+
+
+class TargetRows(Protocol):
+    """A layer, or a view of some of its rows: its input, and its output for an input."""
+
+    x: Value
+
+    def __call__(self, x: Value) -> Value: ...
 
 
 class RowSlots:
@@ -53,16 +65,16 @@ class RowSlots:
         self.index = building.slot(("rows", INDEX), INDEX, default, ["batch_of_adapters"])
         self.shapes = _shapes(building.model)
 
-    def output(self, seen: Any, layer: Any, place: Found) -> Value:
-        """Return a layer's output with each row's own change.
+    def output(self, seen: TargetRows, layer: Layer | Ended, place: Found) -> Value:
+        """Return a layer's output, with the change of each row's adapter.
 
         Args:
-            seen: the layer, or the rows of it that the target names.
+            seen: the layer, or a view of the layer's rows that the target names.
             layer: the layer.
             place: the target.
 
         Raises:
-            Unsupported: the method is no LoRA, or the layer has no rows of a batch.
+            Unsupported: the method is not LoRA, or the first axis of the layer's input is not the batch.
         """
         _check(place)
         key = self.building.keep(place)
@@ -73,8 +85,8 @@ class RowSlots:
         sizes = None if shape is None else len(shape)
         flat = sizes == 2
         if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(shape, self.building.model)):
-            why = f"an adapter for each row, where the layer's input has {sizes} axes and no batch first"
-            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots, mode='slots'")
+            why = f"rows cannot have different adapters: the layer's input has {sizes} axes, without a batch axis"
+            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots (mode='slots')")
         one = self.building.literal(np.array([1]))
         rows = branch.node("Unsqueeze", [x.value, one], None, x.dtype, None) if flat else x.value
         for name in ("A", "B"):
@@ -85,7 +97,7 @@ class RowSlots:
         total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
         return Value(branch, before.sizes, np.dtype(layer.dtype), total)
 
-    def _slots(self, update: Update, layer: Any, place: Found) -> dict[str, ir.Value]:
+    def _slots(self, update: Update, layer: Layer | Ended, place: Found) -> dict[str, ir.Value]:
         stem, (out, into) = (
             f"{place.target}.{update.method}",
             (update.tensors["B"].shape[0], update.tensors["A"].shape[1]),
@@ -103,7 +115,7 @@ class RowSlots:
         listed = []
         for place, slots in self.made.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # The scaling is inside of B.
+            # List the slot of B for the scaling, too, because B includes it.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())
@@ -112,19 +124,19 @@ class RowSlots:
 
 
 def _check(place: Found) -> None:
-    cure = "Inject it with --mode slots, mode='slots', and run rows of one adapter together"
+    cure = "Inject it with --mode slots (mode='slots'), and run the rows of each adapter together"
     if len(place.updates) != 1 or place.updates[0].method != "lora" or place.updates[0].changes_bias:
         methods = ", ".join(update.method for update in place.updates)
-        raise Unsupported(f"an adapter for each row of {methods}", where=str(place.asked), cure=cure)
+        raise Unsupported(f"rows cannot have different adapters of {methods}", where=str(place.asked), cure=cure)
     if place.norm is not None or place.turned or not all(issubclass(spot.kind, LINEAR) for spot in place.spots):
         kinds = ", ".join(sorted({spot.node.op_type for spot in place.spots})) or "module"
-        raise Unsupported(f"an adapter for each row at a {kinds}", where=str(place.asked), cure=cure)
+        raise Unsupported(f"rows cannot have different adapters at a {kinds}", where=str(place.asked), cure=cure)
 
 
 def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
-    """Return the shapes that ONNX works out for values whose shapes the exporter did not write.
+    """Return the shapes that ONNX infers for values whose shapes the exporter did not write.
 
-    A matrix and a stack of matrices want different nodes, so the number of axes has to be known.
+    The nodes for a matrix and for a stack of matrices differ, so the number of axes must be known.
     """
     import onnx
 
@@ -134,34 +146,34 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     try:
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         worked_out = ir.from_proto(proto)
-    except Exception:  # Its errors have no common base class. Without shapes, the check decides.
+    except Exception:  # ONNX's errors have no common base class. Without shapes, the check decides.
         return {}
     outputs = (out for node in worked_out.graph for out in node.outputs)
     return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
 
 
 def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a matrix is the batch: it may also be all tokens of all texts."""
+    """Whether the first axis of a matrix is the batch; it may also be the tokens of all texts together."""
     first = None if shape is None else shape[0]
     batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
     return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)
 
 
 def factors_of(update: Update) -> dict[str, Array]:
-    """Return a LoRA's factors as a stack of one, in the slots' layout, float64."""
+    """Return a LoRA's factors as a stack of one adapter, in the layout of the slots, float64."""
     A, B = (as_array(update.tensors[name]).astype(np.float64) for name in ("A", "B"))
     return {"A": A.T[None], "B": B.T[None] * float(getattr(update, "scaling", 1.0))}
 
 
 def stacked(
-    names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, Any]
+    names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, OrtInput]
 ) -> dict[str, Array]:  # fmt: skip
     """Return the slots' values for a batch.
 
     Args:
         names: the adapter of each row; None for the base.
-        loaded: the adapters: slot -> a stack of one.
-        slots: all slots, with their declared shapes.
+        loaded: for each adapter, slot -> a stack of one adapter.
+        slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))
     feeds: dict[str, Array] = {INDEX: np.array([order.index(name) for name in names], np.int64)}

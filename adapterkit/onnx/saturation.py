@@ -1,7 +1,7 @@
 """Count values that static quantization clips because its ranges were calibrated without the adapter.
 
 A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, they are
-clipped there, and nothing in the graph shows it. So both graphs are run and the clipped values counted.
+clipped, and nothing in the graph shows it. So this module runs both graphs and counts the clipped values.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,11 @@ from .model_file import inline
 from .operands import attribute, is_constant, numbers
 from .providers import session_of
 
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 CURE = (
-    "Its ranges were calibrated without the adapter: merge the adapter into the floating-point model, and quantize "
+    "The ranges were calibrated without the adapter: merge the adapter into the floating-point model, and quantize "
     "that with the same calibration data"
 )
 
@@ -30,8 +33,8 @@ class Saturation:
     """Values that quantization clips.
 
     Attributes:
-        nodes: QuantizeLinear node -> how many values it clips without and with the adapter; only nodes that clip any.
-        values: how many values there are in all.
+        nodes: for each QuantizeLinear that clips values, how many it clips without and with the adapter.
+        values: the number of quantized values.
     """
 
     nodes: Mapping[str, tuple[int, int]]
@@ -39,12 +42,12 @@ class Saturation:
 
     @property
     def before(self) -> int:
-        """How many values are clipped without the adapter."""
+        """The number of values that are clipped without the adapter."""
         return sum(before for before, _ in self.nodes.values())
 
     @property
     def after(self) -> int:
-        """How many values are clipped with the adapter."""
+        """The number of values that are clipped with the adapter."""
         return sum(after for _, after in self.nodes.values())
 
     @property
@@ -58,14 +61,14 @@ class Saturation:
             f"it, most of them at {worst}. {CURE}"
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the numbers as plain data."""
         nodes = {name: list(counts) for name, counts in self.nodes.items()}
         return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes}
 
 
 def quantizers(model: ir.Model) -> list[ir.Node]:
-    """Return the nodes of the main graph that quantize non-constant values by a stored scale."""
+    """Return the nodes of the main graph that quantize activations by a stored scale."""
     return [
         node
         for node in model.graph
@@ -81,7 +84,7 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
         before: the original graph.
         after: the graph with the adapter.
         feeds: inputs of the original graph.
-        more: additional inputs of the other one.
+        more: additional inputs of the graph with the adapter.
     """
     without, _ = _clipped(before, feeds)
     counts, values = _clipped(after, {**feeds, **more})
@@ -90,17 +93,17 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
 
 
 def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
-    """Return warnings about static quantization in a graph with an adapter; none if it clips no more than before."""
+    """Return a warning about static quantization in a graph with an adapter, unless it clips no more than before."""
     if found is not None:
         return () if found.warning is None else (found.warning,)
     if not quantizers(model):
         return ()
-    how = "The check, which counts them, did not run: leave --no-check, check=False away, or pass inputs, check={...}"
+    how = "The check, which counts them, did not run: omit --no-check (check=False), or pass inputs (check={...})"
     return (f"static quantization may clip values that are larger with the adapter. {CURE}. {how}",)
 
 
 def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int], int]:
-    """Return node -> clipped values, and the number of all values."""
+    """Return the number of clipped values of each node, and the number of all values."""
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
     # Declare the quantizers' inputs as outputs, so that a run returns them.
@@ -120,18 +123,18 @@ def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int
 def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
     taken = {value.name for value in model.graph.inputs}
     names = list(dict.fromkeys(names))
-    inputs = [name for name in names if name in taken]  # onnxruntime refuses outputs that are also inputs.
+    inputs = [name for name in names if name in taken]  # onnxruntime refuses an output that is also an input.
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
-    # Without optimizations, no quantizer is fused with its neighbours, and its input is the one in the graph.
+    # Do not optimize, so that no quantizer is fused with its neighbours and each has its input from the graph.
     session = session_of(inline(model), optimized=False)
     results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
 
 
 def _beyond(node: ir.Node, x: Array) -> int:
-    """Return how many values of x the node clips."""
+    """Return how many values of x a node clips."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if zero is None and (told := attribute(node, "output_dtype", 0)):
@@ -150,5 +153,5 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # A range that ends at the zero point stands for a Relu, so clipping at that end is intended.
+    # Do not count clipping at an end that is the zero point: the range stands for a Relu, and clips on purpose.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

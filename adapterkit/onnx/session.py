@@ -1,4 +1,4 @@
-"""Run a model with slots: load it once, and swap its adapters between runs."""
+"""Run a model with slots in onnxruntime: load the model once, and swap adapters between runs."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from ..io.lazy import as_array
 from ..io.locations import located
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from ..io.safetensors import handles, read_header
-from .building import Array
+from .building import Array, Dtype
 from .folders import graphs_in
 from .model_file import opened
-from .providers import CPU, CUDA, best_provider, named, quiet_options
+from .providers import CPU, CUDA, OrtBinding, OrtInput, OrtSession, OrtValue, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
 from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ..io.strict_json import JsonValue
+    from ..io.lazy import Lazy
     from .reading import Base
 
 _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
     **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
-"""onnxruntime's name of an element type -> numpy's."""
+"""onnxruntime's name of an element type -> numpy's name."""
 
 
-def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
-    """Check one tensor against its slot.
+def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
+    """Check that a tensor fits its slot.
 
     Raises:
-        TargetNotFound: there is no such slot; names the nearest.
+        TargetNotFound: there is no such slot; the error gives the nearest name.
         ShapeMismatch: the tensor has another dtype or shape.
     """
     if name not in slots:
@@ -51,17 +51,21 @@ def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> 
         raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
-        raise ShapeMismatch(f"{array.dtype} for a slot of {kind}", path=path, where=name, cure=_MADE)
+        raise ShapeMismatch(
+            f"the tensor has dtype {array.dtype}, and its slot {kind}", path=path, where=name, cure=_MADE
+        )
     sizes = zip(declared, array.shape, strict=False)
     if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
-        raise ShapeMismatch(f"{list(array.shape)} for a slot of {declared}", path=path, where=name, cure=_MADE)
+        raise ShapeMismatch(
+            f"the tensor has shape {list(array.shape)}, and its slot {declared}", path=path, where=name, cure=_MADE
+        )
 
 
-def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
-    """Check that the slots of one update agree on open sizes such as the rank; a missing slot counts as size 0.
+def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
+    """Check that the tensors of one update agree on open sizes such as the rank; a missing tensor has size 0.
 
     Raises:
-        ShapeMismatch: they disagree.
+        ShapeMismatch: two tensors have different sizes.
     """
     stems = {name.rpartition(".")[0] for name in feeds}
     open_sizes: dict[tuple[str, str], int] = {}
@@ -73,58 +77,61 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: A
             own = feeds[name].shape[axis] if name in feeds else 0
             word = size.removeprefix(f"{name}.")
             if open_sizes.setdefault((stem, word), own) != own:
-                why = f"{word} is {own} here and {open_sizes[stem, word]} in the tensor beside it"
+                why = f"{word} is {own} here and {open_sizes[stem, word]} in another tensor of the same update"
                 raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
 
 
-def kind_of(entry: Any) -> np.dtype[Any]:
+def kind_of(entry: OrtInput) -> Dtype:
     """Return the numpy dtype of a session's input or slot.
 
     Raises:
-        Unsupported: arrays have no such type.
+        Unsupported: numpy has no such dtype.
     """
     name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
     if name is None:
-        raise Unsupported(f"an input of {entry.type}", where=entry.name, cure="Run the model with onnxruntime itself")
+        raise Unsupported(
+            f"the input has the type {entry.type}, which numpy lacks",
+            where=entry.name,
+            cure="Run the model with onnxruntime itself",
+        )
     if name == "bfloat16":
-        kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        kind: Dtype = np.dtype(import_module("ml_dtypes").bfloat16)
         return kind
     return np.dtype(name)
 
 
 PAST = "past_key_values."
-"""How the names of a language model's cached keys and values begin."""
+"""Prefix of the names of a language model's cached keys and values."""
 
 MOST_NAMED = 4
-"""Inputs that an error names, with their shapes."""
+"""Largest number of inputs that an error lists."""
 
-_MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
+_MADE = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 
-# Run a model with slots: load it once, and swap its adapters between runs.
-#
+# Run a model with slots in onnxruntime: load the model once, and swap adapters between runs.
 # Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
-# reasons. A run that outlives it reads freed memory. Bindings ignore it. If two adapters set the same slot, the first
-# one silently wins. And from Python, it stays in CPU memory.
+# reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore it. If two adapters set the same
+# slot, onnxruntime silently uses the first one. From Python, it stays in CPU memory.
 
 
 Provider = str | tuple[str, Mapping[str, Any]]
-"""A provider by name, or with options."""
+"""A provider: its name, or its name and options."""
 
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
-"""The adapters of a run: one by name, several with a weight each, one for each row of the batch, or None."""
+"""The adapters of a run: one name, a weight for each of several names, a name for each row of the batch, or None."""
 
 
 class Session:
     """A model in onnxruntime.
 
     Args:
-        model: the file, or a folder with one graph; it must have slots to load adapters. For a folder of several
-            graphs, see `FolderSession`.
+        model: the file, or a folder with one graph; to load adapters, the graph must have slots. For a folder of
+            several graphs, see `FolderSession`.
         adapters: adapters to load, by name; see `load`.
-        providers: what to run on, in order: names such as `cuda`, `openvino`, `coreml`, `directml` and `cpu`, or
-            onnxruntime's own, each alone or with a mapping of its options. By default CUDA if there is a device for it,
-            else the CPU.
+        providers: the execution providers, in order of preference: names such as `cuda`, `openvino`, `coreml`,
+            `directml` and `cpu`, or onnxruntime's names, each alone or with a mapping of options. By default, CUDA if
+            there is a device for it, otherwise the CPU.
 
     Attributes:
         inputs: names of the required inputs.
@@ -133,7 +140,7 @@ class Session:
 
     Raises:
         StorageError, Malformed: the model cannot be read, or onnxruntime refuses it.
-        UsageError: a requested provider does not run here.
+        UsageError: a requested provider is not available here.
     """
 
     def __init__(
@@ -141,33 +148,33 @@ class Session:
         providers: Sequence[Provider] | None = None,
     ) -> None:  # fmt: skip
         self._path = _only_graph(located(model))
-        opened(self._path)  # Refuses bad external data, before onnxruntime reads any.
+        opened(self._path)  # Refuse bad external data before onnxruntime reads it.
         self._session = _started(self._path, providers)
         metadata = self._session.get_modelmeta().custom_metadata_map
         fills = fills_of(metadata)
         entries = {entry.name: entry for entry in self._session.get_inputs()}
         self._entries = {name: entry for name, entry in entries.items() if name not in fills}
-        # onnxruntime calls inputs with a default overridable initializers.
+        # onnxruntime's name for inputs with a default is overridable initializers.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self._slots |= {name: entry for name, entry in entries.items() if name in fills}
         declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}
         self._neutral = {name: _value(array) for name, array in neutral(fills, declared).items()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
-        self._loaded: dict[str, dict[str, tuple[Array, Any]]] = {}
+        self._loaded: dict[str, dict[str, tuple[Array, OrtValue]]] = {}
         self._by_rows = ROWS in metadata
-        self._stacks: dict[tuple[str | None, ...], dict[str, Any]] = {}
+        self._stacks: dict[tuple[str | None, ...], dict[str, OrtValue]] = {}
         for name, adapter in (adapters or {}).items():
             self.load(name, adapter)
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """The providers that the session really runs on."""
+        """The providers that the session runs on."""
         return tuple(self._session.get_providers())
 
     @property
     def types(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """The dtype and the sizes of each input; names stand for open sizes."""
+        """The dtype and the sizes of each input; an open size is a name."""
         return {name: (str(kind_of(entry)), tuple(entry.shape)) for name, entry in self._entries.items()}
 
     @property
@@ -179,33 +186,35 @@ class Session:
         self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = (),
         base_weights: Base | None = None,
     ) -> None:  # fmt: skip
-        """Load an adapter under a name, replacing one of that name; it stays on the session's device.
+        """Load an adapter under a name to the session's device, and replace an adapter of that name.
 
         Args:
-            name: the name for `run`.
-            adapter: an `.onnx_adapter` file for this model's slots, a file that `write_adapter` wrote for them, an
-                adapter, or the path of one in any format, such as an `.onnx_adapter` file that Olive made for a graph
-                of its own.
+            name: the adapter's name in calls of `run`.
+            adapter: an `.onnx_adapter` file for this model's slots, another file that `write_adapter` wrote for them,
+                an adapter, or the path of an adapter in any format, such as an `.onnx_adapter` file that Olive wrote
+                for its own graph.
             rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
         Raises:
-            TargetNotFound: the model has no slot for a tensor, or a rule matches no target; names the nearest.
-            UsageError: rules with an `.onnx_adapter` file, whose names are those of slots.
-            ShapeMismatch: a tensor does not fit its slot, or the other tensors.
+            TargetNotFound: the model has no slot for a tensor, or a rule matches no target; the error gives the nearest
+                name.
+            UsageError: rules are given for an `.onnx_adapter` file, which has names of slots instead of targets.
+            ShapeMismatch: a tensor does not fit its slot, or the other tensors of its update.
             Malformed: the file is damaged.
         """
         path = None if isinstance(adapter, Adapter) else adapter
-        values = {} if path is None else _slot_values(path)
+        values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Olive's names are those of its own graphs; they tell targets, which this model may call otherwise.
+        # Read a file with Olive's names as an adapter: the names are those of Olive's graph, but they contain the
+        # targets.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
         if ready_made:
             assert path is not None
             if rename:
-                cure = "Leave rename= (--rename) out, or give the adapter that the file was written from"
+                cure = "Omit --rename (rename=), or pass the adapter that the file was written from"
                 raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in values.items()}
         else:
@@ -232,16 +241,17 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: an array for each of `inputs`, and for any slot or other optional input. A language
-                model needs only `input_ids` of one text: the past is empty, the mask shows all, positions go on.
-            adapter: the adapter's name; or several names with weights, at disjoint targets; or a list with a name, or
-                None, for each row of the batch, if the model was made by `inject` with `mode="rows"`; None for the bare
-                model, bit for bit.
-            outputs: which outputs to return; all by default.
+            inputs: an array for each name in `inputs`, and for any slot or other optional input. For one text, a
+                language model only needs `input_ids`: by default, the past is empty, the mask shows all tokens, and
+                positions count up.
+            adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
+                model by `inject` with `mode="rows"`, a list with a name or None for each row of the batch. None runs
+                the bare model, bit for bit.
+            outputs: the names of the outputs to return; all by default.
 
         Raises:
-            UsageError: an input is missing, unknown or of another dtype, or no adapter of a name is loaded.
-            ShapeMismatch: an input does not fit.
+            UsageError: an input is missing, unknown or of another dtype; or no adapter of this name is loaded.
+            ShapeMismatch: the shape of an input does not fit.
             Unsupported: two adapters use the same slot, or a weighted adapter's method has no scaling.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
@@ -250,7 +260,7 @@ class Session:
         if missing := [name for name in self.inputs if name not in feeds]:
             told = ", ".join(f"{name} {self._shape(name)}" for name in missing[:MOST_NAMED])
             more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-            raise UsageError(f"no input {told}{more}", path=self._path, cure="Pass an array for each input")
+            raise UsageError(f"no input {told}{more} was given", path=self._path, cure="Pass an array for each input")
         names = list(self.outputs if outputs is None else outputs)
         for name in names:
             if name not in self.outputs:
@@ -260,14 +270,16 @@ class Session:
         else:
             chosen = self._chosen(adapter)
         if both := sorted(feeds.keys() & chosen.keys()):
-            cure = "Leave one of the two out"
-            raise Unsupported("fed, and held by the adapter", path=self._path, where=both[0], cure=cure)
+            cure = "Omit the input or the adapter"
+            raise Unsupported(
+                "the slot is fed as an input, and held by the adapter", path=self._path, where=both[0], cure=cure
+            )
         feeds = self._neutral | feeds | chosen
         try:
             results = self._session.run_with_ort_values(names, feeds)
         except Exception as error:  # onnxruntime's errors have no common base class.
             why = f"onnxruntime cannot run it ({first_line(error)})"
-            cure = "Pass inputs whose sizes go together"
+            cure = "Pass inputs whose sizes match each other"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
 
@@ -275,31 +287,31 @@ class Session:
         self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
         attention_mask: object = None,
     ) -> Array:  # fmt: skip
-        """Continue texts greedily: the most likely token, again and again. For sampling, call `run` in a loop.
+        """Continue texts greedily, always with the most likely token. For sampling, call `run` in a loop.
 
         Args:
-            input_ids: the tokens, [batch, length], or [length] for one text. Shorter texts are padded on the left.
-            max_new_tokens: tokens to add at most.
-            adapter: as in `run`; a list of names for rows of different adapters.
-            end: the token, or tokens, after which a text ends; `eos_token_id` of the model's `generation_config.json`.
-                Texts that ended before others are filled with the first of them.
-            attention_mask: 0 where a text is padded, [batch, length]; needed for several texts.
+            input_ids: the tokens, `[batch, length]`, or `[length]` for one text. Pad shorter texts on the left.
+            max_new_tokens: the largest number of tokens to add.
+            adapter: the adapters, as in `run`.
+            end: the token or tokens that end a text, such as `eos_token_id` in the model's `generation_config.json`.
+                Texts that end before others are padded with the first of these tokens.
+            attention_mask: 0 for padding and 1 for tokens, `[batch, length]`; required for several texts.
 
         Returns:
-            all tokens, [batch, length + new].
+            all tokens, `[batch, length + new]`.
 
         Raises:
-            UsageError: the model is no language model with a past, the prompt is empty, or a mask is missing or hides
-                the last token.
+            UsageError: the model is not a language model with a past, the prompt is empty, or a mask is missing or
+                hides the last token.
             And what `run` raises.
         """
         past = [name for name in self.inputs if name.startswith(PAST)]
         if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
-            cure = "Export it by adapterkit export, and call run for models of other kinds"
+            cure = "Export a language model with adapterkit export; for other models, call run"
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
         tokens, mask = _prompt(input_ids, attention_mask)
         ends = [end] if isinstance(end, int) else list(end)
-        feeds: dict[str, Any] = {"input_ids": tokens}
+        feeds: dict[str, Array] = {"input_ids": tokens}
         done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
             told = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
@@ -314,22 +326,29 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens and the positions of the last ones, for inputs that a model has."""
+        """Return the mask of all tokens and the positions of the last `length`, if the model has these inputs."""
         made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
 
     async def run_async(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        """Run the model in a thread, as `run` does; onnxruntime leaves Python free meanwhile."""
+        """Call `run` in a thread; meanwhile, onnxruntime does not block Python."""
         return await asyncio.to_thread(self.run, inputs, adapter, outputs)
 
-    async def generate_async(self, input_ids: object, **options: Any) -> Array:
-        """Continue texts in a thread, as `generate` does."""
-        return await asyncio.to_thread(partial(self.generate, input_ids, **options))
+    async def generate_async(
+        self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
+        attention_mask: object = None,
+    ) -> Array:  # fmt: skip
+        """Call `generate` in a thread."""
+        call = partial(
+            self.generate, input_ids, max_new_tokens=max_new_tokens, adapter=adapter, end=end,
+            attention_mask=attention_mask,
+        )  # fmt: skip
+        return await asyncio.to_thread(call)
 
-    def _usual(self, inputs: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Array]:
-        """Return what a language model's inputs are where they are not given: an empty past, everything shown."""
+    def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
+        """Return defaults for missing inputs of a language model: empty past, mask that shows all tokens, positions."""
         ids = inputs.get("input_ids")
         if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
             return {}
@@ -347,10 +366,10 @@ class Session:
                 and all(isinstance(shape[i], int) for i in (1, 3))
             ):
                 made[name] = np.zeros((batch, shape[1], 0, shape[3]), kind_of(entry))
-            elif name == "attention_mask" and batch == 1:  # Several texts may be padded, which only a mask tells.
+            elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # Behind padding, which a mask tells, positions may begin anywhere; then they must be given, too.
+                # If a mask shows padding, positions must be given, because they may begin at any number.
                 made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return made
 
@@ -363,34 +382,36 @@ class Session:
         adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
         return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
-    def binding(self, adapter: Choice = None) -> Any:
-        """Return an onnxruntime binding with an adapter's slots bound; bind inputs and outputs, then call `run_bound`.
+    def binding(self, adapter: Choice = None) -> OrtBinding:
+        """Return an onnxruntime binding with an adapter's slots; bind inputs and outputs to it, then call `run_bound`.
 
-        With a binding, outputs such as past keys and values stay on the device. onnxruntime itself ignores the adapters
-        of run options in a binding.
+        With a binding, outputs such as past keys and values stay on the device. Use this method for adapters:
+        onnxruntime ignores the adapters of run options if there is a binding.
 
         Raises:
-            UsageError, Unsupported: as `run`.
+            UsageError, Unsupported: as in `run`.
         """
         binding = self._session.io_binding()
         if adapter is not None and not isinstance(adapter, str | Mapping):
-            raise UsageError("a binding takes one adapter", path=self._path, cure="Call run for a batch of several")
+            raise UsageError(
+                "a binding takes one adapter", path=self._path, cure="Call run for a batch with several adapters"
+            )
         for key, value in self._chosen(adapter).items():
             binding.bind_ortvalue_input(key, value)
         return binding
 
-    def run_bound(self, binding: object) -> None:
-        """Run the model on a binding; the results are in the binding.
+    def run_bound(self, binding: OrtBinding) -> None:
+        """Run the model on a binding, which receives the outputs.
 
         Raises:
-            UsageError: onnxruntime refuses it, e.g. because an input is not bound.
+            UsageError: onnxruntime refuses the binding, e.g. because an input is not bound.
         """
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common base class.
             why, cure = (
                 f"onnxruntime cannot run it ({first_line(error)})",
-                "Bind every input, and every output that is wanted",
+                "Bind every input, and each output that you need",
             )
             raise UsageError(why, path=self._path, cure=cure) from None
 
@@ -401,36 +422,41 @@ class Session:
             raise UsageError(f"no input {name!r}", path=self._path, cure=cure)
         array, kind = np.asarray(given), kind_of(entry)
         if array.dtype != kind:
-            raise UsageError(f"{array.dtype} for an input of {kind}", path=self._path, where=name, cure="Cast it")
+            raise UsageError(
+                f"the array has dtype {array.dtype}, and the input {kind}",
+                path=self._path,
+                where=name,
+                cure="Cast the array",
+            )
         return array
 
-    def _named(self, name: str) -> dict[str, tuple[Array, Any]]:
+    def _named(self, name: str) -> dict[str, tuple[Array, OrtValue]]:
         if name not in self._loaded:
             cure = nearest(name, self._loaded) or f"Loaded: {', '.join(self._loaded) or 'none'}"
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
         return self._loaded[name]
 
-    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, JsonValue]:
+    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, OrtValue]:
         weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-        feeds: dict[str, Any] = {}
+        feeds: dict[str, OrtValue] = {}
         for name, weight in weights.items():
             held = self._named(name)
             if both := sorted(feeds.keys() & held.keys()):
-                cure = "Make one adapter of them by adapterkit.ops.add and load that"
-                raise Unsupported(f"{name!r} and another adapter want one slot", where=both[0], cure=cure)
+                cure = "Combine them with adapterkit.ops.add, and load the result"
+                raise Unsupported(f"{name!r} and another adapter use the same slot", where=both[0], cure=cure)
             feeds |= {key: value for key, (_, value) in held.items()}
             if weight != 1:
                 feeds |= self._weighed(name, held, weight)
         return feeds
 
-    def _of_rows(self, names: list[str | None], inputs: Mapping[str, Any]) -> dict[str, JsonValue]:
+    def _of_rows(self, names: list[str | None], inputs: Mapping[str, npt.ArrayLike]) -> dict[str, OrtValue]:
         """Return the stacked slots for a batch with an adapter for each row.
 
         Raises:
-            UsageError: the model has no such slots, or a batch of another size.
+            UsageError: the model has no stacked slots, or the batch has another size.
         """
         if not self._by_rows:
-            cure = "Inject with mode='rows' (--mode rows), or run the rows of each adapter by themselves"
+            cure = "Inject with --mode rows (mode='rows'), or run the rows of each adapter separately"
             raise UsageError("the model takes one adapter for the whole batch", path=self._path, cure=cure)
         sizes = {np.shape(array)[0] for array in inputs.values() if np.ndim(array)}
         if len(names) not in sizes:
@@ -447,21 +473,21 @@ class Session:
         index = np.array([order.index(name) for name in names], np.int64)
         return self._stacks[order] | {INDEX: self._placed(index)}
 
-    def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, JsonValue]:
-        """Return the scalings of an adapter, multiplied by a weight."""
+    def _weighed(self, name: str, held: Mapping[str, tuple[Array, OrtValue]], weight: float) -> dict[str, OrtValue]:
+        """Return the scaling slots of an adapter, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in held}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
-            cure = "Run it at weight 1, or scale it by adapterkit.ops.scale and load that"
-            raise Unsupported(f"{name!r} has nothing to weigh it by", where=bare[0], cure=cure)
+            cure = "Run it at weight 1, or scale it with adapterkit.ops.scale and load the result"
+            raise Unsupported(f"{name!r} has no scaling that a weight could multiply", where=bare[0], cure=cure)
         keys = [f"{stem}.scaling" for stem in sorted(stems)]
         return {key: self._placed((held[key][0] * weight).astype(held[key][0].dtype)) for key in keys}
 
-    def _placed(self, array: Array) -> Any:
+    def _placed(self, array: Array) -> OrtValue:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
 
 
 def _only_graph(path: Path) -> Path:
-    """Return the graph of a folder that has one; a file as it is.
+    """Return the graph of a folder with one graph; return a file unchanged.
 
     Raises:
         UsageError: the folder has several graphs.
@@ -471,34 +497,36 @@ def _only_graph(path: Path) -> Path:
     found = graphs_in(path)
     if len(found) > 1:
         names = ", ".join(file.relative_to(path).as_posix() for file in found[:MOST_NAMED])
-        cure = "Open the folder by adapterkit.onnx.FolderSession, or name one of its graphs"
-        raise UsageError(f"a folder of several graphs: {names}", path=path, cure=cure)
+        cure = "Open the folder with adapterkit.onnx.FolderSession, or pass one of the graphs"
+        raise UsageError(f"the model is a folder of several graphs: {names}", path=path, cure=cure)
     return found[0] if found else path
 
 
 def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
-    """Return tokens and their mask, `[batch, length]`."""
+    """Return the tokens and their mask, `[batch, length]`."""
     tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
     if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:
-        why = f"a prompt of shape {list(tokens.shape)}"
-        raise UsageError(why, where="input_ids", cure="Pass texts of at least one token, [batch, length]")
+        why = f"the prompt has shape {list(tokens.shape)}"
+        raise UsageError(why, where="input_ids", cure="Pass texts of at least one token: [batch, length]")
     if attention_mask is None:
         if len(tokens) > 1:
-            cure = "Pass attention_mask=: 0 where a text is padded on the left, else 1"
-            raise UsageError(f"no mask for {len(tokens)} texts", where="attention_mask", cure=cure)
+            cure = "Pass attention_mask= with 0 for padding on the left and 1 for tokens"
+            raise UsageError(f"a mask is required for {len(tokens)} texts", where="attention_mask", cure=cure)
         return tokens, np.ones_like(tokens)
     mask = np.atleast_2d(np.asarray(attention_mask, np.int64))
     if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
-        why = f"a mask of shape {list(mask.shape)} for tokens of {list(tokens.shape)}"
-        raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token")
+        why = (
+            f"the mask has shape {list(mask.shape)} or other numbers than 0 and 1; the tokens have {list(tokens.shape)}"
+        )
+        raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():
-        cure = "Pad on the left, for instance by tokenizer.padding_side = 'left'"
-        raise UsageError("a mask that hides the last token", where="attention_mask", cure=cure)
+        cure = "Pad on the left, for example with tokenizer.padding_side = 'left'"
+        raise UsageError("the mask hides the last token", where="attention_mask", cure=cure)
     return tokens, mask
 
 
-def _slot_values(path: str | PathLike[str]) -> dict[str, Any] | None:
-    """Return the tensors of a file that has them by the names of slots; None for any other adapter."""
+def _slot_values(path: str | PathLike[str]) -> dict[str, Lazy] | None:
+    """Return the tensors of a file by the names of slots; None for an adapter in another format."""
     if is_ort_adapter(path):
         return dict(read_ort_adapter(path).tensors)
     if not str(path).lower().endswith(SAFETENSORS) or not Path(path).is_file():
@@ -507,19 +535,21 @@ def _slot_values(path: str | PathLike[str]) -> dict[str, Any] | None:
     return handles(header) if header.metadata.get("format") == KIND["format"] else None
 
 
-def _value(array: Array, device: str = "cpu") -> Any:
+def _value(array: Array, device: str = "cpu") -> OrtValue:
     onnxruntime: Any = import_module("onnxruntime")
     whole = np.ascontiguousarray(array)
     if whole.dtype.kind == "V" or whole.dtype.name == "bfloat16":
         from onnx import TensorProto
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
-    # ascontiguousarray turns a scalar into shape [1], so its shape is restored.
-    return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
+        narrow: OrtValue = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+        return narrow
+    # Restore the shape, because ascontiguousarray turns a scalar into shape [1].
+    value: OrtValue = onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
+    return value
 
 
-def _array(value: Any) -> Array:
-    """Return a result as an array; onnxruntime cannot convert bfloat16 to numpy, so that goes through torch."""
+def _array(value: OrtValue) -> Array:
+    """Return a result as an array; convert bfloat16 with torch, because onnxruntime cannot convert it to numpy."""
     if value.data_type() != "tensor(bfloat16)":
         array: Array = value.numpy()
         return array
@@ -528,35 +558,37 @@ def _array(value: Any) -> Array:
     return bits.view(ml_dtypes.bfloat16)
 
 
-def _started(path: Path, providers: Sequence[Provider] | None) -> Any:
+def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()  # onnxruntime warns about every slot, because it is not constant.
+    options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because slots are not constant.
     given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, own) if own else name for name, own in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
-    # onnxruntime warns, fails or silently uses another provider, depending on its version. So check first.
+    # Check the providers first: for a missing one, onnxruntime warns, fails or silently uses another, by version.
     names = [name for name, _ in asked]
-    _refuse([name for name in names if name not in onnxruntime.get_available_providers()], onnxruntime)
+    available: list[str] = onnxruntime.get_available_providers()
+    _refuse([name for name in names if name not in available], available)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        session: OrtSession = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error) or type(error).__name__ == "NotImplemented":
             why, cure = (
-                f"onnxruntime has no kernel for it here ({first_line(error)})",
+                f"onnxruntime has no kernel for the model here ({first_line(error)})",
                 "Export it in float32 or float16",
             )
             raise Unsupported(why, path=path, cure=cure) from None
-        raise Malformed(f"onnxruntime refuses it ({first_line(error)})", path=path, cure="Export it again") from None
-    _refuse([name for name in names if name not in session.get_providers()], onnxruntime)
+        raise Malformed(
+            f"onnxruntime refuses the model ({first_line(error)})", path=path, cure="Export it again"
+        ) from None
+    _refuse([name for name in names if name not in session.get_providers()], available)
     return session
 
 
-def _refuse(lacking: Sequence[str], onnxruntime: Any) -> None:
+def _refuse(lacking: Sequence[str], available: Sequence[str]) -> None:
     if lacking:
-        available = ", ".join(onnxruntime.get_available_providers())
-        cure = f"onnxruntime here was built with {available}; adapterkit doctor tells which of them run"
+        cure = f"onnxruntime here was built with {', '.join(available)}; adapterkit doctor shows which of these run"
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 
-_OUTPUTS = "Leave outputs out to have all"
+_OUTPUTS = "Omit outputs= to get all outputs"

@@ -1,7 +1,8 @@
-"""Shadow's side network in a graph, and the state that blocks pass on.
+"""Add Shadow's side network to a graph, and pass its state from block to block.
 
-torch's exporter traces the network, with the class and sizes of the base's `config.json`. It reads the graph's own
-inputs. If there is a past, its tokens are read again: a token's state depends on the network alone, not on the cache.
+torch's exporter traces the network, whose class and sizes come from the base's `config.json`. The network reads the
+graph's inputs. If there is a past, the network reads the past's tokens again, because the cache does not have their
+states.
 """
 
 from __future__ import annotations
@@ -35,29 +36,36 @@ from .tokens import (
 from .values import Sizes, Value, plain
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..io.lazy import Leaf
+    from ..methods.shadow import Shadow
     from .calls import CallWords, Heard
+    from .layers import Layer
+    from .outlets import Ended
+    from .pretrained_calls import PretrainedModel
 
 SHADOW = "shadow"
 
 Fixed = tuple[int, int] | None
-"""Rows and positions of every call, or None where they are open."""
+"""The fixed numbers of rows and positions of every call; None if they are open."""
 
 
 class Shadows:
-    """The state on its way from block to block.
+    """The state that blocks pass on.
 
     Args:
-        words: the words of the model's call.
-        config: returns the base's config, to create a network like the base.
+        words: the inputs of the model's call.
+        config: returns the base's config, from which the network is created.
     """
 
-    def __init__(self, words: CallWords, config: Callable[[], Mapping[str, Any]] | None) -> None:
+    def __init__(self, words: CallWords, config: Callable[[], Mapping[str, object]] | None) -> None:
         self.words, self.config = words, config
         self.value = words.input(SHADOW)
         self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None
 
-    def reached(self, update: Any, heard: Heard) -> ir.Value:
-        """Return the state before a block: what the previous block passed on, or the network's output."""
+    def reached(self, update: Shadow, heard: Heard) -> ir.Value:
+        """Return the state before a block: the state of the previous block, or the network's output."""
         if self.waiting is not None:
             branch, y, state = self.waiting
             last, self.waiting, self.value = y.producer(), None, state
@@ -68,13 +76,13 @@ class Shadows:
         return self.value if self.value is not None else _network(update, heard, self._model())
 
     def close(self) -> None:
-        """Drop the state after the last block, which nothing reads."""
+        """Drop the state after the last block, which no block reads."""
         if self.waiting is not None:
             self.waiting[0].close()
             self.waiting = None
 
-    def _model(self) -> Any:
-        """Return the base's architecture without numbers."""
+    def _model(self) -> PretrainedModel:
+        """Return a model of the base's architecture without weights."""
         if find_spec("transformers") is None:
             cure = "pip install 'adapterkit[transformers]'"
             raise UsageError("a network like the base needs transformers, which is not installed", cure=cure)
@@ -82,15 +90,18 @@ class Shadows:
         auto, torch = import_module("transformers.models.auto"), import_module("torch")
         kind = config.get("model_type")
         if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
-            raise Unsupported(f"a network like a model of the type {kind!r}", cure="Install a newer transformers")
+            raise Unsupported(
+                f"transformers has no model type {kind!r} for the side network", cure="Install a newer transformers"
+            )
         from .tracing import quiet
 
         try:
-            # On the meta device the model takes no memory. Its numbers come from the adapter.
+            # Use the meta device, on which a model takes no memory: the weights come from the adapter.
             with quiet(), torch.device("meta"):
-                return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+                model: PretrainedModel = auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+                return model
         except Exception as error:  # transformers raises many types of errors for bad configs.
-            why = f"transformers makes no model by the base's config.json ({first_line(error)})"
+            why = f"transformers cannot create a model from the base's config.json ({first_line(error)})"
             raise Malformed(why, cure="Fetch the config again") from error
 
 
@@ -101,8 +112,8 @@ class State:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
-    def state(self, update: Any) -> Value:
-        """Return the state before the block, with the sizes of the block's input if it has the same width."""
+    def state(self, update: Shadow) -> Value:
+        """Return the state before the block; if it has the same width as the block's input, use the sizes of that."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -114,15 +125,15 @@ class State:
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Leave the state in the block's branch for a later block; return whether there is one. `y` is the output."""
+        """Keep any state for the next block, and return whether there is one; `y` is the block's output."""
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
         return True
 
 
-def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
-    """Append the network's nodes to the block's branch; return their output."""
+def _network(update: Shadow, heard: Heard, model: PretrainedModel) -> ir.Value:
+    """Append the network's nodes to the block's branch; return the network's output."""
     given, branch = _given(update, heard), heard.layer.branch
     own = _traced(model, update, heard.layer, given, _fixed(given, branch.building.model))
     _check_operators(own, branch)
@@ -139,36 +150,47 @@ def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
 def _check_operators(network: ir.Model, branch: Branch) -> None:
     for domain, version in network.opset_imports.items():
         if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
-            why = f"a network in operator set {version} of {domain or 'ONNX'} in a graph of {branch.opset}"
+            why = (
+                f"the side network needs operator set {version} of {domain or 'ONNX'}, and the graph has {branch.opset}"
+            )
             raise Unsupported(why, cure="Export the graph in a newer operator set")
 
 
-def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value], sizes: Fixed) -> ir.Model:
-    """Return the network as a graph of its own, with the graph's fixed sizes or with open ones."""
+def _traced(
+    model: PretrainedModel, update: Shadow, layer: Layer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
+) -> ir.Model:
+    """Return the network as a separate graph, with the fixed sizes of the main graph or with open ones."""
     import torch
 
     from ..torch.shadows import Standing
     from .tracing import traced
 
-    kind = getattr(torch, layer.dtype.name)
-    held = update.map(lambda value: torch.tensor(value.known()).to(kind))
-    network = Standing(model, held, list(given)).eval()
+    kind: torch.dtype = getattr(torch, layer.dtype.name)
+
+    def known(value: Leaf) -> torch.Tensor:
+        numbers = cast(Value, value).known  # The update's tensors are graph values here.
+        assert numbers is not None
+        return torch.tensor(numbers()).to(kind)
+
+    held = update.map(known)
+    network = Standing(cast("nn.Module", model), held, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
-    # Two rows and three positions: torch treats sizes of one as fixed. A tensor given twice would become one input.
+    # Use two rows and three positions, because torch treats sizes of one as fixed. Create one tensor per input, because
+    # a tensor that is passed twice would become one input.
     rows, length = sizes or (2, 3)
     examples = [
         torch.zeros(rows, length, width, dtype=kind) if name == EMBEDS else torch.ones(rows, length, dtype=torch.int64)
         for name in given
     ]
     is_open = (tuple(dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for _ in examples),)
-    options = {"dynamic_shapes": None if sizes else is_open, "opset_version": layer.branch.opset}
+    options: dict[str, Any] = {"dynamic_shapes": None if sizes else is_open, "opset_version": layer.branch.opset}
     return traced(network, examples, inside="network", **options)
 
 
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
-    """Return rows and positions of a graph whose inputs have the same fixed ones, and no past goes before them.
+    """Return the numbers of rows and positions, if all inputs have the same fixed ones and there is no past.
 
-    Tracing with fixed sizes takes a third of the time, and a graph for a device that knows no open sizes stays one.
+    Tracing with fixed sizes takes a third of the time, and keeps graphs usable on devices without open sizes.
     """
     if past_inputs(model.graph) or any(value.shape is None for value in given.values()):
         return None
@@ -180,31 +202,33 @@ def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
     return None if len(sizes) < 2 or sizes[0] is None or sizes[1] is None else (sizes[0], sizes[1])
 
 
-def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
-    """Return the network's inputs: the graph's own, extended by those of the past."""
+def _given(update: Shadow, heard: Heard) -> dict[str, ir.Value]:
+    """Return the network's inputs: the graph's inputs, extended to cover the past."""
     words, graph = heard.words, heard.words.building.model.graph
     found = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
     known = {*found.values(), *past.values(), *words.made.values()}
     for value in graph.inputs:
         if value not in known and not value.is_initializer():
-            why = f"the graph's input {value.name}, which the network beside the model would not be called with"
-            cure = f"Tell which word it is: call={{{MASK!r}: {value.name!r}}}, --call {MASK}={value.name}"
+            why = f"the graph's input {value.name} is not an input of the network beside the model"
+            cure = f"Say which input it is, for example --call {MASK}={value.name} (call={{{MASK!r}: {value.name!r}}})"
             raise Unsupported(why, cure=cure)
     return _tokens(update, heard, found, bool(past)) | _beside(heard, found)
 
 
-def _tokens(update: Any, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
+def _tokens(update: Shadow, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
     if EMBEDS in found:
         if past:
-            raise Unsupported("embeddings in front of a past", cure="Export the model without past keys and values")
+            raise Unsupported(
+                "the graph has embeddings as inputs, and a past", cure="Export the model without past keys and values"
+            )
         return {EMBEDS: found[EMBEDS]}
     ids = every_token(heard.words, heard.layer.branch)
     return {EMBEDS: _embedded(ids, found[TOKENS], heard)} if update.shared_embeddings else {TOKENS: ids}
 
 
 def _embedded(ids: ir.Value, own: ir.Value, heard: Heard) -> ir.Value:
-    """Embed tokens by a copy of the nodes of the base's embedding."""
+    """Embed tokens with a copy of the base's embedding."""
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own, heard)
     if ids is own:
@@ -221,18 +245,18 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
     spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
     found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
     if len(found) != 1:
-        why = f"{len(found)} embeddings of the graph's tokens, of which one is the base's"
+        why = f"the graph has {len(found)} embeddings of its tokens, and must have one"
         raise TargetNotFound(why, cure=_EXPORT)
     inside = modules_of(found[0])
     return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else found[0].outputs[0]
 
 
 def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """Return mask and positions, if the graph has them."""
+    """Return the mask and the positions, if the graph has them."""
     given = {}
     for name in (MASK, POSITIONS):
         if name in found and (found[name].shape is None or len(found[name].shape or ()) != 2):
-            raise Unsupported(f"{name} that is no matrix", where=found[name].name, cure=_EXPORT)
+            raise Unsupported(f"{name} is not a matrix", where=found[name].name, cure=_EXPORT)
         if name in found:
             given[name] = whole_numbers(found[name], heard.layer.branch)
     if POSITIONS in given:
@@ -247,4 +271,4 @@ def _rows_of(heard: Heard) -> Value:
     return rows
 
 
-_EXPORT = "Export the graph anew, by torch's own exporter"
+_EXPORT = "Export the model again with torch's exporter"

@@ -1,8 +1,8 @@
-"""Slots: an adapter's tensors as optional graph inputs, so that adapters can be swapped at run time.
+"""Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
-A slot's default changes nothing: inner sizes such as the rank are 0 in it (1 for convolutions), and open at run time.
-Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built. Each open
-size is then represented by a number that no real size has.
+A slot's default changes nothing. Inner sizes such as the rank are open at run time; in the default, they are 0 (1 for
+convolutions). Numbers such as `scaling` are slots of shape `[1]`. While the graph is built, an adapter's formula runs
+over the slots; each open size is then represented by a number that is too large for a real size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +26,7 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
-from .building import FREE, Array, Building, element_type
+from .building import FREE, Array, Building, Dtype, element_type
 from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
@@ -36,18 +36,23 @@ from .reading import loaded
 from .values import OpenSize, Value
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..core.updates.layer import Layer as FormulaLayer
+    from ..io.lazy import Leaf
     from ..io.strict_json import JsonValue
+    from .outlets import Ended
     from .reading import Base, Model
 
 
 RECORD = "adapterkit.slots"
-"""Metadata key of the model under which each target's slots are listed."""
+"""Metadata key of a model for the list of each target's slots."""
 
 REQUIRED = "adapterkit.required"
-"""Metadata key of a model whose slots are required inputs: slot -> the number that fills it without an adapter."""
+"""Metadata key of a model whose slots are required inputs, for: slot -> the number that fills it without an adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size is given by the base, or shared by all layers."""
+"""Axes whose size is that of the base, or the same in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,14 +60,14 @@ class Slot:
     """One overridable input of the graph.
 
     Attributes:
-        value: the input, an initializer that is listed among the graph's inputs as well.
-        shape: its sizes; numbers from `FREE` on for open ones.
-        dtype: the type of its elements.
+        value: the input; it is also an initializer of the graph.
+        shape: the sizes of the slot; an open size is a number from `FREE` on.
+        dtype: the dtype of the slot.
     """
 
     value: ir.Value
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,8 @@ class SlotUpdate:
 
     Attributes:
         method: the update's method.
-        attributes: its plain values that the graph's nodes fix.
-        fields: field -> name of the slot.
+        attributes: the update's attributes that are constants in the graph's nodes.
+        fields: field of the update -> name of its slot.
     """
 
     method: str
@@ -85,9 +90,9 @@ class SlotRecord:
     """The slots of one target.
 
     Attributes:
-        asked: the target under the name that the adapter has for it.
-        target: the target under the graph's own name.
-        updates: for each update in order, its slots.
+        asked: the target under the adapter's name.
+        target: the target under the graph's name.
+        updates: the slots of each of the target's updates, in order.
     """
 
     asked: Target
@@ -96,13 +101,13 @@ class SlotRecord:
 
     @classmethod
     def of(cls, place: Found) -> SlotRecord:
-        """A record of a target without any slots yet."""
+        """Return the record of a target, without any slots yet."""
         return cls(
             Target(place.asked.path, rows=place.asked.rows), Target(place.target.path, rows=place.target.rows), []
         )
 
-    def plain(self) -> dict[str, Any]:
-        """The record as JSON values."""
+    def plain(self) -> dict[str, JsonValue]:
+        """Return the record as JSON values."""
         return {
             "asked": [self.asked.path, self.asked.rows], "target": [self.target.path, self.target.rows],
             "updates": [[each.method, each.attributes, each.fields] for each in self.updates],
@@ -114,16 +119,16 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
 
     Args:
         model: a model that `inject` or `export` gave slots.
-        path: its file, for errors.
+        path: the model's file, for errors.
 
     Raises:
-        TargetNotFound: the model has no slots, or none that this version wrote.
-        Malformed: the list is damaged, or names slots that the graph does not have.
+        TargetNotFound: the model has no slots that this version can read.
+        Malformed: the list is damaged, or has a slot that the graph does not have.
     """
     text = model.metadata_props.get(RECORD)
     if text is None:
         why = f"the model lists no slots under {RECORD!r} in its metadata"
-        cure = "Give it slots: adapterkit inject MODEL.onnx A -o OUT.onnx --mode slots, or inject(..., mode='slots')"
+        cure = "Give it slots: adapterkit inject MODEL.onnx A -o OUT.onnx --mode slots (inject(..., mode='slots'))"
         raise TargetNotFound(why, path=path, cure=cure)
     slots = slots_of(model)
     try:
@@ -138,35 +143,35 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
         missing = [name for name in named if name not in slots]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Malformed(
-            f"its list of slots is damaged ({first_line(error)})", path=path, where=RECORD, cure=_AGAIN
+            f"the model's list of slots is damaged ({first_line(error)})", path=path, where=RECORD, cure=_AGAIN
         ) from None
     if missing:
         raise Malformed(
-            f"it lists a slot {missing[0]!r} that the graph does not have", path=path, where=RECORD, cure=_AGAIN
+            f"the model lists a slot {missing[0]!r} that the graph does not have", path=path, where=RECORD, cure=_AGAIN
         )
     return records
 
 
 def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonValue]:
-    """Return the plain values of an update that no slot holds, in the form that JSON returns them."""
+    """Return the attributes of an update that have no slot, as values that survive JSON unchanged."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
     return values
 
 
 def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the plain values that a graph's nodes fix; factors that are worked out contain them all."""
+    """Return the attributes that are constants in a graph's nodes; none for computed factors, which include them."""
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Return the inputs of a graph that adapters fill, by name: the optional ones, and those of mode `inputs`."""
+    """Return the inputs of a graph that adapters fill, by name: optional inputs, and required ones of mode `inputs`."""
     held = {*model.graph.initializers, *fills_of(model.metadata_props)}
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
 
 
 def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return the slots that a run has to fill, each with the number that changes nothing.
+    """Return the slots that every run must fill, each with the number that changes nothing.
 
     Raises:
         Malformed: the metadata is damaged.
@@ -177,21 +182,21 @@ def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
     try:
         return {str(name): float(fill) for name, fill in json.loads(text).items()}
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        why = f"its list of required slots is damaged ({first_line(error)})"
+        why = f"the model's list of required slots is damaged ({first_line(error)})"
         raise Malformed(why, where=REQUIRED, cure=_AGAIN) from None
 
 
-def sizes_of(value: ir.Value) -> tuple[list[object], np.dtype[Any]]:
-    """Return the sizes of a slot, names for open ones, and its numpy dtype."""
+def sizes_of(value: ir.Value) -> tuple[list[object], Dtype]:
+    """Return the sizes of a slot, with names for open sizes, and its numpy dtype."""
     return list(value.shape or ()), element_type(value)
 
 
-def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Any]]) -> dict[str, Array]:
-    """Return tensors for required slots that leave the base as it is; open sizes are 1.
+def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Dtype]]) -> dict[str, Array]:
+    """Return tensors for required slots with which the graph computes the base; open sizes are 1.
 
     Args:
         fills: slot -> the number that fills it; see `fills_of`.
-        declared: slot -> its sizes, and its numpy dtype.
+        declared: slot -> its sizes and its numpy dtype.
     """
     return {
         name: np.full([size if isinstance(size, int) else 1 for size in declared[name][0]], fill, declared[name][1])
@@ -209,11 +214,11 @@ _AGAIN = "Write the model with slots again"
 
 
 class Slots:
-    """Adds slots to a graph: one for each tensor of an update, however many nodes call the update's module.
+    """Adds slots to a graph: one for each tensor of an update, even if several nodes call the update's module.
 
     Args:
         building: the model that is being changed.
-        required: make them required inputs without defaults, which all run times can exchange.
+        required: make the slots required inputs without defaults, which all run times can swap.
     """
 
     def __init__(self, building: Building, required: bool = False) -> None:
@@ -221,23 +226,23 @@ class Slots:
         self.fills: dict[str, float] = {}
         self.free: dict[str, int] = {}
         self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
-        self.scalings: dict[int, Any] = {}
+        self.scalings: dict[int, Leaf] = {}
 
-    def opened(self, update: Update, layer: Layer, place: Found, position: int) -> Update:
+    def opened(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update:
         """Return the update with slots in place of its tensors and its scaling.
 
         Args:
             update: the update at `place.updates[position]`.
-            layer: one node that calls the module.
-            place: the target. All of its nodes read the same slots.
-            position: which of the target's updates it is.
+            layer: the layer at one of the nodes that call the target's module.
+            place: the target; all of its nodes read the same slots.
+            position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: no default of its tensors leaves the base as it is, or its formula reads the model's inputs.
+            Unsupported: no tensors of the update change nothing, or its formula reads the model's inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
-            why = f"slots for {update.method}, whose formula asks the model's call for {', '.join(update.asks)}"
-            raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
+            why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
+            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
         key = self.building.keep(place), position
         if key not in self.made:
             try:
@@ -248,23 +253,23 @@ class Slots:
                 self.made[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def factored(self, update: Update, layer: Layer, place: Found, position: int) -> Update | None:
-        """Return slots for what an update comes to at the base's weight, if nodes cannot express its own formula."""
+    def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
+        """Return slots for factors computed from an update and the base's weight; None if there are no factors."""
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
         self.made[key] = place, self._slots(factors, layer, place, position)
         return self._values(update, layer, key)
 
-    def _values(self, update: Update, layer: Layer, key: tuple[int, int]) -> Update:
-        """Return the update over its slots."""
+    def _values(self, update: Update, layer: Layer | Ended, key: tuple[int, int]) -> Update:
+        """Return the update with its slots in place of its tensors."""
         place, slots = self.made[key]
         if is_worked_out(update, dict.fromkeys(slots, "")):
             factors = template(update, place)
             assert factors is not None
             update = factors
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # A module may be called with several float dtypes; its slots have the dtype of the first call.
+        # Cast slots to the layer's dtype: they have the dtype of the module's first call, and other calls may differ.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
@@ -280,7 +285,8 @@ class Slots:
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         if not self.required:
             return
-        # OpenVINO cannot read defaults of rank 0 and makes others constants; run times in JavaScript cannot set them.
+        # Remove the defaults: OpenVINO cannot read defaults of rank 0 and makes other inputs with a default constant;
+        # run times in JavaScript cannot set inputs with a default.
         initializers = self.building.model.graph.initializers
         for name in self.fills:
             value = initializers.pop(name, None)
@@ -290,14 +296,14 @@ class Slots:
         fills = {name: fill for name, fill in self.fills.items() if name in used}
         self.building.model.metadata_props[REQUIRED] = json.dumps(fills, separators=(",", ":"))
 
-    def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
+    def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
         """Return field -> slot."""
-        # OpenVINO runs no Conv whose number of filters is open.
+        # Fix the shapes for a Conv, because OpenVINO does not run one with an open number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
-        # onnxruntime leaves the output of a Conv over zero channels, or of a product with an empty left matrix,
-        # uninitialized.
+        # Use size 1 for open sizes of these layers: onnxruntime does not initialize the output of a Conv over zero
+        # channels, or of a product with an empty left matrix.
         inner = int(self.required or any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
         defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
         stem = _stem(place, position)
@@ -306,14 +312,14 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # An update that changes two tied layers has one slot for its scaling, as for each tensor.
+            # Use one slot for the scaling of an update that changes two tied layers, as for each of its tensors.
             number = from_numpy(np.array([update.attributes["scaling"]]))
-            number = self.scalings.setdefault(self.building.keep(update), number)
-            made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
+            shared = self.scalings.setdefault(self.building.keep(update), number)
+            made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
         return made
 
-    def _shape(self, update: Update, name: str, leaf: Any, fixed: bool) -> tuple[int, ...]:
-        """Return a tensor's shape, with numbers from FREE on for open sizes; `fixed` to leave none open."""
+    def _shape(self, update: Update, name: str, leaf: Leaf, fixed: bool) -> tuple[int, ...]:
+        """Return a tensor's shape, with numbers from FREE on for open sizes; if `fixed`, no size is open."""
         if fixed:
             return tuple(leaf.shape)
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
@@ -331,20 +337,20 @@ class Slots:
     def _open(self, axis: str) -> int:
         return self.free.setdefault(axis, OpenSize(FREE + len(self.free)))
 
-    def _slot(self, name: str, leaf: Any, shape: tuple[int, ...], default: Array, dtype: np.dtype[Any]) -> Slot:
+    def _slot(self, name: str, leaf: Leaf, shape: tuple[int, ...], default: Array, dtype: Dtype) -> Slot:
         names = {size: axis for axis, size in self.free.items()}
         declared = [f"{name}.{names[size]}" if size in names else size for size in shape]
         kind = dtype if as_array(leaf).dtype.kind not in "iu" else as_array(leaf).dtype
-        # Updates that share a tensor, such as VeRA's projections, share its slot.
+        # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # A default is one number throughout; an empty one is filled with zeros as soon as it has a size.
+        # Record the number that fills the default; a default of size 0 is filled with zeros if it gets another size.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
 
 def _stem(place: Found, position: int) -> str:
-    """Return the prefix of the names of an update's slots; a dot and the field's name follow it."""
+    """Return the prefix of the names of an update's slots, before a dot and the field's name."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{place.target}{one}.{place.updates[position].method}"
 
@@ -352,28 +358,28 @@ def _stem(place: Found, position: int) -> str:
 def _neutral(
     update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int, tried: Sequence[int]
 ) -> dict[str, Array]:  # fmt: skip
-    """Return tensors for an update with which it changes nothing, bit for bit.
+    """Return tensors with which an update changes nothing, bit for bit.
 
     Args:
         update: the update.
-        shapes: its tensors' shapes, with numbers from FREE on for open sizes.
-        place: its target.
-        inner: the number in place of open sizes.
-        tried: such numbers, of which one has to change nothing.
+        shapes: the shapes of the tensors, with numbers from FREE on for open sizes.
+        place: the update's target.
+        inner: the size for open axes in the result.
+        tried: sizes for open axes; with at least one of them, the update must change nothing.
 
     Raises:
-        Unsupported: none of the candidates do that.
+        Unsupported: there are no such tensors.
     """
     for fill in (0.0, 1.0):
-        # Some formulas cannot handle empty tensors; for those, a single row of zeros stands for nothing.
+        # Try size 1 as well, because some formulas cannot handle empty tensors.
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
-    raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
+    raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
-    """Return tensors filled with one number, with `inner` for open sizes."""
+    """Return tensors that are filled with one number; open axes have size `inner`."""
     made = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
@@ -392,7 +398,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
     try:
         if isinstance(update, OutputUpdate):
             return _same_output(trial, seen)
-        # Random numbers, because a weight of zeros would hide most changes.
+        # Use random numbers, because a weight of zeros would hide most changes.
         W: Any = np.random.default_rng(0).normal(size=seen)
         b: Any = np.random.default_rng(1).normal(size=seen[0])
         settled = trial.settled(W) if trial.bias_sees_weight else trial
@@ -403,41 +409,44 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
 
 
 class _Stub:
-    """A layer in numpy, to try an output update on."""
+    """A layer in numpy, on which an output update is tried."""
 
     channel = -1
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.W: Any = np.random.default_rng(0).normal(size=(shape[0], math.prod(shape[1:])))
+        self.W: Array = np.random.default_rng(0).normal(size=(shape[0], math.prod(shape[1:])))
 
-    def __call__(self, x: object) -> Any:
-        return x @ self.W.mT
+    def __call__(self, x: Array) -> Array:
+        y: Array = x @ self.W.mT
+        return y
 
     hidden = __call__
 
-    def residual(self, x: Any) -> None:
+    def residual(self, x: Array) -> None:
         return None
 
-    def norm(self, h: Any) -> Any:
+    def norm(self, h: Array) -> Array:
         return h
 
-    def close(self, h: Any, x: Any, whole: bool = True) -> Any:
+    def close(self, h: Array, x: Array, whole: bool = True) -> Array:
         return h
 
-    def mix(self, h: Any, w: Any) -> Any:
-        return h @ w.mT
+    def mix(self, h: Array, w: Array) -> Array:
+        y: Array = h @ w.mT
+        return y
 
-    def per_channel(self, v: Any) -> Any:
+    def per_channel(self, v: Array) -> Array:
         return v
 
 
 def _same_output(update: Update, shape: tuple[int, ...]) -> bool:
     stub = _Stub(shape)
     x = np.random.default_rng(2).normal(size=(2, 3, stub.W.shape[1]))
-    return bool((update.forward(x, stub) == stub(x)).all())
+    y = update.forward(*cast("tuple[torch.Tensor, FormulaLayer]", (x, stub)))
+    return np.array_equal(cast("Array", y), stub(x))
 
 
-# Match an adapter's tensors to the slots of a model, to feed them or to write an `.onnx_adapter` file.
+# Match an adapter's tensors with the slots of a model, to feed them or to write an `.onnx_adapter` file.
 
 
 @places_errors
@@ -445,11 +454,11 @@ def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
-    """Return the tensors that an adapter puts into the slots of a model.
+    """Return an adapter's tensors by the names of a model's slots.
 
     Args:
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
-        adapter: the adapter, or its path; of any rank, and at any subset of the slots' targets.
+        adapter: the adapter, or its path. It may have any rank, and any subset of the targets with slots.
         base_weights: the base's weights, for adapter files whose values depend on them.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
@@ -457,9 +466,9 @@ def fit(
         Slot name -> array, in the slot's dtype.
 
     Raises:
-        TargetNotFound: the model lacks a target, or slots for the adapter's method there.
+        TargetNotFound: the model lacks a target, or its slots at a target are for another method.
         ShapeMismatch: a tensor does not fit its slot.
-        Unsupported: one slot would have to hold two different tensors.
+        Unsupported: two different tensors have the same slot.
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
@@ -473,9 +482,9 @@ def write_adapter(
 ) -> Path:  # fmt: skip
     """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
 
-    onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean, so
+    onnxruntime's `LoraAdapter` and `Session` load the file. A second file beside it describes the tensors, so that
     `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format, by
-    the names of the inputs, for run times that read no `.onnx_adapter` files; `Session` loads it too.
+    the names of the inputs, for run times that do not read `.onnx_adapter` files; `Session` loads it, too.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -487,18 +496,18 @@ def write_adapter(
         return write_slot_values(neutral(fills_of(model_ir.metadata_props), declared) | feeds, out)
     write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
     if not all(names):
-        return Path(out)  # Stacks and factors are for this graph alone; no record says how to read them back.
+        return Path(out)  # Stacks and computed factors are for this graph only, and cannot be read back.
     told = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in told], Path(out))
     return Path(out)
 
 
 def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
-    """Split an adapter into the updates that a graph has slots for, and the targets that it has none for.
+    """Split an adapter into the updates that a graph has slots for, and the targets that it lacks.
 
     Raises:
         TargetNotFound: the graph has no slots at all.
-        Malformed: its list of slots is damaged.
+        Malformed: the graph's list of slots is damaged.
     """
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
@@ -506,7 +515,7 @@ def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]
     known = dict.fromkeys((name.path for record in records for name in (record.asked, record.target)), ())
     try:
         missing: Collection[Target] = find_sites(parts, known, partial=True, modules=known).missing
-    except TargetNotFound:  # None of them is there.
+    except TargetNotFound:  # The graph has none of the targets.
         missing = parts.updates
     lost = tuple(dict.fromkeys(whole.get(target, target) for target in missing))
     gone = set(lost)
@@ -516,7 +525,7 @@ def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]
 SAFETENSORS = ".safetensors"
 
 KIND = {"format": "adapterkit.slots"}
-"""Metadata of a safetensors file with tensors for slots, by the names of inputs."""
+"""Metadata of a safetensors file with tensors for slots."""
 
 
 def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> Path:
@@ -528,7 +537,7 @@ def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> P
 def _fitted(
     model: Model, adapter: Adapter, base: Base | None
 ) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
-    """Return the adapter in the parts that the graph has, slot -> array, and for each update field -> slot."""
+    """Return the adapter split like the graph's layers, slot -> array, and field -> slot for each update."""
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
@@ -547,7 +556,7 @@ def _fitted(
 
 
 def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
-    """Return how many rows the target of some path has, by the slots of its LoRA or of its own outputs."""
+    """Return a function that gives the number of rows of the target at a path, from the shapes of its slots."""
     rows: dict[str, int | None] = {}
     for record in records:
         for update in record.updates:
@@ -562,7 +571,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
     """Return the slots of each of an adapter's targets.
 
     Raises:
-        TargetNotFound: a target has none; names the nearest.
+        TargetNotFound: a target has no slots; the error gives the nearest name.
     """
     known: dict[str, list[tuple[Target, SlotRecord]]] = {}
     for record in records:
@@ -571,7 +580,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
     try:
         sites = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known).sites
     except TargetNotFound as error:
-        cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots, mode='slots'"
+        cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots (mode='slots')"
         raise TargetNotFound("the model has no slots for this target", where=error.where, cure=cure) from None
     return [
         _record_at(site.target, known[site.target.path], asked)
@@ -580,18 +589,20 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
 
 
 def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """Return the record of a target's own rows; parts of a fused weight have one each."""
+    """Return the record of a target's rows; each part of a fused weight has its own record."""
     for name, record in records:
         if name.rows == target.rows:
             return record
     rows = ", ".join(str(name) for name, _ in records)
-    raise TargetNotFound(f"the model has no slots for these rows, but for {rows}", where=str(asked), cure=_MADE)
+    raise TargetNotFound(
+        f"the model has no slots for these rows; it has slots for {rows}", where=str(asked), cure=_MADE
+    )
 
 
 def _paired(
-    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, Any]
+    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Pair updates with their slots. Methods come in the record's order, and some of the record's may be missing."""
+    """Pair updates with their slots. The updates must be in the record's order; some of the record may be missing."""
     pairs, left = [], list(record.updates)
     for update in updates:
         while left and left[0].method != update.method:
@@ -600,10 +611,12 @@ def _paired(
             methods = ", ".join(each.method for each in record.updates)
             cure = nearest(f"{record.target}.{update.method}", slots) or _MADE
             raise TargetNotFound(
-                f"the model has no slots for {update.method} there, but for {methods}", where=str(target), cure=cure
+                f"the model has no slots for {update.method} there; it has slots for {methods}",
+                where=str(target),
+                cure=cure,
             )
         own = left.pop(0)
-        # Attributes without a slot are baked into the graph's nodes, so the adapter must have the same values.
+        # Compare the attributes without a slot, because they are constants in the graph's nodes.
         if (fixed := _baked(update, own.fields)) != own.attributes:
             name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
             why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
@@ -615,7 +628,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Put an update's tensors into its slots; return field -> slot."""
+    """Add an update's tensors to `feeds`, by the names of their slots; return field -> slot."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:
@@ -629,17 +642,17 @@ def _fill(
         kind = slots[name].dtype
         cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
         if name in feeds and not np.array_equal(feeds[name], cast):
-            raise Unsupported("two tensors for one slot", where=name, cure=_MADE)
+            raise Unsupported("two tensors have the same slot", where=name, cure=_MADE)
         feeds[name] = cast
     return {field: fields[field] for field in update.tensors}
 
 
 RANKED = ("lora", "open_factors")
-"""Methods whose factors may have zeros appended along the rank."""
+"""Methods whose factors may be padded with zeros along the rank."""
 
 
 def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
-    """Return a factor of a LoRA with zeros up to a slot's fixed rank, which change nothing."""
+    """Pad a LoRA's factor with zeros, which change nothing, to the fixed rank of its slot."""
     if update.method not in RANKED or field not in ("A", "B") or slot.shape is None or len(slot.shape) != array.ndim:
         return array
     axis = 0 if field == "A" else 1
@@ -661,7 +674,7 @@ def _by_rows(model: ir.Model) -> bool:
 def _fill_rows(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Put an update's factors into stacked slots, as a stack of one."""
+    """Add an update's factors to `feeds`, for stacked slots, as a stack of one adapter."""
     from .rowwise import factors_of
 
     for field, array in factors_of(update).items():
@@ -678,9 +691,11 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
         not isinstance(size, int) or size == own for size, own in zip(declared, array.shape, strict=True)
     )
     if not fits:
-        why = f"{list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
-        cure = "Is this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
+        why = (
+            f"shape {list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
+        )
+        cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
 
 
-_MADE = "Give the model slots for this adapter: inject it with --mode slots, mode='slots'"
+_MADE = "Give the model slots for this adapter: inject it with --mode slots (mode='slots')"

@@ -1,13 +1,14 @@
-"""The tokens of a sequence: the inputs that hold them, those of the past, and nodes that compute the same for all.
+"""The tokens of a sequence in a graph: inputs for them, all tokens of the past and the call, and their positions.
 
-Nodes that read all tokens compute the same for the call's tokens as without a past.
+The cache does not have the past's tokens, so a new input is added for them. Formulas that read all tokens then compute
+the same for the call's tokens as without a past.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -17,25 +18,29 @@ from .building import Branch, Building
 from .values import SYMBOLS, Value, concatenated, plain
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""Inputs that models are called with."""
+"""Names of the inputs of a model's call."""
+
+
+Size = int | str | ir.SymbolicDim
+"""A size of a graph value's axis, or the name of an open size."""
 
 
 class Call(Protocol):
-    """The model's call, as far as tokens need it.
+    """The part of the model's call that these functions use.
 
     Attributes:
         building: the model.
-        made: word -> an input that was added to the graph.
+        made: name -> an input that was added to the graph.
     """
 
     building: Building
     made: dict[str, ir.Value]
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for a word; None if there is none."""
+        """Return the graph input for an input of the call; None if there is none."""
 
-    def new(self, word: str, axes: Sequence[object]) -> ir.Value:
-        """Add an integer input to the graph, once per word."""
+    def new(self, word: str, axes: Sequence[Size]) -> ir.Value:
+        """Add an integer input to the graph, once per name."""
         ...
 
 
@@ -43,7 +48,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """Return (layer, `key` or `value`) -> input."""
+    """Return the inputs for the past: (layer, `key` or `value`) -> input."""
     found: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
@@ -62,33 +67,33 @@ def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
 
 
 def every_token(words: Call, branch: Branch) -> ir.Value:
-    """Return all token numbers, `[rows, positions]`.
+    """Return the token numbers of the past and the call, `[rows, positions]`.
 
     Raises:
         Unsupported: the graph has no input of tokens.
     """
     found = words.input(TOKENS)
     if found is None:
-        cure = f"Tell its name: call={{{TOKENS!r}: NAME}}, --call {TOKENS}=NAME"
+        cure = f"Pass its name: --call {TOKENS}=NAME (call={{{TOKENS!r}: NAME}})"
         raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
     ids = whole_numbers(found, branch)
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
-    # The name of the past's own open size ties the two inputs' lengths together.
+    # Use the name of the past's open size, so that both inputs must have the same length.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(found), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
 
 
 def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
-    """Return all positions, `[rows, positions]`; those of the past precede the first one of the call.
+    """Return the positions of all tokens, `[rows, positions]`; the past's end before the first one of the call.
 
     Args:
-        words: the words of the call, after its tokens were asked for.
-        branch: nodes are appended to it.
-        value: positions of the call's tokens; one row may serve all.
-        own: an integer matrix with one entry for each of these tokens.
+        words: the inputs of the call, after `every_token` was called.
+        branch: collects the added nodes.
+        value: positions of the call's tokens; either one row for each text, or one row for all.
+        own: an integer matrix with one entry for each token of the call.
     """
     given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(own)
     earlier = words.made.get(EARLIER)
@@ -100,7 +105,7 @@ def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> 
 
 
 def of_call(value: ir.Value, words: Call, branch: Branch, own: Value) -> ir.Value:
-    """Cut a value computed for all tokens, `[rows, positions, ...]`, to the call's own tokens."""
+    """Cut a value for all tokens, `[rows, positions, ...]`, to the tokens of the call."""
     if EARLIER not in words.made:
         return value
     cut = last_columns(plain(value, branch), own)
@@ -109,16 +114,16 @@ def of_call(value: ir.Value, words: Call, branch: Branch, own: Value) -> ir.Valu
 
 
 def last_columns(value: Value, own: Value) -> ir.Value:
-    """Return the last columns of a value, along its second axis, as many as a matrix has."""
+    """Return the last columns of a value, along its second axis: as many as the matrix `own` has."""
     node, literal = value.branch.node, value.branch.building.literal
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [own.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
-    # A negative start counts from the end, whose position is only known at run time.
+    # Use a negative start, which counts from the end, because the length is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 
 
-def first_axis(value: ir.Value) -> Any:
-    """Return the size, or size name, of a value's first axis."""
+def first_axis(value: ir.Value) -> Size:
+    """Return the size of a value's first axis, or the name of an open size."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

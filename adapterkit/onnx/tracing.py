@@ -1,7 +1,7 @@
-"""Trace a model by torch's exporter, and keep the useful part of its graph.
+"""Trace a model with torch's exporter, and remove the parts of its graph that are not needed.
 
-The exporter's optimizer is off: it renames folded weights and stores equal ones once. Without it, every weight has its
-module's name and its own copy. onnxruntime folds the transposes when it loads the model.
+The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without it, every
+weight has its module's name and its own copy. onnxruntime folds the Transpose nodes when it loads the model.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
-"""The node metadata to keep: names and classes of modules. Other entries describe the exporting machine."""
+"""The node metadata to keep: names and classes of modules. Other entries describe the machine that exports."""
 
 
 def traced(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, inside: str = "",
-    **options: Any,
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None, *, inside: str = "",
+    **options: object,
 ) -> ir.Model:  # fmt: skip
-    """Return a module as a graph; its numbers remain torch tensors until they are written.
+    """Return a module as a graph, whose weights remain torch tensors until they are written.
 
     Args:
         model: the module, in evaluation mode.
         args: an example of its positional arguments.
         kwargs: an example of its named arguments.
-        inside: the attribute of a wrapper that holds the actual model; it is removed from names.
+        inside: if the module is a wrapper, the attribute that holds the model; it is removed from names.
         options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:
@@ -43,15 +43,15 @@ def traced(
     stage("tracing the model")
     import torch
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         with quiet():
             program = torch.onnx.export(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
-    except Exception as error:  # The exporter's passes raise any type of error.
-        first = first_line(error.__cause__ or error)  # The exporter's own message does not name the fault.
-        cure = "Make its forward traceable by torch.export, or name the inputs and their open sizes"
+    except Exception as error:  # The exporter raises any type of error.
+        first = first_line(error.__cause__ or error)  # Quote the cause, which names the fault.
+        cure = "Make its forward traceable by torch.export, or pass input_names= and dynamic_shapes="
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None
     graph: ir.Model = program.model
@@ -61,12 +61,12 @@ def traced(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's remarks about itself and about packages that are not installed."""
+    """Silence the exporter's messages about itself and about packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     before, logger.disabled = logger.level, True
     logger.setLevel(logging.ERROR)
     try:
-        # The exporter warns by both ways: its logger and Python warnings.
+        # Silence both: the exporter uses its logger and Python warnings.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

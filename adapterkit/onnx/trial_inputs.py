@@ -1,4 +1,4 @@
-"""Inputs to try a graph on, of sizes that go together."""
+"""Make inputs for a trial run of a graph, with sizes that match each other."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import AdapterkitError
 from ..io.inputs import read_input
+from .building import Array
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+    from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for open sizes by axis, tried one after the other. onnxruntime's GroupQueryAttention takes several tokens
-behind a past for one text alone."""
+"""Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
+onnxruntime's GroupQueryAttention only takes several tokens after a past for a single text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -26,22 +31,24 @@ _TYPES = {
     "int32": np.int32,
 }
 
-Feeds = Mapping[str, np.ndarray[Any, Any]]
+Feeds = Mapping[str, Array]
 
 Sizes = Mapping[str, int]
-"""Sizes from the configs beside a graph: `head_size`, `heads` of the past, `channels`, `height`, `width` of images."""
+"""Sizes from the configs beside a graph: `head_size` and `heads` of the past; `channels`, `height`, `width` of
+images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
-    """Return the sizes that the configs beside a graph give: of onnxruntime-genai, and of transformers.
+    """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
-    A graph of onnxruntime-genai leaves the head size open, and one of an image model its channels, height and width,
-    though it runs with one size alone.
+    A graph by onnxruntime-genai declares the head size as open, and the graph of an image model its channels, height
+    and width, although each runs with a single size only.
     """
     if graph is None:
         return {}
-    decoder = _config(graph.parent / "genai_config.json").get("model", {})
-    decoder = decoder.get("decoder", {}) if isinstance(decoder, dict) else {}
+    model = _config(graph.parent / "genai_config.json").get("model")
+    found_decoder = model.get("decoder") if isinstance(model, dict) else None
+    decoder = found_decoder if isinstance(found_decoder, dict) else {}
     config = _config(graph.parent / "config.json")
     image = config.get("image_size", config.get("sample_size"))
     height, width = image[:2] if isinstance(image, list) and len(image) > 1 else (image, image)
@@ -53,8 +60,8 @@ def sizes_beside(graph: Path | None) -> dict[str, int]:
     return {word: size for word, size in found.items() if isinstance(size, int) and 0 < size < 1 << 16}
 
 
-def _config(file: Path) -> dict[str, Any]:
-    """Return a config; an empty one if it is missing or damaged, since it only helps."""
+def _config(file: Path) -> dict[str, JsonValue]:
+    """Return a config; an empty one if the file is missing or damaged, because sizes are optional."""
     try:
         told = json.loads(read_input(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError, AdapterkitError):
@@ -62,8 +69,8 @@ def _config(file: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Any]:
-    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch.
+def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Array]:
+    """Return inputs for a graph; open axes of the same name have the same size, and the first axis is the batch.
 
     Args:
         session: the graph in onnxruntime.
@@ -71,7 +78,7 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
         known: sizes from configs; see `sizes_beside`.
     """
     rng, named = np.random.default_rng(0), dict[str, int]()
-    feeds: dict[str, Any] = {}
+    feeds: dict[str, Array] = {}
     entries = session.get_inputs()
     for entry in entries:
         _name_sizes(entry, known or {}, named)
@@ -81,19 +88,20 @@ def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> d
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # A mask of onnxruntime-genai's graphs counts tokens, so that a hidden last one leaves memory unwritten.
+            # Show all tokens to onnxruntime-genai's graphs: they use the mask to count tokens, and with a hidden last
+            # token, some output memory is not written.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
-            # 0 and 1 are valid as tokens, token types and masks of any model.
+            # Use 0 and 1, which are valid tokens, token types and masks for any model.
             feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
         else:
             feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
     return feeds
 
 
-def _name_sizes(entry: Any, known: Sizes, named: dict[str, int]) -> None:
-    """Give the open axes of an input their sizes from the configs."""
+def _name_sizes(entry: OrtInput, known: Sizes, named: dict[str, int]) -> None:
+    """Set the sizes of an input's open axes from the configs."""
     if len(entry.shape) != 4:
         return
     past = "past" in entry.name
@@ -113,8 +121,8 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
         mask[1] = past + tokens[1]
 
 
-def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
+def _mask(shape: Sequence[int]) -> Array:
+    """Return ones with a 0 at the end: some entries stay visible, whether 0 or 1 means hidden."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False
@@ -128,5 +136,5 @@ def _size(axis: object, position: int, named: dict[str, int], sizes: Sequence[in
 
 
 def numbers_in(feeds: Feeds) -> int:
-    """Return how many numbers inputs have."""
+    """Return the total number of elements of inputs."""
     return sum(math.prod(np.shape(array)) for array in feeds.values())

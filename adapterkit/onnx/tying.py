@@ -1,7 +1,7 @@
-"""Tied layers of a graph: an embedding and a head with equal numbers, and which of them an adapter's updates change.
+"""Find tied layers of a graph, an embedding and a head with equal weights, and decide which an adapter changes.
 
-Exporters store a tied tensor once, or the head's copy transposed, so equal numbers are all that is left of a tie.
-`merging.ties` decides what each update changes, as for merges into folders.
+Exporters store a tied tensor once, or store a transposed copy for the head, so equal numbers are the only sign of a
+tie. `merging.ties` decides which layers each update changes, as for merges into folders.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tying:
-    """Facts about a graph's ties besides its numbers.
+    """The information about a graph's ties that is not in the graph.
 
     Attributes:
-        tied: the canonical text of the caller's choice; None if the adapter's lineage decides.
+        tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
-        warnings: gets a sentence for each update that is left out.
+        warnings: gets a sentence for each update that is omitted.
     """
 
     tied: str | None = None
@@ -43,10 +43,10 @@ class Tying:
 
     @classmethod
     def of(cls, base: Checkpoint | None, path: Path | None, tied: str | Mapping[str, str] | None = None) -> Tying:
-        """Take the config of the base, or the one beside the graph.
+        """Read the config of the base, or the config beside the graph.
 
         Raises:
-            UsageError: an unknown choice.
+            UsageError: the choice is unknown.
         """
         try:
             config = config_of(base, path)
@@ -56,18 +56,18 @@ class Tying:
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
-    """Return the places of an adapter, extended by tied layers that its updates also change.
+    """Return an adapter's targets in a graph, extended by tied layers that its updates also change.
 
     Args:
-        found: the places that the adapter names.
-        adapter: the adapter, whose lineage tells which tool trained it.
+        found: the targets that the adapter names.
+        adapter: the adapter, whose recipe shows which tool trained it.
         spots: all layers of the graph.
         tying: the caller's choice, and the base's config.
 
     Raises:
-        UsageError: nothing tells which layers an update changes.
+        UsageError: it is unknown which of the tied layers an update changes.
     """
-    # The config is explicit, while equal numbers alone do not prove a tie.
+    # Trust the config, because equal numbers alone do not prove a tie.
     if says_untied(tying.config):
         return list(found)
     for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):
@@ -80,9 +80,9 @@ class _Group:
     """Layers with equal numbers.
 
     Attributes:
-        lookups: nodes that look up tokens.
-        heads: nodes that multiply by the same table.
-        proven: True if the numbers are equal; those of a quantized layer are only near.
+        lookups: embeddings, which look up tokens.
+        heads: linear layers that multiply by the same table.
+        proven: True if the numbers are equal; False if a layer is quantized and its numbers are only close.
     """
 
     lookups: tuple[Spot, ...]
@@ -110,7 +110,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
 
 
 def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
-    """Return the places of an adapter, extended by the other layers of a group that its updates change."""
+    """Return an adapter's targets, extended by the other layers of a group that its updates change."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
@@ -126,7 +126,8 @@ def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: 
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
-    # T5's `shared` embedding is not called by any layer, so an update there had no effect while PEFT trained it.
+    # Drop targets that `acting` dropped, such as T5's `shared`: no layer calls it, so PEFT trains an update there
+    # without any effect.
     return [*(place for place in found if place not in named or _fold(place).target in kept), *added]
 
 
@@ -136,7 +137,7 @@ def _may_be_tied(place: Found) -> bool:
 
 
 def _distance(spot: Spot, other: Spot) -> float | None:
-    """Return the relative distance of two layers' tables; None if they differ in size or are not near."""
+    """Return the relative distance of two layers' tables; None if the sizes differ or the tables are not close."""
     if _size(spot) != _size(other):
         return None
     if len(spot.sources) == 1 and spot.sources == other.sources:
@@ -163,7 +164,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
-    """Return each layer's nodes, by the name of its weight: the adapter's name first, else the graph's."""
+    """Return each layer's nodes, by the name of its weight for the adapter, or else in the graph."""
     nodes = {spot.node for spot in spots}
     found: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
@@ -180,7 +181,7 @@ def _name(place: Found) -> str:
 
 
 def _fold(place: Found) -> PlannedUpdate:
-    """Return a place's updates at the table, whose rows are tokens."""
+    """Return a target's updates as a planned update of the table, whose rows are tokens."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
@@ -188,7 +189,7 @@ def _fold(place: Found) -> PlannedUpdate:
 
 
 def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[Found]) -> list[Found]:
-    """Return places at a layer for the folds that come from another layer."""
+    """Return targets at a layer for updates that the adapter has at another layer."""
     added = []
     for fold in folds:
         place = next(place for place in named if _fold(place).target == fold.target)
@@ -206,11 +207,11 @@ def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named:
 
 def _unproven(place: Found, tie: Tie) -> UsageError:
     why = (
-        f"the weights of {tie.head} and {tie.stored} are near each other, and one of them is quantized: "
-        f"either they are tied and the update at {place.asked} changes both, or they are not and it changes one"
+        f"the weights of {tie.head} and {tie.stored} are almost equal, and one of them is quantized: "
+        f"if they are tied, the update at {place.asked} changes both; if they are not, it changes one of them"
     )
     cure = (
-        "Give the base's folder, whose config.json tells: --base-weights DIR (base_weights=DIR); or --tied merge "
-        '(tied="merge") for both, --tied rows=untie,embedding=untie,head=untie,replacement=untie for the one it names'
+        "Pass the base's folder, whose config.json shows it: --base-weights DIR (base_weights=DIR); or --tied merge "
+        '(tied="merge") for both, --tied rows=untie,embedding=untie,head=untie,replacement=untie for the named one'
     )
     return UsageError(why, where=str(place.asked), cure=cure)

@@ -1,8 +1,8 @@
-"""Validate a model file once, when it is opened, so that all other code can rely on it.
+"""Validate a model file when it is opened, so that all other code can rely on the checks.
 
-Tensors must have as many bytes as their shape needs, nodes must have the inputs and attributes that their operator
-declares, and each name must be defined once, without cycles. onnx's own checker is not used: it refuses models that
-runtimes run, and does not check tensor lengths.
+A tensor must have as many bytes as its shape needs. A node must have the inputs and attributes that its operator
+declares. Each name must be defined once, without cycles. onnx's checker is not used, because it refuses models that
+runtimes accept, and does not check the lengths of tensors.
 """
 
 from __future__ import annotations
@@ -11,43 +11,48 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from ..errors import Malformed
 from .building import OPSET
 
+if TYPE_CHECKING:
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+    Schema = tuple[list[int], int, dict[str, tuple[int, bool]]]
+
 MAX_AXES = 64
-"""Most axes of a tensor."""
+"""Largest number of axes of a tensor."""
 
 MAX_NESTING = 64
-"""Most levels of nested graphs."""
+"""Largest number of levels of nested graphs."""
 
 _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Field of a tensor's numbers -> the types stored there; all other types are in `int32_data`."""
+"""Field of a tensor proto -> the types whose numbers it stores; `int32_data` stores all other types."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
     "MatMulNBits": ("N", "K", "bits", "block_size"), "Attention": ("num_heads",), "MultiHeadAttention": ("num_heads",),
 }  # fmt: skip
-"""Attributes that must be at least 1: onnxruntime divides by some of them, which would end the process."""
+"""Attributes that must be at least 1: onnxruntime divides by some of them, and a 0 would end the process."""
 
 _AGAIN = "Export the model again, or fetch the file again"
 
 
-def check_model(proto: Any, path: Path | None) -> None:
+def check_model(proto: ModelProto, path: Path | None) -> None:
     """Check a model's tensors, nodes and names.
 
     Args:
-        proto: an `onnx.ModelProto`.
+        proto: the model.
         path: its file, for errors.
 
     Raises:
-        Malformed: at the first fault; names the node or the tensor.
+        Malformed: the model has a fault; the error gives the node or tensor of the first one.
     """
     opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
     _check_graph(proto.graph, opsets, frozenset(), path, 0)
@@ -57,7 +62,9 @@ def check_model(proto: Any, path: Path | None) -> None:
             _check_node(node, own, path)
 
 
-def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int) -> None:
+def _check_graph(
+    graph: GraphProto, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int
+) -> None:
     if depth > MAX_NESTING:
         raise Malformed(f"more than {MAX_NESTING} graphs inside each other", path=path, where=graph.name, cure=_AGAIN)
     for tensor in graph.initializer:
@@ -71,7 +78,7 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
     inside = {name for node in graph.node for name in node.output if name}
-    # Subgraphs may read any of these, because runtimes sort the nodes.
+    # Allow subgraphs to read any of these names, because runtimes sort the nodes.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:
@@ -81,11 +88,11 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
                 _check_graph(each, opsets, known, path, depth + 1)
     for value in graph.output:
         if value.name not in known:
-            raise Malformed(f"nothing gives the output {value.name!r}", path=path, where=graph.name, cure=_AGAIN)
+            raise Malformed(f"nothing computes the output {value.name!r}", path=path, where=graph.name, cure=_AGAIN)
 
 
-def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path | None) -> None:
-    """Check that every name is defined once and that there are no cycles; node order is left to the runtimes."""
+def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path: Path | None) -> None:
+    """Check that every name is defined once and that there are no cycles; accept nodes in any order."""
     made: dict[str, int] = {}
     for at, node in enumerate(graph.node):
         for name in node.output:
@@ -102,7 +109,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
             if name in made:
                 own.add(made[name])
             elif name not in given and name not in outer:
-                raise Malformed(f"nothing gives its input {name!r}", path=path, where=_name(node), cure=_AGAIN)
+                raise Malformed(f"nothing computes its input {name!r}", path=path, where=_name(node), cure=_AGAIN)
         for one in own:
             readers.setdefault(one, []).append(at)
         waits.append(own)
@@ -120,7 +127,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
         raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
 
 
-def _read(node: Any, depth: int = 0) -> Iterator[str]:
+def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
     """Yield the names that a node reads, including outer values that its subgraphs read."""
     yield from (name for name in node.input if name)
     if depth > MAX_NESTING:
@@ -134,7 +141,7 @@ def _read(node: Any, depth: int = 0) -> Iterator[str]:
             yield from (value.name for value in graph.output if value.name not in own)
 
 
-def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
+def _check_node(node: NodeProto, opsets: dict[str, int], path: Path | None) -> None:
     for text in (node.name, node.op_type, node.domain, *node.input):
         _check_text(text, "a node's text", path)
     where = _name(node)
@@ -149,12 +156,12 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
     names = [attribute.name for attribute in node.attribute]
     for attribute in node.attribute:
         if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
-            why = f"the attribute {attribute.name!r} twice, or without a name or a type"
+            why = f"the attribute {attribute.name!r} occurs twice, or lacks a name or a type"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     positive = POSITIVE.get(node.op_type, ())
     for attribute in node.attribute:
         if attribute.name in positive and any(number < 1 for number in (*attribute.ints, *_number(attribute))):
-            why = f"a {node.op_type} with an attribute {attribute.name} below 1"
+            why = f"a {node.op_type} has an attribute {attribute.name} below 1"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
     domain = "" if node.domain == "ai.onnx" else node.domain
     schema = _schema(node.op_type, domain, opsets.get(domain, opsets.get(node.domain, 0)))
@@ -162,21 +169,22 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
         return
     required, most, attributes = schema
     if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
-        why = f"a {node.op_type} of {sum(bool(name) for name in node.input)} inputs"
+        why = f"a {node.op_type} has the wrong inputs ({sum(bool(name) for name in node.input)} of them)"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
     held = {attribute.name: attribute.type for attribute in node.attribute}
     for name, (kind, needed) in attributes.items():
         if (needed and name not in held) or (name in held and held[name] != kind):
-            why = f"a {node.op_type} {'with another type of' if name in held else 'without'} the attribute {name}"
+            fault = "has the wrong type" if name in held else "is missing"
+            why = f"the attribute {name} of a {node.op_type} {fault}"
             raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 
 @lru_cache(maxsize=4096)
-def _schema(op_type: str, domain: str, version: int) -> Any:
-    """Return an operator's required inputs, its largest number of inputs, and attribute -> (type, required)."""
+def _schema(op_type: str, domain: str, version: int) -> Schema | None:
+    """Return an operator's required inputs, its largest number of inputs, and attributes: name -> (type, required)."""
     from onnx import defs
 
-    # An older opset goes through onnx's converter first, and the converted model is checked.
+    # Skip older opsets: the model is converted, and then checked again.
     if domain == "" and version < OPSET:
         return None
     try:
@@ -192,42 +200,42 @@ def _schema(op_type: str, domain: str, version: int) -> Any:
     return required, schema.max_input, attributes
 
 
-def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
+def _check_tensor(tensor: TensorProto, where: str, path: Path | None) -> None:
     _check_text(tensor.name, "a tensor's name", path)
     try:
         kind = ir.DataType(tensor.data_type)
     except ValueError:
         kind = ir.DataType.UNDEFINED
     if kind == ir.DataType.UNDEFINED:
-        raise Malformed(f"a tensor of the unknown type {tensor.data_type}", path=path, where=where, cure=_AGAIN)
+        raise Malformed(f"a tensor has the unknown type {tensor.data_type}", path=path, where=where, cure=_AGAIN)
     dims: Sequence[int] = tensor.dims
     if len(dims) > MAX_AXES or any(size < 0 for size in dims):
-        raise Malformed(f"a tensor of the shape {list(dims)[:MAX_AXES]}", path=path, where=where, cure=_AGAIN)
+        raise Malformed(f"a tensor has the invalid shape {list(dims)[:MAX_AXES]}", path=path, where=where, cure=_AGAIN)
     if tensor.data_location == tensor.EXTERNAL:
         return  # model_file.py checks external data.
     count = math.prod(dims)
     if tensor.HasField("raw_data"):
         held, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
         if kind == ir.DataType.STRING:
-            raise Malformed("text in a tensor of bytes", path=path, where=where, cure=_AGAIN)
+            raise Malformed("a tensor of strings has raw bytes", path=path, where=where, cure=_AGAIN)
     else:
         field = next((field for field, kinds in _FIELDS.items() if kind.name in kinds), "int32_data")
         per = 2 if kind.name.startswith("COMPLEX") else 1
         held, unit = len(getattr(tensor, field)), "numbers"
         needed = count * per if kind == ir.DataType.STRING or kind.bitwidth >= 8 else -(-count * kind.bitwidth // 8)
     if held != needed:
-        why = f"{held} {unit} where the shape {list(dims)} of {kind.name} needs {needed}"
+        why = f"a tensor has {held} {unit}, and its shape {list(dims)} of {kind.name} needs {needed}"
         raise Malformed(why, path=path, where=where, cure=_AGAIN)
 
 
-def _number(attribute: Any) -> list[int]:
+def _number(attribute: AttributeProto) -> list[int]:
     return [attribute.i] if attribute.HasField("i") else []
 
 
 def _check_text(text: object, what: str, path: Path | None) -> None:
     if not isinstance(text, str):  # protobuf returns bytes for text that is not UTF-8.
-        raise Malformed(f"{what} that is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
+        raise Malformed(f"{what} is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
 
 
-def _name(node: Any) -> str:
+def _name(node: NodeProto) -> str:
     return str(node.name or (node.output[0] if node.output else node.op_type))

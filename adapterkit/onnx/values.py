@@ -1,4 +1,4 @@
-"""Graph values with the operators and array-API functions that formulas use; each becomes nodes of the graph."""
+"""Graph values with the operators and array-API functions that formulas use; each operation appends nodes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NoReturn, Union
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, cast
 
 import numpy as np
 import onnx_ir as ir
 
-from .building import FREE, Array, Branch, element_type
+from .building import FREE, Array, Attribute, Branch, element_type
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from ..io.lazy import Leaf
+
+Updates = TypeVar("Updates", bound="Update")
 
 Sizes = tuple[int | None, ...]
 """The sizes of a value's axes; None for an open size."""
 
 Operand = Union["Value", Array]
-"""An argument or result of the namespace's functions; without any graph value, numpy computes it."""
+"""An argument or result of the namespace's functions. If no argument is a graph value, numpy computes the result."""
 
 Kind = np.dtype[np.generic] | type[np.generic] | type[bool]
 """An element type."""
@@ -27,20 +33,20 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula needs something that no node expresses; it may still be computed if all numbers are known."""
+    """A formula uses an operation that has no node. If all numbers are known, numpy can still compute the result."""
 
 
 class OpenSize(int):
-    """The number that stands for an open size. Formulas may pass it on, but not compute with it."""
+    """A number that stands for an open size. Formulas may pass it on, but not compute with it."""
 
     def _no_number(self, *_: object) -> NoReturn:
-        raise Unsayable("a number that depends on an open size")
+        raise Unsayable("a number depends on an open size")
 
     __truediv__ = __rtruediv__ = __float__ = __pow__ = __rpow__ = _no_number
 
 
 def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """Return the sizes of two operands' sum."""
+    """Return the sizes of the sum of two operands."""
     if one is None or two is None:
         return None
     pad = max(len(one), len(two))
@@ -57,7 +63,7 @@ def _wider(a: int | None, b: int | None) -> int | None:
 
 
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """Return the sizes of two matrices' product.
+    """Return the sizes of the product of two matrices.
 
     Raises:
         Unsayable: the sizes do not match.
@@ -66,16 +72,16 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
         return None
     columns, rows = one[-1], two[-2]
     if columns is not None and rows is not None and columns != rows and max(columns, rows) < FREE:
-        raise Unsayable(f"a product of {columns} columns and {rows} rows")
+        raise Unsayable(f"a matrix of {columns} columns is multiplied by one of {rows} rows")
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """Return a wanted shape with its -1 resolved, or None in its place if that is impossible.
+    """Return a requested shape with its -1 replaced by a size, or by None if the size is unknown.
 
-    An open size in it refers to the same axis, which keeps its size.
+    An open size in the shape means that the axis at this position keeps its size.
     """
     if -1 not in wanted:
         return tuple(wanted)
@@ -89,7 +95,7 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """Return a shape in the node's notation: 0 for an open size that stays, -1 for the remaining one.
+    """Return a shape as a Reshape takes it: 0 for an open size that stays, -1 for the remaining size.
 
     Args:
         sizes: the current sizes.
@@ -104,22 +110,22 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
         elif position in stays:
             out.append(0)
         elif size == 0 or -1 in out:
-            raise Unsayable("more than one size is open")
+            raise Unsayable("a Reshape has more than one open size")
         else:
             out.append(-1)
     if -1 in out and 0 in out:
-        raise Unsayable("a size that is left over where another may be 0")
+        raise Unsayable("a Reshape has an unknown size, and another size may be 0")
     return out
 
 
 def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
-    """Return the axes that have an open size and keep it."""
+    """Return the axes whose open size stays the same."""
     pairs = enumerate(zip(sizes or (), wanted, strict=False))
     return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
 
 def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
-    """Return the sizes of a value reduced along some axes, or all."""
+    """Return the sizes of a value that is reduced along some axes, or along all."""
     if sizes is None:
         return None
     gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
@@ -127,7 +133,7 @@ def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -
     return tuple(kept)
 
 
-# Indexing of graph values: slices, integers, new axes, and one list of positions, as nodes.
+# Index graph values by slices, integers, new axes, and one list of positions.
 
 
 _END = np.iinfo(np.int64).max
@@ -137,13 +143,13 @@ def taken(value: Value, key: object) -> Value:
     """Return `value[key]`.
 
     Raises:
-        Unsayable: the key has several lists, or a mask.
+        Unsayable: the key has several lists of positions, or a mask.
     """
     parts = _spread(value, key if isinstance(key, tuple) else (key,))
     out = _sliced(value, [(axis, part) for axis, part in parts if isinstance(part, slice | int) and axis is not None])
     lists = [(axis, part) for axis, part in parts if axis is not None and not isinstance(part, slice | int)]
     if len(lists) > 1:
-        raise Unsayable("several lists of positions")
+        raise Unsayable("an index has several lists of positions")
     wide = _gathered(out, *lists[0]) if lists else out
     return _shaped(wide, parts, lists)
 
@@ -152,15 +158,15 @@ def written(value: Value, key: object, values: Value) -> Value:
     """Return `value` after `value[:, positions] = values` or `value[positions] = values`.
 
     Raises:
-        Unsayable: the key has another form.
+        Unsayable: the key has another form than these two.
     """
     parts = key if isinstance(key, tuple) else (key,)
     *before, last = parts
     if any(part != slice(None) for part in before) or len(before) > 1 or not isinstance(last, list):
-        raise Unsayable("no node writes there")
+        raise Unsayable("no node can assign to this index")
     turn = bool(before)
     index = np.array(last, dtype=np.int64)[:, None]
-    # ScatterND indexes the leading axis, so the axis of the positions is moved there.
+    # Move the axis of the positions to the front, because ScatterND indexes the first axis.
     rows, new = (value.swapaxes(0, 1), values.swapaxes(0, 1)) if turn else (value, values)
 
     def numbers(a: Array, b: Array) -> Array:
@@ -176,7 +182,7 @@ def written(value: Value, key: object, values: Value) -> Value:
 
 
 def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, object]]:
-    """Return (axis, part of the key) pairs with `...` expanded; axes after it are negative if the rank is unknown."""
+    """Return pairs of axis and part of the key, `...` expanded; if the rank is unknown, axes after it are negative."""
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
     at = next(n for n, part in enumerate(key) if part is Ellipsis)
@@ -199,17 +205,17 @@ def _numbered(parts: tuple[object, ...], axis: int) -> list[tuple[int | None, ob
 
 
 def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
-    """Apply slices, and integers as slices of length one."""
+    """Apply slices, and integers as slices of length 1."""
     cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Open sizes are represented by numbers from FREE on. A limit near such a number was computed from an open size.
+    # Refuse limits near FREE, which were computed from an open size: numbers from FREE on stand for open sizes.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
-        raise Unsayable("a slice of an open size")
-    # A formula that loops over all positions of an open axis would never end.
+        raise Unsayable("the limits of a slice depend on an open size")
+    # Refuse a part of an open axis: a formula that loops over all positions of the axis would not end.
     if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
-        raise Unsayable("a part of an axis of an open size")
+        raise Unsayable("a slice is taken of an axis with an open size")
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
@@ -224,11 +230,11 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
 
 def _cut(part: slice | int) -> slice:
     if isinstance(part, int):
-        # For -1, the end would be 0, which is before the start.
+        # For -1, use the end of the axis: -1 + 1 is 0, which is before the start.
         return slice(part, part + 1 if part != -1 else _END, 1)
     step = 1 if part.step is None else part.step
     if step < 1:
-        raise Unsayable("a slice backwards")
+        raise Unsayable("a slice has a negative step")
     return slice(part.start or 0, _END if part.stop is None else part.stop, step)
 
 
@@ -244,13 +250,13 @@ def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | No
 
 def _gathered(value: Value, axis: int, positions: object) -> Value:
     if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
-        raise Unsayable("positions on an axis of an open size")
+        raise Unsayable("positions are taken of an axis with an open size")
     if isinstance(positions, Value):
         index, shape = positions, positions.shape
     else:
         array = np.asarray(positions)
         if array.dtype.kind not in "iu":
-            raise Unsayable("a mask")
+            raise Unsayable("a mask is used as an index")
         shape, index = array.shape, value.like(0)
         literal = value.branch.building.literal(array.astype(np.int64))
         index = Value(value.branch, array.shape, np.int64, literal, lambda: array)
@@ -267,7 +273,7 @@ def _shaped(value: Value, parts: list[tuple[int | None, object]], lists: list[tu
         positions = lists[0][1]
         wider = (positions.ndim if isinstance(positions, Value) else np.asarray(positions).ndim) - 1
         if wider and (any(part is None or isinstance(part, int) for _, part in parts)):
-            raise Unsayable("a list of lists beside new axes")
+            raise Unsayable("an index has a nested list and new axes")
     gone = [axis for axis, part in parts if axis is not None and isinstance(part, int)]
     out = _without(value, gone) if gone else value
     kept = [part is None for _, part in parts if part is None or not isinstance(part, int)]
@@ -292,10 +298,9 @@ def _with(value: Value, axes: list[int]) -> Value:
     return value.apply("Unsqueeze", [value], lambda a: np.expand_dims(a, tuple(axes)), sizes, more=[literal])
 
 
-# The array-API functions over graph values: what `namespace(value)` gives a formula.
-#
-# Operands may also be numpy arrays; without any graph value, numpy computes the result. Linear algebra has no nodes,
-# so it is computed if the numbers are known. https://data-apis.org/array-api/latest/
+# The array-API functions for graph values; a formula gets them from `namespace(value)`.
+# Operands may also be numpy arrays; if none is a graph value, numpy computes the result. Linear algebra has no nodes,
+# so it is only possible if the numbers are known. https://data-apis.org/array-api/latest/
 
 
 arrays: Any = import_module("array_api_compat.numpy")
@@ -322,7 +327,7 @@ class _Linalg:
 
 
 class Symbols:
-    """The namespace; functions that it lacks raise `Unsayable`."""
+    """The namespace of array functions; a missing function raises `Unsayable`."""
 
     __name__ = __name__  # array_api_compat identifies namespaces by their names.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
@@ -348,7 +353,7 @@ class Symbols:
         return import_module("ml_dtypes").finfo(dtype)
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise Unsayable(f"no node says {name}")
+        raise Unsayable(f"there is no node for {name}")
 
     def astype(self, x: Operand, dtype: Kind) -> Operand:
         return x.cast(dtype) if isinstance(x, Value) else np.asarray(x).astype(dtype)
@@ -411,10 +416,10 @@ class Symbols:
     def argsort(self, x: Value, axis: int = -1) -> Value:
         """Return the positions in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
-            raise Unsayable("an order of an open number of entries")
+            raise Unsayable("an open number of entries is sorted")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
-        # ONNX has no ArgSort. TopK of all entries sorts them, and puts the lower index first for ties.
+        # Use TopK of all entries, because ONNX has no ArgSort; for ties, TopK puts the lower index first.
         node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
         known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
         return Value(x.branch, x.sizes, np.int64, node, known)
@@ -457,7 +462,7 @@ class Symbols:
         return self.full_like(x, 1)
 
     def full_like(self, x: Value, number: float) -> Value:
-        """Return an array filled with one number, which a product `x * 0` would not do for NaN and infinity."""
+        """Return an array of one number with the sizes of x; `x * 0 + number` would fail for NaN and infinity in x."""
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))
         return x.apply(
@@ -479,9 +484,9 @@ def concatenated(values: Sequence[Value], axis: int) -> Value:
 
 
 def _closed(sizes: Sequence[int]) -> Sequence[int]:
-    """Return the sizes after checking that none is open."""
+    """Check that no size is open; return the sizes."""
     if any(size is None or size >= FREE for size in sizes):
-        raise Unsayable("a constant of an open size")
+        raise Unsayable("a constant has an open size")
     return sizes
 
 
@@ -496,21 +501,20 @@ def _constant(like: Value, array: Array) -> Value:
 SYMBOLS = Symbols()
 
 
-# Graph values with the operators that formulas share with numpy and torch; each operator appends a node.
-#
-# A value may also be known: its numbers can then be computed by the same operators in numpy, for operations without a
-# node. `namespace()` finds the functions of `SYMBOLS` through `__array_namespace__`.
+# Graph values with the operators of numpy and torch that formulas use; each operator appends a node.
+# If the numbers of a value are known, numpy can compute the same operators, for operations without a node.
+# `namespace()` finds the functions of `SYMBOLS` through `__array_namespace__`.
 
 
 class Value:
     """A tensor of the graph.
 
     Args:
-        branch: nodes are appended to it.
-        shape: its sizes; None if not even their number is known.
-        dtype: its numpy dtype.
-        value: the tensor in the graph; if missing, it is created from the numbers on demand.
-        known: returns its numbers; None if they depend on the graph's inputs.
+        branch: collects the nodes that operators append.
+        shape: the sizes of the tensor; None if the number of axes is unknown.
+        dtype: the numpy dtype of the tensor.
+        value: the tensor in the graph; by default, it is created from the numbers when it is needed.
+        known: returns the tensor's numbers; None if they depend on the graph's inputs.
     """
 
     __array_ufunc__ = None  # Makes numpy defer to this class when an array is the left operand.
@@ -538,13 +542,13 @@ class Value:
         return self._value
 
     def numbers(self) -> Array:
-        """Return its numbers.
+        """Return the tensor's numbers.
 
         Raises:
             Unsayable: they depend on the graph's inputs.
         """
         if self.known is None:
-            raise Unsayable("its numbers are not known before the graph runs")
+            raise Unsayable("a number is not known before the graph runs")
         if self._numbers is None:
             self._numbers = np.asarray(self.known()).astype(self.dtype, copy=False)
         return self._numbers
@@ -562,16 +566,16 @@ class Value:
     def __len__(self) -> int:
         size = self.shape[0] if self.shape else None
         if size is None:
-            raise Unsayable("the graph leaves this size open")
+            raise Unsayable("a size is open")
         return int(size)
 
     def __iter__(self) -> Iterator[Value]:
         return (self[position] for position in range(len(self)))
 
     def __array__(self, *_: object, **__: object) -> Array:
-        raise Unsayable("an array of another library")
+        raise Unsayable("a value is converted to an array of another library")
 
-    def tolist(self) -> Any:
+    def tolist(self) -> object:
         return self.numbers().tolist()
 
     def __float__(self) -> float:
@@ -582,9 +586,10 @@ class Value:
 
     def apply(
         self, op: str, inputs: Sequence[object], f: Callable[..., Array], shape: Sizes | None,
-        dtype: Kind | None = None, attributes: Mapping[str, object] | None = None, more: Sequence[ir.Value | None] = (),
+        dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
+        more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes it in numpy; `more` are inputs that `f` does not take."""
+        """Append a node and return its output. `f` computes the output in numpy; it does not take the inputs `more`."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
@@ -592,14 +597,14 @@ class Value:
         return Value(self.branch, shape, kind, out, known)
 
     def like(self, other: object) -> Value:
-        """Return another operand as a value; numbers become a constant of this value's dtype."""
+        """Return another operand as a value; numbers become a constant in the dtype of this value."""
         if isinstance(other, Value):
             return other
         if isinstance(other, int) and other >= FREE:
-            raise Unsayable("a number that depends on an open size")
+            raise Unsayable("a number depends on an open size")
         array = np.asarray(other)
         if self.dtype == bool and array.dtype.kind not in "biu":
-            raise Unsayable("a truth value beside a fraction")
+            raise Unsayable("a boolean is combined with a floating-point number")
         kind = np.dtype(np.int64) if self.dtype == bool else self.dtype
         array = array if array.dtype == bool else array.astype(kind)
         return Value(self.branch, array.shape, array.dtype, self.branch.building.literal(array), lambda: array)
@@ -730,8 +735,8 @@ class Value:
 
     def _reduced(self, op: str, f: Callable[..., Array], axis: Axes, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-        attributes: dict[str, object] = {"keepdims": int(keepdims)}
-        # ReduceSum takes its axes as an input since opset 13, the other reductions since opset 18.
+        attributes: dict[str, Attribute] = {"keepdims": int(keepdims)}
+        # Axes are an input of ReduceSum since opset 13, and of the other reductions since opset 18.
         more: list[ir.Value | None] = []
         if axes is not None and in_input:
             more = [self.branch.building.literal(np.array(axes, dtype=np.int64))]
@@ -746,23 +751,28 @@ class Value:
         return taken(self, key)
 
     def __setitem__(self, key: object, values: object) -> None:
-        # Graph values cannot change. The assignment makes this object stand for the new value instead.
+        # Make this object stand for the new value, because graph values themselves cannot change.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 
     def _no_node(self, *_: object) -> NoReturn:
-        raise Unsayable("no node says this")
+        raise Unsayable("there is no node for this operator")
 
     __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
 
 
+def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
+    """Return an update whose formulas compute with numpy arrays or graph values, which `f` returns for its tensors."""
+    return update.map(cast("Callable[[Leaf], Leaf]", f))
+
+
 def plain(value: ir.Value, branch: Branch) -> Value:
-    """Return a graph value with the operators of formulas."""
+    """Wrap a graph value, so that it has the operators of formulas."""
     sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
     return Value(branch, sizes, element_type(value), value)
 
 
 def _same_type(one: Value, two: Value) -> None:
-    # ONNX operators need operands of one type, where numpy would promote.
+    # Refuse different dtypes, which numpy would promote: ONNX operators need operands of one dtype.
     if one.dtype != two.dtype:
-        raise Unsayable(f"{one.dtype} beside {two.dtype}")
+        raise Unsayable(f"{one.dtype} is combined with {two.dtype}")

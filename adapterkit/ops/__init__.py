@@ -1,6 +1,6 @@
-"""Arithmetic on adapters: sums, other ranks, extraction from tuned models, comparison; of factors where there are any.
+"""Arithmetic on adapters: sums, changes of rank, extraction from tuned models, and comparison, on factors if possible.
 
-Every operation takes adapters (or their paths) and gives an adapter; none changes what it was given, and none prints.
+Every operation takes adapters (or their paths) and returns an adapter; none changes its inputs, and none prints.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Sum updates with low-rank factors to one LoRA, and others to one dense difference; stacking keeps the others."""
+    """Sum updates with low-rank factors to one LoRA and others to one dense difference, or keep these if stacking."""
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
     for update, weight in terms:
@@ -42,9 +42,10 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     made: list[Update] = []
     if thin:
-        # Beyond the rank of the weight, joined factors only take space, so the sum is cut to that rank, without a loss.
-        # Stacking promises to compute nothing and keeps them all.
-        whole = len(place.shape) < 2 or sum(_rank(place, u) for u, _ in thin) > _most(place)
+        # Beyond the rank of the weight, joined factors only take space, so the sum is cut to that rank, without loss.
+        # Stacking keeps them all, because it must not compute anything.
+        ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
+        whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
         made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
     if stacking:
         return made + [update.scaled(weight) or _dense(place, [(update, weight)]) for update, weight in rest]
@@ -57,7 +58,7 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
-    # Factors as wide as the weight would take more space than the dense difference.
+    # Factors as wide as the weight would take more space than a dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -65,7 +66,7 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
 
 
 def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Join factors into one LoRA, without reading any tensor."""
+    """Join factors into one LoRA without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
     # One scaling for all factors: the largest, so that no ratio to it overflows.
@@ -98,7 +99,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
     experts = changes[0].experts
     lead = () if experts is None else (experts,)
     if any(change.changes_weight for change in changes):
-        # Computed when it is read: dense differences of all targets together are as large as the model.
+        # Computed lazily, because dense differences of all targets together are as large as the model.
         fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
     if any(change.changes_bias for change in changes):
         fields["d"] = computed((*lead, place.shape[0]), kind, lambda: _biases(changes))
@@ -106,7 +107,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes, experts stacked; only one change is in memory beside the sum."""
+    """Return the sum of changes, experts stacked; besides the sum, only one change is in memory at a time."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -122,18 +123,10 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
-def _rank(place: AlignedPlace, update: LoRA) -> int:
-    return int(update.A.shape[int(place.target.stacked)])
-
-
-def _most(place: AlignedPlace) -> int:
-    return min(place.shape[0], math.prod(place.shape[1:]))
-
-
 # The public operations. A sum is defined as the merge of several adapters: W' = W + sum_i weight_i * (f_i(W) - W).
 #
-# Low-rank factors are joined, so that ranks add up and nothing is computed before it is read. PEFT's "linear" sums the
-# A and the B separately instead, which adds products B_i @ A_j of different adapters.
+# Low-rank factors are joined, so ranks add up and nothing is computed before it is read. PEFT's "linear" sums all A and
+# all B separately instead, which adds products B_i @ A_j of different adapters.
 
 
 def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
@@ -249,7 +242,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split updates after the last that is not additive: the changes behind it depend on no weight."""
+    """Split updates after the last one that is not additive: the changes after it do not depend on a weight."""
     last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
     return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
 
@@ -257,15 +250,15 @@ def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Mix updates that are not additive: return those of the result, and those that became additive at the base."""
+    """Mix updates that are not additive; return updates of the result, and those that became additive at the base."""
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
     updates, weights = [head for head, _ in heads], [weight for _, weight in heads]
     every = [update for head in updates for update in head]
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
-    # Refuse what can never be summed, then try a mixture of one method, which needs no base, and only then ask for
-    # the base.
+    # Refuse what can never be summed, then try a mixture of one method, which needs no base, and only then require the
+    # base.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)

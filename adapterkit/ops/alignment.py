@@ -58,13 +58,13 @@ class AlignedPlace:
         known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
-            raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
+            raise UsageError("only the base knows the shape of this weight", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in found) for found in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
             # A method may know the inner axes of a convolution only as one product, so sizes are compared.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
-                why = f"made for weights of {list(longest)} and of {list(shape)}"
-                raise ShapeMismatch(why, where=str(self.target), cure="These adapters are not of one base")
+                why = f"the adapters were made for weights of {list(longest)} and of {list(shape)}"
+                raise ShapeMismatch(why, where=str(self.target), cure="Combine adapters of one base only")
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
@@ -85,7 +85,7 @@ class AlignedPlace:
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
     """Yield the changes of several adapters for one weight, or for each expert's; None for an adapter without one."""
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # A generator is true, so this holds if any adapter changes the weight; the rows end with the generators.
+    # A generator is truthy, so this holds if any adapter changes the weight; the rows end with the generators.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -106,20 +106,20 @@ def places(
 
     Args:
         adapters: adapters or their paths.
-        base: binds all adapters to one base's names and layouts, and gives the weights to methods that need them.
+        base: the base whose names and layouts all adapters get, and whose weights some methods need.
         lower: make every update additive, or refuse it with this participle in the message, such as `"combined"`.
         disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
-        strict_base: refuse a base that is not the one that an adapter names.
+        strict_base: refuse a base other than the one that an adapter names.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
-        UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
+        UsageError: there is no adapter, two of them have no target in common, or they belong to different image models.
         ShapeMismatch: adapters disagree about how the base stores a weight.
         NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
     """
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Name at least one adapter")
     base = None if base is None else opened(base)
     given = [source_adapter(adapter, base) for adapter in adapters]
     if strict_base:
@@ -129,8 +129,9 @@ def places(
         check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
-    # One adapter may name a stack of experts, or a fused weight, that another names part by part. A base settles the
-    # experts when the adapters are bound.
+    # One adapter may target a stack of experts, or a fused weight, while another targets its parts. With a base,
+    # binding
+    # the adapters splits the experts.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
@@ -153,7 +154,7 @@ def source_adapter(source: Source, base: Base | None) -> Adapter:
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
-    """Rename adapters of image models to one naming, since each tool has different names for the same modules."""
+    """Rename adapters of image models to one naming, because each tool has other names for the same modules."""
     if len(adapters) < 2:
         return adapters
     named = in_one_naming([adapter.updates for adapter in adapters])
@@ -161,13 +162,13 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters without a common target: mostly they are of one model under different names."""
+    """Check that adapters share a target; usually they belong to one model under different names."""
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}
         if not first & paths:
             path = next(iter(paths))
-            cure = nearest(path, first) or "Pass base=/--base, which settles names; or allow it: disjoint/--disjoint"
+            cure = nearest(path, first) or "Pass base=/--base, which aligns names; or allow it with disjoint/--disjoint"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

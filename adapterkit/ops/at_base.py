@@ -1,7 +1,7 @@
-"""Turn formulas of the weight into their difference at a base, W' - W, a dense update computed when it is read.
+"""Turn formulas of the weight into their difference at a base, W' - W: a dense update that is computed when read.
 
-Additive updates need no base. Other weight updates can be summed at a given base only, and updates of outputs or
-contexts not at all.
+Additive updates need no base. Other updates of weights can only be summed at a given base. Updates of outputs or
+contexts cannot be summed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from .lowering import Base
 
 A = TypeVar("A")
-"""An array of numpy or torch."""
+"""A numpy array or torch tensor."""
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
-    """Bind an adapter to the base; return it in the base's names and layouts, and the place of each target.
+    """Bind an adapter to the base; return it in the base's names and layouts, with the site of each target.
 
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
@@ -45,7 +45,7 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
-    """Return the adapter with additive updates only; other weight updates become their difference at the base.
+    """Return the adapter with only additive updates; other updates of weights become their difference at the base.
 
     Args:
         adapter: the adapter, bound to the base if there is one.
@@ -90,18 +90,18 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Refuse updates that do not change weights and, without a base, those that need its weights."""
+    """Check that an update changes weights and, without a base, that it does not need the base's weights."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
-        why = f"{update.method} changes {update.acts_on}, not weights: it cannot be {doing}"
+        why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
         raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
     if update.kind == "weight" and not based:
-        why = f"the change of {update.method} depends on the base's weight: it can be {doing} at a base only"
+        why = f"the change of {update.method} depends on the base's weight, so it can only be {doing} at a base"
         raise UsageError(why, where=where, cure="Pass base=/--base")
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """Replace the updates up to the last that needs W by their difference, computed when it is read."""
+    """Replace the updates up to the last one that needs W by their difference, computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
     needing, rest = site.updates[:last], site.updates[last:]
     if not needing:
@@ -146,11 +146,11 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Return the updates with their changes of the bias computed; each sees the weight as changed by those before."""
+    """Return the updates with their changes of the bias computed; each sees the weight after the updates before it."""
     import numpy as np
 
     assert site.weight is not None
-    # Formulas name torch's tensors, and run on numpy's arrays, too.
+    # Formulas are written for torch tensors, and also run on numpy arrays.
     W: Any = view_of(load(_tensor(base, site.weight)), site.target)
     done = []
     for update in updates:
@@ -171,7 +171,7 @@ def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> A
 
 
 def view_of(W: A, target: Target, bias: bool = False) -> A:
-    """View a stored tensor, of numpy or torch, as the target's updates see it; no copy."""
+    """View a stored numpy or torch tensor as the target's updates see it, without a copy."""
     view: Any = W
     if bias:
         view = view if target.rows is None else view[..., slice(*target.rows)]

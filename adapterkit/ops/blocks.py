@@ -1,6 +1,6 @@
-"""The changes of one weight by several adapters, a block of rows at a time; products are formed in each pass.
+"""Read the changes of one weight by several adapters in blocks of rows; each pass forms the products again.
 
-A product of rank 16 for 4096 x 4096 takes 0.02 s, and 134 MB in float64; eight of them take a gigabyte. Formulas that
+A product of rank 16 for 4096 x 4096 takes 0.02 s and 134 MB in float64, so eight of them take a gigabyte. Formulas that
 look at every entry pass over blocks of rows two or three times and hold one block in memory.
 """
 
@@ -57,15 +57,15 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Draw random entries, the same of each change, `[T, n]`; all entries of a small change."""
+        """Draw random entries, at the same positions in each change, `[T, n]`; all entries of a small change."""
         import numpy as np
 
         out, columns = self.shape
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed, as the sample decides on the time only. Entries of a product are computed one by one, with n
-        # operations per rank, instead of forming rows.
+        # A fixed seed is fine, because the sample only affects the time. Entries of a product are computed one by one,
+        # with n operations per rank, instead of forming rows.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         found = np.empty((self.count, count))
@@ -78,7 +78,7 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """Return the k-th largest numbers of series that are computed from the changes.
+        """Return the k-th largest number of each series that is computed from the changes.
 
         Args:
             key: a function of changes `[T, ...]`; its result holds one series per index of the first axis.

@@ -1,4 +1,4 @@
-"""Build results: updates from computed factors and sums, and adapters with the lineages of several others."""
+"""Build results: updates from computed factors and sums, and adapters with the lineages of several adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType, Lazy, Shape
-    from ..io.strict_json import JsonValue
 
     Hold = Callable[[Array, DType], Lazy]
 
@@ -35,11 +34,11 @@ def low_rank(
         pairs: (B, A) of each weight.
         bias: the change of the bias, `[out]` or `[e, out]`, or None.
         dtype: the type to store.
-        hold: keeps a computed tensor.
+        hold: a function that keeps a computed tensor.
     """
     import numpy as np
 
-    # At least 1: formats and PEFT know no LoRA of rank 0.
+    # At least 1, because formats and PEFT have no LoRA of rank 0.
     rank = max(1, *(len(A) for _, A in pairs))
     B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
     A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
@@ -67,7 +66,7 @@ def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
 
 
 def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
-    """Return the dtype of computed results: `dtype`, else float64 if any tensor has it, else float32.
+    """Return the dtype of computed results: `dtype` if given, else float64 if any tensor has it, else float32.
 
     Raises:
         Unsupported: there is no floating type of that name.
@@ -80,31 +79,27 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
     kind = dtype_named(dtype)
     if kind is None or not kind.floating or kind.name == "C64":
         known = ", ".join(name for name, d in DTYPES.items() if d.floating and name != "C64")
-        raise Unsupported(f"no element type {dtype!r} for factors", cure=f"Known: {known}")
+        raise Unsupported(f"factors cannot have the element type {dtype!r}", cure=f"Choose among {known}")
     return kind
 
 
 def of_several(
     adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
 ) -> Adapter:
-    """Return an adapter made of several: with their base if they agree, and their lineages inside its first step."""
+    """Return an adapter made of several, with their common base, if any, and their lineages inside its first step."""
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
-    lineages = [[_plain(step) for step in adapter.recipe] for adapter in adapters]
+    lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]
     named = [None if each is None else each.id for each in bases]
     carried = merged_metadata(adapters)
     if carried:
         args |= {METADATA: carried}
     families = {family for adapter in adapters for family in model_types_of(adapter)}
-    # Two families of models would contradict each other in the result.
+    # A result cannot belong to two families of models.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
-
-
-def _plain(step: Step) -> dict[str, JsonValue]:
-    return {"op": step.op, "args": dict(step.args)}
 
 
 def _filled(array: Array, rank: int, axis: int) -> Array:

@@ -1,4 +1,4 @@
-"""Statistics over all targets, taken before any target is computed: thresholds of whole adapters, and majorities."""
+"""Collect statistics over all targets before any target is computed: thresholds of whole adapters, and majorities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Census:
-    """Numbers of each adapter's changes over all targets.
+    """Counts and sums of each adapter's changes over all targets.
 
     Attributes:
         counting: whether formulas run only to feed the census, and their results are ignored.
@@ -37,8 +37,9 @@ class Census:
         """Fill the census.
 
         Args:
-            once: runs the formula at all targets, or at a few of them if its argument is True; called with False about
-                twice per stage.
+            once: a function that runs the formula at all targets, or at a few of them if its argument is True; it is
+                called
+                with False about twice per stage.
             stages: the number of searches, each of which depends on the one before; 0 if only sums are needed.
         """
         self.counting = True
@@ -65,8 +66,9 @@ class Census:
         Args:
             series: the names of the series, such as the index of an adapter.
             blocks: the changes.
-            wanted: for each series a function of the number of values and of nonzero values, which returns how many of
-                the largest to keep.
+            wanted: for each series, a function of the number of values and the number of nonzero values that returns
+                how
+                many of the largest to keep.
             key: a function of changes `[T, ...]` that returns the series on the first axis; magnitudes if not given.
         """
         import numpy as np
@@ -94,7 +96,7 @@ class Census:
         return found.value
 
     def knows(self, series: Hashable) -> bool:
-        """Whether the threshold of a series is known, from an earlier stage."""
+        """Whether the threshold of a series is known from an earlier stage."""
         return series in self._selections and self._selections[series].found is not None
 
     def add(self, name: Hashable, value: float) -> None:
@@ -127,7 +129,7 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
-                # The poll shares the thresholds, which are known by now, and runs once; other threads wait for it.
+                # The poll uses the thresholds, which are known by now, and runs once; other threads wait for it.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)

@@ -51,12 +51,14 @@ def combine(
     """Combine several adapters into one.
 
     Args:
-        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter without a target takes
-            no part there.
+        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter without a target is
+            ignored at that target.
         method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
         weights: one per adapter, 1 if not given. Each is a number, a list of numbers from the first layer to the last,
-            or a mapping of globs of targets to either; the first glob that matches counts, and without a match it is 1.
-        base: resolves names and layouts, and gives the weights to methods and combiners that need them.
+            or
+            a mapping of globs of targets to either; the first matching glob counts, and without a match the weight is
+                1.
+        base: the base, which resolves names and layouts, and gives the weights to methods and combiners that need them.
         rank: cut the result to this rank, target by target. The result is the best approximation, or close to it for
             large matrices without low-rank factors. `"fit"`: cut only such matrices, to the largest rank of the inputs,
             so that every result is a LoRA; exact results keep the sum of the ranks.
@@ -68,9 +70,9 @@ def combine(
         disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
             used.
-        strict_base: refuse a base that is not the one that an adapter names.
-        workers: targets to compute at a time; one per processor if not given, at most 16. Together they hold at most
-            256 MB, or one target's result. The result does not depend on it. Methods with `data` use one.
+        strict_base: refuse a base other than the one that an adapter names.
+        workers: the number of targets to compute at a time; one per processor if not given, at most 16. Together they
+            hold at most 256 MB, or one target's result. The result does not depend on it. Methods with `data` use one.
         report: called with a `Cut` for each target whose result was cut to a rank, with norms of result and error.
         before: called before any work with the outline of the result: its targets, methods, shapes and dtypes, without
             readable tensors. An error that it raises, such as `Unrepresentable` of a format, ends the combination.
@@ -83,27 +85,27 @@ def combine(
         the lineage's last step.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
         Unsupported: an unknown method or peer.
-        UsageError: weights, parameters or data that do not fit; no common targets; a rank above the possible.
+        UsageError: weights, parameters or data do not fit; no common targets; a rank above the possible.
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for different weights.
-        Malformed: a NaN or an infinity.
+        Malformed: a tensor holds a NaN or an infinity.
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
-        raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
+        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters
     peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
-    # For combiners that make factors of a rank, such as `ctm`, `rank` is a parameter and no cut of the result.
+    # For combiners that make factors of a rank, such as `ctm`, `rank` is a parameter and does not cut the result.
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
-    # One value of each setting is enough to find wrong parameters before any adapter is read.
+    # One value of each setting is enough to find invalid parameters before any adapter is read.
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # A sum keeps updates as they are; one that is cut to a rank is computed from the changes like any other result.
+    # A sum keeps updates unchanged; if it is cut to a rank, it is computed from the changes like any other result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
@@ -126,7 +128,7 @@ def combine(
     }  # fmt: skip
     said = {key: value for key, value in said.items() if value not in (None, [])}
     if before is not None:
-        # With the lineage of the result, since formats look there for what kind of model it is of.
+        # With the lineage of the result, because formats look there for the kind of model it belongs to.
         before(of_several(read, work.outline(), "combine", **said))
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
@@ -136,10 +138,10 @@ def combine(
 
 
 def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:
-    """Refuse arguments that the method cannot use; see `combine`."""
+    """Check that the method can use the arguments; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
-        raise UsageError("no adapter was given", cure="Name at least one")
+        raise UsageError("no adapter was given", cure="Name at least one adapter")
     low, high = cls.takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
@@ -147,17 +149,18 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
     if cls.data is not None and not callable(data):
         raise UsageError(f"{name} needs data", where="data", cure=f"data= must be {cls.data}")
     if cls.data is None and data is not None:
-        raise UsageError(f"{name} looks at no data", where="data", cure="Leave it out, or choose another method")
+        raise UsageError(f"{name} does not use data", where="data", cure="Leave data= out, or choose another method")
     if cls.based and base is None:
-        raise UsageError(f"{name} looks at the weights of the base", where="base", cure="Pass base=/--base")
+        raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass base=/--base")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Choose another")
+        raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Pass a seed from 0 on")
 
 
 def _check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
-    """Refuse a rank that no weight can have."""
+    """Check that a weight can have the rank."""
     if rank is None or rank == FIT:
         return
     most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
-        raise UsageError(f"rank {rank!r} of weights of rank {most} at most", where="rank", cure="Choose another")
+        why = f"the rank is {rank!r}, but the weights have at most rank {most}"
+        raise UsageError(why, where="rank", cure=f"Choose a rank from 1 to {most}")

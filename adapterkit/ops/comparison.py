@@ -49,11 +49,11 @@ class Likeness:
         norm_b: Frobenius norm of the second change.
         effective_rank_a: exponential of the entropy of the singular values of the first weight's change (Roy and
             Vetterli 2007); the mean over stacked experts.
-        effective_rank_b: the same of the second.
+                effective_rank_b: the same for the second weight's change.
         cosine: cosine of the angle between the two changes of weight and bias, seen as vectors.
         overlap_out: the part of the smaller output space that lies in the larger one, 0 to 1; the mean over experts.
         overlap_in: the same for input spaces.
-        sign_conflict: the share of the weight's elements that both change in which the signs differ.
+        sign_conflict: the share of different signs among the weight's elements that both change.
         interference: the share of the weight's summed absolute changes that cancels when both are added.
     """
 
@@ -81,7 +81,8 @@ class Comparison:
 
     Attributes:
         targets: one entry per target of either adapter.
-        relative_error: the difference's norm over all targets, relative to the larger adapter's; None if a target's is.
+        relative_error: the difference's norm over all targets, relative to the larger adapter's; None if any is
+            unknown.
         cosine: the cosine of the angle between the changes of all targets together.
         tolerance: the largest relative error at which changes count as the same.
     """
@@ -102,7 +103,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool | None:
-        """Whether the two are the same function of a base; None where only a base could tell."""
+        """Whether the two are the same function of a base; None if only a base could tell."""
         said = [each.equal for each in self.targets]
         return False if False in said else None if None in said else True
 
@@ -122,21 +123,21 @@ def compare(
     Args:
         one: an adapter or its path.
         other: the other adapter or its path.
-        base: resolves names and layouts, and gives the weights to methods that need them.
+        base: the base, which resolves names and layouts, and gives the weights to methods that need them.
         tolerance: the largest relative error at which changes count as the same.
-        signs: compare single elements, too, for which both changes must be formed.
+        signs: also compare single elements, for which both changes must be formed.
         rename: rules for names of both, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base that is not the one that an adapter names.
+        strict_base: refuse a base other than the one that an adapter names.
 
     Raises:
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
-        UsageError: no target in common, or a shape that only the base knows.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
+        UsageError: the adapters have no target in common, or only the base knows a shape.
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a factor holds a NaN or an infinity.
     """
     stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
-        raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
+        raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose a tolerance of at least 0")
     _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)
     sums = [0.0] * 4
     with files_kept_open(), one_blas_thread():
@@ -153,7 +154,7 @@ def compare(
 
 
 def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
-    """Whether updates are the same to the last bit: methods, values, and bytes of tensors."""
+    """Whether updates are equal to the last bit: methods, values, and bytes of tensors."""
     if _outline(one) != _outline(other):
         return False
     pairs = [(u.tensors[name], v.tensors[name]) for u, v in zip(one, other, strict=True) for name in u.tensors]
@@ -175,7 +176,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # The update has no difference of weights, or one at a base only. Equal fields still mean the same function.
+        # The update does not change weights, or needs a base. Equal fields still mean the same function.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
@@ -187,7 +188,7 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:
-    """Return the place with additive updates only; other updates become differences at the place's base.
+    """Return the place with only additive updates; other updates become differences at the place's base.
 
     Raises:
         AdapterkitError: see `at_base.additive`.
@@ -240,7 +241,7 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 
 
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
-    """Squared norms, product and squared distance; effective ranks and overlaps; sums over elements."""
+    """Return squared norms, product and squared distance; effective ranks and overlaps; sums over elements."""
     one, other = pair
     if one is None or other is None:
         alone = one or other
@@ -268,7 +269,7 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Return counts of elements that both change and of opposite signs, and sums of absolute changes, apart and added.
+    """Count elements that both change and those with opposite signs; sum absolute changes separately and together.
 
     Args:
         one: the first change.
@@ -291,7 +292,7 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 
 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
-    """Return two changes in float32, times a common power of two; None if one is too small beside the other."""
+    """Return two changes in float32, times a common power of two; None if one is too small relative to the other."""
     import numpy as np
 
     sizes = [_largest(delta) for delta in (one, other)]
@@ -300,7 +301,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     made = []
     for delta in (one, other):
-        # The scale is moved between the factors so that A is near 1: neither factor underflows in float32.
+        # The scale is moved between the factors so that A is near 1, so neither factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         made.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))
@@ -308,7 +309,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
 
 
 def _largest(delta: Delta) -> float:
-    """A bound on the magnitude of the elements."""
+    """Return a bound on the magnitude of the elements."""
     import numpy as np
 
     def largest(array: Array) -> float:
@@ -319,7 +320,7 @@ def _largest(delta: Delta) -> float:
 
 
 def _rows(delta: Delta) -> Iterator[Array]:
-    """The change a few rows at a time, in arrays that may be written to."""
+    """Yield the change a few rows at a time, in arrays that may be overwritten."""
     step = max(1, PIECE // max(delta.shape[1], 1))
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
@@ -333,7 +334,7 @@ def _spectrum(core: Array) -> Array:
 
 
 def _directions(core: Array) -> tuple[Array, Array, Array]:
-    """Orthonormal columns of the span of outputs, singular values, orthonormal columns of the span of inputs."""
+    """Return orthonormal columns spanning the outputs, singular values, and orthonormal columns spanning the inputs."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
@@ -342,7 +343,7 @@ def _directions(core: Array) -> tuple[Array, Array, Array]:
 
 
 def effective_rank(S: Array) -> float:
-    """Return the exponential of the entropy of singular values `[r]`: Roy and Vetterli 2007; 0 where all are 0."""
+    """Return the exponential of the entropy of singular values `[r]` (Roy and Vetterli 2007); 0 if all are 0."""
     import numpy as np
 
     shares = S[S > 0] / max(float(S.sum()), 5e-324)
@@ -350,7 +351,7 @@ def effective_rank(S: Array) -> float:
 
 
 def _overlap(one: Array, other: Array) -> float | None:
-    """Mean squared cosine of the principal angles between two spans."""
+    """Return the mean squared cosine of the principal angles between two spans."""
     smaller = min(one.shape[1], other.shape[1])
     return float(((one.T @ other) ** 2).sum()) / smaller if smaller else None
 

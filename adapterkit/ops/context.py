@@ -63,7 +63,7 @@ class FormulaContext:
         return [values.get(name, getattr(method, name)) for values in own]
 
     def uniform(self, t: int, shape: tuple[int, ...], first: int = 0) -> Array:
-        """Draw numbers in [0, 1) for present adapter t; they depend on seed, target, part and position only.
+        """Draw numbers in [0, 1) for present adapter t; they depend only on seed, target, part and position.
 
         Number n of an adapter is 32-bit word n of Philox4x64-10, low words first, divided by 2^32; the key is a hash.
 
@@ -78,8 +78,9 @@ class FormulaContext:
 
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
-        # A counter-based stream can start anywhere, for blocks. numpy's own takes 2 ns a number, a tenth of the time of
-        # Philox written with arrays of integers.
+        # A counter-based stream can start anywhere, which blocks need. numpy's takes 2 ns for each number, a tenth of
+        # the
+        # time of Philox written with arrays of integers.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)

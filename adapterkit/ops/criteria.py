@@ -1,4 +1,4 @@
-"""Criteria for how much of a change to keep: a rank, a share of energy, an error, or kohya's three rules."""
+"""Criteria for the part of a change to keep: a rank, a share of energy, an error, or kohya's three rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 SCOPES = ("target", "all")
-_ONE = "Give one, such as --rank N (rank=) or --energy SHARE (energy=)"
+_ONE = "Give one of them, such as --rank N (rank=) or --energy SHARE (energy=)"
 _RANK = "Give --rank N (rank=) of at least 1"
 
 NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
@@ -28,9 +28,9 @@ class Criterion:
         energy: the share of the squared Frobenius norm to keep, up to 1.
         error: the largest Frobenius norm to drop, relative to the change.
         frobenius: the largest Frobenius norm to drop.
-        sv_ratio: kohya's: singular values above the largest over this number are kept.
-        sv_cumulative: kohya's: share of the sum of singular values to keep at least.
-        sv_fro: kohya's: share of the Frobenius norm to keep at least; `energy` is its square.
+        sv_ratio: kohya's rule: keep singular values above the largest one divided by this number.
+        sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
+        sv_fro: kohya's rule: the least share of the Frobenius norm to keep; `energy` is its square.
         scope: `target`: each weight separately. `all`: the largest singular values of all weights; `rank` is then the
             mean rank, and energy, error and frobenius apply to the adapter as a whole.
     """
@@ -56,7 +56,7 @@ class Criterion:
             said = " and ".join(chosen) or "none"
             raise UsageError(f"one of {NAMES} is needed, not {said}", cure=_ONE)
         if self._by_values and self.scope != "target":
-            raise UsageError(f"{chosen[0]} is of each target", where="scope", cure="Leave --scope (scope=) out")
+            raise UsageError(f"{chosen[0]} applies to each target", where="scope", cure="Leave --scope (scope=) out")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
             why = f"sv_ratio {self.sv_ratio} is not a number from 1"
             raise UsageError(why, where="sv_ratio", cure="Choose another")
@@ -93,17 +93,17 @@ class Criterion:
         return (self.rank or 0) >= small or self.energy == 1 or 0 in (self.error, self.frobenius)
 
     def check_possible(self, most: int) -> None:
-        """Refuse a rank that no weight can have.
+        """Check that a weight can have the rank.
 
         Raises:
             UsageError: the rank is above `most`, the largest that is possible.
         """
         if self.rank is not None and self.rank > most:
-            why = f"rank {self.rank} of weights of rank {most} at most"
+            why = f"the rank is {self.rank}, but the weights have at most rank {most}"
             raise UsageError(why, where="rank", cure=f"Choose a rank up to {most}")
 
     def counts(self, spectra: Sequence[Array], norms: Sequence[float]) -> list[int]:
-        """Return how many singular values of each weight to keep: at least one each, or one in all in scope `all`.
+        """Return how many singular values of each weight to keep: at least one each, or one in total in scope `all`.
 
         Args:
             spectra: singular values of each weight, largest first; all of them, or the first ones.
@@ -115,7 +115,7 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
-        # Stable, so that of equal singular values the same ones are kept on every platform.
+        # Stable, so that every platform keeps the same ones of equal singular values.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
@@ -125,7 +125,7 @@ class Criterion:
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
-        """Return the smallest sufficient number of singular values; if all do not suffice, their number + `beyond`."""
+        """Return the smallest sufficient number of singular values, or the number of all plus `beyond`."""
         if self._by_values:
             count = self._of_values(S, norm, beyond)
             return count if self.rank is None else min(count, self.rank)
@@ -138,7 +138,7 @@ class Criterion:
         return enough[0] if enough else len(S) + beyond
 
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
-        """Return how many kohya keeps, at least one; all plus `beyond` if unknown singular values could decide.
+        """Return how many singular values kohya keeps, at least 1; all + `beyond` if unknown ones could decide.
 
         From resize_lora.py of https://github.com/kohya-ss/sd-scripts.
         """
@@ -171,6 +171,6 @@ def _left_out(S: Array, norm: float) -> list[float]:
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # A difference of squares below this is rounding noise: nothing lies outside the known singular values.
+    # A difference of squares below this is rounding noise, so nothing is outside the known singular values.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

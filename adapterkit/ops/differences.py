@@ -18,7 +18,7 @@ PIECE = 64 << 20
 """Bytes of a table that are compared in one step."""
 
 CACHED = 1 << 15
-"""Numbers per step of a sum, few enough to stay in a core's cache."""
+"""Numbers in each step of a sum, few enough to stay in a core's cache."""
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
@@ -31,7 +31,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
         exact: return float64 if float32 would round any element.
 
     Raises:
-        Malformed: a NaN or an infinity in one of them.
+        Malformed: one of them holds a NaN or an infinity.
     """
     import numpy as np
 
@@ -68,7 +68,7 @@ def frobenius(D: Array) -> float:
 
 def too_large() -> Malformed:
     """Return the error for a change whose norm overflows."""
-    why = "a change whose numbers are too large for float64"
+    why = "the numbers of the change are too large for float64"
     return Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
 
 
@@ -80,16 +80,16 @@ def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
-        why = f"{list(tuned.shape)} in the tuned model, {list(base.shape)} in the base"
-        raise ShapeMismatch(why, where=name, cure="Is this the base that it was tuned from?")
+        why = f"the shape is {list(tuned.shape)} in the tuned model, but {list(base.shape)} in the base"
+        raise ShapeMismatch(why, where=name, cure="Name the base that the model was tuned from")
     return base.shape[0]
 
 
 def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
-    """The rows of the base that are others now, and the square of the Frobenius norm of their change.
+    """Return the indices of the base's rows that changed, and the square of the Frobenius norm of their change.
 
     Raises:
-        Malformed: a NaN or an infinity in one of them.
+        Malformed: one of them holds a NaN or an infinity.
     """
     import numpy as np
 
@@ -110,7 +110,7 @@ def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
 
 
 def _piece(tensor: Lazy, start: int, stop: int) -> Array:
-    """Return some rows of a table in float64; other rows are not read if the table is one run of bytes."""
+    """Return some rows of a table in float64; if the table is contiguous in its file, other rows are not read."""
     import numpy as np
 
     rows, width = tensor.shape
@@ -139,11 +139,11 @@ def floats_of(tensor: Lazy) -> Array:
 
 @contextmanager
 def errors_at(target: Target) -> Iterator[None]:
-    """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
+    """Name the target in errors of the block, and replace LAPACK's errors by typed errors."""
     import numpy as np
 
     try:
-        # Storing a result and decomposing it refuse numbers that are too large for a float.
+        # Storing a result and decomposing it raise an error for numbers that are too large for a float.
         with np.errstate(over="ignore", invalid="ignore"):
             yield
     except np.linalg.LinAlgError:

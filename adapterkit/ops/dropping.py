@@ -1,7 +1,8 @@
-"""Drop entries at random by the compiled loop, in place; `combiners/_entrywise.py` does the same with numpy.
+"""Drop entries at random in a compiled loop, in place; `combiners/_entrywise.py` does the same with numpy.
 
-DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096 with numpy, most of it to sort rows and to draw
-numbers in passes over arrays. The loop does all of it on one row at a time, with the same bits.
+With numpy, DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096, most of it for sorting rows and
+drawing
+numbers in passes over arrays. The loop does everything on one row at a time, with the same bits.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Chance:
     """The probability that an entry of one change is kept.
 
     Attributes:
-        least: that of the smallest entry of a row, or of all.
-        spread: how much larger it is for the largest entry of a row.
+        least: the probability of the smallest entry of a row, or of all entries.
+        spread: how much larger the probability is for the largest entry of a row.
     """
 
     least: float
@@ -34,7 +35,7 @@ class Chance:
 def compiled_drop(
     chances: Sequence[Chance | None], at: FormulaContext, inverse: bool
 ) -> Callable[[Array, slice], Array] | None:
-    """Return a function that drops entries of a block in place, or None if numpy has to.
+    """Return a function that drops entries of a block in place, or None if numpy must do it.
 
     Args:
         chances: the probabilities, one for each change; None for a change that is kept whole.
@@ -55,7 +56,7 @@ def compiled_drop(
         for t, chance, key in drawn:
             D = changes[t]
             slope = chance.spread / max(columns - 1, 1)
-            # The stream starts at the block's first entry: the result does not depend on the cut.
+            # The stream starts at the block's first entry, so the result does not depend on how blocks are cut.
             if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
                 raise MemoryError
         return changes

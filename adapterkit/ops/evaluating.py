@@ -1,4 +1,4 @@
-"""Evaluate the formula of a combiner at all targets; dense results are computed when they are read."""
+"""Evaluate a combiner's formula at all targets; dense results are computed when they are read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""Cut results without low-rank factors to the largest rank of the inputs, and keep all others exact."""
+"""Cut results without low-rank factors to the largest rank of the inputs, and keep all other results exact."""
 
 
 SAMPLED = 16
@@ -51,7 +51,7 @@ SAMPLED = 16
 
 
 class Evaluation:
-    """Evaluates the formula at all targets, several at a time.
+    """Evaluate the formula at all targets, several at a time.
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
@@ -65,7 +65,7 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
         self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
-        # The caller's `data` function may not be safe to call from several threads.
+        # The caller's `data` function may not be thread-safe.
         self.workers = 1 if data is not None else workers or most_workers()
         self.census = Census()
         self.census.votes_by(self._pass)
@@ -105,8 +105,9 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        # A result that may not be low rank is outlined as dense: a format that holds no dense update then asks for a
-        # cut, which leaves results alone that turn out to be low rank.
+        # A result that may not be low rank is outlined as dense, so that a format without dense updates asks for a cut.
+        # The
+        # cut does not change results that turn out to be low rank.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
@@ -118,13 +119,13 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
-        """Return the weights of a plain sum if the result is one that needs no computing, else None."""
+        """Return the weights if the result is a plain sum that needs no computing, else None."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
-        # Only the result itself: a method that learns its weights computes hundreds of trials, each of which is freed.
+        # Only the final result is spooled: a method that learns weights computes hundreds of trials and frees them.
         self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
@@ -163,16 +164,16 @@ class Evaluation:
 
     def _count(self) -> None:
         if self.asked.varies:
-            why = "what is counted over the whole adapter cannot differ from target to target"
+            why = "a setting that is counted over the whole adapter cannot differ between targets"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
-        # A sample of a few targets saves a pass over all only if there are many more.
+        # Sampling a few targets only saves a pass over all if there are many more.
         self.census.partial = len(self.found) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
     def _pass(self, census: Census, few: bool = False) -> None:
         """Run the formula at all targets, or at a few of them, to feed a census."""
-        # Every n-th target: magnitudes change along the depth of a model, so its first layers are no sample.
+        # Every n-th target, because magnitudes change along the depth of a model.
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: AlignedPlace) -> None:
@@ -209,10 +210,10 @@ class Evaluation:
         return (update,), cut
 
     def _look(self, place: AlignedPlace, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
-        """Note a result that is zero, or becomes zero in its dtype, although the changes are not."""
+        """Add a note if a result is zero, or becomes zero in its dtype, although the changes are not."""
         import numpy as np
 
-        # A bound on the entries shows without a product that all of them are too small.
+        # A bound on the entries can prove, without forming a product, that all of them are too small.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -232,7 +233,7 @@ class Evaluation:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
 
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
-        """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
+        """Return a dense difference that is computed when read, because all together take the memory of a model."""
         from ..io.computed import computed, rounded
 
         first = next(change for change in changes if change is not None)
@@ -249,7 +250,7 @@ class Evaluation:
             with errors_at(place.target), one_blas_thread():
                 for one, (method, at, deltas) in zip(D, self._standings(place, changes), strict=True):
                     self._into(one, method, place, at, deltas)
-                # Rounded here, so that an error of rounding names the target.
+                # Rounded here, so that a rounding error names the target.
                 return rounded(D.reshape(shape), self.dtype)
 
         d = None if bias is None else held(bias, self.dtype)
@@ -325,7 +326,7 @@ class Evaluation:
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
         if out * columns * size > MEMORY:
             return None
-        # Small ones are exact: LAPACK decomposes them whole.
+        # Small results are held in float64, because LAPACK decomposes them exactly.
         kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
         D = np.empty((out, columns), kind)
         self._into(D, method, place, at, deltas)
@@ -408,12 +409,13 @@ class Evaluation:
         by_target = {place.target: place for place in self.found}
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
-            # Results are computed with these, so that a trial runs the same code as the final result.
+            # Results are computed with these coefficients, so that a trial runs the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
-        def products(target: Target, gradient: Any) -> Array:
-            G = np.asarray(gradient.detach().cpu() if hasattr(gradient, "detach") else gradient, np.float64)
+        def products(target: Target, gradient: object) -> Array:
+            given: Any = gradient
+            G = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given, np.float64)
             return method.products(by_target[target].changes(), self.asked.weights_at(target), G)
 
         assert self.data is not None
@@ -423,11 +425,13 @@ class Evaluation:
             lambda target: by_target[target].changes(), self.asked.depths.known, self.asked.each, wanted,
         )  # fmt: skip
 
-    def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
+    def _asking(
+        self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]
+    ) -> Callable[..., object] | None:
         data = self.data
         if data is None or not method.sequential:
             return data
-        # A view that grows with what is done, so that nothing is copied for each target.
+        # A view of the finished targets that grows, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
 

@@ -1,8 +1,8 @@
-"""Extract the changes of fine-tuning as an adapter, tensor by tensor; one tensor per processor is in memory.
+"""Extract the changes of fine-tuning as an adapter, tensor by tensor, with one tensor per worker in memory.
 
-Matrices become LoRA of a given rank or error. Differences are taken in float32 or wider, because subtracting in 16 bits
-loses most of a small change. Other tensors (norms, biases) are kept whole, and token embeddings keep their changed and
-new rows.
+Matrices become LoRA of a given rank or error. Differences are computed in float32 or wider, because subtracting in 16
+bits loses most of a small change. Other tensors (norms, biases) are stored whole; token embeddings store their changed
+and new rows.
 """
 
 from __future__ import annotations
@@ -76,25 +76,27 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is kept at full rank: merging then restores the tuned weights, bit
-    by bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices so.
+    A matrix whose smaller side is at most the rank is kept at full rank. Merging then restores the tuned weights, bit
+    by
+    bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
-        base: the weights that they were tuned from.
+        base: the weights that the model was tuned from.
         rank: the rank of the factors of each changed matrix.
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
-        scope: `target`: each matrix separately. `all`: the largest singular values of all matrices, so that energy and
-            error are those of the whole model with the fewest numbers, and rank is the mean one; for `lora`. Matrices
-            that changed too little get no update, and the factors of all are held in memory.
+        scope: `target`: each matrix separately. `all`: keep the largest singular values of all matrices together, so
+            that
+            energy and error apply to the whole model with the fewest numbers, and rank is the mean rank; only for
+            `lora`. Matrices with too small a change get no update; the factors of all matrices are held in memory.
         targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
-        embeddings: `rows`: keep changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
+        embeddings: `rows`: store changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
             table like any matrix if no token is new.
         method: the method for changed matrices: `lora`; `dora`, the norm of each row and a LoRA of its direction;
-            `loha`, a Hadamard product of two products of the rank, which comes closer than a LoRA; `lokr`, the nearest
-            Kronecker product, with `rank` for w2; or `shira`, the largest entries, as many as a LoRA of the rank has
-            numbers. All but `lora` are for linear layers only.
+            `loha`, a Hadamard product of two products of the rank, closer than a LoRA; `lokr`, the nearest Kronecker
+            product, with `rank` for w2; or `shira`, the largest entries, as many as a LoRA of the rank has numbers. All
+            except `lora` are for linear layers only.
         dtype: the dtype of the factors; float32 if not given, or the exact dtype for factors of full rank.
         workers: tensors to extract at a time; one per processor if not given, at most 16. Each takes about four times
             its size in float32.
@@ -102,30 +104,30 @@ def extract(
         progress: called with (bytes of finished tuned weights, total bytes).
         rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Names of another version
             of transformers and similar ones are resolved without rules if that is unambiguous.
-        strict_base: refuse a base that the tuned weights, by the record of their merge, were not made from.
+        strict_base: refuse a base other than the one that the record of the tuned model's merge names.
 
     Returns:
         LoRA, whole parameters and token rows by target, in the order of the tuned files.
 
     Raises:
-        CheckFailed: the base is not the one that the tuned weights were merged from, and `strict_base`.
-        UsageError: not exactly one of rank, energy and error is given, or it is out of range; nothing changed.
+        CheckFailed: the base is not the one that the tuned weights were merged from, and `strict_base` is set.
+        UsageError: not exactly one of rank, energy and error is given, or it is out of range; or nothing changed.
         Unsupported: the method is unknown, or it cannot express a convolution or stacked experts.
         TargetNotFound: one model has a weight that the other lacks.
-        ShapeMismatch: a weight has another shape, beyond rows of new tokens.
-        Malformed: a NaN or an infinity in a weight that changed.
+        ShapeMismatch: a weight has another shape, apart from rows of new tokens.
+        Malformed: a changed weight holds a NaN or an infinity.
     """
     stage("decomposing the changes")
     criterion = Criterion(rank, energy, error, scope=scope)
     criterion.check()
     if scope == "all" and method != "lora":
-        why = f"scope=all cuts LoRAs, not {method}"
+        why = f"scope=all is only for LoRA, not for {method}"
         raise UsageError(why, where="scope", cure="Leave --scope (scope=) out, or extract a LoRA")
     if embeddings not in ("rows", "low-rank"):
-        raise UsageError(f"unknown way {embeddings!r} with embeddings", cure="Known: rows, low-rank")
+        raise UsageError(f"embeddings is {embeddings!r}", where="embeddings", cure="Choose rows or low-rank")
     if method not in ("lora", "dora", *FORMS):
         raise Unsupported(
-            f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, dora, {', '.join(FORMS)}"
+            f"cannot extract {method!r}", where="method", cure=f"Choose among lora, dora, {', '.join(FORMS)}"
         )
     weights, made = opened(base), opened(tuned)
     if strict_base:
@@ -154,7 +156,7 @@ def extract(
             if progress is not None:
                 progress(done, whole)
     if not updates:
-        raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
+        raise UsageError("the tuned model equals the base bit by bit", path=job.tuned.root, cure="Check the two paths")
     args: dict[str, Any] = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
     args |= {} if scope == "target" else {"scope": scope}
     known: dict[str, Any] = {**identity_of(job.base), **job.tied()}
@@ -175,11 +177,11 @@ class _Extraction:
     method: str
     dtype: str | None
     shared: Mapping[str, Decomposition] | None = None
-    """Decompositions of the weights by `_key`, cut together; None if each is cut for itself."""
+    """Decompositions of the weights by `_key`, cut together; None if each is cut separately."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """Name of a head that the base ties, and that the tuned model may store -> name of its stored embedding."""
+        """A map from the name of a head that the base ties (the tuned model may store it) to its stored embedding."""
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
@@ -206,15 +208,15 @@ class _Extraction:
             raise TargetNotFound(f"the {holder} lacks this weight", where=name, cure=cure)
         for glob in globs:
             if not any(fnmatchcase(_path(name), glob) for name in self.tuned.tensors):
-                cure = nearest(glob, map(_path, self.tuned.tensors)) or "Targets are dotted paths of the base"
-                raise TargetNotFound("no weight is called that", where=glob, cure=cure)
+                cure = nearest(glob, map(_path, self.tuned.tensors)) or "Use dotted paths of the base"
+                raise TargetNotFound("no weight matches", where=glob, cure=cure)
         names = [n for n in self.tuned.tensors if not globs or any(fnmatchcase(_path(n), glob) for glob in globs)]
         shapes = [self.tuned.tensors[name].shape for name in names]
         self.criterion.check_possible(max((min(s[0], math.prod(s[1:])) for s in shapes if len(s) > 1), default=1))
         return names
 
     def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
-        """Decompose all matrices, and keep the largest singular values of all together, as the criterion says."""
+        """Decompose all matrices, and keep the largest singular values of all of them that the criterion needs."""
         every = [name for name in names if self._is_matrix(name)]
         found: dict[str, Decomposition] = {}
         norms: dict[str, float] = {}
@@ -230,7 +232,7 @@ class _Extraction:
             counts = self.criterion.counts([found[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: found[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # A weight of which all that is known is kept may have more values above the smallest that is kept anywhere.
+            # If all known values of a weight are kept, it may have more values above the smallest kept value.
             begun = {}
             for key in keys:
                 U, S, Vh = found[key]
@@ -259,14 +261,14 @@ class _Extraction:
         return not rows and tuned.dtype.floating and base.dtype.floating and len(tuned.shape) > 1
 
     def _difference(self, name: str, *, exact: bool) -> tuple[Target, Array] | None:
-        """Return the target of a tensor and its difference as the target has it; None if nothing changed."""
+        """Return the target of a tensor and its difference in the target's layout; None if nothing changed."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         target = self._target(name, len(tuned.shape))
         D = view_of(difference(name, tuned, base, exact=exact), target)
         return (target, D) if D.any() else None
 
     def changes(self, name: str) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield the update of one tensor, or nothing if it did not change; None for one that is cut to nothing."""
+        """Yield the update of one tensor, or nothing if it did not change; the update is None if no rank remains."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
             yield from self._rows(name, tuned, base)
@@ -285,7 +287,7 @@ class _Extraction:
         """Return the target of a tensor, with the layout of the base."""
         path = _path(name)
         in_out = stored_in_out(path, self.base.config) or is_embedding(name)
-        # A parameter of three axes that is no module's weight holds one matrix an expert.
+        # A parameter of three axes that is not a module's weight holds one matrix per expert.
         stack = "e " if rank == 3 and path == name else ""
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
@@ -329,7 +331,7 @@ class _Extraction:
         import numpy as np
 
         if D.ndim > 2:
-            why = f"dora of a weight of {D.ndim} axes"
+            why = f"dora cannot change a weight of {D.ndim} axes"
             raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
         W = W.astype(np.float64)
         tuned = W + D
@@ -339,8 +341,9 @@ class _Extraction:
         kind = result_type([], self.dtype)
         B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
-        # Cut and rounded factors change the norms of the rows, by which DoRA divides: the error is measured by its own
-        # formula with the stored numbers.
+        # Cutting and rounding the factors changes the norms of the rows, by which DoRA divides. So the error is
+        # measured
+        # with DoRA's own formula and the stored numbers.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
@@ -349,7 +352,7 @@ class _Extraction:
     def _formed(self, target: Target, D: Array) -> tuple[Target, Update, Cut]:
         """Return the difference `[out, in]` as an update of a method in `FORMS`."""
         if D.ndim > 2:
-            why = f"{self.method} of a weight of {D.ndim} axes"
+            why = f"{self.method} cannot change a weight of {D.ndim} axes"
             raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
         kind = result_type([], self.dtype)
         update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
@@ -358,7 +361,7 @@ class _Extraction:
         return target, update, cut
 
     def _pair(self, D: Array, name: str, key: str) -> tuple[Array, Array]:
-        """Return B and A of one difference; at full rank one of them is the difference, so that nothing is lost."""
+        """Return B and A of one difference; at full rank, one of them is the difference itself, so nothing is lost."""
         import numpy as np
 
         if self.shared is not None:
@@ -405,7 +408,7 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
     Raises:
         TargetNotFound: a name is ambiguous, or a rule matches no name.
-        UsageError: two tensors become one.
+        UsageError: two tensors would get one name.
     """
     known = {*base.tensors, *aliases(base)}
     paths = list(dict.fromkeys(map(_path, tuned.tensors)))
@@ -427,14 +430,14 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
         moves = found.moves.get(_path(name), ())
         new = f"{moves[0].path}{name[len(_path(name)) :]}" if len(moves) == 1 and moves[0].plain else name
         if new in tensors:
-            cure = "Correct --rename (rename=) so that every weight keeps a name of its own"
-            raise UsageError(f"two weights become {new}", path=tuned.root, where=name, cure=cure)
+            cure = "Correct --rename (rename=) so that every weight gets a different name"
+            raise UsageError(f"two weights would be renamed to {new}", path=tuned.root, where=name, cure=cure)
         tensors[new], home[new] = tensor, tuned.home[name]
     return replace(tuned, tensors=tensors, home=home)
 
 
 def _path(name: str) -> str:
-    """Return the target path of a stored tensor: that of its module, or its own if it is a bare parameter."""
+    """Return the target path of a stored tensor: the path of its module, or its own for a bare parameter."""
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 
 
@@ -445,7 +448,7 @@ def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
 
 
 def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
-    """Return the metadata in the headers of a tuned model's files, as an argument of the lineage; empty without any."""
+    """Return the metadata in the headers of a tuned model's files as an argument of the lineage; empty if none."""
     pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
     found = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
     return {METADATA: found} if found else {}

@@ -32,7 +32,7 @@ RIDGE = 1e-9
 
 
 def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Approximate `D [out, in]` by a Hadamard product of two low-rank products, better than by a LoRA of that rank.
+    """Approximate `D [out, in]` by a Hadamard product of two low-rank products, closer than a LoRA of that rank.
 
     Alternating least squares starts from the best LoRA times ones. With three factors fixed, the rows of the fourth
     solve small linear systems, and no step increases the error. The best approximation has no closed formula.
@@ -46,8 +46,8 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     D = D.astype(np.float64, copy=False)
     a, b = balanced(*dominant(D, Criterion(rank=rank), seed))
     c, d = np.zeros((len(D), rank)), np.random.default_rng(seed).standard_normal((rank, D.shape[1]))
-    # The second product starts as all ones. Its other directions are random with weight zero, so that least squares can
-    # use them.
+    # The second product starts as all ones. Its other directions are random with weight zero, so that least squares
+    # can use them.
     c[:, 0], d[0] = 1.0, 1.0
     for _ in range(SWEEPS):
         c = _least_squares(D, a @ b, d)
@@ -60,7 +60,7 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def _least_squares(D: Array, H: Array, R: Array) -> Array:
-    """L `[m, r]` with the least |D - (L @ R) * H|, row by row; R is `[r, n]`."""
+    """Return L `[m, r]` with the least |D - (L @ R) * H|, row by row; R is `[r, n]`."""
     import numpy as np
 
     r = len(R)
@@ -72,10 +72,11 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Return the Kronecker product nearest to `D [out, in]`, with LyCORIS's split of the sides; `rank` is that of w2.
+    """Return the Kronecker product nearest to `D [out, in]`, with LyCORIS's split of the sides; `rank` is w2's.
 
-    With the blocks of D as rows of a matrix, it is the first singular pair of that matrix: Van Loan and Pitsianis 1993,
-    https://doi.org/10.1007/978-94-015-8196-7_17. w2 is cut to the rank afterwards.
+    If each block of D is one row of a matrix, the result is the first singular pair of that matrix: Van Loan and
+    Pitsianis
+    1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is cut to the rank.
 
     Raises:
         UsageError: the criterion is an energy or an error, which no rank guarantees.
@@ -94,7 +95,7 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
-    """Keep the largest entries of `D [out, in]`: as many as a LoRA of the rank has, or as the criterion needs."""
+    """Keep the largest entries of `D [out, in]`: as many numbers as a LoRA of the rank has, or the criterion needs."""
     import numpy as np
 
     flat = D.reshape(-1)
@@ -112,7 +113,8 @@ def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
 
 def _rank(criterion: Criterion, form: str) -> int:
     if criterion.rank is None:
-        raise UsageError(f"a {form} has a rank to choose, no energy or error", where="rank", cure="Give one")
+        why = f"a {form} needs a rank; energy and error do not determine it"
+        raise UsageError(why, where="rank", cure="Give --rank N (rank=)")
     return criterion.rank
 
 

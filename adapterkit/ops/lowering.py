@@ -53,7 +53,7 @@ class Delta:
         return len(self.A)
 
     def dense(self) -> Array:
-        """D `[out, in * k]`."""
+        """Return D `[out, in * k]`."""
         product: Array = self.B @ self.A
         return product if self.rest is None else product + self.rest
 
@@ -63,7 +63,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """The change that one adapter makes at one target: the sum of its additive updates times a weight, not read yet.
+    """The change of one adapter at one target, not yet read: the sum of its additive updates times a weight.
 
     Attributes:
         target: the target.
@@ -94,7 +94,7 @@ class Change:
         """Yield the change of the weight, or of each stacked expert in order.
 
         Raises:
-            Malformed: a NaN or an infinity.
+            Malformed: a tensor holds a NaN or an infinity.
         """
         # Tensors of a stack are read once for all of its experts.
         changing = [loaded(update, self.target) for update in self.updates if update.changes_weight]
@@ -108,7 +108,7 @@ class Change:
         return summed(terms) if terms else None
 
     def _bias_of(self, update: Additive) -> Array:
-        """Return one update's change of the bias; for stacked experts one by one, as formulas are for one weight."""
+        """Return one update's change of the bias; stacked experts one by one, because formulas handle one weight."""
         import numpy as np
 
         if self.experts is None:
@@ -121,7 +121,7 @@ def loaded(update: U, target: Target) -> U:
     """Return an update with its tensors as float64 numpy arrays.
 
     Raises:
-        Malformed: a tensor holds a NaN or an infinity; names target, method and field.
+        Malformed: a tensor holds a NaN or an infinity; the message names target, method and field.
     """
     tensors = {}
     for name, leaf in update.tensors.items():
@@ -138,13 +138,13 @@ def part(update: U, expert: int | None) -> U:
 
 
 def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
-    cure = "The file is damaged, or the adapter is not of this base"
+    cure = "The file is damaged, or the adapter does not belong to this base"
     try:
         return _formed(update, shape, weight)
-    except IndexError as error:  # Positions of a file that nobody has validated against their axes.
-        raise Malformed(f"{update.method}: a position is outside ({error})", cure=cure) from None
-    except ValueError as error:  # Updates do not always tell the shape that they are for.
-        raise ShapeMismatch(f"{update.method}: made for no weight of {list(shape)} ({error})", cure=cure) from None
+    except IndexError as error:  # Positions in a file that were not checked against their axes.
+        raise Malformed(f"{update.method}: a position is outside the weight ({error})", cure=cure) from None
+    except ValueError as error:  # Not all updates know the shape of their weight.
+        raise ShapeMismatch(f"{update.method}: not made for a weight of {list(shape)} ({error})", cure=cure) from None
 
 
 def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
@@ -154,7 +154,8 @@ def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
-        # Factors wider than the matrix would cost more than it does; it becomes one factor, an identity the other.
+        # Factors wider than the matrix would cost more than the matrix, so it becomes one factor, an identity the
+        # other.
         if len(A) > min(out, columns):
             D, identity = B @ A, np.eye(min(out, columns))
             B, A = (D, identity) if columns < out else (identity, D)

@@ -1,6 +1,6 @@
 """Algebra of low-rank products, by QR of the factors and decompositions of small cores.
 
-B @ A of rank r is never formed. With thin QR, B = Q_B R_B and A^T = Q_A R_A, it is Q_B (R_B R_A^T) Q_A^T, so that
+B @ A of rank r is never formed. With thin QR, B = Q_B R_B and A^T = Q_A R_A, it equals Q_B (R_B R_A^T) Q_A^T. So its
 norms, angles and singular values are those of the small matrix in the middle.
 """
 
@@ -22,13 +22,13 @@ TALL = 4
 """Matrices with at least this many rows per column are made orthonormal by their Gram matrix."""
 
 INDEPENDENT = 1e-11
-"""The largest distance of the second Gram matrix from the identity: condition numbers to 200, errors of 1e-14."""
+"""The largest distance of the second Gram matrix from the identity; it allows condition numbers up to 200."""
 
 CONDITION = 1e3
-"""The largest condition number, in the Frobenius norm, at which one round gives R to 1e-11."""
+"""The largest condition number, in the Frobenius norm, for which one round computes R to 1e-11."""
 
 TINY_SQUARE = 1e-200
-"""Squared norms from this to its inverse neither overflow nor lose digits in a Gram matrix."""
+"""Squared norms between this number and its inverse neither overflow nor lose digits in a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +47,7 @@ class Core:
 
 
 def core(deltas: Sequence[Delta]) -> Core:
-    """Return changes with low-rank factors in common coordinates of all of them."""
+    """Return changes with low-rank factors in coordinates that are common to all of them."""
     import numpy as np
 
     left, R_B = orthonormal(np.hstack([delta.B for delta in deltas]))
@@ -65,7 +65,7 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
 
 def spans(deltas: Sequence[Delta]) -> list[slice]:
-    """Return the columns of each change in their factors side by side."""
+    """Return the columns of each change in the concatenation of their factors."""
     import numpy as np
 
     ends = np.cumsum([delta.rank for delta in deltas])
@@ -73,10 +73,10 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return the changes side by side, `[p, sum of ranks]`, each multiplied from the right by orthonormal columns.
+    """Return the changes concatenated, `[p, sum of ranks]`, each multiplied from the right by orthonormal columns.
 
-    So they have the left singular vectors of the changes themselves, in the coordinates of R, which belongs to their B
-    side by side.
+    The result has the left singular vectors of the changes themselves, in the coordinates of R, the triangle of their
+    concatenated B.
     """
     import numpy as np
 
@@ -102,7 +102,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
 
     Two rounds of Cholesky decomposition of the Gram matrix (Yamamoto et al. 2015) take a third of the time of QR. They
-    are exact to rounding if the columns are far from dependent; otherwise QR is used.
+    are exact to rounding if the columns are far from linearly dependent; otherwise QR is used.
     """
     import numpy as np
 
@@ -112,7 +112,8 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     L, sizes = found
     Q = X @ (np.linalg.inv(L).T / sizes[:, None])
     G = Q.T @ Q
-    # After one round, G differs from the identity by rounding times the squared condition number, which so shows.
+    # After one round, G differs from the identity by rounding times the squared condition number, so G shows the
+    # latter.
     if np.abs(G - np.eye(n)).max() > INDEPENDENT:
         return _plain_qr(X)
     second = np.linalg.cholesky(G)
@@ -120,7 +121,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
 
 
 def triangle(X: Array) -> Array:
-    """Return R of the decomposition, without Q."""
+    """Return R of the decomposition without computing Q."""
     import numpy as np
 
     found = _cholesky(X)
@@ -144,7 +145,7 @@ def _cholesky(X: Array) -> tuple[Array, Array] | None:
     squares = G.diagonal()
     if not TINY_SQUARE < squares.min() <= squares.max() < 1 / TINY_SQUARE:
         return None
-    # Columns are scaled to norm 1, since factors of several adapters may differ much in size.
+    # Columns are scaled to norm 1, because factors of several adapters may differ much in size.
     sizes = np.sqrt(squares)
     try:
         return np.linalg.cholesky(G / sizes / sizes[:, None]), sizes
@@ -160,7 +161,7 @@ def _plain_qr(X: Array) -> tuple[Array, Array]:
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
-    """Like `core`, but changes may be dense: then the coordinates are those of the weight itself."""
+    """Like `core`, but for changes that may be dense; then the coordinates are those of the weight itself."""
     import numpy as np
 
     if all(delta.rest is None for delta in deltas):
@@ -170,14 +171,14 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
 
 
 def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return the cores if their numbers are finite, since decompositions do not converge otherwise.
+    """Return the cores after checking that their numbers are finite; otherwise decompositions do not converge.
 
     Raises:
-        Malformed: factors are so large that their product overflows.
+        Malformed: the factors are so large that their product overflows.
     """
     import numpy as np
 
-    # Squares of the norms are what callers compute with.
+    # Callers compute with the squared norms, so these must be finite too.
     with np.errstate(over="ignore", invalid="ignore"):
         if all(math.isfinite((one * one).sum()) for one in found):
             return found

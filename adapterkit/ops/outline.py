@@ -37,11 +37,11 @@ def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Up
 
 
 def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
-    """Refuse a result that a format cannot hold; writers check that before they read any tensor.
+    """Check that a format can hold a result; writers check that before they read any tensor.
 
     Args:
         outline: the adapter with its lineage and `blank` updates.
-        write: writes an adapter to a temporary folder.
+        write: a function that writes an adapter to a temporary folder.
         what: the format and the method, for messages.
 
     Raises:
@@ -49,7 +49,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: s
     """
     try:
         write(outline)
-    # The writer has accepted the outline and went on to read a tensor.
+    # The writer accepted the outline and then tried to read a tensor.
     except NotComputed:
         return
     except Unrepresentable as error:

@@ -1,9 +1,9 @@
-"""Compute results ahead on a pool of threads, in order, and limit the BLAS to one thread meanwhile.
+"""Compute results ahead on a pool of threads, in order, and limit the BLAS to one thread in the meantime.
 
-A BLAS library starts a thread per processor for each product. For low-rank factors that gains nothing: TSV on 224
+A BLAS library starts one thread per processor for each product. For low-rank factors that gains nothing: TSV on 224
 targets of 4096 x 4096 takes 33 s with one BLAS thread, 37 s with two, and over 240 s with two while another program
-uses one of the cores, because BLAS threads spin while they wait for each other. A pool with one BLAS thread per target
-avoids that.
+uses one of the cores, because BLAS threads spin while they wait for each other. A pool that computes each target with
+one BLAS thread avoids that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def ahead(
         work: computes the result of an item; an error is raised when the result is requested.
         items: the items.
         workers: the number of threads, and of results that may wait.
-        cost: returns the bytes that an item holds while it is computed. The sum over running items stays below
+        cost: a function that returns the bytes an item holds while it is computed. The sum over running items stays
+            below
             `MEMORY`; an item that needs more than that runs alone.
     """
     from concurrent.futures import ThreadPoolExecutor
@@ -93,14 +94,15 @@ class _Budget:
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Limit the BLAS of the whole process to one thread within the block."""
-    # Only libraries that are loaded are limited: `diff` of 126 small targets took 16 s of processor time in place of
-    # 1.3 s when numpy was imported within the block.
+    # Only libraries that are already loaded are limited: when numpy was imported inside the block, `diff` of 126 small
+    # targets took 16 s of processor time instead of 1.3 s.
     import numpy as np  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # threadpoolctl sets a number of the process and later restores the one before. With two nested or overlapping
+    # threadpoolctl sets a process-wide number and later restores the previous one. With two nested or overlapping
     # blocks, the second would find 1 and might restore it last, for good. So the first block sets the limit, and the
-    # last one to end restores it.
+    # last
+    # block to end restores it.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -12,7 +12,7 @@
     compat: mergekit                   # its defaults instead of the papers'
 
 A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
-mergekit's `base+lora` names the base and the adapter; its `slices` are taken where every layer stays in its place.
+mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if every layer keeps its place.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ SPELLINGS = {
     "tol": "tolerance",
     "normalize_weights": "normalize",
 }
-"""mergekit's names of parameters -> ours, if they differ."""
+"""A map from mergekit's names of parameters to ours, if they differ."""
 
 FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
     "rescale": ("rescale", "norm", "none"),
 }
-"""mergekit's switches -> our parameter, its value for true and for false."""
+"""A map from mergekit's switches to our parameter and its values for true and for false."""
 
 _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
 DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswap"}
-"""mergekit's methods for which the base, listed as a model, changes nothing."""
+"""mergekit's methods for which a model that is the base itself changes nothing."""
 
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
-"""mergekit's switches -> its methods that look at them; the others ignore them (mergekit 0.1.5)."""
+"""A map from mergekit's switches to its methods that read them; others ignore them (mergekit 0.1.5)."""
 
 ARGUMENTS = frozenset({
     "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
     "strict_base", "workers", "report", "before", "progress",
 })  # fmt: skip
-"""Arguments of `combine` that are no parameter of a method, and have a place or an option of their own."""
+"""Arguments of `combine` that are not parameters of a method; they have their own keys or options."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
-"""Parameters of mergekit's that change nothing here -> the values for which that is so."""
+"""A map from mergekit's parameters that change nothing here to the values for which that is so."""
 
 TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
@@ -68,15 +68,15 @@ TOP = (
 )  # fmt: skip
 REFUSED: Mapping[str, tuple[str, str]] = {
     "modules": (
-        "parts of a model that are merged apart", "Write one recipe for each part, with adapters that hold that part",
+        "merging parts of a model separately", "Write one recipe for each part, with adapters that hold that part",
     ),
-    "genome": ("a search for a recipe", "Write the recipe itself: merge_method, models, parameters"),
-    "tasks": ("a search for a recipe", "Write the recipe itself: merge_method, models, parameters"),
-    "experts": ("a mixture of experts made of models", "adapterkit makes none; mergekit-moe does"),
-    "gate_mode": ("a mixture of experts made of models", "adapterkit makes none; mergekit-moe does"),
+    "genome": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
+    "tasks": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
+    "experts": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
+    "gate_mode": ("building a mixture of experts from models", "Use mergekit-moe; adapterkit cannot build one"),
     "models_to_slice": ("an old form of slices", "Write slices, or models"),
 }  # fmt: skip
-"""Keys of mergekit's files that ask for something else than a combination -> what that is, and what to do."""
+"""A map from keys of mergekit's files for other tasks than a combination to the task and the remedy."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
 """Keys with text values; YAML reads `on` and `1e3` as other types."""
@@ -94,9 +94,10 @@ class Recipe:
         adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
         places: the key in the file that names each adapter.
-        tokenizer: what `tokenizer_source` or `tokenizer` says; it is for a merge, adapters have none.
-        notes: what the file says that a combination of adapters does not need, one line each.
-        layers: how many layers its slices have together; None without slices.
+        tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
+            tokenizer.
+        notes: one line for each part of the file that a combination of adapters does not need.
+        layers: the total number of layers in its slices; None without slices.
     """
 
     adapters: tuple[str, ...]
@@ -107,20 +108,18 @@ class Recipe:
     layers: int | None = None
 
     def check_layers(self, targets: Iterable[Target]) -> None:
-        """Refuse slices that leave layers of the adapters out.
+        """Check that slices do not omit layers of the adapters.
 
         Raises:
-            UsageError: a target is in a layer behind the last slice.
+            UsageError: a target is in a layer after the last slice.
         """
         from .parameters import _layer
 
         for target in targets if self.layers is not None else ():
             layer = _layer(target)
             if layer is not None and self.layers is not None and layer >= self.layers:
-                why = f"the slices end at layer {self.layers}, and {target} is behind"
-                cure = (
-                    f"Write layer_range up to the last layer, at least [0, {layer + 1}], or models in place of slices"
-                )
+                why = f"the slices end at layer {self.layers}, but {target} is in a later layer"
+                cure = f"Write layer_range up to the last layer, at least [0, {layer + 1}], or models instead of slices"
                 raise UsageError(why, where="slices", cure=cure)
 
 
@@ -157,7 +156,7 @@ def recipe(found: object, path: Path | None = None) -> Recipe:
     if "merge_method" not in top or not models:
         raise Malformed("needs merge_method and a list of models", path=path, cure="See adapterkit combine --help")
     switches = _switches(top["merge_method"], top.get("compat"))
-    if top["merge_method"] == "slerp":  # Its base_model says from which of the two models to start.
+    if top["merge_method"] == "slerp":  # base_model says which of the two models comes first.
         models = sorted(models, key=lambda each: each.name != top.get("base_model"))
     base, names, notes = _named_base(top, models, path)
     kept = [each for each, name in zip(models, names, strict=True) if name is not None]
@@ -181,7 +180,7 @@ def recipe(found: object, path: Path | None = None) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """An entry of the list of models: its key in the file, what it names, and its parameters by slice."""
+    """An entry of the list of models: its key in the file, the model it names, and its parameters by slice."""
 
     place: str
     name: str
@@ -189,11 +188,11 @@ class _Model:
 
 
 def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """The models, and the layers of each slice where the file has slices."""
+    """Return the models, and the layers of each slice if the file has slices."""
     if "slices" in top:
         if "models" in top or "adapters" in top:
-            cure = "Leave one of them out"
-            raise UsageError("models and slices say the same twice", where="slices", path=path, cure=cure)
+            cure = "Remove one of them"
+            raise UsageError("models and slices contradict each other", where="slices", path=path, cure=cure)
         return _sliced(top["slices"], path)
     key = "adapters" if "adapters" in top else "models"
     entries = top.get(key)
@@ -206,11 +205,11 @@ def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model],
     ], []
 
 
-def _sliced(found: Any, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
-    """Models of slices that keep every layer in its place: each slice has all models, and ranges follow one another.
+def _sliced(found: object, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+    """Return the models of slices that keep every layer in its place: all models in each slice, ranges in sequence.
 
     Raises:
-        UsageError: a slice takes layers elsewhere, which makes another model than an adapter's base.
+        UsageError: a slice moves layers, so the result would not fit an adapter's base.
     """
     if not isinstance(found, list) or not found:
         raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
@@ -232,13 +231,13 @@ def _sliced(found: Any, path: Path | None) -> tuple[list[_Model], list[tuple[int
                 _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
         if names and mine != names:
             cure = "Name the same models in every slice; a weight of 0 leaves one out"
-            raise UsageError("a slice of other models", where=f"{where}.sources", path=path, cure=cure)
+            raise UsageError("this slice has other models", where=f"{where}.sources", path=path, cure=cure)
         names = mine
         ranges.append(spans[0])
         for j, source in enumerate(read):
             if i == 0:
                 parameters.append([])
-            # A source's own parameters go before those of its slice.
+            # A source's own parameters override those of its slice.
             both = {**(one.get("parameters") or {}), **(source.get("parameters") or {})}
             parameters[j].append((f"{where}.sources[{j}].parameters", both))
     places = [f"slices[0].sources[{j}]" for j in range(len(names))]
@@ -250,16 +249,14 @@ def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[
     found = source.get("layer_range")
     whole = isinstance(found, list) and len(found) == 2 and all(type(each) is int for each in found)
     if not whole or not 0 <= found[0] < found[1]:  # type: ignore[index]
-        raise Malformed("two numbers were expected", where=where, path=path, cure="Such as [0, 32]")
+        raise Malformed("two numbers were expected", where=where, path=path, cure="Write them as in [0, 32]")
     return found[0], found[1]  # type: ignore[index]
 
 
 def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
-    why = (
-        f"layers {span[0]} to {span[1] - 1} would lie at {start}: that is another model, and an adapter has its base's"
-    )
+    why = f"layers {span[0]} to {span[1] - 1} would move to {start}, where an adapter's base does not have them"
     cure = (
-        "Keep each layer in its place (the ranges of all sources alike, one after another), or stack the layers with "
+        "Keep each layer in its place (the ranges of all sources equal, one after another), or stack the layers with "
         "mergekit and train an adapter for the result"
     )
     raise UsageError(why, where=where, path=path, cure=cure)
@@ -268,9 +265,9 @@ def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | No
 def _named_base(
     top: Mapping[str, Any], models: Sequence[_Model], path: Path | None
 ) -> tuple[str | None, list[str | None], list[str]]:
-    """The base, each model's adapter (None for one that is the base), and notes.
+    """Return the base, each model's adapter (None for a model that is the base), and notes.
 
-    `base+lora` names both. A model that is the base itself changes nothing, and mergekit lists it in some recipes.
+    `base+lora` names both. A model that is the base itself changes nothing, but some recipes of mergekit list it.
     """
     said, notes = top.get("base_model"), list[str]()
     names: list[str | None] = []
@@ -285,7 +282,7 @@ def _named_base(
     if said is not None and "+" in said and not Path(said).exists():
         front, _, adapter = said.partition("+")
         names = [None if name == adapter and adapter else name for name in names]
-        why = f"base_model is a base with an adapter in it ({said})"
+        why = f"base_model combines a base and an adapter ({said})"
         cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, and name BASE"
         raise UsageError(why, where="base_model", path=path, cure=cure)
     others = [front for front in bases if front not in (said, next(iter(bases)))]
@@ -303,19 +300,19 @@ def _named_base(
         if method == "slerp":
             return None, names, notes
         if method not in DIFFERENCES:
-            cure = "Take it out of models, and divide the other weights by the sum of all, its own included"
-            raise UsageError(f"{method} counts the base as a model", where="base_model", path=path, cure=cure)
-        # Tasks are differences from the base, and its own is nothing.
+            cure = "Remove the base from models, and divide the other weights by the sum of all, including the base's"
+            raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
+        # The other models count as differences from the base, and the base's own difference is zero.
         names = [None if name == said else name for name in names]
     base = said if said is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
-        notes.append(f"base_model {base} is not read: {method} needs no base; --base BASE names one")
+        notes.append(f"base_model {base} is not read, because {method} needs no base; --base BASE names one")
         base = None
     return base, names, notes
 
 
 def _is_based(top: Mapping[str, Any]) -> bool:
-    """Whether a method looks at the weights of the base."""
+    """Whether a method needs the weights of the base."""
     from .combiners import COMBINERS
     from .parameters import resolved
 
@@ -326,7 +323,7 @@ def _is_based(top: Mapping[str, Any]) -> bool:
 def _own(
     models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
 ) -> list[dict[str, JsonValue]]:
-    """Each model's parameters; of slices a mapping of globs of layers, where they differ from slice to slice."""
+    """Return each model's parameters; if they differ between slices, as a mapping of globs of layers."""
     made = []
     for model in models:
         parts = [_translated(found, where, switches, path) for where, found in model.parameters]
@@ -338,7 +335,7 @@ def _own(
         for key in keys:
             values = [part.get(key) for part in parts]
             if any(isinstance(value, Mapping | list) for value in values) or None in values:
-                why = f"{key} differs from slice to slice, or is not a number in each"
+                why = f"{key} differs between slices, or is not a number in each"
                 cure = f"Give {key} a number in every slice, or one list over all layers in parameters"
                 raise UsageError(why, where=model.parameters[0][0], path=path, cure=cure)
             mine[key] = values[0] if len(set(values)) == 1 else {
@@ -352,9 +349,9 @@ def _own(
 def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
     """Return the source of the tokenizer for a merge by this recipe: `base`, a folder, or None."""
     if "tokenizer" in top and "tokenizer_source" in top:
-        cure = "Leave tokenizer_source out"
+        cure = "Remove tokenizer_source"
         raise UsageError(
-            "tokenizer and tokenizer_source say the same twice", where="tokenizer_source", path=path, cure=cure
+            "tokenizer and tokenizer_source contradict each other", where="tokenizer_source", path=path, cure=cure
         )
     found = top.get("tokenizer_source")
     where = "tokenizer_source"
@@ -363,18 +360,18 @@ def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
         for key in ("tokens", "pad_to_multiple_of"):
             if given.get(key) is not None:
                 cure = "Leave it out; to add tokens, train them in an adapter and merge with --vocab grow"
-                raise UsageError(f"{key} makes rows of embeddings anew", where=f"tokenizer.{key}", path=path, cure=cure)
+                raise UsageError(f"{key} would add rows of embeddings", where=f"tokenizer.{key}", path=path, cure=cure)
         found, where = given.get("source"), "tokenizer.source"
     if found is None:
         return None
     if not isinstance(found, str):
-        raise Malformed(f"{where} is {shown(found)}, not text", where=where, path=path, cure="base, or a folder")
+        raise Malformed(f"{where} is {shown(found)}, not text", where=where, path=path, cure="Write base, or a folder")
     if found == "union":
         cure = (
             "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
         )
         raise UsageError(
-            "tokenizers are not joined: the rows of new tokens would be made up", where=where, path=path, cure=cure
+            "tokenizers are not joined, because new tokens would get invented rows", where=where, path=path, cure=cure
         )
     return found
 
@@ -384,7 +381,7 @@ def _mapping(found: object, where: str, known: Sequence[str], path: Path | None)
         raise Malformed("a mapping was expected", where=where, path=path, cure="See adapterkit combine --help")
     for key in found:
         if key not in known:
-            cure = nearest(str(key), known) or f"Known: {', '.join(known)}"
+            cure = nearest(str(key), known) or f"Choose among {', '.join(known)}"
             raise UsageError(f"unknown key {key!r}", where=where, path=path, cure=cure)
     return found
 
@@ -406,19 +403,19 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
     for key, value in found.items():
         if key in HARMLESS:
             if value not in HARMLESS[key]:
-                raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
+                raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
             continue
         # mergekit ignores a switch that the method does not read, and so does this reader.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:
-            raise UsageError(f"{key} is no parameter of a method", where=where, path=path, cure="Leave it out")
+            raise UsageError(f"{key} is not a parameter of a method", where=where, path=path, cure=f"Remove {key}")
         name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
         made[name] = said
     return made
 
 
-def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
+def _switches(method: object, compat: str | None) -> Mapping[str, bool]:
     """Return the boolean parameters of the method (True) and the switches of mergekit that it ignores (False).
 
     mergekit accepts `normalize` and `rescale` for any method; methods that do not read them ignore them.
@@ -451,7 +448,7 @@ def _filtered(value: object, where: str, path: Path | None) -> Any:
     for part in value:
         one = _mapping(part, where, ("filter", "value"), path) if isinstance(part, Mapping) else {"value": part}
         if "value" not in one:
-            raise Malformed("a filter without a value", where=where, path=path, cure="Give both")
+            raise Malformed("a filter has no value", where=where, path=path, cure="Give filter and value")
         name = one.get("filter")
         made["*" if name in (None, "*") else f"*{_literal(str(name))}*"] = one["value"]
     return made

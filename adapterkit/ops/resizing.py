@@ -1,6 +1,6 @@
 """Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
 
-No product of that rank has a smaller Frobenius error than the first singular values (Eckart and Young 1936).
+The first singular values have the smallest Frobenius error of all products of that rank (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def resize(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """Cut each change with low-rank factors to a LoRA of a smaller rank; everything else is kept as it is.
+    """Cut each change with low-rank factors to a LoRA of a smaller rank, and keep everything else unchanged.
 
     Args:
         adapter: an adapter or its path; several low-rank updates of one target become one.
@@ -93,20 +93,20 @@ def resize(
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
         frobenius: the largest Frobenius error.
-        sv_ratio: kohya's: keep singular values above the largest divided by this number. With any of kohya's three,
-            `rank` is an upper limit.
-        sv_cumulative: kohya's: the least share of the sum of singular values to keep.
-        sv_fro: kohya's: the least share of the Frobenius norm to keep.
+        sv_ratio: kohya's rule: keep singular values above the largest one divided by this number. With any of kohya's
+            three rules, `rank` is an upper limit.
+        sv_cumulative: kohya's rule: the least share of the sum of singular values to keep.
+        sv_fro: kohya's rule: the least share of the Frobenius norm to keep.
         scope: `target`: each target separately. `all`: the largest singular values of the whole adapter; `rank` is then
             the mean rank, and a target that gets none is dropped.
-        base: resolves names, and gives shapes that the adapter does not tell.
+        base: the base, which resolves names and gives shapes that the adapter does not contain.
         dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
         report: called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base that is not the one that the adapter names.
+        strict_base: refuse a base other than the one that the adapter names.
 
     Raises:
-        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
+        CheckFailed: the base is not the one that the adapter names, and `strict_base` is set.
         UsageError: not exactly one criterion is given, or it is out of range; the rank is above that of all weights.
     """
     stage("decomposing the updates")
@@ -131,8 +131,8 @@ def promote(
 ) -> Adapter:
     """Turn every change of a matrix into a LoRA, whatever its method.
 
-    Without a criterion the change is exact to rounding: methods with low-rank factors become a LoRA of their rank,
-    others a LoRA of the rank of their change.
+    Without a criterion, the change is exact to rounding: methods with low-rank factors become a LoRA of their rank, and
+    others become a LoRA of the rank of their change.
 
     Args:
         adapter: an adapter or its path.
@@ -141,14 +141,14 @@ def promote(
         error: as for `resize`.
         frobenius: as for `resize`.
         scope: as for `resize`.
-        base: the base, for methods that need its weights; without it these are kept as they are.
+        base: the base, for methods that need its weights; without it, their updates are kept unchanged.
         dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
         report: called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
-        strict_base: refuse a base that is not the one that the adapter names.
+        strict_base: refuse a base other than the one that the adapter names.
 
     Raises:
-        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
+        CheckFailed: the base is not the one that the adapter names, and `strict_base` is set.
         UsageError: more than one criterion is given, or it is out of range.
         NotMergeable: a base is given, and a method does not change weights.
     """
@@ -169,7 +169,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """One weight's change: as it is, its decomposition as far as that is kept, its norm, and the norm of the cut part.
+    """One weight's change: the change, its decomposition up to the kept part, its norm, and the norm of the cut part.
 
     `cut` is None if only the kept part was computed.
     """
@@ -184,7 +184,7 @@ class _Weight:
         return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
 
     def lost(self, made: Delta) -> float:
-        """Return the distance to the stored factors; cut and kept parts are orthogonal, so that squares add up."""
+        """Return the distance to the stored factors; cut and kept parts are orthogonal, so their squares add up."""
         if self.cut is None:
             return distance(self.delta, made)
         return math.hypot(self.cut, distance(Delta(*balanced(*self.found)), made))
@@ -201,8 +201,8 @@ def _resized(
     cuts: list[Cut] = []
     updates: dict[Target, tuple[Update, ...]] = {}
     thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
-    # Threads gain nothing on factors, and wait in a loop where another program has their core: a FLUX LoRA took 30 s of
-    # processor time beside other work. Whole matrices are decomposed by all of them.
+    # Threads gain nothing on factors, and spin while another program uses their core: a FLUX LoRA took 30 s of
+    # processor time next to other work. Whole matrices are decomposed with all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, made in _made(found, criterion, kind, every, cuts):
             if made:
@@ -243,7 +243,10 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | Non
 
 
 def _own(place: AlignedPlace, every: bool) -> list[Additive]:
-    """Return the additive updates of a matrix after the last other update, which may depend on those before it."""
+    """Return the additive updates of a matrix that follow the last other update.
+
+    That update may depend on the updates before it.
+    """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
     own = [update for update in updates[last:] if isinstance(update, Additive) and update.changes_weight]
@@ -275,7 +278,7 @@ def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | N
 
 
 def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
-    """Return the kept updates and the new LoRA, which is dropped if it got no rank and changes no bias."""
+    """Return the kept updates and the new LoRA, which is omitted if it has no rank and changes no bias."""
     place, bias = part.place, part.change.bias()
     rank = max(len(weight.found[1]) for weight in part.weights)
     before = max(w.delta.rank if w.delta.rest is None else min(w.delta.shape) for w in part.weights)

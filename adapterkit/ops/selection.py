@@ -1,9 +1,10 @@
 """Find the exact k-th largest of more numbers than fit into memory, in a few passes.
 
 A sample gives an interval that contains the number, except with a probability of 1e-8. A pass counts the numbers above
-the interval and keeps those inside. If these are too many, it counts them in bins by their leading bits, and one bin is
-the next interval; bits of positive doubles are ordered as the doubles are. A bad sample only costs time: if the
-interval does not contain the number, the range beside it is searched.
+the interval and keeps those inside. If there are too many of these, it counts them in bins by their leading bits, and
+one
+bin becomes the next interval; the bits of positive doubles have the same order as the doubles. A bad sample only costs
+time: if the interval does not contain the number, the range next to it is searched.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 HELD = 1 << 19
-"""The most numbers of one series to keep in memory."""
+"""The largest number of values of one series to keep in memory."""
 
 BINS = 1 << 16
-"""Bins of an interval with more numbers than that."""
+"""The number of bins of an interval with more values than that."""
 
 SHARE = 256
 """A sample has one number in this many, for tensors above `WHOLE`."""
@@ -46,7 +47,7 @@ class Selected:
     """One number of a series.
 
     Attributes:
-        value: the k-th largest number; infinity if k is 0, the smallest number if k is the number of all or more.
+        value: the k-th largest number; infinity if k is 0, the smallest number if k is at least the count of all.
         above: how many numbers are larger.
         equal: how many numbers are equal to it.
         total: how many numbers there are.
@@ -60,7 +61,7 @@ class Selected:
 
 @dataclass(slots=True, eq=False)
 class Selection:
-    """The search for one number of a series that is fed in pieces, the same ones in each round.
+    """The search for one number of a series that is fed in pieces, with the same numbers in each pass.
 
     Attributes:
         wanted: a function of the number of values and of nonzero values that returns k.
@@ -89,25 +90,25 @@ class Selection:
             self._samples.append((values, of / max(values.size, 1)))
 
     def begin(self) -> None:
-        """Begin a pass."""
+        """Start a pass."""
         import numpy as np
 
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # Numbers that are all equal, such as the zeros of a sparse change, are counted alone.
+        # If the interval is a single number, such as the zeros of a sparse change, its values are only counted.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= HELD else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
-        """Take more numbers, none of them negative; threads may call this at the same time."""
+        """Add numbers to the pass, none of them negative; threads may call this at the same time."""
         import numpy as np
 
         lo, hi = _double(self._lo), _double(self._hi)
         larger = values > hi
         above = int(np.count_nonzero(larger))
-        # `larger` implies `values >= lo`, so that xor selects the numbers from lo to hi.
+        # `larger` implies `values >= lo`, so xor selects the numbers from lo to hi.
         inside = values[(values >= lo) ^ larger] if above else values[values >= lo]
         bins = None
         if self._bins is not None:
@@ -125,7 +126,7 @@ class Selection:
                 self._values.append(inside)
 
     def end(self) -> None:
-        """End a pass: set `found`, or the next interval."""
+        """Finish a pass: set `found`, or the next interval."""
         import numpy as np
 
         k = min(self.wanted(self._total, self._nonzero), self._total)
@@ -160,12 +161,12 @@ class Selection:
         return max((self._hi - self._lo + 1).bit_length() - BINS.bit_length() + 1, 0)
 
     def _interval(self, lo: int, hi: int, expected: float) -> None:
-        if lo > hi:  # An infinity is above all intervals, and a NaN in none.
+        if lo > hi:  # An infinity is above all intervals, and a NaN is in none.
             raise too_large()
         self._lo, self._hi, self._expected = lo, hi, expected
 
     def _guess(self) -> None:
-        """Set the first interval from the samples, in which each number stands for the share of its piece."""
+        """Set the first interval from the samples; each number represents its share of the piece it was drawn from."""
         import numpy as np
 
         values = np.concatenate([v for v, _ in self._samples])

@@ -1,14 +1,16 @@
-"""Compute the first singular values of a large matrix by a randomized sketch with an error bound, or else exactly.
+"""Compute the first singular values of a large matrix by a randomized sketch with an error bound, or exactly.
 
 The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
-https://doi.org/10.1137/090771806. A bound on the best factors of the same rank shows that the error is near the
-smallest possible one. With the basis Q and R = D - Q Q^T D, the sum of the first k squared singular values of D is at
+https://doi.org/10.1137/090771806. A bound on the best factors of the same rank shows that the error is close to the
+smallest possible error. With the basis Q and R = D - Q Q^T D, the sum of the first k squared singular values of D is at
 most that of Q^T D plus the smaller of
 
-- k times the largest squared singular value of R: Ky Fan 1949, on D^T D = (Q^T D)^T (Q^T D) + R^T R;
-- the amounts by which that square exceeds each of them, plus the first k singular values of R D^T Q: the same on D D^T.
+- k times the largest squared singular value of R (Ky Fan 1949, for D^T D = (Q^T D)^T (Q^T D) + R^T R);
+- the amounts by which that square exceeds each squared singular value of Q^T D, plus the first k singular values of
+  R D^T Q (the same for D D^T).
 
-Powers of R^T R on random vectors bound the largest square: Dixon 1983, https://doi.org/10.1137/0720053. The bound fails
+Powers of R^T R on random vectors bound the largest square (Dixon 1983, https://doi.org/10.1137/0720053). The bound
+fails
 with a probability of at most 1e-8.
 """
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     Decomposition = tuple[Array, Array, Array]
 
 SMALL = 384
-"""Matrices with a smaller side up to this are decomposed exactly."""
+"""Matrices whose smaller side is at most this are decomposed exactly."""
 
 GUESS = 32
 """The first guess of the rank if only an energy or an error is given."""
@@ -38,14 +40,14 @@ EXCESS = 0.02
 """The allowed relative excess over the smallest possible error."""
 
 EXACT = 1e-6
-"""A relative error that counts as none: that of a low-rank change with rounding noise."""
+"""A relative error that counts as zero: the error of a low-rank change with rounding noise."""
 
 DEPENDENT = 1e-9
 """Eigenvalues of a Gram matrix below this fraction of the largest are too close to its rounding noise."""
 
 TESTS = 8
 POWERS = 24
-"""The number of random vectors of the bound, and the most powers of R^T R that are applied to them."""
+"""The number of random vectors of the bound, and the largest number of powers of R^T R applied to them."""
 
 
 def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
@@ -61,7 +63,7 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         probability of 1e-8.
 
     Raises:
-        Malformed: the square of its norm is too large for float64.
+        Malformed: the square of the matrix's norm is too large for float64.
     """
     import numpy as np
 
@@ -70,8 +72,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
-    # Try a cheap sketch, then a better one. If neither is good, a given rank is computed exactly; for an energy or an
-    # error the guess is doubled, as long as a sketch is cheaper than the exact decomposition.
+    # Try a cheap sketch, then a better one. If neither is good enough, a given rank is computed exactly; for an energy
+    # or an error, the guess is doubled as long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, found = _sketch(D, min(width, small), rounds, random)
@@ -87,7 +89,7 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
-    """Return the first singular values and vectors of a matrix: exact if it is small, else close to the best.
+    """Return the first singular values and vectors of a matrix, exactly if it is small, else close to the best.
 
     Args:
         D: `[m, n]`, float32 or float64.
@@ -98,7 +100,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
         the decomposition, the Frobenius norm of the matrix, and that of the error.
 
     Raises:
-        Malformed: the square of its norm is too large for float64.
+        Malformed: the square of the matrix's norm is too large for float64.
     """
     import numpy as np
 
@@ -124,14 +126,14 @@ def streamed(
     width = min(2 * rank + 16, m, n)
 
     def times(X: Array) -> Array:
-        """D @ X"""
+        """Return D @ X."""
         result = np.empty((m, X.shape[1]))
         for span, part in rows():
             result[span] = part @ X
         return result
 
     def under(Q: Array) -> tuple[Array, float]:
-        """Q^T @ D, and the square of D's norm."""
+        """Return Q^T @ D, and the square of D's norm."""
         result, square = np.zeros((Q.shape[1], n)), 0.0
         for span, part in rows():
             result += Q[span].T @ part
@@ -150,7 +152,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of what singular values leave out; measured if a difference of squares is too inexact."""
+    """Return the norm of the part without these singular values; measured if a difference of squares is inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -175,8 +177,8 @@ def _by_gram(D: Array) -> Decomposition:
         U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
-    # Singular values are the norms of projections instead of roots of eigenvalues, whose small ones are rounding noise:
-    # so the product of the three factors is D to rounding.
+    # Singular values are computed as norms of projections, because small eigenvalues are rounding noise. So the product
+    # of the three factors is D to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
@@ -199,7 +201,7 @@ def _basis(block: Array) -> Array:
     """Return orthonormal columns with the same span, by the Gram matrix (Stathopoulos and Wu 2002)."""
     import numpy as np
 
-    # Far faster than QR, but useless for columns that are nearly dependent, which the eigenvalues show.
+    # Much faster than QR, but useless if columns are nearly dependent, which the eigenvalues show.
     wide = block.astype(np.float64, copy=False)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     if squares[0] <= DEPENDENT * squares[-1]:
@@ -211,7 +213,7 @@ def _basis(block: Array) -> Array:
 def _good(
     D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether no factors of rank `count` can have a much smaller error than the first `count` of these."""
+    """Whether factors of rank `count` with a much smaller error than the first `count` of these are impossible."""
     U, S, Vh = first(found, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
@@ -235,7 +237,7 @@ def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
 
 
 def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterator[float]:
-    """Yield bounds on the largest squared singular value of R = D - Q Q^T D, each tighter than the one before."""
+    """Yield bounds on the largest squared singular value of R = D - Q Q^T D, each tighter than the previous one."""
     import numpy as np
 
     x = random.standard_normal((D.shape[1], TESTS), dtype=np.float32).astype(D.dtype)
@@ -249,7 +251,7 @@ def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterato
         if size == 0:
             yield 0.0
             return
-        # Powers are kept as a logarithm and the vectors at norm 1: neither overflows.
+        # Powers are kept as a logarithm and the vectors at norm 1, so neither overflows.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)

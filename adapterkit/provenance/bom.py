@@ -1,8 +1,8 @@
-"""Write a bill of materials for an adapter, a merged model or an ONNX graph: CycloneDX 1.6, an ML-BOM.
+"""Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
-It is plain JSON, made here. `cyclonedx-python-lib` has no model cards, which are what an ML-BOM is about; the tests
-validate every document with its copy of the official schema. The same files give the same bytes: there is no serial
-number unless one is asked for, and a time only where SOURCE_DATE_EPOCH tells it.
+The JSON is made here because `cyclonedx-python-lib` does not support model cards, the core of an ML-BOM. The tests
+validate every document with that library's copy of the official schema. The same files give the same bytes: there is no
+serial number unless the caller wants one, and no time unless SOURCE_DATE_EPOCH gives it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..core.licence_terms import BASE, Part, called, conflicts, parts_of, spdx_of, terms_of
-from ..core.licences import MAX_CARD, Licence, licence_at, metadata
+from ..core.licence_terms import (
+    BASE,
+    MAX_CARD,
+    Licence,
+    Part,
+    called,
+    conflicts,
+    licence_at,
+    metadata,
+    parts_of,
+    spdx_of,
+    terms_of,
+)
 from ..core.metadata import REPORT
 from ..errors import AdapterkitError, Malformed, StorageError, UsageError, storage_error
 from ..io.atomic import write_bytes
@@ -34,7 +45,7 @@ from .statement import statement_of
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 EPOCH = "SOURCE_DATE_EPOCH"
-"""Environment variable of reproducible builds: seconds since 1970 to write as the document's time."""
+"""The environment variable of reproducible builds: the document's time, in seconds since 1970."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -44,7 +55,7 @@ class Bom:
     """A bill of materials.
 
     Attributes:
-        data: the document, as plain JSON.
+        data: the document as plain JSON.
     """
 
     data: Mapping[str, Any]
@@ -56,23 +67,23 @@ class Bom:
         )
 
     def text(self) -> str:
-        """Return the document as a file holds it."""
+        """Return the document as the text of a file."""
         return json.dumps(self.data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
-        """Write the document, whole or not at all.
+        """Write the document atomically.
 
         Args:
             out: the file.
-            overwrite: replace what is there.
-            made_from: a digest of what decides the document, kept with it for a later run.
+            overwrite: replace an existing file.
+            made_from: a digest of the inputs, stored with the document so that a later run recognises it.
 
         Raises:
-            StorageError: something is there, or it cannot be written.
+            StorageError: the file exists or cannot be written.
         """
         path = Path(out)
         if path.is_dir():
-            raise StorageError("a folder is there", path=path, cure="Name a file, such as bom.cdx.json")
+            raise StorageError("the path is a folder", path=path, cure="Name a file, such as bom.cdx.json")
         check_free(path, overwrite)
         with staged(path, overwrite=overwrite, made_from=made_from) as place:
             write_bytes(place, self.text().encode())
@@ -84,16 +95,16 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     Args:
         path: a folder or a file.
-        serial: give the document a random serial number, as CycloneDX advises for documents that are published.
-        leave_out: a file below `path` that does not belong to it, such as the one to write.
+        serial: add a random serial number, as CycloneDX recommends for published documents.
+        leave_out: a file below `path` to omit, such as the document itself.
 
     Returns:
-        CycloneDX 1.6: the model with the SHA-256 of every file, its licences, base and adapters as ancestors, and a
-        model card with what the files tell.
+        A CycloneDX 1.6 document: the model with the SHA-256 of every file, the licences, base and adapters as
+        ancestors, and a model card with the facts from the files.
 
     Raises:
-        StorageError: nothing is there, or it cannot be read.
-        UsageError: SOURCE_DATE_EPOCH is no number of seconds.
+        StorageError: the path does not exist or cannot be read.
+        UsageError: SOURCE_DATE_EPOCH is not a number of seconds.
 
     Example:
         >>> adapterkit.provenance.bom("merged").save("merged.cdx.json")  # doctest: +SKIP
@@ -102,7 +113,7 @@ def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | No
 
     root = located(path_text(path))
     files = files_of(root, root if leave_out is None else leave_out) if root.is_dir() else files_of(root, root)
-    stage("reading what it was made from")
+    stage("reading the lineage")
     told = statement_of(root)
     stage("hashing files")
     main, ancestors = _main(root, told, files), list(_ancestors(told, root))
@@ -126,7 +137,8 @@ def _time() -> dict[str, str]:
     try:
         return {"timestamp": datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     except (ValueError, OverflowError, OSError):
-        raise UsageError(f"{EPOCH} is no number of seconds: {text!r}", cure=f"Correct it, or unset {EPOCH}") from None
+        why = f"{EPOCH} is not a number of seconds: {text!r}"
+        raise UsageError(why, cure=f"Correct it, or unset {EPOCH}") from None
 
 
 def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
@@ -152,10 +164,10 @@ def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, o
 
 
 def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
-    """Return what has a licence of its own: the parts of a merge, or the adapter or the model itself."""
+    """Return the parts that have licences: base and adapters of a merge, or the adapter or model itself."""
     parts = parts_of(told.get("made_from") or {})
     if told.get("kind") == "merged" and parts:
-        # A merge copies the base's card; another card is the model's own.
+        # A merge copies the base's model card; if the card here names another licence, it was written for this model.
         own = licence_at(root)
         return parts if not own or own in [licence for _, licence in parts] else [("the model", own), *parts]
     own = licence_at(root)
@@ -193,7 +205,7 @@ def _ancestors(told: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
 
 
 def _base_name(root: Path) -> str | None:
-    """Return the name of a merged model's base, as its config tells it."""
+    """Return the name of a merged model's base from the config of the merged model."""
     try:
         name = read_json(root / "config.json").get("_name_or_path")
     except AdapterkitError:
@@ -209,7 +221,7 @@ def _model(
     repo, version = (address[1], address[2] or revision) if address is not None else (name, revision)
     purl = None
     if is_repo(repo):
-        # The purl type `huggingface` has the commit as its version, and nothing else.
+        # The purl type `huggingface` allows only a commit as the version.
         commit = f"@{version}" if version is not None and _COMMIT.fullmatch(version) else ""
         purl = f"pkg:huggingface/{repo}{commit}"
     return _filled({
@@ -248,7 +260,7 @@ def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
 
 
 def _card(root: Path) -> Mapping[str, object]:
-    """Return the metadata of the model card; that of the base, if a merge copied it, says nothing of this model."""
+    """Return the metadata of the model card, or nothing for a merge, whose card is a copy of the base's card."""
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
     try:

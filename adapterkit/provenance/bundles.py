@@ -1,9 +1,8 @@
-"""Read a signature file strictly: a Sigstore bundle, as OpenSSF model signing writes it.
+"""Read signature files strictly: Sigstore bundles, as OpenSSF model signing writes them.
 
-The signature itself covers the payload alone. The rest of the file is read leniently by most tools: unknown keys are
-ignored, and the spare bits of base64 are dropped, so two different files can count as the same signature. Here every
-key must be a known one and all base64 canonical. Then each changed bit of the file is either found here or changes what
-is checked by cryptography.
+The signature covers only the payload. Most tools read the rest of the file leniently: they ignore unknown keys and the
+unused bits of base64, so different files can pass as the same signature. This reader accepts only known keys and
+canonical base64. A changed bit is therefore found either here or by the cryptographic check.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import Corrupt, storage_error
 from ..io.inputs import open_input
 from ..io.strict_json import load_json
 
-if TYPE_CHECKING:
-    pass
-
-
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 LARGEST = 64 << 20
-"""Largest signature file in bytes. A manifest has about 200 bytes a file."""
+"""The largest size of a signature file, in bytes. A manifest has about 200 bytes per signed file."""
 
 PREDICATE = "adapterkit"
-"""The key of the statement in the predicate. Model signing says that verifiers ignore further keys of its predicate."""
+"""The key of the statement in the predicate. By the specification of model signing, verifiers ignore unknown keys."""
 
 _PLAIN = {
     "": {"mediaType", "verificationMaterial", "dsseEnvelope"},
@@ -40,10 +34,10 @@ _PLAIN = {
     "dsseEnvelope": {"payload", "payloadType", "signatures"},
     "dsseEnvelope.signatures": {"sig", "keyid"},
 }
-"""Place -> its keys, in bundles that were signed with a key or a certificate."""
+"""Path in the bundle -> the allowed keys, for signatures by a key or a certificate."""
 
 _EXTRA = {"verificationMaterial.publicKey": {"rawBytes", "keyDetails"}}
-"""Keys that model-signing before 1.0 wrote, and that its verifier drops."""
+"""Keys that model-signing before 1.0 wrote and its verifier ignores."""
 
 _BASE64 = {"payload", "sig", "rawBytes"}
 
@@ -55,33 +49,33 @@ class SignatureBundle:
     Attributes:
         path: the file.
         kind: `key`, `certificate` or `sigstore`.
-        key: sha256 of the public key that it names, or None.
-        payload: the signed payload: an in-toto statement.
+        key: the sha256 of the public key that the file names, or None.
+        payload: the signed payload, an in-toto statement.
     """
 
     path: Path
     kind: str
     key: str | None
-    payload: Mapping[str, Any]
+    payload: Mapping[str, object]
 
     @property
-    def predicate(self) -> Mapping[str, Any]:
+    def predicate(self) -> Mapping[str, object]:
         found = self.payload.get("predicate")
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def statement(self) -> Mapping[str, Any] | None:
-        """The statement that adapterkit recorded when it signed; None in signatures of other tools."""
+    def statement(self) -> Mapping[str, object] | None:
+        """The statement that adapterkit added when it signed; None in signatures by other tools."""
         found = self.predicate.get(PREDICATE)
         return found if isinstance(found, Mapping) else None
 
 
 def read_bundle(path: Path) -> SignatureBundle:
-    """Read a signature file. Nothing in it is proven by that.
+    """Read a signature file. This does not verify the signature.
 
     Raises:
-        Corrupt: it is not a signature file, or not one in the form that signing tools write.
-        StorageError: it cannot be read.
+        Corrupt: the file is not a signature file in the form that signing tools write.
+        StorageError: the file cannot be read.
     """
     try:
         with open_input(path) as file:
@@ -89,25 +83,25 @@ def read_bundle(path: Path) -> SignatureBundle:
     except OSError as error:
         raise storage_error(error, path) from error
     if len(data) > LARGEST:
-        raise _corrupt(path, f"larger than {LARGEST >> 20} MiB")
+        raise _corrupt(path, f"it is larger than {LARGEST >> 20} MiB")
     try:
         told = load_json(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"not JSON ({error})") from None
+        raise _corrupt(path, f"it is not JSON ({error})") from None
     if not isinstance(told, dict):
-        raise _corrupt(path, "not a JSON object")
+        raise _corrupt(path, "it is not a JSON object")
     if told.get("mediaType") != MEDIA_TYPE:
         raise _corrupt(path, f"mediaType is not {MEDIA_TYPE}")
     kind, material = _kind(path, told)
-    # Sigstore's own library checks its bundles, whose entries of the log have more keys.
+    # Check only the envelope of sigstore bundles: their log entries have more keys, which sigstore's library checks.
     _check(path, told if kind != "sigstore" else {"dsseEnvelope": told.get("dsseEnvelope")})
     return SignatureBundle(path, kind, material, _payload(path, told))
 
 
-def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:
+def _kind(path: Path, told: Mapping[str, object]) -> tuple[str, str | None]:
     material = told.get("verificationMaterial")
     if not isinstance(material, dict):
-        raise _corrupt(path, "no verificationMaterial")
+        raise _corrupt(path, "it has no verificationMaterial")
     if isinstance(material.get("publicKey"), dict):
         return "key", material["publicKey"].get("hint")
     if "x509CertificateChain" in material:
@@ -133,26 +127,28 @@ def _check(path: Path, value: object, place: str = "") -> None:
             elif key in _BASE64:
                 _decoded(path, inside, inner)
             elif not isinstance(inner, str) or (key == "keyid" and inner):
-                raise _corrupt(path, f"{inside} is not what signing tools write")
+                raise _corrupt(path, f"{inside} has a value that signing tools do not write")
     elif place:
-        raise _corrupt(path, f"{place} holds something else than objects")
+        raise _corrupt(path, f"{place} contains values that are not objects")
 
 
-def _decoded(path: Path, place: str, text: Any) -> bytes:
-    """Decode base64 that has one form only: padded, and without bits beyond the last byte."""
+def _decoded(path: Path, place: str, text: object) -> bytes:
+    """Decode base64, and refuse it unless it is canonical: padded, and without bits after the last byte."""
+    if not isinstance(text, str):
+        raise _corrupt(path, f"{place} is not base64")
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError):
         raise _corrupt(path, f"{place} is not base64") from None
     if base64.b64encode(data).decode() != text:
-        raise _corrupt(path, f"{place} is not base64 in its canonical form")
+        raise _corrupt(path, f"{place} is not canonical base64")
     return data
 
 
-def _payload(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
+def _payload(path: Path, told: Mapping[str, object]) -> Mapping[str, object]:
     envelope = told.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
-        raise _corrupt(path, "not an envelope with one signature")
+        raise _corrupt(path, "it is not an envelope with one signature")
     try:
         payload = load_json(_decoded(path, "payload", envelope.get("payload")).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -163,7 +159,7 @@ def _payload(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _corrupt(path: Path, why: str) -> Corrupt:
-    return Corrupt(f"not a valid signature file: {why}", path=path, cure=DISTRUST)
+    return Corrupt(f"the signature file is not valid: {why}", path=path, cure=DISTRUST)
 
 
-DISTRUST = "Do not trust these files; fetch them and the signature again from who signed them"
+DISTRUST = "Do not trust these files; get the files and the signature again from their signer"

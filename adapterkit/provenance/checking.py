@@ -1,4 +1,4 @@
-"""Check a signature: that nothing was changed, added or removed since it was signed, and by whom it was."""
+"""Check a signature: that no file was changed, added or removed since, and that the expected signer made it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SignatureCheck:
-    """A signature that holds.
+    """A valid signature.
 
     Attributes:
         path: the file or folder.
         signature: the signature file.
         kind: `key`, `certificate` or `sigstore`.
-        key: sha256 of the public key, for `key`.
-        files: the number of files that were compared.
-        statement: what the signer recorded of its origin; None in signatures of other tools.
-        not_covered: files that the signer left out, if they are there.
+        key: the sha256 of the public key, if `kind` is `key`.
+        files: the number of compared files.
+        statement: the signed statement of the lineage; None in signatures by other tools.
+        not_covered: existing files that the signature does not cover.
     """
 
     path: str
@@ -73,58 +73,60 @@ def check_signature(
         path: the folder, or the file.
         signature: the signature file.
         key: the public key of the signer, in PEM form.
-        trust: instead of a key, the certificates to trust, in PEM form.
-        identity: instead of a key, who signed with sigstore, such as an address of e-mail. This needs a network.
-        issuer: who vouches for the identity, such as `https://accounts.google.com`.
+        trust: the certificates to trust, in PEM form, instead of a key.
+        identity: the expected sigstore identity, such as an e-mail address, instead of a key. This needs a network.
+        issuer: the OpenID provider of the identity, such as `https://accounts.google.com`.
 
     Returns:
-        The signed files and statement. A signature that does not hold is an error.
+        The number of files, and the signed statement. An invalid signature raises an error.
 
     Raises:
-        Corrupt: a file was changed, added or removed; the signature was changed, or made with another key.
-        StorageError: nothing is there, or it cannot be read.
-        UsageError: not exactly one of a key, certificates and an identity; or the signature is of another kind.
-        Malformed, Unsupported: the key is no key, or one of another kind; `model-signing` is not installed.
+        Corrupt: a file was changed, added or removed, or the signature was changed or made with another key.
+        StorageError: a path does not exist or cannot be read.
+        UsageError: not exactly one of key, certificates and identity is given, or the signature is of another kind.
+        Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
     if (key is not None) + bool(trust) + (identity is not None) != 1:
-        cure = "Give one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
-        raise UsageError("whose signature it should be is not told, or told twice", cure=cure)
+        cure = "Type one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
+        raise UsageError("exactly one of key, certificates and identity of the signer is needed", cure=cure)
     if (identity is None) != (issuer is None):
-        raise UsageError("an identity needs its issuer", cure="Give --identity and --issuer (identity=, issuer=) both")
+        cure = "Type both --identity and --issuer (identity=, issuer=)"
+        raise UsageError("an identity and its issuer need each other", cure=cure)
     root, file = settled(Path(path)), Path(signature)
     check_exists(root)
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
-        why = f"the signature is one by {bundle.kind}, and was to be checked by {wanted}"
+        why = f"the signature was made with a {bundle.kind} and cannot be checked with a {wanted}"
         raise UsageError(f"{file}: {why}", cure=_ASKS[bundle.kind])
     config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
     _verify(config, root, bundle)
+    resources = bundle.predicate.get("resources")
+    count = len(resources) if isinstance(resources, list) else 0
     return SignatureCheck(
-        public(str(path)), str(file), bundle.kind, bundle.key, len(bundle.predicate.get("resources") or ()),
-        bundle.statement, _left_out(root, bundle),
-    )  # fmt: skip
+        public(str(path)), str(file), bundle.kind, bundle.key, count, bundle.statement, _left_out(root, bundle)
+    )
 
 
 def other_base(
     statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
 ) -> dict[str, str] | None:
-    """Return the recorded and the given fingerprint, if a base is not the one that a signed statement names.
+    """Return the recorded and the given fingerprint if a signed statement names another base, otherwise None.
 
-    `how` says how the base relates to the recorded one, where the statement tells the shapes.
+    The entry `how` says how the given base relates to the recorded one, if the statement records shapes.
 
     Raises:
-        UsageError: the statement names no fingerprint, so there is nothing to compare.
+        UsageError: the statement has no fingerprint to compare with.
     """
     told: Mapping[str, Any] = statement or {}
     kept = told.get("made_from") or {}
     recorded = [*((told.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
-        cure = "Leave --base (base=) out, or name the adapters, too: the merge is then computed again"
-        raise UsageError("the signed statement holds no fingerprint of a base", cure=cure)
+        cure = "Omit --base (base=), or also name the adapters with --adapter, to compute the merge again"
+        raise UsageError("the signed statement has no fingerprint of a base", cure=cure)
     checkpoint = opened(base)
     given = fingerprint(checkpoint)
     if given in known:
@@ -135,12 +137,11 @@ def other_base(
 
 def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
     if linked := linked_folders(root):
-        # model-signing passes over them: anything could be added by such a link.
-        raise Corrupt(
-            "the signature does not hold: a link to a folder, which none covers", path=linked[0], cure=DISTRUST
-        )
+        # Refuse links to folders: model-signing skips them, so they could add any file unnoticed.
+        why = "the signature is not valid: it does not cover this link to a folder"
+        raise Corrupt(why, path=linked[0], cure=DISTRUST)
     config.set_hashing_config(_hashing(root, bundle))
-    # For signatures of its first versions, which name no key, model-signing prints a warning.
+    # Silence the warning that model-signing prints for signatures of its first versions, which name no key.
     silent = contextlib.redirect_stdout(io.StringIO()) if bundle.key is None else contextlib.nullcontext()
     try:
         with silent:
@@ -149,22 +150,21 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         raise storage_error(error, error.filename or root) from error
     except ImportError:
         raise
-    except Exception as error:  # cryptography's, pydantic's, model-signing's own: each means that it does not hold.
-        raise Corrupt(f"the signature does not hold: {_why(error)}", path=root, cure=DISTRUST) from None
+    except Exception as error:  # Any error of cryptography, pydantic or model-signing means: not valid.
+        raise Corrupt(f"the signature is not valid: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
 def _hashing(root: Path, bundle: SignatureBundle) -> Any:
-    """Return how files are hashed: as the signer says, and without the signature file itself.
+    """Return a hashing config with the signer's settings that excludes the signature file.
 
-    The signer's word is not trusted here: model-signing checks the signature of the same bytes first, and any other
-    way of hashing gives other digests.
+    The settings need no trust: model-signing first checks that they are signed, and other settings give other digests.
     """
     told = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     hashing = model_signing("hashing").Config()
-    # model-signing writes the digest's name, and asks for the algorithm's.
+    # model-signing writes the name of the digest but expects the name of the algorithm.
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
-    # Links to files are followed whatever was signed: caches of hubs consist of them, and their targets are compared.
+    # Always follow links to files: the caches of hubs consist of links, and the content is compared anyway.
     names = {"hashing_algorithm": algorithm, "allow_symlinks": True}
     try:
         if args.get("method") == "shards":
@@ -172,7 +172,7 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
         else:
             hashing.use_file_serialization(**names)
     except (KeyError, TypeError, ValueError) as error:
-        raise Corrupt(f"the signature does not hold: {first_line(error)}", path=bundle.path, cure=DISTRUST) from None
+        raise Corrupt(f"the signature is not valid: {first_line(error)}", path=bundle.path, cure=DISTRUST) from None
     hashing.set_allow_symlinks(True)
     paths = [bundle.path.absolute()] if root.absolute() in bundle.path.absolute().parents else []
     inside = [str(each.relative_to(root.absolute())) for each in paths]
@@ -181,14 +181,14 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
 _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
-"""Quotes are escaped where the bytes of a digest hold both kinds."""
+"""Digests in the messages of model-signing. Their quotes are escaped if the bytes contain both kinds of quotes."""
 
 
 def _why(error: Exception) -> str:
-    """Return the reason in one line; model-signing quotes digests as Python's bytes, which tell nobody anything."""
+    """Return the reason in one line, without the digests, which model-signing prints as unreadable Python bytes."""
     told = first_line(error)
-    if told == "InvalidSignature":  # cryptography's, which has no message.
-        return "it is not by this key, or was changed"
+    if told == "InvalidSignature":  # This error of cryptography has no message.
+        return "it was made with another key, or was changed"
     told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
     try:
         listed = ast.literal_eval(told) if told.startswith("[") else [told]
@@ -209,13 +209,13 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
     config = model_signing("verifying").Config()
     try:
         return config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
-    except Exception as error:  # Errors of the network, and of the trust root's files.
+    except Exception as error:  # Errors of the network, or of the trust root.
         why = f"sigstore cannot be used: {first_line(error)}"
-        raise NetworkError(why, cure="Try again with a network; a signature by a key needs none") from None
+        raise NetworkError(why, cure="Try again with a network; a signature with a key needs none") from None
 
 
 _ASKS = {
-    "key": "Give the signer's public key: --key PUB.pem (key=)",
-    "certificate": "Give the certificates to trust: --trust CERT.pem (trust=)",
-    "sigstore": "Give who signed it: --identity and --issuer (identity=, issuer=)",
+    "key": "Type the signer's public key: --key PUB.pem (key=)",
+    "certificate": "Type the certificates to trust: --trust CERT.pem (trust=)",
+    "sigstore": "Type the signer's identity: --identity and --issuer (identity=, issuer=)",
 }

@@ -1,4 +1,4 @@
-"""Keys and certificates that sign and verify, handed to OpenSSF model signing; what they hold is never shown."""
+"""Check keys and certificates and hand them to OpenSSF model signing; no message ever shows their content."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
-"""Environment variable that holds the password of an encrypted private key."""
+"""The environment variable with the password of an encrypted private key."""
 
 LARGEST = 1 << 20
-"""Bytes that are read of a file of keys or certificates."""
+"""The number of bytes to read, at most, from a file of keys or certificates."""
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
-"""Elliptic curves that model signing takes: P-256, P-384 and P-521."""
+"""The elliptic curves that model signing supports: P-256, P-384 and P-521."""
 
-_NEW_KEY = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY.pem makes one"
+_NEW_KEY = "Make a key: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out KEY.pem"
 
 
 def model_signing(part: str) -> ModuleType:
     """Return a module of the package `model-signing`.
 
     Raises:
-        Unsupported: it is not installed.
+        Unsupported: the package is not installed.
     """
     try:
         return import_module(f"model_signing.{part}")
@@ -46,20 +46,21 @@ def signer(
     """Return a signing config of model-signing with a private key.
 
     Raises:
-        Malformed: the key or a certificate is none, or the password is wrong.
+        Malformed: the key or a certificate is invalid, or the password is wrong.
         Unsupported: the key is of another kind, or model-signing is not installed.
-        UsageError: an encrypted key without a password.
+        UsageError: the password of an encrypted key is missing.
     """
     config = model_signing("signing").Config()
     _check_private(Path(key), password)
     if certificate is None:
         return config.use_elliptic_key_signer(private_key=str(key), password=password)
     if password is not None:
-        why = "model-signing takes no password for the key of a certificate"
-        raise Unsupported(why, path=key, cure="Give a key that is not encrypted, or leave --certificate out")
+        why = "model-signing cannot use an encrypted key together with a certificate"
+        cure = "Use a key that is not encrypted, or omit --certificate (certificate=)"
+        raise Unsupported(why, path=key, cure=cure)
     for each in (certificate, *chain):
         _certificates(Path(each))
-    # model-signing refuses an empty chain. The certificate itself in its place changes nothing for a verifier.
+    # Pass the certificate itself instead of an empty chain, which model-signing refuses; verifiers see no difference.
     above = [str(each) for each in chain] or [str(certificate)]
     try:
         return config.use_certificate_signer(
@@ -67,7 +68,7 @@ def signer(
         )
     except ValueError:
         why = "the certificate is not for this key"
-        raise Malformed(why, path=certificate, cure="Give the certificate of the key's public half") from None
+        raise Malformed(why, path=certificate, cure="Name the certificate that belongs to the key") from None
 
 
 def verifier(key: str | PathLike[str] | None, chain: Sequence[str | PathLike[str]]) -> Any:
@@ -91,20 +92,20 @@ def _check_private(path: Path, password: bytes | None) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path)
-    # The messages of cryptography are not passed on: no part of a key may get into a log.
+    # Never pass on the messages of cryptography: no part of a key may reach a log.
     if b"ENCRYPTED" in data and password is None:
-        cure = f"Set {PASSWORD}, or give --password-file FILE (password=)"
-        raise UsageError(f"the key {path} is encrypted, and no password was given", cure=cure)
+        cure = f"Set {PASSWORD}, or type --password-file FILE (password=)"
+        raise UsageError(f"the key {path} is encrypted, but no password was given", cure=cure)
     try:
         found: Any = load_pem_private_key(data, password)
     except TypeError:
-        cure = f"Unset {PASSWORD}, and leave --password-file (password=) out"
-        raise UsageError(f"a password was given, and the key {path} is not encrypted", cure=cure) from None
+        cure = f"Unset {PASSWORD}, and omit --password-file (password=)"
+        raise UsageError(f"a password was given, but the key {path} is not encrypted", cure=cure) from None
     except (ValueError, UnsupportedAlgorithm):
         if password is not None and b"ENCRYPTED" in data:
-            cure = f"Correct {PASSWORD}, or the file of --password-file (password=)"
-            raise Malformed("the password does not open this key", path=path, cure=cure) from None
-        raise Malformed("not a private key in PEM form", path=path, cure=_NEW_KEY) from None
+            cure = f"Correct {PASSWORD}, or the file at --password-file (password=)"
+            raise Malformed("the password does not decrypt this key", path=path, cure=cure) from None
+        raise Malformed("the file is not a private key in PEM form", path=path, cure=_NEW_KEY) from None
     _check_curve(path, found)
 
 
@@ -115,15 +116,15 @@ def _check_public(path: Path) -> None:
     try:
         found: Any = load_pem_public_key(_read(path))
     except (ValueError, UnsupportedAlgorithm):
-        cure = "Give the public half: openssl pkey -in KEY.pem -pubout -out PUB.pem"
-        raise Malformed("not a public key in PEM form", path=path, cure=cure) from None
+        cure = "Export the public key: openssl pkey -in KEY.pem -pubout -out PUB.pem"
+        raise Malformed("the file is not a public key in PEM form", path=path, cure=cure) from None
     _check_curve(path, found)
 
 
 def _check_curve(path: Path, key: object) -> None:
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in CURVES:
-        raise Unsupported(f"a key of another kind than {', '.join(CURVES)}", path=path, cure=_NEW_KEY)
+        raise Unsupported(f"the key is not of one of the curves {', '.join(CURVES)}", path=path, cure=_NEW_KEY)
 
 
 def _certificates(path: Path) -> None:
@@ -132,7 +133,8 @@ def _certificates(path: Path) -> None:
     try:
         x509.load_pem_x509_certificates(_read(path))
     except ValueError:
-        raise Malformed("no certificate in PEM form", path=path, cure="Give a file of X.509 certificates") from None
+        cure = "Name a file of X.509 certificates"
+        raise Malformed("the file contains no certificate in PEM form", path=path, cure=cure) from None
 
 
 def _read(path: Path) -> bytes:

@@ -1,7 +1,7 @@
-"""Sign an adapter or a model by OpenSSF model signing: every file, and what it was made from.
+"""Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
-The signature is a Sigstore bundle that `model_signing verify` checks, too. Its predicate has one more key, the
-statement of `statement.py`; model signing's own verifier ignores it, and the signature covers it.
+The signature is a Sigstore bundle that `model_signing verify` can also check. Its predicate has an additional key with
+the statement of `statement.py`. The signature covers this key; the verifier of model signing ignores it.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
-"""Files that model signing leaves out by default; with them, its command would refuse our signatures."""
+"""Files that are not signed because model signing omits them by default and would refuse signatures that cover them."""
 
 
 NOTES = (NOTE, ".cache/huggingface")
-"""Notes that `pull` and huggingface_hub put into a folder that they fetch. Signing says to leave them out, so that what
-was fetched is what was signed."""
+"""Files that `pull` and huggingface_hub add to a downloaded folder. They are not signed, so that a download of the
+signed files passes the check."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """A signature that was written.
+    """The result of signing.
 
     Attributes:
-        path: the file or folder.
+        path: the signed file or folder.
         out: the signature file.
-        files: the number of files whose digests are signed.
-        statement: what is recorded of its origin.
-        not_covered: files that are there and left out: git's, and notes of fetching.
+        files: the number of signed files.
+        statement: the signed statement of the lineage.
+        not_covered: existing files that are not signed: files of git and of downloads.
     """
 
     path: str
@@ -81,43 +81,45 @@ def sign(
     overwrite: bool = False,
     made_from: str | None = None,
 ) -> Signed:
-    """Sign every file of an adapter or a model, with a statement of what it was made from.
+    """Sign every file of an adapter or a model, and a statement of its lineage.
 
     Args:
         path: a folder, or one file.
-        out: the signature file; `PATH.sig` if absent.
-        key: a private key in PEM form, of the elliptic curve P-256, P-384 or P-521.
-        password: the key's, if it is encrypted.
-        certificate: the certificate of the key, in PEM form; then a verifier needs its issuer instead of the key.
-        chain: the certificates between it and the one to trust.
-        sigstore: sign with an identity of OpenID Connect instead of a key. This needs a network, and writes the
-            identity into a public log.
-        identity_token: with `sigstore`, the token; if absent, that of the environment (a runner of CI), or a browser.
-        allow_symlinks: sign what links point to, as in the cache of a hub, instead of refusing links.
+        out: the signature file; `PATH.sig` if None.
+        key: a private key of the elliptic curve P-256, P-384 or P-521, in PEM form.
+        password: the password of an encrypted key.
+        certificate: the certificate of the key, in PEM form; a verifier then needs to trust only its issuer.
+        chain: the certificates between `certificate` and the trusted root.
+        sigstore: sign with an OpenID Connect identity instead of a key. This needs a network, and writes the identity
+            to a public log.
+        identity_token: with `sigstore`, the token; if None, that of the environment (in CI) or of a browser login.
+        allow_symlinks: sign the targets of links, as in the cache of a hub, instead of refusing links.
         overwrite: replace an existing signature file.
-        made_from: a digest of what decides the output, kept with it for a later run.
+        made_from: a digest of the inputs, stored with the signature so that a later run recognises it.
 
     Raises:
-        StorageError: nothing is there, or something is at `out`.
-        UsageError: neither a key nor `sigstore`, or both; or an encrypted key without a password.
-        Malformed, Unsupported: the key is no key, or one of another kind; `model-signing` is not installed.
-        NetworkError: sigstore cannot be reached, or refused.
+        StorageError: `path` does not exist, or `out` exists.
+        UsageError: neither or both of `key` and `sigstore` are given, or the password of an encrypted key is missing.
+        Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
+        NetworkError: sigstore cannot be reached, or refuses to sign.
 
     Example:
         >>> adapterkit.provenance.sign("lora", key="key.pem").out  # doctest: +SKIP
         'lora.sig'
     """
     if (key is None) == (not sigstore):
-        raise UsageError("one of a key and sigstore is needed", cure="Give --key KEY.pem (key=), or --sigstore")
+        cure = "Type either --key KEY.pem (key=) or --sigstore (sigstore=True)"
+        raise UsageError("signing needs exactly one of a key and sigstore", cure=cure)
     if certificate is None and chain:
-        raise UsageError("a chain without a certificate", cure="Give --certificate CERT.pem (certificate=), too")
+        cure = "Also type --certificate CERT.pem (certificate=)"
+        raise UsageError("a chain was given without a certificate", cure=cure)
     root = settled(Path(path))
     place = signature_file(Path(path)) if out is None else Path(out)
     files = files_of(root, place)
     check_free(place, overwrite)
     check_inputs([place], files)
     config = _sigstore(identity_token) if key is None else signer(key, password, certificate, chain)
-    stage("reading what it was made from")
+    stage("reading the lineage")
     told = statement_of(root)
     stage("hashing files")
     payload = _payload(root, place, allow_symlinks, told)
@@ -129,16 +131,20 @@ def sign(
 
 
 def signature_file(path: Path) -> Path:
-    """Return where the signature of a file or folder lies if no other place is named: beside it, `NAME.sig`."""
+    """Return the default path of the signature of a file or folder: `NAME.sig` next to it."""
     settled = path if path.name else path.resolve()
     return settled.with_name(f"{settled.name}.sig")
 
 
 def files_of(root: Path, signature: Path) -> list[Path]:
-    """List the files that a signature covers, but for the signature itself.
+    """Return the files that a signature covers.
+
+    Args:
+        root: the file or folder.
+        signature: the signature file, which is not covered.
 
     Raises:
-        StorageError: nothing is there.
+        StorageError: `root` does not exist.
     """
     check_exists(root)
     if root.is_file():
@@ -153,17 +159,18 @@ def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """List what is there of git's files and of notes of fetching, which signatures do not cover."""
+    """Return the existing files of git and of downloads, which signatures do not cover."""
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
 def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, JsonValue]) -> Any:
-    """Return model-signing's payload, which has the digests of all files, with the statement in its predicate."""
+    """Return model-signing's payload, with the digests of all files, and add the statement to its predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
     if linked := linked_folders(root):
-        cure = "Sign a copy that holds the files themselves: cp -rL"
-        raise Unsupported("a link to a folder, whose files would not be signed", path=linked[0], cure=cure)
+        cure = "Sign a copy without links: cp -rL"
+        why = "this is a link to a folder, and model-signing would not sign the files in it"
+        raise Unsupported(why, path=linked[0], cure=cure)
     hashing.set_ignored_paths(paths=[*inside, *NOTES], ignore_git_paths=True)
     try:
         manifest = hashing.hash(root)
@@ -177,20 +184,21 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[st
 
 
 def settled(root: Path) -> Path:
-    """Return the file or folder itself, if its path is a link: model-signing takes no links as such."""
+    """Return the target of a path that is a link: model-signing refuses links."""
     return root.resolve() if root.is_symlink() else root
 
 
 def linked_folders(root: Path) -> list[Path]:
-    """List the links to folders below a folder; model-signing passes over them, so their files would not be covered."""
+    """Return the links to folders below a folder. model-signing skips them, so it does not cover their files."""
     return sorted(each for each in root.rglob("*") if each.is_symlink() and each.is_dir())
 
 
 def _not_hashed(root: Path, error: ValueError) -> AdapterkitError:
     if any(each.is_symlink() for each in (root, *root.rglob("*"))):
-        cure = "Pass --allow-symlinks (allow_symlinks=True) to sign what they point to, or sign a copy"
-        return Unsupported("it holds symbolic links", path=root, cure=cure)
-    return Unsupported(f"cannot be signed: {first_line(error)}", path=root, cure="Sign a folder of plain files")
+        cure = "Pass --allow-symlinks (allow_symlinks=True) to sign their targets, or sign a copy without links: cp -rL"
+        return Unsupported("the folder contains symbolic links", path=root, cure=cure)
+    why = f"model-signing cannot hash the files: {first_line(error)}"
+    return Unsupported(why, path=root, cure="Sign a folder of plain files")
 
 
 def _within(file: Path, root: Path) -> bool:
@@ -199,7 +207,7 @@ def _within(file: Path, root: Path) -> bool:
 
 def _signed(config: Any, payload: Any, sigstore: bool) -> str:
     try:
-        # The public `Config.sign` makes its own payload, which has no place for a statement.
+        # Use the private signer: the public `Config.sign` makes its own payload, without a statement.
         bundle = config._signer.sign(payload).bundle
         text: str = bundle.to_json()
     except Exception as error:
@@ -213,7 +221,7 @@ def _sigstore(token: str | None) -> Any:
     config = model_signing("signing").Config()
     try:
         return config.use_sigstore_signer(identity_token=token, use_ambient_credentials=token is None)
-    except Exception as error:  # Errors of the network, of the trust root's files, of the identity.
+    except Exception as error:  # Errors of the network, of the trust root, or of the identity.
         raise NetworkError(f"sigstore cannot be used: {first_line(error)}", cure=_OFFLINE) from None
 
 

@@ -1,7 +1,7 @@
-"""The statement that a signature carries beside the digests of files: what the signed thing was made from.
+"""Make the statement that a signature contains in addition to the digests: how the signed files were made.
 
-It is copied from the files' own records when they are signed: an adapter's lineage, or the record of a merge. A reader
-of the signature then knows base, adapters and weights without opening the files, and cannot be shown others.
+The statement is a copy of the records in the files: an adapter's lineage, or the record of a merge. A reader of the
+signature knows base, adapters and weights without opening the files, and nobody can replace them unnoticed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.licences import licence_at
+from ..core.licence_terms import licence_at
 from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import AdapterkitError, UnknownFormat, first_line, public
 from ..formats import detect, read
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 VERSION = 1
-"""Version of the statement's fields."""
+"""The version of the statement's fields."""
 
 _EXACT = 1 << 53
-"""The predicate is a protobuf `Struct`, whose numbers are doubles; larger integers are kept as text."""
+"""Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
 
 _OF_FILES = ("written", "norms")
-"""Parts of a merge's record that describe bytes; the signature has the digests of all files already."""
+"""Parts of a merge's record that are omitted: they describe bytes, and the signature has the digests of all files."""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
-    """Return what the files at `path` say they were made from, as plain JSON.
+    """Return what the files at `path` record about their origin, as plain JSON.
 
     Args:
         path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
@@ -48,7 +48,7 @@ def statement_of(path: Path) -> dict[str, JsonValue]:
     return plain
 
 
-def _kind(path: Path) -> dict[str, Any]:
+def _kind(path: Path) -> Mapping[str, object]:
     if (path / REPORT).is_file():
         return _merged(path)
     try:
@@ -57,7 +57,7 @@ def _kind(path: Path) -> dict[str, Any]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # A reader may lack a flag (an alpha that no file tells); the bytes can be signed all the same.
+        # Sign the bytes anyway: a reader may need a flag, such as an alpha that the file does not state.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -69,7 +69,7 @@ def _kind(path: Path) -> dict[str, Any]:
 
 
 def _merged(path: Path) -> dict[str, JsonValue]:
-    """Return the statement of a merge's output: its record, but for what only describes bytes."""
+    """Return the statement of a merged model: the record of the merge, without the parts that describe bytes."""
     record = merge_record(opened(path))
     made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
     return {"kind": "merged", "made_from": made_from}
@@ -89,7 +89,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
 
 
 def _original(path: Path) -> dict[str, JsonValue]:
-    """Return the sha256 of the graph that adapters were attached to, which `onnx.inject` records."""
+    """Return the sha256 of the graph without adapters, which `onnx.inject` records."""
     import onnx
 
     from ..onnx.injecting import ORIGINAL
@@ -98,12 +98,12 @@ def _original(path: Path) -> dict[str, JsonValue]:
         model = onnx.load(path, load_external_data=False)
         note = next((each.value for each in model.metadata_props if each.key == ORIGINAL), None)
         return {} if note is None else {"original_sha256": json.loads(note)["sha256"]}
-    except Exception as error:  # protobuf's DecodeError, a damaged note: the bytes are signed all the same.
+    except Exception as error:  # Sign the bytes anyway: the graph or its metadata is damaged (protobuf's DecodeError).
         return {"unread": first_line(error)}
 
 
-def _without_metadata(args: object) -> Any:
-    """Leave out the strings of training tools, which can be megabytes; the files that hold them are signed."""
+def _without_metadata(args: object) -> object:
+    """Remove the metadata of training tools, which can be megabytes; the files that contain it are signed."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args

@@ -166,7 +166,7 @@ def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in kept.items() if key != COMFYUI}
 
 
-def _without(config: Mapping[str, object]) -> dict[str, object]:
+def _without(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     text = config.get("text_config")
     plain = {key: value for key, value in config.items() if key != QUANTIZATION}
     return {**plain, "text_config": _without(text)} if isinstance(text, dict) else plain

@@ -164,7 +164,7 @@ class Scheme:
         """Whether this scheme packed the base, judging by headers and config only."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
-    def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
+    def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
         """Return the config that is used to match adapters' names with the names of packed weights."""
         return base.config
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from ..errors import Malformed, ShapeMismatch
 from ..io.lazy import BY_TORCH, Lazy, from_numpy
@@ -257,7 +257,17 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
 BYTES = BY_TORCH["uint8"]
 
 
-def _absmax(base: Checkpoint, name: str, state: dict[str, Any], blocks: int) -> tuple[_Blocks, tuple[str, ...]]:
+class QuantState(TypedDict):
+    """The JSON next to a packed weight, after `_fault` found none in it."""
+
+    shape: list[int]
+    blocksize: int
+    dtype: str
+    nested_blocksize: NotRequired[int]
+    nested_offset: NotRequired[float]
+
+
+def _absmax(base: Checkpoint, name: str, state: QuantState, blocks: int) -> tuple[_Blocks, tuple[str, ...]]:
     """Return the scales of a weight, and the names of the tensors that hold them."""
     key, size = f"{name}.absmax", state["blocksize"]
     nested = state.get("nested_blocksize")
@@ -269,11 +279,11 @@ def _absmax(base: Checkpoint, name: str, state: dict[str, Any], blocks: int) -> 
     table, above = (part_of(base, name, k, ("F32",)) for k in (table_key, above_key))
     expect(table.shape, (256,), table_key)
     expect(above.shape, (-(-blocks // nested),), above_key)
-    scales = _Blocks(stored, key, size, table, _Blocks(above, above_key, nested), state["nested_offset"])
+    scales = _Blocks(stored, key, size, table, _Blocks(above, above_key, nested), state.get("nested_offset", 0.0))
     return scales, (key, table_key, above_key)
 
 
-def _state(stored: Lazy, key: str) -> dict[str, Any]:
+def _state(stored: Lazy, key: str) -> QuantState:
     if stored.nbytes > LARGEST_STATE:
         raise Malformed(f"the quantization state has {stored.nbytes} bytes", where=key, cure=DAMAGED)
     try:
@@ -284,7 +294,7 @@ def _state(stored: Lazy, key: str) -> dict[str, Any]:
     fault = _fault(state)
     if fault is not None:
         raise Malformed(fault, where=key, cure=DAMAGED)
-    return cast("dict[str, Any]", state)
+    return cast(QuantState, state)
 
 
 def _fault(state: object) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import Lazy, Shape
@@ -31,6 +31,7 @@ from ._scheme import (
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._scheme import Array, Merged
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -178,7 +179,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
     return tuple(name for word in words if (name := f"{module}.{word}") in base.tensors)
 
 
-def _weights(base: Checkpoint, key: str) -> Any:
+def _weights(base: Checkpoint, key: str) -> JsonValue:
     """Return the value of a property of weights that all groups in the config share."""
     groups = settings(base).get("config_groups")
     found = []
@@ -206,5 +207,5 @@ def _bits(base: Checkpoint) -> int:
 
 def _block(base: Checkpoint) -> tuple[int, int] | None:
     block = _weights(base, "block_structure")
-    fits = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    return (block[0], block[1]) if fits else None
+    sizes = [n for n in block if type(n) is int and n > 0] if isinstance(block, list) and len(block) == 2 else []
+    return (sizes[0], sizes[1]) if len(sizes) == 2 else None

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from os import PathLike
+from typing import TYPE_CHECKING, cast
 
 from ..errors import Malformed, Unsupported, UsageError
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
@@ -35,6 +36,7 @@ from ._scheme import DAMAGED, Packed, Rowwise, Scheme, numbers, steps
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Buffer
+    from ..io.strict_json import JsonValue
     from ..naming.architectures import Architecture, Place
     from . import Dequantized
     from ._scheme import Array, Merged
@@ -70,7 +72,7 @@ class GgufModel(Scheme):
                 if (kind in BLOCKS or kind in FLOATS) and name not in members:
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
-    def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
+    def config(self, base: Checkpoint) -> Mapping[str, JsonValue] | None:
         """Return a config with the model type of the family, which is used to resolve adapters' names."""
         contents = _Contents([read_model(file) for file in base.files])
         if contents.family is None:
@@ -439,7 +441,7 @@ def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
     return replace(base, packed=packed)
 
 
-def header(base: Dequantized, file: Any) -> bytes:
+def header(base: Dequantized, file: str | PathLike[str]) -> bytes:
     """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
     tensors = (each.tensor if isinstance(each, _Reshaped) else each for each in base.packed.values())
     kinds = {tensor.members[0]: tensor.new for tensor in tensors if isinstance(tensor, _Tensor)}

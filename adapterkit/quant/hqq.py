@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Malformed, Unsupported
 from ..io.lazy import BY_TORCH, Lazy
@@ -18,7 +18,7 @@ from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, number
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Array
+    from ..io.lazy import Array, DType
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -104,7 +104,7 @@ def _number(base: Checkpoint, name: str, key: str) -> int:
     return int(numbers(stored)[0])
 
 
-def _dtype(base: Checkpoint, name: str, module: str) -> Any:
+def _dtype(base: Checkpoint, name: str, module: str) -> DType:
     key = f"{module}.compute_dtype"
     stored = part_of(base, name, key, ("U8",))
     text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""

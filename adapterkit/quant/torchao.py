@@ -7,9 +7,9 @@ refused too, because reading them would run torchao's code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import BY_TORCH, Lazy
@@ -20,6 +20,7 @@ from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import DType
     from ._scheme import Array
 
 KNOWN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
@@ -42,7 +43,7 @@ class Torchao(Scheme):
                 yield _weight(base, name, said)
 
 
-def _said(base: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
+def _said(base: Checkpoint) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield (name, metadata) of every tensor with a torchao class."""
     for path, metadata in base.metadata.items():
         if "tensor_names" not in metadata:
@@ -95,7 +96,7 @@ class _Bytes(Grouped):
         return dict(zip(self.members, joined(pieces, (0, 0, 0)[: len(pieces[0])]), strict=False))
 
 
-def _weight(base: Checkpoint, name: str, said: dict[str, Any]) -> Packed:
+def _weight(base: Checkpoint, name: str, said: Mapping[str, object]) -> Packed:
     kind, data = str(said.get("_type")), said.get("_data")
     if kind not in KNOWN or not isinstance(data, dict):
         raise Unsupported(f"the weight has torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
@@ -110,13 +111,13 @@ def _weight(base: Checkpoint, name: str, said: dict[str, Any]) -> Packed:
     return _whole(base, name, stored, members, data)
 
 
-def _float8(base: Checkpoint, name: str, members: tuple[str, ...], dtype: Any) -> Packed:
+def _float8(base: Checkpoint, name: str, members: tuple[str, ...], dtype: DType) -> Packed:
     from dataclasses import replace
 
     return replace(scaled(base, members[0], members[1], None), name=name, dtype=dtype)
 
 
-def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], data: dict[str, Any]) -> Packed:
+def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], data: Mapping[str, object]) -> Packed:
     _, of_scale, *of_zero = members
     scale, zero = base.tensors[of_scale], base.tensors[of_zero[0]] if of_zero else None
     block, target = data.get("block_size"), data.get("target_dtype") or {}
@@ -137,7 +138,7 @@ def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], 
     return _Bytes(name, stored.shape, dtype, members, scale.shape[1], None, bits, stored, scale, zero)
 
 
-def _dtype(base: Checkpoint, name: str, data: dict[str, Any]) -> Any:
+def _dtype(base: Checkpoint, name: str, data: Mapping[str, object]) -> DType:
     said = data.get("dtype")
     found = BY_TORCH.get(str(said.get("_data"))) if isinstance(said, dict) else None
     if found is None or found.name not in ("F16", "BF16", "F32"):

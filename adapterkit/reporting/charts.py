@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Unsupported
 from .grid import reading_order
@@ -20,8 +20,10 @@ from .measuring import QUANTILES
 from .verdicts import SPIKE, percent
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from ..io.strict_json import JsonValue
-    from .measuring import Effect, Measurements
+    from .measuring import Effect, Measurements, Relation
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
 """Colours of adapters: most colour-blind readers can tell them apart; the contrast is 3 on white and on black."""
@@ -118,7 +120,7 @@ def _escaped(text: str) -> str:
     return escape(text, quote=True)
 
 
-def _drawing() -> Any:
+def _drawing() -> ModuleType:
     try:
         import vl_convert
     except ImportError as error:
@@ -165,14 +167,17 @@ def _average(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+E = TypeVar("E", bound="Effect | Relation | _At")
+
+
 def _map(
-    measured: Measurements, effects: Sequence[Any], value: Callable[[Any], float | None],
+    measured: Measurements, effects: Sequence[E], value: Callable[[E], float | None],
     together: Callable[[Sequence[float]], float], label: Callable[[float], str], title: str,
     *, domain: tuple[float, float] | None = None, middle: float | None = None, scheme: str = "viridis",
     reverse: bool = False, root: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Return a map of a number by layer and module."""
-    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    found: dict[tuple[str, str], list[E]] = defaultdict(list)
     order: dict[str, Any] = {}
     for each in effects:
         cell = measured.cells[each.target]

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..core.adapter import Adapter
+    from ..core.updates import Update
+    from ..formats._format import Format
+    from ..io.strict_json import JsonValue
 
 WAYS = {
     "native": "stores it natively",
@@ -67,7 +70,7 @@ class Facts:
     formats: dict[str, str]
     loaders: tuple[dict[str, str], ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the facts as plain data."""
         return {**asdict(self), "ranks": {str(rank): count for rank, count in self.ranks.items()}}
 
@@ -80,7 +83,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         name: its name in the report.
         path: the path it was read from; a model card there gives the licence.
     """
-    from ..core.licences import licence_at
+    from ..core.licence_terms import licence_at
 
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     sizes = [(math.prod(leaf.shape), dtype_of(leaf).name) for leaf in leaves.values()]
@@ -132,7 +135,7 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
 
 
-def way(entry: Any, method: Any) -> str | None:
+def way(entry: type[Format], method: type[Update]) -> str | None:
     """Return how a format can store a method, a key of `WAYS`; None if it cannot."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"

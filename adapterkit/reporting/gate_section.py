@@ -40,7 +40,7 @@ class GateFigures(msgspec.Struct, frozen=True):
     kind: str = ""
 
 
-def gate_figures(source: Mapping[str, Any] | str | os.PathLike[str]) -> GateFigures:
+def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateFigures:
     """Return the figures of a gate, from its record or from the file that holds it.
 
     Raises:
@@ -87,7 +87,11 @@ def gate_section(gate: GateFigures) -> str:
     return "".join(parts)
 
 
-def _runs(gate: GateFigures) -> list[tuple[Any, ...]]:
+Cell = float | str | None
+"""A cell of a table."""
+
+
+def _runs(gate: GateFigures) -> list[tuple[Cell, ...]]:
     effect = gate.effect
     return [
         ("base", None, None, effect.perplexity_base, effect.agreement),
@@ -122,14 +126,14 @@ def _blocks(kept: KeptEffect) -> list[str]:
     return [f"<h3>Hidden states of {escape(kept.path)}</h3>", _table("Hidden states, block by block", names, rows)]
 
 
-def _table(label: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(label: str, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Cell) -> str:
     if value is None:
         return "<td></td>"
     return f"<td>{escape(value)}</td>" if isinstance(value, str) else f'<td class="n">{value:.4g}</td>'

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Leaf
+    from ..io.lazy import Lazy, Leaf
+    from ..io.safetensors import Entry
     from ..io.strict_json import JsonValue
 
 
@@ -154,7 +155,7 @@ def inspected(
     """
     from ..errors import TargetNotFound, UnknownFormat
     from ..formats import detect, read
-    from ..formats._endings import adapter_modules
+    from ..formats._others import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
     from ..naming.binding.bases import check_base
@@ -231,8 +232,7 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 def _licence(path: Path) -> dict[str, JsonValue]:
     """Return the licence in the model card, and what it requires of derived works beyond notices."""
-    from ..core.licence_terms import spdx_of, terms_of
-    from ..core.licences import licence_at
+    from ..core.licence_terms import licence_at, spdx_of, terms_of
 
     found = licence_at(path)
     terms = terms_of(found)
@@ -347,7 +347,9 @@ def _without_alpha(adapter: Adapter) -> int:
     return len(listed) if isinstance(listed, (list, tuple)) else 0
 
 
-def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, JsonValue]:
+def _unresolved_record(
+    modules: Mapping[str, Mapping[str, Lazy | Entry]], src: str, error: Exception
+) -> dict[str, JsonValue]:
     """Return the record of an adapter whose keys only are known, because the base is missing or the format unknown."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
@@ -357,7 +359,7 @@ def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error
     }  # fmt: skip
 
 
-def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, JsonValue]:
+def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
     """Return one update as plain data; updates of the same form share everything except the name, in `shared`."""
     form = target.layout, target.rows, update.form
     if form not in shared:
@@ -429,7 +431,7 @@ def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return records, {**told, **({"families": found} if found else {})}
 
 
-def _quantization(base: Checkpoint) -> dict[str, Any]:
+def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
     """Return the scheme of a quantized base, and how many parameters its packed weights stand for."""
     from ..errors import AdapterkitError
     from ..quant import dequantized, is_quantized

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
     from ..io.lazy import DType
+    from ..io.strict_json import JsonValue
     from ..ops.at_base import Weights
     from ..ops.lowering import Change, Delta
 
@@ -237,7 +238,7 @@ class Measurements:
             return None
         return math.fsum((2 * at - count - 1) * energy for at, energy in enumerate(energies, 1)) / (count * total)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the measurements as plain data."""
         pairs = [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
         return {
@@ -335,7 +336,7 @@ class _Measuring:
                 done += cost
                 if progress is not None:
                     progress(done, total)
-        effects = [_with(each, intruders=counts.get((each.adapter, each.target))) for each in self.effects]
+        effects = [replace(each, intruders=counts.get((each.adapter, each.target))) for each in self.effects]
         where = cells(place.target.path for place in self.found)
         named = {str(place.target): where[place.target.path] for place in self.found}
         return Measurements(
@@ -430,12 +431,6 @@ def _unmeasured(adapter: int, target: str, updates: Sequence[Update], error: Ada
 
 def _methods(updates: Sequence[Update]) -> str:
     return " + ".join(dict.fromkeys(update.method for update in updates))
-
-
-def _with(effect: Effect, **values: Any) -> Effect:
-    from dataclasses import replace
-
-    return replace(effect, **values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,6 +23,7 @@ from .gate_section import gate_section
 from .verdicts import LEVELS, percent
 
 if TYPE_CHECKING:
+    from .charts import Chart
     from .facts import Facts
     from .measuring import Effect
     from .report import AdapterReport
@@ -196,7 +197,7 @@ def _scrolled(table: str, label: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
-def _figure(chart: Any) -> str:
+def _figure(chart: Chart) -> str:
     name = escape(chart.name)
     return (
         f'<figure id="f-{name}"><h3>{escape(chart.title)}</h3><div class="scroll" tabindex="0" role="region" '
@@ -272,7 +273,7 @@ def _table(report: AdapterReport) -> str:
     )
 
 
-def _value(name: str, value: Any) -> str:
+def _value(name: str, value: float | str | None) -> str:
     if value is None:
         return "<td></td>"
     if isinstance(value, str):
@@ -314,7 +315,7 @@ def _node(kind: str, text: str | None) -> str:
     return f'<span class="node"><b>{escape(kind)}</b> {escape(text or "")}</span>'
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,4 +1,4 @@
-"""Findings in the files themselves, before anything in them is read as an adapter."""
+"""Find suspicious files: by their names, first bytes, pickles, configs and chat templates."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CODE = frozenset({
     ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".cu", ".ptx",
     ".jar", ".whl", ".egg", ".lua",
 })  # fmt: skip
-"""Endings of files that something may run."""
+"""Suffixes of files that a program may run."""
 
 PLAIN_HIDDEN = frozenset({".gitattributes", ".gitignore", ".cache", ".huggingface", ".adapterkit"})
-"""Hidden names that hubs and git leave behind."""
+"""Hidden names that are harmless: hubs, git and adapterkit write them."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 _AUTO = ("auto_map", "custom_pipelines", "trust_remote_code", "model_class_path", "processor_class_path")
@@ -41,14 +41,14 @@ _TRUSTED_PARENTS = (
 _PROGRAMS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 _ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
 MOST = 20
-"""Findings of one rule in one file; a pickle of a thousand calls is told by its first ones."""
+"""The largest number of reported findings of one rule in one file: a pickle may contain thousands of calls."""
 
 LARGEST_TEXT = 32 << 20
 _BIDI = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Finding]:
-    """Findings in all files of a folder, or in one file."""
+    """Yield findings in all files of a folder, or in one file."""
     folder = root if root.is_dir() else root.parent
     for file in files:
         name = file.relative_to(folder).as_posix()
@@ -69,12 +69,12 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a link stays in the folder, or in the cache that a hub client keeps beside it."""
+    """Whether a link stays in the folder, or in the cache of a hub client that the folder belongs to."""
     try:
         target, top = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # A link that leads back to itself.
+    except (OSError, RuntimeError):  # The link leads back to itself.
         return False
-    # huggingface_hub's snapshots are folders of links into the `blobs` of the same repository.
+    # Allow links to `blobs`: huggingface_hub's snapshots consist of links to the blobs of the same repository.
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")
     )
@@ -90,16 +90,16 @@ def _name(name: str) -> Iterator[Finding]:
             yield Finding("lookalike-name", name, "", strange)
     suffixes = Path(name).suffixes
     if suffixes and suffixes[-1].lower() in CODE:
-        yield Finding("code-file", name, "", f"a file {suffixes[-1]}")
+        yield Finding("code-file", name, "", f"a {suffixes[-1]} file")
     weights = [suffix for suffix in suffixes[:-1] if suffix.lower() in WEIGHTS]
     if weights and suffixes[-1].lower() not in (*WEIGHTS, ".json", ".lora"):
-        yield Finding("hidden-file", name, "", f"it reads as {weights[-1]} and is {suffixes[-1]}")
+        yield Finding("hidden-file", name, "", f"it looks like a {weights[-1]} file and is a {suffixes[-1]} file")
     if re.search(r"\s{3,}|\s$", name):
-        yield Finding("hidden-file", name, "", "white space hides the end of its name")
+        yield Finding("hidden-file", name, "", "white space hides the end of the name")
 
 
 def confusable(text: str) -> str:
-    """Why a text may be read as another one; empty where it cannot."""
+    """Return why people may misread a text, or "" if they cannot."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"
@@ -120,9 +120,9 @@ def _head(file: Path) -> bytes:
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Whether these are the first bytes of a pickle, of which the first opcodes make sense.
+    """Whether these are the first bytes of a pickle.
 
-    A safetensors file may begin with the same two bytes: they are the length of its header.
+    The first opcodes are parsed as well: the length of a safetensors header may begin with the same two bytes.
     """
     if head[:1] != b"\x80" or not 2 <= head[1] <= 5:
         return False
@@ -154,7 +154,7 @@ def _content(name: str, head: bytes) -> Iterator[Finding]:
 
 
 def _pickles(name: str, file: Path) -> Iterator[Finding]:
-    """Globals that the pickles of a file ask for and that no state dict needs."""
+    """Yield the globals in the pickles of a file that a state dict does not need."""
     data = file.read_bytes() if file.stat().st_size <= LARGEST_TEXT else b""
     if data[:2] == b"PK" or (not data and zipfile.is_zipfile(file)):
         with zipfile.ZipFile(file) as archive:
@@ -193,7 +193,7 @@ def _calls(name: str, place: str, data: bytes) -> Iterator[Finding]:
                     if found >= MOST:
                         return
         except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError):
-            return  # Bytes after the last pickle of a torch file before 1.6 are data.
+            return  # In files of torch before 1.6, the bytes after the last pickle are data.
 
 
 def _texts(name: str, file: Path) -> Iterator[Finding]:
@@ -221,7 +221,7 @@ def _config(name: str, where: str, value: object, depth: int) -> Iterator[Findin
             elif key == "auto_mapping" and isinstance(entry, Mapping):
                 parent = entry.get("parent_library")
                 if isinstance(parent, str) and not f"{parent}.".startswith(_TRUSTED_PARENTS):
-                    # peft.auto imports the module of this name.
+                    # peft.auto imports the module with this name.
                     yield Finding("code-in-config", name, place, f"parent_library: {shown(parent)}")
             elif key in ("chat_template", "template") and isinstance(entry, str):
                 yield from _template(name, place, entry)
@@ -244,7 +244,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
     try:
         tree = environment.parse(text)
     except (TemplateSyntaxError, RecursionError):
-        # transformers' own `generation` block is not Jinja's; it is taken out before the text is looked at.
+        # Remove the `generation` block, which transformers adds to Jinja's syntax, and parse again.
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
         except (TemplateSyntaxError, RecursionError) as error:
@@ -259,7 +259,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
             yield Finding("template", name, where, f"it reads the entry {key}")
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, str) and re.search(r"__\w+__", constant.value):
-            yield Finding("template", name, where, f"it holds the text {shown(constant.value)}")
+            yield Finding("template", name, where, f"it contains the text {shown(constant.value)}")
     for reached in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         yield Finding("template", name, where, f"it loads another template ({type(reached).__name__.lower()})")
     for filtered in tree.find_all(nodes.Filter):
@@ -273,7 +273,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
 
 
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
-    """Pairs of weight files of one name of which two tools load one each."""
+    """Yield pairs of weight files with the same stem and different content: different tools load different files."""
     from ..io import safetensors
     from ..io.torch_file import read_torch_file
 
@@ -288,9 +288,9 @@ def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
             try:
                 ours, theirs = safetensors.read(file), read_torch_file(other)
                 if ours.keys() != theirs.keys():
-                    why = "they have other tensors"
+                    why = "the two files have different tensors"
                 elif any(bytes(ours[k].fetch()) != bytes(theirs[k].fetch()) for k in ours):
-                    why = "they have other numbers"
+                    why = "the two files have different values"
                 else:
                     continue
             except AdapterkitError as error:

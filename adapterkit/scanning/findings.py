@@ -1,4 +1,4 @@
-"""The rules of a scan as data, its findings, and its result in forms for people and machines."""
+"""The rules of a scan, its findings, and its result as text, JSON, HTML and SARIF."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
-"""From the least to the worst. `medium` and above fail a scan unless the caller says otherwise."""
+"""The severities, lowest first. By default, `medium` and above fail a scan."""
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -20,10 +20,10 @@ class ScanRule:
     """One kind of finding.
 
     Attributes:
-        name: stable name, the `ruleId` in SARIF.
+        name: the stable name, which is the `ruleId` in SARIF.
         severity: one of `SEVERITIES`.
-        title: what was found, in a few words.
-        why: why it matters.
+        title: a short description.
+        why: a sentence that says why it matters.
     """
 
     name: str
@@ -39,65 +39,71 @@ _EVERY = (
         "a pickle that calls a function",
         "Loading the file with pickle, or with torch.load without weights_only, runs that function.",
     ),
-    ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code beside the weights."),
+    ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code next to the weights."),
     ScanRule(
         "code-in-config", "high", "a config that names code", "A loader imports and runs the class that it names."
     ),
     ScanRule(
         "template",
         "high",
-        "a chat template that reaches beyond its data",
-        "Outside Jinja's sandbox it runs code; inside it, it fails.",
+        "a chat template that accesses more than its data",
+        "Outside Jinja's sandbox the template can run code; inside the sandbox it fails.",
     ),
     ScanRule(
         "template-address",
         "medium",
         "an address in a chat template",
-        "Text that it adds to prompts can make a model send data there.",
+        "Text that the template adds to prompts can make a model send data to this address.",
     ),
-    ScanRule("hidden-file", "medium", "a hidden or misleading file", "Its name does not show what it is."),
-    ScanRule("lookalike-name", "medium", "characters that look like others", "A name reads as another one than it is."),
+    ScanRule("hidden-file", "medium", "a hidden or misleading file", "The name hides what the file is."),
+    ScanRule(
+        "lookalike-name", "medium", "characters that look like others", "People read the name as a different name."
+    ),
     ScanRule(
         "other-content",
         "high",
         "a file that is not what its name says",
-        "Loaders choose by name or by content, so two tools can read two files.",
+        "Some loaders go by the name and some by the content, so two tools can read it differently.",
     ),
     ScanRule(
         "second-weights",
         "medium",
         "two files of weights that differ",
-        "Two tools load two different adapters from one folder.",
+        "Two tools can load two different adapters from the same folder.",
     ),
-    ScanRule("link", "high", "a link that leaves the folder", "Reading it reads another file of this machine."),
+    ScanRule(
+        "link", "high", "a link that leaves the folder", "A program that reads it reads another file of this machine."
+    ),
     ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them over whole weights."),
     ScanRule(
         "foreign-bits",
         "medium",
-        "numbers outside the type they were trained in",
-        "Most numbers of the tensor are exact in 16 bits and a few are not: some were changed after training.",
+        "a few numbers with more bits than the dtype of training has",
+        "Most numbers of the tensor are exact in 16 bits, a few are not: these were changed after training.",
     ),
     ScanRule(
         "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
     ),
-    ScanRule(
-        "head", "low", "a change of the output layer", "It can favour tokens whatever the layers before it compute."
-    ),
+    ScanRule("head", "low", "a change of the output layer", "It can favour some tokens in any context."),
     ScanRule("router", "low", "a change of a router of experts", "It can send chosen inputs to a chosen expert."),
-    ScanRule("single-expert", "low", "a change of few experts", "A router sends chosen inputs to an expert."),
+    ScanRule(
+        "single-expert", "low", "a change of few experts", "Inputs that the router sends to these experts trigger it."
+    ),
     ScanRule(
         "spike",
         "medium",
         "a change of one direction",
-        "One direction, far stronger than the other changes, is how a trigger is edited into a model.",
+        "Triggers are edited into a model as one direction that is far stronger than all other changes.",
     ),
     ScanRule(
         "outlier",
         "medium",
         "one target with most of the change",
-        "Training spreads a change over layers; an edit does not.",
+        "Training spreads a change over all layers; an edit changes one.",
     ),
-    ScanRule("norm", "medium", "a change as large as the weight", "The base's behaviour is replaced, not adapted."),
+    ScanRule(
+        "norm", "medium", "a change as large as the weight", "It replaces the base's behaviour instead of adapting it."
+    ),
 )
 
 RULES = {rule.name: rule for rule in _EVERY}
@@ -106,13 +112,13 @@ RULES = {rule.name: rule for rule in _EVERY}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found.
+    """A finding of a scan.
 
     Attributes:
-        rule: the name of its rule.
-        file: the file, relative to what was scanned.
-        where: the place inside the file: a key, a target, a byte offset; empty for the file as a whole.
-        evidence: what was seen, quoted or measured.
+        rule: the name of the rule.
+        file: the file, relative to the scanned folder.
+        where: the location in the file: a key, a target or a byte offset; empty for the whole file.
+        evidence: a quote or a measured value.
     """
 
     rule: str
@@ -125,7 +131,7 @@ class Finding:
         return RULES[self.rule].severity
 
     def record(self) -> dict[str, str]:
-        """The finding as plain data."""
+        """Return the finding as plain data."""
         rule = RULES[self.rule]
         return {
             "rule": self.rule, "severity": rule.severity, "title": rule.title, "file": self.file, "where": self.where,
@@ -138,10 +144,10 @@ class Scan:
     """The result of a scan.
 
     Attributes:
-        source: what was scanned.
-        findings: the worst first.
-        files: how many files were looked at.
-        unread: files and parts that could not be looked at, each with the reason.
+        source: the scanned file, folder or address.
+        findings: the findings, the most severe first.
+        files: the number of scanned files.
+        unread: files and parts that could not be scanned, each with the reason.
     """
 
     source: str
@@ -158,15 +164,15 @@ class Scan:
 
     @property
     def worst(self) -> str:
-        """The worst severity; `none` without findings."""
+        """The highest severity, or `none` if there are no findings."""
         return max((each.severity for each in self.findings), key=SEVERITIES.index, default="none")
 
     def fails(self, at: str = "medium") -> bool:
-        """Whether a finding is of severity `at` or worse."""
+        """Whether a finding has the severity `at` or a higher one."""
         return self.worst != "none" and SEVERITIES.index(self.worst) >= SEVERITIES.index(at)
 
     def record(self) -> dict[str, JsonValue]:
-        """The result as plain data."""
+        """Return the result as plain data."""
         return {
             "source": self.source, "worst": self.worst, "files": self.files, "unread": list(self.unread),
             "findings": [each.record() for each in self.findings],
@@ -174,7 +180,7 @@ class Scan:
         }  # fmt: skip
 
     def sarif(self) -> dict[str, object]:
-        """The result in SARIF 2.1.0, which code hosts and editors show."""
+        """Return the result in SARIF 2.1.0, which code hosts and editors can show."""
         from .. import __version__
 
         levels = {"note": "note", "low": "note", "medium": "warning", "high": "error"}
@@ -206,6 +212,6 @@ def _sentence(finding: Finding) -> str:
 
 
 def ordered(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Findings, the worst first, each once."""
+    """Return the findings without duplicates, the most severe first."""
     unique = dict.fromkeys(findings)
     return tuple(sorted(unique, key=lambda each: (-SEVERITIES.index(each.severity), each.file, each.where, each.rule)))

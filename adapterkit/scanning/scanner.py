@@ -1,4 +1,4 @@
-"""Scan a file, a folder or a place on a hub."""
+"""Scan a file, a folder or an address on a hub."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ MOST_FILES = 10_000
 
 
 def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] | None = None) -> Scan:
-    """Look for what an adapter from a stranger could do; nothing in it is executed.
+    """Scan an untrusted adapter for signs of an attack; nothing in it is executed.
 
     Args:
-        source: a file, a folder, or an address on a hub, whose files are fetched first.
-        base: the base, to compare norms with; without it that rule is left out.
+        source: a file, a folder, or an address on a hub, whose files are downloaded first.
+        base: the base, whose weights are compared with the norms of the changes; None skips this rule.
 
     Returns:
-        findings, the worst first. They are evidence, not proof, and their absence proves nothing.
+        The findings, the most severe first. They are evidence, not proof, and their absence proves nothing.
 
     Raises:
-        StorageError: nothing is there, or it cannot be read.
+        StorageError: the source does not exist or cannot be read.
         NetworkError: the hub cannot be reached.
 
     Example:
         >>> adapterkit.scan("lora").worst  # doctest: +SKIP
         'none'
     """
-    stage("looking at files and values")
+    stage("scanning files and values")
     text = path_text(source)
     root = located(text)
     check_exists(root, text)
@@ -54,12 +54,12 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
 
 def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: list[str]) -> list[Finding]:
-    """Findings in the adapter itself; what cannot be read is said, since other tools may read it."""
+    """Return findings in the adapter itself. List an adapter that cannot be read as unread: other tools may read it."""
     checkpoint = None if base is None else opened(base)
     try:
         adapter = read(root, base=checkpoint)
     except AdapterkitError as error:
-        unread.append(f"{root.name}: as an adapter: {error.why}")
+        unread.append(f"{root.name}: its targets and values: {error.why}")
         return []
     name = next((update.file for _, update in adapter if update.file is not None), None)
     file = Path(name).name if name is not None else root.name
@@ -67,7 +67,7 @@ def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: 
 
 
 def _files(root: Path) -> list[Path]:
-    """All files, links not followed into folders; a folder of too many is cut off."""
+    """Return at most `MOST_FILES` files. Links to folders are not followed."""
     if not root.is_dir():
         return [root]
     found: list[Path] = []

@@ -1,4 +1,4 @@
-"""Findings in an adapter's targets and numbers."""
+"""Find suspicious targets and values in an adapter."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ if TYPE_CHECKING:
     from ..ops.lowering import Delta
 
 FEW_EXPERTS = 0.1
-"""Share of a layer's experts below which an adapter that trains experts trains few of them."""
+"""An adapter is reported if it trains at most this share of a layer's experts."""
 
 SPIKE, SPIKE_RANK = 0.995, 4
-"""Share of a change's energy in one direction, and the rank from which on that is strange."""
+"""A change of at least rank 4 is suspicious if one direction has more than this share of its energy."""
 
 STRONGER = 5.0
-"""How many times the median norm of its kind a change has that is edited in."""
+"""A change is suspiciously strong if its norm is this many times the median of the same module in other layers."""
 
 MOST_OF_ALL = 0.8
-"""Share of the whole energy in one target of at least `ENOUGH`."""
+"""A target is reported if it has more than this share of the energy of all targets."""
 
 ENOUGH = 8
+"""The smallest number of targets or experts for which such comparisons are made."""
+
 FOREIGN = 0.005
-"""Share of numbers beyond 16 bits up to which the rest of a tensor shows that it was trained in 16 bits."""
+"""A tensor was trained in 16 bits if at most this share of its numbers needs more; these few numbers are reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def in_adapter(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Findings in the targets and in the numbers of an adapter; the numbers are read."""
+    """Yield findings in the targets and values of an adapter. This reads all values."""
     yield from _targets(adapter, file)
     finite = True
     for target, update in adapter:
@@ -72,7 +74,7 @@ def _targets(adapter: Adapter, file: str) -> Iterator[Finding]:
         most = max(max(each) for each in experts.values()) + 1
         if len(numbers) <= max(1, FEW_EXPERTS * most) and most >= ENOUGH and len(layers) == 1:
             shown = ", ".join(map(str, sorted(numbers)[:5]))
-            yield Finding("single-expert", file, path, f"expert {shown} alone of {most} or more")
+            yield Finding("single-expert", file, path, f"only expert {shown} of {most} or more")
 
 
 def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Iterator[Finding]:
@@ -85,7 +87,7 @@ def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Itera
 
 
 def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
-    """A tensor in float32 of which nearly all numbers are exact in 16 bits."""
+    """Report a float32 tensor of which nearly all numbers, but not all, are exact in 16 bits."""
     import numpy as np
 
     tensor = as_lazy(leaf)
@@ -94,7 +96,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # Trained in bfloat16, of which the small numbers have no place in float16.
+        return  # Trained in bfloat16. The check below would report its small numbers, which float16 cannot store.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):
@@ -104,7 +106,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
 
 
 def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
-    """Spectra and norms of changes that need no base; others are said to be unread."""
+    """Report spectra and norms of changes that can be computed without a base; list all others as unread."""
     from ..ops.alignment import places
     from ..ops.lowrank import svd
 
@@ -145,11 +147,11 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         others = sorted(kinds[_NUMBER.sub(".#", name)])
         median = others[len(others) // 2]
         strong = len(others) >= 3 and norms[name] > STRONGER * median
-        # A rank-1 change among others of many directions is strange where its kind is not all like that.
+        # A change of one direction is suspicious only if at most a quarter of all changes are like that.
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
-            evidence = f"{share:.2%} of its energy lies in one direction, norm {norms[name]:.3g}"
-            yield Finding("spike", file, name, f"{evidence} against {median:.3g}, the median of its kind")
+            evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"
+            yield Finding("spike", file, name, f"{evidence}, the median of the same module is {median:.3g}")
     energy = {name: norm * norm for name, norm in norms.items()}
     whole = math.fsum(energy.values())
     for name, each in energy.items():
@@ -166,4 +168,4 @@ def _against(file: str, norms: dict[str, float], base: Checkpoint) -> Iterator[F
             continue
         weight = frobenius(tensor.numpy().view(tensor.dtype.array).astype("<f4"))
         if norm > weight:
-            yield Finding("norm", file, name, f"its norm is {norm:.3g}, that of the weight {weight:.3g}")
+            yield Finding("norm", file, name, f"its norm is {norm:.3g}, the norm of the weight is {weight:.3g}")

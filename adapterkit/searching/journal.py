@@ -16,11 +16,11 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """Appends trials to a file, each in one write, and reads the trials of an earlier run.
+    """A file of trials: reads the trials of an earlier run, and appends each new trial in a single write.
 
     Args:
         path: the file; None keeps trials only in memory.
-        searched: everything that decides the trials: adapters, data, methods, seed and so on. It is compared with the
+        searched: everything that decides the trials, such as adapters, data, methods and seed. It is compared with the
             first line of the file.
         overwrite: start again if the file belongs to another search.
 
@@ -30,7 +30,7 @@ class Journal:
         StorageError: the file is not readable or writable.
     """
 
-    def __init__(self, path: Path | None, searched: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path | None, searched: dict[str, object], *, overwrite: bool = False) -> None:
         self.path, self.head = path, {"adapterkit_search": VERSION, **searched}
         self.trials: list[Trial] = []
         if path is None or not path.exists():
@@ -43,7 +43,7 @@ class Journal:
                 raise UsageError("the file holds trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Skip the last line if it has no end: the run was killed during its write, so that trial is repeated.
+        # Drop the last line if it is incomplete: the run was killed while writing it. That trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
@@ -67,9 +67,10 @@ class Journal:
             raise storage_error(error, self.path) from error
 
 
-def _parsed(line: str, path: Path, at: int) -> Any:
+def _parsed(line: str, path: Path, at: int) -> object:
     try:
-        return json.loads(line)
+        found: object = json.loads(line)
+        return found
     except (ValueError, RecursionError):
         why = "the file does not hold trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None

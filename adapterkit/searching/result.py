@@ -55,7 +55,7 @@ class Search:
         adapters: the names of the adapters, in the order of the weights.
         trials: all trials, in order.
         base: the name of the base, or None.
-        seed: the seed of the search and of methods that draw random numbers.
+        seed: the seed of the search, and of methods that use random numbers.
         rank: the rank to which results without low-rank factors are cut: a number, or `fit`.
         resumed: the number of trials from an earlier run.
     """

@@ -1,12 +1,15 @@
 """Search for the combination with the lowest loss.
 
-Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and those that the caller
-starts from. Then Optuna's TPE proposes trials from those before. It was chosen by measurement, on eight planted optima
-of two adapters, three methods and a density: after 50 trials six are within 2 per cent of the planted change's squared
-norm, and the worst within 5.
-Optuna's Gaussian process finds smooth optima more exactly, but three of the eight it misses by 5 to 26 per cent: it
-stays at the best method so far.
-A draw depends on the seed and the number of a trial, so a resumed search tries what an unbroken one would have tried.
+Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and the caller's start
+combinations. Then Optuna's TPE sampler proposes each trial from the earlier ones.
+
+TPE was chosen by measurement, on eight problems with a planted optimum over two adapters, three methods and a density.
+After 50 trials, six results were within 2 percent of the planted change's squared norm, and the worst within 5 percent.
+Optuna's Gaussian process finds smooth optima more exactly, but it stays with the best method so far, and missed three
+of the eight optima by 5 to 26 percent.
+
+A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
+the same trials as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,13 +43,16 @@ if TYPE_CHECKING:
     Score = Callable[[Adapter], float]
 
 METHODS = ("linear", "ties", "tsv", "knots_ties")
-"""Methods that are tried by default: they are cheap, differ from each other, and need no data or base weights."""
+"""The methods to try by default: they are cheap, differ from each other, and need neither data nor base weights."""
 
 DENSITY = (0.05, 1.0)
-"""Bounds of the parameter `density`, for methods that have it."""
+"""The bounds of the parameter `density`, for methods that have it."""
 
 MOST = 1.5
-"""Largest weight that is tried."""
+"""The largest weight to try."""
+
+COUNT, LENGTH = 64, 256
+"""The largest number of texts, and of tokens in each text, so that a trial with a small model takes seconds."""
 
 
 def search(
@@ -68,36 +74,36 @@ def search(
 ) -> Search:
     """Find the method, weights and parameters whose combination has the lowest loss.
 
-    Each trial combines the adapters in factor space, and scores the result attached to the base; no merged model is
+    Each trial combines the adapters in factor space and scores the result attached to the base; no merged model is
     written.
 
     Args:
         adapters: adapters or their paths, of any additive methods.
-        data: a file of texts, one per line, or JSON Lines with a field `text`. The score is then the mean loss per
-            token of the base with the combination attached. Or a function that takes the combined adapter and returns
-            a loss.
-        base: a folder with a transformers language model. Texts require it. With a function, the base resolves names,
-            and gives weights to methods that need them.
+        data: a file of texts, one per line, or JSON Lines with a field `text`; the score is the mean loss per token of
+            the base with the combination attached. Or a function that takes the combined adapter and returns a loss.
+        base: a folder with a transformers language model. Texts require it. With a function, the base is optional: it
+            resolves names and supplies weights to methods that need them.
         methods: combiners to choose from; `METHODS` if None.
         budget: the number of trials, including those of earlier runs in `trials`.
         tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is always
             searched if a method has it.
         most: the largest weight to try; the smallest is 0.
         rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
-        start: combinations to try first, each as (method, weights, parameters), such as the best rows of a table: the
-            search cannot end below them. Their methods must be among those to choose from.
-        seed: the seed of the search, and of what methods draw.
-        trials: a file that keeps the trials. The same search goes on where it stopped; a finished one is not repeated.
-        overwrite: begin anew if the file is of another search.
-        device: the device of the base that texts are scored on: `auto`, `cpu` or `cuda:N`.
-        progress: called with (trials made, budget).
+        start: combinations to try first, each as (method, weights, parameters), such as the best rows of a table. The
+            result is at least as good as these. Their methods must be in `methods`.
+        seed: the seed of the search, and of methods that use random numbers.
+        trials: a file that records the trials. The same search resumes from it, and a finished search is not repeated.
+        overwrite: start again if the file belongs to another search.
+        device: the device on which texts are scored: `auto`, `cpu` or `cuda:N`.
+        progress: a function that is called with (trials made, budget).
 
     Returns:
         All trials, the best trial, and its recipe.
 
     Raises:
-        UsageError: there are no adapters, the known combinations alone exceed the budget, a method or parameter is
-            unknown, a method needs data of its own, texts have no base, or no trial could be scored.
+        UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
+            parameter is unknown, a method needs data of its own, texts are given without a base, or no trial could be
+            scored.
         Unsupported: Optuna is not installed.
 
     Example:
@@ -105,13 +111,13 @@ def search(
         >>> print(found.recipe())
     """
     if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
-        raise UsageError("a search needs two adapters or more", where="adapters", cure="Name several")
+        raise UsageError("a search needs at least two adapters", where="adapters", cure="Name two adapters or more")
     space = Space(_checked(methods or METHODS, len(adapters), base), len(adapters), most, tune or {})
     known = [*space.known(), *space.started(start)]
     if budget < len(known):
         why = f"the budget is {budget}, but every search begins with {len(known)} known combinations"
         raise UsageError(
-            why, where="budget", cure=f"Allow more by --budget (budget=), or fewer methods than {len(known)}"
+            why, where="budget", cure=f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
         )
     read = [source_adapter(source, base) for source in adapters]
     journal = Journal(
@@ -152,12 +158,13 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
         cls = COMBINERS[resolved(name, None, count)[0]]
         least, largest = cls.takes
         if count < least or (largest is not None and count > largest):
-            raise UsageError(f"{name} does not take {count} adapters", where="methods", cure="Leave it out")
+            why = f"{name} cannot combine {count} adapters"
+            raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
         if cls.data is not None:
-            why = f"{name} learns from data of its own"
+            why = f"{name} needs data of its own to learn from"
             raise UsageError(why, where="methods", cure="Omit it, or use combine with data=")
         if cls.based and base is None:
-            raise UsageError(f"{name} needs the base", where="methods", cure="Name it by --base (base=)")
+            raise UsageError(f"{name} needs the base", where="methods", cure="Name it at --base (base=)")
     return tuple(dict.fromkeys(methods))
 
 
@@ -174,10 +181,8 @@ def _identity(data: object) -> str | None:
 def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
     if base is None:
         raise UsageError(
-            "texts are scored on a base, but none is given", where="data", cure="Name it by --base (base=)"
+            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
         )
-    from .texts import TextScore
-
     return TextScore(base, data, device, seed)
 
 
@@ -192,7 +197,7 @@ def _tried(
         made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
         loss = float(score(made))
     except AdapterkitError as error:
-        # Raise an error of the first trial, so that the caller sees it; later errors only narrow the search.
+        # Raise the error of the first trial, because all trials would fail alike; later errors only narrow the search.
         if number == 0:
             raise
         refused = str(error)
@@ -257,17 +262,17 @@ class Space:
         """Return the caller's first combinations.
 
         Raises:
-            UsageError: a method that is not to choose from, weights that are too few or out of bounds, or a parameter
-                that the method does not have.
+            UsageError: a method is not in `methods`, the number of weights is wrong, a weight is out of bounds, or the
+                method does not have a parameter.
         """
         made = []
         for method, weights, parameters in start:
             if method not in self.methods:
-                cure = f"Add it by --method (methods=), or start from one of: {', '.join(self.methods)}"
-                raise UsageError(f"{method} is not among the methods to choose from", where="start", cure=cure)
+                cure = f"Add it to --method (methods=), or start from one of: {', '.join(self.methods)}"
+                raise UsageError(f"{method} is not one of the methods to try", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
-                why = f"weights {' '.join(map(str, weights))} of {method}"
-                cure = f"Give {self.count}, from 0 to {self.most:g}; most= allows larger ones"
+                why = f"the weights {' '.join(map(str, weights))} of {method} do not fit the search"
+                cure = f"Give {self.count} weights from 0 to {self.most:g}; most= allows larger ones"
                 raise UsageError(why, where="start", cure=cure)
             holders = self._holders(method)
             for name, value in parameters.items():
@@ -281,7 +286,7 @@ class Space:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials whose method is not among those to choose from; such a method is only tried at the start.
+            # Skip trials whose method is not in `methods`: such a method is only tried at the start.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -310,9 +315,58 @@ class Space:
         return optuna.trial.create_trial(params=values, distributions=ranges, value=trial.loss)
 
 
+class TextScore:
+    """A function that returns the loss of an adapter: the mean over all tokens except the first of each text, in nats.
+
+    Args:
+        base: a folder with a transformers language model and its tokenizer; it is loaded once.
+        data: a file of texts.
+        device: the device to run on.
+        seed: the seed that selects texts if the file has more than `COUNT`.
+
+    Raises:
+        UsageError: the model does not predict tokens, or the file contains no texts.
+        StorageError, Malformed: a file cannot be read.
+    """
+
+    def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
+        from ..gating.inputs import inputs_for, texts_of
+        from ..gating.models import device_of, load
+        from ..torch.pretrained import check_transformers
+
+        checkpoint = opened(base)
+        check_transformers(checkpoint.root, "scoring texts")
+        texts = texts_of(data)
+        self.checkpoint, self.device = checkpoint, device_of(device)
+        self.model: Any = load(checkpoint, "float32", self.device)
+        if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
+            why = "the model does not predict tokens, so texts have no loss"
+            raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
+        self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
+
+    def __call__(self, adapter: Adapter) -> float:
+        """Return the loss of the base with the adapter attached."""
+        import torch
+
+        from ..torch.inject import inject
+
+        handle = inject(self.model, adapter.load(self.device), name="trial")
+        total, count = 0.0, 0
+        try:
+            with torch.no_grad():
+                for feed in self.inputs.feeds:
+                    ids = feed["input_ids"].to(self.device)
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                    count += ids.shape[1] - 1
+        finally:
+            handle.remove()
+        return total / count
+
+
 @contextmanager
 def _optuna() -> Iterator[Any]:
-    """Yield Optuna with its output silenced; its samplers warn that they are experimental."""
+    """Yield Optuna without its log and without the warning that its samplers are experimental."""
     try:
         import optuna
     except ImportError:

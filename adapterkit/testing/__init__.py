@@ -1,6 +1,7 @@
 """Tests for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
 
-Subclass the tests for one kind in a test module of the package and name the addition; pytest collects the subclass:
+In a test module of the package, subclass the tests for the kind of addition and name the addition. pytest then collects
+the subclass:
 
     from adapterkit.testing import FormatTests
 
@@ -21,9 +22,9 @@ The entry points:
 | `adapterkit.quant` | `adapterkit.quant._scheme.Scheme` | `SchemeTests` |
 | `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
 | `adapterkit.peft_families` | `adapterkit.formats.peft.families._family.Family` | `MethodTests` of its method |
-| `adapterkit.adapterhub_families` | the same for AdapterHub | `MethodTests` of its method |
+| `adapterkit.adapterhub_families` | `Family` of `adapterkit.formats.adapterhub.families._family` | the same |
 
-An entry point has the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
+The name of an entry point is the name of the module that contains the class: `acme = "acme_adapters.acme:Acme"`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -13,6 +13,10 @@ from ..formats import read
 from ..ops import COMBINERS, combine
 from ..writing import write
 from .examples import example
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
+    from ..io.lazy import Leaf
 
 
 class CombinerTests:
@@ -40,7 +44,7 @@ class CombinerTests:
         """Return further arguments for `adapterkit.combine`: `base`, `data`, `compat`."""
         return {}
 
-    def combined(self, changes: list[Any], weights: list[float]) -> Any:
+    def combined(self, changes: list[Array], weights: list[float]) -> Array:
         """Return the combined change of one weight, in float64 numpy, without using the combiner's class.
 
         Args:
@@ -50,12 +54,10 @@ class CombinerTests:
         Returns:
             The change `[out, in]`. If a subclass defines this method, the combiner is compared with it.
         """
-        raise Unsupported(
-            "the tests have no formula to compare with", cure="Define `combined` in the class of its tests"
-        )
+        raise Unsupported("the tests have no formula to compare with", cure="Define `combined` in the test class")
 
     def adapters(self) -> list[Adapter]:
-        """Return the adapters: rank-2 LoRAs at two targets, in float64, so that nothing is rounded on the way."""
+        """Return the adapters to combine: rank-2 LoRAs at two targets, in float64 to avoid rounding."""
         made = []
         for number in range(self.count):
             updates = {}
@@ -126,5 +128,8 @@ class CombinerTests:
             self.result([])
 
 
-def _wide(leaf: Any) -> Any:
+def _wide(leaf: Leaf) -> Leaf:
+    import torch
+
+    assert isinstance(leaf, torch.Tensor)
     return leaf.double()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
     """Return an update of a linear layer with random numbers in all trained tensors.
 
-    A method that can be trained from scratch is created by its `initial`. Its tensors are then moved away from that
-    start, because there the update changes nothing.
+    The update is made by the method's `initial`. Random numbers are then added to its trained tensors, because a fresh
+    update changes nothing.
 
     Args:
         method: the name of the method.
@@ -41,7 +41,7 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
 
     cls: Any = METHODS[method]
     if not hasattr(cls, "initial"):
-        raise Unsupported(f"{method} has no `initial`", cure="Define `update` in the class of its tests")
+        raise Unsupported(f"{method} has no `initial`", cure="Define `update` in the test class")
     W, b = random((out, inputs)), random((out,))
     update: Update = cls.initial(W, b, rank, random, **attributes)
     moved = {

@@ -20,14 +20,14 @@ class HubTests:
     """Tests of a hub against a server on this machine.
 
     Attributes:
-        scheme: the hub's uri scheme: `acme` for `acme://org/repo`.
+        scheme: the URI scheme of the hub: `acme` for `acme://org/repo`.
     """
 
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """Return a uri that the tests may write to, on a server that a fixture starts."""
-        raise Unsupported("the tests of a hub need a server", cure="Define `address` in the class of its tests")
+        """Return a URI that the tests may write to, on a server that a fixture starts."""
+        raise Unsupported("the tests of a hub need a server", cure="Define `address` in the test class")
 
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Measure on what else the result of a combiner depends, apart from the changes, and the rank of the result."""
+"""Measure whether the result of a combiner depends on more than the combined changes, and the rank of the result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""A power of two, so that products round as before."""
+"""The factor of the test with small changes; a power of two, which does not affect rounding."""
 
 SAME = 1e-6
-"""Largest difference, relative to the largest entry, between results that count as equal."""
+"""Results count as equal if their difference, relative to the largest entry, is at most this number."""
 
 
 def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
-    """Return what the result of a combiner depends on, apart from the changes: keys of `GUISES`.
+    """Return the properties of the input, as keys of `GUISES`, that influence the result although they should not.
 
     Args:
         name: the name of the combiner.
@@ -46,11 +46,11 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
 
 def rank_of_result(name: str, **options: Any) -> str:
-    """Return the result's rank for adapters of equal rank: at most `one's`, at most the `sum` of theirs, or more."""
+    """Return a bound of the result's rank for adapters of equal rank: `one's` rank, the `sum` of ranks, or `more`."""
     import numpy as np
 
     given = _adapters(name, 0)
-    # Use density 1, too: a few entries of a small matrix have a low rank, which says nothing about large ones.
+    # Also use density 1: with few entries, a small matrix has a low rank by chance, which a large matrix does not.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
     found = max(int(np.linalg.matrix_rank(change)) for change in changes)
@@ -73,11 +73,11 @@ GUISES: Mapping[str, Guise] = {
     "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
     "seed": lambda given, seed: (given, seed),
 }
-"""The same combination in another form: other adapters, and another seed, with the same meaning."""
+"""Property -> a function that changes this property of the adapters or the seed but not the combined changes."""
 
 
 def _adapters(name: str, drawn: int) -> list[Adapter]:
-    """Draw float64 LoRAs, three or as many as the combiner takes."""
+    """Return random LoRAs in float64: three, or the number that the combiner needs."""
     import numpy as np
 
     made = []

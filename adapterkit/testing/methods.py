@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -14,6 +14,10 @@ from ..formats import read
 from ..methods import METHODS
 from ..writing import write
 from .examples import example
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
+    from ..io.lazy import Leaf
 
 
 class MethodTests:
@@ -43,15 +47,16 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """Return an update that changes a linear layer; a method without `initial` must override this."""
+        """Return an update that changes a linear layer. Tests of a method without `initial` must override this."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
-    def change(self, W: Any) -> Any:
-        """Return W' - W of `update()` at a weight, in float64 numpy, without using the method's class.
+    def change(self, W: Array) -> Array:
+        """Return the change W' - W that `update()` makes to a weight W, in float64 numpy.
 
-        Write the paper's formula here a second time. If a subclass defines this method, the class is compared with it.
+        Write the paper's formula here independently, without the method's class. If a subclass defines this function,
+        the method's class is compared with it.
         """
-        raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the class of its tests")
+        raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 
     def test_it_says_where_it_is_from(self) -> None:
         assert self.method not in METHODS.refused(), METHODS.refused()[self.method]
@@ -146,16 +151,22 @@ class MethodTests:
         new = fresh.settled(W).new_weight(W) if fresh.changes_weight else W
         assert torch.allclose(new, W, atol=1e-5)
 
-    def _new_weight(self, W: Any) -> Any:
+    def _new_weight(self, W: Array) -> Array:
         import numpy as np
+        import torch
 
-        def array(leaf: Any) -> Any:
-            values = leaf.detach().numpy()
+        def array(leaf: Leaf) -> Any:
+            assert isinstance(leaf, torch.Tensor)
+            values: Array = leaf.detach().numpy()
             return values.astype(np.float64) if values.dtype.kind == "f" else values
 
         loaded: Any = self.update().map(array)
-        return loaded.settled(W).new_weight(W) if loaded.changes_weight else W
+        new: Array = loaded.settled(W).new_weight(W) if loaded.changes_weight else W
+        return new
 
 
-def _wide(leaf: Any) -> Any:
+def _wide(leaf: Leaf) -> Leaf:
+    import torch
+
+    assert isinstance(leaf, torch.Tensor)
     return leaf.double() if leaf.is_floating_point() else leaf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -13,6 +13,9 @@ from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..merging import merge
 from ..quant import SCHEMES
 from .examples import example
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
 
 
 class SchemeTests:
@@ -24,17 +27,18 @@ class SchemeTests:
 
     scheme: ClassVar[str] = ""
 
-    def base(self, folder: Path) -> dict[str, Any]:
-        """Write a base with this scheme into `folder`; return its numbers as dequantized by its own library.
+    def base(self, folder: Path) -> dict[str, Array]:
+        """Write a base that is quantized with this scheme into `folder`, and return its dequantized weights.
 
         Returns:
-            A map from each packed weight's name to a numpy array `[out, in]` from the library that wrote it.
+            The name of each quantized weight -> its values, a numpy array `[out, in]`, dequantized by the library that
+            wrote it.
         """
-        raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the class of its tests")
+        raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the test class")
 
     @pytest.fixture
-    def packed(self, tmp_path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-        """Return the opened base, and the numbers of its packed weights."""
+    def packed(self, tmp_path: Path) -> tuple[Checkpoint, dict[str, Array]]:
+        """Return the opened base and the dequantized values of its weights."""
         folder = tmp_path / "base"
         folder.mkdir()
         numbers = self.base(folder)
@@ -48,7 +52,7 @@ class SchemeTests:
         assert cls.oracle, "set `oracle` to the library that its numbers are compared with"
 
     def test_its_bases_are_detected_and_no_others(
-        self, packed: tuple[Checkpoint, dict[str, Any]], tmp_path: Path
+        self, packed: tuple[Checkpoint, dict[str, Array]], tmp_path: Path
     ) -> None:
         base, _ = packed
         assert [name for name in SCHEMES if SCHEMES[name]().detect(base)] == [self.scheme]
@@ -58,8 +62,8 @@ class SchemeTests:
         save_file({"q.weight": torch.ones(4, 4)}, tmp_path / "plain.safetensors")
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
-    def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Compare all rows, and some blocks of rows, because a merge reads a weight in blocks of rows."""
+    def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
+        """Compare whole weights and blocks of rows, because a merge reads weights in blocks of rows."""
         import numpy as np
 
         base, numbers = packed
@@ -74,7 +78,7 @@ class SchemeTests:
                 assert np.allclose(got, expected[start:stop].astype(np.float64), rtol=1e-6, atol=1e-7), name
 
     def test_an_adapter_is_merged_into_its_numbers(
-        self, packed: tuple[Checkpoint, dict[str, Any]], tmp_path: Path
+        self, packed: tuple[Checkpoint, dict[str, Array]], tmp_path: Path
     ) -> None:
         import numpy as np
 
@@ -88,8 +92,8 @@ class SchemeTests:
         got = open_checkpoint(tmp_path / "merged").tensors[name].numpy()
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
-    def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Remove each part of a packed weight in turn."""
+    def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Array]]) -> None:
+        """Remove each tensor of a quantized weight in turn; reading must skip the weight or raise a typed error."""
         from dataclasses import replace
 
         base, numbers = packed

@@ -1,9 +1,9 @@
-"""Adapters in live torch models: `inject` attaches one, `create` makes one to train, `route` picks one a row.
+"""Adapters in live torch models: `inject` attaches one, `create` makes one to train, `route` picks one for each row.
 
-`compose` makes one adapter of several. `LoRAFA` trains the B of a LoRA alone. `TrainerCallback` makes transformers'
-Trainer save and resume an adapter.
+`compose` combines several adapters into one. `LoRAFA` is an optimizer that trains only the B of a LoRA.
+`TrainerCallback` makes transformers' Trainer save and resume an adapter.
 
-This package is `adapterkit.torch`; `import torch` inside it is torch itself.
+This package is `adapterkit.torch`; `import torch` inside it imports PyTorch.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
-"""Many adapters in one batch: the base layer runs once, each row's factors are gathered, two batched products follow.
+"""Run many adapters in one batch: run the base layer once, gather each row's factors, and add two batched products.
 
-This is for additive updates that come down to a pair of thin factors (`Additive.thin`); routing.py runs all others once
-for each group of rows. The same idea is in Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
-(https://arxiv.org/abs/2311.03285).
+This module serves additive updates that reduce to a pair of thin factors (`Additive.thin`); routing.py runs all other
+updates once for each group of rows. Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
+(https://arxiv.org/abs/2311.03285) use the same idea.
 
-The factors of all adapters at a layer lie in one tensor, padded to the highest rank, with a slot of zeros at the end
-for rows without an adapter. Which slot a row takes is a tensor too (`Route.table`), so that torch.compile sees the same
-graph for any number of routings.
+One tensor holds the factors of all adapters at a layer, padded to the highest rank. Its last slot is zeros, for rows
+without an adapter. The slots of the rows are a tensor too (`Route.table`), so torch.compile sees the same graph for all
+routings.
 
-Frozen adapters are stacked once and kept, which holds their factors twice. Before each use the stack is compared with
-the tensors that it was made from: their identity, their address and torch's count of in-place changes. Only writes
-through `tensor.data` into a buffer of a frozen adapter go unseen. Trained adapters are stacked in each forward.
+Frozen adapters are stacked once and the stack is kept, so their factors are in memory twice. Before each use, the stack
+is compared with the tensors it was made from: their identity, their address and torch's count of in-place changes. This
+misses only writes through `tensor.data` into a buffer of a frozen adapter. Trained adapters are stacked in each
+forward.
 
-On CUDA, where Triton can be imported (torch's wheels for Linux bring it), two kernels read each row's factors where
-they lie: see kernels.py. Everywhere else, and wherever a gradient is wanted, the factors are gathered and `bmm` does
-the rest. Both give y in the dtype that it came in.
+On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
+the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
+with `bmm`. Both ways return y in its original dtype.
 """
 
 from __future__ import annotations
@@ -34,11 +35,10 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from .layers import Layer
+from .layers import Layer, live_tensor
 from .lean import is_eager, is_wide, may_overwrite
-from .outputs import Switch
 from .routing import check_switches
-from .scopes import SETTINGS, Route, Scope
+from .scopes import SETTINGS, Route, Scope, Switch
 
 if TYPE_CHECKING:
     from .lean import LeanPlan
@@ -50,12 +50,12 @@ class FactorStack:
     """The factors of several adapters at one layer.
 
     Attributes:
-        switches: those of the adapters, in the order of the slots. The last slot, which has none, is zeros.
-        A: `[slots, r, in * k]`; padded with zeros to the highest rank r.
-        B: `[slots, r, out]`, the adapters' weights and scalings included.
-        bias: `[slots, out]`, or None where no adapter changes it.
-        ranks: `[slots]`, what each slot uses of r.
-        leaves: the tensors that it was made from; None where the stack must not be kept.
+        switches: the adapters' switches, in the order of the slots. The last slot has no switch; it is zeros.
+        A: `[slots, r, in * k]`, padded with zeros to the highest rank r.
+        B: `[slots, r, out]`, multiplied by the adapters' weights and scalings.
+        bias: `[slots, out]`, or None if no adapter changes the bias.
+        ranks: `[slots]`, the rank of each slot, at most r.
+        leaves: the tensors that the stack was made from, or None if the stack must not be kept.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class FactorStack:
         self.weights = [switch.weight for switch in self.switches]
         self.A, self.B, self.bias, self.ranks, self.leaves = A, B, bias, ranks, leaves
         self.all_A, self.all_B = A[:-1], B[:-1]
-        # All adapters side by side, as `_side_by_side` takes them: `[in * k, slots * r]` and `[slots * r, out]`.
+        # `_side_by_side` reads the factors of all adapters in this form: `[in * k, slots * r]` and `[slots * r, out]`.
         self.joined_A, self.joined_B = self.all_A.flatten(0, 1).mT, self.all_B.flatten(0, 1)
         self.tensors: list[Tensor] = [leaf.tensor for leaf in leaves or ()]
         self.versions = [tensor._version for tensor in self.tensors] if leaves else []
@@ -77,7 +77,7 @@ class FactorStack:
         self.held: list[Tensor | None] = []
 
     def is_current(self, switches: Sequence[Switch], like: Tensor) -> bool:
-        """Whether the stack is of these adapters, and what it was made from has not changed."""
+        """Whether the stack belongs to these adapters and its source tensors have not changed."""
         if self.leaves is None or switches != self.switches:
             return False
         if self.A.dtype != _dtype_of(like) or self.A.device != like.device:
@@ -90,8 +90,9 @@ class FactorStack:
         return self.is_unchanged()
 
     def is_unchanged(self) -> bool:
-        """Whether the model holds the tensors that the stack was made from, and nobody has written into them."""
-        # With 50 adapters this compares 300 values a layer and forward, so each comparison is one of lists.
+        """Whether the model still holds the stack's source tensors and nobody has written into them."""
+        # With 50 adapters this compares 300 values in each layer and forward, so whole lists are compared, not single
+        # values.
         tensors = self.tensors
         return (
             self._is_held()
@@ -100,10 +101,10 @@ class FactorStack:
         )
 
     def _is_held(self) -> bool:
-        """Whether the modules hold the tensors that the stack was made from."""
-        # A copy: another thread may attach an adapter meanwhile.
+        """Whether the modules still hold the stack's source tensors."""
+        # Copy the buffers, because another thread may attach an adapter meanwhile.
         buffers = None if self.home is None else list(self.home._buffers.values())
-        # All at once, where one module holds them and nobody has touched its buffers.
+        # Fast path: one module holds all tensors, and its buffers are the same as at the last check.
         if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers, self.held)):
             return True
         now = [leaf.module._buffers.get(leaf.name) for leaf in self.leaves or ()]
@@ -114,51 +115,55 @@ class FactorStack:
 
 
 class KeptStacks:
-    """The stack and the plan that a hook keeps; copies and pickles of a model start without them."""
+    """The stack and the plan that a hook keeps between forwards; copies and pickles of a model start without them."""
 
     def __init__(self) -> None:
         self.stack: FactorStack | None = None
         self.plan: LeanPlan | None = None
         self.rows: RowPlan | None = None
-        self.model: tuple[object, list[Any], dict[str, Switch]] | None = None  # See routing.py.
+        self.model: tuple[object, Sequence[object], dict[str, Switch]] | None = None  # See routing.py.
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> KeptStacks:
+    def __deepcopy__(self, _memo: dict[int, object]) -> KeptStacks:
         return KeptStacks()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[KeptStacks], tuple[()]]:
         return KeptStacks, ()
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
-    """The dtype of a stack for a layer of the dtype of `like`; compilers fuse products of 16 bits by themselves."""
+    """Return the dtype for a stack at a layer with the dtype of `like`.
+
+    Compilers fuse products of 16 bits by themselves; otherwise they are computed in float32.
+    """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
 
 def rank_of(part: Part, layer: Layer) -> int:
-    """Return the rank of a part's factors at a layer; 0 where it is not a pair of thin factors there.
+    """Return the rank of a part's factors at a layer, or 0 if the part is not a pair of thin factors there.
 
-    Factors whose products cost more than the layer itself (LoHa of a high rank) are not thin.
+    Factors are not thin if their products cost more than the layer itself (LoHa with a high rank).
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
     out, *rest = layer.shape
-    ranks = [_rank(update, layer.shape) for update in part.updates]
+    ranks = [_rank(update, layer.shape) for update in part.updates if isinstance(update, Additive)]
     rank = 0 if None in ranks else sum(rank or 0 for rank in ranks)
     return rank if rank * (out + prod(rest)) <= out * prod(rest) else 0
 
 
 @torch.no_grad()
-def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
-    """The rank of an update's factors at a layer of this shape; None where it has none.
+def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
+    """Return the rank of an update's factors at a layer of this shape, or None if it has no factors.
 
-    A formula that reads no values is asked once for each form of update and shape of layer: a model has thousands of
-    layers, but few shapes.
+    The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
+    model has thousands of layers, but few shapes.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
         try:
-            pair = update.map(lambda leaf: leaf.to("meta")).pair(shape)
-        # torch raises one of these when a formula reads a number of a meta tensor, as NOLA's reads its seeds.
+            pair = update.map(lambda leaf: live_tensor(leaf).to("meta")).pair(shape)
+        # torch raises one of these errors when a formula reads a value of a meta tensor, as NOLA's formula reads its
+        # seeds.
         except (RuntimeError, NotImplementedError, TypeError):
             pair = update.pair(shape)
             return None if pair is None else int(pair[0].shape[1])
@@ -170,33 +175,34 @@ def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
 
 _RANKS: dict[Hashable, int | None] = {}
 MOST_RANKS = 4096
-"""Ranks that are remembered at the same time."""
+"""The number of ranks that are cached at the same time."""
 
 
 def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks) -> Tensor:
-    """Run a layer once and add to each row what its adapter adds.
+    """Run a layer once and add the change of its adapter to each row.
 
     Args:
         layer: the layer.
-        parts: those of all thin adapters attached there.
-        route: which adapter each row takes.
-        scope: tells which adapters are on.
+        parts: the parts of all thin adapters attached to the layer.
+        route: the adapter of each row.
+        scope: the scope that says which adapters are on.
         x: the layer's input.
-        kept: where the hook keeps its stack.
+        kept: the store in which the hook keeps its stack.
 
     Raises:
-        ShapeMismatch: x does not have the route's rows.
+        ShapeMismatch: x does not have as many rows as the route.
     """
     compiling = torch.compiler.is_compiling()
-    # torch.jit.trace runs twice and compares the graphs: what was kept from the first run would be missing there.
+    # torch.jit.trace runs twice and compares the graphs: a stack kept from the first run would be missing in the
+    # second.
     tracing = torch._C._get_tracing_state() is not None
     if layer.flat and x.shape[-1:] != layer.shape[1:]:
-        why = f"an input of {list(x.shape)} where the layer reads {layer.shape[1]} features"
-        raise ShapeMismatch(why, cure="Pass the model an input of its own sizes")
+        why = f"the input has shape {list(x.shape)}, but the layer reads {layer.shape[1]} features"
+        raise ShapeMismatch(why, cure="Pass an input of the size that the model expects")
     like = layer.sample
     stack = None if compiling or tracing else kept.stack
     if stack is None or not stack.is_current(tuple([part.switch for part in parts]), like):
-        # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
+        # Compiled code stacks every adapter, so that its graph does not depend on the adapters that a route names.
         if not compiling and not all(map(_is_frozen, parts)):
             parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
         stack = _stacked(layer, parts, like, keep=not compiling and not tracing)
@@ -218,15 +224,15 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 def add_to_rows(
     layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """`add_by_row` for a layer that is a product of matrices, with its stack and places at hand.
+    """Do the work of `add_by_row` for a layer that is a matrix product, given its stack and places.
 
     Args:
         layer: the layer.
-        stack: the factors of its adapters.
+        stack: the factors of the layer's adapters.
         places: the slots of the route's rows.
-        route: which adapter each row takes.
+        route: the adapter of each row.
         x: the layer's input.
-        kept: keeps a `RowPlan` for the next forward, where the layer is an `nn.Linear` that one may run for.
+        kept: a store for a `RowPlan`, which the next forward uses if the layer is an `nn.Linear` that supports one.
     """
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
@@ -246,28 +252,29 @@ def add_to_rows(
 
 
 WIDE = 64
-"""Ranks of all adapters together up to which their products with all rows cost less than to sort the rows."""
+"""The highest sum of ranks at which multiplying all adapters by all rows costs less than sorting the rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """A route over the slots of a stack.
+    """The slots of a stack that a route's rows use.
 
     Attributes:
-        token: `SETTINGS.token` from before the adapters were asked whether they act.
-        active: the scope's switches, which they were asked about.
+        token: `SETTINGS.token` as it was before the adapters were asked whether they act.
+        active: the scope's switches at that time.
         index: `[rows]`, the slot of each row.
-        used: the slots in use, or None where these are all but the last in their order.
-        padded: `[used * most]`, the rows of each used slot, the shorter ones repeated up to the longest; None where
-            these are all rows in their order.
-        count: how many those are.
-        back: position among them of each row that has an adapter; None where `padded` is.
-        rows: those rows, or None where all have one.
-        masks: see `_side_by_side`.
+        used: the slots in use, or None if all slots except the last are used in order.
+        padded: `[used * most]`, the rows of each used slot; a shorter list repeats its first row up to the longest
+        length.
+            None if these are all rows in order.
+        count: the length of `padded`.
+        back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
+        rows: the rows that have an adapter, or None if all have one.
+        masks: the cached masks of `_side_by_side`.
     """
 
     token: object
-    active: Mapping[Any, bool]
+    active: Mapping[Switch, bool]
     index: Tensor
     used: Tensor | None
     padded: Tensor | None
@@ -278,12 +285,15 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Locate a route's rows in a stack of these adapters: worked out once for all layers that have the same ones."""
+    """Return the places of a route's rows in a stack of these adapters.
+
+    Layers with the same adapters share the result.
+    """
     key = switches, device
     if torch._C._get_tracing_state() is not None:
         return _placed(switches, route, scope, device)
-    found: Places | None = route.plans.get(key)
-    if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
+    found = route.plans.get(key)
+    if not isinstance(found, Places) or found.token is not SETTINGS.token or found.active is not scope.active:
         found = _placed(switches, route, scope, device)
         if type(found.index) is Tensor:
             route.plans[key] = found
@@ -324,10 +334,10 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
 
 
 class RowPlan:
-    """The forward of an `nn.Linear` with few frozen adapters at one token a row, with everything looked up before.
+    """A cached plan for the forward of an `nn.Linear` that has few frozen adapters and one token in each row.
 
-    A whole model of width 256 spends 25 % of such a forward on finding out again which of the functions below is the
-    right one. A plan checks only what may have changed since: settings, tensors, and the state of torch.
+    A model of width 256 spends 25 % of such a forward on choosing one of the functions below again. A plan only checks
+    what may have changed since: settings, tensors, and the state of torch.
     """
 
     def __init__(self, module: nn.Module, stack: FactorStack) -> None:
@@ -337,11 +347,16 @@ class RowPlan:
         self.kind = self.device.type
         self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
 
-    def run(self, route: Route, scope: Scope, x: Any) -> Tensor | None:
-        """Return the layer's output; None where the plan does not hold, or not yet for this route."""
-        places: Places | None = route.plans.get(self.place)
+    def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
+        """Return the layer's output, or None if the plan does not apply, or not yet to this route."""
+        places = route.plans.get(self.place)
         token, held = SETTINGS.token, self.module._parameters
-        if places is None or token is not self.token or places.token is not token or places.active is not scope.active:
+        if (
+            not isinstance(places, Places)
+            or token is not self.token
+            or places.token is not token
+            or places.active is not scope.active
+        ):
             return None
         mask = places.masks.get(self.mask)
         if mask is None or type(x) is not Tensor or x.dtype is not self.dtype or torch.is_grad_enabled():
@@ -351,7 +366,7 @@ class RowPlan:
             return None
         if torch.is_autocast_enabled(self.kind) or x.device != self.device or not self.stack.is_unchanged():
             return None
-        # A parametrized or pruned bias is no parameter of the module's own, and is computed when it is asked for.
+        # A parametrized or pruned bias is not in `_parameters`; the module computes it on access.
         b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401
         y = functional.linear(x, W, b)
         h = (x.reshape(rows, -1) @ self.stack.joined_A).mul_(mask)
@@ -360,14 +375,14 @@ class RowPlan:
 
 
 def _is_frozen(part: Part) -> bool:
-    """Whether the part's tensors are buffers, whose stack may be kept."""
+    """Whether the part's tensors are buffers, so that their stack may be kept."""
     return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
 
 
 def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
-    """Stack the factors of parts, in their order; ranks are padded to the highest with zeros."""
+    """Stack the factors of parts in order, padding the ranks with zeros to the highest."""
     leaves = _leaves(parts) if keep else None
-    # A stack that was made in inference mode could not be used in training.
+    # Training could not use a stack that was made in inference mode.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():
         like = like.new_empty(0, dtype=_dtype_of(like))
         pairs = [_pair(layer, part, like) for part in parts]
@@ -380,12 +395,12 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> F
         bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
-        # Tensors of a mode (FakeTensorMode) have no values for the forwards after it.
+        # Tensors made under a torch mode (FakeTensorMode) have no values for later forwards, so do not keep them.
         return FactorStack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
-    """The tensors of parts; None where one of them may change unseen, or has a gradient."""
+    """Return the tensors of parts, or None if one of them has a gradient or may change unnoticed."""
     leaves = [leaf for part in parts for fields in part.bound.leaves for leaf in fields.values()]
     for leaf in leaves:
         tensor = leaf.module._buffers.get(leaf.name)
@@ -394,19 +409,21 @@ def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
     return leaves
 
 
-def factors_of(update: Any, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
-    """B `[out, r]`, A `[r, in * k]` and what their product counts, on the device and in the dtype of `like`."""
-    B, A, weight = update.factors(layer.shape)
+def factors_of(update: Additive, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return B `[out, r]`, A `[r, in * k]` and the factor of their product, with the device and dtype of `like`."""
+    found = update.factors(layer.shape)
+    assert found is not None
+    B, A, weight = found
     if A.dtype != like.dtype or B.dtype != like.dtype or A.device != like.device:
         A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
     return B, A, weight
 
 
 def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A `[r, in * k]`, B^T `[r, out]` and the bias of one part, all its updates joined, its weight included."""
+    """Return A `[r, in * k]`, B^T `[r, out]` and the bias of one part: all its updates joined, its weight included."""
     all_A, all_B, bias = [], [], None
-    for each in part.updates:
-        update: Any = each
+    for update in part.updates:
+        assert isinstance(update, Additive)
         B, A, weight = factors_of(update, layer, like)
         all_A.append(A)
         all_B.append(B.mT * (weight * part.switch.weight))
@@ -418,7 +435,10 @@ def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
-    """Two batched products over the rows of each adapter, for few tokens a row: no factor is copied."""
+    """Apply each adapter to its rows by two batched products, without copying factors.
+
+    This is best for few tokens in each row.
+    """
     y: Tensor = layer(x)
     if not places.count:
         route.rows_first(x)
@@ -431,7 +451,7 @@ def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: 
     if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         wide = is_wide(x) and A.dtype == torch.float32
         A, B, some = (A, B, some.float()) if wide else (A.to(x.dtype), B.to(x.dtype), some)
-    # A x^T takes half the time that x A^T takes on a CPU (torch 2.13 with MKL, two rows for each of 50 adapters).
+    # On a CPU, A x^T takes half the time of x A^T (torch 2.13 with MKL, two rows for each of 50 adapters).
     h = torch.bmm(A, some.reshape(A.shape[0], -1, x.shape[-1]).mT).mT
     change = torch.bmm(h, B)
     if bias is not None:
@@ -447,9 +467,9 @@ def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: 
 
 
 def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """The factors of all adapters as one pair of a rank as high as all together, with a mask that picks each row's.
+    """Apply the factors of all adapters as one pair whose rank is the sum of theirs, with a mask that picks each row's.
 
-    For few adapters that is three operations in place of five.
+    For few adapters this takes three operations instead of five.
     """
     y: Tensor = layer(x)
     rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
@@ -471,7 +491,7 @@ def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -
 
 
 def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Two batched products: each row of x with the factors of its slot."""
+    """Multiply each row of x by the factors of its slot, in two batched products."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
     flat_x = rows_of_x.reshape(len(index), -1, x.shape[-1])
@@ -484,9 +504,10 @@ def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: 
 
 
 def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """The factors of all adapters side by side, as one of a rank as high as all together; a mask picks each row's.
+    """Apply the factors of all adapters as one pair whose rank is the sum of theirs, with a mask that picks each row's.
 
-    A convolution's or embedding's geometry is not a product of matrices, and its A is short beside its output.
+    Convolutions and embeddings need this, because they are not matrix products. Their A is small compared with their
+    output.
     """
     y = layer(x)
     slots, rank = stack.A.shape[:2]
@@ -513,10 +534,10 @@ def add_gathered(
         y: `[rows, tokens, out]`.
         x: `[rows, tokens, in]`.
         A: `[slots, r, in]`, padded with zeros to the highest rank.
-        B: `[slots, r, out]`, padded likewise.
+        B: `[slots, r, out]`, padded with zeros to the highest rank.
         index: `[rows]`, the slot of each row.
-        ranks: `[slots]`, how much of `r` each slot uses; 0 for rows that stay as they are.
-        fresh: nobody else has y, so that the sum may be written over it.
+        ranks: `[slots]`, the rank of each slot, at most r; 0 for slots that change nothing.
+        fresh: whether nobody else holds y, so that the sum may overwrite it.
     """
     if takes_kernel(y, x, A, B):
         from .kernels import add_by_kernel
@@ -526,7 +547,7 @@ def add_gathered(
 
 
 def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = False) -> Tensor:
-    """Return y + (x A^T) B by torch's batched products; A and B are `[rows, r, in]` and `[rows, r, out]`."""
+    """Return y + (x A^T) B using torch's batched products; A is `[rows, r, in]` and B is `[rows, r, out]`."""
     if is_wide(y) and A.dtype == torch.float32:
         change = torch.bmm(torch.bmm(x.float(), A.mT), B).to(y.dtype)
         return y.add_(change) if fresh else y + change
@@ -539,7 +560,7 @@ def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = Fa
 
 
 def takes_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the kernels are at hand and right for these tensors."""
+    """Whether the kernels are available and support these tensors."""
     if not x.is_cuda or not _has_triton() or torch.compiler.is_compiling():
         return False
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, A, B))

@@ -1,23 +1,25 @@
-"""Notice that a forward computes with the weight of a module and never calls the module: its adapter would not act.
+"""Detect a forward that computes with a module's weight and never calls the module, so that its adapter does not act.
 
 Fused kernels do that. Liger's loss reads `lm_head.weight` while a model trains, Unsloth's decoding reads the weights of
-all projections, kernels of a hub those of a whole MLP. PEFT's layers are bypassed by them without a word.
+all projections, and kernels from a hub read the weights of a whole MLP. PEFT's layers are bypassed silently.
 
-Nobody can see in a forward what it will read, and which path it takes may change with every call (training, decoding,
-with labels or without). So a module with an adapter keeps its parameters in a dictionary that sees who asks for them:
-`module.weight` ends in `_parameters["weight"]`. A weight that was asked for while the model ran, of a module that was
-not called by the end, was read past the adapter. That costs nothing where the module is called, because the hook looks
-its weight up with `dict.get`.
+No forward declares in advance which weights it will read, and its path may change with every call (training or
+decoding, with or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads:
+`module.weight` ends in `_parameters["weight"]`. If a weight was read while the model ran, and the module was not called
+before the end, the adapter was bypassed. Modules that are called pay nothing for this, because the hook looks up the
+weight with `dict.get`.
 
-A forward that was put on a block after the injection may have copied the weights by then, and reads none of them. It is
-watched at its next call: one that calls none of the modules with an adapter is told with a warning, for it may be meant
-(an ablation).
+A forward that another tool put on a block after the injection may have copied the weights before, and then it reads
+none. So the next call of such a block is watched: if it calls none of the modules with an adapter, a warning says so.
+It
+is not an error, because it may be intended (an ablation).
 
-Compiled code reads parameters past every dictionary, and its graph tells no longer which module a weight came from. So
-the compiler is watched instead, while it traces: a block that it calls without calling one of its modules with an
-adapter is told with a warning, unless that module ran before. It cannot be an error, for nobody knows what the block
-computes instead. Code with graph breaks is traced in pieces, and code that torch takes over from a model of the same
-build is not traced again: run such a model once without `torch.compile`.
+Compiled code reads parameters without using any dictionary, and its graph does not record which module a weight came
+from. So the compiler is watched while it traces: if it traces a call of a block, but none of a module with an adapter
+inside the block, a warning says so, unless that module ran before. It cannot be an error, because the block may compute
+the same thing in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of
+the
+same structure is not traced again: run such a model once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -45,7 +47,7 @@ PARAMETERS = "_parameters"
 
 
 class Hook(Protocol):
-    """The forward hook of a module with adapters, how often it was called, and whether compiled code ever called it."""
+    """A forward hook at a module with adapters: its number of calls, and whether compiled code has ever called it."""
 
     module: nn.Module
     parts: list[Part]
@@ -53,18 +55,18 @@ class Hook(Protocol):
     traced: bool
 
 
-class WatchedParameters(dict[str, Any]):
-    """The parameters of a module with an adapter.
+class WatchedParameters(dict[str, "nn.Parameter | None"]):
+    """The parameters of a module with an adapter, in a dictionary that records reads.
 
     Attributes:
         hook: the hook at the module.
-        names: the parameters that its adapters change.
+        names: the parameters that the adapters change.
     """
 
     hook: Hook
     names: frozenset[str] = frozenset()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> nn.Parameter | None:
         if not torch.compiler.is_compiling():
             calls = _LOCAL.calls
             if calls is not None and name in self.names:
@@ -73,13 +75,13 @@ class WatchedParameters(dict[str, Any]):
 
 
 def watch_reads(hook: Hook) -> None:
-    """Let a module note who reads the parameters that its adapters change.
+    """Record reads of the parameters that a module's adapters change.
 
-    Rows of an embedding are read by others all the time: functional heads compute with `embedding.weight`, in PEFT's
-    models too, and such a head is not what an adapter of the embedding changes.
+    Embeddings are not watched, because other code reads their rows all the time: functional heads compute with
+    `embedding.weight`, in PEFT's models too, and an adapter of the embedding is not meant to change such a head.
     """
     held = hook.module.__dict__
-    # DeepSpeed's ZeRO has a dictionary of its own there, which loads what is read.
+    # DeepSpeed's ZeRO puts its own dictionary there, which loads parameters on access.
     if type(held[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
     if type(held[PARAMETERS]) is dict:
@@ -90,27 +92,27 @@ def watch_reads(hook: Hook) -> None:
 
 
 def unwatch_reads(hook: Hook) -> None:
-    """Give a module a plain dictionary back."""
+    """Give a module its plain parameter dictionary back."""
     held = hook.module.__dict__
     if type(held[PARAMETERS]) is WatchedParameters:
         held[PARAMETERS] = dict(held[PARAMETERS])
 
 
 class Calls:
-    """Reads and calls of the modules with adapters in one forward of a model.
+    """Record the reads and calls of modules with adapters during one forward of a model.
 
     Args:
-        hooks: each hook at those modules, and its place in `counts`.
-        counts: how often each was called before.
-        outer: the forward around this one.
+        hooks: a map from each hook at those modules to its position in `counts`.
+        counts: the number of calls of each hook before the forward.
+        outer: the record of the enclosing forward, if any.
     """
 
-    def __init__(self, hooks: Mapping[Any, int], counts: Sequence[int], outer: Calls | None) -> None:
+    def __init__(self, hooks: Mapping[Hook, int], counts: Sequence[int], outer: Calls | None) -> None:
         self.hooks, self.counts, self.outer = hooks, counts, outer
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Note that a parameter is read, unless its module was called before, or the reader asks for a dtype alone."""
+        """Record a read of a parameter, unless its module was called before or the reader only asks for its dtype."""
         at = self.hooks.get(hook)
         if at is None:
             if self.outer is not None:
@@ -122,35 +124,37 @@ class Calls:
         if reader is not None:
             self.reads.append((hook, name, reader))
 
-    def check(self, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
-        """Check that all modules whose weights were read were called too.
+    def check(self, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
+        """Check that every module whose weight was read was called too.
 
-        Some models do this themselves: Mamba's mixer multiplies by `dt_proj.weight`, WavLM's attention hands weights of
-        its projections to a function of torch. PEFT trains such models with an adapter that does not act, so the live
-        model goes on, with a warning.
+        Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
+        the
+        weights of its projections to a torch function. PEFT trains such models although their adapter does not act, so
+        a
+        live model only warns.
 
         Args:
-            is_own: whether a function is a method that the class around a hook's module was defined with.
-            told: ids of the hooks that were warned of; one that is warned of here is added.
+            is_own: a function that says whether a function's name is a method of the class around a hook's module.
+            told: the ids of hooks that a warning has named; hooks that this call warns about are added.
 
         Raises:
-            Unsupported: one was not, and another tool's function read its weight.
+            Unsupported: a module was not called, and another tool's function read its weight.
         """
         for hook, name, reader in self.reads:
             if hook.calls != self.counts[self.hooks[hook]] or not hook.parts:
                 continue
-            why = f"{reader} computed with its {name} and did not call it, so that its adapter did not act"
+            why = f"{reader} computed with its {name} and did not call it, so its adapter did not act"
             where = str(hook.parts[0].target)
             if not is_own(hook, reader):
                 raise Unsupported(why, where=where, cure=_UNFUSE)
             if id(hook) not in told:
                 told.add(id(hook))
-                again = "It does not in PEFT's models either; a merge changes the weight, and then it acts"
+                again = "The adapter does not act in PEFT's models either; a merge changes the weight, and then it acts"
                 warnings.warn(f"{where}: {why}. {again}", stacklevel=2)
 
 
 class _Local(threading.local):
-    """The innermost forward of a watched model in this thread."""
+    """The innermost forward of a watched model in the current thread."""
 
     calls: Calls | None = None
 
@@ -158,14 +162,14 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-def begin_calls(hooks: Mapping[Any, int]) -> Calls:
-    """Begin to watch one forward of a model."""
+def begin_calls(hooks: Mapping[Hook, int]) -> Calls:
+    """Start watching one forward of a model."""
     made = _LOCAL.calls = Calls(hooks, [hook.calls for hook in hooks], _LOCAL.calls)
     return made
 
 
-def end_calls(hooks: Mapping[Any, int], failed: bool, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
-    """End what `begin_calls` began with the same hooks.
+def end_calls(hooks: Mapping[Hook, int], failed: bool, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
+    """Stop the watch that `begin_calls` started with the same hooks.
 
     Args:
         hooks: the hooks of the model.
@@ -177,7 +181,7 @@ def end_calls(hooks: Mapping[Any, int], failed: bool, is_own: Callable[[Any, str
         Unsupported: a module's weight was read, and the module was not called.
     """
     found = _LOCAL.calls
-    while found is not None and found.hooks is not hooks:  # A forward inside of this one raised.
+    while found is not None and found.hooks is not hooks:  # A forward inside this one raised.
         found = found.outer
     if found is None:
         return
@@ -187,10 +191,10 @@ def end_calls(hooks: Mapping[Any, int], failed: bool, is_own: Callable[[Any, str
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """The name of the function that reads an attribute of a module; None where it computes nothing with it.
+    """Return the name of the function that reads an attribute of a module, or None if it does not compute with it.
 
-    torch moves and gathers parameters, accelerate loads those of modules that may never be called. Neither computes
-    with them past a forward.
+    torch moves and gathers parameters, and accelerate loads parameters of modules that may never be called. Neither
+    computes with them outside a forward.
     """
     while frame is not None and frame.f_code.co_name == "__getattr__":
         frame = frame.f_back
@@ -207,7 +211,7 @@ _MOVERS = ("torch", "accelerate", __name__.split(".")[0])
 
 @cache
 def _asks_only(code: CodeType, at: int) -> bool:
-    """Whether the instruction behind the one at an offset asks for a fact about what that returns, not for numbers."""
+    """Whether the instruction after an offset asks for a property of the tensor or for None, not for its values."""
     behind = next((each for each in dis.get_instructions(code) if each.offset > at), None)
     if behind is None:
         return False
@@ -220,15 +224,15 @@ _FACTS = frozenset(
     ("dtype", "device", "shape", "size", "ndim", "dim", "numel", "layout", "is_cuda", "is_meta", "requires_grad",
      "is_floating_point", "element_size", "itemsize", "get_device")
 )  # fmt: skip
-"""Attributes of a tensor that tell nothing of its numbers: T5 asks `self.wo.weight.dtype` before it calls `wo`."""
+"""Tensor attributes that do not depend on its values: T5 reads `self.wo.weight.dtype` before it calls `wo`."""
 
 
 def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], told: set[int]) -> None:
-    """Warn of modules with adapters that compiled code does not call.
+    """Warn about modules with adapters that compiled code does not call.
 
     Args:
-        around: blocks that the code calls, each with the modules that it should call.
-        told: ids of the hooks that were warned of; those that are warned of here are added.
+        around: the blocks that the code calls, each with the modules that it should call.
+        told: the ids of hooks that a warning has named; hooks that this call warns about are added.
     """
     for block, modules in around:
         hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]
@@ -244,25 +248,25 @@ def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], to
 
 
 class Block:
-    """A module with a forward of its own around modules with adapters, and the forward that it had when it was met.
+    """A module whose forward runs modules with adapters, and the forward that it had when it was last looked at.
 
     Args:
         module: the module.
-        hooks: those of the modules below it.
+        hooks: the hooks of the modules inside it.
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
         self.module, self.hooks = module, list(hooks)
         self.met = self._forward()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "met": None}
 
-    def _forward(self) -> tuple[Any, Any]:
+    def _forward(self) -> tuple[object, object]:
         return self.module.__dict__.get("forward"), type(self.module).forward
 
     def look(self) -> None:
-        """Watch the module's next call if another forward was put on it since."""
+        """Watch the module's next call if its forward was replaced since the last look."""
         now = self._forward()
         if self.met is None:
             self.met = now
@@ -272,7 +276,7 @@ class Block:
 
 
 class _BlockProbe:
-    """Sees at a block's next call whether its new forward calls a module with an adapter.
+    """Check at a block's next call whether its new forward calls a module with an adapter.
 
     Args:
         block: the block.
@@ -283,12 +287,12 @@ class _BlockProbe:
         module = block.module
         self.handles = [module.register_forward_pre_hook(self.begin), module.register_forward_hook(self.end)]
 
-    def begin(self, *_: Any) -> None:
-        """Count what was called before."""
+    def begin(self, *_: object) -> None:
+        """Store the number of calls of each hook before the block runs."""
         self.counts = [hook.calls for hook in self.block.hooks]
 
-    def end(self, module: nn.Module, *_: Any) -> None:
-        """Warn where nothing was called."""
+    def end(self, module: nn.Module, *_: object) -> None:
+        """Warn if the block called none of the hooks."""
         if torch.compiler.is_compiling():
             return
         for handle in self.handles:
@@ -297,8 +301,8 @@ class _BlockProbe:
         if standing and self.counts == [hook.calls for hook in self.block.hooks]:
             names = ", ".join(dict.fromkeys(str(part.target) for hook in standing for part in hook.parts))
             warnings.warn(
-                f"another tool has put a forward on a {type(module).__name__} that calls none of {names}: their "
-                f"adapters do not act. {_UNFUSE}",
+                f"another tool replaced the forward of a {type(module).__name__} with one that calls none of {names}: "
+                f"their adapters do not act. {_UNFUSE}",
                 stacklevel=2,
             )
 

@@ -1,16 +1,16 @@
-"""Keep the arguments of a model's call for formulas that ask for them: token numbers, tasks of rows, a first pass.
+"""Keep a model call's arguments for formulas that need them: token ids, tasks of rows, the output of a first pass.
 
-A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call is over. In
-training it keeps them until the next call, since checkpointed blocks run again in the backward pass. Arguments that
-the model itself does not take are not passed on to it.
+A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call ends. In
+training it keeps them until the next call, because checkpointed blocks run again in the backward pass. The model does
+not receive the arguments that its forward has no parameter for.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,58 +19,63 @@ from torch import Tensor, nn
 from ..core.updates import Update
 from ..errors import ShapeMismatch, Unsupported
 from .context import CACHES
-from .outputs import Switch
-from .scopes import Scope, switched
+from .scopes import Scope, Switch, switched
 from .shadows import ShadowState
 
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
 SHADOW: Final = "shadow"
-"""The words that are more than what the call said, see `OutputUpdate`."""
+"""The names of call inputs that are more than an argument of the call, see `OutputUpdate`."""
+
+
+class KeyValueCache(Protocol):
+    """A cache of past keys and values, as transformers has it."""
+
+    def get_seq_length(self) -> int: ...
 
 
 class Recording(threading.local):
-    """One thread's arguments of a call, and its networks of Shadow: functional_call exchanges their parameters."""
+    """One thread's arguments of a call, and its Shadow networks, because functional_call exchanges their parameters."""
 
     def __init__(self) -> None:
-        self.words: Mapping[str, Any] = {}
-        self.networks: dict[Any, nn.Module] = {}
+        self.words: Mapping[str, object] = {}
+        self.networks: dict[Hashable, nn.Module] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
+    def __deepcopy__(self, memo: dict[int, object]) -> Recording:
         return Recording()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Recording], tuple[()]]:
         return Recording, ()
 
 
 class CallRecorder:
-    """Keeps what one adapter's updates ask for, for the length of a call."""
+    """Keep the inputs that one adapter's updates ask for, for the length of a call."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
-        self.recording, self.last = Recording(), dict[str, Any]()
+        self.recording, self.last = Recording(), dict[str, object]()
         self.seen: Any = WeakKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Token numbers by cache belong to calls that are going on; a copy starts without any.
+    def __getstate__(self) -> dict[str, object]:
+        # Token ids by cache belong to calls in progress; a copy starts without any.
         return {**self.__dict__, "seen": None, "last": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, seen=WeakKeyDictionary())
 
-    def take(self) -> dict[str, Any]:
-        """The words of the call that is going on."""
+    def take(self) -> dict[str, object]:
+        """Return the inputs of the call in progress."""
         words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # A checkpointed block runs again in the backward pass: on CUDA in a thread of autograd's own.
+            # A checkpointed block runs again in the backward pass; on CUDA that happens in one of autograd's threads.
             words = self.last
         return dict(words)
 
-    def record(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
-        """Keeps what was asked for of a call's words."""
+    def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
+        """Keep those of a call's arguments that the updates ask for."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
-            heard[TOKENS] = self._with_earlier(heard[TOKENS], cache_of(words))
+            heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))
         if FIRST_PASS in self.asks:
             with switched(self.switch, False):
                 heard[FIRST_PASS] = first_pass()
@@ -82,33 +87,33 @@ class CallRecorder:
         if model.training:
             self.last = heard
 
-    def remember(self, cache: Any) -> None:
-        """Keeps the token numbers for calls that go on with a cache."""
+    def remember(self, cache: KeyValueCache | None) -> None:
+        """Keep the token ids for later calls that continue with the cache."""
         if cache is not None and TOKENS in self.recording.words:
             self.seen[cache] = self.recording.words[TOKENS]
 
-    def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
+    def _with_earlier(self, ids: Tensor, cache: KeyValueCache | None) -> Tensor:
         if cache is None or (earlier := self.seen.get(cache)) is None:
             return ids
         earlier = earlier[:, : int(cache.get_seq_length())]
         if len(earlier) != len(ids):
-            why = f"{len(ids)} rows, where the cache was filled with {len(earlier)}"
-            raise ShapeMismatch(why, where=TOKENS, cure="Go on with as many rows")
+            why = f"the call has {len(ids)} rows, but the cache was filled with {len(earlier)}"
+            raise ShapeMismatch(why, where=TOKENS, cure="Continue with the number of rows that the cache has")
         return torch.cat((earlier.to(ids.device), ids), 1)
 
 
 def words_of(model: nn.Module, update: Update) -> set[str]:
-    """The words of a call of the model that an update asks for, or hears where the model takes them."""
+    """Return the call inputs that an update needs, and those it can use if the model's forward takes them."""
     heard = set(getattr(update, "hears", ()))
     known = set(inspect.signature(model.forward).parameters) if heard else set()
     return {*getattr(update, "asks", ()), *(heard & known)}
 
 
 def run_recorded(
-    module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., Any],
-    passes: bool, scope: Scope, args: Any, kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
-    """Run the model's forward and record its arguments; `passes` hands all of them on, for context that reads them."""
+    module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., object],
+    passes: bool, scope: Scope, args: Sequence[object], kwargs: Mapping[str, object],
+) -> object:  # fmt: skip
+    """Run the model's forward and record its arguments; `passes` forwards all of them, for context that reads them."""
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for recorder in recorders for name in recorder.asks} - set(names)
     kept = kwargs if passes else {name: value for name, value in kwargs.items() if name not in asked}
@@ -125,23 +130,27 @@ def run_recorded(
             recorder.recording.words = {}
 
 
-def cache_of(words: Any) -> Any:
-    """The cache among a call's words or in what it returned; None where there is none."""
+def cache_of(words: object) -> KeyValueCache | None:
+    """Return the cache in a call's arguments or in its output, or None if there is none."""
     found = (words.get(name) if isinstance(words, Mapping) else getattr(words, name, None) for name in sorted(CACHES))
-    cache = next((each for each in found if each is not None), None)
+    cache: Any = next((each for each in found if each is not None), None)
     return cache if hasattr(cache, "get_seq_length") else None
 
 
 @torch.no_grad()
-def _first_pass(forward: Callable[..., Any], words: Mapping[str, Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+def _first_pass(
+    forward: Callable[..., object], words: Mapping[str, object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> Tensor:
     """Return the last hidden state without the adapter."""
     if cache_of(words) is not None:
-        cure = "Pass use_cache=False, to generate too"
-        raise Unsupported("a first pass over all tokens, where the call goes on with a cache", cure=cure)
+        cure = "Pass use_cache=False (in generate() too)"
+        raise Unsupported(
+            "the adapter runs a first pass over all tokens, but the call continues with a cache", cure=cure
+        )
     out = forward(*args, **{**kwargs, "use_cache": False, "output_hidden_states": True, "return_dict": True})
     hidden = getattr(out, "hidden_states", None)
     if not hidden:
-        cure = "Such adapters belong to models that do, as those of transformers"
+        cure = "Use a model that returns them, such as one of transformers"
         raise Unsupported("the model returns no hidden_states", cure=cure)
     last: Tensor = hidden[-1]
     return last

@@ -1,24 +1,24 @@
 """Let every framework save and load a trained adapter through `model.state_dict()` and `model.load_state_dict()`.
 
 Trainer, Accelerate, Lightning, torch.distributed.checkpoint and plain loops save the model's state dict and load it
-again; none of them asks a handle. `handle.checkpoint` therefore chooses what that state dict holds:
+again; none of them calls a handle. So `handle.checkpoint` chooses the content of that state dict:
 
 * `base`, the default: the base's tensors under the base's own keys, as if nothing were attached.
-* `adapter`: the tensors of this adapter alone, so that a checkpoint is as small as the adapter.
-* `all`: both.
+* `adapter`: only the tensors of this adapter, so that a checkpoint is as small as the adapter.
+* `all`: the tensors of the base and of the adapter.
 
-A state dict that holds an adapter's tensors is loaded into the attached adapter of the same name, whatever
-`handle.checkpoint` says. It holds buffers too (random projections, the part that PiSSA begins with): they may depend on
-data, and a resumed run must compute with the same ones. When it holds no tensor of the base, the base keeps its values
-and strict loading passes.
+A state dict with an adapter's tensors is loaded into the attached adapter of the same name, for any value of
+`handle.checkpoint`. The state dict includes the adapter's buffers (random projections, PiSSA's initial part): they may
+depend on data, and a resumed run must compute with the same buffers. If the state dict has no tensor of the base, the
+base keeps its values and strict loading passes.
 
-Two of torch's own readers need more than the choice says, and tell nobody what they read for. They are known by their
-frames on the stack:
+Two readers in torch need more tensors than `handle.checkpoint` chooses, and do not identify themselves. The hooks
+recognise them by their frames on the stack:
 
-* `torch.distributed.pipelining` finds the parameters of a traced model in its state dict, and fails for those that are
-  not there. It gets the trained tensors too.
-* `torch.distributed.checkpoint` with `ignore_frozen_params=True` takes each frozen parameter out of the state dict
-  itself, and fails where one is not there.
+* `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict and fails if one is
+  missing. It also gets the trained tensors.
+* `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict
+  and fails if one is missing.
 
 The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 """
@@ -33,7 +33,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import nearest
 from .leaves import Leaf, is_leaf_name
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from .watch import Watch
 
 CHOICES = ("base", "adapter", "all")
-"""Choices for the content of the model's state dict."""
+"""The choices for the content of the model's state dict."""
 
 HANDLES = "_adapterkit_handles"
-"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
+"""The attribute of a model that lists the handles of its adapters, so that copies of the model keep them."""
 
 
 class Saved(Protocol):
-    """A handle, as far as state dicts need it: what they hold of it, its tensors, and the watch over its hooks."""
+    """The part of a handle that state dicts need: its name and choice, its tensors, and the watch over its hooks."""
 
     @property
     def name(self) -> str: ...
@@ -60,7 +60,7 @@ class Saved(Protocol):
 
 
 def watch_state(model: nn.Module) -> None:
-    """Register the hooks of this module with a model, once."""
+    """Register the state dict hooks with a model, once."""
     if _save not in model._state_dict_hooks.values():
         hooked: Any = model
         hooked.register_state_dict_post_hook(_save)
@@ -68,13 +68,13 @@ def watch_state(model: nn.Module) -> None:
 
 
 def leave_state(model: nn.Module) -> None:
-    """Take the hooks of this module off a model."""
+    """Remove the state dict hooks from a model."""
     for hooks, ours in ((model._state_dict_hooks, _save), (model._load_state_dict_pre_hooks, _load)):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
             del hooks[key]
 
 
-def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _save(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     handles: list[Saved] = module.__dict__.get(HANDLES, [])
     for handle in handles:
         handle._watch.reclaim()
@@ -95,14 +95,15 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata:
 
 
 def _frozen(model: nn.Module) -> Iterator[str]:
-    """The names of the base's frozen parameters, as `ignore_frozen_params` goes through them."""
+    """Return the names of the base's frozen parameters, which `ignore_frozen_params` removes."""
     return (name for name, p in model.named_parameters() if not p.requires_grad and not is_leaf_name(name))
 
 
 def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
-    """Whether the state dict is read by torch.distributed.checkpoint, for all but the frozen parameters.
+    """Whether torch.distributed.checkpoint is reading the state dict without its frozen parameters.
 
-    It then has nothing of an adapter whose `checkpoint` is `base`, and of a frozen base nothing at all: a warning says
+    Such a state dict has no tensor of an adapter whose `checkpoint` is `base`, and none of a frozen base. A warning
+    says
     so.
     """
     reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
@@ -111,15 +112,15 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
     for handle in handles:
         if handle.checkpoint == "base" and any(isinstance(leaf.tensor, nn.Parameter) for leaf in handle._leaves):
             warnings.warn(
-                f"a state dict without frozen parameters has nothing of the trained adapter {handle.name!r} either. "
-                'Set handle.checkpoint = "adapter" before it is made',
+                f"a state dict without frozen parameters does not contain the trained adapter {handle.name!r} either. "
+                'Set handle.checkpoint = "adapter" before you save the state dict',
                 stacklevel=2,
             )
     return True
 
 
 def _reader(module: str, function: str) -> FrameType | None:
-    """The frame of a function that is running now, by the name of its module and its own; None if it is not."""
+    """Return the frame of a running function by its module's name and its own name, or None if it is not running."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
@@ -130,10 +131,10 @@ def _reader(module: str, function: str) -> FrameType | None:
 
 @torch.no_grad()
 def _load(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object, _strict: bool,
     _missing: list[str], _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Copy an adapter's tensors out of a state dict that has any; report what does not fit, as torch does."""
+    """Copy an adapter's tensors out of a state dict, if it has any, and report keys that do not fit as torch does."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         _warn_of_base(module.__dict__[HANDLES])
@@ -145,10 +146,10 @@ def _load(
     held = {key: leaf.tensor for key, leaf in leaves.items()}
     loaded = {key: state_dict.pop(key) for key in mine}
     names = {_adapter(key) for key in mine}
-    problems = [f"{key}: no attached adapter has it. {nearest(key, held)}" for key in mine if key not in held]
+    problems = [f"{key}: no attached adapter has this tensor. {nearest(key, held)}" for key in mine if key not in held]
     problems += [f"{key}: missing" for key in held if key not in loaded and _adapter(key) in names]
     problems += [
-        f"{key}: {list(loaded[key].shape)} where the adapter has {list(tensor.shape)}"
+        f"{key}: the shape is {list(loaded[key].shape)}, but the adapter's is {list(tensor.shape)}"
         for key, tensor in held.items()
         if key in loaded and loaded[key].shape != tensor.shape
     ]
@@ -163,10 +164,10 @@ def _load(
 
 
 def _warn_of_base(handles: Iterable[Saved]) -> None:
-    """Warn, once an adapter, that a state dict without its tensors leaves a trained adapter as it is.
+    """Warn, once for each adapter, that a state dict without its tensors leaves a trained adapter unchanged.
 
-    A Trainer that resumes, or goes back to its best checkpoint, loads what it saved. With `checkpoint` at `base`, that
-    is the base alone.
+    A Trainer that resumes, or goes back to its best checkpoint, loads the state dict it saved. If `checkpoint` is
+    `base`, that state dict contains only the base.
     """
     for handle in handles:
         if handle.checkpoint != "base" or id(handle) in _WARNED:
@@ -175,8 +176,8 @@ def _warn_of_base(handles: Iterable[Saved]) -> None:
             _WARNED.add(id(handle))
             weakref.finalize(handle, _WARNED.discard, id(handle))
             warnings.warn(
-                f"a state dict without the adapter {handle.name!r} is loaded: the adapter keeps its values. If it is a "
-                'checkpoint of the training, set handle.checkpoint = "adapter" before checkpoints are written, or pass '
+                f"the loaded state dict does not contain the adapter {handle.name!r}, which keeps its values. If the "
+                'state dict is a checkpoint of the training, set handle.checkpoint = "adapter" before saving, or pass '
                 "callbacks=[adapterkit.torch.TrainerCallback(handle)] to the Trainer",
                 stacklevel=2,
             )
@@ -186,8 +187,11 @@ _WARNED: set[int] = set()
 """The ids of the handles that a warning has named."""
 
 
-def _keep_base(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Put the base's own tensors into a state dict that has none of them, so that loading it changes nothing there."""
+def _keep_base(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Add the base's own tensors to a state dict that has none of them.
+
+    Loading that state dict then leaves the base unchanged.
+    """
     hooks = module._state_dict_hooks
     kept = dict(hooks)
     for key in [key for key, hook in hooks.items() if hook is _save]:
@@ -208,5 +212,5 @@ def _key(paths: dict[int, str], leaf: Leaf) -> str:
 
 
 def _adapter(key: str) -> str:
-    """The adapter's name in a key: `model.layer.adapterkit:NAME:model/layer/lora/A`."""
+    """Return the adapter's name in a key: `model.layer.adapterkit:NAME:model/layer/lora/A`."""
     return key.rpartition(".")[2].split(":", 2)[1]

@@ -1,7 +1,7 @@
-"""Composition: several adapters in one model, in the blocks of AdapterHub's, https://docs.adapterhub.ml.
+"""Combine several adapters in one model, in AdapterHub's composition blocks (https://docs.adapterhub.ml).
 
-`stack`, `average`, `split` and `fuse` make one adapter of several, to be injected, weighed, switched and trained like
-any other; blocks nest. `batch_split` and `parallel` send rows through adapters that are attached already.
+`stack`, `average`, `split` and `fuse` combine several adapters into one, which can be injected, weighted, switched and
+trained like any other; blocks nest. `batch_split` and `parallel` route rows through adapters that are already attached.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.adapter import Adapter, Target
+from ..core.shapes import Dims
 from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats import FORMATS
@@ -28,13 +29,19 @@ from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
 from .routing import route
 
+if TYPE_CHECKING:
+    from ..core.updates.layer import Layer
+    from ..io.lazy import Leaf
+
+    Base = Checkpoint | str | PathLike[str]
+
 __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack"]
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """One after the other: at each target a later adapter sees the layer as the earlier ones leave it.
+    """Return an adapter that applies the given adapters in sequence: each sees the layer as the earlier ones change it.
 
-    Updates of weights that meet there add up; virtual tokens follow each other.
+    At one target, changes of weights add up, and virtual tokens follow each other.
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
@@ -44,82 +51,83 @@ def stack(*adapters: Adapter) -> Adapter:
 
 
 def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapter:
-    """The weighted mean of what the adapters make of each layer, before its residual and norm where they stand there.
+    """Return an adapter whose layer outputs are the weighted mean of the outputs under each given adapter.
 
-    The unchanged layer counts in the place of an adapter that has no update at a target.
+    The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
+    target, the unchanged layer takes its place in the mean.
 
     Args:
-        adapters: those with additive and output updates.
-        weights: one each; equal shares of 1 if not given. They are used as they are.
+        adapters: adapters with additive and output updates.
+        weights: one weight for each adapter, not normalised; equal weights with the sum 1 if not given.
 
     Raises:
-        UsageError: another number of weights.
+        UsageError: the number of weights is not the number of adapters.
         Unsupported: raised by `inject`, for updates of other kinds.
     """
     count = len(_some(adapters))
     shares = tuple(1 / count for _ in adapters) if weights is None else tuple(map(float, weights))
     if len(shares) != count:
-        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure="Pass one each")
+        raise UsageError(f"{len(shares)} weights for {count} adapters", where="weights", cure="Pass one for each")
     return _blocks("average", adapters, lambda children, _: Average(children=children, weights=shares))
 
 
 def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
-    """Each adapter changes positions of its own: the first `sizes[0]` tokens, the next `sizes[1]`, and so on.
+    """Return an adapter that splits the tokens: the first adapter changes the first `sizes[0]` tokens, and so on.
 
     Raises:
-        UsageError: another number of sizes.
-        ShapeMismatch: raised by a call with another number of tokens.
+        UsageError: the number of sizes is not the number of adapters.
+        ShapeMismatch: raised by a call whose number of tokens is not the sum of the sizes.
     """
     if len(sizes) != len(_some(adapters)):
-        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one each")
+        raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one for each")
     return _blocks("split", adapters, lambda children, _: SplitBlock(children=children, lengths=tuple(sizes)))
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
-    """AdapterFusion: at each layer an attention over what the adapters' bottlenecks change.
+    """Return the AdapterFusion of adapters: at each layer, an attention over the outputs of their bottlenecks.
 
     Args:
-        adapters: in the order of the fusion.
-        fusion: the folder of AdapterHub's with the attentions' weights.
+        adapters: the adapters, in the order in which the fusion was trained.
+        fusion: a fusion folder of AdapterHub, with the weights of the attentions.
 
     Raises:
-        TargetNotFound: the fusion has no weights at a target of the adapters'.
-        Unsupported: raised by `inject`, for updates other than bottlenecks in sequence.
+        TargetNotFound: the fusion has no weights for one of the adapters' targets.
+        Unsupported: raised by `inject`, if an update is not a sequential bottleneck.
     """
     settings, weights = read_fusion(fusion)
 
-    def made(children: tuple[Any, ...], target: Target) -> ComposedBlock:
+    def made(children: tuple[Child, ...], target: Target) -> ComposedBlock:
         own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
         if own is None:
             raise TargetNotFound(
-                "no weights of a fusion there", where=str(target), cure="Pass the adapters' own fusion"
+                "the fusion has no weights for it", where=str(target), cure="Pass the fusion of these adapters"
             )
         return Fuse(children=children, **own, **settings)
 
     return _blocks("fuse", adapters, made)
 
 
-def load(folder: str | PathLike[str], *, base: Any = None) -> Adapter:
-    """One adapter of the composition that AdapterHub's `save_adapter_setup` wrote: its blocks are those of this module.
+def load(folder: str | PathLike[str], *, base: Base | None = None) -> Adapter:
+    """Read a composition that AdapterHub's `save_adapter_setup` wrote, and return it as one adapter.
 
     Args:
-        folder: with `adapter_setup.json`, and a folder for each adapter and fusion.
-        base: for adapters that need it to be read, see `ak.read`.
+        folder: the folder with `adapter_setup.json` and one subfolder for each adapter and fusion.
+        base: the base model, for adapters that cannot be read without it; see `ak.read`.
 
     Raises:
-        Unsupported: a block is one of rows, which is a matter of calls and not of an adapter.
+        Unsupported: a block routes rows (BatchSplit, Parallel). Such a block belongs to a call, not to an adapter.
     """
     return _loaded(read_setup(folder), Path(folder), base)
 
 
-def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
+def _loaded(setup: Setup | str, folder: Path, base: Base | None) -> Adapter:
     if isinstance(setup, str):
         checkpoint = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
         return FORMATS["adapterhub"]().read(folder / setup, base=checkpoint)
     if setup.kind not in ("Average", "Fuse", "Split", "Stack"):
         why, cure = (
-            f"{setup.kind} sends rows through several adapters",
-            "Inject them by names; see batch_split, parallel",
+            f"{setup.kind} sends rows through several adapters, so it is not one adapter",
+            "Inject the adapters under their names, and use batch_split() or parallel()",
         )
         raise Unsupported(why, path=folder, cure=cure)
     children = [_loaded(child, folder, base) for child in setup.children]
@@ -131,29 +139,32 @@ def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:
-    """Inside the `with`, the first `sizes[0]` rows go through the adapter `names[0]`, and so on; see `route`."""
+    """Inside the `with`, send the first `sizes[0]` rows through the adapter `names[0]`, and so on; see `route`."""
     if len(sizes) != len(names):
-        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one each")
+        raise UsageError(f"{len(sizes)} sizes for {len(names)} adapters", where="sizes", cure="Pass one for each")
     return route(model, [name for name, size in zip(names, sizes, strict=True) for _ in range(size)])
 
 
-def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any]:
-    """The model with its input repeated once an adapter: what comes out has all rows of the first, then of the next.
+def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., object]:
+    """Return a function that runs the model on its input repeated once for each adapter.
+
+    The output has all rows of the first adapter, then all rows of the next.
 
     Args:
-        model: with the adapters attached.
-        names: their names; None for the base.
+        model: the model, with the adapters attached.
+        names: the names of the adapters; None for the base.
     """
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
-            raise ShapeMismatch("a call without rows", where="(model)", cure="Call it with tensors, rows first")
+            raise ShapeMismatch("a call without tensors has no rows", where="(model)", cure="Pass tensors, rows first")
         rows = len(tensors[0])
 
-        def repeated(leaf: Any) -> Any:
-            fits = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
-            return torch.cat([leaf] * len(names)) if fits else leaf
+        def repeated(leaf: object) -> object:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != rows:
+                return leaf
+            return torch.cat([leaf] * len(names))
 
         some, named = pytree.tree_map(repeated, (args, kwargs))
         with route(model, [name for name in names for _ in range(rows)]):
@@ -163,15 +174,15 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any
 
 
 def _blocks(
-    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Any, ...], Target], ComposedBlock]
+    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Child, ...], Target], ComposedBlock]
 ) -> Adapter:
-    """An adapter of blocks, one at each target of any of them."""
+    """Return an adapter with one block at each target of any of the given adapters."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target in targets:
         found = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in found for update in each):
-            raise Unsupported(f"context in a block {name!r}", where=str(target), cure="Stack those adapters")
+            raise Unsupported(f"a block {name!r} cannot hold context", where=str(target), cure="Stack those adapters")
         updates[target] = (made(tuple(map(_one, found)), target),)
     return _composed(name, updates)
 
@@ -190,23 +201,23 @@ def _composed(name: str, updates: Mapping[Target, tuple[Update, ...]]) -> Adapte
 
 def _some(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     if not adapters:
-        raise UsageError("nothing to compose", where="adapters", cure="Pass adapters")
+        raise UsageError("there are no adapters to compose", where="adapters", cure="Pass at least one adapter")
     return adapters
 
 
 def _alike(path: str, other: str) -> bool:
-    """Whether two paths differ by a prefix at most."""
+    """Whether two paths are equal except for a prefix of one of them."""
     return path == other or path.endswith(f".{other}") or other.endswith(f".{path}")
 
 
 Child = Update | None
-"""An adapter's update at the target; None where it has none, so that the layer stays as it is."""
+"""An adapter's update at the target, or None if it has none, so that the layer stays unchanged."""
 
 
 class ComposedBlock(OutputUpdate):
-    """A subclass says in `joined` what becomes of its children's values."""
+    """A block of several updates; each subclass defines in `joined` how it combines their outputs."""
 
-    children: tuple[Any, ...] = ()
+    children: tuple[Child, ...] = ()
 
     @property
     def method(self) -> str:
@@ -214,21 +225,21 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def present(self) -> list[Update]:
-        """The children that are there."""
+        """The children that are not None."""
         return [child for child in self.children if child is not None]
 
     @property
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Leaf]:
         return {**super().tensors, **dict(self._leaves())}
 
-    def _leaves(self) -> Iterator[tuple[str, Any]]:
+    def _leaves(self) -> Iterator[tuple[str, Leaf]]:
         for position, child in enumerate(self.children):
             if child is not None:
                 yield from ((f"{position}.{name}", leaf) for name, leaf in child.tensors.items())
 
     @property
-    def attributes(self) -> dict[str, Any]:
-        # They say where the residual and the norm are; children that stand at several places are refused below.
+    def attributes(self) -> dict[str, object]:
+        # The attributes say where the residual and the norm are; `check` refuses children that disagree about that.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -258,7 +269,7 @@ class ComposedBlock(OutputUpdate):
         told = (child.channels for child in self.present if isinstance(child, OutputUpdate))
         return next((count for count in told if count is not None), None)
 
-    def map(self, f: Callable[[Any], Any]) -> Self:
+    def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         own = {name: f(leaf) for name, leaf in super().tensors.items()}
         return super().replace(children=tuple(None if c is None else c.map(f) for c in self.children), **own)
 
@@ -271,7 +282,7 @@ class ComposedBlock(OutputUpdate):
         children = tuple(c if at not in inner else c.replace(**inner[at]) for at, c in enumerate(given))
         return super().replace(children=children, **changes)
 
-    def dims(self, stack: bool = False) -> dict[str, Any]:
+    def dims(self, stack: bool = False) -> Dims:
         for child in self.present:
             child.dims(stack)
         return {}
@@ -281,37 +292,39 @@ class ComposedBlock(OutputUpdate):
         for child in self.present:
             if child.kind not in ("additive", "output"):
                 why = f"{child.method} changes {child.acts_on}, which blocks do not combine"
-                raise Unsupported(why, cure="Stack it, or combine the adapters another way")
+                raise Unsupported(why, cure="Stack the adapters, or merge them")
             child.check()
             places.add((child.attributes.get("residual", ""), child.attributes.get("norm", "")))
         if len(places) > 1 and self.placed:
-            raise Unsupported("updates of one target with residuals at several places", cure="Make them alike")
+            why = "the updates of one target name residuals in different places"
+            raise Unsupported(why, cure="Give all of them the same `residual` and `norm`")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         for child in self.present:
             child.check_against(shape)
 
-    def value(self, child: Child, x: Any, layer: Any) -> Any:
-        """Return a child's output of the layer, before its end if the block stands there."""
+    def value(self, child: Child, x: Tensor, layer: Layer) -> Tensor:
+        """Return the layer's output under a child, before the residual and norm if the block acts there."""
         if child is None:
             return layer.hidden(x) if self.placed else layer(x)
-        return cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
+        y: Tensor = cast(OutputUpdate, child).inside(x, layer) if self.placed else child.forward(x, layer)
+        return y
 
-    def inside(self, x: Any, layer: Any) -> Any:
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
         return self.joined(x, layer)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return super().forward(x, layer) if self.placed else self.joined(x, layer)
 
-    def joined(self, x: Any, layer: Any) -> Any:
-        """Return the block's value from those of its children."""
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
+        """Return the block's output, combined from the outputs under its children."""
         raise AssertionError("each block defines it")
 
 
 class Chain(ComposedBlock):
-    """One after the other: each sees the layer as those before it leave it."""
+    """Apply the children in sequence: each sees the layer as the earlier ones change it."""
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.composed_layer import Composed
 
         *before, last = self.present
@@ -321,42 +334,45 @@ class Chain(ComposedBlock):
 
 
 class Average(ComposedBlock):
-    """The weighted sum of what all make of the layer."""
+    """Take the weighted sum of the layer's outputs under each child."""
 
     weights: tuple[float, ...] = ()
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         values = [weight * self.value(c, x, layer) for c, weight in zip(self.children, self.weights, strict=True)]
         return sum(values[1:], values[0])
 
 
 class SplitBlock(ComposedBlock):
-    """Each changes positions of its own, which follow each other."""
+    """Apply each child to its own range of token positions, one range after the other."""
 
     lengths: tuple[int, ...] = ()
 
     def check(self) -> None:
         super().check()
         if self.asks:
-            raise Unsupported("a law that looks at the model's call, on some positions", cure="Leave it out of splits")
+            why = "a formula that reads the model's call cannot run on some of the positions"
+            raise Unsupported(why, cure="Leave this adapter out of split()")
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         if sum(self.lengths) != x.shape[-2]:
-            why = f"{x.shape[-2]} positions, where the split is {list(self.lengths)}"
-            raise ShapeMismatch(why, cure="Call the model with as many tokens")
+            why = f"the input has {x.shape[-2]} positions, but the split is {list(self.lengths)}"
+            raise ShapeMismatch(why, cure=f"Call the model with {sum(self.lengths)} tokens")
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            values.append(self.value(child, part.cut(x), part))
+            # Blocks and formulas of outputs never ask for the weight, which `Positions` does not have.
+            values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
-        return namespace(x).concat(values, axis=-2)
+        joined: Tensor = namespace(x).concat(values, axis=-2)
+        return joined
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: h' = residual + attention of the layer over what its bottlenecks change.
+    """AdapterFusion: h' = residual + an attention of the layer over the outputs of its bottlenecks.
 
-    Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are left out where the config
-    does without them.
+    Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are None if the config does not
+    use them.
     """
 
     query: Any = tensor("hidden hidden", optional=True)
@@ -372,10 +388,10 @@ class Fuse(ComposedBlock):
         super().check()
         for child in self.children:
             if not isinstance(child, Narrow) or child.parallel:
-                why = "fusion is of bottlenecks that are not parallel, with one of each adapter"
+                why = "fusion needs one sequential bottleneck from each adapter"
                 raise Unsupported(why, cure="Average the adapters instead")
 
-    def joined(self, x: Any, layer: Any) -> Any:
+    def joined(self, x: Tensor, layer: Layer) -> Tensor:
         bottlenecks = cast(list[Narrow], self.children)
         hidden, residual = layer.hidden(x), layer.residual(x)
         read, skip = bottlenecks[-1].read(hidden, residual, layer)
@@ -386,35 +402,35 @@ class Fuse(ComposedBlock):
         shares = softmax((k @ q[..., None])[..., 0])
         if self.value_before_softmax:
             values = _mapped(values, self.values)
-        found = (shares[..., None, :] @ values)[..., 0, :]
+        found: Tensor = (shares[..., None, :] @ values)[..., 0, :]
         found = found if self.value_before_softmax else _mapped(found, self.values)
         return found if self.residual_before else found + skip
 
 
 class Positions:
-    """A layer at some positions of its input, in the words of `OutputUpdate`."""
+    """A view of a layer at some positions of its input, with the interface that `OutputUpdate` uses."""
 
-    def __init__(self, layer: Any, x: Any, positions: slice) -> None:
+    def __init__(self, layer: Layer, x: Tensor, positions: slice) -> None:
         self.layer, self.x, self.positions = layer, x, positions
         self.op, self.mix, self.per_channel, self.norm = layer.op, layer.mix, layer.per_channel, layer.norm
         self.shape, self.channel = layer.shape, layer.channel
-        self.call: Mapping[str, Any] = {}
+        self.call: Mapping[str, object] = {}
 
-    def cut(self, whole: Any) -> Any:
+    def cut(self, whole: Tensor) -> Tensor:
         return whole[..., self.positions, :]
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.cut(self.layer(self.x))
 
-    def hidden(self, x: Any) -> Any:
+    def hidden(self, x: Tensor) -> Tensor:
         return self.cut(self.layer.hidden(self.x))
 
-    def residual(self, x: Any) -> Any:
+    def residual(self, x: Tensor) -> Tensor | None:
         found = self.layer.residual(self.x)
         return None if found is None else self.cut(found)
 
 
-def _mapped(x: Any, W: Any, b: Any = None) -> Any:
+def _mapped(x: Tensor, W: Tensor | None, b: Tensor | None = None) -> Tensor:
     if W is None:
         return x
     return x @ W.mT if b is None else x @ W.mT + b

@@ -1,24 +1,25 @@
-"""Context in live models: tokens in front of the input, keys and values before it, prompts to attend to, new tokens.
+"""Run context updates in live models: virtual tokens, prefixes of keys and values, prompts to attend to, new tokens.
 
-A model as a whole is any that takes `inputs_embeds` or, for prefixes, a cache of past keys and values: those of
-transformers. Its forward is called as ever, with token numbers or embeddings, also by `generate()`, and what it returns
-is of the longer input: logits of virtual tokens come first. The virtual tokens go in when a call begins (no cache, or
-an empty one); when it goes on, the cache has them already. Callers speak of their own tokens alone: masks get ones for
-virtual tokens, labels -100, token types 0, and positions are moved up behind them. Prefixes of single attentions are in
-prefixes.py: those are no tokens of the model's, and nothing moves.
+For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must take a cache of past keys and values.
+transformers' models do. Callers use the model as before, with token ids or embeddings, also through `generate()`. The
+output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are added when a call
+starts without a cache, or with an empty one; later calls find them in the cache. Callers pass arguments only for their
+own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0, and positions are
+shifted by the number of virtual tokens. prefixes.py handles prefixes of single attentions; those are not tokens of the
+model, so no positions are shifted.
 
-Several adapters' virtual tokens follow each other in the order in which they were attached; prefixes come before all.
-`task_ids=` of a call picks tasks of multitask prompts.
+The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
+before all of them. `task_ids=` in a call picks the tasks of multitask prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,15 @@ from ..core.updates import ContextUpdate, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
 from .conversions import compute_dtype
 from .leaves import LiveUpdates
-from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
+from .scopes import Switch
 from .structure import embedding_of, heads_of, is_encoder_decoder, sizes_of
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 CACHES = {"cache", "past_key_values"}
-"""Names of past keys and values in a model's call: one word since transformers 5.24, the other before."""
+"""The names of the argument for past keys and values: `cache` since transformers 5.24, `past_key_values` before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +45,14 @@ class ContextPart:
     """Context updates at one module.
 
     Attributes:
-        encoder: it is the encoder of the model that they are meant for.
-        masks: it is the model around the embeddings behind which tokens stand: its mask gets places for them.
-        biased: the attention whose table of relative positions this one uses too, if any.
-        tokens: how many tokens the embedding had that new tokens are numbered after.
+        switch: the switch of the adapter.
+        target: the target.
+        bound: the updates.
+        encoder: whether the module is the encoder of the target, which is an encoder-decoder model.
+        masks: whether the module is the model around the target embeddings. Then only its mask is extended.
+        biased: the attention whose table of relative positions this attention shares, if any.
+        tokens: the number of tokens in the embedding when the adapter was attached; new tokens are numbered after
+        these.
     """
 
     switch: Switch
@@ -63,16 +71,18 @@ class ContextPart:
 
 
 def surround(
-    module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., Any], args: Any,
-    kwargs: Words,
-) -> Any:  # fmt: skip
-    """The module's forward with more context; `names` are its parameters' names."""
-    words = {**dict(zip(names, args, strict=False)), **kwargs}
+    module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., object],
+    args: Sequence[object], kwargs: Mapping[str, object],
+) -> object:  # fmt: skip
+    """Run the module's forward with the parts' context added; `names` are the parameter names of its forward."""
+    words: Words = {**dict(zip(names, args, strict=False)), **kwargs}
     updates = [update for part in parts for update in part.updates]
     place = updates[0].place
     if place == "vocabulary":
         _check_tokens(module, parts)
-        return _with_tokens(module, updates, forward, words.pop(names[0]), words)
+        ids = words.pop(names[0])
+        assert isinstance(ids, Tensor)
+        return _with_tokens(module, updates, forward, ids, words)
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
     if place == "embeddings" and not hasattr(module, "get_input_embeddings"):
@@ -88,10 +98,10 @@ def surround(
 
 
 def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Find the modules that a part is attached to: for tokens in front of an encoder's input at the encoder too.
+    """Find the modules that a part is attached to; virtual tokens for an encoder-decoder also go to its encoder.
 
     Raises:
-        ShapeMismatch: it is made for other sizes than the model's.
+        ShapeMismatch: the update was made for other sizes than the model's.
         Unsupported: the module does not take such context.
     """
     owner = _owner(model, part)
@@ -109,14 +119,14 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """The module that reads past keys and values: a classifier leaves that to the model inside it."""
+    """Return the module that takes past keys and values: in a classifier that is the model inside it."""
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
     return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
 
 
 def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
-    """The model around the embeddings behind which tokens are to stand; None where the target is a model itself."""
+    """Return the model around embeddings that virtual tokens follow, or None if the target is itself a model."""
     path, _, name = part.target.path.rpartition(".")
     module: Any = model.get_submodule(part.target.path)
     if part.updates[0].place != "embeddings" or hasattr(module, "get_input_embeddings"):
@@ -124,33 +134,37 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
     owner = model.get_submodule(path)
     takes = "inputs_embeds" in inspect.signature(owner.forward).parameters and hasattr(owner, "get_input_embeddings")
     if not takes or not name or isinstance(module, nn.Dropout):
-        why = f"tokens behind a {type(module).__name__} inside a {type(owner).__name__}"
+        why = f"tokens cannot follow a {type(module).__name__} inside a {type(owner).__name__}"
         raise Unsupported(why, where=str(part.target), cure="Target the model itself, or its embeddings")
     return owner
 
 
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
-    """Tokens behind a model's embeddings: in front of its input where these are all that embeds it."""
+    """Attach tokens that follow a model's embeddings.
+
+    If nothing else embeds the model's input, the tokens go in front of the input.
+    """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:
         dim, wanted = update.dims()["dim"], getattr(config, "hidden_size", None)
         if wanted not in (None, dim):
-            why = f"made for embeddings of {dim}; the model's have {wanted}"
+            why = f"the update was made for embeddings of width {dim}, but the model's have {wanted}"
             raise ShapeMismatch(why, where=f"{part.target}: {update.method}", cure=_WRONG_BASE)
     if embedding_of(owner) is module:
         return [(owner, part)]
     if getattr(config, "is_decoder", False):
-        why = "tokens behind the embeddings of a decoder, whose cache goes on without them"
+        why = "tokens cannot follow the embeddings of a decoder, because its cache does not count them"
         raise Unsupported(why, where=str(part.target), cure="Target the model itself")
     return [(module, part), (owner, replace(part, masks=True))]
 
 
-def _behind(updates: Sequence[ContextUpdate], y: Tensor) -> Tensor:
+def _behind(updates: Sequence[ContextUpdate], y: object) -> Tensor:
+    assert isinstance(y, Tensor)
     fronts = present([update.embeddings() for update in updates])
     return torch.cat((*(front.to(y).expand(len(y), *front.shape[-2:]) for front in fronts), y), 1)
 
 
-def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], **words: Any) -> Any:
+def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., object], **words: object) -> object:
     mask, extra = words.get("attention_mask"), sum(u.shape[-2] for u in present([u.embeddings() for u in updates]))
     if isinstance(mask, Tensor):
         words["attention_mask"] = extended(mask, extra, mask.shape[1] + extra)
@@ -158,50 +172,52 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], *
 
 
 def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
-    """Check that an embedding has the tokens that it had: transformers' resize_token_embeddings adds rows in place.
+    """Check that an embedding has not grown: transformers' resize_token_embeddings adds rows in place.
 
     Raises:
-        ShapeMismatch: it has others, so that the numbers of the new tokens are those of its own now.
+        ShapeMismatch: the number of rows changed, so the ids of the new tokens now belong to the embedding's own rows.
     """
     held, part = len(cast("Tensor", module.weight)), parts[0]
     if part.tokens is not None and held != part.tokens:
-        why = f"new tokens after {part.tokens} of the embedding, which has {held} now"
+        why = f"the new tokens are numbered after {part.tokens} tokens, but the embedding has {held} now"
         cure = "Call handle.remove() before the embedding changes its size, and inject the adapter again afterwards"
         raise ShapeMismatch(why, where=f"{part.target}: {part.updates[0].method}", cure=cure)
 
 
 def _with_tokens(
-    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], ids: Tensor, words: Words
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], ids: Tensor, words: Words
 ) -> Tensor:
-    """An embedding with more rows than it has."""
+    """Run an embedding with the rows of new tokens added."""
     held: Any = module.weight
     more = torch.cat(present([update.vocabulary() for update in updates])).to(held)
     new = ids >= len(held)
-    y: Tensor = forward(torch.where(new, 0, ids), **words)
+    y = forward(torch.where(new, 0, ids), **words)
+    assert isinstance(y, Tensor)
     return torch.where(new[..., None], more[torch.where(new, ids - len(held), 0)].to(y.dtype), y)
 
 
 def _at_attention(
-    module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: Words
-) -> Any:
-    """An attention with prefixes of its own, and prompts beside what it gives."""
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
+    words: Words,
+) -> object:  # fmt: skip
+    """Run an attention with its prefixes, and add the output of its attention over prompts."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
-    inner = partial(_prefixed, module, prefixes, biased, forward) if prefixes else forward
+    inner: Callable[..., object] = forward
+    if prefixes:
+        inner = lambda **words: with_prefixes(module, prefixes, biased, forward, words)  # noqa: E731
     return _with_prompts(module, prompts, inner, words) if prompts else inner(**words)
 
 
-def _prefixed(module: nn.Module, updates: Any, biased: Any, forward: Callable[..., Any], **words: Any) -> Any:
-    return with_prefixes(module, updates, biased, forward, words)
-
-
 def _with_prompts(
-    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], words: Words
-) -> Any:
-    """An attention that attends to prompts beside its input."""
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., object], words: Words
+) -> object:
+    """Run an attention and add to its output what the same queries read from the prompts."""
     heads, x = heads_of(module), words["hidden_states"]
+    assert isinstance(x, Tensor)
     out = forward(**words)
     y = out[0] if isinstance(out, tuple) else out
+    assert isinstance(y, Tensor)
     q = heads.queries(x, words)
     for update in updates:
         prompt: Any = update
@@ -222,8 +238,8 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
     where = f"{target}: {update.method}"
     if update.place == "vocabulary":
         if not isinstance(module, nn.Embedding):
-            why = f"new tokens in a {type(module).__name__}"
-            raise Unsupported(why, where=where, cure="Their target is an nn.Embedding")
+            why = f"new tokens cannot be added to a {type(module).__name__}"
+            raise Unsupported(why, where=where, cure="Target an nn.Embedding")
         wanted = module.embedding_dim
     elif update.place == "attention":
         wanted = heads_of(module).width
@@ -234,37 +250,37 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
         wanted = _width(module, update, where)
     dims = update.dims()
     if dims.get("dim", wanted) != wanted:
-        why = f"made for embeddings of {dims['dim']}; the model's have {wanted}"
+        why = f"the update was made for embeddings of width {dims['dim']}, but the model's have {wanted}"
         raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
 
 
 def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
-    """Checks that an attention takes a prefix of its own, and that it is made for its keys."""
+    """Check that an attention can take a prefix and that the prefix fits its keys."""
     if not is_attention(module) or update.place not in ("past", "prefix"):
-        why = f"{update.method} at a {type(module).__name__}"
-        raise Unsupported(why, where=where, cure="Prefixes are of attentions of transformers', other context of models")
+        why = f"{update.method} cannot be applied to a {type(module).__name__}"
+        raise Unsupported(why, where=where, cure="Target an attention of transformers for a prefix, else a whole model")
     dims = {"layers": 1, **update.dims()}
     gated = {"width": dims["width"]} if "gate" in update.tensors else {}
     for name, size in {"layers": 1, **key_sizes(module)}.items():
         has = {**dims, **gated}.get(name, size) if name != "width" else gated.get(name, size)
         if has != size:
-            why = f"made for {name}={has}; the attention has {size}"
+            why = f"the prefix was made for {name}={has}, but the attention has {size}"
             raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
 
 
 def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
-    """The width of a model's embeddings, once it is sure that the model takes the update."""
+    """Return the width of a model's embeddings after checking that the model takes the update."""
     names = inspect.signature(module.forward).parameters
     needed = {"inputs_embeds"} if update.place == "embeddings" else CACHES
     if not needed & set(names):
         why = (
             f"{update.method} does not apply to a {type(module).__name__}, which takes no {' or '.join(sorted(needed))}"
         )
-        raise Unsupported(why, where=where, cure="Context belongs to models that do, as those of transformers")
+        raise Unsupported(why, where=where, cure="Target a model that takes it, such as one of transformers")
     dims, sizes = update.dims(), sizes_of(module)
     for name, size in sizes.items():
         if update.place == "past" and dims[name] != size:
-            why = f"made for {name}={dims[name]}; the model has {size}"
+            why = f"the update was made for {name}={dims[name]}, but the model has {size}"
             raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
     weight: Any = embedding_of(module).weight
     return int(weight.shape[1])
@@ -273,23 +289,24 @@ def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
-Words = dict[str, Any]
+Words = dict[str, object]
 """Arguments of a call, by name."""
 
 
-def check_tasks(updates: Sequence[Update], tasks: Any) -> None:
-    """Check the numbers of tasks that a call brought; indexing would take -1 for the last task.
+def check_tasks(updates: Sequence[Update], tasks: object) -> None:
+    """Check the task ids of a call; indexing would read -1 as the last task.
 
     Raises:
-        UsageError: an update has no such task.
+        UsageError: an update does not have such a task.
     """
-    known = isinstance(tasks, Tensor) and type(tasks) is Tensor and not tasks.is_meta and tasks.numel() > 0
-    if not known or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
+        return
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return
     for update in updates:
         count: Any = update.dims().get("tasks")
         if count is not None and not (int(tasks.min()) >= 0 and int(tasks.max()) < count):
-            why = f"no such task among {count}: {tasks.tolist()}"
+            why = f"an update has {count} tasks, but the call asks for {tasks.tolist()}"
             raise UsageError(why, where="task_ids", cure=f"Pass numbers from 0 to {count - 1}")
 
 
@@ -299,9 +316,9 @@ class ContextCall:
 
     Attributes:
         module: the model.
-        updates: in the order in which they were attached.
-        words: what it is called with; changed on the way.
-        names: its parameters' names.
+        updates: the updates, in the order in which they were attached.
+        words: the arguments of the call; `run` changes them.
+        names: the parameter names of the model's forward.
     """
 
     module: nn.Module
@@ -315,9 +332,9 @@ class ContextCall:
         self.cache_word = "cache" if "cache" in self.names else "past_key_values"
         if self.cache_word == "cache" and "past_key_values" in self.words:
             self.words["cache"] = self.words.pop("past_key_values")
-        task = self.words.pop("task_ids", None)
+        task = cast("int | Tensor | None", self.words.pop("task_ids", None))
         if self.pair and task is not None:
-            raise Unsupported("tasks of rows in a model with an encoder", cure="Set the update's own task")
+            raise Unsupported("an encoder-decoder model takes no task ids", cure="Set the update's `task` instead")
         check_tasks(self.updates, task)
         fronts = [u.decoder_embeddings(task) if self.pair else u.embeddings(task) for u in self.updates]
         self.fronts, self.pasts = present(fronts), present([update.past() for update in self.updates])
@@ -325,19 +342,19 @@ class ContextCall:
 
     @property
     def seen(self) -> int:
-        cache = self.words.get(self.cache_word)
+        cache: Any = self.words.get(self.cache_word)
         return 0 if cache is None else int(cache.get_seq_length())
 
-    def run(self, forward: Callable[..., Any]) -> Any:
+    def run(self, forward: Callable[..., object]) -> object:
         seen, given = self.seen, self.words.get(self.cache_word)
         if self.pair:
             self._extend_encoder_mask()
         if self.past or self.front:
             self._extend_decoder(seen)
-        out = forward(**self.words)
+        out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
-            raise Unsupported("the model did not read its past keys and values", cure="Use a model with a cache")
-        # A caller that wants no cache gets none, or it would go on with it and repeat its tokens.
+            raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
+        # A caller that did not want a cache must not get one: it would continue with the cache and repeat its tokens.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out
@@ -356,15 +373,15 @@ class ContextCall:
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
     def _length(self) -> int:
-        """How many tokens of its own the call brings."""
+        """Return the number of tokens that the call itself brings."""
         ids, embeds = (self.words.get(f"{self.own}{name}") for name in ("input_ids", "inputs_embeds"))
         if ids is None and embeds is None and self.pair and self.words.get("labels") is not None:
             shifted: Any = self.module
             ids = shifted.prepare_decoder_input_ids_from_labels(labels=self.words["labels"])
             self.words["decoder_input_ids"] = ids
-        tokens = ids if embeds is None else embeds
+        tokens: Any = ids if embeds is None else embeds
         if tokens is None:
-            raise Unsupported("a call without tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
+            raise Unsupported("the call brings no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
         self.batch = int(tokens.shape[0])
         return int(tokens.shape[1])
 
@@ -373,19 +390,19 @@ class ContextCall:
         words[f"{own}inputs_embeds"] = _joined(self.module, self.fronts, words, own)
         words.pop(f"{own}input_ids", None)
         for name, value in (("labels", -100), ("token_type_ids", 0)):
-            given = words.get(name)
+            given: Any = words.get(name)
             if given is not None and given.ndim == 2:
                 words[name] = torch.cat((given.new_full((len(given), self.front), value), given), 1)
 
     def _fill(self) -> None:
-        """The cache with the prefix in it."""
+        """Put the prefix into the cache of the call."""
         cache: Any = self.words.get(self.cache_word)
         cache = _new_cache(self.pair) if cache is None else cache
         if getattr(cache, "is_compileable", False):
             cure = "Leave generate's cache_implementation at its default"
-            raise Unsupported("a prefix in a cache of fixed size", cure=cure)
+            raise Unsupported("a cache of fixed size has no room for a prefix", cure=cure)
         if self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
-            raise Unsupported("gradient checkpointing does away with the prefix", cure="Train without it")
+            raise Unsupported("gradient checkpointing discards the prefix", cure="Train without gradient checkpointing")
         device, dtype = self._met()
         past = torch.cat([past.to(device, dtype) for past in self.pasts], 3)
         for layer, (keys, values) in enumerate(past):
@@ -394,22 +411,22 @@ class ContextCall:
         self.words[self.cache_word] = cache
 
     def _met(self) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype of the embeddings that the call brings, or makes of its tokens.
+        """Return the device and dtype of the call's embeddings, or of those that its token ids will get.
 
         Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
         layerwise casting).
         """
-        embeds = self.words.get(f"{self.own}inputs_embeds")
+        embeds: Any = self.words.get(f"{self.own}inputs_embeds")
         if embeds is not None:
             return embeds.device, embeds.dtype
         embedding: Any = embedding_of(self.module)
         weight = embedding.weight
-        tokens: Tensor = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
+        tokens: Any = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
         return tokens.device, compute_dtype(embedding) or weight.dtype
 
     def _move_positions(self, seen: int, extra: int) -> None:
         name = f"{self.own}position_ids"
-        given = self.words.get(name)
+        given: Any = self.words.get(name)
         if given is None:
             return
         moved = given + extra
@@ -419,10 +436,10 @@ class ContextCall:
         self.words[name] = moved
 
     def _extend_encoder_mask(self) -> None:
-        """The encoder adds its virtual tokens itself; a decoder looks back at them."""
-        hidden = self.words.get("encoder_outputs")
+        """Extend the mask of the encoder's output by its virtual tokens, which the encoder adds itself."""
+        hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
-        given = next((each for each in tokens if each is not None), None)
+        given: Any = next((each for each in tokens if each is not None), None)
         extra = sum(front.shape[-2] for front in present([update.embeddings() for update in self.updates]))
         if hidden is not None:
             total = hidden[0].shape[1]
@@ -438,7 +455,7 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
     fronts = present([update.embeddings() for update in updates])
     given = words.get("inputs_embeds") if words.get("input_ids") is None else words.get("input_ids")
     if given is None:
-        raise Unsupported("a call without tokens", cure="Pass input_ids or inputs_embeds")
+        raise Unsupported("the call brings no tokens", cure="Pass input_ids or inputs_embeds")
     extra = sum(front.shape[-2] for front in fronts)
     embeds = _joined(module, fronts, words, "")
     mask = extended(words.get("attention_mask"), extra, embeds.shape[1])
@@ -447,12 +464,12 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
 
 
 def present(found: Sequence[Tensor | None]) -> list[Tensor]:
-    """Without those that are not there."""
+    """Return the tensors that are not None."""
     return [each for each in found if each is not None]
 
 
 def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, own: str) -> Tensor:
-    """Virtual tokens and the embeddings of the input."""
+    """Return the virtual tokens followed by the embeddings of the input."""
     embeds: Any = words.get(f"{own}inputs_embeds")
     if embeds is None:
         embeds = embedding_of(module)(words[f"{own}input_ids"])
@@ -460,22 +477,22 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, own: str)
     return torch.cat((*rows, embeds), 1)
 
 
-def extended(mask: Any, extra: int, total: int) -> Any:
-    """A mask with ones for `extra` virtual tokens, unless it has all `total` already."""
+def extended(mask: object, extra: int, total: int) -> object:
+    """Return a mask extended by ones for `extra` virtual tokens, unless it covers all `total` tokens already."""
     if mask is None or not extra:
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         cure = "Pass a mask [batch, tokens], and leave generate's cache_implementation at its default"
-        raise Unsupported("virtual tokens under a mask that is not [batch, tokens]", cure=cure)
+        raise Unsupported("virtual tokens need a mask of shape [batch, tokens]", cure=cure)
     if mask.shape[1] == total:
         return mask
     if mask.shape[1] != total - extra:
-        why = f"a mask of {mask.shape[1]} tokens, where the input and the cache have {total - extra}"
+        why = f"the mask covers {mask.shape[1]} tokens, but the input and the cache have {total - extra}"
         raise ShapeMismatch(why, where="attention_mask", cure="Pass one number for each token of the input")
     return torch.cat((mask.new_ones(len(mask), extra), mask), 1)
 
 
-def _new_cache(pair: bool) -> Any:
+def _new_cache(pair: bool) -> Cache:
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache()) if pair else DynamicCache()

@@ -1,15 +1,15 @@
-"""Keep an adapter's numbers when the module that holds them is converted or emptied.
+"""Keep an adapter's values when the module that holds them is converted or emptied.
 
-`model.to()`, `half()`, `to_empty()` and their like all end in `nn.Module._apply`, which runs one function over each
-tensor of a module. Two of these functions would lose an adapter without a word:
+`model.to()`, `half()`, `to_empty()` and similar methods all call `nn.Module._apply`, which runs one function over each
+tensor of a module. Two of these functions would silently destroy an adapter:
 
-* `to_empty()` replaces every tensor by uninitialised memory. People then load the base's state dict, which has no
+* `to_empty()` replaces every tensor with uninitialised memory. Users then load the base's state dict, which has no
   tensor of the adapter.
-* Casting to a storage type of 8 bits (diffusers' `enable_layerwise_casting`, `model.to(torch.float8_e4m3fn)`) rounds
-  the adapter to three bits of mantissa, and layerwise casting does so after every forward.
+* Casting to an 8-bit storage type (diffusers' `enable_layerwise_casting`, `model.to(torch.float8_e4m3fn)`) rounds the
+  adapter to three bits of mantissa, and layerwise casting does so after every forward.
 
-So each module that holds tensors of an adapter has an `_apply` of its own, as an attribute of the instance. It moves
-them to the new device and leaves their numbers as they are.
+So each module that holds an adapter's tensors gets its own `_apply`, as an attribute of the instance. It moves the
+adapter's tensors to the new device and keeps their values.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
 
 APPLY = "_apply"
-"""The method of a module that all conversions end in."""
+"""The method of a module that all conversions call."""
 
 
 class Conversion:
-    """The `_apply` of a module that holds tensors of an adapter.
+    """The `_apply` of a module that holds an adapter's tensors.
 
     Args:
         module: the module.
-        is_leaf: whether a parameter or buffer of a name belongs to an adapter.
+        is_leaf: a function that says whether a parameter or buffer of this name belongs to an adapter.
     """
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
         self.module, self.is_leaf = module, is_leaf
         self.before = module.__dict__.get(APPLY)
 
-    def __call__(self, function: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """Convert the module's tensors, as `nn.Module._apply`.
+    def __call__(self, function: Callable[[Tensor], Tensor], *args: object, **kwargs: object) -> nn.Module:
+        """Convert the module's tensors, as `nn.Module._apply` does.
 
         Raises:
-            Unsupported: `to_empty()`, and the adapter's tensors are on the meta device: their numbers are lost.
+            Unsupported: `to_empty()` was called, and the adapter's tensors are on the meta device, so their values are
+            lost.
         """
         module: Any = self.module
         named = [*module._parameters.items(), *module._buffers.items()]
@@ -49,7 +51,7 @@ class Conversion:
         empties = getattr(function, "__qualname__", "").startswith("Module.to_empty.")
         lost = next((name for name, tensor in leaves if tensor.is_meta), None)
         if empties and lost is not None:
-            why = "to_empty() of a model whose adapter is on the meta device: its numbers are lost"
+            why = "to_empty() on a model whose adapter is on the meta device loses the adapter's values"
             cure = "Call handle.remove() before the model goes to meta, and inject the adapter after loading"
             raise Unsupported(why, where=lost, cure=cure)
         casts = casts_layerwise(module)
@@ -68,13 +70,13 @@ class Conversion:
 
 
 def guard(module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
-    """Keep the numbers of the adapters' tensors in a module from now on."""
+    """Keep the values of the adapters' tensors in a module from now on."""
     if not isinstance(module.__dict__.get(APPLY), Conversion):
         module.__dict__[APPLY] = Conversion(module, is_leaf)
 
 
 def unguard(module: nn.Module) -> None:
-    """Give a module back the `_apply` that it had."""
+    """Give a module its previous `_apply` back."""
     standing = module.__dict__.get(APPLY)
     if isinstance(standing, Conversion):
         del module.__dict__[APPLY]
@@ -87,7 +89,8 @@ def casts_layerwise(module: nn.Module) -> bool:
     return compute_dtype(module) is not None
 
 
-def compute_dtype(module: nn.Module) -> Any:
-    """Return the dtype that diffusers casts the module's weights to for each forward; None where it does not."""
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype that diffusers casts the module's weights to for each forward, or None if it does not."""
     hooks = module.__dict__.get("_diffusers_hook")
-    return getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
+    found: torch.dtype | None = getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)
+    return found

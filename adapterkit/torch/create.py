@@ -1,4 +1,4 @@
-"""Fresh adapters for a live model, to be trained through `inject`."""
+"""Create new adapters for a live model, to be trained through `inject`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..core.adapter import LAYOUTS, Adapter, BaseRef, Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
-from ..linalg.torch_draws import seeded
+from ..linalg.rotations import seeded
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
 
 
+Value = TypeVar("Value")
+
 Choice = str | re.Pattern[str] | type[nn.Module]
-"""A choice of targets: a glob, "re:" and a regular expression or a compiled one, a class of modules, "all-linear"."""
+"""One choice of targets: a glob, "re:" and a regular expression, a compiled one, a module class, or "all-linear"."""
 
 
 def create(
@@ -52,52 +54,53 @@ def create(
     data: Iterable[object] | None = None, rho: float = 2.0, dropout: float = 0.0, seed: int = 0,
     layout: str | None = None, **attributes: object,
 ) -> Adapter:  # fmt: skip
-    """Return a fresh adapter, to be trained through `inject(model, adapter, trainable=True)`.
+    """Return a new adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
-    With the same seed, `lora` and `dora` begin with the numbers that PEFT draws after `torch.manual_seed(seed)`.
-    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA, LoftQ), the
-    adapter holds the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the
-    same in every file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with
-    `on_loss="promote"`, as one LoRA of twice the rank; what LoftQ subtracts is a whole matrix, which is no LoRA.
+    With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
+    initialiser changes the model. PEFT overwrites the base in some cases (PiSSA, OLoRA, CorDA, LoftQ); here the adapter
+    stores the subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same
+    in every file, and `handle.remove()` restores the base. LoRA-only formats store it with `on_loss="promote"`, as one
+    LoRA of twice the rank. This is not possible for LoftQ, which subtracts a full matrix.
 
     Args:
-        model: the model it is for; names of wrappers (`torch.compile`, DDP, PEFT) are left out of the targets.
+        model: the model that the adapter is for. Target names omit wrappers (`torch.compile`, DDP, PEFT).
         method: the method's name.
-        targets: one choice or several, each of which must match something. Globs match whole dotted names of modules
-            with a weight (of all modules for a method of outputs) and of parameters, or the end of them after a dot;
-            regular expressions match whole names.
-            "all-linear" is every linear layer (and GPT-2's Conv1D) but the output head: what
-            `get_output_embeddings()` of a transformers model returns or, for its classifiers, `score` or `classifier`.
-            Context has its own place, but for the attentions of adaption prompts: all, unless globs choose.
-        exclude: choices that are taken out again, each of which must match something.
-        layers: numbers of the blocks to adapt, the first number in a name; all when not given.
-        rank: the inner size, for methods that have one; the number of virtual tokens, for those of context.
-        alpha: scaling times rank; without it the scaling is 1, or what `scaling=` says.
-        rank_pattern: regular expression for the end of a name, after a dot -> the rank there; the first that matches
-            counts.
+        targets: one or several choices, each of which must match something. A glob matches the whole dotted name, or
+            the part after any dot, of parameters and of modules with a weight (of all modules, for a method that
+            changes outputs). A regular expression must match the whole name.
+            "all-linear" matches every linear layer (and GPT-2's Conv1D) except the output head. The head is the result
+            of `get_output_embeddings()` of a transformers model or, in its classifiers, `score` or `classifier`.
+            Methods that add context ignore `targets`, except adaption prompts, which use all attentions unless globs
+            choose some.
+        exclude: choices that are removed from the targets, each of which must match something.
+        layers: the numbers of the blocks to adapt: the first number in a name. All if not given.
+        rank: the inner size, for methods that have one; the number of virtual tokens, for methods that add context.
+        alpha: scaling times rank. If not given, the scaling is `scaling=`, or 1.
+        rank_pattern: a map from regular expressions for the end of a name, after a dot, to the rank there. The first
+            match counts.
         alpha_pattern: the same for alpha.
-        use_rslora: divide alpha by the root of the rank.
-        init: what `lora` and `dora` begin with: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
-            steps of a randomised SVD), `olora`, `loftq` (beside weights rounded to nf4; `loftq_int8` to 8 bits,
-            `loftq_iter_N` and `loftq_int8_iter_N` in N steps), and from data `corda` (`corda_kpm` for its other mode)
+        use_rslora: divide alpha by the square root of the rank.
+        init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
+            steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
+            `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and with data `corda` (`corda_kpm` for its other mode)
             and `eva`.
         data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
-            arguments, anything else as its one argument.
-        rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
+            positional arguments, anything else as the only argument.
+        rho: for `eva`, the highest multiple of its rank that a layer may get when ranks are redistributed by explained
             variance; 1 leaves them equal.
-        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`. For LoHa and
-            LoKr, the probability that a row of the change is 0 (`rank_dropout`); for OFT and BOFT, the share of blocks
-            that do not rotate.
-        seed: the seed of the numbers drawn.
-        layout: the axis order of targets that are parameters, where neither the model's family nor its number of
-            experts tells it; one of `LAYOUTS`.
-        attributes: the method's own plain values, and `sizes`.
+        dropout: in training, the probability that an input of the change is 0, as in PEFT's `lora_dropout`. For LoHa
+            and LoKr, the probability that a row of the change is 0 (`rank_dropout`); for OFT and BOFT, the share of
+            blocks that do not rotate.
+        seed: the seed of the random numbers.
+        layout: the axis order of targets that are parameters, if neither the model's family nor its number of experts
+            determines it; one of `LAYOUTS`.
+        attributes: the method's other plain values, and `sizes`.
 
     Raises:
         TargetNotFound: no target matches.
-        Unsupported: unknown method, or one without an initial value, or a layer that cannot take it.
-        UsageError: arguments contradict each other, an attribute that the method lacks, a rank below 1, a regular
-            expression that is none, data that is missing, or a parameter whose layout nothing tells.
+        Unsupported: the method is unknown or has no initial value, or a layer cannot take it.
+        UsageError: arguments contradict each other, the method lacks an attribute, a rank is below 1, a regular
+            expression is invalid, data is missing, or the layout of a parameter is unknown.
     """
     cls = METHODS[method]
     if rank < 1 or (alpha is not None and "scaling" in attributes):
@@ -112,11 +115,13 @@ def create(
     unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields(), *cls.sizes}]
     if unknown:
         known = ", ".join((*cls.attribute_fields(), *cls.sizes))
-        raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {known}")
+        raise UsageError(f"{method} has no attribute {unknown[0]!r}", cure=f"Choose among {known}")
     starts = cls in (LoRA, DoRA)
     find(init)
     if init != "default" and not starts:
-        raise UsageError(f"{method} has one way to begin", where="init", cure="init= is for lora and dora")
+        raise UsageError(
+            f"{method} has only one initialiser", where="init", cure="Leave init= out, or use lora or dora"
+        )
     paths = _matching(model, targets, exclude, layers, cls.kind == "output")
     sizes = {path: _Size.of(unwrapped(model, path), rank, alpha, rank_pattern, alpha_pattern) for path in paths}
     seen = _seen(model, paths, init, data)
@@ -127,7 +132,7 @@ def create(
     shapes = [_shape(model, path, target) for path, target in places.items()]
     shared = cls.shared(shapes, rank, _random(generator))
     if shared and rank_pattern:
-        raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Leave it out")
+        raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Leave rank_pattern= out")
     updates: dict[Target, tuple[Update, ...]] = {}
     with seeded(seed), torch.no_grad():
         for path, target in places.items():
@@ -148,9 +153,9 @@ def create(
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that a model was loaded from, as its config names them; {} if they are gone.
+    """Return the fingerprint of the files that a model was loaded from, according to its config; {} if they are gone.
 
-    The weights in memory would be of no use: they may be cast, quantized or on other devices, and under other names.
+    The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
     """
     name = _loaded_from(model)
     if name is None:
@@ -163,14 +168,14 @@ def _stored_base(model: nn.Module) -> dict[str, str]:
 
 
 def _loaded_from(model: nn.Module) -> str | None:
-    """Return the repository or folder that a model was loaded from, as its config names it."""
+    """Return the repository or folder that a model was loaded from, according to its config."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return name if isinstance(name, str) and name else None
 
 
 def _cached(repo: str) -> Path | None:
-    """Return the folder of a repository in the hub's cache; nothing is fetched."""
+    """Return the folder of a repository in the hub's cache, without downloading."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -183,7 +188,7 @@ def _cached(repo: str) -> Path | None:
 
 @dataclass(frozen=True)
 class _Size:
-    """The rank at one target, and alpha if there is one."""
+    """The rank at one target, and alpha if it was given."""
 
     rank: int
     alpha: float | None
@@ -195,43 +200,43 @@ class _Size:
     ) -> _Size:  # fmt: skip
         found = cls(_by_pattern(ranks, name, rank), _by_pattern(alphas, name, alpha))
         if found.rank < 1:
-            raise UsageError("rank is below 1", where=name, cure="Correct rank_pattern")
+            raise UsageError("the rank is below 1", where=name, cure="Correct rank_pattern=")
         return found
 
     def attributes(self, use_rslora: bool) -> dict[str, float]:
         if self.alpha is None:
             if use_rslora:
-                raise UsageError("use_rslora divides alpha", where="alpha", cure="Pass alpha=")
+                raise UsageError("use_rslora=True divides alpha, which is not given", where="alpha", cure="Pass alpha=")
             return {}
         return {"scaling": self.alpha / (self.rank**0.5 if use_rslora else self.rank)}
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a name, as PEFT reads them."""
+def _by_pattern(patterns: Mapping[str, Value] | None, name: str, otherwise: Value) -> Value:
+    """Return the value of the first pattern that matches the end of a name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
             return value
     return otherwise
 
 
-def _refuse(method: str, given: Mapping[str, Any]) -> None:
+def _refuse(method: str, given: Mapping[str, object]) -> None:
     name = next((name for name, value in given.items() if value), None)
     if name is not None:
-        raise UsageError(f"{method} does not look at it", where=name, cure="Leave it out")
+        raise UsageError(f"{method} does not use {name}", where=name, cure=f"Leave {name}= out")
 
 
 def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[object] | None) -> dict[str, Moments]:
     if (data is not None) != (init in OF_DATA):
-        why = f"init={init!r} {'needs data' if data is None else 'looks at no data'}"
+        why = f"init={init!r} {'needs data' if data is None else 'does not use data'}"
         raise UsageError(why, where="data", cure=f"Pass data= with one of init={', '.join(sorted(OF_DATA))}")
     return {} if data is None else moments_of(model, paths, data)
 
 
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
-    """EVA's ranks: the budget of all layers goes to the directions that explain most of their layer's variance.
+    """Redistribute ranks as EVA does: directions that explain more of their layer's variance get them first.
 
-    A layer may have rho times its rank at most; alpha changes with the rank, so that the scaling stays. Layers that
-    get nothing are left out.
+    The sum of all ranks stays. A layer gets at most rho times its rank; its alpha changes with the rank, so its scaling
+    stays. Layers that get no rank are omitted.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -246,10 +251,10 @@ def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: fl
 
 
 def _started(
-    cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int, attributes: dict[str, Any],
-    seen: Moments | None,
+    cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int,
+    attributes: Mapping[str, object], seen: Moments | None,
 ) -> tuple[Update, ...]:  # fmt: skip
-    """The updates of a LoRA that begins as PEFT's does; what the base loses by it comes first."""
+    """Return the updates of a new LoRA: first the part that its initialiser subtracts from the base, if any."""
     W, module = _weight(model, path, target), _module(model, path)
     try:
         cls.check_axes(tuple(W.shape))
@@ -264,7 +269,7 @@ def _started(
 
 
 def _own(leaf: object) -> Tensor:
-    """In memory of its own, in the order in which a file has it: so training starts alike from either."""
+    """Copy a leaf to its own memory in the axis order of a file, so that training starts the same from either."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -274,7 +279,7 @@ def _random(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> R
 
 def _fresh(
     cls: type[Update], model: nn.Module, path: str, target: Target, rank: int, generator: torch.Generator,
-    attributes: dict[str, Any],
+    attributes: Mapping[str, object],
 ) -> Update:  # fmt: skip
     W, b = _weight(model, path, target), _bias(model, path)
     random = _random(generator, W.dtype)
@@ -297,26 +302,26 @@ def _target(model: nn.Module, path: str, layout: str | None) -> Target:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path; None where it is a parameter's."""
+    """Return the module at a path, or None if the path is a parameter's."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent)._modules.get(name)
 
 
 def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
-    """The weight's shape as updates see it, an expert's where they are stacked."""
+    """Return the shape of the weight as updates see it; for stacked experts, the shape of one expert."""
     module = _module(model, path)
     if module is not None and not _weighted(module):
         return tuple(_as_if_square(module, path).shape)
     held: Any = getattr(module, "weight", None)
     if is_lazy(held):
-        cure = "Call the model once, so that it takes its sizes from its input"
-        raise Unsupported(f"a {type(module).__name__} without a weight yet", where=path, cure=cure)
+        cure = "Call the model once, so that the module gets its sizes from the input"
+        raise Unsupported(f"this {type(module).__name__} has no weight yet", where=path, cure=cure)
     stored = tuple(model.get_parameter(path).shape) if module is None else stored_shape(module)
     return tuple(view(torch.empty(stored, device="meta"), target).shape)[int(target.stacked) :]
 
 
 def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
-    """The weight as updates see it, on the CPU in at least float32."""
+    """Return the weight as updates see it, on the CPU, in at least float32."""
     module: Any = _module(model, path)
     if module is not None and not _weighted(module):
         return _as_if_square(module, path)
@@ -326,15 +331,15 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
         stored = dequantized(module) if is_packed(module) else module.weight
     narrow = stored.dtype.itemsize < 2 and (module is None or not casts_layerwise(module))
     if not stored.is_floating_point() or narrow:
-        raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
+        raise Unsupported(f"the weight has dtype {stored.dtype}", where=path, cure="Load the base unquantized")
     return view(_read(model, stored, path), target)
 
 
 def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
-    """A tensor of the base on the CPU, in at least float32.
+    """Return a tensor of the base on the CPU, in at least float32.
 
     Raises:
-        Unsupported: its numbers are on the disk, or it is on the meta device and has none.
+        Unsupported: its values are on disk, or it is on the meta device and has none.
     """
     check_on_hand(model, [stored], where)
     if stored.is_meta:
@@ -352,21 +357,21 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
-    """Zeros in the place of the weight of a module without one: as many channels as the last of its parts gives.
+    """Return zeros in place of the weight of a module without one, with the output channels of its last weighted part.
 
-    A table comes last where it is a bias on positions, so that it only counts where there is nothing else.
+    Embeddings are considered last, because they may be biases on positions.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
     if not parts:
-        raise Unsupported("a module without a weight inside", where=path, cure="Build the update from tensors instead")
+        raise Unsupported("no module inside it has a weight", where=path, cure="Build the update from tensors instead")
     target = Target(path, stored_layout(parts[-1]) or "out *in")
     size = view(torch.empty(stored_shape(parts[-1]), device="meta"), target).shape[0]
     return torch.zeros(size, size)
 
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
-    """The bias of a module, or the one that goes with a parameter as `in_proj_bias` does with `in_proj_weight`."""
+    """Return the bias of a module, or the one that belongs to a parameter, as `in_proj_bias` to `in_proj_weight`."""
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
@@ -374,7 +379,10 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
-    """The axis order of a parameter that is no module's weight: by the family, the number of experts, or not at all."""
+    """Return the axis order of a parameter that is not a module's weight.
+
+    It follows from the model's family or its number of experts.
+    """
     config: Any = getattr(model, "config", None)
     words = config.to_dict() if hasattr(config, "to_dict") else {}
     experts = {words.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")}
@@ -384,7 +392,7 @@ def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     known = turned is not None or isinstance(owner, nn.MultiheadAttention | nn.RNNBase)
     if stored.ndim < 2 or stacked or (stored.ndim == 2 and known):
         return f"{'e ' if stacked else ''}{'in out *k' if turned else 'out *in'}"
-    why = f"a parameter of {list(stored.shape)} whose axes nothing tells"
+    why = f"the axis order of this parameter of shape {list(stored.shape)} is unknown"
     raise UsageError(why, where=path, cure=f"Pass layout=, one of {', '.join(map(repr, LAYOUTS))}")
 
 
@@ -407,7 +415,7 @@ def _matching(
         found = {name for name, match in numbers.items() if match and int(match[1]) in wanted}
     if not found:
         cure = "Correct targets=, exclude= or layers="
-        raise TargetNotFound("no target is left", where=f"exclude={exclude}, layers={layers}", cure=cure)
+        raise TargetNotFound("no target remains", where=f"exclude={exclude}, layers={layers}", cure=cure)
     return [name for name in names if name in found]
 
 
@@ -428,9 +436,7 @@ def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], nam
     else:
         found = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
     if not found:
-        cure = (
-            nearest(str(choice), names.values()) or "Targets are names in model.named_modules() and named_parameters()"
-        )
+        cure = nearest(str(choice), names.values()) or "Use names from model.named_modules() and named_parameters()"
         raise TargetNotFound("no module with a weight and no parameter matches", where=str(choice), cure=cure)
     return found
 
@@ -439,7 +445,7 @@ def _pattern(choice: str | re.Pattern[str]) -> re.Pattern[str]:
     try:
         return re.compile(choice.removeprefix("re:") if isinstance(choice, str) else choice)
     except re.error as error:
-        cure = "Correct it, or leave re: out to give a glob"
+        cure = "Correct the expression, or remove re: to give a glob"
         raise UsageError(f"not a regular expression: {error}", where=str(choice), cure=cure) from None
 
 
@@ -448,7 +454,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """The output head, as PEFT tells it for its own "all-linear"."""
+    """Return the output head, found as PEFT finds it for "all-linear"."""
     of: Any = model
     if not hasattr(model, "get_output_embeddings"):
         return None
@@ -457,22 +463,24 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def create_context(
-    model: nn.Module, cls: type[ContextUpdate], targets: Any, tokens: int, seed: int, attributes: dict[str, Any]
-) -> Adapter:
-    """A fresh adapter of the model's context; sizes come from the model and its config.
+    model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], tokens: int, seed: int,
+    attributes: Mapping[str, object],
+) -> Adapter:  # fmt: skip
+    """Return a new adapter that adds context to the model; sizes come from the model and its config.
 
     Args:
-        model: the model it is for.
+        model: the model that the adapter is for.
         cls: the method.
-        targets: globs over names of attentions, for methods that speak to those.
-        tokens: how many virtual tokens; a list `index=` in `attributes` says whose embeddings they begin with.
-        seed: the seed of the numbers drawn.
-        attributes: the method's own plain values.
+        targets: globs over names of attentions, for methods that act on attentions.
+        tokens: the number of virtual tokens; a list `index=` in `attributes` gives the tokens whose embeddings they
+            start with.
+        seed: the seed of the random numbers.
+        attributes: the method's plain values.
 
     Raises:
         TargetNotFound: no attention matches.
-        UsageError: the method has no such attribute.
-        Unsupported: the model does not tell its sizes.
+        UsageError: the method does not have such an attribute.
+        Unsupported: the model's config does not contain its sizes.
     """
     embedding: Any = embedding_of(model)
     W = _read(model, embedding.weight, "input embedding").mT
@@ -481,21 +489,24 @@ def create_context(
     def random(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=W.dtype) * 2 - 1
 
-    given = dict(attributes)
+    given: dict[str, Any] = dict(attributes)
     if cls.place in ("past", "prefix"):
         given.setdefault("sizes", sizes_of(model))
         if given["sizes"].keys() != {"layers", "heads", "d"}:
-            raise Unsupported("the config does not tell layers and heads", cure="Pass sizes=dict(layers=, heads=, d=)")
+            why = "the model's config does not give its number of layers and heads"
+            raise Unsupported(why, cure="Pass sizes=dict(layers=, heads=, d=)")
 
     def made() -> ContextUpdate:
         try:
             return cls.initial(W, None, tokens, random, **given).map(_own)
         except TypeError as error:
             known = ", ".join(("index", *cls.attribute_fields()))
-            raise UsageError(str(error).rpartition("() ")[2], where=cls.__name__, cure=f"It has {known}") from None
+            raise UsageError(
+                str(error).rpartition("() ")[2], where=cls.__name__, cure=f"Choose among {known}"
+            ) from None
 
-    paths = _paths(model, cls, targets, embedding)
-    # New tokens are the same ones in every module that shares the embedding's weight.
+    paths = _paths(model, cls, targets, embedding.weight)
+    # Modules that share the embedding's weight share its new tokens too.
     same = made() if cls.place == "vocabulary" else None
     adapter = Adapter({Target(path): (same or made(),) for path in paths})
     stored = _stored_base(model)
@@ -504,20 +515,20 @@ def create_context(
     return adapter
 
 
-def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:
+def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Choice | Sequence[Choice], table: Tensor) -> list[str]:
     if cls.place == "vocabulary":
-        sharing = set(names_sharing(model, embedding.weight))
+        sharing = set(names_sharing(model, table))
         alike = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         return [name for name in alike if f"{name}.weight".lstrip(".") in sharing]
     if cls.place not in ("attention", "prefix"):
         return [""]
-    globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
+    globs = ["*"] if targets == "all-linear" else [str(choice) for choice in _choices(targets)]
     takes = is_attention if cls.place == "prefix" else _has_heads
     found = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
     if not found:
-        cure = "Globs are matched against the names of model.named_modules()"
-        kind = "transformers'" if cls.place == "prefix" else "Llama's kind or GPT-2's"
-        raise TargetNotFound(f"no attention of {kind} matches", where=str(targets), cure=cure)
+        cure = "Pass globs that match names of model.named_modules()"
+        kind = "of transformers" if cls.place == "prefix" else "like Llama's or GPT-2's"
+        raise TargetNotFound(f"no attention {kind} matches", where=str(targets), cure=cure)
     return found
 
 

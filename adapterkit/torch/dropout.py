@@ -1,17 +1,17 @@
-"""Dropout in training, as PEFT has it for each method; the method's class says which kind (`Update.dropout`).
+"""Apply dropout in training as PEFT does; each method's class names its kind of dropout (`Update.dropout`).
 
 * `input`: y = layer(x) + change(dropout(x)); the base sees the whole input. PEFT: `lora_dropout`, `vera_dropout` ...
 * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr.
 * `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT and `boft_dropout`.
 
-Each update draws from torch's global generator after the base has run, what PEFT draws in its place: with one seed the
-losses are PEFT's.
+Each update draws from torch's global generator after the base has run, and draws the numbers that PEFT draws there. So
+with the same seed the losses equal PEFT's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,22 +24,25 @@ from ..errors import Unsupported, UsageError
 from ..formats.peft.compose import DROPOUTS
 from .layers import Layer, WeightDifference
 
+if TYPE_CHECKING:
+    from ..core.updates.layer import Layer as FormulaLayer
+
 
 def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
-    """Check a probability, and that a method's change has an input that can be dropped.
+    """Check that the dropout is a probability and that the method supports dropout.
 
     Raises:
-        UsageError: it is not between 0 and 1.
-        Unsupported: the method changes outputs or context.
+        UsageError: the dropout is below 0, or not below 1.
+        Unsupported: the method changes outputs or context, which have no dropout.
     """
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}", cure="Pass a probability")
     if dropout and cls.kind not in ("additive", "weight"):
-        raise Unsupported(f"{method} has no dropout", where="dropout", cure="Leave dropout out")
+        raise Unsupported(f"{method} has no dropout", where="dropout", cure="Leave dropout= out")
 
 
 def dropout_of(adapter: Adapter) -> float:
-    """The dropout that an adapter was created with, or trained with in PEFT; 0 without either."""
+    """Return the dropout that an adapter was created with, or trained with in PEFT; 0 if neither is recorded."""
     told = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     held = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = held if isinstance(held, dict) else {}
@@ -49,24 +52,24 @@ def dropout_of(adapter: Adapter) -> float:
 
 def dropped_change(
     layer: Layer, updates: Sequence[Update], x: Tensor, p: float, live: Callable[[Update], Update]
-) -> Any:
-    """The changes of updates in order, each over an input of its own with some numbers dropped; without the base.
+) -> Tensor | float:
+    """Return the sum of the changes of updates in order, without the base, each computed from its own dropped input.
 
     Args:
-        layer: the layer without them.
-        updates: in order of application. One that is not trained at all sees the whole input.
-        x: the layer's input; token numbers are not dropped.
-        p: the probability that a number is 0; the others are divided by 1 - p.
-        live: puts an update on the layer's device and into its dtype.
+        layer: the layer without the updates.
+        updates: the updates, in order of application. An update without trained tensors sees the whole input.
+        x: the layer's input; token ids are not dropped.
+        p: the probability that a number is 0; the other numbers are divided by 1 - p.
+        live: a function that moves an update to the layer's device and dtype.
     """
-    change: Any = 0.0
+    change: Tensor | float = 0.0
     seen: Any = layer
     for update in map(live, updates):
         whole = p == 0 or set(update.tensors) <= update.frozen or not x.is_floating_point()
         some = functional.dropout(x, p) if not whole and update.dropout == "input" else x
         kept = _without_blocks(update, p) if not whole and update.dropout == "blocks" else update
         if isinstance(update, Additive):
-            added = kept.forward(some, WeightDifference(layer))
+            added = kept.forward(some, cast("FormulaLayer", WeightDifference(layer)))
         else:
             W, b = seen.weight, seen.bias
             added = layer.op(some, kept.new_weight(W) - W)
@@ -81,16 +84,19 @@ def dropped_change(
 
 
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
-    """1 for rows that are kept, as PEFT's LoHa and LoKr draw them; each of their layers draws one number before."""
+    """Return 1 for each row that is kept, as PEFT's LoHa and LoKr draw them.
+
+    Each of PEFT's layers draws one number before that.
+    """
     torch.rand(1)
     kept = (torch.rand(count) > p).float()
     return kept / kept.mean() if scaled else kept
 
 
 def _without_blocks(update: Update, p: float) -> Update:
-    """The update with a share p of its rotations being none, as PEFT's OFT and BOFT draw them.
+    """Return the update with a share p of its rotations replaced by the identity, as PEFT's OFT and BOFT draw them.
 
-    Blocks that are 0 have the identity as their rotation.
+    A block of zeros has the identity as its rotation.
     """
     changed = {}
     held: Any = update.tensors
@@ -98,7 +104,7 @@ def _without_blocks(update: Update, p: float) -> Update:
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):
-            continue  # One block that all share is kept.
+            continue  # A single block that is shared by all is always kept.
         factor = None if factors is None else int(torch.randint(0, leaf.shape[factors], (1,)))
         count = leaf.shape[blocks]
         dropped = torch.arange(count) < int(p * count)

@@ -1,13 +1,13 @@
-"""Fold adapters into the weights of a live model, and take them out again with the exact bits from before.
+"""Merge adapters into the weights of a live model, and restore the exact bits from before the merge.
 
-`Handle.merge_` and `Handle.unmerge_` call this module. `foldable` refuses everything that cannot be folded before a
-weight changes. `fold` adds the updates: sums where the weights lie, a block of rows at a time, everything else a module
-at a time, in float64 with one rounding.
+`Handle.merge_` and `Handle.unmerge_` call this module. `foldable` refuses everything that cannot be merged before any
+weight changes. `fold` merges the updates in float64 and rounds once: additive updates in place, one block of rows at a
+time; all other updates one module at a time.
 
-`Merged` holds what `unmerge_` needs. `copy` keeps the weights themselves. `recompute` keeps the adapter, which the
-handle has anyway, and the bits that subtracting its change would not give back: a few numbers in a hundred where the
-change is small beside the weight. The subtraction is the merge itself with the adapter's weight negated, so it gives
-the same bits each time; a checksum of the result refuses any others.
+`Merged` holds what `unmerge_` needs. With `copy` it holds the old weights. With `recompute`, `unmerge_` subtracts the
+adapter, which the handle holds anyway, so `Merged` only stores the bits that the subtraction would not restore: a few
+percent of the numbers if the change is small compared with the weight. The subtraction is a merge with the negated
+adapter weight, so it gives the same bits each time; a checksum detects any other result.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from ..merging.planned_update import PlannedUpdate
 from .forward_hook import ForwardHook
 from .layers import Quantized
 from .leaves import LiveUpdates, on_disk
-from .outputs import Switch
 from .parts import Part
+from .scopes import Switch
 from .sharding import gathered, is_sharded, put
 from .weights import tensor_at
 
 
 def fits(parameter: Tensor, parts: list[Part]) -> bool:
-    """Whether the parts change this weight alone, by a sum, and it is one run of memory."""
+    """Whether the parts change only this weight, by adding to it, and the weight is contiguous in memory."""
     kinds = all(update.kind == "additive" and not update.changes_bias for part in parts for update in part.updates)
     return (
         kinds
@@ -51,7 +51,10 @@ def fits(parameter: Tensor, parts: list[Part]) -> bool:
 
 @torch.no_grad()
 def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
-    """Adds the parts' changes to a weight as stored; no dense change is formed, but for laws that need a whole one."""
+    """Add the parts' changes to a stored weight, block by block.
+
+    No dense change is formed unless a formula needs one.
+    """
     shape = tuple(parameter.shape)
     folds = tuple(
         PlannedUpdate(part.target, part.updates, part.switch.weight, position, bias=False, shape=shape)
@@ -66,28 +69,28 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""Each hook with those of its parts that are folded."""
+"""Each hook with its parts that are merged."""
 
 KEEPS = ("copy", "recompute")
-"""Choices for what `merge_` keeps."""
+"""The choices for what `merge_` keeps."""
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(eq=False)
 class Merged:
-    """A parameter that a merge changed, and what gives its bits from before.
+    """A parameter that a merge changed, with what is needed to restore its bits from before.
 
     Attributes:
-        parameter: it.
-        before: its bits from before; None where they are computed again.
-        places: flat positions where computing again gives other bits.
-        values: the bits there.
-        checksum: that of the bits from before.
-        after: checksum of the merged bits, where those from before are kept: torch does not count changes of `.data`.
-        version: torch's count of the parameter's changes after the merge.
-        dtype: the parameter's, where its bits are computed again.
-        stack: the merges into the parameter that can be undone, in their order; all of them hold the same list.
+        parameter: the parameter.
+        before: its bits from before the merge, or None if they are recomputed.
+        places: the flat positions where recomputing gives other bits.
+        values: the bits from before at these positions.
+        checksum: the checksum of the bits from before.
+        after: the checksum of the merged bits, if `before` is kept: torch does not count changes through `.data`.
+        version: torch's count of the parameter's in-place changes after the merge.
+        dtype: the dtype of the parameter, if its bits are recomputed.
+        stack: the merges into the parameter that can be undone, in order; all of them hold the same list.
     """
 
     parameter: Tensor
@@ -100,28 +103,29 @@ class Merged:
     dtype: torch.dtype | None = None
     stack: list[Merged] = field(default_factory=list)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "version": self.version - self.parameter._version}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # The parameter of a copied model counts its changes anew.
-        self.__dict__.update(state, version=state["version"] + state["parameter"]._version)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        # The parameter of a copied model starts its count of changes at zero.
+        self.version += self.parameter._version
         _MERGES.setdefault(self.parameter, self.stack)
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing changed the parameter since."""
+        """Whether this merge is the last change of the parameter."""
         known = self.after is None or self.before is None or self.before.dtype is not self.parameter.dtype
         same = self.stack[-1] is self and self.parameter._version == self.version
         return same and (known or _checksum(_bits(self.parameter)) == self.after)
 
     @property
     def is_cast(self) -> bool:
-        """Whether the parameter has another dtype since, in which its bits cannot be computed again."""
+        """Whether the parameter's dtype has changed since the merge, so that its bits cannot be recomputed."""
         return self.dtype not in (None, self.parameter.dtype)
 
     def push(self) -> None:
-        """Note the merge as the last change of the parameter."""
+        """Record the merge as the parameter's last change."""
         self.version = self.parameter._version
         if self.before is not None and not is_sharded(self.parameter):
             self.after = _checksum(_bits(self.parameter))
@@ -129,21 +133,21 @@ class Merged:
         self.stack.append(self)
 
     def forget(self) -> None:
-        """Take the merge off the list of those that can be undone, if it stands there."""
+        """Remove the merge from the list of merges that can be undone, if it is there."""
         if self in self.stack:
             self.stack.remove(self)
 
     def pop(self) -> None:
-        """Note that the merge is undone; the merge before this one is then the parameter's last change."""
+        """Record that the merge is undone; the merge before it becomes the parameter's last change."""
         self.stack.pop()
         if self.stack:
             self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
-        """Keep only the places where the bits computed again differ, if that takes less memory.
+        """Keep only the positions where the recomputed bits differ, if that takes less memory.
 
         Args:
-            again: what subtracting the change gave.
+            again: the result of subtracting the change.
         """
         assert self.before is not None
         was, now = _bits(self.before), _bits(again)
@@ -153,10 +157,10 @@ class Merged:
             self.before = None
 
     def restored(self, again: Tensor) -> Tensor | None:
-        """Return the bits from before, as a tensor; None where the checksum is another.
+        """Return the bits from before as a tensor, or None if the checksum does not match.
 
         Args:
-            again: what subtracting the change gave.
+            again: the result of subtracting the change.
         """
         if self.before is not None:
             return self.before
@@ -178,13 +182,13 @@ def _checksum(bits: Tensor) -> tuple[int, int]:
 
 
 _MERGES: Any = WeakIdKeyDictionary()
-"""Parameter -> the merges that can be undone, in their order."""
+"""A map from each parameter to the merges into it that can be undone, in order."""
 
 
 class Memory:
-    """The bytes that a model's parameters lie in, to find those that share some: tied names, and views of one tensor.
+    """The address ranges of a model's parameters, to find parameters that share memory: tied names and views.
 
-    Ranges are compared, not storages: cuDNN keeps all weights of an LSTM side by side in one storage.
+    It compares ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in one storage.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -196,8 +200,8 @@ class Memory:
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
-        """The names of all parameters that share memory with a tensor; its own are among them."""
-        if is_sharded(tensor):  # A DTensor has no address; two of them share memory only if they are one.
+        """Return the names of all parameters that share memory with a tensor, its own names included."""
+        if is_sharded(tensor):  # A DTensor has no address; two DTensors share memory only if they are the same object.
             return [name for name, other in self._sharded if other is tensor]
         start, stop = _range(tensor)
         first = bisect.bisect_left(self._ranges, (start - self._longest,))
@@ -206,7 +210,7 @@ class Memory:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All parameters by name: a tied one under each module that has it, a module of two names once."""
+    """Yield all parameters by name: a tied one under each module that has it, a module with two names once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -214,14 +218,14 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor and the one behind its last, on all devices together."""
+    """Return the address of a tensor's first byte and the address after its last byte."""
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = tensor.data_ptr()
     return start, start + span * tensor.element_size()
 
 
 def changed_by(parts: Sequence[Part]) -> list[str]:
-    """The paths of the parameters that parts change, below their hook's module."""
+    """Return the paths of the parameters that parts change, relative to their hook's module."""
     weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
     biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
     return list(dict.fromkeys((*weights, *biases)))
@@ -229,7 +233,7 @@ def changed_by(parts: Sequence[Part]) -> list[str]:
 
 @torch.no_grad()
 def fold(hook: ForwardHook, parts: list[Part]) -> None:
-    """Sums are folded where the weights lie; what looks at the whole weight, one hook at a time."""
+    """Merge parts into a hook's module: additive updates in place, and all other updates over the whole weight."""
     parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
@@ -243,7 +247,7 @@ def fold(hook: ForwardHook, parts: list[Part]) -> None:
 
 
 def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool:
-    """Whether a model still has the modules and the parameters that a merge changed."""
+    """Whether a model still has the modules and parameters that a merge changed."""
     modules, parameters = {id(module) for module in model.modules()}, {id(each.parameter) for each in merged}
     if any(id(hook.module) not in modules for hook, _ in folded):
         return False
@@ -251,7 +255,7 @@ def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
-    """Each changed parameter with its bits from before; None where computing them again gives others."""
+    """Return each changed parameter with its bits from before, or None if recomputing gives other bits."""
     found: list[tuple[Merged, Tensor | None]] = []
     by = {id(each.parameter): each for each in merged}
     for hook, parts in folded:
@@ -262,7 +266,10 @@ def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tenso
 
 
 def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
-    """Return a hook's parameters with the parts subtracted, by the parameters' ids; the parameters stay as they are."""
+    """Return a hook's parameters with the parts subtracted, by parameter id.
+
+    The parameters themselves do not change.
+    """
     mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
     before = [parameter.detach().clone() for parameter in mine]
     negated = [replace(part, switch=Switch(part.switch.name, -part.switch.weight)) for part in parts]
@@ -275,25 +282,25 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """Keep of merged parameters only the places that subtracting their parts would not give back."""
+    """Reduce what merged parameters keep to the positions that subtracting their parts would not restore."""
     values = _less(hook, parts)
     for each in merged:
         each.slim(values[id(each.parameter)])
 
 
 def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
-    """Copy bits from before into their parameters."""
+    """Copy the bits from before into their parameters."""
     for each, value in found:
         if value is not None:
             each.parameter.copy_(value)
 
 
 class Unmerging:
-    """Takes a merge out of one module after the other, and puts it back where that fails halfway.
+    """Undo a merge module by module, and redo it if that fails halfway.
 
-    All bits from before at once would be the model a second time, and all merged bits a third time. So the merged bits
-    are kept instead of the copy from before, which the parameter holds again. Bits that were computed again give the
-    merged ones by the same sums.
+    Holding the bits from before for all modules at once would take the memory of a second model, and the merged bits
+    that of a third. So once a parameter holds its bits from before again, the copy of these is replaced by the merged
+    bits. If the bits from before were recomputed, nothing is kept: the same sums give the merged bits again.
     """
 
     def __init__(self) -> None:
@@ -302,14 +309,17 @@ class Unmerging:
         self._current: list[tuple[Merged, Tensor | None]] = []
 
     def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
-        """Give a module's parameters the bits from before; False, and nothing done, where they cannot be computed."""
+        """Restore a module's parameters to their bits from before.
+
+        Returns False, without any change, if these bits cannot be recomputed.
+        """
         found = subtracted([(hook, parts)], merged)
         if any(value is None for _, value in found):
             return False
         kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
         self._current = [(each, value) for each, value, _ in kept]
         restore(found)
-        # Nothing can interrupt between the two halves of such a statement.
+        # An interrupt cannot happen between the two halves of such a statement.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
             for each, _, _ in kept:
@@ -319,7 +329,7 @@ class Unmerging:
         return True
 
     def undo(self) -> None:
-        """Give all parameters the merged bits back."""
+        """Give all parameters their merged bits back."""
         restore(self._current)
         for hook, parts in self._summed:
             fold(hook, parts)
@@ -329,10 +339,10 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, found: Folded) -> Folded:
-    """Hooks of a model with parts of them, of layers that share a parameter only one.
+    """Return a model's hooks and parts; of layers that share a parameter, return only one.
 
     Raises:
-        NotMergeable: a bias to change is missing, or a weight cannot be changed in place.
+        NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.
     """
     found, shared = _once(model, found)
     memory = Memory(model)
@@ -344,40 +354,43 @@ def checked_folds(model: nn.Module, found: Folded) -> Folded:
 def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory: Memory) -> None:
     for part in parts:
         if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
-            raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=KEEP_INJECTED)
+            why = "the update changes a bias that the base does not have"
+            raise NotMergeable(why, where=str(part.target), cure=KEEP_INJECTED)
         if isinstance(hook.layer, Quantized):
-            raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=KEEP_INJECTED)
+            why = "the weight is quantized, and would have to be quantized again"
+            raise NotMergeable(why, where=str(part.target), cure=KEEP_INJECTED)
     for path in changed_by(parts):
         parameter, where = tensor_at(hook.module, path), str(parts[0].target)
         owner, _, name = path.rpartition(".")
         holder = hook.module.get_submodule(owner)
         if name not in holder._parameters and name not in holder._buffers:
             cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
-            raise NotMergeable("a weight that is made from other tensors in each forward", where=where, cure=cure)
+            raise NotMergeable("the weight is computed from other tensors in each forward", where=where, cure=cure)
         if parameter.is_meta or id(parameter) in memory.on_disk:
             cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
-            raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
+            raise NotMergeable("the weight is offloaded or on the meta device", where=where, cure=cure)
         if parameter.dtype.itemsize < 2:
             cure = "Merge before the base is cast to 8 bits, or write handle.adapter() and merge the files of the base"
-            raise NotMergeable(f"a weight stored as {parameter.dtype}", where=where, cure=cure)
+            raise NotMergeable(f"the weight is stored as {parameter.dtype}", where=where, cure=cure)
         if parameter.layout is not torch.strided:
-            raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=KEEP_INJECTED)
+            raise NotMergeable(f"the weight is stored as {parameter.layout}", where=where, cure=KEEP_INJECTED)
         if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-            raise NotMergeable("a weight whose elements share memory", where=where, cure=KEEP_INJECTED)
+            raise NotMergeable("some elements of the weight share memory", where=where, cure=KEEP_INJECTED)
         if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
             kind = type(parameter.data).__name__
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
-            raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
+            raise NotMergeable(f"the weight is a {kind}, not a plain tensor", where=where, cure=cure)
         names = memory.beside(parameter)
         if len(names) > 1 and id(parameter) not in shared:
-            raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=KEEP_INJECTED)
+            why = f"the weight shares its memory with other names: {', '.join(names)}"
+            raise NotMergeable(why, where=where, cure=KEEP_INJECTED)
 
 
 def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
-    """Keep one of the equal parts at layers that share a parameter, where all layers that share it change alike.
+    """Keep one of several equal parts at layers that share a parameter, if all these layers are changed alike.
 
     Returns:
-        the hooks with the parts that are left, and the ids of those parameters.
+        the hooks with the remaining parts, and the ids of the shared parameters.
     """
     names: dict[int, int] = {}
     for _, parameter in _parameters(model):
@@ -385,7 +398,7 @@ def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
     alike: dict[tuple[int, int], list[Part]] = {}
     for hook, parts in found:
         for part in parts:
-            packed = isinstance(hook.layer, Quantized)  # Such a module may have no `weight`.
+            packed = isinstance(hook.layer, Quantized)  # Such a module may not have a `weight`.
             weight = tensor_at(hook.module, part.weight) if part.weight and not packed else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)
@@ -396,7 +409,7 @@ def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
 
 
 def change_alike(parts: list[Part]) -> bool:
-    """Whether parts at several layers that share a parameter are the same change of it."""
+    """Whether parts at several layers that share a parameter all change it in the same way."""
     first, *others = parts
     return all(
         (part.target.layout, part.target.rows) == (first.target.layout, first.target.rows)
@@ -410,4 +423,4 @@ def change_alike(parts: list[Part]) -> bool:
     )  # fmt: skip
 
 
-KEEP_INJECTED = "Keep it injected instead"
+KEEP_INJECTED = "Keep the adapter injected instead"

@@ -1,7 +1,7 @@
-"""The forward that replaces a module's own while adapters are attached to it.
+"""The forward that replaces a module's own forward while adapters are attached to it.
 
-`ForwardHook` sits in the module's `__dict__`, holds the parts of all adapters there, and decides at each call how to
-run them: the planned fast path, row by row, as formulas over the layer, or with exchanged parameters.
+A `ForwardHook` is stored in the module's `__dict__` and holds the parts of all adapters there. For each call it chooses
+how to run them: by a cached plan, row by row, as formulas over the layer, or with the module's parameters exchanged.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +33,32 @@ from .dropout import dropped_change
 from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
-from .outputs import Beside, InputRecorder, OutputChange, Switch, through
+from .outputs import Beside, InputRecorder, OutputChange, through
 from .parts import HOOK, SCRIPTING, Part
 from .probes import ForwardProbe
 from .routing import check_expert, check_switches, is_expert, join, split
-from .scopes import SETTINGS, Recall, Route, Scope, current
+from .scopes import SETTINGS, Recall, Route, Scope, Switch, current
 from .sharding import constants_on_every_process, is_sharded, whole
 from .slots import inner_slot, slot_of, value_in
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
+if TYPE_CHECKING:
+    from ..core.adapter import Target
+    from ..core.updates.layer import Layer as FormulaLayer
+    from .weights import Change
+
+    Arguments = Sequence[object]
+    Keywords = Mapping[str, object]
+
 
 class ForwardHook:
-    """Replaces `module.forward`, and leaves the module as it was when its last part is detached."""
+    """Replace `module.forward`; restore the module when the last part is detached."""
 
     def __init__(self, module: nn.Module) -> None:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward around this one, when the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward around this one at the time the last part was detached.
         self.layer: Layer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -58,41 +67,44 @@ class ForwardHook:
         self.call_recorders: list[CallRecorder] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
-        self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
+        self.ranks: dict[Part, int] = {}  # 0 means that the part is not a pair of thin factors.
         self.kept = KeptStacks()
-        self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
-        self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
-        self.switched: tuple[Switch, ...] = ()  # Those of the parts.
-        self.recalled: tuple[Switch, ...] = ()  # Those of contexts, too.
-        # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
+        self.bare = False  # There are only updates of weights: no contexts, recorders or output sites.
+        self.plain = False  # All parts are thin, and the layer is an nn.Linear that runs its class's forward.
+        self.switched: tuple[Switch, ...] = ()  # The switches of the parts.
+        self.recalled: tuple[Switch, ...] = ()  # The switches of the parts and contexts.
+        # The model that adapters were injected into. If the module alone is copied, the copy stores its parameters
+        # instead.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
-        self.trained: tuple[Part, Leaf] | None = None  # The first that was injected to be trained.
+        self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
         self.probe: ForwardProbe | None = None
-        self.known: Any = None  # Another tool's forward in place of this one that was seen to call it.
+        self.known: object = None  # Another tool's forward that replaced this one and was seen to call it.
         self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
     @property
     def switches(self) -> list[Switch]:
-        """Those of the adapters that have a part here."""
+        """The switches of the adapters that have a part here."""
         return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "home": None}  # A weak reference cannot be pickled.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         ALIVE.add(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
-        """Copy the hook along with its module; remember the parameters of a module that is copied out of its model."""
+    def __deepcopy__(self, memo: dict[int, object]) -> ForwardHook:
+        """Copy the hook with its module; if only the module is copied, not its model, store the module's parameters."""
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         home = None if self.home is None else self.home()
         if home is not None and id(home) in memo:
-            made.home = weakref.ref(memo[id(home)])
+            copied = memo[id(home)]
+            assert isinstance(copied, nn.Module)
+            made.home = weakref.ref(copied)
         elif home is not None:
             held: dict[str, Tensor | None] = dict(self.module._parameters)
             made.copied = copy.deepcopy(held, memo)  # The copied module itself is not complete yet.
@@ -102,9 +114,9 @@ class ForwardHook:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Not at the first forward: compiled code would guard whether it is known.
+            # Computed here and not at the first forward, because compiled code would guard on whether it is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
-            # New objects, the part last: other threads may be in a forward over the old ones.
+            # Build new objects and set the parts last, because other threads may be in a forward over the old ones.
             self.ranks = {**self.ranks, part: rank}
             self.parts = [*self.parts, part]
         self._stand()
@@ -116,12 +128,12 @@ class ForwardHook:
         wrapped = slot is None and met
         held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
-        if not wrapped:  # Otherwise another tool's forward stands there, and calls this one.
+        if not wrapped:  # Otherwise another tool's forward is installed there, and calls this one.
             owner, name = slot or self.slot
             owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
-        """Take in what is attached now, and throw away what was worked out for other parts."""
+        """Update what depends on the attached parts, and discard what was cached for other parts."""
         around = self.contexts or self.input_recorders or self.call_recorders
         self.bare = not around and all(part.output_site is None for part in self.parts)
         linear = type(self.layer) is Linear and self.before is None
@@ -136,7 +148,7 @@ class ForwardHook:
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
-        """Take in that the module's weight is of another class: torchao's `quantize_` exchanges the weight alone."""
+        """Handle a weight of a new class: torchao's `quantize_` replaces only the weight of a module."""
         self.kind = kind
         if isinstance(self.layer, Quantized) or not is_packed(self.module):
             return
@@ -145,12 +157,12 @@ class ForwardHook:
         self._look()
 
     def record_input(self, recorder: InputRecorder) -> None:
-        """Keep the module's input in a recorder."""
+        """Store the module's input in a recorder at each call."""
         self.input_recorders.append(recorder)
         self._stand()
 
     def record_call(self, recorder: CallRecorder) -> None:
-        """Keep the arguments of the module's calls in a recorder."""
+        """Store the arguments of the module's calls in a recorder."""
         self.call_recorders.append(recorder)
         self._stand()
 
@@ -169,7 +181,7 @@ class ForwardHook:
         if self.probe is not None:
             self.probe.stop()
         slot = slot_of(self.module, self)
-        if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
+        if slot is None:  # Another tool's wrapper calls this hook, which from now on only calls the original.
             self.wrapper = value_in(self.slot)
             return
         owner, name = slot
@@ -177,10 +189,10 @@ class ForwardHook:
             owner.__dict__[name] = self.before
         elif slot == (self.module, "forward"):
             del owner.__dict__[name]
-        else:  # Another tool wrapped it after it was attached, and calls whatever stands here.
+        else:  # Another tool wrapped it after it was attached, and calls whatever this slot holds.
             owner.__dict__[name] = self.original
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         scope = self.recall.scope(self.module.training, self.recalled)
         if self.trained is not None and self.module.training:
             self._check_trains(*self.trained)
@@ -191,12 +203,12 @@ class ForwardHook:
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.note_traced()
-        else:  # Compiled code would be compiled anew for each number.
+        else:  # A counter in compiled code would cause a recompilation for each value.
             self.calls += 1
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
-        # diffusers' layerwise casting exchanges the numbers of the weight that the plan keeps for the backward pass.
+        # diffusers' layerwise casting overwrites the values of the weight that the plan keeps for the backward pass.
         plain = plain and "_diffusers_hook" not in self.module.__dict__
-        # Making a plan reads the tensors in another order than using it: torch.jit.trace compares two runs.
+        # Making a plan reads the tensors in another order than using it, and torch.jit.trace compares two runs.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
             if y is not None:
@@ -216,45 +228,46 @@ class ForwardHook:
             return self._surrounded(scope, args, kwargs)
         passes = any(part.switch.on(scope) for part in self.contexts)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             return self._surrounded(current(), args, kwargs)
 
         return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note_traced(self) -> bool:
-        """Note, while code is compiled, that it calls the module."""
+        """Record, during compilation, that the compiled code calls the module."""
         self.traced = True
         return True
 
-    def _check_spread(self, scope: Scope, args: Any) -> None:
-        """Check that a weight that processes share meets an input that they share too.
+    def _check_spread(self, scope: Scope, args: Arguments) -> None:
+        """Check that a tensor-parallel weight gets a tensor-parallel input.
 
-        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor. It is a closure,
-        inside of which nothing can stand.
+        transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor. A
+        hook
+        cannot be placed inside this closure.
 
         Raises:
-            Unsupported: the input is a plain tensor, which another tool's forward spreads afterwards.
+            Unsupported: the input is a plain tensor, so another tool's forward distributes it only after this hook.
         """
         W: Any = self.module._parameters.get("weight")
         if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.acts(scope) for part in self.parts):
-            why = "a layer of transformers' tp_plan, which spreads its input over the processes by itself"
-            cure = "Call handle.merge_(), which takes such layers, or spread the model with torch's parallelize_module"
+            why = "the layer is in transformers' tp_plan, which distributes its input inside its own forward"
+            cure = "Call handle.merge_(), which supports such layers, or shard the model by torch's parallelize_module"
             raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
-        """Raise: torch.jit.script compiles the source of a class's forward, which knows no adapter.
+        """Raise, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
 
-        torch.jit calls this for each module below the one that it compiles.
+        torch.jit calls this method for each module inside the one that it compiles.
         """
         cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
         where = str(next((part.target for part in self.parts), type(self.module).__name__))
-        raise Unsupported("torch.jit.script of a module with an adapter", where=where, cure=cure)
+        raise Unsupported("torch.jit.script cannot compile a module with an adapter", where=where, cure=cure)
 
     def _check_trains(self, part: Part, leaf: Leaf) -> None:
-        """Warn, once an adapter, that another tool has frozen what was injected to be trained.
+        """Warn, once for each adapter, that another tool has frozen an adapter that was injected to be trained.
 
-        PEFT's get_peft_model freezes all parameters whose names are not its own.
+        PEFT's get_peft_model freezes all parameters except its own, which it recognises by name.
         """
         if leaf.tensor.requires_grad or torch.compiler.is_compiling() or part.switch in WARNED:
             return
@@ -263,29 +276,29 @@ class ForwardHook:
             WARNED.add(part.switch)
             name = part.switch.name
             warnings.warn(
-                f"{part.target}: the adapter {name!r} was injected with trainable=True, and another tool has frozen "
-                "all its parameters, as get_peft_model does: it is not trained. Call requires_grad_(True) on each of "
-                "handle.parameters() if it should be, or inject it with trainable=False",
+                f"{part.target}: the adapter {name!r} was injected with trainable=True, but another tool has frozen "
+                "all its parameters, as get_peft_model does, so it is not trained. To train it, call "
+                "requires_grad_(True) on each of handle.parameters(); otherwise inject it with trainable=False",
                 stacklevel=2,
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if weight and bias of a module that was copied by itself are others now.
+        """Raise if a module that was copied alone has another weight and bias now.
 
-        `fuse_conv_bn_eval` does that: it scales a copy's weight and leaves its adapter as it was.
+        `fuse_conv_bn_eval` does that: it copies a layer and scales the copy's weight, but not its adapter.
         """
         now = self.module._parameters
         if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
             return
-        if _cast_of(now.get("weight"), copied["weight"]):  # Conversions may make new parameters, too.
+        if _cast_of(now.get("weight"), copied["weight"]):  # A conversion may also create new parameters.
             self.copied = dict(now)
         else:
             cure = "Call handle.merge_() before a layer is fused with its norm"
-            why = "a copy of one layer got another weight and bias, which its adapter was not made for"
+            why = "a copy of one layer got a new weight and bias that its adapter was not made for"
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
-    def _planned(self, scope: Scope, x: Any) -> Any:
-        """The output of a linear layer with thin updates, as planned at an earlier call; None where no plan helps."""
+    def _planned(self, scope: Scope, x: object) -> Tensor | None:
+        """Return the output of a linear layer with thin updates by a cached plan, or None if no plan applies."""
         if self.drops and self.module.training:
             return None
         route = scope.routes.get(self) if scope.routes else None
@@ -298,8 +311,9 @@ class ForwardHook:
             plan = self._new_plan(scope)
         y = plan.run(x)
         if y is None and plan.token is None:
-            # Offloading and FSDP2 bring a new weight for each forward. Another way to compute every second time would
-            # save other tensors in a checkpointed block than its recomputation does, which torch refuses.
+            # Offloading and FSDP2 bring a new weight for each forward. If every second forward computed in another way,
+            # a
+            # checkpointed block would save other tensors than its recomputation does, which torch refuses.
             y = self._new_plan(scope).run(x)
         return y
 
@@ -310,8 +324,8 @@ class ForwardHook:
         plan = self.kept.plan = LeanPlan(token, scope, active[0] if alone else None, self.layer)
         return plan
 
-    def _row_by_row(self, route: Route, scope: Scope, x: Any) -> Any:
-        """The output of a linear layer with a stack of frozen adapters; None where there is no stack of now."""
+    def _row_by_row(self, route: Route, scope: Scope, x: object) -> Tensor | None:
+        """Return the output of a linear layer with a stack of frozen adapters, or None if there is no current stack."""
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
@@ -323,23 +337,24 @@ class ForwardHook:
         except AdapterkitError as error:
             raise error.at(where=str(self.parts[0].target)) from None
 
-    def _surrounded(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+    def _surrounded(self, scope: Scope, args: Arguments, kwargs: Keywords) -> object:
         around = [part for part in self.contexts if part.switch.on(scope)]
         if not around:
             return self._inner(scope, args, kwargs)
         if self in scope.routes:
             cure = "Run the rows of each adapter by themselves"
-            raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=cure)
+            raise Unsupported("context cannot be added to some rows of a batch", where=str(around[0].target), cure=cure)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             return self._inner(scope, args, kwargs)
 
         return surround(self.module, around, self.names, forward, args, kwargs)
 
-    def _inner(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+    def _inner(self, scope: Scope, args: Arguments, kwargs: Keywords) -> object:
         for recorder in self.input_recorders:
             if recorder.switch.acts(scope):
-                recorder.value = args[0] if args else next(iter(kwargs.values()))
+                x: Any = args[0] if args else next(iter(kwargs.values()))
+                recorder.value = x
         active = [part for part in self.parts if part.switch.acts(scope)]
         beside = {p.switch.name: p.output_site.beside() for p in active if p.output_site}
         route = scope.routes.get(self)
@@ -347,7 +362,7 @@ class ForwardHook:
             return self._routed(route, scope, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
-    def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
+    def _run(self, parts: list[Part], args: Arguments, kwargs: Keywords, beside: dict[str, Beside]) -> object:
         inner = [part for part in parts if part.output_site is None]
         outer = [(part, part.output_site) for part in parts if part.output_site]
         changes = [OutputChange(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
@@ -363,17 +378,17 @@ class ForwardHook:
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
-    def _weighed(self, parts: list[Part], args: Any, kwargs: Any, without: str | None = None) -> Any:
-        """The module's own output through updates of its weights, and with the norm `without` left out."""
+    def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
+        """Return the module's output under updates of its weights, with the norm `without` skipped."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
+        x: Any = [*args, *kwargs.values()][0] if len(args) + len(kwargs) == 1 else None
         if len(parts) == 1 and not skipped and len(args) + len(kwargs) == 1 and torch.is_grad_enabled():
-            y = self._scaled(parts[0], [*args, *kwargs.values()][0])
-            if y is not None:
-                return y
+            scaled = self._scaled(parts[0], x)
+            if scaled is not None:
+                return scaled
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
-            x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
             if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
@@ -382,7 +397,8 @@ class ForwardHook:
             else:
                 with _spread(layer, parts):
                     y = _direct(layer, parts, x)
-            # A formula of float32 factors ends in float32; the next layers get what the module itself returns.
+            # A formula with float32 factors returns float32; the next layers must get the dtype that the module itself
+            # returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         exchanged = {**self.changed(parts), **skipped}
         if any(isinstance(value, Tensor) and value.is_meta for value in exchanged.values()):
@@ -395,7 +411,7 @@ class ForwardHook:
         with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
             return self.original(*args, **kwargs)
 
-    def _original(self, args: Any, kwargs: Any) -> Any:
+    def _original(self, args: Arguments, kwargs: Keywords) -> object:
         if self._rebinds or torch.compiler.is_compiling() or all(part.direct for part in self.parts):
             return self.original(*args, **kwargs)
         with _EXCHANGING:
@@ -403,20 +419,20 @@ class ForwardHook:
 
     @property
     def _rebinds(self) -> bool:
-        """Whether the original forward is a plain method, which runs on a replica of the module as well."""
+        """Whether the original forward is a plain method, which can run on a replica of the module."""
         own = getattr(self.original, "__self__", None) is self.module and hasattr(self.original, "__func__")
         return own and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
-        """Whether the parts run as formulas over the layer; else under its own forward, its parameters exchanged.
+        """Whether the parts run as formulas over the layer; otherwise the module's forward runs on changed parameters.
 
-        A new weight of 16 bits is better formed once in 32 than step by step.
+        A new 16-bit weight is formed once in 32 bits, which is more precise than applying formulas one after the other.
         """
         if not all(part.direct for part in parts):
             return False
         if len(parts) > 1 and _in_order(parts):
             if isinstance(self.layer, Quantized) or self._drops(parts):
-                why = "several targets of one adapter at one layer, of which one is no plain sum"
+                why = "one adapter has several targets at one layer, and not all of them are additive"
                 cure = "Put the updates at one target, or inject without dropout into a layer that is not quantized"
                 raise Unsupported(why, where=str(parts[0].target), cure=cure)
             return False
@@ -428,7 +444,7 @@ class ForwardHook:
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
     def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
-        """The output in training of an update that scales rows of W + B A; None where its formula is another."""
+        """Return the output in training of an update that scales rows of W + B A, or None for other formulas."""
         layer = self.layer
         plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
         if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
@@ -445,13 +461,13 @@ class ForwardHook:
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
-        """Whether parts see an input with some numbers dropped, in this forward."""
+        """Whether parts see an input with dropout in this forward."""
         return self.module.training and any(part.dropout for part in parts)
 
     def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
-        """The layer's output and what low-rank parts add to it, one after the other, into one tensor."""
+        """Return the layer's output plus the changes of low-rank parts, accumulated in one tensor."""
         y: Tensor | None = None
-        plain = layer.fresh and self.before is None  # The module's forward is that of nn.Linear.
+        plain = layer.fresh and self.before is None  # The module runs the forward of nn.Linear.
         like = layer.sample
         if like.is_meta and not x.is_meta:
             raise _unloaded(parts[0])
@@ -461,7 +477,8 @@ class ForwardHook:
                 B, A, weight = factors_of(update, layer, like)
                 weight *= part.switch.weight
                 if (B.shape[0], A.shape[1]) != layer.shape:
-                    why = f"made for a weight of {[B.shape[0], A.shape[1]]}; the layer's is {list(layer.shape)} now"
+                    made = [B.shape[0], A.shape[1]]
+                    why = f"the update was made for a weight of shape {made}, but the shape is {list(layer.shape)} now"
                     raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
                 if y is None and plain:
                     y = low_rank_linear(x, like, layer.bias, A, B, weight)
@@ -478,12 +495,13 @@ class ForwardHook:
         return y
 
     def _routed(
-        self, route: Route, scope: Scope, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]
-    ) -> Any:
+        self, route: Route, scope: Scope, parts: list[Part], args: Arguments, kwargs: Keywords,
+        beside: dict[str, Beside],
+    ) -> object:  # fmt: skip
         compiling = torch.compiler.is_compiling()
         if not compiling:
             check_switches(route, self.switches, scope.active)
-        # The names of a route are no part of compiled code, which would be compiled anew for each route.
+        # Compiled code must not depend on the names of a route, or each route would cause a recompilation.
         named = self.parts if compiling else [part for part in parts if part.switch.name in route.names]
         where = str(parts[0].target)
         if (
@@ -495,7 +513,7 @@ class ForwardHook:
         ):
             if not compiling:
                 check_expert(route, where)
-            x = [*args, *kwargs.values()][0]
+            x: Any = [*args, *kwargs.values()][0]
             thin = [part for part in self.parts if self.ranks.get(part)]
             layer = self.layer.like(x)
             try:
@@ -512,7 +530,10 @@ class ForwardHook:
         return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
+        """Return the module's parameters after the parts, by path.
+
+        They are in `dtype`, or computed in 32 bits and rounded once.
+        """
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
             out[weight] = self._after(weight, dtype, [p for p in parts if p.weight == weight], changed_weight)
@@ -522,9 +543,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """The part's updates, with what their changes to the bias take from the weight worked out.
+        """Return the part's updates, with the weight that their changes to the bias depend on already evaluated.
 
-        That is the weight behind the targets of the same adapter that come before the part.
+        That weight includes the updates of the same adapter at targets before the part.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
@@ -540,24 +561,27 @@ class ForwardHook:
         path: str,
         dtype: torch.dtype | None,
         parts: list[Part],
-        law: Any,
+        formula: Callable[[Tensor, Sequence[Change]], Tensor],
         updates: Sequence[tuple[Update, ...]] | None = None,
     ) -> Tensor:
-        targets: dict[Switch, list[Any]] = {}
+        targets: dict[Switch, list[tuple[Target, Sequence[Update]]]] = {}
         for part, own in zip(parts, updates or [part.updates for part in parts], strict=True):
             targets.setdefault(part.switch, []).append((part.target, own))
         changes = [(switch.weight, own) for switch, own in targets.items()]
         before = whole(lasting(self.module, tensor_at(self.module, path)))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
-        after: Tensor = law(before.to(wide), changes)
+        after = formula(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
 
 
-def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
-    """A module over the same state but for some attributes, by path: other threads go on with the module itself."""
+def _replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
+    """Return a module with the same state except some attributes, which are given by path.
+
+    Other threads continue to use the module itself.
+    """
     replica: nn.Module = object.__new__(type(module))
     replica.__dict__.update(module.__dict__)
-    inner: dict[str, dict[str, Any]] = {}
+    inner: dict[str, dict[str, object]] = {}
     for path, value in values.items():
         child, dot, rest = path.partition(".")
         if dot:
@@ -567,37 +591,44 @@ def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
     if inner:
         children = {child: _replica(getattr(module, child), own) for child, own in inner.items()}
         replica.__dict__["_modules"] = {**module._modules, **children}
-    if isinstance(module, nn.RNNBase):  # It reads its parameters from a list that it keeps.
+    if isinstance(module, nn.RNNBase):  # An RNN reads its parameters from a list of its own.
         replica.__dict__["_flat_weights"] = [getattr(replica, name) for name in module._flat_weights_names]
     return replica
 
 
 @contextmanager
 def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """The module itself with other values for a while: an instance's own attribute is found before its parameter.
+    """Give the module itself other values for a while: an attribute of the instance hides its parameter.
 
-    For compilers, which cannot trace `_replica`, and for forwards that are bound to the module in a way of their own.
+    This serves compilers, which cannot trace `_replica`, and forwards that are not plain methods of the module.
     """
-    placed = []
+    placed: list[tuple[dict[str, Any], str, Any]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
     try:
         for path, value in values.items():
             owner, _, name = path.rpartition(".")
             held = module.get_submodule(owner)
-            held.__dict__[name] = value
-            placed.append((held, name))
+            own = held.__dict__
+            if torch.compiler.is_compiling():
+                # Exchange the entry itself: compilers before torch 2.13 cannot trace that an attribute is deleted.
+                own = next(each for each in (held._parameters, held._buffers, held._modules) if name in each)
+            placed.append((own, name, own.get(name)))
+            own[name] = value
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield
     finally:
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
-        for held, name in placed:
-            del held.__dict__[name]
+        for own, name, before in placed:
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether an adapter has several targets here whose order counts: formulas add up what each does to the base."""
+    """Whether an adapter has several targets here whose order matters, because formulas add up changes to the base."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -607,15 +638,15 @@ def _in_order(parts: list[Part]) -> bool:
 
 
 def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
-    """Whether a tensor has another's numbers, possibly in another dtype or on another device."""
+    """Whether a tensor has the values of another one, possibly in another dtype or on another device."""
     if new is None or old is None or new.shape != old.shape or new.is_meta or old.is_meta:
         return False
     dtype = min(new.dtype, old.dtype, key=lambda each: each.itemsize)
     return torch.equal(new.detach().to(old.device, dtype), old.detach().to(dtype))
 
 
-def _narrowed(y: Any, kind: str) -> Any:
-    """Return a layer's output in float32 in the dtype that autocast gives it on this kind of device."""
+def _narrowed(y: object, kind: str) -> object:
+    """Return a float32 output of a layer in the dtype that autocast uses on this kind of device."""
     if not torch.is_autocast_enabled(kind) or not isinstance(y, Tensor) or y.dtype is not torch.float32:
         return y
     return y.to(torch.get_autocast_dtype(kind))
@@ -626,8 +657,8 @@ def _same(h: Tensor) -> Tensor:
 
 
 def _unloaded(part: Part) -> Unsupported:
-    """torch's CPU products of a meta weight and real numbers return uninitialised memory."""
-    why = "the layer's weight is on the meta device, its input is not"
+    """Return the error for a weight on the meta device; torch's CPU products with one give uninitialised memory."""
+    why = "the layer's weight is on the meta device, but its input is not"
     cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
     return Unsupported(why, where=str(part.target), cure=cure)
 
@@ -637,28 +668,30 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 
 _EXCHANGING = threading.RLock()
-"""Held while a module's own attributes are exchanged, and by forwards that would see them."""
+"""Held while a module's own attributes are exchanged, and during forwards that could see that."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
-"""The adapters of which a warning has said that another tool froze them."""
+"""The adapters that a warning has named as frozen by another tool."""
 
 ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
-"""The hooks that there are, in all models."""
+"""All hooks that exist, in all models."""
 
 
 def hooks_of(model: nn.Module) -> list[ForwardHook]:
-    """The hooks in a model."""
+    """Return the hooks in a model."""
     return [module.__dict__[HOOK] for module in model.modules() if HOOK in module.__dict__]
 
 
 def hook_at(module: nn.Module) -> ForwardHook:
-    """The hook that stands at a module, or a new one."""
+    """Return the hook at a module, or a new one."""
     standing = module.__dict__.get(HOOK)
     return standing if isinstance(standing, ForwardHook) else ForwardHook(module)
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return the hook for parts that `hook` had to the end; None where another tool's forward would go around less.
+    """Return a hook for the parts that `hook` had at the end.
+
+    Returns None if another tool's forward would wrap less than before.
 
     Args:
         hook: a hook without parts.
@@ -669,18 +702,18 @@ def hook_again(hook: ForwardHook) -> ForwardHook | None:
         return hook if standing in (None, hook) and value_in(hook.slot) is hook.wrapper else None
     met = value_in(inner_slot(hook.module)) if standing is None else standing.before
     own = getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
-    # Inside of accelerate's hooks a new one stands where the old one would.
+    # Inside accelerate's hooks, a new hook takes the same place as the old one.
     fits = met is hook.before or own or "_hf_hook" in held
     return hook_at(hook.module) if fits else None
 
 
 def names_of(model: nn.Module) -> set[str]:
-    """The names of the adapters attached to a model."""
+    """Return the names of the adapters attached to a model."""
     return {switch.name for hook in hooks_of(model) for switch in hook.switches}
 
 
 class HookEntry:
-    """A hook's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
+    """A hook's forward with the signature of the module's forward, for `generate`, and its code, for `torch.export`."""
 
     def __init__(self, hook: ForwardHook) -> None:
         self.__self__ = hook
@@ -698,15 +731,15 @@ class HookEntry:
         return own.replace(parameters=[*named, *([] if rest else [last]), *more, *rest])
 
     @property
-    def __code__(self) -> Any:
+    def __code__(self) -> CodeType:
         return self.__self__.forward.__code__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.__self__.forward(*args, **kwargs)
 
 
-def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
-    """y + sum of weight * (f(x) - y), the base computed once; one part of full weight is its formula alone."""
+def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
+    """Return y + sum of weight * (f(x) - y), running the base once; a single part of weight 1 is just its formula."""
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
     if layer.module.training and any(part.dropout for part in parts):
@@ -721,7 +754,7 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     for part in parts:
         if all(isinstance(update, Additive) for update in part.updates):
             for update in part.updates:
-                y = y + part.switch.weight * _live(update, layer).forward(x, WeightDifference(layer))
+                y = y + part.switch.weight * _change_by(update, layer, x)
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y
@@ -732,7 +765,7 @@ def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
     """Run formulas over a layer whose weight may be a DTensor.
 
     Raises:
-        Unsupported: a formula makes indices of its own, which the backward pass would meet without them being DTensors.
+        Unsupported: a formula makes plain index tensors, which the backward pass cannot combine with DTensors.
     """
     if type(layer.sample) in _PLAIN or not is_sharded(layer.sample):
         yield
@@ -746,20 +779,24 @@ def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
         if "mixed torch.Tensor and DTensor" not in str(error):
             raise
         methods = ", ".join(dict.fromkeys(update.method for part in parts for update in part.updates))
-        why = f"training {methods} in a tensor-parallel layer: torch cannot mix plain tensors of a formula or route in"
+        why = f"torch cannot train {methods} in a tensor-parallel layer: a formula or route there uses plain tensors"
         cure = "Train lora, dora or ia3 there without a route, or leave the layer out of parallelize_module's plan"
         raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 
-def _chain(layer: Any, updates: Sequence[Update]) -> Any:
-    like = layer
+def _chain(layer: Layer, updates: Sequence[Update]) -> Callable[[Tensor], Tensor]:
+    made: Any = layer
     for update in updates:
-        layer = Composed(layer, _live(update, like))
-    return layer
+        made = Composed(made, _live(update, layer))
+    return made  # type: ignore[no-any-return]
+
+
+def _change_by(update: Update, layer: Layer, x: Tensor) -> Tensor:
+    return _live(update, layer).forward(x, cast("FormulaLayer", WeightDifference(layer)))
 
 
 def _live(update: Update, layer: Layer) -> Update:
-    """The update in the dtype and on the device of the layer."""
+    """Return the update in the layer's dtype and on its device."""
     like = layer.sample
     return moved(update, like.device, like.dtype)
 

@@ -1,4 +1,4 @@
-"""The handle of an attached adapter: switch it, weigh it, train it, read it back, fold it in, take it off."""
+"""The handle of an attached adapter: switch it, weight it, train it, read it back, merge it, or remove it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from .folding import (
 )
 from .forward_hook import ForwardHook, hook_again, hooks_of, names_of
 from .leaves import Leaf, LiveUpdates, is_leaf_name
-from .outputs import Switch
 from .parts import Part
 from .routing import check_unrouted
-from .scopes import switched
+from .scopes import Switch, switched
 from .sharding import is_partitioned, shape_of, whole
 from .transaction import all_or_nothing
 from .watch import Watch
@@ -43,10 +42,10 @@ from .wrappers import unwrapped
 
 
 class Handle:
-    """An adapter attached to a model. After `remove` or `merge_` every use raises `UsageError`.
+    """An adapter attached to a model. After `remove` or `merge_`, every use raises `UsageError`.
 
     Attributes:
-        frozen: names of the base's parameters whose `requires_grad` this handle took away; `remove` gives it back.
+        frozen: the names of the base's parameters that this handle froze; `remove` unfreezes them.
     """
 
     def __init__(
@@ -63,12 +62,12 @@ class Handle:
 
     @property
     def _adapter(self) -> Adapter:
-        """The adapter over the tensors that the model holds now."""
+        """The adapter with the tensors that the model holds now."""
         now = {target: tuple(u for bound in each for u in bound.updates) for target, each in self._bound.items()}
         return self._source.replace(updates=now)
 
     def _enter(self, frozen: bool) -> None:
-        """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
+        """Add this handle to the model's list, watch its modules, and freeze the base if asked to."""
         self._switch.attached = True
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
@@ -80,7 +79,7 @@ class Handle:
             self.frozen = tuple(name for name, _ in held)
 
     def _leave(self) -> None:
-        """Take this handle's traces off the model; another trained adapter keeps the base frozen."""
+        """Remove this handle from the model; if another trained adapter remains, the base stays frozen."""
         self._watch.remove()
         self._switch.attached = False
         for leaf in self._leaves:
@@ -105,7 +104,7 @@ class Handle:
 
     @property
     def weight(self) -> float:
-        """How much of the adapter's change is added; may be set."""
+        """The factor of the adapter's change; may be set."""
         self._check()
         return self._switch.weight
 
@@ -114,15 +113,16 @@ class Handle:
         self._check()
         check_weight(value)
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
-            raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
+            raise UsageError("context can only have the weight 1", where=self.name, cure="Call handle.set_active()")
         for switch in (self._switch, *self._copies()):
             switch.weight = value
 
     def _copies(self) -> dict[Switch, list[ForwardHook]]:
-        """The adapter's switches at layers of the model that were copied along with it, and their hooks.
+        """Return the adapter's switches at copied layers of the model, with their hooks.
 
-        A layer that is copied into the same model (depth upscaling, clones) is switched, weighed and freed with the
-        others. One that is copied out of the model is on its own.
+        A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
+        others.
+        A layer that is copied out of the model is independent.
         """
         found: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
@@ -132,10 +132,10 @@ class Handle:
         return found
 
     def _check_uncopied(self) -> None:
-        """Check that the handle holds all that the adapter changes.
+        """Check that the handle covers everything that the adapter changes.
 
         Raises:
-            UsageError: a layer was copied along with its part of the adapter, which is of no target.
+            UsageError: a layer was copied with its part of the adapter, so this part does not belong to any target.
         """
         hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
         if hook is not None:
@@ -144,13 +144,14 @@ class Handle:
             raise UsageError(f"a copied layer has a part of the adapter {self.name!r}", where=where, cure=cure)
 
     def _check_unmoved(self) -> None:
-        """Check that each layer is where its target says: what the adapter is written with are these names.
+        """Check that each layer is still at the path of its target, because the adapter is written with these paths.
 
-        Blocks that are inserted into a list, or taken out of it, move those behind them. A wrapper puts names of its
-        own into a path and leaves the others in their order.
+        Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path but
+        keeps
+        the order of the others.
 
         Raises:
-            UsageError: another tool moved one.
+            UsageError: another tool moved a layer.
         """
         paths: dict[int, list[str]] = {}
         for path, module in self._model.named_modules(remove_duplicate=False):
@@ -161,17 +162,18 @@ class Handle:
             homes += [(part.target, part.target.path) for part in hook.contexts if part.switch is self._switch]
             for target, home in homes:
                 if not any(_within(home, one) or _within(one, home) for one in now):
-                    why = f"the layer {target} is called {now[0] if now else 'nothing'} now"
-                    cure = "Put it back where it was, or inject the adapter after layers are moved"
+                    why = f"the layer {target} is {f'at {now[0]}' if now else 'not in the model'} now"
+                    cure = "Move it back, or inject the adapter after layers are moved"
                     raise UsageError(why, where=self.name, cure=cure)
 
     @property
     def checkpoint(self) -> str:
         """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; may be set.
 
-        Set it to `adapter` and every framework that saves the model's state dict (Trainer, Accelerate, Lightning,
-        `torch.save`) writes checkpoints of the adapter alone. `model.load_state_dict()` takes them back, strictly too,
-        and leaves the base as it is. With `base` such checkpoints do not hold the adapter.
+        With `adapter`, every framework that saves the model's state dict (Trainer, Accelerate, Lightning, `torch.save`)
+        writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, also with `strict=True`, and
+        leaves the
+        base unchanged. With `base`, such checkpoints do not contain the adapter.
         """
         return self._checkpoint
 
@@ -180,18 +182,18 @@ class Handle:
         self._check()
         if value not in CHOICES:
             cure = f"Choose among {', '.join(CHOICES)}"
-            raise UsageError(f"no such choice: {value!r}", where="checkpoint", cure=cure)
+            raise UsageError(f"unknown choice {value!r}", where="checkpoint", cure=cure)
         self._checkpoint = value
 
     def set_active(self, active: bool) -> None:
-        """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
+        """Switch the adapter on or off in every thread; `disable` does so in the current thread only."""
         self._check()
         for switch in (self._switch, *self._copies()):
             switch.active = active
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Run the model without this adapter for the length of a `with`, in this thread or asyncio task alone."""
+        """Run the model without this adapter inside the `with`, only in this thread or asyncio task."""
         self._check()
         with ExitStack() as stack:
             for switch in (self._switch, *self._copies()):
@@ -199,12 +201,12 @@ class Handle:
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield trained tensors by name, `target.method.field`; none unless injected with `trainable=True`."""
+        """Yield the trained tensors by name, `target.method.field`; none if not injected with `trainable=True`."""
         named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
     def _named_leaves(self) -> Iterator[tuple[str, Leaf]]:
-        """All registered tensors by name, shared ones once."""
+        """Yield all registered tensors by name, shared ones once."""
         self._check()
         seen: set[int] = set()
         for target, each in self._bound.items():
@@ -218,7 +220,7 @@ class Handle:
         yield from self._copied_leaves(seen)
 
     def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
-        """The tensors of layers that were copied inside the model, by the names of these layers."""
+        """Yield the tensors of layers that were copied inside the model, named by these layers."""
         copies = self._copies()
         paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
         for switch, hooks in copies.items():
@@ -232,10 +234,11 @@ class Handle:
                                 yield _name(copied, part.bound.attached, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
+        """Return the trained tensors by the names of `named_parameters()`, for a training checkpoint.
 
-        The tensors are the model's own, detached, as `nn.Module.state_dict` gives them. Under FSDP2 they are DTensors:
-        save them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call it in every process.
+        The tensors are the model's own, detached, as from `nn.Module.state_dict`. Under FSDP2 they are DTensors: save
+        them
+        with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process.
         For a file that other tools read, write `handle.adapter()`.
         """
         named = list(self.named_parameters())
@@ -243,11 +246,11 @@ class Handle:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values from `state_dict()` into the trained tensors, in place: optimizers keep them.
+        """Copy values from `state_dict()` into the trained tensors in place, so that optimizers keep them.
 
         Raises:
-            UsageError: names are missing or unknown; nothing is changed then.
-            ShapeMismatch: a shape differs; nothing is changed then.
+            UsageError: names are missing or unknown; then nothing is changed.
+            ShapeMismatch: a shape differs; then nothing is changed.
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
         held = {name: leaf.tensor for name, leaf in leaves.items()}
@@ -258,28 +261,29 @@ class Handle:
                 raise UsageError(f"{len(names)} tensors are {what} in the state", where=first, cure=cure)
         for name, parameter in held.items():
             if tuple(state[name].shape) != shape_of(parameter):
-                why = f"{list(state[name].shape)} where the adapter has {list(shape_of(parameter))}"
+                why = f"the shape is {list(state[name].shape)}, but the adapter's is {list(shape_of(parameter))}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
         for name, leaf in leaves.items():
             leaf.put(state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable leaves, shared ones once."""
+        """Yield the trainable leaves, shared ones once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def parameter_groups(
         self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
     ) -> list[dict[str, object]]:
-        """Return the trained tensors as groups for an optimizer, as LoRA+ (https://arxiv.org/abs/2402.12354) has them.
+        """Return the trained tensors as parameter groups for an optimizer, as in LoRA+.
 
-        B, and all tensors of one axis, learn at `lr * ratio`; A at `lr`; both factors of embeddings at `embedding_lr`.
-        Biases have no weight decay.
+        See https://arxiv.org/abs/2402.12354. B and all one-dimensional tensors learn at `lr * ratio`, A at `lr`, and
+        both factors of embeddings at `embedding_lr`. Biases have no weight decay.
+
 
         Args:
-            lr: learning rate of A.
-            ratio: how many times as fast B learns.
-            weight_decay: that of all but biases.
-            embedding_lr: learning rate at embeddings.
+            lr: the learning rate of A.
+            ratio: the learning rate of B divided by that of A.
+            weight_decay: the weight decay of all tensors except biases.
+            embedding_lr: the learning rate of factors at embeddings.
 
         Raises:
             UsageError: no trained tensor is a factor B.
@@ -290,7 +294,7 @@ class Handle:
         }  # fmt: skip
         named = list(self.named_parameters())
         if not any(name.endswith(".B") for name, _ in named):
-            why = "no factor B is trained, for which LoRA+ has a learning rate"
+            why = "LoRA+ needs a trained factor B, and there is none"
             raise UsageError(why, where=self.name, cure="Pass handle.parameters() to the optimizer")
         homes = {id(leaf.tensor): leaf.module for leaf in self._leaves}
         for name, parameter in named:
@@ -304,14 +308,14 @@ class Handle:
         return [group for group in made if group["params"]]
 
     def adapter(self) -> Adapter:
-        """Return the adapter with the values of now: detached copies, in the model's names and layouts.
+        """Return the adapter with its current values, as detached copies, in the model's names and layouts.
 
-        Names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT) are left out of the targets.
+        Target names omit wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT).
 
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
 
         Raises:
-            UsageError: a layer that the adapter changes was copied, or has another place in the model now.
+            UsageError: a layer that the adapter changes was copied, or moved to another path in the model.
         """
         self._check()
         self._check_uncopied()
@@ -319,19 +323,21 @@ class Handle:
         lost = next((name for name, leaf in self._named_leaves() if leaf.tensor.is_meta), None)
         if lost is not None:
             cure = "Call handle.adapter() before the model goes to meta"
-            raise Unsupported("a tensor of the adapter is on the meta device, without numbers", where=lost, cure=cure)
+            raise Unsupported(
+                "this tensor of the adapter is on the meta device and has no values", where=lost, cure=cure
+            )
         now = self._adapter.map(_copy)
         return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
 
     def _plain(self, target: Target) -> Target:
-        """The target without the wrappers that stand around modules of the model."""
+        """Return the target without the wrappers around modules of the model."""
         return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
-        """Take the adapter off; the model's modules are what they were before.
+        """Remove the adapter; the model's modules are then the same as before `inject`.
 
         Raises:
-            UsageError: a `with route(...)` that is on in this thread or task names it.
+            UsageError: an active `with route(...)` in this thread or task names the adapter.
         """
         self._check()
         check_unrouted(self._switch)
@@ -339,7 +345,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """The objects that change along with the model when the adapter comes or goes."""
+        """Return the objects that change with the model when the adapter is attached or removed."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:
@@ -357,24 +363,26 @@ class Handle:
 
     @torch.no_grad()
     def merge_(self, keep: bool | str = False) -> None:
-        """Fold the adapter into the base in place, computed in float64 and rounded at the end, and take it off.
+        """Merge the adapter into the base in place, computed in float64 and rounded once, and detach it.
 
-        It holds a copy of the weights that it changes until it is done, and puts them back if anything fails.
+        Until it is done, it holds a copy of the weights that it changes, and restores them if anything fails.
 
         Args:
-            keep: for `unmerge_`, hold that copy (True or "copy"); or "recompute": hold the adapter, and of each weight
-                the few numbers that subtracting its change would not round to what they were. That needs additive
-                updates (LoRA and its like), and the adapter's tensors as they are now.
+            keep: what to keep for `unmerge_`. True or "copy": the copy of the weights. "recompute": the adapter, and
+            those
+                few numbers of each weight that subtracting the change would not restore exactly. "recompute" needs
+                additive
+                updates (LoRA and similar methods) whose tensors do not change until `unmerge_`.
 
         Raises:
-            NotMergeable: a formula is not one of weights, a bias to change is missing, a weight shares its memory with
-                another, or its type is not a plain tensor (quantized by a library).
-            UsageError: `keep` is another word, or "recompute" for updates that are not additive.
+            NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
+                another, or a weight is not a plain tensor (quantized by a library).
+            UsageError: `keep` is unknown, or "recompute" is given for updates that are not additive.
 
         Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
         """
         if not isinstance(keep, bool) and keep not in KEEPS:
-            raise UsageError(f"no such choice: {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
+            raise UsageError(f"unknown choice {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
         self._check()
         check_unrouted(self._switch)
         self._check_uncopied()
@@ -383,7 +391,7 @@ class Handle:
         again = keep == "recompute"
         for part in (part for _, parts in folded for part in parts) if again else ():
             if any(update.kind != "additive" for update in part.updates):
-                why = "an update that cannot be subtracted again"
+                why = "the update is not additive, so it cannot be subtracted again"
                 raise UsageError(why, where=str(part.target), cure='Pass keep="copy"')
         kept: list[Merged] = []
         held = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
@@ -411,33 +419,34 @@ class Handle:
 
     @torch.no_grad()
     def unmerge_(self) -> None:
-        """Give the base the exact bits back that it had before `merge_(keep=...)`, and attach the adapter again.
+        """Restore the exact bits that the base had before `merge_(keep=...)`, and attach the adapter again.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`, its weights were changed or replaced since, or, where
-                they are recomputed, the adapter was; or another adapter has its name. Nothing is changed then.
+            UsageError: the adapter was not merged with `keep`; its weights were changed or replaced since; the weights
+            are
+                recomputed and the adapter was changed; or another adapter has its name. Then nothing is changed.
         """
         if self._state != "merged" or not self._merged:
-            why = "there are no weights from before a merge"
+            why = "the adapter was not merged with keep=, so there are no weights to restore"
             raise UsageError(why, where=self.name, cure="Merge with handle.merge_(keep=True)")
         if not all(each.is_last for each in self._merged):
             why = "the merged weights were changed after the merge"
-            raise UsageError(why, where=self.name, cure="Undo that first: the last merge is unmerged first")
+            raise UsageError(why, where=self.name, cure="Undo that change first; merges are undone in reverse order")
         if not is_whole(self._model, self._folded, self._merged):
             why = "the merged weights, or their modules, were replaced after the merge"
             raise UsageError(why, where=self.name, cure="Load the base again, and inject the adapter into it")
         if any(each.is_cast for each in self._merged):
-            why = "the merged weights got another dtype, in which the bits from before cannot be computed again"
+            why = "the merged weights have another dtype now, in which their previous bits cannot be recomputed"
             raise UsageError(why, where=self.name, cure='Convert the model back, or merge with keep="copy"')
         if self.name in names_of(self._model):
             why = "another adapter of this name is attached"
-            raise UsageError(why, where=self.name, cure="Remove that one first")
+            raise UsageError(why, where=self.name, cure="Remove that adapter first")
         hooks: list[ForwardHook] = []
         for hook, _ in self._parts:
-            again = hook_again(hook)  # Another adapter's hook may stand at the module now.
+            again = hook_again(hook)  # Another adapter's hook may be at the module now.
             if again is None:
-                why = "another tool has put a forward on the layer since the merge, or taken one off"
-                cure = "Undo that, call unmerge_(), and do it again"
+                why = "since the merge, another tool has put a forward on the layer or removed one"
+                cure = "Undo that, call unmerge_(), and repeat it afterwards"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
         merged, undone = self._merged, Unmerging()
@@ -451,8 +460,8 @@ class Handle:
         with all_or_nothing(self._model, self._objects(), undo):
             for hook, parts in self._folded:
                 if not undone.take_out(hook, parts, merged):
-                    why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
-                    raise UsageError(why, where=self.name, cure="Load their values from then, or load the base again")
+                    why = "the adapter's tensors were changed after the merge, so it cannot be subtracted"
+                    raise UsageError(why, where=self.name, cure="Load their previous values, or load the base again")
             for leaf in self._leaves:
                 leaf.register()
             self._hooks = hooks
@@ -472,17 +481,17 @@ class Handle:
 
 
 def check_weight(value: float) -> None:
-    """Check how much of an adapter's change is to be added.
+    """Check the factor of an adapter's change.
 
     Raises:
-        UsageError: it is no finite number.
+        UsageError: it is not a finite number.
     """
     if not math.isfinite(value):
         raise UsageError(f"must be a finite number, got {value}", where="weight", cure="Pass 1.0 for the whole change")
 
 
 def _within(path: str, other: str) -> bool:
-    """Whether the names of a path are all in another one, in their order."""
+    """Whether all names of a path occur in another path, in the same order."""
     names = iter(other.split("."))
     return not path or all(name in names for name in path.split("."))
 
@@ -498,16 +507,16 @@ def _copy(leaf: object) -> Tensor:
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
-    """Return the handles of the adapters attached to a model, or to modules inside it, by name.
+    """Return the handles of the adapters attached to a model or to modules inside it, by name.
 
-    A deep copy of a model has handles of its own. Wrappers (DDP, `torch.compile`) are looked through.
+    A deep copy of a model has its own handles. Wrappers (DDP, `torch.compile`) may be passed too.
 
     Args:
-        model: the model that `inject` got, or one around it.
+        model: the model that `inject` got, or a wrapper around it.
 
     Returns:
-        name -> handle, in the order of injection; names of adapters on parts of the model come after their path
-        (`encoder:default`).
+        a map from name to handle, in the order of injection; the name of an adapter on a part of the model follows the
+        part's path (`encoder:default`).
     """
     found: dict[str, Handle] = {}
     for path, module in model.named_modules():
@@ -518,10 +527,10 @@ def handles(model: nn.Module) -> dict[str, Handle]:
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+    """Return parameters of one model with their values after merging the handles' adapters together, in float64.
 
     Raises:
-        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+        NotMergeable: a method does not change weights, a bias to change is missing, or a weight is tied to another.
     """
     return [
         (tensor_at(hook.module, path), value)
@@ -531,13 +540,13 @@ def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
 
 
 def foldable(handles: Sequence[Handle]) -> Folded:
-    """The hooks of the handles with their parts of it, all of which can be folded into weights."""
+    """Return the hooks of the handles with their parts, after checking that all of them can be merged into weights."""
     for handle in handles:
         handle._check()
         if any(map(is_partitioned, handle._model.parameters())):
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
-            raise NotMergeable("weights that DeepSpeed's ZeRO has partitioned", where=handle.name, cure=cure)
-        # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
+            raise NotMergeable("DeepSpeed's ZeRO has partitioned the weights", where=handle.name, cure=cure)
+        # At some layers a LoRA is computed by another method; see `formats._trained`.
         live = [
             (part.target, update)
             for hook in handle._hooks
@@ -547,7 +556,7 @@ def foldable(handles: Sequence[Handle]) -> Folded:
         ]
         for target, update in (*handle._adapter, *live):
             if update.kind in ("output", "context"):
-                raise NotMergeable("is not a change of weights", where=str(target), cure=KEEP_INJECTED)
+                raise NotMergeable("the update does not change weights", where=str(target), cure=KEEP_INJECTED)
     switches = [handle._switch for handle in handles]
     hooks = dict.fromkeys(hook for handle in handles for hook in handle._hooks)
     found = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]

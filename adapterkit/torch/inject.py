@@ -1,10 +1,10 @@
-"""Injection: an adapter attached to a live model, module tree and state dict unchanged."""
+"""Attach an adapter to a live model without changing its module tree or state dict."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +32,9 @@ from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle, check_weight
 from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device, names_sharing
-from .outputs import OutputSite, Switch, find_output_site
+from .outputs import OutputSite, find_output_site
 from .parts import Part
+from .scopes import Switch
 from .sharding import check_gathered, check_unwrapped
 from .structure import embedding_of
 from .transaction import all_or_nothing
@@ -48,49 +49,58 @@ def inject(
 ) -> Handle:  # fmt: skip
     """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
 
-    The adapter's tensors become parameters (trained ones) and non-persistent buffers (all others) of the model, so
-    that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state
-    dict stay as they are; save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's
-    state dict, which training frameworks save and load, holds the adapter instead of the base.
+    The adapter's trained tensors become parameters of the model, and all others non-persistent buffers, so that
+    optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state dict
+    do
+    not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
+    dict,
+    which training frameworks save and load, contains the adapter instead of the base.
 
     Args:
-        model: any module tree. Targets are its dotted names, or names that the resolver proves to be other names of
-            its modules, as in `adapterkit.merge`. Token rows of an embedding also change the layers that share its
-            parameter, a tied head, as PEFT's forward does.
+        model: any module tree. Targets are dotted names in it, or names that the resolver identifies with its modules,
+            as
+            in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied head),
+                as
+            PEFT's forward does.
         adapter: the adapter.
-        name: what `route` calls it; one name, one adapter.
-        weight: how much of its change is added.
-        trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters, cast to
-            the layer's dtype in forward.
+        name: the adapter's name for `route`; each attached adapter needs a different one.
+        weight: the factor of the adapter's change.
+        trainable: make the adapter's leaves, except those its method calls `frozen`, float32 (or wider) parameters,
+            which
+            are cast to the layer's dtype in the forward.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
-            assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
+            assumes; `handle.remove()` restores it. Pass False to train the base too.
         dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
-            mode, as PEFT's `lora_dropout`; when not given, what `create` was told, or the PEFT config of its file.
-        active: False attaches it switched off; see `handle.set_active`.
-        experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
-            the router's order.
-        tied: which layers an update changes where an embedding and a head share their parameter, as in
-            `adapterkit.merge`: `untie`, `merge`, or by kind. When not given, those that the tool which trained the
-            adapter changed; an update of unknown origin changes the layer that it names.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
+            mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the PEFT config of its
+                file.
+        active: False attaches the adapter switched off; see `handle.set_active`.
+        experts: the experts of a router whose own file does not contain them (X-LoRA, Arrow): plain LoRA adapters, in
+            the
+            router's order.
+        tied: the layers that an update changes if an embedding and a head share their parameter, as in
+            `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the layers that the tool
+                which
+            trained the adapter changed; an update of unknown origin changes the layer that it names.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
-        TargetNotFound: a target has no place in the model; names the nearest.
+        TargetNotFound: a target is not in the model; the message gives the nearest names.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken, a router lacks its experts, an unknown choice for `tied`, dropout that is no
-            probability, or a weight that is no finite number.
+        Unsupported: a layer cannot take the method, or not together with what is attached to it already.
+        UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
+            the
+            weight is not a finite number.
 
-    After an error nothing is attached.
+        If an error is raised, nothing is attached.
     """
     check_adapter(adapter)
     if not isinstance(model, nn.Module):
-        cure = "Pass a torch.nn.Module; is the order of the arguments right?"
-        raise UsageError(f"a {type(model).__name__} where a model belongs", cure=cure)
+        cure = "Pass a torch.nn.Module as the first argument"
+        raise UsageError(f"the model is a {type(model).__name__}", cure=cure)
     adapter.validate()
     check_weight(weight)
     if name in names_of(model):
-        raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+        raise UsageError("an adapter with this name is attached", where=name, cure="Pass another name=")
     check_gathered(model)
     if trainable:
         check_unwrapped(model)
@@ -103,7 +113,7 @@ def inject(
     rules = parse_renames(rename, [target.path for target in adapter.updates])
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
-        raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
+        raise UsageError("context can only have the weight 1", where=name, cure="Leave weight= out")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
     recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
@@ -113,10 +123,11 @@ def inject(
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
     shared = _tied(model, sites, adapter, parse_tied(tied))
-    once: dict[Any, tuple[Part, Part]] = {}
+    once: dict[Hashable, tuple[Part, Part]] = {}
     twice: list[tuple[Target, Part]] = []
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
-        holder, part = _part(model, site, switch, recorder)
+        outer = site.updates[0].kind == "output"
+        holder, part = _outer(model, site, switch, recorder) if outer else _inner(model, site, switch)
         place = _place(holder, part)
         first, standing = once.get(place, (part, part))
         if first.target.path != part.target.path:
@@ -127,7 +138,7 @@ def inject(
         part = replace(part, bound=bound, dropout=drop)
         once[place] = (first, part)
         if drop and not part.direct:
-            why = "dropout where a module's weight is exchanged under its own forward"
+            why = "dropout is not supported where a module runs its own forward on a changed weight"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
         if id(holder) not in together:
@@ -139,7 +150,7 @@ def inject(
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
     with all_or_nothing(model):
-        leaves = registration.commit()  # From here on nothing can be refused any more.
+        leaves = registration.commit()  # From here on nothing is refused any more.
         for hook, part in attached:
             hook.attach(part)
             if part.target in along:
@@ -162,29 +173,29 @@ def inject(
         return handle
 
 
-def _place(holder: nn.Module, part: Part) -> tuple[Any, ...]:
-    """Return the key of what a part changes, the same one for every name of its module."""
+def _place(holder: nn.Module, part: Part) -> Hashable:
+    """Return a key of what a part changes, which is the same for every name of its module."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that two names of one module get the same update, which then acts once: the module is one.
+    """Check that two names of one module have the same update, which then acts once.
 
     Raises:
-        Unsupported: they differ.
+        Unsupported: the updates differ.
     """
     if not change_alike([first, second]):
-        why = f"the same module as {first.target}, with another update"
+        why = f"this is the same module as {first.target}, but it has another update"
         raise Unsupported(why, where=str(second.target), cure="Leave one of the two targets out")
 
 
 def _where(model: nn.Module, target: Target) -> str:
-    """The target in the base's own names, for the names of its tensors: checkpoints outlive wrappers."""
+    """Return the target under the base's own names, without wrappers, because the names go into checkpoints."""
     return str(replace(target, path=unwrapped(model, target.path)))
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
-    """The site with its updates as the adapter's trainer computes them at this layer; `given` gets what they were."""
+    """Return the site with its updates as the adapter's trainer computes them; `given` gets the original updates."""
     if site.weight is None or site.target.stacked or site.target.rows is not None:
         return site
     module = model.get_submodule(site.weight.rpartition(".")[0])
@@ -197,7 +208,7 @@ def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Up
 
 
 def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
-    """The bound updates in the methods that the adapter has them in, over the same live tensors."""
+    """Return the bound updates in the methods that the adapter stores, over the same live tensors."""
     before = [given.get(id(update), update) for update in updates]
     if all(old is new for old, new in zip(before, updates, strict=True)):
         return bound
@@ -208,7 +219,7 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 def _contexts(
     model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
-    """Context updates by the modules that they are to be attached to."""
+    """Return the context updates with the modules that they are attached to."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     found: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
@@ -221,9 +232,9 @@ def _contexts(
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
-    """A tensor of the dtype and on the device of what context meets."""
+    """Return a tensor with the dtype and device of the values that context is combined with."""
     part = model.get_submodule(target.path)
-    around = [*part.modules(), *model.modules()]  # All that a quantized attention holds may be packed.
+    around = [*part.modules(), *model.modules()]  # A quantized attention may hold only packed weights.
     first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
     if first is None or hasattr(part, "get_input_embeddings"):
         embedding: Any = embedding_of(part)
@@ -232,12 +243,13 @@ def _met(model: nn.Module, target: Target) -> Tensor:
 
 
 def config_of_model(model: nn.Module) -> dict[str, Any] | None:
-    """The config of a live model of transformers as plain data; None for other models."""
+    """Return the config of a live transformers model as plain data; None for other models."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return None
     words: dict[str, Any] = config.to_dict()
-    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig that says `exaone`; its dict says `llama`.
+    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig with model_type `exaone`; its dict has
+    # `llama`.
     said = getattr(config, "model_type", None)
     return words | ({"model_type": said} if isinstance(said, str) and said else {})
 
@@ -260,7 +272,8 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
         raise error from None
     for site in placed:
         if is_parametrized(model.get_submodule((site.weight or site.bias or "").rpartition(".")[0])):
-            raise Unsupported("a parametrized layer", where=str(site.target), cure="Remove its parametrizations first")
+            why = "the layer is parametrized"
+            raise Unsupported(why, where=str(site.target), cure="Remove its parametrizations first")
     told = [_told(model, site, shapes) for site in placed]
     asked = iter(with_layouts([site for site, known in told if not known], shapes, words))
     sites = [site if known else next(asked) for site, known in told]
@@ -276,10 +289,10 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Sites of the layers that share a parameter with those that the adapter names, and change along with them.
+    """Return sites for layers that share a parameter with the adapter's targets and change with them.
 
-    `merging.ties` decides, as for merges, what each update changes. A live model shares the parameter between modules,
-    so that it shows by itself what is tied.
+    As for merges, `merging.ties` decides what each update changes. In a live model, tied layers share one parameter
+    object.
     """
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
@@ -291,7 +304,7 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        if tuple(names) in seen:  # Offloaded: each of them is a parameter of its own.
+        if tuple(names) in seen:  # In an offloaded model each of them is a separate parameter.
             continue
         seen.add(tuple(names))
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
@@ -302,7 +315,8 @@ def _tied(
             if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
                 own.setdefault(site.weight or "", []).append(fold)
         stored = next((name for name in own if name in inputs), inputs[0])
-        # T5 and BART hold their table as `shared`, which no layer calls while an encoder and a decoder have their own.
+        # T5 and BART store the table as `shared`; no layer calls it if the encoder and the decoder have their own
+        # modules.
         read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
         choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
         changed = acting(tie_of(stored, read, heads[0]), own, adapter, choice, [])
@@ -321,8 +335,8 @@ def _tied(
 def _warn_of_bias(head: str) -> None:
     layer = head.removesuffix(".weight")
     warnings.warn(
-        f"the bias of {layer} is kept, as PEFT's own merge keeps it; PEFT's forward pass leaves it out where rows of "
-        f"tokens are trained at a tied head. For the logits of training, set it to zero: "
+        f"the bias of {layer} is kept, as in PEFT's own merge; PEFT's forward pass omits the bias if rows of tokens "
+        f"are trained at a tied head. To get the logits of the training, set the bias to zero: "
         f"model.get_submodule({layer!r}).bias.data.zero_()",
         stacklevel=4,
     )
@@ -334,12 +348,12 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether an adapter says which tool trained it; one that was put together in Python does not."""
+    """Whether an adapter's recipe says which tool trained it; an adapter that was built in Python does not say so."""
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
-    """Raise if a target is a module whose weight is not a parameter of its own, or not there yet."""
+    """Raise if a target is a module whose weight is not its own parameter, or does not exist yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
@@ -347,18 +361,18 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
             continue
         where, kind = str(target), type(module).__name__
         if any(is_lazy(p) for p in module.parameters(recurse=False)):
-            cure = "Call the model once, so that it takes its sizes from its input"
-            raise Unsupported(f"a {kind} without a weight yet", where=where, cure=cure)
+            cure = "Call the model once, so that the module gets its sizes from the input"
+            raise Unsupported(f"this {kind} has no weight yet", where=where, cure=cure)
         weight = module.__dict__.get("weight")
         if isinstance(weight, Tensor) and "weight" not in module._parameters:
             cure = "Call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove first"
-            raise Unsupported(f"a {kind} whose weight a hook makes from other tensors", where=where, cure=cure)
+            raise Unsupported(f"a hook computes the weight of this {kind} from other tensors", where=where, cure=cure)
         if not list(base_parameters(module)) and list(module.buffers(recurse=False)):
-            raise Unsupported(f"a {kind} keeps its weight in a form of its own", where=where, cure=_UNPACKED)
+            raise Unsupported(f"this {kind} stores its weight in its own format", where=where, cure=_UNPACKED)
 
 
 def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
-    """Parts whose law is not one of weights need formulas over the layer, parts that are not direct its own forward."""
+    """Check parts at one hook: some can only run as formulas over the layer, others only under its own forward."""
     together = [part for part in (*hook.parts, *parts) if part.output_site is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
@@ -369,10 +383,10 @@ def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
 
 
 def _pieces(site: Site) -> list[Site]:
-    """The site's updates of weights, and then those of its output."""
+    """Split a site into its updates of weights and, after them, its updates of the output."""
     outer = [update.kind == "output" for update in site.updates]
     if outer != sorted(outer):
-        why = "an update of weights behind one of the output"
+        why = "an update of weights follows an update of the output"
         raise Unsupported(why, where=str(site.target), cure="Order updates of weights before those of outputs")
     return [
         replace(site, updates=part)
@@ -381,16 +395,13 @@ def _pieces(site: Site) -> list[Site]:
     ]
 
 
-def _part(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
-    return _outer(model, site, switch, recorder) if site.updates[0].kind == "output" else _inner(model, site, switch)
-
-
 def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
-    """The module whose output changes, and the part that does it."""
+    """Return the module whose output changes, and the part that changes it."""
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
-        raise Unsupported("its module never runs inside an attention", where=str(site.target), cure=f"Target {parent}")
+        why = "an attention never calls its output projection"
+        raise Unsupported(why, where=str(site.target), cure=f"Target {parent}")
     _refuse_fast_path(model, f"{path}.", site)
     made = find_output_site(
         holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
@@ -401,14 +412,14 @@ def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
-    """The module that reads the weight, and the part that changes it there."""
+    """Return the module that reads the weight, and the part that changes the weight there."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
     return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
-    """A tensor whose device and dtype the updates take."""
+    """Return a tensor with the device and dtype that the updates need."""
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
@@ -418,7 +429,7 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor on the device and of the dtype that other tools' hooks bring it to for a forward."""
+    """Return W, or an empty tensor with the device and dtype that other tools' hooks give it for a forward."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
@@ -427,7 +438,7 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
     """Return W, or an empty tensor on the device where an offloaded module computes.
 
     Raises:
-        Unsupported: W is on the meta device and nothing will load it: computing with it gives uninitialised memory.
+        Unsupported: W is on the meta device and nothing will load it, so computing with it gives uninitialised memory.
     """
     if W.device.type != "meta":
         return W
@@ -440,7 +451,7 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
 
 
 def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
-    """The hooks of modules that read a residual, each with its recorder."""
+    """Yield the hooks of modules that read a residual, after adding the recorder to each."""
     for each in sites:
         if each is not None and each.reader is not None and each.recorder is not None:
             hook = hook_at(each.reader)
@@ -448,8 +459,8 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
             yield hook
 
 
-def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
-    """The site in the layout of its module's class, where that tells and the updates fit it."""
+def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
+    """Return the site in the layout of its module's class, and whether that is known and the updates fit it."""
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))
@@ -461,10 +472,10 @@ def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """The module whose forward reads the parameter, and its path with a dot.
+    """Return the module whose forward reads the parameter, and its path with a dot.
 
     Raises:
-        Unsupported: it cannot take one of the updates.
+        Unsupported: the module cannot take one of the updates.
     """
     path = (site.weight or site.bias or "").rpartition(".")[0]
     parent = path.rpartition(".")[0]
@@ -474,17 +485,17 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     prefix = f"{path}." if path else ""
     if isinstance(holder, torch.jit.ScriptModule):
         cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
-        raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
+        raise Unsupported("torch.jit has compiled this module", where=str(site.target), cure=cure)
     direct = _is_direct(site, holder, prefix)
     if is_packed(holder):
         if not direct:
-            why = f"a part of the packed weight of a {type(holder).__name__}"
+            why = f"only a part of the packed weight of a {type(holder).__name__} would change"
             raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
     else:
         parameter = tensor_at(model, site.weight or site.bias or "")
         narrow = parameter.dtype.itemsize < 2 and not casts_layerwise(holder)
         if not parameter.is_floating_point() or narrow:
-            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
+            raise Unsupported(f"the weight has dtype {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)
@@ -499,22 +510,21 @@ def _check_layer(update: Update, site: Site, direct: bool) -> None:
 
 
 def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
-    """torch's fused encoder layer reads parameters past every forward of the modules that hold them."""
+    """Refuse modules in torch's fused encoder layer, which reads parameters without calling the modules' forwards."""
     parts = path.split(".") if path else []
     above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
     if torch.backends.mha.get_fastpath_enabled() and any(isinstance(m, nn.TransformerEncoderLayer) for m in above):
-        why = "inside an nn.TransformerEncoderLayer, whose fused path goes past its modules"
+        why = "the layer is inside an nn.TransformerEncoderLayer, whose fused path bypasses its modules"
         cure = "Call torch.backends.mha.set_fastpath_enabled(False) before injecting"
         raise Unsupported(why, where=str(site.target), cure=cure)
 
 
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
+    """Whether the updates can run as formulas over the layer: they change its whole weight, in its own layout."""
     layer = layer_of(holder, holder.forward)
-    return layer is not None and layer.direct and site.weight == f"{prefix}weight" and _natural(site, layer.layout)
-
-
-def _natural(site: Site, layout: str) -> bool:
-    return site.target.layout == layout and site.target.rows is None
+    if layer is None or not layer.direct or site.weight != f"{prefix}weight":
+        return False
+    return site.target.layout == layer.layout and site.target.rows is None
 
 
 _UNPACKED = "Load the base unquantized, or quantized by bitsandbytes"

@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, type-arg"
 """Triton kernels that apply another adapter's low-rank factors to each row of a batch, without gathering the factors.
 
-Two kernels, as in Punica (https://arxiv.org/abs/2310.18547): *shrink* makes h = x A^T, *expand* adds h B to y. A
-program looks up the slot of its row and reads that slot's factors, and only as much of them as the slot's rank, so that
-ranks may differ and rows without an adapter end at once. Sums are float32, without TF32.
+As in Punica (https://arxiv.org/abs/2310.18547) there are two kernels: *shrink* computes h = x A^T, and *expand* adds h
+B
+to y. A program looks up the slot of its row and reads only as many of that slot's factors as the slot's rank. So ranks
+may differ, and rows without an adapter finish at once. Sums are float32, without TF32.
 
-With TRITON_INTERPRET=1 they run on the CPU, for tests. Import this module only where Triton is installed.
+With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, INPUTS, OUTPUTS = 16, 64, 64
-"""Sizes of the tiles. `tl.dot` takes none below 16, so that one token of a row fills a sixteenth of its tile."""
+"""The sizes of the tiles. `tl.dot` needs at least 16, so a row with one token fills a sixteenth of its tile."""
 
 
 def _shrink(x, A, index, ranks, h, tokens, width, rank, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
@@ -65,7 +66,7 @@ shrink, expand = triton.jit(_shrink), triton.jit(_expand)
 
 
 def add_by_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
-    """Write y[i] + (x[i] A[index[i]]^T) B[index[i]] over a contiguous y; see `batched.add_gathered`."""
+    """Overwrite a contiguous y with y[i] + (x[i] A[index[i]]^T) B[index[i]]; see `batched.add_gathered`."""
     rows, tokens, width = x.shape
     if not rows * tokens * width:
         return y

@@ -1,15 +1,17 @@
-"""Layers: the words in which a method's forward formula speaks of one module.
+"""Layers: the interface through which a method's forward formula uses one module.
 
-`layer(x)` is the module as it is; `layer.op(x, w)` the same geometry with another weight and no bias; `layer.mix(h, w)`
-a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape that adds to its output. Weights are
-`[out, in, *k]` whatever the module stores. The words of updates of outputs are in `OutputUpdate`; see outputs.py too.
+`layer(x)` runs the module; `layer.op(x, w)` has the same geometry with another weight and no bias; `layer.mix(h, w)` is
+a 1x1 mix of channels after it; `layer.per_channel(v)` reshapes a vector so that it adds to the output. Weights are seen
+as `[out, in, *k]`, whatever the module's own layout. `OutputUpdate` documents the names that updates of outputs use;
+see
+outputs.py too.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +21,22 @@ from ..core.updates import Update
 from ..errors import ShapeMismatch
 from .conversions import casts_layerwise
 
-Forward = Callable[..., Any]
+if TYPE_CHECKING:
+    from ..io.lazy import Leaf
+
+Forward = Callable[..., Tensor]
 
 
 class Layer:
-    """A module whose weight `op` can exchange; subclasses say how.
+    """A module that can run with another weight through `op`; each subclass is one kind of module.
 
     Attributes:
         layout: the axis order in which such a module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
-        direct: formulas over weights run on it; else its weight is exchanged under its own forward.
-        flat: `op` and `mix` are matrix products over the last axis.
-        fresh: a call returns a tensor that nobody else has.
-        narrowed: autocast runs it in 16 bits.
+        direct: whether formulas over weights run on it; if not, the module's own forward runs on a changed weight.
+        flat: whether `op` and `mix` are matrix products over the last axis.
+        fresh: whether a call returns a tensor that nobody else holds.
+        narrowed: whether autocast runs it in 16 bits.
     """
 
     direct: ClassVar[bool] = True
@@ -44,17 +49,17 @@ class Layer:
     def __init__(self, module: nn.Module, forward: Forward) -> None:
         self.module, self.forward = module, forward
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
     def like(self, x: Tensor) -> Layer:
-        """The layer as `x` meets it: where its weight has no dtype to compute in, that of `x`."""
+        """Return the layer as `x` needs it: if its weight has no dtype to compute in, with the dtype of `x`."""
         return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a module is of this kind and computes as its class does, not in some way of its own."""
-        raise AssertionError("each kind of layer says it")
+        """Whether a module is of this kind and runs the forward of its class."""
+        raise AssertionError("each kind of layer defines it")
 
     @property
     def weight(self) -> Tensor:
@@ -62,12 +67,12 @@ class Layer:
         return self.viewed(lasting(self.module, W))
 
     def viewed(self, stored: Tensor) -> Tensor:
-        """A weight as the module stores it, seen as `[out, in, *k]`."""
+        """Return a stored weight as a view `[out, in, *k]`."""
         return stored.mT if self.layout == "in out *k" else stored
 
     @property
     def sample(self) -> Tensor:
-        """A tensor of the dtype and on the device to compute with."""
+        """A tensor with the dtype and device to compute with."""
         return self.weight
 
     @property
@@ -83,12 +88,12 @@ class Layer:
         return functional.linear(x, w)
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
-        """`op` over all channels, with zeros around the input and without dilation."""
+        """Apply `op` over all channels, with zeros around the input and without dilation."""
         return self.op(x, w)
 
     @property
     def padding(self) -> str:
-        """How `op` differs from `zero_padded`; empty where it does not."""
+        """The settings that make `op` differ from `zero_padded`; empty if they are the same."""
         return ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -99,9 +104,9 @@ class Layer:
 
 
 def lasting(module: nn.Module, W: Tensor) -> Tensor:
-    """Return a module's parameter whose numbers the backward pass will find as they are now.
+    """Return a module's parameter in a form whose values do not change before the backward pass.
 
-    diffusers' layerwise casting stores 8 bits in the parameter itself after the forward. A view keeps what it shows.
+    diffusers' layerwise casting overwrites the parameter by 8-bit values after the forward. A view keeps the values.
     """
     return W.view_as(W) if "_diffusers_hook" in module.__dict__ and casts_layerwise(module) else W
 
@@ -130,7 +135,7 @@ class Conv1D(Layer):
 
 
 class Embedding(Layer):
-    """`nn.Embedding`: stores `[in, out]`, a token being a position on `in`."""
+    """`nn.Embedding`, which stores `[in, out]`; a token is a position on `in`."""
 
     layout = "in out *k"
     narrowed = False
@@ -142,7 +147,7 @@ class Embedding(Layer):
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         if w.shape[1] != self.shape[1]:  # transformers' resize_token_embeddings grows the module in place.
-            why = f"made for {w.shape[1]} tokens; the embedding has {self.shape[1]}"
+            why = f"the update was made for {w.shape[1]} tokens, but the embedding has {self.shape[1]}"
             cure = "Call handle.remove() before the embedding changes its size, and inject an adapter of the new size"
             raise ShapeMismatch(why, cure=cure)
         padding: Any = self.module.padding_idx
@@ -150,7 +155,7 @@ class Embedding(Layer):
 
 
 class Conv(Layer):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` without groups, of any stride, dilation and padding mode."""
+    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` without groups, with any stride, dilation and padding mode."""
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -181,7 +186,7 @@ class Conv(Layer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # With other paddings a kernel without the dilation gives an output of another size: PEFT cannot train that.
+        # With other paddings, a kernel without dilation gives an output of another size, which PEFT cannot train.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -189,15 +194,16 @@ class Conv(Layer):
         return out
 
     @property
-    def _convolve(self) -> Any:
-        return (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.shape) - 3]
+    def _convolve(self) -> Callable[..., Tensor]:
+        convolutions: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
+        return convolutions[len(self.shape) - 3]
 
     def per_channel(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
 
 class GroupedConv(Conv):
-    """The same in groups, whose `op` takes the weight of a convolution over all channels as well."""
+    """A convolution with groups; `op` also takes the weight of a convolution over all channels."""
 
     direct = False
 
@@ -220,13 +226,13 @@ class GroupedConv(Conv):
 
 
 class Quantized(Linear):
-    """A linear layer with a packed weight, see `is_packed`: it runs as it is, additive updates beside it.
+    """A linear layer with a packed weight (see `is_packed`): it runs unchanged, and additive updates are added to it.
 
-    Formulas that need W see the weight that the packed one stands for.
+    Formulas that need W get the dequantized weight.
     """
 
     fresh = False
-    narrowed = False  # Each library has its own rule, and `like` takes the dtype of the input.
+    narrowed = False  # Each library has its own rule, and `like` uses the dtype of the input.
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)
@@ -258,7 +264,7 @@ class Quantized(Linear):
 
 
 class WeightDifference:
-    """A layer whose own output counts as nothing, so that an additive update yields what it adds."""
+    """A layer whose output is 0, so that an additive update returns only its change."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -273,29 +279,36 @@ KINDS: tuple[type[Layer], ...] = (Quantized, Linear, Conv1D, Embedding, Conv, Gr
 
 
 def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
-    """The module in a formula's words, or None where its weight can only be exchanged under its own forward."""
+    """Return the module as a `Layer`, or None if its weight can only be changed under its own forward."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
 
 
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-    """The update on a device, in the dtype to compute in, whole numbers in int64; the same one where it is so."""
+    """Return the update on a device, in the dtype to compute in (integers in int64); the same object if unchanged."""
 
-    def wanted(leaf: Any) -> torch.dtype:
+    def wanted(leaf: Tensor) -> torch.dtype:
         return dtype if leaf.is_floating_point() else torch.int64
 
-    def there(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(device, wanted(leaf))
-        return out
+    def there(leaf: Leaf) -> Tensor:
+        tensor = live_tensor(leaf)
+        return tensor.to(device, wanted(tensor))
 
-    # Not by `there(leaf) is leaf`: torch.jit.trace records that conversion, in the first of the two runs it compares.
-    leaves: list[Any] = list(update.tensors.values())
+    # Not by `there(leaf) is leaf`: torch.jit.trace would record that conversion in the first of the two runs it
+    # compares.
+    leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
 
 
+def live_tensor(leaf: Leaf) -> Tensor:
+    """Return a leaf of an attached update, which is always a tensor."""
+    assert isinstance(leaf, Tensor)
+    return leaf
+
+
 def stored_layout(module: nn.Module) -> str | None:
-    """The axis order in which a module stores its weight, where its class tells."""
+    """Return the axis order in which a module stores its weight, if its class determines it."""
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
     plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_packed(module)
@@ -303,7 +316,7 @@ def stored_layout(module: nn.Module) -> str | None:
 
 
 def stored_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's weight before any packing."""
+    """Return the shape of a module's weight before packing."""
     if Quantized.takes(module):
         sizes: Any = module.out_features, module.in_features
         return (int(sizes[0]), int(sizes[1]))
@@ -312,7 +325,7 @@ def stored_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _channels(w: Tensor, channels: int) -> ShapeMismatch:
-    why = f"made for {w.shape[1]} channels; the layer reads {channels}"
+    why = f"the update was made for {w.shape[1]} channels, but the layer reads {channels}"
     return ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 
@@ -320,27 +333,27 @@ def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module).forward is kind.forward and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
-# Weights that a library keeps in a form of its own, in live modules: what they stand for, by the library itself.
+# Packed weights: weights that a library stores in its own format. In a live model, that library dequantizes them.
 #
 # bitsandbytes, torchao, optimum-quanto, HQQ, GPTQ and AWQ all have linear layers with `in_features` and `out_features`.
-# Such a layer runs as it is and updates are added beside it. No table of libraries is needed for that; what tells a
-# packed layer is one of these:
+# Such a layer runs unchanged, and updates are added to its output, so a table of libraries is not needed. One of these
+# properties identifies a packed layer:
 #
-# * its weight is a tensor of a class with a `dequantize` of its own (torchao, and quanto once it is frozen);
+# * its weight is a tensor of a class with its own `dequantize` (torchao, and quanto once it is frozen);
 # * it has a `qweight`: GPTQ and AWQ as a buffer, quanto as a property (unfrozen layers of quanto keep a float weight
-#   and quantize it in each forward, so that a changed weight would lose most of a small change);
+#   and quantize it in each forward, so a changed weight would lose most of a small change);
 # * its class has a method `dequantize` (HQQ);
-# * it is a layer of bitsandbytes whose weight is not of floating point;
-# * its weight is stored in 8 bits of floating point, which torch does not compute with: a forward that another tool put
-#   there casts it, and may scale it (trainers with an fp8 base). diffusers' layerwise casting is none of these: it
-#   casts the weight itself before the forward, and an adapter stands inside of that; see slots.py.
+# * it is a layer of bitsandbytes whose weight is not floating point;
+# * its weight is stored in 8-bit floating point, which torch does not compute with: a forward of another tool casts it
+#   and may scale it (trainers with an fp8 base). diffusers' layerwise casting does not count: it casts the weight
+#   itself before the forward, and adapters run inside that; see slots.py.
 #
-# Updates that need the weight ask the tensor or the module for it. GPTQ's and AWQ's modules have no common method for
-# that: the rows of an identity matrix, sent through the layer, give the weight that the layer computes with.
+# If an update needs the weight, the tensor or the module dequantizes it. GPTQ's and AWQ's modules have no common method
+# for that, so the rows of an identity matrix are sent through the layer, which gives the weight it computes with.
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight is in a form of its library's own."""
+    """Whether a module is a linear layer whose weight is in its library's own format."""
     kind: Any = type(module)
     if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
         return False
@@ -356,7 +369,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """The weight `[out, in]` that a packed module stands for."""
+    """Return the dequantized weight `[out, in]` of a packed module."""
     if _of_bitsandbytes(module):
         return _by_bitsandbytes(module)
     for name in ("weight", "qweight"):
@@ -379,19 +392,18 @@ def device_of(module: nn.Module) -> torch.device:
     return W.device if found is None and W is not None else found or torch.device("cpu")
 
 
-def _unpacks(W: Any) -> bool:
-    """Whether a tensor is of a class with a `dequantize` of its own."""
-    kind: Any = type(W)
-    return isinstance(W, Tensor) and kind.dequantize is not Tensor.dequantize
+def _unpacks(W: object) -> bool:
+    """Whether a tensor's class has its own `dequantize`."""
+    return isinstance(W, Tensor) and type(W).dequantize is not Tensor.dequantize
 
 
-def _is_narrow(W: Any) -> bool:
-    """Whether a weight is stored in 8 bits of floating point."""
+def _is_narrow(W: object) -> bool:
+    """Whether a weight is stored in 8-bit floating point."""
     return isinstance(W, Tensor) and W.is_floating_point() and W.dtype.itemsize < 2
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether another forward than that of nn.Linear, which cannot read 8 bits, computes the output."""
+    """Whether the output is computed by another forward than that of nn.Linear, which cannot read 8 bits."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
@@ -400,8 +412,9 @@ def _of_bitsandbytes(module: nn.Module) -> bool:
     return bool(kinds) and kinds[-1].__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def _by_bitsandbytes(module: Any) -> Tensor:
+def _by_bitsandbytes(packed: nn.Module) -> Tensor:
     library: Any = importlib.import_module("bitsandbytes.functional")
+    module: Any = packed
     W = module.weight
     state: Any = getattr(W, "quant_state", None)
     if state is not None:
@@ -413,11 +426,12 @@ def _by_bitsandbytes(module: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _by_identity(module: Any) -> Tensor:
+def _by_identity(packed: nn.Module) -> Tensor:
+    module: Any = packed
     if callable(getattr(type(module), "dequantize", None)):
         out: Tensor = module.dequantize()
         return out.reshape(module.out_features, module.in_features)
-    hook = module.__dict__.get("_adapterkit_hook")  # Without what is attached.
+    hook = module.__dict__.get("_adapterkit_hook")  # Bypass attached adapters.
     forward = module.forward if hook is None else hook.original
     scales = [t for t in (*module._parameters.values(), *module._buffers.values()) if isinstance(t, Tensor)]
     dtype = next((t.dtype for t in scales if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)

@@ -1,26 +1,31 @@
-"""Low-rank changes of linear layers, in training and inference, with less memory and time than their plain formula.
+"""Compute low-rank changes of linear layers with less memory and time than their plain formula.
 
-Every additive method whose `forward` is that of its `pair` (`Additive.thin`) comes down to y + (x A^T) B^T. The plain
-formula is `LowRank.forward`. Run operation by operation it makes three tensors of the output's size, and autograd keeps
-x A^T for the backward pass. `low_rank_sum` adds the product into the base's output in one operation, and its backward
-pass needs x, A and B alone. Autograd keeps x as it came, so q, k and v (or gate and up) keep one tensor together.
+Every additive method whose `forward` follows from its `pair` (`Additive.thin`) reduces to y + (x A^T) B^T. The plain
+formula is `LowRank.forward`. Run operation by operation, it makes three tensors of the output's size, and autograd
+keeps
+x A^T for the backward pass. `low_rank_sum` adds the product to the base's output in one operation, and its backward
+pass
+needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v (or gate and up) share one kept tensor.
 
-A function in Python costs autograd some 50 microseconds, so inputs of few numbers take the plain formula too: what it
-keeps of them is nothing beside the weights.
+A Python function costs autograd about 50 microseconds, so small inputs also take the plain formula: the tensors it
+keeps
+for them are negligible compared with the weights.
 
-Numbers of 16 bits on a CPU are multiplied by thin factors in float32, some rows at a time. Without instructions for
-bfloat16 a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2), and PEFT's
-factors are float32 too.
+On a CPU, 16-bit numbers are multiplied by thin factors in float32, some rows at a time. Without bfloat16 instructions,
+a
+product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's factors are float32
+too.
 
-The plain formula stays in charge wherever a Python autograd function is not understood: under torch.compile and
-torch.export (which fuse by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and
-for tensors of other types (DTensor, FakeTensor, sparse, nested).
+The plain formula is used wherever a Python autograd function is not supported: under torch.compile and torch.export
+(which fuse by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for tensors of
+other types (DTensor, FakeTensor, sparse, nested).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,27 +45,27 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 SMALL = 1 << 16
-"""Numbers in a layer's input or output, up to which the plain formula is faster (measured on one core)."""
+"""The size of a layer's input or output up to which the plain formula is faster (measured on one core)."""
 BLOCK = 1 << 19
-"""Numbers of 16 bits that are made float32 at a time, so that their copies stay small."""
+"""The count of 16-bit numbers that are converted to float32 at a time, so that their copies stay small."""
 ROWS = 64
-"""Rows of an input that are made float32 at once at least: each of these blocks reads the layer's weight once."""
+"""The minimum of input rows that are converted to float32 at a time; each such block reads the layer's weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
-    """Return x W^T + b + weight * (x A^T) B^T by the plain formula; None where x or the result has many numbers.
+    """Return x W^T + b + weight * (x A^T) B^T by the plain formula, or None if x or the result is large.
 
     Args:
         x: `[..., in]`.
         W: `[out, in]`.
         b: `[out]`, or None.
-        A: `[r, in]`, in the dtype of W or, beside a W of 16 bits, in float32.
+        A: `[r, in]`, in the dtype of W, or in float32 if W has 16 bits.
         B: `[out, r]`, in A's dtype.
         weight: the factor of the product of A and B.
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
-    # With A frozen (LoRA-FA) autograd keeps x A^T here and not x, which is less than the functions below keep.
+    # With a frozen A (LoRA-FA), autograd keeps x A^T here and not x, which is less than the functions below keep.
     if most > SMALL and (A.requires_grad or not B.requires_grad):
         return None
     y = functional.linear(x, W, b)
@@ -70,26 +75,26 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         change = functional.linear(functional.linear(x, A), B)
     else:
         change = functional.linear(functional.linear(x, A.to(dtype)), B.to(dtype))
-    # In place where y is a tensor of its own: one tensor of the output's size less at the peak.
+    # In place if nobody else holds y: at the peak this saves one tensor of the output's size.
     if may_overwrite(y):
         return y.add_(change, alpha=weight)
     return torch.add(y, change, alpha=weight)
 
 
 def is_wide(y: Tensor) -> bool:
-    """Whether products of y's layer with thin factors are computed in float32: y has 16 bits, on a CPU."""
+    """Whether y's layer computes products with thin factors in float32: y has 16 bits and is on a CPU."""
     return y.dtype in _HALF and y.device.type == "cpu"
 
 
 def may_overwrite(y: Tensor) -> bool:
-    """Whether a linear layer's output, which nobody else has, may be written over: autograd does not need it."""
+    """Whether a linear layer's output, which nobody else holds, may be overwritten: autograd does not need it."""
     return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and is_eager()
 
 
 def is_eager() -> bool:
-    """Whether no transform of torch.func, forward-mode differentiation, tracing or dispatch mode is going on.
+    """Whether torch runs without torch.func transforms, forward-mode differentiation, tracing and dispatch modes.
 
-    Selective checkpointing is a dispatch mode: it keeps outputs of operations, which must not be written over.
+    Selective checkpointing is a dispatch mode: it keeps outputs of operations, which must not be overwritten.
     """
     if torch._C._len_torch_dispatch_stack():
         return False
@@ -99,15 +104,15 @@ def is_eager() -> bool:
 
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
-    """Return x W^T + b + weight * (x A^T) B^T for a frozen W; None where the tensors need the plain formula.
+    """Return x W^T + b + weight * (x A^T) B^T for a frozen W, or None if the tensors need the plain formula.
 
-    One function for both products adds their gradients of x without a second tensor of its size.
+    One autograd function for both products adds their gradients of x without a second tensor of x's size.
 
     Args:
         x: `[..., in]`.
         W: `[out, in]`.
         b: `[out]`, or None.
-        A: `[r, in]`, in W's dtype, or in float32 beside a W for which `is_wide` holds.
+        A: `[r, in]`, in W's dtype, or in float32 if `is_wide` holds for W.
         B: `[out, r]`, in A's dtype.
         weight: the factor of the product of A and B.
     """
@@ -130,7 +135,7 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
         A: `[r, in]`.
         B: `[out, r]`.
         weight: the factor of the sum's second term.
-        fresh: nobody else has y, so that the sum may be written over it.
+        fresh: whether nobody else holds y, so that the sum may overwrite it.
     """
     if not _takes(y, x, A, B):
         change = functional.linear(functional.linear(x, A.to(x.dtype)), B.to(x.dtype))
@@ -144,14 +149,14 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
 
 
 def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
-    """Return s * (x (W + B A)^T) + b for a frozen W, without a new weight; None where the plain formula is needed.
+    """Return s * (x (W + B A)^T) + b for a frozen W without a new weight, or None if the plain formula is needed.
 
     Args:
         x: `[..., in]`.
         W: `[out, in]`.
         b: `[out]`, or None.
         s: `[out]`, in A's dtype.
-        A: `[r, in]`, in W's dtype, or in float32 beside a W for which `is_wide` holds.
+        A: `[r, in]`, in W's dtype, or in float32 if `is_wide` holds for W.
         B: `[out, r]`, in A's dtype.
     """
     frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
@@ -163,7 +168,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, 
 
 
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the tensors and the state of torch are ones that the functions below are right for."""
+    """Whether the functions below support these tensors and the current state of torch."""
     if torch.compiler.is_compiling() or not is_eager():
         return False
     if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
@@ -171,7 +176,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     kind = y.device.type
     if kind == "meta" or not x.device == y.device == A.device == B.device:
         return False
-    # Autocast makes y 16 bits wide, while x, A and B may still be what they were; they are cast as it casts them.
+    # Autocast gives y 16 bits, while x, A and B may still have their own dtypes; they are cast here as autocast does.
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
     same = x.dtype == y.dtype or (cast and x.is_floating_point())
     thin = (y.dtype, torch.float32) if is_wide(y) else (y.dtype,)
@@ -180,7 +185,7 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
-    """y + weight * (x A^T) B^T in y's dtype, written over y where it is fresh."""
+    """Return y + weight * (x A^T) B^T in y's dtype, overwriting y if it is fresh."""
     flat_x, flat = x.reshape(-1, x.shape[-1]), y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
     alone = fresh and flat.data_ptr() == y.data_ptr()
     with _without_autocast(y):
@@ -189,7 +194,7 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
             flat = flat if alone else flat.clone()
             for rows in _blocks(flat_x, y):
                 h = flat_x[rows].float() @ A
-                # A sum of 16 and 32 bits takes ten times as long as one of 16.
+                # Adding a 32-bit to a 16-bit tensor takes ten times as long as adding two 16-bit tensors.
                 flat[rows].add_(((h if weight == 1 else h.mul_(weight)) @ B).to(y.dtype))
             return y if alone else flat.view(y.shape)
         h = flat_x.to(y.dtype) @ A.to(y.dtype).mT
@@ -200,29 +205,48 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
 
 
 def _blocks(*tensors: Tensor) -> list[slice]:
-    """Slices of rows in which the widest of the tensors has some `BLOCK` numbers."""
+    """Return slices of rows in which the widest of the tensors has about `BLOCK` numbers."""
     width = max(tensor.shape[-1] for tensor in tensors)
     rows = tensors[0].numel() // tensors[0].shape[-1]
     step = max(BLOCK // width, ROWS)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _without_autocast(y: Tensor) -> Any:
+def _without_autocast(y: Tensor) -> AbstractContextManager[object]:
     kind = y.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
+_NOTHING = nullcontext()
+
+
+class _Context(Protocol):
+    """The context of an autograd function, with all attributes that the functions below use."""
+
+    weight: float
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+
+
 class _LowRankLinear(torch.autograd.Function):
-    """x W^T + b + weight * (x A^T) B^T with W and b frozen, keeping x, W, A and B for the backward pass."""
+    """x W^T + b + weight * (x A^T) B^T with frozen W and b; keeps x, W, A and B for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
         ctx.weight = weight
         return _added(functional.linear(x, W, b), x, A, B, weight, True)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, W, A, B = ctx.saved_tensors
         into, _, _, to_A, to_B, _ = ctx.needs_input_grad
@@ -231,27 +255,27 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """s * (x (W + B A)^T) + b, keeping x, W, s, A and B for the backward pass, and x (W + B A)^T for the gradient of s.
+    """s * (x (W + B A)^T) + b; keeps x, W, s, A and B for the backward pass, and x (W + B A)^T for the gradient of s.
 
-    Without that tensor of the output's size the gradient of s would take a third product with W, and a step more time
-    than PEFT's, which keeps at least two such tensors.
+    Without this tensor of the output's size, the gradient of s would need a third product with W, and a step would take
+    longer than PEFT's, which keeps at least two such tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
         plain = _added(functional.linear(x, W), x, A, B, 1.0, True)
         ctx.save_for_backward(x, W, s, A, B, plain if ctx.needs_input_grad[3] else None)
         out = plain * s.to(plain.dtype)
         return out if b is None else out.add_(b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, W, s, A, B, plain = ctx.saved_tensors
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
         if to_s:
-            if torch.is_grad_enabled():  # The kept tensor has no graph of its own.
+            if torch.is_grad_enabled():  # The kept tensor has no graph.
                 flat = x.reshape(-1, x.shape[-1])
                 plain = flat @ W.mT + (flat.to(A.dtype) @ A.mT @ B.mT).to(W.dtype)
             of_s = (plain.reshape(-1, plain.shape[-1]) * grad.reshape(-1, grad.shape[-1])).sum(0, dtype=s.dtype)
@@ -261,10 +285,10 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class _LowRankSum(torch.autograd.Function):
-    """y + weight * (x A^T) B^T, keeping x, A and B for the backward pass."""
+    """y + weight * (x A^T) B^T; keeps x, A and B for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
+    def forward(ctx: _Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.weight = weight
         if fresh:
@@ -272,7 +296,7 @@ class _LowRankSum(torch.autograd.Function):
         return _added(y, x, A, B, weight, fresh)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, A, B = ctx.saved_tensors
         _, into, to_A, to_B, *_ = ctx.needs_input_grad
@@ -284,9 +308,9 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of weight * (x A^T) B^T of x, A and B; that of x is the one of x W^T + ... where a W is given.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, the gradient of x includes x W^T.
 
-    x A^T is computed again, which costs less than to keep it. Sums are made in place unless the backward pass is itself
+    x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.
     """
     flat, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -314,16 +338,18 @@ def _of_factors(
 def _of_factors_by_blocks(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None, to_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same for numbers of 16 bits on a CPU: in float32, some rows at a time, so that copies in float32 stay small.
+    """Do the work of `_of_factors` for 16-bit numbers on a CPU in float32, some rows at a time to keep copies small.
 
-    The gradient of x is rounded once. That includes the product with W, unless the processor multiplies 16 bits itself:
-    torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in float32 on AVX2.
+    The gradient of x is rounded once. The rounded sum includes the product with W, unless the processor multiplies
+    16-bit
+    numbers itself: torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in float32 on
+    AVX2.
     """
     to_x = to_x or W is not None
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None
     fast = W is not None and _multiplies(W.dtype)
     pieces = [] if W is None or fast else [slice(at, at + _rows_of(W)) for at in range(0, len(W), _rows_of(W))]
-    # A weight of one piece is made float32 once for all rows.
+    # A weight that fits in one piece is converted to float32 once for all rows.
     held = W.float() if W is not None and len(pieces) == 1 else None
     wide_A, wide_B = A.float(), B.float()
     of_A: Tensor | None = None
@@ -352,42 +378,32 @@ def _of_factors_by_blocks(
 
 
 def _rows_of(W: Tensor) -> int:
-    """How many rows of a weight have some `BLOCK` numbers."""
+    """Return how many rows of a weight have about `BLOCK` numbers."""
     return max(BLOCK // W.shape[1], 1)
 
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has products of 16 bits, which torch then uses for matrices."""
+    """Whether the processor has 16-bit matrix products, which torch then uses."""
     ask: Any = torch.ops.mkldnn
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
-
-
-# At one token the products of a LoRA take some microseconds. Asking which adapters act, of which kind their formulas
-# are and whether the layer is a plain one takes several times as long, and gives the same answer at every forward. A
-# plan holds that answer. It is thrown away when a switch or weight changes (`scopes.SETTINGS`), in another scope, and
-# when the layer or the adapter has other tensors.
+# At one token, the products of a LoRA take some microseconds. Finding out which adapters act, which kind their formulas
+# are and whether the layer is plain takes several times as long, and the answer is the same in every forward. A plan
+# caches that answer. It is discarded when a switch or weight changes (`scopes.SETTINGS`), in another scope, and when
+# the
+# layer or the adapter gets other tensors.
 
 
 class LeanPlan:
-    """The forward of an `nn.Linear` with one low-rank update.
+    """A cached plan for the forward of an `nn.Linear` with one low-rank update.
 
     Args:
-        token: `SETTINGS.token` from before anything was looked at.
-        scope: the scope that it is for.
-        part: the only part that acts there; None where there is not one alone, of one low-rank update.
+        token: `SETTINGS.token` as it was before anything was looked at.
+        scope: the scope that the plan is for.
+        part: the only part that acts there, with one low-rank update; None if there is not exactly one.
         layer: the layer.
     """
 
@@ -412,7 +428,7 @@ class LeanPlan:
         if self.usable:
             self.kind = W.device.type
             leaves = update.tensors.values()
-            # A LoRA's factors are its leaves. Other methods compute theirs anew in each forward.
+            # A LoRA's factors are its leaves. Other methods compute their factors in each forward.
             self.fixed = all(any(factor is leaf for leaf in leaves) for factor in (A, B))
             self.found = B, A, scaling * part.switch.weight
 
@@ -421,22 +437,22 @@ class LeanPlan:
         assert self.part is not None
         return B, A, scaling * self.part.switch.weight
 
-    def run(self, x: Any) -> Tensor | None:
-        """The layer's output; None where the hook must look at everything itself."""
+    def run(self, x: object) -> Tensor | None:
+        """Return the layer's output, or None if the plan does not apply and the hook must decide itself."""
         if not self.usable or type(x) is not Tensor or self.part is None:
             return None
         W: Any = self.W
         held: Any = self.module._parameters
         if self.part.bound.updates is not self.updates or held.get("weight") is not W:
-            self.token = None  # The plan is of tensors from before; the next forward makes another.
+            self.token = None  # The plan uses old tensors; the next forward makes another plan.
             return None
         B, A, weight = self.found if self.fixed else self._factors()
         dtype, wide = W.dtype, A.dtype
         same = wide is dtype or (wide is torch.float32 and dtype.itemsize == 2)
         if not same or W.shape != self.shape or torch.is_autocast_enabled(self.kind):
             return None
-        # A parametrized or pruned bias is no parameter of the module's own.
-        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed when asked for
+        # A parametrized or pruned bias is not in `_parameters`.
+        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed on access
         y = short_linear(x, W, b, A, B, weight)
         if y is None:
             A, B = (A, B) if wide is dtype or is_wide(W) else (A.to(dtype), B.to(dtype))

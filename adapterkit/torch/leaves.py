@@ -1,22 +1,24 @@
 """Register the tensors of attached adapters with the model, so that every framework finds them.
 
-Optimizers, Trainers, DDP, FSDP2, ZeRO, `model.to()` and `torch.compile` know one thing: `model.parameters()` and
-`model.buffers()`. Trained tensors are therefore parameters and all others are non-persistent buffers of modules that
-the model already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call`
-and `model.to()` put other tensor objects under the same name.
+Optimizers, Trainers, DDP, FSDP2, ZeRO, `model.to()` and `torch.compile` all use `model.parameters()` and
+`model.buffers()`. So trained tensors are parameters, and all others non-persistent buffers, of modules that the model
+already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call` and
+`model.to()` put other tensor objects under the same name.
 
-Why not ...
-* a child module of the model's own: `named_modules()` and every walk over it would change.
+Rejected alternatives:
+* a new child module: `named_modules()` and all code that walks over it would change.
 * parametrizations: they rename the base's keys in the state dict.
-* the root module: `parameters()` yields a module's own parameters before those of its children, so that a bf16 model
-  would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
+* the root module: `parameters()` yields a module's own parameters before those of its children, so a bf16 model would
+  report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
 
-The base's state dict keeps its keys: a hook takes ours out of `state_dict()`, another one takes them off the list of
-missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and `pickle`.
+The base's state dict keeps its keys: one hook removes the adapter's keys in `state_dict()`, another one removes them
+from the missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and
+`pickle`.
 
-accelerate's offloading loads all parameters of a module from a map of the base's weights, which has none of ours. They
-stand above such modules. Each leaf of a model that is offloaded later is taken out before the next forward, with the
-tensor that it was registered with: accelerate has put an empty one on the meta device in its place.
+accelerate's offloading loads all parameters of a module from a map of the base's weights, which does not have the
+adapter's. So leaves are registered with a module above such modules. If a model is offloaded after the injection, each
+leaf is moved before the next forward, with the tensor it was registered with: accelerate has replaced that by an empty
+tensor on the meta device.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -35,8 +37,15 @@ from ..errors import Unsupported
 from .conversions import guard, unguard
 from .sharding import put, spread
 
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    from ..io.lazy import Leaf as Value
+
+    Device = torch.device | str | int
+
 PREFIX = "adapterkit:"
-"""The start of the names of registered tensors. No attribute in Python source can be called so."""
+"""The start of the names of registered tensors. Python source cannot spell such an attribute name."""
 
 
 def is_leaf_name(name: str) -> bool:
@@ -50,7 +59,7 @@ class Leaf:
 
     Attributes:
         staged: the tensor, before it is registered.
-        first: the parameter that was registered, until a forward finds another one in its place (FSDP2 frees it then).
+        first: the parameter that was registered, until a forward finds another one in its place (FSDP2 then frees it).
     """
 
     module: nn.Module
@@ -60,8 +69,8 @@ class Leaf:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that the module holds under that name now."""
-        # Read once: another thread may register or release the leaf meanwhile.
+        """The tensor that the module holds under this name now."""
+        # Read it once, because another thread may register or release the leaf meanwhile.
         staged = self.staged
         if staged is not None:
             return staged
@@ -75,7 +84,7 @@ class Leaf:
         return found
 
     def register(self) -> None:
-        """Hand the tensor to the module."""
+        """Register the tensor with the module."""
         assert self.staged is not None
         if isinstance(self.staged, nn.Parameter):
             self.first = self.staged
@@ -90,7 +99,7 @@ class Leaf:
         self.staged = None
 
     def release(self) -> None:
-        """Take the tensor off the module, and its hooks with the last one."""
+        """Remove the tensor from the module, and with the last tensor also the module's hooks."""
         self.staged, self.first = self.tensor, None
         self.module._parameters.pop(self.name, None)
         self.module._buffers.pop(self.name, None)
@@ -105,7 +114,7 @@ class Leaf:
             unguard(self.module)
 
     def put(self, value: Tensor) -> None:
-        """Copy a value into the tensor; one on the meta device, which has no numbers, gives way to a new one."""
+        """Copy a value into the tensor; a tensor on the meta device, which has no values, is replaced by a new one."""
         held = self.tensor
         if not held.is_meta or value.is_meta:
             put(held, value)
@@ -118,49 +127,49 @@ class Leaf:
             self.module._buffers[self.name] = made
 
     def check_loaded(self) -> None:
-        """Check that the tensor is not left on the meta device beside a weight that was loaded again.
+        """Check that the tensor is not on the meta device while the weight of its module has been loaded again.
 
         torch's CPU products of a meta tensor and real numbers return uninitialised memory.
 
         Raises:
-            Unsupported: it is; `load_state_dict(assign=True)` of a base brings no tensor of an adapter.
+            Unsupported: it is; `load_state_dict(assign=True)` of a base does not load the adapter's tensors.
         """
         if self.tensor.is_meta:
             beside = [p for name, p in self.module._parameters.items() if p is not None and not is_leaf_name(name)]
             if beside and not any(parameter.is_meta for parameter in beside):
-                why = "the adapter is on the meta device, its numbers lost; the weight beside it was loaded again"
+                why = "the adapter's values were lost on the meta device; only the module's weight was loaded again"
                 cure = "Call handle.remove() before the model goes to meta, and inject the adapter after loading"
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Let go of the parameter that was registered where another one with numbers has taken its place."""
+        """Drop the registered parameter if another one with values has taken its place."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
 
     def reclaim(self, model: nn.Module, hidden: set[int]) -> None:
-        """Move the leaf to another module, away from one that accelerate has come to offload.
+        """Move the leaf away from a module that accelerate now offloads.
 
         Args:
             model: the model.
-            hidden: what `offloaded` gives.
+            hidden: the result of `offloaded`.
 
         Raises:
-            Unsupported: an optimizer, or whoever else, holds the empty parameter that stands there, and would train it.
+            Unsupported: something, such as an optimizer, holds the empty parameter that is registered there, and would
+                train it.
         """
         first = self.first
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
-            # The module's dictionary and the call itself hold it. An optimizer that was made before holds `first`.
+            # The module's dictionary and the call itself hold one reference each. An optimizer made before holds
+            # `first`.
             if sys.getrefcount(self.module._parameters[self.name]) > 2:
-                why = (
-                    "accelerate offloaded the model after it got the adapter, and an optimizer holds what it left there"
-                )
-                cure = "Delete that optimizer, and make one from handle.parameters()"
+                why = "accelerate offloaded the model after the injection, and an optimizer holds the empty parameter"
+                cure = "Delete that optimizer, and make a new one from handle.parameters()"
                 raise Unsupported(why, where=self.name, cure=cure)
             self.module._parameters[self.name] = first
         home = home_of(model, self.module, hidden)
         for hook in [hook for module in _above(model, self.module) for hook in _hooks_of_accelerate(module)]:
-            met = getattr(hook, "original_devices", {})  # It puts back all that it has met.
+            met = getattr(hook, "original_devices", {})  # The hook puts back every tensor in here.
             for name in [name for name in met if name.rpartition(".")[2] == self.name]:
                 del met[name]
         self.release()
@@ -171,7 +180,7 @@ class Leaf:
 
 
 def reclaim(model: nn.Module, leaves: Sequence[Leaf]) -> None:
-    """Take the trained leaves of a model out of modules that accelerate has come to offload; see above."""
+    """Move a model's trained leaves out of modules that accelerate now offloads; see the module docstring."""
     trained = [leaf for leaf in leaves if leaf.first is not None]
     for leaf in trained:
         leaf.settle()
@@ -182,25 +191,25 @@ def reclaim(model: nn.Module, leaves: Sequence[Leaf]) -> None:
 
 
 class LiveUpdates:
-    """Updates whose tensors are read from the model each time they are asked for.
+    """Updates whose tensors are read from the model at each access.
 
     Args:
         updates: the updates with the tensors they were attached with.
-        leaves: for each update, field -> where its tensor is registered; None before that is known.
+        leaves: for each update, a map from field to the leaf that holds its tensor; None before registration.
     """
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
         self._updates, self.leaves = tuple(updates), tuple(leaves or [{} for _ in updates])
         self._seen = self._flat()
 
-    def _flat(self) -> tuple[tuple[Leaf, Any], ...]:
-        """Each leaf, and the tensor of it that the updates hold."""
+    def _flat(self) -> tuple[tuple[Leaf, object], ...]:
+        """Return each leaf with the tensor that the updates hold for it."""
         each = zip(self._updates, self.leaves, strict=True)
         return tuple((leaf, update.tensors[name]) for update, leaves in each for name, leaf in leaves.items())
 
     @property
     def attached(self) -> tuple[Update, ...]:
-        """The updates over tensors of some earlier time: for their methods and names."""
+        """The updates over tensors of an earlier time; use them only for their methods and names."""
         return self._updates
 
     @property
@@ -210,7 +219,7 @@ class LiveUpdates:
         Raises:
             Unsupported: a tensor was left on the meta device; see `Leaf.check_loaded`.
         """
-        for leaf, held in self._seen:  # Once a layer and forward, so not with all().
+        for leaf, held in self._seen:  # A loop, not all(): this runs once in each layer and forward.
             if leaf.tensor is not held:
                 break
         else:
@@ -219,7 +228,8 @@ class LiveUpdates:
         for leaf in [leaf for leaves in self.leaves for leaf in leaves.values()]:
             leaf.check_loaded()
         found = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
-        # Under FSDP2 and functional_call the tensors live for one forward only: keeping them would keep their memory.
+        # Under FSDP2 and functional_call, tensors live for one forward only; keeping them would keep their memory
+        # allocated.
         if not torch.compiler.is_compiling() and all(type(t) in _KEPT for tensors in now for t in tensors.values()):
             self._updates = found
             self._seen = self._flat()
@@ -231,12 +241,12 @@ _KEPT = (Tensor, nn.Parameter)
 
 @dataclass(eq=False)
 class Registration:
-    """The tensors of one adapter on their way into a model: collected first, registered when nothing can fail any more.
+    """The tensors of one adapter before registration: collected first, and registered when nothing can fail any more.
 
     Args:
         model: the model.
         adapter: the adapter's name.
-        trainable: whether leaves that the method does not call `frozen` become parameters.
+        trainable: whether leaves become parameters, except those that the method calls `frozen`.
     """
 
     model: nn.Module
@@ -249,14 +259,14 @@ class Registration:
         self._hidden = offloaded(self.model)
 
     def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
-        """Give the updates tensors of their own on the device of `like`, to be registered near `holder`.
+        """Copy the updates' tensors to the device of `like`, to be registered near `holder`.
 
         A leaf that several updates share is copied and registered once.
 
         Args:
-            updates: with leaves of any kind.
+            updates: updates with leaves of any kind.
             holder: the module whose forward uses them.
-            like: a tensor on the device and of the dtype to compute with.
+            like: a tensor with the device and dtype to compute with.
             where: the target, for names.
         """
         bound, leaves = [], []
@@ -272,14 +282,15 @@ class Registration:
                 mine[name] = self._staged[key]
                 tensors[name] = mine[name].tensor
                 if mine[name].module is not home:
-                    # FSDP2 frees the weights of a block after its forward: what several blocks share belongs to none.
+                    # FSDP2 frees the weights of a block after its forward, so a leaf of several blocks must not belong
+                    # to one.
                     mine[name].module = home_of(self.model, self.model, self._hidden)
             bound.append(update.replace(**tensors))
             leaves.append(mine)
         return LiveUpdates(bound, leaves)
 
     def commit(self) -> list[Leaf]:
-        """Register all that was bound."""
+        """Register all leaves that were bound."""
         for leaf in self._staged.values():
             leaf.register()
         return list(self._staged.values())
@@ -298,14 +309,14 @@ class Registration:
 def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module that a leaf used by `holder` is registered with.
 
-    It is `holder` where that has parameters of its own, so that FSDP2 and ZeRO gather the leaf with the weight it
-    changes. Otherwise the leaf would come before the first parameter of the base (see above), and the first module
-    inside that has one takes it. `hidden` modules are passed over: the nearest one above takes it.
+    That is `holder` if it has parameters, so that FSDP2 and ZeRO gather the leaf with the weight it changes. Otherwise
+    the leaf would come before the first parameter of the base (see the module docstring), so it is registered with the
+    first module inside `holder` that has one. `hidden` modules are skipped; the nearest module above takes the leaf.
 
     Args:
         model: the model.
         holder: the module whose forward uses the leaf.
-        hidden: what `offloaded` gives.
+        hidden: the result of `offloaded`.
 
     Raises:
         Unsupported: all of them are hidden.
@@ -315,8 +326,8 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
         return home
     found = next((module for module in _above(model, home) if id(module) not in hidden), None)
     if found is None:
-        why = "accelerate loads all parameters of the model for each forward, from a map that has none of an adapter"
-        cure = "Offload its blocks, not the whole of it: leave its class out of preload_module_classes"
+        why = "accelerate loads all parameters of the model for each forward, from a map without the adapter's"
+        cure = "Offload only its blocks: remove the model's class from preload_module_classes"
         raise Unsupported(why, where=type(model).__name__, cure=cure)
     return found
 
@@ -332,10 +343,10 @@ def offloaded(model: nn.Module) -> set[int]:
 
 
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
-    """Take leaves out of the groups that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+    """Load leaves that diffusers' group offloading keeps on disk, and remove them from its groups.
 
-    A group is loaded while the module that a leaf is registered with runs. The leaf may be used afterwards: a
-    bottleneck's by the block around, a prefix's by the attention.
+    A group is in memory only while the module that a leaf is registered with runs. The leaf may be used later: a
+    bottleneck's by the block around it, a prefix's by the attention.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -347,48 +358,58 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 
 
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on disk.
 
-    Between two forwards such a tensor is uninitialised memory. Each forward reads the file, which is written once:
-    what an optimizer or a merge does to the tensor is lost.
+    Between two forwards, such a tensor is uninitialised memory. Each forward reads the file, which is written only
+    once,
+    so changes to the tensor by an optimizer or a merge are lost.
     """
     return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
 
 
-def _groups_on_disk(modules: Iterable[nn.Module]) -> list[Any]:
+class _DiskGroup(Protocol):
+    """A group of tensors that diffusers' group offloading keeps on disk."""
+
+    tensor_to_key: dict[Tensor, str]
+    key_to_tensor: dict[str, Tensor]
+    safetensors_file_path: str
+    onload_device: torch.device
+
+
+def _groups_on_disk(modules: Iterable[nn.Module]) -> list[_DiskGroup]:
     registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
     groups = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
     return [group for group in groups if _is_on_disk(group)]
 
 
-def _is_on_disk(group: Any) -> bool:
+def _is_on_disk(group: object) -> TypeGuard[_DiskGroup]:
     return bool(getattr(group, "offload_to_disk_path", None) and getattr(group, "_is_offloaded_to_disk", False))
 
 
 def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> None:
-    """Check that tensors of a model hold their numbers.
+    """Check that tensors of a model have their values in memory.
 
     Raises:
-        Unsupported: one of them is on the disk; see `on_disk`.
+        Unsupported: one of them is on disk; see `on_disk`.
     """
     lost = on_disk(model.modules())
     if any(id(tensor) in lost for tensor in tensors):
         cure = "Do this before enable_group_offload(), or offload without offload_to_disk_path"
-        raise Unsupported("diffusers' group offloading keeps a tensor of it on the disk", where=where, cure=cure)
+        raise Unsupported("diffusers' group offloading keeps one of its tensors on disk", where=where, cure=cure)
 
 
-def loading_device(model: nn.Module, module: nn.Module) -> Any:
-    """Return the device where accelerate's hooks load a module's parameters for its forward; None without hooks."""
+def loading_device(model: nn.Module, module: nn.Module) -> Device | None:
+    """Return the device where accelerate's hooks load a module's parameters for its forward, or None without hooks."""
     for above in _above(model, module):
         for hook in _hooks_of_accelerate(above):
-            device = getattr(hook, "execution_device", None)
+            device: Device | None = getattr(hook, "execution_device", None)
             if device is not None and any(each is module for each in _loaded_by(hook, above)):
                 return device
     return None
 
 
 def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
-    """Return the numbers of a parameter that accelerate's hooks load for a forward; None where nothing has them."""
+    """Return the values of a parameter that accelerate's hooks load for a forward, or None if nothing has them."""
     for module in model.modules():
         for hook in _hooks_of_accelerate(module):
             weights = getattr(hook, "weights_map", None)
@@ -401,10 +422,10 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
 
 
 def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
-    """Return all names of a parameter, which modules share that are tied.
+    """Return all names of a parameter that tied modules share.
 
-    accelerate's offloading leaves every module an empty parameter of its own. Embeddings and heads of one shape are
-    tied then if their numbers are equal, unless the model's config says that they are not.
+    accelerate's offloading leaves each module its own empty parameter. An embedding and a head of one shape are then
+    tied if their values are equal, unless the model's config says that they are not tied.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     names = [name for name, each in named if each is parameter]
@@ -425,15 +446,15 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     return [name for name, each in named if each is parameter or id(each) in tied]
 
 
-def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose parameters a hook of a module loads: `preload_module_classes` makes that all inside, too."""
+def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
+    """Return the modules whose parameters a module's hook loads: with `preload_module_classes`, all modules inside."""
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 
-def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
-    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came.
+def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
+    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor in its original precision.
 
-    The copy is a DTensor, whole in every process, beside a `like` that is one of a tensor-parallel layer.
+    If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is whole in every process.
     """
     from ..io.lazy import as_torch
 
@@ -442,33 +463,33 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
         plain = trained or min(tensor.element_size(), like.element_size()) < 2 or not like.is_floating_point()
         wide = torch.float32 if plain else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
-    with torch.inference_mode(False):  # A tensor that is made under it can never be trained.
+    with torch.inference_mode(False):  # A tensor made in inference mode can never be trained.
         made = spread(tensor.clone(), like, model)
         return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
 def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the base, or those of one module of it: all but those of attached adapters."""
+    """Yield the base's parameters, or those of one of its modules, without those of attached adapters."""
     return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 
-def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
+def _hooks_of_accelerate(module: nn.Module) -> list[object]:
     hook = module.__dict__.get("_hf_hook")
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
 
 def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """A module and those around it, from the inside out."""
+    """Return a module and the modules around it, from the inside out."""
     path = next(name for name, each in model.named_modules() if each is module)
     parts = path.split(".") if path else []
     return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
 
 
-def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _leave_out(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: object) -> None:
     for name in (*module._parameters, *module._buffers):
         if is_leaf_name(name):
             state_dict.pop(prefix + name, None)
 
 
-def _forgive(_module: nn.Module, incompatible: Any) -> None:
+def _forgive(_module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_leaf_name(key)]

@@ -1,9 +1,9 @@
-"""LoRA-FA: A stays as it was drawn, and B learns from its gradient projected on A.  Zhang et al. 2023
+"""LoRA-FA: A keeps its initial values, and B learns from its gradient projected on A.  Zhang et al. 2023
 
-https://arxiv.org/abs/2308.03303: with A frozen a layer keeps x A^T for the backward pass, r numbers a token, and not x.
-The gradient of B becomes (A A^T)^-1 / scaling^2 times what it is, the step in B that is nearest to the gradient of the
-whole weight. Moments, bias correction and decay are those of PEFT's `LoraFAOptimizer`, which computes that product in
-16 bits where it can.
+https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r numbers for each token)
+instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2; this gives the step in B that is nearest to the
+gradient of the whole weight. Moments, bias correction and decay follow PEFT's `LoraFAOptimizer`, which computes that
+product in 16 bits where possible.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .handle import Handle
 
 
 class LoRAFA(torch.optim.Optimizer):
-    """An optimizer of an attached LoRA that trains B alone.
+    """An optimizer for an attached LoRA that trains only B.
 
         handle = ak.torch.inject(model, adapter, trainable=True)
         optimizer = ak.torch.LoRAFA(handle, lr=1e-4)
 
-    It sets `requires_grad` of every A to False. Its state is saved and loaded as that of any optimizer.
+    It sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
 
     Args:
-        handle: that of a LoRA injected with `trainable=True`. Biases are trained as by AdamW.
+        handle: the handle of a LoRA injected with `trainable=True`. Biases are trained as by AdamW.
         lr: the learning rate.
-        betas: shares of the earlier moments.
-        eps: added to the root of the second moment.
-        weight_decay: times the learning rate, after the step.
+        betas: the decay rates of the two moments.
+        eps: a number added to the root of the second moment.
+        weight_decay: the decay, which is multiplied by the learning rate and applied after the step.
 
     Raises:
         UsageError: the adapter has an update of another method, or is not trainable.
@@ -44,13 +44,14 @@ class LoRAFA(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise UsageError("lr, eps or weight_decay is below 0, or a beta is not in [0, 1)", cure="Correct it")
+            why = "lr, eps or weight_decay is below 0, or a beta is not in [0, 1)"
+            raise UsageError(why, cure="Correct lr=, eps=, weight_decay= or betas=")
         updates = [update for _, update in handle._adapter if set(update.tensors) - update.frozen]
         other = next((update.method for update in updates if not isinstance(update, LoRA)), None)
         if other is not None or not any(True for _ in handle.parameters()):
-            why = f"{other} is no LoRA" if other is not None else "the adapter has no trained tensors"
+            why = f"{other} is not LoRA" if other is not None else "the adapter has no trained tensors"
             raise UsageError(why, where=handle.name, cure="Create a lora, and inject it with trainable=True")
-        # B -> its A and scaling: looked up by identity, as an optimizer's state is.
+        # A map from B to its A and scaling. Tensors are keys by identity, as in an optimizer's state.
         self._pairs: dict[Tensor, tuple[Tensor, float]] = {}
         trained: list[Tensor] = []
         for update in updates:
@@ -62,8 +63,8 @@ class LoRAFA(torch.optim.Optimizer):
         super().__init__(list(dict.fromkeys(trained)), settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; returns what the closure does, if there is one."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step, and return the result of the closure, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,8 +1,10 @@
-"""Outputs: one call of any module, in the words in which output updates speak of it, and where residual and norm are.
+"""Output updates: one call of any module through the interface that output updates use, with its residual and norm.
 
-A module ends a sub-layer itself where its forward takes the residual as its second input, as BERT's `BertOutput` does:
-then what it computes before is had by running it on a residual of 0 with its norm left out. Elsewhere the block around
-it adds the residual; an update names the module that reads it, and a recorder there keeps it until it is asked for.
+A module ends a sub-layer itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
+Then
+its output before the residual is computed by running it on a residual of 0 and skipping its norm. Elsewhere, the block
+around the module adds the residual; an update names the module that reads the residual, and a recorder there keeps it
+until it is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,90 +23,63 @@ from torch.nn import functional
 
 from ..core.adapter import Target
 from ..core.composed_layer import Composed
-from ..core.updates import Update
+from ..core.updates import OutputUpdate, Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from .layers import Layer, moved
-from .scopes import SETTINGS, Scope
+from .scopes import Switch
 
-Run = Callable[[Sequence[Any], dict[str, Any], "str | None"], Any]
-"""A module's forward, by positional and named arguments, and the name of a norm inside it to leave out."""
+Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
+"""A module's forward: takes positional arguments, named arguments, and the name of a norm inside it to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""Name of a parameter of the module -> its value after the updates of weights that are attached there."""
+"""Returns a map from each parameter name of the module to its value after the attached updates of weights."""
 
-Beside = tuple[Tensor | None, dict[str, Any]]
-"""A residual that a recorder kept, and words of the model's call."""
+Beside = tuple[Tensor | None, dict[str, object]]
+"""A residual that a recorder kept, and arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""Names in transformers of the second input of modules that add it to their output."""
-
-
-@dataclass(eq=False)
-class Switch:
-    """The state that all attached parts of one adapter share.
-
-    Attributes:
-        name: the adapter's name.
-        weight: how much of its change is added.
-        active: whether it is on where a context has not switched it, see scopes.py.
-        attached: False once its handle was removed or merged.
-    """
-
-    name: str
-    weight: float
-    active: bool = True
-    attached: bool = True
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        SETTINGS.renew()
-
-    def on(self, scope: Scope) -> bool:
-        """Whether the adapter is on in a context."""
-        return scope.active.get(self, self.active)
-
-    def acts(self, scope: Scope) -> bool:
-        """Whether the adapter changes anything in a context."""
-        return self.on(scope) and self.weight != 0
+"""The names in transformers of the second input of modules that add this input to their output."""
 
 
 class InputRecorder(threading.local):
-    """Keeps the input of a module, until the residual is asked for: each thread its own."""
+    """Keep the input of a module until the residual is needed, separately for each thread."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
         self.value: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputRecorder:
+    def __deepcopy__(self, memo: dict[int, object]) -> InputRecorder:
         return InputRecorder(self.where, copy.deepcopy(self.switch, memo))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[InputRecorder], tuple[str, Switch]]:
         return InputRecorder, (self.where, self.switch)
 
     def take(self) -> Tensor:
-        """The residual of this pass.
+        """Return the residual of this pass.
 
         Raises:
             Unsupported: the module was not called before.
         """
         value, self.value = self.value, None
         if value is None:
-            why = "the module that reads the residual was not called before this one"
+            why = "the module that reads the residual was not called before this module"
             raise Unsupported(why, where=self.where, cure="Correct the update's `residual`")
         return value
 
 
 @dataclass(frozen=True, eq=False)
 class OutputSite:
-    """The place where the output of a target ends: its residual and its norm.
+    """The end of a target's output: its residual and its norm.
 
     Attributes:
-        channels: how many channels its updates expect; None where they do not say.
-        recorder: keeps the residual that the module `reader` reads; None where the module adds it itself, or has none.
-        norm: what the block around it sends the sum through.
-        own: position and name of the residual among the module's own arguments, where it takes one.
-        own_norm: the name of its own norm.
-        call_words: gives the words of the model's call, where an update asks for some.
+        channels: the number of channels that the updates expect, or None if they do not fix it.
+        recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
+            there is none.
+        reader: the module that reads the residual.
+        norm: the norm that the block around the module applies to the sum.
+        own: the position and name of the residual among the module's own arguments, if it takes one.
+        own_norm: the name of the module's own norm.
+        call_words: returns the arguments of the model's call, if an update needs some.
     """
 
     channels: int | None
@@ -113,23 +88,24 @@ class OutputSite:
     norm: nn.Module | None = None
     own: tuple[int, str] | None = None
     own_norm: str | None = None
-    call_words: Callable[[], dict[str, Any]] = dict
+    call_words: Callable[[], dict[str, object]] = dict
 
     def beside(self) -> Beside:
-        """The residual of this pass, and the words of the model's call."""
+        """Return the residual of this pass and the arguments of the model's call."""
         return (None if self.recorder is None else self.recorder.take()), self.call_words()
 
 
 def find_output_site(
-    module: nn.Module, updates: Sequence[Any], target: Target, switch: Switch, find: Callable[[str], nn.Module]
+    module: nn.Module, found: Sequence[Update], target: Target, switch: Switch, find: Callable[[str], nn.Module]
 ) -> OutputSite:
-    """The output site of a module for output updates; `find` gives a module by its path from the target's parent.
+    """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
 
     Raises:
-        Unsupported: the module cannot take them, or not together.
-        TargetNotFound: there is no module where an update says that the residual or the norm is.
+        Unsupported: the module cannot take the updates, or not together.
+        TargetNotFound: an update names a residual or norm module that does not exist.
     """
     _check(module, target)
+    updates = [update for update in found if isinstance(update, OutputUpdate)]
     channels = next((update.channels for update in updates if update.channels is not None), None)
     placed = [update for update in updates if update.placed]
     if not placed:
@@ -137,13 +113,15 @@ def find_output_site(
     where, cure = str(target), "Give each its own adapter, or change the order"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        raise Unsupported("updates of one target with residuals at several places", where=where, cure=cure)
+        why = "the updates of one target name residuals in different places"
+        raise Unsupported(why, where=where, cure=cure)
     ((residual, norm),) = named
     own = None if residual or norm else _own_residual(module)
     if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        raise Unsupported("an update of the whole output before one inside it", where=where, cure=cure)
+        why = "an update of the whole output comes before one inside it"
+        raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
-        why = "the block around it normalises the output, so that the norm cannot be left out"
+        why = "the block around it normalises the output, so the norm cannot be skipped"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
     recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
     own_norm = _own_norm(module, where) if own else None
@@ -154,16 +132,16 @@ def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module
     try:
         return find(path) if path else None
     except AttributeError:
-        why = f"no module {path!r} beside it"
+        why = f"there is no module {path!r} next to it"
         raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
 
 
 def _check(module: nn.Module, target: Target) -> None:
     if target.rows is not None or target.stacked:
         cure = "Target the module as a whole"
-        raise Unsupported("an output update of a slice, or of experts", where=str(target), cure=cure)
+        raise Unsupported("an output update cannot change a slice or experts", where=str(target), cure=cure)
     if type(module).forward is nn.Module.forward:
-        why = f"a {type(module).__name__} has no forward of its own"
+        why = f"a {type(module).__name__} does not define a forward"
         raise Unsupported(why, where=str(target), cure="Target one of the modules that it holds")
 
 
@@ -175,33 +153,33 @@ def _own_residual(module: nn.Module) -> tuple[int, str] | None:
 def _own_norm(module: nn.Module, where: str) -> str | None:
     norms = [name for name, child in module.named_children() if type(child).__name__.endswith("Norm")]
     if len(norms) > 1:
-        why = f"which of {', '.join(norms)} follows the residual cannot be told"
+        why = f"it is unclear which of {', '.join(norms)} follows the residual"
         raise Unsupported(why, where=where, cure="Name `residual` and `norm` in the update")
     return norms[0] if norms else None
 
 
-class CallArguments(dict[str, Any]):
-    """The arguments of the model's call, by name; asking for more is an error."""
+class CallArguments(dict[str, object]):
+    """The arguments of the model's call, by name; reading any other name is an error."""
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> NoReturn:
         given = "input_ids" if name == "hidden_states" else name
         cure = f"Call the model that it was injected into, with {given}="
-        raise UsageError(f"its law needs {name}, which no call of the model brought", cure=cure)
+        raise UsageError(f"its formula needs {name}, which the model was not called with", cure=cure)
 
 
 class ModuleCall:
-    """One call of a module; see `adapterkit.core.updates.OutputUpdate` for the words. Runs the module when it must."""
+    """One call of a module, with the interface of `adapterkit.core.updates.OutputUpdate`; runs the module on demand."""
 
     def __init__(
-        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, output_site: OutputSite,
-        parameters: Parameters,
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Sequence[Any], kwargs: Mapping[str, Any],
+        output_site: OutputSite, parameters: Parameters,
     ) -> None:  # fmt: skip
-        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
+        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, dict(kwargs)
         self.output_site, self.parameters = output_site, parameters
         self.given: Tensor | None = None
-        self.call: Mapping[str, Any] = {}
+        self.call: Mapping[str, object] = {}
         self.x = args[0] if args else next(iter(kwargs.values()), None)
-        self.rest: tuple[Any, ...] | None = None
+        self.rest: tuple[object, ...] | None = None
         self.kept: Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.shape = layer.shape if layer else ()
@@ -234,15 +212,15 @@ class ModuleCall:
             return self.norm(h + residual) if whole else h
         return h if whole or self.given is None else h - self.given
 
-    def ended(self, y: Tensor) -> Any:
-        """Return the module's result with another output, which is the first of several where it returns several."""
+    def ended(self, y: Tensor) -> object:
+        """Return the module's result with another output; if it returns several values, the output is the first."""
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-            y = y.to(self.dtype)  # Factors of float32 made it wider than what the module itself returns.
+            y = y.to(self.dtype)  # Float32 factors made it wider than the module's own output.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         if self.layer is None:
-            raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+            raise Unsupported("the module has no weight", cure="Order updates of weights before those of outputs")
         return self.layer.op(x, w)
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
@@ -250,7 +228,7 @@ class ModuleCall:
 
     @property
     def weight(self) -> Tensor:
-        """The weight `[out, in, *k]` with which the module runs: after the updates of weights that are attached."""
+        """The weight `[out, in, *k]` that the module runs with, including the attached updates of weights."""
         if self.layer is None:
             raise Unsupported("the module has no weight", cure="Target a linear layer, a convolution or an embedding")
         changed = self.parameters().get("weight")
@@ -258,7 +236,7 @@ class ModuleCall:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias with which the module runs."""
+        """The bias that the module runs with."""
         changed = self.parameters().get("bias")
         return changed if changed is not None else self.layer.bias if self.layer else None
 
@@ -274,7 +252,7 @@ class ModuleCall:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and on the device to compute with."""
+        """A tensor with the dtype and device to compute with."""
         x: Any = self.x
         return x if isinstance(x, Tensor) and x.is_floating_point() else self.hidden(x)
 
@@ -285,14 +263,15 @@ class ModuleCall:
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
-            raise Unsupported(f"returns a {type(h).__name__}, no tensor", cure="Target a module inside it")
+            raise Unsupported(f"it returns a {type(h).__name__}, not a tensor", cure="Target a module inside it")
         self.dtype = h.dtype
-        if self.output_site.channels not in (None, h.shape[self.channel]):
-            why = f"made for {self.output_site.channels} channels; the module's output has {h.shape[self.channel]}"
+        wanted, given = self.output_site.channels, h.shape[self.channel]
+        if wanted not in (None, given):
+            why = f"the update was made for {wanted} channels, but the module's output has {given}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         return h
 
-    def _before_the_end(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _before_the_end(self, args: list[Tensor], kwargs: dict[str, Tensor]) -> object:
         assert self.output_site.own is not None
         position, name = self.output_site.own
         if name in kwargs:
@@ -304,20 +283,23 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class OutputChange:
-    """One adapter's updates of an output, for one call: its weight, and the residual that its recorder kept."""
+    """One adapter's updates of an output in one call, with its weight and the residual that its recorder kept."""
 
     weight: float
     updates: Sequence[Update]
     output_site: OutputSite
     residual: Tensor | None
-    call: Mapping[str, Any]
+    call: Mapping[str, object]
 
 
 def through(
-    module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[OutputChange],
-    parameters: Parameters,
-) -> Any:  # fmt: skip
-    """y + sum of weight * (f(x) - y); the module runs once for all updates that see it end alike."""
+    module: nn.Module, layer: Layer | None, run: Run, args: Sequence[object], kwargs: Mapping[str, object],
+    changes: Sequence[OutputChange], parameters: Parameters,
+) -> object:  # fmt: skip
+    """Return y + sum of weight * (f(x) - y).
+
+    The module runs once for all updates with the same residual and norm.
+    """
     calls: dict[Any, ModuleCall] = {}
     for change in changes:
         ending = change.output_site.own, change.output_site.norm

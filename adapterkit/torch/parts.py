@@ -1,4 +1,4 @@
-"""The parts that a hook at a module runs: each holds the updates of one target, and all that decides how they act."""
+"""The parts that a hook at a module runs; each holds the updates of one target, and how they are applied."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .leaves import LiveUpdates
-from .outputs import OutputSite, Switch
+from .outputs import OutputSite
+from .scopes import Switch
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
 
 HOOK = "_adapterkit_hook"
-"""The attribute of a module that holds its hook, wherever other tools have moved its forward."""
+"""The attribute of a module that holds its hook, even if other tools have moved its forward."""
 
 SCRIPTING = "__prepare_scriptable__"
 """The attribute of a module that torch.jit.script calls before it compiles the module."""
@@ -21,9 +22,10 @@ SCRIPTING = "__prepare_scriptable__"
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target's updates at a hook; `weight` and `bias` are parameters' paths below the hook's module.
+    """One target's updates at a hook; `weight` and `bias` are parameter paths relative to the hook's module.
 
-    Updates of outputs are a part of their own, with an output site. `dropout` is the probability of the training.
+    Updates of outputs are in a separate part, which has an output site. `dropout` is the dropout probability in
+    training.
     """
 
     switch: Switch
@@ -37,7 +39,7 @@ class Part:
 
     @property
     def home(self) -> str:
-        """The path of the hook's module when the part was attached; a target may be a module or parameter below it."""
+        """The path of the hook's module at the time of attaching; a target may be a module or parameter below it."""
         path = self.target.path
         below = self.weight or self.bias or ""
         for rest in (below, below.rpartition(".")[0]):
@@ -52,6 +54,6 @@ class Part:
 
     @property
     def foldable(self) -> bool:
-        """Whether the module's parameters can carry all of it: its laws are of weights, its biases have a place."""
+        """Whether changed parameters of the module can express all updates, and every bias they need exists."""
         kinds = all(update.kind in ("additive", "weight") for update in self.updates)
         return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))

@@ -1,4 +1,4 @@
-"""Load a folder of transformers as a torch model: nothing is downloaded, and no code and no kernel of it is run."""
+"""Load a transformers folder as a torch model, without downloading anything or running its code or kernels."""
 
 from __future__ import annotations
 
@@ -9,58 +9,60 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Malformed, Unsupported, UsageError, first_line, nearest
 from ..io.inputs import read_input
 from ..io.stages import stage
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
 """Implementations of attention and experts that are part of transformers and torch."""
 
 _OWN_CODE = (
-    "If you trust it, load it yourself: adapterkit export takes a function of yours (--model MODULE:FUNCTION, "
-    "adapterkit.onnx.export_factory), and adapterkit.torch any model"
+    "If you trust the model, load it yourself: adapterkit export takes your own function (--model MODULE:FUNCTION, "
+    "adapterkit.onnx.export_factory), and adapterkit.torch takes any loaded model"
 )
 
 
 def check_transformers(path: Path, work: str) -> None:
-    """Check that transformers is installed, and that a path is a folder of its.
+    """Check that transformers is installed and that a path is a folder of a transformers model.
 
     Args:
         path: the folder.
-        work: what needs it, as the start of a sentence.
+        work: the task that needs transformers, as the start of a sentence.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: transformers is not installed.
         Malformed: the folder has no config.json.
     """
     if find_spec("transformers") is None:
         cure = "pip install 'adapterkit[transformers]'"
         raise UsageError(f"{work} needs transformers, which is not installed", path=path, cure=cure)
     if not (path / "config.json").is_file():
-        why = "no folder of a transformers model: it has no config.json"
-        cure = "Name a folder that save_pretrained wrote, or a snapshot of a hub's"
+        why = "the folder is not a transformers model: it has no config.json"
+        cure = "Name a folder that save_pretrained wrote, or a snapshot from a hub"
         if (path / "adapter_config.json").is_file():
-            cure = "It is an adapter: name the model that it was trained on in its place"
+            cure = "The folder is an adapter: name the model that it was trained on instead"
         raise Malformed(why, path=path, cure=cure)
 
 
 def load_pretrained(
-    source: Path, dtype: str, state: Mapping[str, Any] | None = None, lacking: list[str] | None = None
-) -> Any:
+    source: Path, dtype: str, state: Mapping[str, Tensor] | None = None, lacking: list[str] | None = None
+) -> nn.Module:
     """Return the model of a folder, in evaluation mode.
 
     Args:
         source: the folder; its `config.json` names the class.
-        dtype: name of the torch dtype of the weights.
-        state: the weights by their stored names, where not those of the folder's files are wanted.
-        lacking: gets the names of weights that the model has and the files have not; transformers draws them.
+        dtype: the name of the torch dtype of the weights.
+        state: the weights by their stored names, if not the weights in the folder's files.
+        lacking: a list to which the names of weights that the files lack are added; transformers draws these weights.
 
     Raises:
         Malformed: the config cannot be read, or transformers cannot load the folder.
-        Unsupported: the class is unknown, the folder holds an adapter, or its config names a kernel to download or
-            code of its own.
+        Unsupported: the class is unknown, the folder is an adapter, or its config names code or a kernel to download.
     """
     stage(f"loading {source}")
     transformers, torch = import_module("transformers"), import_module("torch")
@@ -72,14 +74,16 @@ def load_pretrained(
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
     # Only class names pass: a name from the file must not reach another attribute of the library.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
-        raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
+        raise Malformed(
+            f"architectures is {name!r}, not a class name", path=source / "config.json", cure="Fetch it again"
+        )
     built = getattr(transformers, name, None)
     if built is None or not hasattr(built, "from_pretrained"):
         known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])
         cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
-        raise Unsupported(f"this transformers has no {name}", path=source, cure=cure)
+        raise Unsupported(f"the installed transformers has no class {name}", path=source, cure=cure)
     if (source / "adapter_config.json").exists():
-        # transformers would load the base that this file names, whatever it is, instead of this folder.
+        # transformers would load the base that this file names instead of this folder.
         cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
         raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
     known_only = {"local_files_only": True, "trust_remote_code": False}
@@ -90,7 +94,7 @@ def load_pretrained(
             _check_no_kernel(config, source)
             if state is not None:
                 vars(config).pop("quantization_config", None)
-                # An Auto class looks for a folder, and there is none.
+                # An Auto class would need a folder to choose the class.
                 built = transformers.MODEL_MAPPING[type(config)] if name == "AutoModel" else built
             model, told = built.from_pretrained(
                 str(source) if state is None else None, config=config, dtype=getattr(torch, dtype),
@@ -101,22 +105,23 @@ def load_pretrained(
     except Exception as error:  # transformers raises many types of errors for damaged folders.
         first = first_line(error)
         if "trust_remote_code" in str(error):
-            raise Unsupported("the model brings its own code, which is not run", path=source, cure=_OWN_CODE) from None
+            raise Unsupported("the model needs its own code, which is not run", path=source, cure=_OWN_CODE) from None
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     if lacking is not None:
         lacking += sorted(told["missing_keys"])
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
-def _check_no_kernel(config: Any, source: Path) -> None:
-    """Check that a config, with all configs inside it, names no kernel that transformers would download and run.
+def _check_no_kernel(config: object, source: Path) -> None:
+    """Check that a config, including all configs inside it, does not name a kernel that transformers would download.
 
     transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;
     `local_files_only` has no effect there. The loaded config object is checked instead of config.json, which can refer
     to another file (`configuration_files`).
 
     Raises:
-        Unsupported: it names one.
+        Unsupported: it names such a kernel.
     """
     held = config if isinstance(config, dict) else vars(config)
     for key, value in held.items():
@@ -133,7 +138,7 @@ def _check_no_kernel(config: Any, source: Path) -> None:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Hide transformers' progress bars and remarks: the library shows nothing, only commands do."""
+    """Hide transformers' progress bars and messages, because only commands show output, not the library."""
     logs = import_module("transformers.utils.logging")
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()

@@ -1,21 +1,21 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
-A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds to each row what its
-adapter adds. Any other module with adapters runs once for each group of rows, under its own forward or its layer's
-formula. Everything else runs once.
+A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds each row's adapter to its
+output. Any other module with adapters runs once for each group of rows, under its own forward or its layer's formula.
+Everything else runs once.
 
-Rows are one axis of a module's tensors: the first, or `axis`. torch's recurrent layers and its attention say in
-`batch_first` where theirs are. Modules whose rows cannot be told apart are refused: those that see rows second beside a
-route that does not say so, and experts that see only the tokens which chose them.
+Rows are one axis of a module's tensors: the first, or `axis`. For torch's recurrent layers and attention, `batch_first`
+gives the axis. A module is refused if its rows cannot be identified: if it has rows second and the route does not say
+so, or if it is an expert, which sees only the tokens that chose it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,30 +24,33 @@ from torch.utils import _pytree as pytree
 
 from ..errors import Unsupported, UsageError, nearest
 from .parts import HOOK
-from .scopes import SETTINGS, Route, current, routed
+from .scopes import SETTINGS, Route, Switch, current, routed
+
+if TYPE_CHECKING:
+    from .outputs import Beside
 
 
 @contextmanager
 def route(
     model: nn.Module, names: Sequence[str | None], *, flattened: bool = False, axis: int | None = None
 ) -> Iterator[None]:
-    """A different adapter for each row of a batch: inside the `with`, row i goes through `names[i]`, or the base.
+    """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]`, or the base for None.
 
-    Rows are the first axis of what each module reads and writes; an argument whose first axis has another length is
-    the same for all rows. The route holds for this thread (and this task of asyncio) alone. `handle.disable()` inside
-    of it gives that adapter's rows the base.
+    Rows are the first axis of each module's inputs and outputs; an argument whose first axis has another length is the
+    same for all rows. The route applies only in this thread (and this asyncio task). `handle.disable()` inside it
+    gives that adapter's rows the base.
 
     Args:
         model: the model, with adapters attached.
-        names: one name of an attached adapter, or None, for each row.
-        flattened: some modules see rows and tokens in one axis, row by row, as the experts of a mixture do.
-        axis: the axis that rows lie on: 0, or 1 in a model of sequence-first tensors `[tokens, rows, ...]`. It must be
-            given where the model has a module with `batch_first=False`.
+        names: for each row, the name of an attached adapter, or None.
+        flattened: whether some modules have rows and tokens in one axis, row by row, as the experts of a mixture do.
+        axis: the axis of the rows: 0, or 1 in a model with sequence-first tensors `[tokens, rows, ...]`. It must be
+            given if the model has a module with `batch_first=False`.
 
     Raises:
-        UsageError: no adapter of such a name is attached, or it is switched off.
-        ShapeMismatch: raised by a forward of another number of rows.
-        Unsupported: raised by a forward through a module whose rows cannot be told apart; or a module of the model has
+        UsageError: an adapter is not attached, or is switched off.
+        ShapeMismatch: raised by a forward with another number of rows.
+        Unsupported: raised by a forward through a module whose rows cannot be identified; or a module of the model has
             rows second and `axis` is not given.
     """
     names = tuple(names)
@@ -56,17 +59,21 @@ def route(
         held = module.__dict__
         if HOOK in held:
             hooks.append(held[HOOK])
-        # Not getattr(module): that is slow where the attribute is missing, as it is in most modules.
+        # Not getattr(module), which is slow if the attribute is missing, as in most modules.
         if first is None and held.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
     switches = _switches_of(hooks)
     _check_names(names, switches)
     if axis is None and first is not None:
         where = next(name for name, module in model.named_modules() if module is first)
-        why = f"a {type(first).__name__} with batch_first=False, so that rows may be the second axis"
-        raise Unsupported(why, where=where, cure="Pass axis=1 where the model has rows second, axis=0 where first")
+        why = f"a {type(first).__name__} has batch_first=False, so rows may be the second axis"
+        raise Unsupported(
+            why, where=where, cure="Pass axis=1 if the model has rows second, axis=0 if it has rows first"
+        )
     if axis not in (None, 0, 1) or (axis and flattened):
-        raise UsageError("rows lie on axis 0 or 1, and flattened rows on axis 0", cure="Pass axis=0 or axis=1 alone")
+        raise UsageError(
+            "rows are on axis 0 or 1, flattened rows on axis 0", cure="Pass axis=0, or axis=1 without flattened"
+        )
     known = tuple(switches)
     slots = {name: slot for slot, name in enumerate(known)}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
@@ -75,20 +82,33 @@ def route(
         yield
 
 
-def _switches_of(hooks: list[Any]) -> dict[str, Any]:
-    """The adapters attached to a model, by name; kept with its first hook until one is attached or changed."""
+class _KeptSwitches(Protocol):
+    model: tuple[object, Sequence[object], dict[str, Switch]] | None
+
+
+class _Hook(Protocol):
+    """A forward hook of a model, with the switches of its adapters and what it keeps for routes."""
+
+    @property
+    def kept(self) -> _KeptSwitches: ...
+
+    @property
+    def switches(self) -> Sequence[Switch]: ...
+
+
+def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
+    """Return the adapters attached to a model, by name; cached at its first hook until one is attached or changed."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept
     if kept.model is None or kept.model[0] is not token or kept.model[1] != hooks:
         kept.model = token, hooks, {switch.name: switch for hook in hooks for switch in hook.switches}
-    found: dict[str, Any] = kept.model[2]
-    return found
+    return kept.model[2]
 
 
-def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> None:
+def _check_names(names: tuple[str | None, ...], switches: dict[str, Switch]) -> None:
     if not names:
-        raise UsageError("a route of no rows", cure="Pass one name, or None, for each row of the batch")
+        raise UsageError("the route has no rows", cure="Pass one name, or None, for each row of the batch")
     scope = current()
     for name in dict.fromkeys(names):
         if name is not None and name not in switches:
@@ -98,12 +118,12 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> Non
             raise _switched_off(names, name)
 
 
-def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
-    """Raise if an adapter that the route names was removed or switched off for everybody since the route was entered.
+def check_switches(route: Route, switches: Sequence[Switch], active: Mapping[Switch, bool]) -> None:
+    """Check that the adapters a route names were not removed or switched off for all threads since it was entered.
 
     Raises:
-        UsageError: another thread removed or merged it, or `handle.set_active(False)` was called. `handle.disable()`
-            inside the route is no error.
+        UsageError: another thread removed or merged an adapter, or called `handle.set_active(False)`. Calling
+            `handle.disable()` inside the route is allowed.
     """
     for switch in route.switches:
         name: str = switch.name
@@ -116,63 +136,64 @@ def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
             raise _switched_off(route.names, name)
 
 
-def check_unrouted(switch: Any) -> None:
-    """Raise if a route of this context names an adapter that is about to be taken off.
+def check_unrouted(switch: Switch) -> None:
+    """Check that no route of this context names an adapter that is about to be removed.
 
     Raises:
-        UsageError: its rows would get the base alone.
+        UsageError: one does; its rows would silently get the base alone.
     """
     name: str = switch.name
     for route in current().routes.values():
         if switch in route.switches and name in route.names:
-            why = f"{_rows(route.names, name)} of the route that is on go through it"
+            why = f"{_rows(route.names, name)} of the active route use it"
             raise UsageError(why, where=name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 
 def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
-    why = f"{_rows(names, name)}: the adapter is switched off, they would get the base alone"
+    why = f"{_rows(names, name)}: the adapter is switched off, so these rows would get only the base"
     return UsageError(why, where=name, cure="Call handle.set_active(True), or name None for these rows")
 
 
 def _rows(names: Sequence[str | None], name: str) -> str:
-    """The rows of one adapter, for messages."""
+    """Return the rows of one adapter as text for messages."""
     found = [str(row) for row, other in enumerate(names) if other == name]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return f"row{'s' if len(found) > 1 else ''} {', '.join(found[:8])}{more}"
 
 
 def is_expert(where: str) -> bool:
-    """Whether a target is one of a list of experts, which sees some tokens of each row, in an order of its own."""
+    """Whether a target is one of a list of experts, which sees some tokens of each row, in its own order."""
     return _EXPERT.search(where) is not None
 
 
 def check_expert(route: Route, where: str) -> None:
-    """Raise at a module that sees only some tokens of each row, in an order of its own.
+    """Check that a module does not see only some tokens of each row in its own order.
 
     Raises:
         Unsupported: it is one of a list of experts, and the route names more than one adapter.
     """
     if len(set(route.names)) > 1 and is_expert(where):
-        why = "an expert sees the tokens that chose it, whose rows cannot be told"
+        why = "an expert sees only the tokens that chose it, whose rows are unknown"
         raise Unsupported(why, where=where, cure=_ALONE)
 
 
 def split(
-    route: Route, module: nn.Module, args: Any, kwargs: Any, beside: Any, where: str
-) -> Iterator[tuple[str | None, Any, Any, Any]]:
-    """The arguments of a module's forward for each group of rows: (name, args, kwargs, beside).
+    route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], beside: dict[str, Beside],
+    where: str,
+) -> Iterator[tuple[str | None, Sequence[object], dict[str, object], dict[str, Beside]]]:  # fmt: skip
+    """Yield the arguments of a module's forward for each group of rows: (name, args, kwargs, beside).
 
     Args:
-        route: which adapter each row takes.
+        route: the adapter of each row.
         module: the module.
-        args: its arguments by position.
-        kwargs: its arguments by name.
-        beside: other tensors with the same rows, which come after the arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        beside: further tensors with the same rows, which come after the arguments.
         where: the target, for errors.
 
     Raises:
         ShapeMismatch: no tensor has that many rows.
-        Unsupported: the module does not say where its rows are.
+        Unsupported: the axis of the module's rows is unknown.
     """
     check_expert(route, where)
     axes, same = _axes(route, module, args, kwargs, where)
@@ -185,8 +206,8 @@ def split(
         yield name, some, named | same, more
 
 
-def join(route: Route, module: nn.Module, outputs: Sequence[Any], where: str) -> Any:
-    """Join the results of the groups' forwards: tensors along the axis of their rows, in the order of the rows.
+def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str) -> object:
+    """Join the results of the groups' forwards: concatenate tensors along the axis of rows, in the order of the rows.
 
     Raises:
         Unsupported: a result has no rows.
@@ -202,11 +223,11 @@ def join(route: Route, module: nn.Module, outputs: Sequence[Any], where: str) ->
 
 
 Axis = Callable[[int, Tensor], int] | None
-"""Position of a tensor among those of a call, and the tensor -> the axis of its rows; None: the first of all."""
+"""A function from a tensor's position in a call, and the tensor, to the axis of its rows; None: always the first."""
 
 
-def _turned(tree: Any, axis: Axis, front: bool) -> Any:
-    """The tree with the axis of rows in front of each tensor, or back where it was."""
+def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:
+    """Return the tree with the axis of rows moved to the front of each tensor, or moved back."""
     if axis is None:
         return tree
     leaves, spec = pytree.tree_flatten(tree)
@@ -221,22 +242,26 @@ def _turned(tree: Any, axis: Axis, front: bool) -> Any:
     return pytree.tree_unflatten(moved, spec)
 
 
-def _axes(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> tuple[Axis, dict[str, Any]]:
-    """Return the axis of rows of a module's arguments, and keyword arguments that are the same for all rows."""
+def _axes(
+    route: Route, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], where: str
+) -> tuple[Axis, dict[str, object]]:
+    given: list[Any] = [*args, *kwargs.values()]
+    """Return the axis of rows of a module's arguments, and the keyword arguments that are the same for all rows."""
     if isinstance(module, nn.MultiheadAttention):
-        mask = kwargs.get("attn_mask")
+        mask: Any = kwargs.get("attn_mask")
         if len(args) > 5 or (mask is not None and mask.ndim > 2):
-            raise Unsupported("a mask for each row", where=where, cure="Pass one attn_mask of two axes, by its name")
-        given = [*args, *kwargs.values()]
+            raise Unsupported(
+                "each row has its own mask", where=where, cure="Pass one two-dimensional attn_mask= by name"
+            )
         if not given or given[0].ndim != 3:
-            raise Unsupported("an input without rows", where=where, cure="Pass tensors of three axes")
+            raise Unsupported("the input has no rows", where=where, cure="Pass three-dimensional tensors")
         second = 0 if module.batch_first else 1
-        # Queries, keys and values have rows where batch_first says; a padding mask has them first.
+        # In queries, keys and values, batch_first gives the axis of rows; in a padding mask they are always first.
         return (lambda _, leaf: second if leaf.ndim == 3 else 0), {"attn_mask": mask} if "attn_mask" in kwargs else {}
     if isinstance(module, nn.RNNBase):
-        given = [*args, *kwargs.values()]
         if isinstance(given[0], PackedSequence) or given[0].ndim != 3:
-            raise Unsupported("an input without an axis of rows", where=where, cure="Pass a padded tensor of 3 axes")
+            why = "the input has no axis of rows"
+            raise Unsupported(why, where=where, cure="Pass a padded three-dimensional tensor")
         second = 0 if module.batch_first else 1
         return (lambda position, _: second if position == 0 else 1), {}
     return (lambda *_: route.axis) if route.axis else None, {}
@@ -251,7 +276,7 @@ def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
 
 
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
-    """The length of the axis that rows lie on: theirs, or a multiple where they are flattened."""
+    """Return the length of the axis of rows: the number of rows, or a multiple of it if they are flattened."""
     rows = len(route.names)
     sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
     if rows in sizes:
@@ -263,7 +288,7 @@ def _count(route: Route, tensors: list[Tensor], where: str) -> int:
     raise route.mismatch(sizes[0] if sizes else 0).at(where=where)
 
 
-def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:
+def _taken(leaf: object, rows: list[int], total: int, count: int) -> object:
     if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] != count:
         return leaf
     if count == total:
@@ -273,20 +298,22 @@ def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:
     return leaf.reshape(total, count // total, *leaf.shape[1:])[rows].flatten(0, 1)
 
 
-def _joined(leaves: Sequence[Any], groups: list[list[int]], back: list[int], where: str) -> Any:
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+def _joined(leaves: Sequence[object], groups: list[list[int]], back: list[int], where: str) -> object:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(tensors) < len(leaves):
         if any(leaf is not leaves[0] and leaf != leaves[0] for leaf in leaves):
-            raise Unsupported("the module returns something that has no rows", where=where, cure=_ALONE)
+            raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
         return leaves[0]
-    lengths = [leaf.shape[0] // len(rows) if leaf.ndim else 0 for leaf, rows in zip(leaves, groups, strict=True)]
-    fits = all(leaf.ndim and leaf.shape[0] == lengths[0] * len(rows) for leaf, rows in zip(leaves, groups, strict=True))
+    pairs = list(zip(tensors, groups, strict=True))
+    lengths = [tensor.shape[0] // len(rows) if tensor.ndim else 0 for tensor, rows in pairs]
+    fits = all(tensor.ndim and tensor.shape[0] == lengths[0] * len(rows) for tensor, rows in pairs)
     if not fits or not lengths[0]:
-        raise Unsupported("the module returns something that has no rows", where=where, cure=_ALONE)
-    whole = torch.cat(list(leaves))
+        raise Unsupported("the module returns a value without rows", where=where, cure=_ALONE)
+    whole = torch.cat(tensors)
     if lengths[0] == 1:
         return whole[back]
     return whole.reshape(len(back), lengths[0], *whole.shape[1:])[back].flatten(0, 1)
 
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$|\[)")
-_ALONE = "Run the rows of each adapter by themselves"
+_ALONE = "Run the rows of each adapter separately"

@@ -1,21 +1,21 @@
-"""The settings of one thread or one asyncio task: the route of its rows, adapters it has disabled.
+"""The settings of one thread or asyncio task: the routes of its rows, and the adapters it has disabled.
 
-`handle.weight = ...` and `handle.set_active(...)` change the model for everybody. `with route(...)` and
-`with handle.disable()` hold for the context that entered them: a server answers many threads with one model.
+`handle.weight = ...` and `handle.set_active(...)` change the model for all threads. `with route(...)` and
+`with handle.disable()` apply only in the context that entered them, so that a server can serve many threads with one
+model.
 
-Two stores hold the same value. A `ContextVar` is right for threads and for tasks of asyncio, but torch.compile cannot
-trace it (torch 2.13: "does not know how to trace method get"). It does trace and guard a `threading.local`, so compiled
-code reads that one. A task that awaits inside the `with` and runs a *compiled* model is the one case it cannot tell.
+Two stores hold the same value. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot trace
+it (torch 2.13: "does not know how to trace method get"). It does trace and guard a `threading.local`, so compiled code
+reads that. Only one case fails: a task that awaits inside the `with` and runs a *compiled* model.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,37 +23,66 @@ from torch import Tensor
 from ..errors import ShapeMismatch, Unsupported, UsageError
 
 
-@dataclass(frozen=True)
-class Route:
-    """Which adapter each row goes through.
+@dataclass(eq=False)
+class Switch:
+    """The state that all attached parts of one adapter share.
 
     Attributes:
-        names: an adapter, or None for the base, for each row.
-        flattened: rows may come flattened with the tokens that follow them.
-        axis: the axis that rows lie on.
-        known: the adapters attached to the model.
-        switches: those of these adapters.
+        name: the adapter's name.
+        weight: the factor of the adapter's change.
+        active: whether the adapter is on, unless a context has switched it, see `Scope`.
+        attached: False after its handle was removed or merged.
+    """
+
+    name: str
+    weight: float
+    active: bool = True
+    attached: bool = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        SETTINGS.renew()
+
+    def on(self, scope: Scope) -> bool:
+        """Whether the adapter is on in a scope."""
+        return scope.active.get(self, self.active)
+
+    def acts(self, scope: Scope) -> bool:
+        """Whether the adapter changes anything in a scope."""
+        return self.on(scope) and self.weight != 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """The adapter of each row.
+
+    Attributes:
+        names: for each row, the name of an adapter, or None for the base.
+        flattened: whether rows may come flattened with the tokens that follow them.
+        axis: the axis of the rows.
+        known: the names of the adapters attached to the model.
+        switches: the switches of these adapters.
         table: `[rows]`, positions in `known`; `len(known)` stands for the base.
-        plans: what batched.py worked out for this route.
+        plans: what batched.py cached for this route.
     """
 
     names: tuple[str | None, ...]
     flattened: bool
     axis: int = 0
     known: tuple[str, ...] = field(default=(), compare=False)
-    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    switches: tuple[Switch, ...] = field(default=(), compare=False, repr=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
-        """Name -> its rows."""
+        """Return a map from each name to its rows."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
     def rows_first(self, tensor: Tensor) -> Tensor:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: it does not have as many rows.
+            ShapeMismatch: the tensor does not have that many rows.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -67,16 +96,16 @@ class Route:
         raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
 
     def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: `[rows, ...]` in the shape of a module's output `like`, but for its number of rows."""
+        """Undo `rows_first`: give `[rows, ...]` the shape of a module's output `like`, except its number of rows."""
         if self.axis and like.ndim > self.axis:
             return tensor.movedim(0, self.axis)
         return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
 
     def mismatch(self, size: int) -> ShapeMismatch:
-        """The error of a forward with another number of rows than the route has."""
+        """Return the error for a forward with another number of rows than the route has."""
         rows = len(self.names)
         some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(self.names))[:8])
-        why = f"{size or 'no'} rows where the route names {rows} ({some}{', ...' if rows > 8 else ''})"
+        why = f"{size or 'no'} rows, but the route names {rows} ({some}{', ...' if rows > 8 else ''})"
         joined = size and not size % rows and not self.axis
         more = "; pass flattened=True if the model has joined rows and tokens" if joined else ""
         return ShapeMismatch(why, cure=f"Name one adapter, or None, for each row{more}")
@@ -84,10 +113,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Scope:
-    """Settings of one context: hook -> its route, switch -> whether its adapter is on."""
+    """The settings of one context: a map from hook to its route, and from switch to whether its adapter is on."""
 
-    routes: Mapping[Any, Route] = field(default_factory=dict)
-    active: Mapping[Any, bool] = field(default_factory=dict)
+    routes: Mapping[object, Route] = field(default_factory=dict)
+    active: Mapping[Switch, bool] = field(default_factory=dict)
 
 
 _EVERYWHERE = Scope()
@@ -96,8 +125,8 @@ _EVERYWHERE = Scope()
 class _Local(threading.local):
     """The scope of each thread.
 
-    It is set in `__init__`, which runs once a thread: dynamo guards an attribute of the instance, and does not see
-    that one of the instance has come to hide one of the class.
+    It is set in `__init__`, which runs once in each thread: dynamo guards an attribute of the instance, but does not
+    notice when an instance attribute starts to hide a class attribute.
     """
 
     def __init__(self) -> None:
@@ -109,13 +138,13 @@ _LOCAL = _Local()
 
 
 def current() -> Scope:
-    """The scope of this context."""
+    """Return the scope of this context."""
     return _LOCAL.scope if torch.compiler.is_compiling() else _SCOPE.get()
 
 
 @contextmanager
 def within(scope: Scope) -> Iterator[None]:
-    """Run the `with` in this scope, in this context alone."""
+    """Use this scope inside the `with`, only in this context."""
     before = _LOCAL.scope
     token = None if torch.compiler.is_compiling() else _SCOPE.set(scope)
     _LOCAL.scope = scope
@@ -128,50 +157,51 @@ def within(scope: Scope) -> Iterator[None]:
         if token is not None:
             try:
                 _SCOPE.reset(token)
-            except ValueError:  # Another thread or task leaves it.
+            except ValueError:  # Another thread or task exits the `with`.
                 crossed = True
     if crossed:
-        why = "a `with route(...)` or `with handle.disable()` is left in another order, or thread, than it was entered"
-        cure = "Enter and leave it around each forward, not around a `yield` of a generator that others run beside"
+        why = "a `with route(...)` or `with handle.disable()` was exited in another order or thread than it was entered"
+        cure = "Enter and exit it around each forward, not around a `yield` of a generator that runs alongside others"
         raise UsageError(why, cure=cure)
 
 
 class ScopeSettings:
-    """The settings that hold for everybody: a token that each change of an adapter's weight or switch replaces.
+    """The settings of all threads: a token that is replaced at each change of an adapter's weight or switch.
 
-    A plan or a stack is valid as long as the token that was read *before* it was made is the current one. That costs
-    one comparison a forward instead of a look at every adapter.
+    A plan or a stack is valid as long as the token that was read *before* it was made is the current one. So a forward
+    makes one comparison instead of looking at every adapter.
     """
 
     def __init__(self) -> None:
         self.token = object()
 
     def renew(self) -> None:
-        """Note a change, once it is made."""
+        """Replace the token after a change."""
         self.token = object()
 
 
 SETTINGS = ScopeSettings()
 
 
-def routed(routes: Mapping[Any, Route]) -> Any:
-    """The context's scope with these routes besides its own; see `within`."""
+def routed(routes: Mapping[object, Route]) -> AbstractContextManager[None]:
+    """Return `within` for the context's scope with these routes added."""
     scope = current()
     return within(Scope({**scope.routes, **routes}, scope.active))
 
 
-def switched(switch: Any, active: bool) -> Any:
-    """The context's scope with one adapter on or off; see `within`."""
+def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
+    """Return `within` for the context's scope with one adapter switched on or off."""
     scope = current()
     return within(Scope(scope.routes, {**scope.active, switch: active}))
 
 
 class Recall:
-    """Gives a recomputed forward the scope that the first one had.
+    """Give a recomputed forward the scope that its first run had.
 
-    Activation checkpointing runs a block again in the backward pass: often outside the `with` that the forward ran
-    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function. The adapters'
-    weights and switches are compared with those of the first forward.
+    Activation checkpointing runs a block again in the backward pass, often outside the `with` of the forward, and on
+    CUDA
+    in one of autograd's threads. Without this class, the gradients would silently belong to another function. The
+    adapters' weights and switches are compared with those of the first forward.
     """
 
     def __init__(self) -> None:
@@ -179,16 +209,16 @@ class Recall:
         self._task = -1
         self._token: object = None
 
-    def scope(self, training: bool, switches: Sequence[Any] = ()) -> Scope:
-        """The scope to run in.
+    def scope(self, training: bool, switches: Sequence[Switch] = ()) -> Scope:
+        """Return the scope to run in.
 
         Args:
             training: whether the module is in training mode.
-            switches: those of the adapters at the module.
+            switches: the switches of the adapters at the module.
 
         Raises:
-            Unsupported: recomputing, where several scopes have run since the last backward pass, or an adapter was
-                weighed or switched since.
+            Unsupported: in a recomputation, if several scopes have run since the last backward pass, or an adapter was
+                reweighted or switched since.
         """
         if torch.compiler.is_compiling():
             return _LOCAL.scope
@@ -196,7 +226,7 @@ class Recall:
         if not training:
             return scope
         task = torch._C._current_graph_task_id()
-        if task == self._task == -1 and SETTINGS.token is self._token:  # The usual case, once a module and forward.
+        if task == self._task == -1 and SETTINGS.token is self._token:  # The usual case.
             seen = self._seen[torch.is_grad_enabled()]
             if seen and seen[-1][0] is scope:
                 return scope
@@ -213,7 +243,7 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Reentrant checkpointing runs its first forward without gradients, as a reference model is run too (DPO).
+        # Reentrant checkpointing runs its first forward without gradients; so does a reference model (DPO).
         with_gradients, without = self._seen[True], self._seen[False]
         found = with_gradients or without
         if not found:
@@ -222,12 +252,12 @@ class Recall:
             chosen = found[0] if len(found) == 1 else (scope, states)
             if chosen[1] == states:
                 return chosen[0]
-            why = "a checkpointed block is recomputed after an adapter got another weight, or was switched on or off"
+            why = "a checkpointed block is recomputed after an adapter was reweighted or switched on or off"
             cure = "Set handle.weight and call handle.set_active() after backward(), or use `with handle.disable()`"
             raise Unsupported(why, cure=cure)
-        why = "a checkpointed block is recomputed after forwards with several routes or switches"
+        why = "a checkpointed block is recomputed, but forwards with several routes or switches came before"
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
 
 
-States = tuple[tuple[Any, float, bool], ...]
+States = tuple[tuple[Switch, float, bool], ...]
 """Each adapter's switch, its weight, and whether it is on."""

@@ -1,7 +1,8 @@
-"""Weights that several processes share, and gradients that DDP averages.
+"""Weights that are sharded over several processes, and gradients that DDP averages.
 
-FSDP2 and tensor parallelism hold DTensors. DeepSpeed's ZeRO stage 3 leaves an empty parameter in its place, whose shape
-and part are attributes, and gathers those of a module before its forward.
+FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 leaves an empty parameter, whose shape and local
+part
+are attributes, and gathers a module's parameters before its forward.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..errors import Unsupported
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a sharded or partitioned one: then every process must call this."""
+    """Return the whole tensor; if it is sharded or partitioned, every process must call this."""
     held: Any = tensor
     if is_partitioned(tensor):
         library: Any = importlib.import_module("deepspeed")
@@ -31,37 +32,37 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(update: Update) -> Update:
-    """The update over whole tensors; see `whole`."""
+    """Return the update over whole tensors; see `whole`."""
     take: Any = whole
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
 
 
-def is_sharded(leaf: Any) -> bool:
-    """Whether a tensor is a DTensor: a part of it lies in this process."""
+def is_sharded(leaf: object) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(leaf, "full_tensor")
 
 
 def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
-    """Return an adapter's tensor as a DTensor that every process holds whole, where the layer computes with DTensors.
+    """Return an adapter's tensor as a DTensor that is whole in every process, if the layer computes with DTensors.
 
-    That is tensor parallelism (`parallelize_module`, transformers' `tp_plan`). FSDP2's weights are DTensors between
-    forwards alone.
+    That is the case in tensor parallelism (`parallelize_module`, transformers' `tp_plan`). FSDP2's weights are DTensors
+    only between forwards.
     """
     if not is_sharded(like) or any(_synchroniser(module) == "fully_shard" for module in model.modules()):
         return tensor
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh = cast(Any, like).device_mesh
-    # Every process has read or made the same values, so that none needs to be sent.
+    # Every process has read or made the same values, so nothing needs to be sent.
     made: Tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
     return made
 
 
 @contextmanager
 def constants_on_every_process() -> Iterator[None]:
-    """Let formulas over DTensors make plain tensors (indices, identity matrices), which are the same everywhere.
+    """Let formulas over DTensors create plain tensors (indices, identity matrices), which are equal in all processes.
 
-    torch's own `implicit_replication` switches off an outer one when it is left.
+    torch's own `implicit_replication` cannot be nested: leaving the inner one switches off the outer one.
     """
     from torch.distributed.tensor import DTensor
 
@@ -74,21 +75,22 @@ def constants_on_every_process() -> Iterator[None]:
         dispatcher._allow_implicit_replication = before
 
 
-def is_partitioned(leaf: Any) -> bool:
-    """Whether a parameter is one of ZeRO stage 3 that is not gathered at the moment: it has no elements then."""
+def is_partitioned(leaf: object) -> bool:
+    """Whether a parameter belongs to ZeRO stage 3 and is not gathered at the moment, so that it has no elements."""
     status = getattr(leaf, "ds_status", None)
     return status is not None and getattr(status, "name", "") != "AVAILABLE"
 
 
-def shape_of(tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor, also where it is partitioned."""
-    return tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor, even if it is partitioned."""
+    held: Any = tensor
+    return tuple(held.ds_shape if is_partitioned(tensor) else tensor.shape)
 
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
-    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole too, and trains its part of them.
+    if hasattr(parameter, "ds_status"):  # ZeRO also keeps small parameters whole, and trains its part of them.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
@@ -102,31 +104,31 @@ def put(parameter: Tensor, value: Tensor) -> None:
     from torch.distributed.tensor import distribute_tensor
 
     held: Any = parameter
-    # Every process has computed the same value, so that none needs to be sent.
+    # Every process has computed the same value, so nothing needs to be sent.
     held.copy_(distribute_tensor(value.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None))
 
 
 def check_gathered(model: nn.Module) -> None:
-    """Check that a model's weights are there to be looked at.
+    """Check that a model's weights are whole in this process.
 
     Raises:
-        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty. Or torch's first
-            FSDP has flattened them.
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them, so they are empty in this process; or the first
+            version of torch's FSDP has flattened them.
     """
     if any(_synchroniser(module) == FSDP1 for module in model.modules()):
         cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
-        raise Unsupported(f"weights that {FSDP1} has flattened", where=type(model).__name__, cure=cure)
+        raise Unsupported(f"{FSDP1} has flattened the weights", where=type(model).__name__, cure=cure)
     name = next((name for name, parameter in model.named_parameters() if is_partitioned(parameter)), None)
     if name is not None:
         cure = "Attach the adapter before deepspeed.initialize, to a model that was loaded outside deepspeed.zero.Init"
-        raise Unsupported("a weight that DeepSpeed's ZeRO has partitioned", where=name, cure=cure)
+        raise Unsupported("DeepSpeed's ZeRO has partitioned this weight", where=name, cure=cure)
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Check that a model takes further trained parameters.
+    """Check that trained parameters can still be added to a model.
 
     Raises:
-        Unsupported: DDP or FSDP2 has wrapped it: they average the gradients of the parameters that they met.
+        Unsupported: DDP or FSDP2 has wrapped it, and they only average the gradients of earlier parameters.
     """
     name = next((found for module in model.modules() if (found := _synchroniser(module))), None)
     if name:
@@ -135,10 +137,10 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_averaged(trained: Iterable[Tensor], name: str) -> None:
-    """Check inside DDP's forward that it averages the gradients of some parameters.
+    """Check, inside DDP's forward, that DDP averages the gradients of the given parameters.
 
     Raises:
-        Unsupported: DDP wrapped the model before they were added; the processes would drift apart.
+        Unsupported: they were added after DDP wrapped the model, so the processes would diverge.
     """
     running: Any = DistributedDataParallel._active_ddp_module
     if running is None:

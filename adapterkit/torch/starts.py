@@ -1,13 +1,13 @@
-"""Initial factors of LoRA: the initialisers that PEFT's `init_lora_weights` names, from the same seed.
+"""Initial factors of LoRA: the initialisers of PEFT's `init_lora_weights`, with the same numbers for the same seed.
 
-PEFT draws from torch's global generator, layer by layer, and draws more than it keeps: both factors begin as layers of
-torch do, and are then drawn again. Each function here draws the same numbers in the same order, so that
-`create(model, "lora", seed=s)` equals `torch.manual_seed(s)` and `get_peft_model`.
+PEFT draws from torch's global generator, layer by layer, and draws more numbers than it keeps: both factors are first
+initialised as torch initialises its layers, and then drawn again. Each function here draws the same numbers in the same
+order, so that `create(model, "lora", seed=s)` equals `torch.manual_seed(s)` and `get_peft_model`.
 
-PiSSA, OLoRA, CorDA and LoftQ subtract from the base what the factors begin with, and PEFT overwrites the base with the
-difference. Here the base stays as it is: `Start.taken` becomes an update of its own (`residual`) before the LoRA.
+PiSSA, OLoRA, CorDA and LoftQ subtract the initial factors from the base, and PEFT overwrites the base with the result.
+Here the base does not change: `Start.taken` becomes an additional update (`residual`) before the LoRA.
 
-CorDA and EVA begin from data: `moments_of` runs the model over batches and sums up the inputs of its layers.
+CorDA and EVA start from data: `moments_of` runs the model over batches and sums moments of its layers' inputs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Start:
     Attributes:
         A: `[r, in, *k]`.
         B: `[out, r]`.
-        taken: what is subtracted from the base, if anything.
+        taken: the update that subtracts the initial factors from the base, if the initialiser needs that.
     """
 
     A: Tensor
@@ -43,14 +43,14 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class StartPlace:
-    """One layer, as an initialiser sees it.
+    """One layer and its settings, the input of an initialiser.
 
     Attributes:
         W: the weight, float32, `[out, in, *k]`.
         rank: the inner size.
-        scaling: that of the LoRA.
-        embedding: whether the layer looks tokens up.
-        seen: moments of the layer's inputs, for initialisers that look at data.
+        scaling: the scaling of the LoRA.
+        embedding: whether the layer is an embedding.
+        seen: the moments of the layer's inputs, for initialisers that use data.
     """
 
     W: Tensor
@@ -60,15 +60,15 @@ class StartPlace:
     seen: Moments | None
 
     def zeros(self) -> Tensor:
-        """B of a LoRA that begins with nothing."""
+        """Return a B of zeros, so that the LoRA starts without any change."""
         return torch.zeros(len(self.W), self.rank)
 
 
 def start_of(init: str, place: StartPlace) -> Start:
-    """Return what the factors begin with; draws from torch's global generator.
+    """Return the initial factors; draws from torch's global generator.
 
     Args:
-        init: one of `KINDS`, `pissa_niter_N`, or `loftq` with `_int8`, `_iter_N` or both after it.
+        init: one of `KINDS`, `pissa_niter_N`, or `loftq` followed by `_int8`, `_iter_N` or both.
         place: the layer.
 
     Raises:
@@ -87,15 +87,15 @@ def start_of(init: str, place: StartPlace) -> Start:
 
 
 def find(init: str) -> Kind:
-    """The function of an initialiser.
+    """Return the function of an initialiser.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no initialiser with this name.
     """
     name = "pissa" if re.fullmatch(r"pissa_niter_\d+", init) else init
     name = "loftq" if re.fullmatch(r"loftq(_int8)?(_iter_[1-9]\d*)?", init) else name
     if name not in KINDS:
-        raise UsageError(f"no initialiser is called {init!r}", where="init", cure=f"Known: {', '.join(KINDS)}")
+        raise UsageError(f"unknown initialiser {init!r}", where="init", cure=f"Choose among {', '.join(KINDS)}")
     return KINDS[name]
 
 
@@ -103,7 +103,7 @@ Kind = Callable[[str, StartPlace], Start]
 
 
 def _drawn(*shape: int) -> Tensor:
-    """A weight as torch's layers begin with."""
+    """Draw a weight as torch's layers initialise it."""
     out: Tensor = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
     return out
 
@@ -118,7 +118,7 @@ def _gaussian(_: str, place: StartPlace) -> Start:
 
 
 def _orthogonal(_: str, place: StartPlace) -> Start:
-    """Factors that are not zero, in orthogonal subspaces: their product is."""
+    """Return nonzero factors in orthogonal subspaces, so that their product is zero."""
     if place.rank % 2:
         raise UsageError(f"init='orthogonal' needs an even rank, got {place.rank}", cure="Pass an even rank=")
     half = place.rank // 2
@@ -128,7 +128,7 @@ def _orthogonal(_: str, place: StartPlace) -> Start:
 
 
 def _pissa(init: str, place: StartPlace) -> Start:
-    """The largest singular values; `pissa_niter_N` finds them by N steps of a randomised method."""
+    """Start from the largest singular values; `pissa_niter_N` computes them in N steps of a randomised method."""
     r = place.rank
     if init == "pissa":
         U, S, V = torch.linalg.svd(place.W, full_matrices=False)
@@ -144,7 +144,7 @@ def _olora(_: str, place: StartPlace) -> Start:
 
 
 def _corda(init: str, place: StartPlace) -> Start:
-    """The components of W that matter most (or least, `corda_kpm`) for the inputs of the data."""
+    """Start from the components of W that matter most (with `corda_kpm`, least) for the inputs in the data."""
     assert place.seen is not None
     C = place.seen.covariance()
     damp = 0.01
@@ -161,15 +161,15 @@ def _corda(init: str, place: StartPlace) -> Start:
 
 
 def _eva(_: str, place: StartPlace) -> Start:
-    """The directions in which the inputs of the data vary most."""
+    """Start from the directions in which the inputs in the data vary most."""
     assert place.seen is not None
     return Start(place.seen.components()[1][: place.rank], place.zeros())
 
 
 def _loftq(init: str, place: StartPlace) -> Start:
-    """The largest part of what rounding the weight loses; the base becomes the rounded weight.
+    """Start from the largest part of the rounding error of the weight; the base becomes the rounded weight.
 
-    As PEFT's, for which the scaling is no part of it: with alpha other than the rank, the start is not the nearest.
+    As in PEFT, the scaling is ignored: if alpha is not the rank, the result is not the best approximation.
     """
     rounded_to = _to_int8 if "int8" in init else _to_nf4
     turns = int(init.rpartition("iter_")[2]) if "iter" in init else 1
@@ -187,7 +187,7 @@ def _loftq(init: str, place: StartPlace) -> Start:
 
 
 def _to_nf4(W: Tensor) -> Tensor:
-    """The nearest numbers that bitsandbytes' nf4 has, in blocks of 64."""
+    """Round to the nearest numbers of bitsandbytes' nf4, in blocks of 64."""
     levels = torch.tensor(NF4).numpy()
     q, largest = quantized(W.contiguous().view(-1).numpy(), levels, 64)
     values = torch.from_numpy(levels[q]) * torch.from_numpy(largest).repeat_interleave(64)[: W.numel()]
@@ -195,15 +195,15 @@ def _to_nf4(W: Tensor) -> Tensor:
 
 
 def _to_int8(W: Tensor) -> Tensor:
-    """The nearest numbers of 8 bits times the largest of each row, as bitsandbytes has them."""
-    W = W.half().float()  # bitsandbytes rounds to 16 bits before.
+    """Round to 8 bits relative to the largest number of each row, as bitsandbytes does."""
+    W = W.half().float()  # bitsandbytes rounds to 16 bits first.
     largest = W.abs().amax(1, keepdim=True)
     q = (W * torch.where(largest == 0, 0.0, 127.0 / largest)).round()
     return q * largest / 127.0
 
 
 def _split(place: StartPlace, U: Tensor, S: Tensor, V: Tensor) -> Start:
-    """Singular values shared by both factors."""
+    """Split the singular values evenly between both factors."""
     root = (S / place.scaling).sqrt()
     return _without(place, root[:, None] * V, U * root)
 
@@ -217,7 +217,7 @@ KINDS: dict[str, Kind] = {
     "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora,
     "corda": _corda, "corda_kpm": _corda, "eva": _eva, "loftq": _loftq,
 }  # fmt: skip
-"""Name -> initialiser."""
+"""A map from each name to its initialiser."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -226,12 +226,12 @@ NF4 = (
 )  # fmt: skip
 """The levels of NF4 (appendix E of https://arxiv.org/abs/2305.14314)."""
 
-OF_DATA: Any = {"corda", "corda_kpm", "eva"}
-"""Those that look at the inputs of the layers."""
+OF_DATA = frozenset({"corda", "corda_kpm", "eva"})
+"""The initialisers that use the inputs of the layers."""
 
 
 class Moments:
-    """Sums over the inputs `[tokens, in]` of one layer; the values themselves are not kept."""
+    """Sums over the inputs `[tokens, in]` of one layer; the inputs themselves are not kept."""
 
     def __init__(self) -> None:
         self.batches, self.tokens = 0, 0
@@ -240,20 +240,20 @@ class Moments:
         self.scaled: Any = 0
 
     def add(self, x: Tensor, kept: Tensor | None) -> None:
-        """Take in the inputs of one call.
+        """Add the inputs of one call to the sums.
 
         Args:
             x: `[*, in]`.
-            kept: which of them count for EVA, `[*]`; None: all.
+            kept: a mask `[*]` of the inputs that count for EVA; None means all.
 
         Raises:
-            UsageError: a value is not finite.
+            UsageError: a value is not finite, or all are zero.
         """
         flat = x.detach().to("cpu", torch.float32).flatten(0, -2)
         largest = flat.max().abs()
         if not torch.isfinite(flat).all() or largest == 0:
-            raise UsageError("inputs that are all zero, or not finite", where="data", cure="Check the data")
-        scaled = flat / largest  # As PEFT does: every batch counts alike.
+            raise UsageError("the inputs of a layer are all zero, or not finite", where="data", cure="Check the data")
+        scaled = flat / largest  # As in PEFT, every batch counts equally.
         self.scaled = self.scaled + scaled.T @ scaled
         self.batches += 1
         flat = (flat if kept is None else flat[kept.flatten().to("cpu")]).double()
@@ -261,12 +261,12 @@ class Moments:
         self.tokens += len(flat)
 
     def covariance(self) -> Tensor:
-        """The mean over batches of x^T x, each batch divided by its largest value: CorDA's covariance, `[in, in]`."""
+        """Return CorDA's covariance `[in, in]`: the mean over batches of x^T x, each divided by its largest value."""
         out: Tensor = self.scaled / self.batches
         return out
 
     def components(self) -> tuple[Tensor, Tensor]:
-        """The shares of the variance, falling, and the principal components `[in, in]`, one a row."""
+        """Return the shares of the variance in descending order, and the principal components `[in, in]` as rows."""
         mean = self.total / self.tokens
         spread = self.square / self.tokens - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(spread)
@@ -275,14 +275,14 @@ class Moments:
 
 
 @torch.no_grad()
-def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> dict[str, Moments]:
-    """Run a model over data, and return the moments of the inputs of some of its modules.
+def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -> dict[str, Moments]:
+    """Run a model over data and return the moments of the inputs of some of its modules.
 
     Args:
-        model: is put into evaluation mode for that time.
-        paths: those of the modules.
-        data: batches: a mapping is passed as keyword arguments, a list or tuple as arguments, anything else as the one
-            argument. `attention_mask` and `labels` of -100 leave tokens out.
+        model: the model, which is in evaluation mode during the run.
+        paths: the paths of the modules.
+        data: batches: a mapping is passed as keyword arguments, a list or tuple as positional arguments, anything else
+            as the only argument. Tokens are omitted if `attention_mask` is 0 or `labels` is -100.
 
     Raises:
         UsageError: there is no data, or a module was never called.
@@ -290,9 +290,9 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> d
     found = {path: Moments() for path in paths}
     mask: list[Tensor | None] = [None]
 
-    def hook_of(moments: Moments) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+    def hook_of(moments: Moments) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            x: Any = args[0] if args else next(iter(kwargs.values()))
             fits = mask[0] is not None and mask[0].shape == x.shape[:-1]
             moments.add(x, mask[0] if fits else None)
 
@@ -321,11 +321,11 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[Any]) -> d
     idle = next((path for path, moments in found.items() if not moments.tokens), None)
     if idle is not None:
         cure = "Pass batches for which the model calls this module, or exclude it"
-        raise UsageError("the data never reached this module", where=idle, cure=cure)
+        raise UsageError("the model never called this module on the data", where=idle, cure=cure)
     return found
 
 
-def _mask(batch: Any) -> Tensor | None:
+def _mask(batch: object) -> Tensor | None:
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         return None
     kept = batch.get("attention_mask")

@@ -1,8 +1,9 @@
-"""The structure of models of transformers: attentions of Llama's kind and of GPT-2's, embeddings, layers and heads."""
+"""The structure of transformers models: attentions like Llama's and GPT-2's, embeddings, layers and heads."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,31 +13,32 @@ from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
-"""Names of an attention's modules: one that has others computes something else."""
+"""The names of an attention's modules; an attention with other modules computes something else."""
 
 
 class HeadSizes(ABC):
     """An attention's projections.
 
     Attributes:
-        width: features of its input.
+        width: the number of features of its input.
     """
 
     width: int
 
-    def __init__(self, module: Any) -> None:
-        self.module, self.d = module, int(module.head_dim)
+    def __init__(self, module: nn.Module) -> None:
+        held: Any = module
+        self.module, self.d = held, int(held.head_dim)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape((*x.shape[:-1], -1, self.d))
 
     @abstractmethod
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
-        """Queries of the input `[batch, m, width]`: `[batch, heads, m, d]`, positions in them."""
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
+        """Return the queries of an input `[batch, m, width]`, with positions applied: `[batch, heads, m, d]`."""
 
     @abstractmethod
     def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a prompt `[n, width]`, without positions, each `[heads, n, d]`."""
+        """Return the keys and values of a prompt `[n, width]`, without positions, each `[heads, n, d]`."""
 
     @abstractmethod
     def mixed(self, h: Tensor) -> Tensor:
@@ -44,19 +46,20 @@ class HeadSizes(ABC):
 
 
 class Separate(HeadSizes):
-    """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves where the model has them."""
+    """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves if the model has them."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.width = module.q_proj.in_features
+        self.width = self.module.q_proj.in_features
 
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         q: Tensor = self._heads(self.module.q_proj(x)).transpose(1, 2)
-        if words.get("position_embeddings") is None:
+        angles: Any = words.get("position_embeddings")
+        if angles is None:
             return q
-        cos, sin = (each.unsqueeze(1) for each in words["position_embeddings"])
+        cos, sin = (each.unsqueeze(1) for each in angles)
         if cos.shape[-1] != self.d:
-            raise Unsupported("rotary positions in a part of each head", cure="Choose a model of Llama's kind")
+            raise Unsupported("rotary positions cover only a part of each head", cure="Choose a model like Llama")
         first, second = q.chunk(2, -1)
         turned: Tensor = q * cos + torch.cat((-second, first), -1) * sin
         return turned
@@ -71,13 +74,13 @@ class Separate(HeadSizes):
 
 
 class Fused(HeadSizes):
-    """GPT-2's: `c_attn` for queries, keys and values, and `c_proj`."""
+    """The projections of GPT-2: `c_attn` for queries, keys and values, and `c_proj`."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.width = module.embed_dim
+        self.width = self.module.embed_dim
 
-    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+    def queries(self, x: Tensor, words: Mapping[str, object]) -> Tensor:
         q: Tensor = self.module.c_attn(x).chunk(3, -1)[0]
         return self._heads(q).transpose(1, 2)
 
@@ -90,39 +93,44 @@ class Fused(HeadSizes):
 
 
 def heads_of(module: nn.Module) -> HeadSizes:
-    """An attention's projections.
+    """Return an attention's projections.
 
     Raises:
-        Unsupported: it is of neither kind.
+        Unsupported: it is not like Llama's or GPT-2's.
     """
     children = {name for name, _ in module.named_children()}
     if children == LLAMA and hasattr(module, "head_dim"):
         return Separate(module)
     if children == GPT2 and hasattr(module, "head_dim"):
         return Fused(module)
-    why = f"a {type(module).__name__} is no attention of Llama's kind or GPT-2's"
-    raise Unsupported(why, cure="Choose the attentions of such a model")
+    why = f"a {type(module).__name__} is not an attention like Llama's or GPT-2's"
+    raise Unsupported(why, cure="Target the attentions of such a model")
 
 
-def _without_bias(layer: Any, h: Tensor) -> Tensor:
+def _without_bias(module: nn.Module, h: Tensor) -> Tensor:
+    layer: Any = module
     y: Tensor = layer(h)
     if layer.bias is None:
         return y
-    # Between two forwards it may be on the meta device (accelerate's offloading) or in 8 bits (diffusers' casting).
+    # Between two forwards, the bias may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
+    # casting).
     at_hand = not layer.bias.is_meta and layer.bias.dtype.itemsize > 1
     bias: Tensor = layer.bias if at_hand else layer(h.new_zeros(1, h.shape[-1]))
     return y - bias
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
-    """Whether a model has an encoder whose input is its own."""
+    """Whether a model has an encoder with its own input."""
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
         module, "get_encoder"
     )
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
-    """`layers`, `heads` and `d` of the past keys and values of a model, as far as its config tells; a decoder's."""
+    """Return the number of `layers` and `heads` and the width `d` of a model's past keys and values.
+
+    In a model with an encoder they are the decoder's. Sizes that its config does not give are missing.
+    """
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
@@ -133,19 +141,19 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
     return {name: size for name, size in {**found, "d": d}.items() if size}
 
 
-def _first(config: Any, *names: str) -> int:
+def _first(config: object, *names: str) -> int:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
 
 
 def embedding_of(module: nn.Module) -> nn.Module:
-    """Return the module that turns a model's token numbers into embeddings.
+    """Return the module that turns a model's token ids into embeddings.
 
     Raises:
-        Unsupported: the model does not say.
+        Unsupported: the model does not say which module it is.
     """
     model: Any = module
     found = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     if not isinstance(found, nn.Module) or not isinstance(getattr(found, "weight", None), Tensor):
-        why = f"a {type(module).__name__} does not say what embeds its tokens"
+        why = f"a {type(module).__name__} does not say which module embeds its tokens"
         raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
     return found

@@ -1,7 +1,7 @@
-"""Change a model whole or not at all, whatever interrupts: Ctrl-C, no memory left, a hook of another tool that raises.
+"""Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook interrupts.
 
-Attaching an adapter touches many modules one after the other. Everything that can be wrong with the arguments is found
-before the first; this is for what nobody can foresee. It copies the small dictionaries that change, never a tensor.
+Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change;
+this module handles unforeseeable ones. It copies the small dictionaries that change, never a tensor.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from .scopes import SETTINGS
 from .slots import slots
 
 _OWN = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
-"""Attributes of a module that an adapter sets or exchanges."""
+"""The attributes of a module that an adapter sets or replaces."""
 
 _TABLES = (
     PARAMETERS, "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", HANDLES,
 )  # fmt: skip
-"""Attributes of a module that an adapter adds to or takes from."""
+"""The attributes of a module that an adapter adds entries to or removes entries from."""
 
 
 @contextmanager
 def all_or_nothing(
-    model: nn.Module, objects: Iterable[Any] = (), undo: Callable[[], None] | None = None
+    model: nn.Module, objects: Iterable[object] = (), undo: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Put a model back as it was if the `with` ends in an exception.
+    """Restore a model if the `with` ends in an exception.
 
     Args:
         model: the model.
-        objects: whose attributes are put back too: a handle and its leaves.
-        undo: puts the numbers of the weights back, before all else.
+        objects: further objects whose attributes are restored: a handle and its leaves.
+        undo: a function that restores the values of the weights, called first.
     """
-    states: list[Any] = [_State(module) for module in model.modules()]
+    kept: list[_State | _Attributes] = [_State(module) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     held = [each for module in model.modules() for each in _ours(module)]
-    kept = [_Attributes(each) for each in (*objects, *held)]
+    kept += [_Attributes(each) for each in (*objects, *held)]
     try:
         yield
     except BaseException:
         if undo is not None:
             undo()
-        for each in (*states, *kept):
+        for each in kept:
             each.restore()
         for parameter, flag in gradients:
             if parameter.requires_grad is not flag:
@@ -59,18 +59,21 @@ def all_or_nothing(
         raise
 
 
-def _ours(module: nn.Module) -> Iterator[Any]:
-    """The objects that an adapter changes beside a module: its hook, other tools' references, the model's watch."""
+def _ours(module: nn.Module) -> Iterator[object]:
+    """Yield the objects other than the module itself that an adapter changes.
+
+    These are the module's hook, other tools' references to its forward, and the model's watch.
+    """
     if HOOK in module.__dict__:
         yield module.__dict__[HOOK]
     yield from (owner for owner, _ in slots(module) if owner is not module)
     package = __name__.rpartition(".")[0]
-    hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit have none.
+    hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit do not have them.
     yield from (hook for hook in hooks.values() if type(hook).__module__.startswith(package))
 
 
 class _State:
-    """The attributes of a module that adapters change, as they are now."""
+    """A copy of the attributes of a module that adapters change."""
 
     def __init__(self, module: nn.Module) -> None:
         self.held = module.__dict__
@@ -91,9 +94,9 @@ class _State:
 
 
 class _Attributes:
-    """The attributes of an object, and the elements of those that are lists."""
+    """A copy of an object's attributes, and of the elements of those that are lists."""
 
-    def __init__(self, each: Any) -> None:
+    def __init__(self, each: object) -> None:
         self.held = each.__dict__
         self.before = dict(self.held)
         self.lists = [(value, value.copy()) for value in self.before.values() if isinstance(value, list)]

@@ -1,12 +1,13 @@
-"""Notice at the next forward that another tool took an adapter out of the model.
+"""Detect at the next forward that another tool has removed an adapter from the model.
 
-`quantize_dynamic`, `replace_module` functions and attention fusers put a new module in the place of one that carries an
-adapter, or of a block around it. The new one runs without it, and nothing else would say so. A tool that deletes a
-module's `forward` takes the adapter off with it. One that patches the forward of its class, or gives the module another
-class, would be ignored: the adapter runs the forward that it met.
+`quantize_dynamic`, `replace_module` functions and attention fusers replace a module that has an adapter, or a block
+around it. The new module runs without the adapter, and nothing else would report that. A tool that deletes a module's
+`forward` removes the adapter with it. A tool that patches the forward of a module's class, or gives the module another
+class, would have no effect: the adapter runs the forward from before.
 
-The model's own forward looks at everything. People also call a part of a model: its encoder, one block, the layers of
-a pipeline's stage. Each module on the way down to an adapter therefore looks at the next step of the way.
+The model's own forward checks everything. But users also call a part of a model: its encoder, one block, the layers of
+a
+pipeline stage. So each module on the path from the model to an adapter checks the next step of the path.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .bypass import Block, begin_calls, end_calls, warn_of_untraced
+from .bypass import Block, Hook, begin_calls, end_calls, warn_of_untraced
 from .forward_hook import ForwardHook
 from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
@@ -30,22 +31,22 @@ from .replacements import check_tuner, is_tuner, notice_replacements
 from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
-"""(parent, name of the child, the child): a step on the way from the model to a module with an adapter."""
+"""(parent, name of the child, child): a step on the path from the model to a module with an adapter."""
 
 Forwards = list[tuple[nn.Module, Any]]
-"""(module with an adapter, the forward of its class)."""
+"""(module with an adapter, forward of its class)."""
 
 
 class Watch:
-    """Compares the modules of one adapter with those in the tree, before each forward of the model.
+    """Compare the modules of one adapter with those in the module tree before each forward of the model.
 
-    The check costs one dictionary lookup a module, however many adapters the module has.
+    The check costs one dictionary lookup for each module, however many adapters the module has.
 
     Args:
         model: the model.
         name: the adapter's name, for the error.
-        modules: those that carry its updates.
-        leaves: its tensors.
+        modules: the modules with the adapter's updates.
+        leaves: the adapter's tensors.
     """
 
     def __init__(self, model: nn.Module, name: str, modules: Iterable[nn.Module], leaves: Sequence[Leaf] = ()) -> None:
@@ -54,55 +55,57 @@ class Watch:
         self._forwards: Forwards | None = None
         _hook_of(model).add(self)
         notice_replacements()
-        # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
+        # torch's fused encoder layer reads parameters without calling the modules that hold them, unless one has a
+        # hook.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A function of a class that was patched since cannot be pickled; a copy takes those of now.
+    def __getstate__(self) -> dict[str, object]:
+        # A class function that was patched since cannot be pickled; a copy looks up the current functions.
         return {**self.__dict__, "_forwards": None}
 
     @property
     def forwards(self) -> Forwards:
-        """Each module and the forward of its class, as they were when the adapter was attached."""
+        """Each module with the forward of its class, as at the time the adapter was attached."""
         if self._forwards is None:
             each = [(module, getattr(type(module), "forward", None)) for module in self.modules]
             self._forwards = [(module, forward) for module, forward in each if forward is not None]
         return self._forwards
 
     def check(self) -> None:
-        """Raise if a module is no longer where it was.
+        """Check that every module is still where it was.
 
         Raises:
-            Unsupported: a module was replaced, is not called any more because its block was fused, lost the forward
-                that was put on it, or has another class.
+            Unsupported: a module was replaced, has another class, lost the forward that was put on it, or is no longer
+                called because its block was fused.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
-            # A wrapper around the module, such as torch's CheckpointWrapper, moves it and still calls it.
+            # A wrapper around the module, such as torch's CheckpointWrapper, changes its path but still calls it.
             self.places = self._find()
         for parent, name, _ in self.places:
-            # diffusers' fuse_qkv_projections adds one projection and keeps the old ones, which nothing calls then.
+            # diffusers' fuse_qkv_projections adds one fused projection and keeps the old ones, which are no longer
+            # called.
             if parent.__dict__.get("fused_projections") and _is_fused_away(name):
                 self._raise(parent, f"{name}: its block runs fused projections instead")
         for module, forward in self.forwards:
             if "forward" not in module.__dict__:
                 self._raise(module, f"the forward that was put on a {type(module).__name__} is gone")
             if getattr(type(module), "forward", None) is not forward:
-                self._raise(module, f"its class, {type(module).__name__}, has another forward since")
+                self._raise(module, f"its class, {type(module).__name__}, has another forward now")
 
     def reclaim(self) -> None:
-        """Take trained tensors out of modules that accelerate has come to offload; see leaves.py.
+        """Move trained tensors out of modules that accelerate now offloads; see leaves.py.
 
         Raises:
-            Unsupported: an optimizer got the empty parameters that accelerate leaves there.
+            Unsupported: an optimizer holds the empty parameters that accelerate leaves there.
         """
         reclaim(self.model, self.leaves)
         take_off_disk(self.homes(), self.leaves)
 
     def homes(self, trained: bool = False) -> list[nn.Module]:
-        """Return the modules that hold tensors of the adapter, or trained ones alone, and those around them."""
+        """Return the modules with tensors of the adapter (with `trained`, only trained ones) and those around them."""
         wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
@@ -111,7 +114,7 @@ class Watch:
         return [modules[name] for name in above if name in modules]
 
     def remove(self) -> None:
-        """Take the checks off the model."""
+        """Remove the checks from the model."""
         hook = _hook_of(self.model)
         hook.drop(self)
         for module in self.model.modules():
@@ -120,7 +123,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Each of several adapters has put one there.
+            # Each of several adapters has registered one.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -131,16 +134,16 @@ class Watch:
         present = {id(child) for _, _, child in found}
         lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
-            self._raise(lost, f"a {type(lost).__name__} with an update of it is no longer in the model")
+            self._raise(lost, f"a {type(lost).__name__} with its update is no longer in the model")
         return found
 
     def _raise(self, module: nn.Module, why: str) -> None:
         where = next((name for name, each in self.model.named_modules() if each is module), None)
-        raise Unsupported(f"the adapter {self.name!r} does not act any more: {why}", where=where, cure=_AGAIN)
+        raise Unsupported(f"the adapter {self.name!r} no longer acts: {why}", where=where, cure=_AGAIN)
 
 
 def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
-    """Return each step on the ways from a model down to some modules, which are given by their ids."""
+    """Return each step on the paths from a model down to some modules, which are given by their ids."""
     leads: dict[int, bool] = dict.fromkeys(wanted, True)
     seen: set[int] = set()
     found: list[Place] = []
@@ -159,13 +162,13 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 
 
 class _Step:
-    """The forward pre-hook of a module between a model and its adapters, for those who call that module by itself.
+    """The forward pre-hook of a module between a model and its adapters, for callers of that module alone.
 
-    It holds no more of the model than what lies below: a copy of one block must not copy the model.
+    It only refers to the part of the model below the module, because a copy of one block must not copy the model.
 
     Args:
         module: the module.
-        places: its steps, and those of the lists below it, which nobody calls.
+        places: its steps, and those of the lists inside it, which are never called.
         home: the model.
     """
 
@@ -175,19 +178,19 @@ class _Step:
         self.home: weakref.ref[nn.Module] | None = weakref.ref(home)
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook puts it back.
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook restores it.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Step:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Step:
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return made
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
             self.note_traced()
-            for parent, name, child in self.places:  # The compiler guards each of them.
+            for parent, name, child in self.places:  # The compiler guards each of these steps.
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
@@ -201,21 +204,21 @@ class _Step:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note_traced(self) -> bool:
-        """Note, while code is compiled, that it calls the module."""
+        """Record, during compilation, that the compiled code calls the module."""
         self.traced = True
         return True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
-        """Look while the module is compiled; see `_Hook.look_once`."""
+        """Check the module during compilation; see `_Hook.look_once`."""
         self._look(self.module)
         return True
 
     def _look(self, module: nn.Module) -> None:
-        """Look for what was moved in the whole model, or, in a copy of a part of it, below the module.
+        """Look for moved modules in the whole model, or, in a copy of a part of it, inside the module.
 
         Raises:
-            Unsupported: an adapter does not act any more.
+            Unsupported: an adapter no longer acts.
         """
         home = None if self.home is None else self.home()
         if home is not None:
@@ -227,12 +230,12 @@ class _Step:
             if not any(HOOK in each.__dict__ for each in child.modules()):
                 continue  # The adapter was removed from the copy.
             if lost or (parent.__dict__.get("fused_projections") and _is_fused_away(name)):
-                why = f"an adapter does not act any more: {name} of a {type(parent).__name__} was replaced or fused"
+                why = f"an adapter no longer acts: {name} of a {type(parent).__name__} was replaced or fused"
                 raise Unsupported(why, where=type(module).__name__, cure=_AGAIN)
 
 
 class _Hook:
-    """The forward pre-hook of a model with adapters: one for all of them, as they mostly have the same modules."""
+    """The forward pre-hook of a model with adapters, shared by all of them because most have the same modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -246,15 +249,15 @@ class _Hook:
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
-        self.hooks: dict[ForwardHook, int] = {}
+        self.hooks: dict[Hook, int] = {}
         self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
         self.told: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}, "told": set()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         for step in self.steps:
             step.home = weakref.ref(self.model)
@@ -272,20 +275,20 @@ class _Hook:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
-        """Look while the model is compiled. That it returns is a constant, so that what it does is not traced.
+        """Check the model during compilation; the result is a constant, so the check itself is not traced.
 
         Raises:
-            Unsupported: an adapter does not act any more.
+            Unsupported: an adapter no longer acts.
         """
         for watch in self.watches:
             watch.check()
         return True
 
     def look_again(self) -> None:
-        """Find the adapters' modules where they are now.
+        """Find the adapters' modules at their current places.
 
         Raises:
-            Unsupported: one does not act any more.
+            Unsupported: an adapter no longer acts.
         """
         for watch in self.watches:
             watch.check()
@@ -293,7 +296,7 @@ class _Hook:
         self._stand()
 
     def _stand(self) -> None:
-        """Put a hook at each module on the way to an adapter, in the place of those from before."""
+        """Put a hook at each module on the path to an adapter, replacing the earlier hooks."""
         for step in self.steps:
             hooks = step.module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is step]:
@@ -316,7 +319,10 @@ class _Hook:
             step.module.register_forward_pre_hook(step)
 
     def _block(self, module: nn.Module, places: list[Place]) -> Block:
-        """A block with the hooks at modules that it calls; one that is known keeps the forward that it was met with."""
+        """Return a block with the hooks at modules that it calls.
+
+        A known block keeps the forward that it had when it was first seen.
+        """
         hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
         known = self.below.get(id(module))
         made = Block(module, hooks)
@@ -337,9 +343,9 @@ class _Hook:
         self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
         self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
 
-    def __call__(self, model: nn.Module, *_: Any) -> None:
+    def __call__(self, model: nn.Module, *_: object) -> None:
         if torch.compiler.is_compiling():
-            for parent, name, child in self.steps_of_model:  # The compiler guards each of them.
+            for parent, name, child in self.steps_of_model:  # The compiler guards each of these steps.
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
@@ -354,7 +360,7 @@ class _Hook:
                 moved = True
             elif type(getattr(standing, "__self__", None)) is not ForwardHook and HOOK in module.__dict__:
                 probe_forward(module)
-        if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nobody holds.
+        if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nothing refers to.
             for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
                 leaf.settle()
             self.settled = True
@@ -378,11 +384,11 @@ class _Hook:
             block.look()
         begin_calls(self.hooks)
 
-    def finish(self, _model: nn.Module, _args: Any, result: Any) -> None:
-        """Look what the forward read and called; torch calls this after a forward that raised too, without a result.
+    def finish(self, _model: nn.Module, _args: object, result: object) -> None:
+        """Check what the forward read and called; after a forward that raised, torch calls this without a result.
 
         Raises:
-            Unsupported: the weight of a module with an adapter was read, and the module was not called.
+            Unsupported: the forward read the weight of a module with an adapter without calling the module.
         """
         if torch.compiler.is_compiling():
             self.check_traced()
@@ -391,20 +397,23 @@ class _Hook:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def check_traced(self) -> bool:
-        """Warn, while code is compiled, of modules that it does not call although it calls what is around them."""
+        """Warn, during compilation, about modules that the code does not call.
+
+        Only modules inside blocks that the code does call are named.
+        """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
         return True
 
-    def _is_own(self, hook: ForwardHook, reader: str) -> bool:
-        """Whether a function, by its full name, is a method that a class around a hook's module was defined with."""
+    def _is_own(self, hook: Hook, reader: str) -> bool:
+        """Whether a function, given by its full name, is defined in a class around a hook's module."""
         around = [type(parent) for parent, _, child in self.places if child is hook.module]
         kinds = [kind for each in around for kind in each.__mro__]
         return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
 
 
 def _hook_of(model: nn.Module) -> _Hook:
-    """The hook of this module at a model, registered if it is not there."""
+    """Return this module's hook at a model, and register it if necessary."""
     found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
     if found is None:
         found = _Hook(model)
@@ -413,44 +422,45 @@ def _hook_of(model: nn.Module) -> _Hook:
 
 
 def _is_fused_away(name: str) -> bool:
-    """Whether a module's name is one of the projections that diffusers fuses into one."""
+    """Whether a module has the name of a projection that diffusers fuses into one."""
     return name.rpartition("_")[2] in ("q", "k", "v", "kv")
 
 
 def _check_no_replica(module: nn.Module) -> None:
-    """Check that a module is no replica of nn.DataParallel.
+    """Check that a module is not a replica of nn.DataParallel.
 
-    Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
+    A replica's modules call hooks that read the weights of the first device, in threads without the caller's routes and
+    switches.
 
     Raises:
-        Unsupported: it is one.
+        Unsupported: the module is a replica.
     """
     if "_is_replica" in module.__dict__:
         cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
-        raise Unsupported("nn.DataParallel on several devices", where=type(module).__name__, cure=cure)
+        raise Unsupported("nn.DataParallel runs on several devices", where=type(module).__name__, cure=cure)
 
 
 def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
-    """Check that diffusers' group offloading does not put the modules of a training on the disk.
+    """Check that diffusers' group offloading does not keep modules on disk during training.
 
     Raises:
-        Unsupported: it does. The backward pass would read weights that are gone by then, and each forward would load
-            trained tensors as they were at the start.
+        Unsupported: it does. The backward pass would read weights that are no longer in memory, and each forward would
+            load trained tensors with their initial values.
     """
     if on_disk(homes):
-        why = "training a model that diffusers' group offloading keeps on the disk"
+        why = "a model that diffusers' group offloading keeps on disk cannot be trained"
         raise Unsupported(why, cure="Call enable_group_offload() without offload_to_disk_path, or run under no_grad()")
 
 
-def _no_fused_path(_: nn.Module, args: Any) -> None:
-    """A forward pre-hook whose presence keeps torch from its fused path.
+def _no_fused_path(_: nn.Module, args: tuple[object, ...]) -> None:
+    """A forward pre-hook whose presence makes torch avoid its fused path.
 
     Raises:
-        Unsupported: nn.TransformerEncoder made a nested tensor, which only the fused path reads.
+        Unsupported: nn.TransformerEncoder made a nested tensor, which only the fused path can read.
     """
     if args and isinstance(args[0], torch.Tensor) and args[0].is_nested:
         cure = "Call torch.backends.mha.set_fastpath_enabled(False), or build it with enable_nested_tensor=False"
-        raise Unsupported("an nn.TransformerEncoder that packs its input for the fused path", cure=cure)
+        raise Unsupported("this nn.TransformerEncoder packs its input for the fused path", cure=cure)
 
 
 _AGAIN = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"

@@ -1,4 +1,4 @@
-"""Weights: stored parameters after updates, for modules that must run under their own forward, and for merging."""
+"""Compute stored parameters after updates, for merging and for modules that must run under their own forward."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from ..naming.binding import fold, view
 Change = tuple[float, Sequence[tuple[Target, Sequence[Update]]]]
 """The weight of an adapter, and its targets at one parameter with their updates, all in order."""
 
-Law = Callable[[Tensor, Target, Sequence[Update]], Tensor]
-"""A stored weight or bias, through the updates of one target."""
+Formula = Callable[[Tensor, Target, Sequence[Update]], Tensor]
+"""A function that applies the updates of one target to a stored weight or bias."""
 
 
 def tensor_at(module: nn.Module, path: str) -> Tensor:
-    """A parameter or buffer by its dotted path."""
+    """Return a parameter or buffer by its dotted path."""
     owner, _, name = path.rpartition(".")
     found: Tensor = getattr(module.get_submodule(owner), name)
     return found
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
-    """W + sum of weight * (f(W) - W), as stored; each adapter's f is of the weight before any of them."""
+    """Return W + sum of weight * (f(W) - W), as stored; each adapter's f sees the weight without the other adapters."""
     return _mixed(W, changes, _weight)
 
 
 def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
-    """b + sum of weight * (g(b) - b), as stored."""
+    """Return b + sum of weight * (g(b) - b), as stored."""
     return _mixed(b, changes, _bias)
 
 
 def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
-    """The updates with what their changes to the bias take from the weight, each after those before it, worked out."""
+    """Return the updates after evaluating their changes to the bias that depend on the weight.
+
+    Each update sees the weight after the updates before it.
+    """
     done, seen = [], view(W, target)
     for update in updates:
         loaded = update.map(lambda leaf: for_formulas(leaf, W.device, W.dtype))
@@ -46,14 +49,12 @@ def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Updat
     return tuple(done)
 
 
-def _mixed(
-    before: Tensor, changes: Iterable[Change], law: Callable[[Tensor, Target, Sequence[Update]], Tensor]
-) -> Tensor:
+def _mixed(before: Tensor, changes: Iterable[Change], formula: Formula) -> Tensor:
     after = before
     for weight, targets in changes:
         new = before
         for target, updates in targets:
-            new = law(new, target, updates)
+            new = formula(new, target, updates)
         after = new if after is before and weight == 1 else after + weight * (new - before)
     return after
 

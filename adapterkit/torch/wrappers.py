@@ -1,7 +1,7 @@
-"""Names without wrappers: what a module is called in the base, whatever stands around it or around its parts.
+"""Convert between a module's name in the base and its name under wrappers.
 
-torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers put modules of their own into the path of
-a module. Adapters are written in the base's own names, and are found under the wrapped ones.
+torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers add their own modules to the path of a
+module. Adapters are written with the base's own names, and are matched to the names with wrappers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import nn
 from ..core.adapter import Adapter
 
 _ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Attributes that only wrappers of torch have."""
+"""The attributes that only wrappers of torch have."""
 
 _PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
-"""Classes whose `module` is the model."""
+"""The classes whose `module` is the model."""
 
 _LIBRARIES = {
     "composer": ("model",),
@@ -27,32 +27,32 @@ _LIBRARIES = {
     "sentence_transformers": ("auto_model", "model", "0"),  # `model` since its version 5.
     "trl": ("pretrained_model",),  # Models with a value head.
 }
-"""Library -> attributes of its own modules that hold what they wrap."""
+"""A map from each library to the attributes of its modules that hold the wrapped module."""
 
 
 def unwrapped(model: nn.Module, path: str) -> str:
-    """The dotted path of a module or parameter without the wrappers on it.
+    """Return the dotted path of a module or parameter without wrappers.
 
     Args:
         model: the model that the path starts at.
-        path: as `named_modules()` or `named_parameters()` give it.
+        path: the path, as in `named_modules()` or `named_parameters()`.
     """
     kept: list[str] = []
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
         if module is None or not _wraps(module, name):
             kept.append(name)
-        module = module._modules.get(name) if module is not None else None  # None: a parameter.
+        module = module._modules.get(name) if module is not None else None  # None if the name is a parameter's.
     return ".".join(kept)
 
 
 def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with its targets in the names that the model has now, wrappers included."""
+    """Return the adapter with its targets under the model's current names, including wrappers."""
     renamed = {}
     for path, module in model.named_modules(remove_duplicate=False):
         plain = unwrapped(model, path)
         if plain != path:
-            renamed[plain] = path  # The innermost of the modules that have one name comes last.
+            renamed[plain] = path  # If several modules have one plain name, the innermost comes last.
             renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
     renamed.pop("", None)
     if not any(target.path in renamed for target in adapter.updates):
@@ -62,7 +62,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def _wraps(module: nn.Module, name: str) -> bool:
-    """Whether a child is what its parent wraps."""
+    """Whether a child is the module that its parent wraps."""
     if name in _ALWAYS:
         return True
     kinds = type(module).__mro__

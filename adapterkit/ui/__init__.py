@@ -1,5 +1,5 @@
-"""A local page that runs commands: the forms come from the commands' options, and each job runs a command.
+"""A local web page that runs commands: its forms come from the options of the commands, and each job runs a command.
 
-`forms` describes commands as data and builds command lines, `jobs` runs them, `guard` keeps strangers out, `server`
-serves the page. Nothing is computed here: a job writes the same as the command line, because it is the command line.
+`forms` describes commands as data and builds command lines, `jobs` runs them, `guard` refuses foreign requests, and
+`server` serves the page. Nothing is computed here: a job is a command line, so it writes the same bytes.
 """

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -31,10 +31,10 @@ LEFT_OUT = frozenset({
 """Options that forms omit: output options, other machines, and files that name further files."""
 
 LONGEST = 4096
-"""Most characters in one value."""
+"""The largest number of characters in one value."""
 
 MANY = 64
-"""Most values of one option."""
+"""The largest number of values of one option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Field:
     default: str
     output: bool
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the field as plain data."""
         return {
             "name": self.name, "label": self.label, "help": self.help, "kind": self.kind, "many": self.many,
@@ -60,7 +60,7 @@ class Field:
 
 
 OUTPUTS = frozenset({"dst", "figures", "out"})
-"""Parameters that name outputs."""
+"""The parameters that name outputs."""
 
 
 def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]:
@@ -108,7 +108,7 @@ class Forms:
         self.roots = tuple(root.resolve() for root in roots)
         self.fields = {name: list(fields_of(command, paths)) for name, command in self.commands.items()}
 
-    def record(self) -> list[dict[str, Any]]:
+    def record(self) -> list[dict[str, JsonValue]]:
         """Return all forms as plain data."""
         return [
             {"name": name, "help": (self.commands[name].help or "").strip(),
@@ -123,7 +123,7 @@ class Forms:
             UsageError: the path is elsewhere, or is an address.
         """
         if is_address(value):
-            cure = "Start the page with --hubs, or fetch it first: adapterkit pull"
+            cure = "Start the page with --hubs, or download it first with adapterkit pull"
             why = "the page does not write to hubs" if self.hubs else "the page does not open addresses"
             raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
@@ -143,7 +143,7 @@ class Forms:
             raise UsageError("an open folder itself cannot be replaced", where=value, cure="Name a folder inside it")
         return real
 
-    def words(self, command: str, values: Mapping[str, Any]) -> list[str]:
+    def words(self, command: str, values: Mapping[str, object]) -> list[str]:
         """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
@@ -190,7 +190,7 @@ class Forms:
             )
         for each in many:
             if not isinstance(each, str | int | float) or isinstance(each, bool):
-                raise UsageError("text or a number was expected", where=field.label, cure="Write a value")
+                raise UsageError("the value must be text or a number", where=field.label, cure="Write a value")
             text = str(each)
             if len(text) > LONGEST or "\0" in text:
                 raise UsageError("the value is too long", where=field.label, cure="Write a shorter one")
@@ -216,7 +216,7 @@ class Forms:
                 names = sorted((each for each in found if not each.name.startswith(".")), key=_natural)
         except OSError as error:
             raise UsageError(
-                f"cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"
+                f"the folder cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"
             ) from None
         entries = [{"name": each.name, "path": str(path / each.name), "kind": _kind(each)} for each in names[:LISTED]]
         parent = "" if path in self.roots else str(path.parent)
@@ -224,13 +224,13 @@ class Forms:
 
 
 LISTED = 1000
-"""Most entries of a folder that are listed."""
+"""The largest number of entries of a folder that are listed."""
 
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return the likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
+    """Return the kind of an entry as its name suggests: adapter, base, weights, graph, page, folder or file."""
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:
@@ -248,6 +248,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "graph" if name.endswith(".onnx") else "page" if name.endswith((".html", ".htm")) else "file"
 
 
-def _natural(entry: os.DirEntry[str]) -> tuple[bool, list[Any]]:
+def _natural(entry: os.DirEntry[str]) -> tuple[bool, list[int | str]]:
     parts = re.split(r"(\d+)", entry.name.lower())
     return not entry.is_dir(), [int(part) if part.isdecimal() else part for part in parts]

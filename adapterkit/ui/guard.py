@@ -1,8 +1,8 @@
-"""Keep strangers out of the page: other sites' pages in the same browser, and other users of the machine.
+"""Refuse requests from other sites in the same browser, and from other users of the machine.
 
-A page of any site may send requests to 127.0.0.1, and may make its own name point there. So three things are checked. A
-request needs the token that only the terminal showed. Its Host must be this address. A request that changes something
-must come from this page.
+Any web page can send requests to 127.0.0.1, and its domain name can point to 127.0.0.1. Three things are therefore
+checked: a request must have the token, which only the terminal shows; its Host must be this address; and a request that
+changes something must come from this page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "adapterkit"
 
 LARGEST = 64 * 1024
-"""Largest body of a request in bytes."""
+"""The largest body of a request, in bytes."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -29,7 +29,7 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
 )
-"""Policy for a report: one file with its own script. In a sandbox, it has no cookie and no network access."""
+"""The policy for a report, a single file with its own script. The sandbox denies it cookies and network access."""
 
 HEADERS = {
     "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",
@@ -107,7 +107,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether the text is the token; the time this takes does not depend on how much of it is right."""
+        """Whether the text is the token. The duration does not reveal how many characters are right."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError, public
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 RUNNING = 2
-"""Jobs that run at a time, because a merge uses the whole disk."""
+"""The number of jobs that run at the same time; few, because one merge already uses the whole bandwidth of a disk."""
 
 WAITING = 8
-"""Most jobs that may wait."""
+"""The largest number of waiting jobs."""
 
 KEPT = 50
-"""Ended jobs that are kept in the list."""
+"""The number of ended jobs in the list."""
 
 SAID = 512 * 1024
-"""Characters of a job's output that are kept: the beginning of standard output, the end of standard error."""
+"""The number of characters of standard output to keep for each job, from the beginning."""
 
 _PART = re.compile(r": (\d+)%(?:,|$)")
 
@@ -55,7 +55,7 @@ class PageJob:
     process: subprocess.Popen[str] | None = None
     thread: threading.Thread | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the job as plain data."""
         seconds = time.monotonic() - self.started if self.state == "running" else self.seconds
         return {

@@ -1,4 +1,4 @@
-"""The page: its contents, its requests, and the server, which listens on this machine only."""
+"""Serve the page and answer its requests; the server can be reached only from this machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from ..errors import AdapterkitError, Unsupported, UsageError, storage_error
 from .forms import Forms
 from .guard import REPORT_POLICY, Application, Guard
 from .jobs import Jobs
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 HERE = Path(__file__).parent
 FILES = {"/page.js": "text/javascript", "/page.css": "text/css"}
@@ -57,7 +60,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
         answer.set_cookie(guard.cookie, token, httponly=True, samesite="strict", path="/")
         return answer
 
-    def told(work: Callable[[], Any]) -> Response:
+    def told(work: Callable[[], object]) -> Response:
         try:
             return JSONResponse(work())
         except AdapterkitError as error:
@@ -80,12 +83,12 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
             given = json.loads(await request.body())
             command, values = given["command"], given["values"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            return JSONResponse({"error": {"why": "not a filled form", "cure": "Reload the page"}}, 400)
+            return JSONResponse({"error": {"why": "the request is not a form", "cure": "Reload the page"}}, 400)
         return await run_in_threadpool(told, lambda: jobs.start(forms.words(command, values)).record())
 
     measuring = threading.Lock()
 
-    def sums(given: Any) -> dict[str, object]:
+    def sums(given: object) -> Mapping[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
             raise UsageError("the value must be a list of adapters", cure="Fill in the form")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
@@ -105,7 +108,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
     async def end_job(request: Request) -> Response:
         number = request.path_params["number"]
 
-        def work() -> Any:
+        def work() -> object:
             jobs.end(number)
             return jobs.job(number).record()
 
@@ -138,15 +141,15 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
 
 MOST = 8
-"""Most adapters whose sum is measured."""
+"""The largest number of adapters whose sum is measured."""
 
 
-def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
-    """Return the inner products of adapters' changes, per target; they give the size of every weighted sum.
+def products(adapters: Sequence[str], base: str | None) -> dict[str, JsonValue]:
+    """Return the inner products of the adapters' changes at each target, which give the norm of any weighted sum.
 
     Args:
         adapters: two or more adapters.
-        base: their base, if measuring them needs it.
+        base: the base of the adapters, if measuring them needs one.
     """
     from ..api import report
 
@@ -186,7 +189,7 @@ def serve(
         roots: folders that may be read and written.
         hubs: whether adapters and bases may be addresses on hubs.
         port: the port on 127.0.0.1; 0 for a free one.
-        started: a function that is called with the address, once the server answers.
+        started: a function that is called with the address once the server answers.
 
     Raises:
         Unsupported: starlette or uvicorn is not installed.
@@ -222,7 +225,7 @@ def serve(
             jobs.close()
 
 
-def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - it returns an instance of the class below
+def _Server(config: Any, started: Callable[[], None]) -> Any:  # noqa: N802 - called like a class
     """Return a server that calls `started` when it answers requests."""
     import uvicorn
 

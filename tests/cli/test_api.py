@@ -47,7 +47,7 @@ def test_convert_refuses_before_any_work(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     with pytest.raises(StorageError, match="overwrite"):
         ak.convert(folder / "b", folder / "out", to="peft")
-    with pytest.raises(UsageError, match="source and destination"):
+    with pytest.raises(UsageError, match="the source and the destination"):
         ak.convert(folder / "a", folder / "a", to="peft", overwrite=True)
     with pytest.raises(UsageError, match=r"unknown format .pfet.\..*peft"):
         ak.convert(folder / "a", folder / "x", to="pfet")

@@ -172,14 +172,14 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(tmp_path: Path, mo
     result = run("combine", *sources, "--method", "ties", "--to", "kohya", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 3
     assert len(result.stderr.strip().splitlines()) == 2  # What is wrong, and what to type.
-    assert "kohya cannot hold what ties makes" in result.stderr
+    assert "kohya cannot hold the result of ties" in result.stderr
     assert "--to adapterkit" in result.stderr
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_cut_is_said_in_words(adapters: list[Path], tmp_path: Path) -> None:
     shown = run("combine", *adapters, "--method", "ties", "-o", tmp_path / "out")
-    assert "cut to rank 2 at 2 targets: relative error of all together 0." in shown.stdout
+    assert "cut to rank 2 at 2 targets: relative error over all targets 0." in shown.stdout
     assert "a higher --rank keeps more" in shown.stdout
 
 
@@ -191,7 +191,7 @@ def test_a_cut_is_said_in_words(adapters: list[Path], tmp_path: Path) -> None:
         (["--method", "ties", "--set", "density"], "NAME=VALUE"),
         (["--method", "ties", "--set", "weights=1"], "NAME=VALUE"),
         (["--weight", "1"], "1 weights for 2 adapters"),
-        (["--rank", "9"], "rank 9"),
+        (["--rank", "9"], "rank is 9"),
         (["--method", "regmean"], "needs data"),
         (["--method", "ties", "--compat", "kohya"], "kohya"),
     ],
@@ -228,7 +228,7 @@ def test_a_recipe_or_words_but_not_both(adapters: list[Path], tmp_path: Path) ->
     [
         ("merge_method: ties\nmodels: [{model: a}]\nmerge_metod: x", UsageError, "merge_method"),
         ("merge_method: ties\nmodels: [{model: a, parameter: {}}]", UsageError, "parameters"),
-        ("merge_method: ties\nmodels: [{model: a}]\nslices: []", UsageError, "say the same twice"),
+        ("merge_method: ties\nmodels: [{model: a}]\nslices: []", UsageError, "contradict each other"),
         ("merge_method: ties", Malformed, "list of models"),
         ("models: [{model: a}]", Malformed, "merge_method"),
         ("merge_method: ties\nmodels: [{model: a, adapter: b}]", Malformed, "one path"),
@@ -238,7 +238,7 @@ def test_a_recipe_or_words_but_not_both(adapters: list[Path], tmp_path: Path) ->
         ("merge_method: [", Malformed, "not plain YAML"),
         ("merge_method: !!python/object:os.system x", Malformed, "not plain YAML"),
         ("- 1", Malformed, "a mapping"),
-        ("merge_method: ties\nmodels: [{model: a}]\nparameters: {report: x}", UsageError, "report is no parameter"),
+        ("merge_method: ties\nmodels: [{model: a}]\nparameters: {report: x}", UsageError, "report is not a parameter"),
         ("merge_method: model_stock\nmodels: [{model: a}]\nparameters: {filter_wise: true}", UsageError, "filter_wise"),
     ],
 )

@@ -344,7 +344,7 @@ def test_doctor_tells_providers_that_run_from_those_that_are_built_in(monkeypatc
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built)
     monkeypatch.setattr(providers, "_has_driver", lambda: False)
     providers.runs_on.cache_clear()
-    assert "(runs on CPU; built for CUDA too, on which no session starts)" in _checks.providers().found
+    assert "(runs on CPU; also built for CUDA, where no session starts)" in _checks.providers().found
     providers.runs_on.cache_clear()
 
 

@@ -78,10 +78,10 @@ def test_where_is_written_and_where_it_runs_is_typed(here: Path, key: str, monke
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dtype = ", "not TOML"),
+        ("dtype = ", "not valid TOML"),
         ("[merge]\ndtipe = 'F16'\n", "Nearest: dtype"),
         ("merge = 3\n", "not a table"),
-        ("[merge]\ndtype = ['F16']\n", "not a value of --dtype"),
+        ("[merge]\ndtype = ['F16']\n", "does not fit --dtype"),
         ("[merge]\ndtype = 'F99'\n", "F99"),
     ],
 )

@@ -127,7 +127,7 @@ RAISED = {
     "Ctrl-C": (
         KeyboardInterrupt(),
         130,
-        "Interrupted. Run the same command again; merge and pull go on where they stopped.",
+        "Interrupted. Run the same command again; merge and pull resume where they stopped.",
     ),
     "a check": (errors.CheckFailed("differs", where="w"), 1, "w: differs"),
     "damage": (errors.Corrupt("digest", path="p"), 4, "p: digest"),

@@ -133,7 +133,7 @@ def test_completed_parameters_exist() -> None:
 def test_narrow_terminals_break_no_name_and_no_number(columns: int, folder: Path) -> None:
     text = at_terminal(folder, "inspect", "lora", "--all", columns=columns)
     updates = json.loads(run("inspect", "lora", "--json").stdout)["updates"]
-    left = re.search(r"no room for ([\w, \n]+);", text)
+    left = re.search(r"hidden columns: ([\w, \n]+);", text)
     for update in updates:
         assert update["target"] in text
         told = re.search(rf"(?<![\d,]){update['parameters']:,}(?![\d,])", text)

@@ -118,7 +118,7 @@ def test_a_partial_match_is_an_error_unless_allowed(base: Path, adapters: list[P
     assert not (tmp_path / "out").exists()
     result = run(*words, "--allow-partial", "--verify")
     assert result.exit_code == 0
-    assert "warning: one: not in the base, left out: layers.1.q" in result.stdout.splitlines()
+    assert "warning: one: skipped, because the base does not have them: layers.1.q" in result.stdout.splitlines()
     verify = ["verify", tmp_path / "out", "--base", base, "--adapter", adapters[0]]
     assert (run(*verify).exit_code, run(*verify, "--allow-partial").exit_code) == (2, 0)
 
@@ -175,7 +175,7 @@ def test_an_interrupted_merge_says_how_to_go_on(
         patch.setattr("adapterkit.merging.execute.execute", interrupted)
         result = run(*words)
     assert result.exit_code == 130
-    assert result.stderr.strip() == "Interrupted. Run the same command again; merge and pull go on where they stopped."
+    assert result.stderr.strip() == "Interrupted. Run the same command again; merge and pull resume where they stopped."
     assert not (tmp_path / "out").exists()
     assert run(*words).exit_code == 0
     assert same(load_file(tmp_path / "out" / "model.safetensors"), expected(base, (adapters[0], 1.0)))

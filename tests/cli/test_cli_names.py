@@ -74,9 +74,9 @@ def test_the_names_of_a_base_in_every_naming(base: Path) -> None:
 
 def test_a_merge_says_how_the_names_were_found_and_inspect_too(base: Path, live: Path, tmp_path: Path) -> None:
     line = "exact (1); architecture mixtral: transformers5 -> hub (1)"
-    assert f"names of live: {line}" in run("merge", base, live, "--plan").stdout
+    assert f"names of live were translated by {line}" in run("merge", base, live, "--plan").stdout
     assert f"names in the base: {line}" in run("inspect", live, "--base", base).stdout
-    assert f"names of live: {line}" in run("merge", base, live, "-o", tmp_path / "out").stdout
+    assert f"names of live were translated by {line}" in run("merge", base, live, "-o", tmp_path / "out").stdout
     assert load_file(tmp_path / "out" / "model.safetensors")[f"{STORED}.1.w3.weight"].tolist() == [[1.0] * H] * F
     assert run("verify", tmp_path / "out", "--base", base, "--adapter", live).exit_code == 0
 

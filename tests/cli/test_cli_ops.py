@@ -70,7 +70,7 @@ def test_resize_for_people(adapter: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["target", "method", "rank", "before", "rank", "norm", "relative", "error"]
     assert lines[-2] == f"{tmp_path / 'small.safetensors'}: adapterkit, 2 updates at 2 targets"
-    assert lines[-1].startswith("relative error of all together: 0.")
+    assert lines[-1].startswith("relative error over all targets: 0.")
     leaves = [leaf for _, update in ak.read(tmp_path / "small.safetensors") for leaf in update.tensors.values()]
     assert {leaf.dtype.name for leaf in leaves} == {"BF16"}
 
@@ -139,7 +139,7 @@ def test_extract_gives_what_peft_can_load_and_merging_gives_the_tuned_model(tmp_
     assert all((merged[name] == tuned[name]).all() for name in tuned)
     result = run("extract", folders[0], "--base", folders[1], "--error", "0.5", "-o", tmp_path / "b.safetensors")
     assert result.exit_code == 0, result.output
-    assert "relative error of all together: 0." in result.stdout
+    assert "relative error over all targets: 0." in result.stdout
     assert run("extract", folders[1], "--base", folders[1], "--rank", 2, "-o", tmp_path / "no").exit_code == 2
 
 
@@ -155,7 +155,7 @@ def test_diff_says_whether_two_files_are_the_same_function(adapter: Path, tmp_pa
     assert found["targets"][0]["sign_conflict"] is None
     result = run("diff", adapter, other)
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-3].startswith("not the same function: 0 of 2 targets equal, 0 bit by bit")
+    assert result.stdout.splitlines()[-3].startswith("not the same change: 0 of 2 targets equal, 0 bit by bit")
     errors = {each["target"]: each["relative_error"] for each in found["targets"]}
     most = max(errors, key=errors.__getitem__)
     assert result.stdout.splitlines()[-1] == f"largest difference: {most}, relative error {errors[most]:.4g}"

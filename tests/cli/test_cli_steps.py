@@ -166,7 +166,7 @@ def test_long_help_has_headings_and_no_option_is_lost() -> None:
     from adapterkit.cli import adapterkit
 
     text = run("merge", "--help").stdout
-    assert all(f"\n{heading}:\n" in text for heading in ("Output", "What is computed", "How it runs", "How it talks"))
+    assert all(f"\n{heading}:\n" in text for heading in ("Output", "Computation", "Execution", "Messages"))
     for name in adapterkit.list_commands(click.Context(adapterkit)):
         command = adapterkit.get_command(click.Context(adapterkit), name)
         shown = run(name, "--help").stdout

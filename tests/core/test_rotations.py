@@ -22,7 +22,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported
 from adapterkit.formats.peft.families.frod import kind
-from adapterkit.formats.peft.families.oft import nearest_divisor
+from adapterkit.formats.peft.families.rotations import nearest_divisor
 from adapterkit.linalg.rotations import cayley, neumann, skew
 
 pytestmark = pytest.mark.filterwarnings("ignore")

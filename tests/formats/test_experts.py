@@ -223,22 +223,22 @@ def test_a_router_without_its_experts_says_how_to_give_them(folders, tmp_path):
     model = fresh()
     save_file(model.state_dict(), tmp_path / "base.safetensors", {"format": "pt"})
     for adapter, where in ((classifier, "(model): xlora"), (prototypes, "model.layers.0.mlp.up_proj: arrow")):
-        with pytest.raises(UsageError, match=r"Pass experts=, a list of their adapters") as raised:
+        with pytest.raises(UsageError, match=r"Pass experts=, a list of the expert adapters") as raised:
             ak.torch.inject(model, adapter)
         assert raised.value.where == where
         with pytest.raises(NotMergeable, match="each token by"):
             ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out")
-    with pytest.raises(ShapeMismatch, match="logits for 2 experts at"):
+    with pytest.raises(ShapeMismatch, match="do not fit 2 experts at"):
         ak.torch.inject(model, classifier, experts=experts[:2])
-    with pytest.raises(UsageError, match="3 of tasks and 1 general"):
+    with pytest.raises(UsageError, match="3 task experts and 1 general"):
         ak.torch.inject(model, prototypes, experts=experts[:3])
-    with pytest.raises(TargetNotFound, match="changes nothing there") as absent:
+    with pytest.raises(TargetNotFound, match="changes nothing at this target") as absent:
         ak.torch.inject(model, prototypes, experts=[*experts[:3], experts[4]])
     assert absent.value.where.startswith("experts[3]")
     with pytest.raises(UsageError, match="lacks experts"):
         ak.torch.inject(model, experts[0], experts=experts[1:])
     other = Adapter({Target("model.layers.0.self_attn.q_proj"): (ak.METHODS["ia3"](l=torch.ones(8)),)})
-    with pytest.raises(Unsupported, match="ia3 where plain LoRA"):
+    with pytest.raises(Unsupported, match="the update is ia3, but a router needs plain LoRA"):
         ak.torch.inject(model, classifier, experts=[experts[0], experts[1], other])
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 

@@ -314,7 +314,7 @@ def test_inspect_says_the_family_the_metadata_and_missing_alphas(tmp_path):
     assert record["without_alpha"] == len(QWEN)
     text = CliRunner().invoke(adapterkit, ["inspect", str(tmp_path / "a.safetensors")]).stdout
     assert "a painting by nobody" in text
-    assert "without an alpha: the scale is 1" in text
+    assert "without alpha: the scaling is 1" in text
     # What is written from it keeps these.
     ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
     assert said.items() <= shown(tmp_path / "b.safetensors")[1]["metadata"].items()

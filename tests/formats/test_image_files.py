@@ -58,7 +58,7 @@ def test_an_image_model_without_a_file_here_has_scale_1_and_that_is_said(prefix,
     path = saved(tmp_path, held)
     assert scalings(ak.read(path)) == {1.0}
     assert record("inspect", str(path))["without_alpha"] == 2
-    assert "2 modules without an alpha: the scale is 1" in run("inspect", str(path)).stdout
+    assert "2 modules without alpha: the scaling is 1" in run("inspect", str(path)).stdout
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])

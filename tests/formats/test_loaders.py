@@ -127,12 +127,12 @@ def test_the_command_lists_tools_and_answers_for_a_file(tmp_path):
     assert found["musubi_tuner"]["convert"] == "--to kohya"
     assert found["sd_scripts"]["why"] == "it has no wan"
     text = run("list", "loaders", tmp_path / "wan.safetensors").stdout
-    assert "after convert" in text
+    assert "arguments of convert" in text
     assert {each["name"] for each in record("list", "loaders")["loaders"]} == set(loaders())
     shown = record("inspect", tmp_path / "wan.safetensors")["loaders"]
     loading = {each["tool"] for each in shown if each["loads"] == "yes"}
     assert loading == {"ai_toolkit", "comfyui", "diffusers", "stable_diffusion_cpp"}
-    assert "loaded as it is by: ai-toolkit" in run("inspect", tmp_path / "wan.safetensors").stdout
+    assert "loaded without conversion by: ai-toolkit" in run("inspect", tmp_path / "wan.safetensors").stdout
     assert run("list", "formats", "x").exit_code == 2
     assert run("list", "loaders", "--family", "wan").exit_code == 2
 
@@ -212,4 +212,4 @@ def test_a_file_that_is_read_with_its_base_is_answered_for_with_it(tmp_path):
     assert all("--base BASE" in each["convert"] for each in without if each.get("convert"))
     found = record("list", "loaders", tmp_path / "a.gguf", "--base", tmp_path / "base")["loaders"]
     assert {each["tool"]: each["loads"] for each in found}["llama_cpp"] == "yes"
-    assert "goes with 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr
+    assert "requires 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr

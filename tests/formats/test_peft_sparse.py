@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
-from adapterkit.formats.peft.families.waveft import FAULTY, FILTERS
+from adapterkit.formats.peft.families.spectra import FAULTY, FILTERS
 from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming.orders import ORDERS, in_order

@@ -85,7 +85,6 @@ BY_STRING = {
 
 CIRCLES = {
     "core.adapter": "`Adapter.bind` and `Adapter.delta` are public methods, and binding makes adapters",
-    "formats._image.dialect": "a dialect is read and written by functions that take it",
 }
 """A module of each circle of more than two -> why it is one; imports of types alone count, too."""
 

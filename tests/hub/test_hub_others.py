@@ -147,7 +147,7 @@ def test_a_folder_that_another_tool_filled(bucket: str, lora: Path, tmp_path: Pa
     for name, data in peft_files().items():
         obstore.put(store, f"theirs/{name}", data)
     assert ak.read(f"s3://{bucket}/theirs").digest() == ak.read(lora).digest()
-    assert "by their sizes alone" in run("pull", f"s3://{bucket}/theirs", tmp_path / "out").output
+    assert "verified by size alone" in run("pull", f"s3://{bucket}/theirs", tmp_path / "out").output
 
 
 def test_a_list_comes_in_pages_and_is_waited_for(

@@ -14,6 +14,8 @@ from merges import Target, load_all, lora, rand, save_base, worst_ulp
 import adapterkit as ak
 from adapterkit import native
 from adapterkit.merging import compiled as compiled_blocks
+from adapterkit.merging.report import Report
+from adapterkit.methods.dora import DoRA
 from adapterkit.methods.loha import LoHa
 from adapterkit.methods.lora import LoRA
 
@@ -36,6 +38,21 @@ def convolution() -> LoRA:
 
 def product_of(r: int) -> LoHa:
     return LoHa(w1_a=rand(OUT, r), w1_b=rand(r, IN), w2_a=rand(OUT, r), w2_b=rand(r, IN), scaling=0.1)
+
+
+def dora(out: int, *rest: int, seed: int = 0, r: int = 4) -> DoRA:
+    return DoRA(
+        A=rand(r, *rest, seed=seed), B=0.02 * rand(out, r, seed=seed + 1), magnitude=1 + rand(out, seed=seed + 2).abs(),
+        scaling=2.0,
+    )  # fmt: skip
+
+
+def dora_of_experts(count: int = 3) -> DoRA:
+    each = [dora(OUT, IN, seed=10 * index) for index in range(count)]
+    return DoRA(
+        A=torch.stack([one.A for one in each]), B=torch.stack([one.B for one in each]),
+        magnitude=torch.stack([one.magnitude for one in each]), scaling=2.0,
+    )  # fmt: skip
 
 
 CASES = {
@@ -68,7 +85,25 @@ CASES = {
         [{Target("m"): (product_of(20),)}],
         False,
     ),
+    "DoRA": ((OUT, IN), [{Target("m"): (dora(OUT, IN),)}], True),
+    "DoRA of q and v": (
+        (3 * OUT, IN),
+        [{Target("m", rows=rows): (dora(OUT, IN, seed=rows[0]),) for rows in ((0, OUT), (2 * OUT, 3 * OUT))}],
+        True,
+    ),
+    "DoRA of q, LoRA of v": (
+        (3 * OUT, IN),
+        [{Target("m", rows=(0, OUT)): (dora(OUT, IN),), Target("m", rows=(2 * OUT, 3 * OUT)): (small(OUT, IN, 5),)}],
+        True,
+    ),
+    "DoRA of a kernel": ((OUT, 16, 3, 3), [{Target("m"): (dora(OUT, 16, 3, 3),)}], True),
+    "DoRA of experts": ((3, OUT, IN), [{Target("m.weight", "e out *in"): (dora_of_experts(),)}], True),
 }  # fmt: skip
+
+
+def norms_of(report: Report) -> list[float]:
+    """The norm of each change, as the report gives it."""
+    return [norm for norms in report.norms.values() for norm in norms]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -80,25 +115,28 @@ def test_the_bytes_are_those_of_numpy(
     W = (0.05 * rand(*shape, seed=99)).to(dtype)
     base = save_base(tmp_path / "base", {"m.weight": W})
     adapters = [ak.Adapter(group) for group in groups]
-    weights = [0.5 + i for i in range(len(adapters))]
+    # At another weight, a DoRA's result is a mixture with the base, which numpy computes.
+    weights = [1.0 if "DoRA" in case else 0.5 + i for i in range(len(adapters))]
     settled: list[bool] = []
-    real = compiled_blocks.LowRankBlocks.add
+    real = compiled_blocks.LowRankBlocks.write
 
-    def counted(self: compiled_blocks.LowRankBlocks, *arguments: object) -> bool:
-        settled.append(real(self, *arguments))  # type: ignore[arg-type]
-        return settled[-1]
+    def counted(self: compiled_blocks.LowRankBlocks, *arguments: object) -> dict[int, float] | None:
+        norms = real(self, *arguments)  # type: ignore[arg-type]
+        settled.append(norms is not None)
+        return norms
 
-    monkeypatch.setattr(compiled_blocks.LowRankBlocks, "add", counted)
-    ak.merge(base, adapters, tmp_path / "compiled", weights=weights)
+    monkeypatch.setattr(compiled_blocks.LowRankBlocks, "write", counted)
+    compiled = ak.merge(base, adapters, tmp_path / "compiled", weights=weights)
     monkeypatch.setattr(native, "loops", lambda: None)
     blocks = len(settled)
-    ak.merge(base, adapters, tmp_path / "numpy", weights=weights)
+    by_numpy = ak.merge(base, adapters, tmp_path / "numpy", weights=weights)
     assert blocks, "the compiled loop was not asked"
     assert all(settled[:blocks]) is joins
     assert len(settled) == blocks, "without the library it is asked all the same"
     made, expected = (tmp_path / name / "model.safetensors" for name in ("compiled", "numpy"))
     assert hashlib.sha256(made.read_bytes()).digest() == hashlib.sha256(expected.read_bytes()).digest()
     assert not torch.equal(load_all(tmp_path / "compiled")["m.weight"], W)
+    assert norms_of(compiled) == pytest.approx(norms_of(by_numpy), rel=1e-9)
 
 
 def test_a_sum_that_cancels_is_the_nearest_to_float64(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from adapterkit import native
 from adapterkit.io.lazy import DTYPES
 from adapterkit.merging import kernel
-from adapterkit.merging.kernel import WRITTEN, LowRankSum
+from adapterkit.merging.kernel import WRITTEN, LowRankSum, NormalizedSum
 from adapterkit.native import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +49,8 @@ def made(weight: np.ndarray, left: np.ndarray, right: np.ndarray, source: str, t
     out = np.empty(weight.shape, DTYPES[target].array)
     added = LowRankSum(left, right)
     kinds = DTYPES[source], DTYPES[target]
-    settled = added.add(weight.reshape(-1), out.reshape(-1), kinds, 0, len(weight))
-    return out if settled else None
+    settled = added.write(weight.reshape(-1), out.reshape(-1), kinds, 0, len(weight))
+    return None if settled is None else out
 
 
 def bits(values: np.ndarray) -> np.ndarray:
@@ -128,6 +128,99 @@ def test_numbers_that_are_none_are_left_to_numpy(value: float) -> None:
     assert made(weight, np.ones((8, 1)), np.ones((1, 32)), "BF16", "BF16") is None
 
 
+def normalized(weight: np.ndarray, m: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Equation 5 of the paper of DoRA, in float64."""
+    V = weight.astype(np.float64) + left @ right
+    return V * (m / np.sqrt((V * V).sum(1)))[:, None]
+
+
+def scaled(
+    weight: np.ndarray, m: np.ndarray, left: np.ndarray, right: np.ndarray, kinds: tuple[str, str]
+) -> tuple[np.ndarray, float] | None:
+    source, target = (DTYPES[kind] for kind in kinds)
+    out = np.empty(weight.shape, target.array)
+    update = NormalizedSum(m, left, right)
+    norm = update.write(weight.reshape(-1), out.reshape(-1), (source, target), 0, len(weight))
+    return None if norm is None else (out, norm)
+
+
+@compiled
+@pytest.mark.parametrize("target", WRITTEN)
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize(("rows", "width", "rank"), [(91, 773, 1), (64, 2048, 16), (7, 5, 33), (18, 1600, 64)])
+def test_rows_scaled_to_a_magnitude_have_the_bits_of_float64(
+    source: str, target: str, rows: int, width: int, rank: int
+) -> None:
+    rng = np.random.default_rng(rank)
+    weight = (0.02 * rng.standard_normal((rows, width))).astype(DTYPES[source].array)
+    left, right = 0.1 * rng.standard_normal((rows, rank)), 0.1 * rng.standard_normal((rank, width))
+    m = rng.standard_normal(rows)
+    ours = scaled(weight, m, left, right, (source, target))
+    assert ours is not None
+    wanted = normalized(weight, m, left, right)
+    assert np.array_equal(bits(ours[0]), bits(wanted.astype(DTYPES[target].array)))
+    assert ours[1] == pytest.approx(((wanted - weight.astype(np.float64)) ** 2).sum(), rel=1e-9)
+
+
+@compiled
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(-30, 30),
+    st.floats(-30, 30),
+    st.floats(-30, 30),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(WRITTEN),
+)
+def test_scaled_rows_of_any_size(
+    seed: int, base: float, factor: float, magnitude: float, source: str, target: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore", invalid="ignore"):
+        weight = (10.0**base * rng.standard_normal((9, 40))).astype(DTYPES[source].array)
+        left, right = rng.standard_normal((9, 5)), 10.0**factor * rng.standard_normal((5, 40))
+        left[2], right[:, 3] = 0, 0
+        m = 10.0**magnitude * rng.standard_normal(9)
+        ours = scaled(weight, m, left, right, (source, target))
+        wanted = normalized(weight, m, left, right).astype(DTYPES[target].array)
+    assert ours is None or np.array_equal(bits(ours[0]), bits(wanted))
+
+
+@compiled
+@pytest.mark.parametrize("target", WRITTEN)
+def test_scaled_rows_at_a_tie_and_at_zeros(target: str) -> None:
+    """A row of ones with a norm of exactly 8 is scaled to ties of the output, and zeros keep their signs."""
+    digits = {"BF16": 7, "F16": 10}[target]
+    weight = np.ones((3, 64), DTYPES["F32"].array)
+    m = 8 * (1 + np.arange(3) * 2.0**-digits + 2.0 ** -(digits + 1))
+    wanted = normalized(weight, m, np.zeros((3, 1)), np.zeros((1, 64))).astype(DTYPES[target].array)
+    ours = scaled(weight, m, np.zeros((3, 1)), np.zeros((1, 64)), ("F32", target))
+    assert ours is None or np.array_equal(bits(ours[0]), bits(wanted))
+    weight = np.array([[1.0, 0.0, -0.0, -2.0] * 10] * 6).astype(DTYPES[target].array)
+    left, right, m = np.zeros((6, 3)), np.ones((3, 40)), -np.ones(6)
+    ours = scaled(weight, m, left, right, (target, target))
+    assert ours is not None
+    assert np.array_equal(bits(ours[0]), bits(normalized(weight, m, left, right).astype(DTYPES[target].array)))
+
+
+@compiled
+@pytest.mark.parametrize(("at", "value"), [(5, np.nan), (5, np.inf), (slice(None), 0.0), (slice(None), 1e30)])
+def test_rows_without_a_norm_in_range_are_left_to_numpy(at: int | slice, value: float) -> None:
+    weight = np.ones((8, 32), DTYPES["BF16"].array)
+    weight[3, at] = value
+    left, right = np.zeros((8, 1)), np.zeros((1, 32))
+    if value == 1e30:
+        left[3], right[0] = 1e200, 1e200
+    assert scaled(weight, np.ones(8), left, right, ("BF16", "BF16")) is None
+
+
+@compiled
+def test_a_magnitude_beyond_the_output_is_left_to_numpy() -> None:
+    """numpy's path then raises the error that names the tensor."""
+    weight = np.ones((8, 32), DTYPES["F16"].array)
+    m = np.full(8, 1e7)
+    assert scaled(weight, m, np.zeros((8, 1)), np.zeros((1, 32)), ("F16", "F16")) is None
+
+
 @compiled
 def test_factors_beyond_float32_are_left_to_numpy() -> None:
     weight = np.ones((8, 32), DTYPES["F32"].array)
@@ -193,9 +286,13 @@ def test_the_bound_of_the_roundings_holds() -> None:
         assert off.max() > bound.min() / 200
 
 
-def test_ctypes_reads_the_fields_that_c_has() -> None:
-    source = (ROOT / "adapterkit" / "native" / "merge.c").read_text("utf-8")
-    body = source[source.index("typedef struct {") : source.index("} Factors;")]
+@pytest.mark.parametrize(
+    ("file", "name", "structure"),
+    [("merge.c", "Factors", kernel._Factors), ("normalize.c", "Normalized", kernel._Normalized)],
+)
+def test_ctypes_reads_the_fields_that_c_has(file: str, name: str, structure: type[ctypes.Structure]) -> None:
+    source = (ROOT / "adapterkit" / "native" / file).read_text("utf-8")
+    body = source[source.rindex("typedef struct {", 0, source.index(f"}} {name};")) : source.index(f"}} {name};")]
     names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
-    assert names == [field[0] for field in kernel._Factors._fields_]
-    assert ctypes.sizeof(kernel._Factors) == 72
+    assert names == [field[0] for field in structure._fields_]
+    assert ctypes.sizeof(structure) == 8 * len(names)

@@ -250,7 +250,7 @@ def test_diff_on_the_command_line_compares_two_layouts(tmp_path):
     ak.write(per_expert("pair", "qwen"), tmp_path / "single", format="peft")
     result = run("diff", str(written("pair")[0]), str(tmp_path / "single"))
     assert result.exit_code == 0, result.output
-    assert "the same function" in result.output
+    assert "the same change" in result.output
 
 
 class Experts(torch.nn.Module):

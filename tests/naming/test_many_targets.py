@@ -121,7 +121,7 @@ def test_binding_asks_once_for_each_form_and_shape(made: Any, monkeypatch: pytes
         base, adapter = made(experts)
         checkpoint, read = open_checkpoint(base), ak.read(adapter)
         with monkeypatch.context() as patch:
-            calls = counted(patch, binding, "check_site"), counted(patch, binding.layouts, "fits")
+            calls = counted(patch, binding, "check_site"), counted(patch, binding, "fits")
             bound = binding.bind(read, checkpoint)
         assert [site.weight for site in bound.sites] == [f"{target.path}.weight" for target in read.updates]
         asked.append([count[0] for count in calls])

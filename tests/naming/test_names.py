@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
-from adapterkit.naming import litgpt, tinker, torchtune
+from adapterkit.formats import torchtune
+from adapterkit.formats.tinker import Experts
+from adapterkit.naming import litgpt, tinker
 from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
-from adapterkit.naming.experts import Experts
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
 from adapterkit.naming.tables import NameTable, TableNames
 

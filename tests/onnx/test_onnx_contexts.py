@@ -109,10 +109,10 @@ def test_what_context_refuses(base, encoders, tmp_path):
     gate = {"gate": torch.randn(1, 8), "gate_bias": torch.zeros(1)}
     gated = of("gated_prefix", P=torch.randn(1, 2, 1, 4, 4), **gate)
     for error, match, adapter, words in (
-        (ShapeMismatch, "embeddings of 6", of("prompt", P=torch.randn(2, 6)), {}),
-        (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
-        (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
-        (TargetNotFound, "no node tells of such a module", gated, {}),
+        (ShapeMismatch, "made for 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
+        (ShapeMismatch, "the prefix has 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
+        (Unsupported, "prompts and prefixes cannot be slots", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
+        (TargetNotFound, "no module of this name", gated, {}),
     ):
         with pytest.raises(error, match=match):
             ak.onnx.inject(graph, adapter, out, **words)
@@ -124,8 +124,8 @@ def test_what_context_refuses(base, encoders, tmp_path):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
     folder, path = encoders("Bert")
     for error, match, target, dim in (
-        (ShapeMismatch, "embeddings of 8; the graph's have 32", "embeddings", 8),
-        (TargetNotFound, "0 embeddings of the graph's tokens in the module encoder", "encoder", 32),
+        (ShapeMismatch, "made for 8 channels, and the embedding has 32", "embeddings", 8),
+        (TargetNotFound, "the module encoder has 0 embeddings of the graph's tokens", "encoder", 32),
     ):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
         with pytest.raises(error, match=match):

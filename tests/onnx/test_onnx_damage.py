@@ -63,7 +63,7 @@ def in_a_node(proto):
 
 def nameless(proto):
     proto.graph.initializer[0].name = ""
-    return "nothing gives its input|without a name"
+    return "nothing computes its input|without a name"
 
 
 def in_circles(proto):
@@ -73,7 +73,7 @@ def in_circles(proto):
 
 def from_nowhere(proto):
     proto.graph.node[1].input[1] = "nowhere"
-    return "/0/MatMul: nothing gives its input 'nowhere'"
+    return "/0/MatMul: nothing computes its input 'nowhere'"
 
 
 def twice(proto):
@@ -83,17 +83,17 @@ def twice(proto):
 
 def without_inputs(proto):
     del proto.graph.node[1].input[1]
-    return "/0/MatMul: a MatMul of 1 inputs"
+    return "/0/MatMul: a MatMul has the wrong inputs"
 
 
 def wrong_attribute(proto):
     proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", 1))
-    return "another type of the attribute perm"
+    return "the attribute perm of a Transpose has the wrong type"
 
 
 def wrong_order(proto):
     proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", [0, 7]))
-    return r"order \[0, 7\] of 2 axes"
+    return r"order \[0, 7\] for 2 axes"
 
 
 DAMAGES = [

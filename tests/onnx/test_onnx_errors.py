@@ -92,7 +92,7 @@ def test_targets_and_shapes(plain, tmp_path):
     refused(TargetNotFound, "the target is not in the base", plain, lora(path="q_proj"), out)
     refused(ShapeMismatch, "the update has out=8, in=12", plain, lora(into=12), out)
     experts = METHODS["lora"](A=torch.randn(3, 2, 16), B=torch.randn(3, 8, 2))
-    refused(Unsupported, "stacked experts", plain, Adapter({Target("0", "e out *in"): (experts,)}), out)
+    refused(Unsupported, "stack of experts", plain, Adapter({Target("0", "e out *in"): (experts,)}), out)
     prompt = Adapter({Target(""): (METHODS["prompt"](P=torch.randn(2, 4)),)})
     refused(TargetNotFound, "no embedding of tokens", plain, prompt, out)
     nan = Adapter({Target("0"): (METHODS["lora"](A=torch.full((2, 16), float("nan")), B=torch.zeros(8, 2)),)})
@@ -181,7 +181,7 @@ def test_command_line(plain, tmp_path):
     for words, code, said in (
         ((plain, source, "-o", merged), 6, "--overwrite"),
         ((plain, source), 2, "--out"),
-        ((plain, source, "-o", merged, "--dtype", "BF16"), 2, "Export the model in that type"),
+        ((plain, source, "-o", merged, "--dtype", "BF16"), 2, "Export the model with this --dtype"),
         ((plain, source, "-o", merged, "--verify"), 2, "compared anyway"),
         ((plain, source, "-o", merged, "--quantized", "original"), 2, "16-bit weights"),
         ((tmp_path / "weights", source, "-o", merged, "--base-weights", tmp_path), 2, "for an ONNX graph"),
@@ -204,7 +204,7 @@ def test_targets_of_one_weight_whose_order_counts(tmp_path, plain):
         Target("0", rows=(0, 4)): (METHODS["lora"](A=torch.randn(2, 16), B=torch.randn(4, 2)),),
         Target("0", rows=(4, 8)): (METHODS["ia3"](l=torch.rand(4)),),
     })  # fmt: skip
-    refused(Unsupported, "several targets of one adapter at one weight", plain, whole, tmp_path / "out.onnx")
-    with pytest.raises(Unsupported, match="several targets of one adapter at one weight"):
+    refused(Unsupported, "several targets of one adapter are at one weight", plain, whole, tmp_path / "out.onnx")
+    with pytest.raises(Unsupported, match="several targets of one adapter are at one weight"):
         ak.onnx.merge(plain, whole, tmp_path / "out.onnx")
     ak.onnx.merge(plain, apart_, tmp_path / "out.onnx")

@@ -166,7 +166,10 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     stop = int(batch[0, 5])
     got = session.generate(texts, attention_mask=mask, max_new_tokens=6, adapter="one", end=[stop])
     assert (got[0, 5:] == stop).all()
-    for given, match in (((texts,), "no mask for 2 texts"), ((texts, mask[:, ::-1]), "hides the last token")):
+    for given, match in (
+        ((texts,), "a mask is required for 2 texts"),
+        ((texts, mask[:, ::-1]), "hides the last token"),
+    ):
         with pytest.raises(UsageError, match=match):
             session.generate(given[0], attention_mask=given[1] if len(given) > 1 else None)
     assert repr(session).startswith("Session('model.onnx': input_ids, attention_mask")
@@ -272,9 +275,9 @@ def test_what_a_session_refuses(classifier, tmp_path):
     for error, match, words in (
         (UsageError, "no input attention_mask", ({k: v for k, v in feeds.items() if k != "attention_mask"},)),
         (UsageError, "no input 'input_id'", ({**feeds, "input_id": feeds["input_ids"]},)),
-        (UsageError, "float32 for an input of int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
+        (UsageError, "has dtype float32, and the input int64", ({**feeds, "input_ids": np.zeros((2, 4), np.float32)},)),
         (UsageError, "no adapter 'three'", (feeds, "three")),
-        (Unsupported, r"want one slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
+        (Unsupported, r"use the same slot.*ops\.add", (feeds, {"one": 1, "two": 1})),
         (UsageError, "no output 'logit'", (feeds, None, ["logit"])),
         (ShapeMismatch, "cannot run it", ({**feeds, "input_ids": feeds["input_ids"][:, :2]},)),
     ):
@@ -284,8 +287,8 @@ def test_what_a_session_refuses(classifier, tmp_path):
     factor = next(name for name in tensors if name.endswith(".A"))
     for error, match, changed in (
         (TargetNotFound, "no slot other", tensors | {"other": tensors[factor]}),
-        (ShapeMismatch, "in the tensor beside it", {k: v for k, v in tensors.items() if k != factor}),
-        (ShapeMismatch, "for a slot of", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
+        (ShapeMismatch, "in another tensor of the same update", {k: v for k, v in tensors.items() if k != factor}),
+        (ShapeMismatch, "has shape .*, and its slot", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
         (ShapeMismatch, "float64 for", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
     ):
         write_ort_adapter(tmp_path / "bad.onnx_adapter", OrtAdapter(changed))
@@ -372,17 +375,17 @@ def test_what_export_refuses(tmp_path):
     bottleneck = ak.METHODS["bottleneck"](down=torch.randn(2, 6), up=torch.randn(6, 2))
     for error, match, words in (
         (UsageError, "unknown mode", {"mode": "folded"}),
-        (UsageError, "slots for no adapter", {"mode": "slots"}),
-        (UsageError, "two adapters of the name", {"adapter": [lora(), lora()]}),
+        (UsageError, "mode slots needs an adapter", {"mode": "slots"}),
+        (UsageError, "two adapters have the name", {"adapter": [lora(), lora()]}),
         (UsageError, "cannot name a file", {"adapter": {"../a": lora()}}),
         (TargetNotFound, "firs", {"adapter": lora(path="firsd")}),
         (ShapeMismatch, "the update has out=5", {"adapter": lora(5)}),
-        (NotMergeable, "not a change of weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
+        (NotMergeable, "does not change weights", {"adapter": ak.Adapter({ak.Target("first"): (bottleneck,)})}),
         (Unsupported, "changes the context", {"adapter": prompt, "mode": "slots"}),
     ):
         with pytest.raises(error, match=match):
             ak.onnx.export(model, (x,), out, **words)
-    with pytest.raises(UsageError, match="no torch module"):
+    with pytest.raises(UsageError, match="not a torch module"):
         ak.onnx.export(lambda x: x, (x,), out)
     with pytest.raises(UsageError, match="training mode"):
         ak.onnx.export(Net(), (x,), out)
@@ -410,7 +413,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     out = tmp_path / "out"
     for code, words, match in (
         (2, (empty, "-o", out), "no config.json"),
-        (3, (odd, "-o", out), "no BertForTime"),
+        (3, (odd, "-o", out), "no class BertForTime"),
         (2, (broken, "-o", out), "cannot load it"),
         (6, (base, "-o", taken), "already there"),
         (6, (base, "-o", taken, "--overwrite"), "not a folder that an export wrote"),

@@ -210,8 +210,8 @@ def test_a_change_beside_by_the_command(exported, tmp_path):
     assert "--keep-change float" in refused.output
     told = run(*words, "--quantized", "requantize")
     assert told.exit_code == 0, told.output
-    assert "1 change kept beside the quantized weight" in told.stdout
-    assert "quantizing again would leave" in told.stdout
+    assert "1 change kept next to the quantized weight" in told.stdout
+    assert "quantizing again would keep only" in told.stdout
     packed = record(*words, "--quantized", "requantize", "--keep-change", "packed", "--overwrite")
     assert "beside" not in packed
     assert packed["damage"]["up"]["kept"] < 0.95
@@ -224,7 +224,9 @@ def test_what_is_not_kept_beside(exported, tmp_path):
     path, base = exported / "legacy-nbits.onnx", exported / "base.safetensors"
     scale = METHODS["ia3"](l=torch.linspace(0.5, 1.5, OUT))
     both = [Adapter({Target("up"): (one,)}) for one in (scale, small())]
-    with pytest.raises(Unsupported, match="beside another adapter, kept beside a quantized weight"):
+    with pytest.raises(
+        Unsupported, match="cannot be kept beside a quantized weight at a weight other than 1 or beside another adapter"
+    ):
         ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, keep_change="float")
     report = ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, quantized="requantize")
     assert report.beside == ()

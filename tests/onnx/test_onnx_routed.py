@@ -92,7 +92,7 @@ def test_a_graph_computes_what_peft_computes(case, graphs, tmp_path, close):
     words = {name: torch.tensor(array) for name, array in call.items()}
     wanted = trained(build, config, tmp_path / "adapter")(input_ids=IDS, **words)
     report = ak.onnx.inject(graphs(build), tmp_path / "adapter", tmp_path / "out.onnx")
-    assert ("task_ids takes one number of a task" in (report.note or "")) == bool(call)
+    assert ("task_ids takes the number of a task" in (report.note or "")) == bool(call)
     close(run(report.out, **call), wanted.logits, tolerance=1e-5)
     assert (run(graphs(build)) - wanted.logits).abs().max() > 1e-3
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
@@ -104,7 +104,7 @@ def test_a_task_that_is_told_is_in_the_graph(graphs, tmp_path, close):
     model = trained(llama, poly(target_modules=["q_proj"]), tmp_path / "adapter")
     out = ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": 1}).out
     close(run(out), model(input_ids=IDS, task_ids=torch.tensor([1, 1, 1])).logits, tolerance=1e-5)
-    with pytest.raises(UsageError, match="is no task_ids"):
+    with pytest.raises(UsageError, match="is not a value for task_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": [0, 1]})
 
 
@@ -116,7 +116,7 @@ def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, tmp_path_factory
     graph.graph.inputs[0].name = "words"
     with pytest.raises(Unsupported, match="no input input_ids"):
         ak.onnx.inject(graph, tmp_path / "adapter", out)
-    for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update asks for task_ids")):
+    for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update reads task_ids")):
         with pytest.raises(UsageError, match=match):
             ak.onnx.inject(graph, tmp_path / "adapter", out, call=call)
     assert not out.exists()
@@ -247,5 +247,5 @@ def test_xlora_behind_a_past(case, experts, tmp_path, tmp_path_factory, close):
 
 def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
     trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
-    with pytest.raises(Unsupported, match="whose formula asks the model's call for input_ids"):
+    with pytest.raises(Unsupported, match="its formula reads the model's inputs input_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")

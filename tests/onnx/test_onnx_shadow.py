@@ -196,7 +196,7 @@ def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, tmp_path_f
     model, adapter = made(case)
     folder, path = pretrained(tmp_path_factory, CASES[case][0])
     report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder)
-    assert "past_input_ids takes the tokens that the past is of" in report.note
+    assert "past_input_ids takes the tokens of the past" in report.note
     assert report.reference is not None
     assert report.reference < 1e-5
     session = ak.onnx.Session(report.out)
@@ -305,10 +305,14 @@ def test_what_is_refused(fixed, made, tmp_path):
     with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
-        ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
-        ({}, Unsupported, "of the type None"),
-        (json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"}, Malformed, "makes no model by"),
-        (base(gpt2).config.to_dict(), ShapeMismatch, "where a GPT2Model has"),
+        ({"model_type": "nothing"}, Unsupported, "no model type 'nothing'"),
+        ({}, Unsupported, "no model type None"),
+        (
+            json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"},
+            Malformed,
+            "cannot create a model from",
+        ),
+        (base(gpt2).config.to_dict(), ShapeMismatch, "but a GPT2Model has"),
         (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
         (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),
     ):
@@ -316,11 +320,11 @@ def test_what_is_refused(fixed, made, tmp_path):
         with pytest.raises(error, match=match) as raised:
             ak.onnx.inject(bare, adapter, out)
         assert raised.value.where in ("model.layers.0", "network")
-    with pytest.raises(Unsupported, match="whose formula asks the model's call for shadow"):
+    with pytest.raises(Unsupported, match="its formula reads the model's inputs shadow"):
         ak.onnx.inject(fixed(llama), adapter, out, mode="slots")
     masked = ir.load(fixed(llama, "input_ids", "attention_mask", "position_ids"))
     masked.graph.inputs[1].name = "seen"
-    with pytest.raises(Unsupported, match="the graph's input seen, which the network") as raised:
+    with pytest.raises(Unsupported, match="the graph's input seen is not an input of the network") as raised:
         ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path))
     assert "--call attention_mask=seen" in raised.value.cure
     ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path), call={"attention_mask": "seen"})

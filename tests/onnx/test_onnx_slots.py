@@ -229,7 +229,7 @@ def test_what_does_not_go_into_the_slots_is_refused(slots, tmp_path):
     with_peft(Reused(), tmp_path / "both", ["turn", "head"])
     for adapter, error, match in (
         (tmp_path / "both", TargetNotFound, r"no slots for this target.*--mode slots"),
-        (bottleneck("relu"), TargetNotFound, "no slots for bottleneck there, but for lora"),
+        (bottleneck("relu"), TargetNotFound, "no slots for bottleneck there; it has slots for lora"),
     ):
         with pytest.raises(error, match=match):
             session.load("one", adapter)

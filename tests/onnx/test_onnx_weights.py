@@ -229,15 +229,15 @@ def test_the_command_line_exports_any_module(tmp_path, monkeypatch):
         "export", tmp_path / "weights.safetensors", "--model", maker, "-o", tmp_path / "out", "--quantize", "int8"
     )
     assert done.exit_code == 0, done
-    assert "1 weight packed" in done.stdout
+    assert "1 weight quantized" in done.stdout
     wanted = model(args[0]).detach().numpy()
     assert abs(graphs.run(tmp_path / "out" / "model.onnx", args[0]) - wanted).max() < 0.02 * abs(wanted).max()
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "bad.safetensors")
     for code, words, match in (
-        (2, ("--model", "flat"), "names no function"),
+        (2, ("--model", "flat"), "does not name a function"),
         (2, ("--model", "test_onnx_weights:rounded"), "cannot be called"),
-        (2, ("--model", "test_onnx_weights:net"), "returns something else"),
-        (2, ("--model", maker, "--dtype", "float16"), "--dtype is for a folder"),
+        (2, ("--model", "test_onnx_weights:net"), "does not return a module and its arguments"),
+        (2, ("--model", maker, "--dtype", "float16"), "--dtype is only for the folder"),
         (2, (tmp_path / "bad.safetensors", "--model", maker), "size mismatch|Missing key"),
         (6, ("--model", maker), "already there"),
         (2, (), "Missing argument"),

@@ -180,7 +180,7 @@ def test_the_base_among_the_models(here: dict[str, dict[str, np.ndarray]]) -> No
         np.testing.assert_allclose(found[name], 0.5 * here["one"][name], atol=2e-6)
     Path("recipe.yml").write_text(text + "linear\n")
     done = run("combine", "recipe.yml", "-o", "out")
-    assert (done.exit_code, "base_model: linear counts the base" in done.stderr) == (2, True)
+    assert (done.exit_code, "base_model: linear treats the base" in done.stderr) == (2, True)
     fused = combined("models:\n  - model: base\n  - model: one\nmerge_method: arcee_fusion\nbase_model: base\n")
     assert any(np.abs(fused[name]).max() for name in names())
 
@@ -230,7 +230,7 @@ REFUSED = {
     ),
     "both lists": (
         "models: [{model: one}]\nslices:\n  - sources: [{model: one, layer_range: [0, 5]}]\nmerge_method: linear\n",
-        "slices", "Leave one of them out",
+        "slices", "Remove one of them",
     ),
     "whole models": ("models: [{model: base}, {model: one}]\nmerge_method: linear\n", "models[0].model",
                      "extract base"),

@@ -295,7 +295,7 @@ def test_whole_weights_average_and_token_rows_unite_without_a_base():
     heads = [Adapter({TARGET: (METHODS["replacement"](weight=from_numpy(w)),)}) for w in (one, other)]
     (mean,) = ops.average(heads, [1, 3]).updates[TARGET]
     np.testing.assert_allclose(mean.weight.numpy(), 0.25 * one + 0.75 * other)
-    with pytest.raises(UsageError, match="at a base only") as raised:
+    with pytest.raises(UsageError, match=r"only be .* at a base") as raised:
         ops.add(heads)
     assert "base=" in raised.value.cure
     tokens = [([1, 2], [2, 5]), ([2, 1], [3, 4])]
@@ -346,7 +346,7 @@ LAWS = [Bottleneck(scale=from_numpy(np.ones(OUT))), Prompt(tokens=from_numpy(np.
 def test_laws_that_are_not_of_weights_are_refused_with_the_reason(law):
     adapter = Adapter({TARGET: (law,)})
     for work in (lambda: ops.scale(adapter, 2), lambda: ops.add([adapter, adapter])):
-        with pytest.raises(NotMergeable, match=f"changes {law.acts_on}, not weights: it cannot be scaled or added"):
+        with pytest.raises(NotMergeable, match=f"changes {law.acts_on}, not weights, so it cannot be scaled or added"):
             work()
 
 
@@ -360,7 +360,7 @@ def test_contexts_are_stacked_behind_one_another():
 def test_laws_that_need_the_weight_ask_for_the_base(method):
     fields = {"A": (2, IN), "B": (OUT, 2), "magnitude": (OUT,)}
     adapter = Adapter({TARGET: (METHODS[method](**{n: from_numpy(np.ones(s)) for n, s in fields.items()}),)})
-    with pytest.raises(UsageError, match="at a base only") as raised:
+    with pytest.raises(UsageError, match=r"only be .* at a base") as raised:
         ops.add([adapter, Adapter({TARGET: (lora(),)})], [2, 1])
     assert (raised.value.where, raised.value.cure) == ("q: dora", "Pass base=/--base")
     assert ops.scale(adapter, 1).updates == adapter.updates
@@ -399,7 +399,7 @@ def test_a_base_settles_names_layouts_and_shapes(base):
     vera = METHODS["vera"](
         **{n: from_numpy(np.ones(s)) for n, s in (("b", 16), ("B", (20, 2)), ("d", 2), ("A", (2, 30)))}
     )
-    with pytest.raises(UsageError, match="known to the base only"):
+    with pytest.raises(UsageError, match="only the base knows the shape"):
         ops.promote(Adapter({Target("model.q"): (vera,)}))
     (promoted,) = ops.promote(Adapter({Target("model.q"): (vera,)}), base=model).updates[Target("model.q")]
     np.testing.assert_allclose(promoted.B.numpy() @ promoted.A.numpy(), np.full((16, 16), 2.0))

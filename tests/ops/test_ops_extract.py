@@ -180,7 +180,7 @@ def test_one_budget_is_spent_where_it_saves_most(criterion, tmp_path):
 def test_a_common_budget_is_of_loras_and_of_exact_extraction_too(tmp_path):
     base = model(0, np.float32)
     folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned_from(base))
-    with pytest.raises(UsageError, match="not dora"):
+    with pytest.raises(UsageError, match="not for dora"):
         ops.extract(folders[1], folders[0], error=0.1, scope="all", method="dora")
     made = ops.extract(folders[1], folders[0], error=0, scope="all")
     ak.merge(folders[0], [made], tmp_path / "merged")
@@ -246,7 +246,7 @@ def test_only_the_targets_that_are_asked_for_are_looked_at(tmp_path):
     adapter = ops.extract(folders[1], folders[0], 2, targets=("*.q", "*.norm"), progress=lambda *p: seen.append(p))
     assert {str(target) for target in adapter.updates} == {"model.layers.0.q", "model.layers.0.norm"}
     assert seen[-1] == (4 * (48 + 8 + 6), 4 * (48 + 8 + 6))
-    with pytest.raises(TargetNotFound, match="no weight is called that"):
+    with pytest.raises(TargetNotFound, match="no weight matches"):
         ops.extract(folders[1], folders[0], 2, targets=("*.k",))
 
 
@@ -285,8 +285,8 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     base = model(0, np.float32)
     folder, twin = write(tmp_path / "base", base), write(tmp_path / "twin", base)
     for arguments, why in (
-        ({}, "none"), ({"rank": 0}, "rank 0"), ({"rank": 19}, "rank 19 of weights of rank"),
-        ({"rank": 2, "embeddings": "none"}, "unknown way"), ({"rank": 2}, "bit by bit"),
+        ({}, "none"), ({"rank": 0}, "rank 0"), ({"rank": 19}, "rank is 19, but the weights have at most rank"),
+        ({"rank": 2, "embeddings": "none"}, "embeddings is 'none'"), ({"rank": 2}, "bit by bit"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
             ops.extract(twin, folder, **arguments)

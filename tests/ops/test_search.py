@@ -80,7 +80,7 @@ def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="another search"):
         ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, trials=tmp_path / "trials")
     for wrong, match in (
-        (("tsv", [1, 1], {}), "tsv is not among"),
+        (("tsv", [1, 1], {}), "tsv is not one of"),
         (("ties", [1], {}), "weights 1 of ties"),
         (("ties", [1, 9], {}), "weights 1 9 of ties"),
         (("ties", [1, 1], {"density": 7}), "7"),
@@ -133,11 +133,11 @@ def test_what_a_search_refuses() -> None:
         return 1.0
 
     for match, words in (
-        ("two adapters or more", {"adapters": PAIR[:1]}),
+        ("at least two adapters", {"adapters": PAIR[:1]}),
         ("every search begins with", {"budget": 3}),
         ("'tise'.*ties", {"methods": ["tise"]}),
-        ("learns from data of its own", {"methods": ["lorahub"]}),
-        ("slerp does not take 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
+        ("needs data of its own to learn from", {"methods": ["lorahub"]}),
+        ("slerp cannot combine 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
         ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
         ("bounds of scale are 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
         ("largest weight is 0.5", {"most": 0.5}),

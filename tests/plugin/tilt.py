@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from adapterkit.core.shapes import tensor
 from adapterkit.core.updates import WeightUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from adapterkit.core.updates import Random
 
 
 class Tilt(WeightUpdate):
@@ -21,10 +23,10 @@ class Tilt(WeightUpdate):
     by: float = 1.0
 
     @classmethod
-    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Any, **attributes: Any) -> Self:
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """The outputs' direction is zero, so that a fresh update changes nothing."""
-        return cls(u=W.new_zeros(len(W)), v=random((W.shape[1],)), **attributes)
+        return cls.from_fields(u=W.new_zeros(len(W)), v=random((W.shape[1],)), **attributes)
 
-    def new_weight(self, W: Any) -> Any:
+    def new_weight(self, W: Tensor) -> Tensor:
         """The formula."""
         return W + self.by * self.u[:, None] * self.v[None]

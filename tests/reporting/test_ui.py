@@ -461,7 +461,7 @@ def test_a_merge_is_cancelled_in_the_page_and_goes_on(page: chromium.Page, serve
     page.evaluate("document.getElementById('end').click()")
     page.wait(f"{STATE}.startsWith('cancelled')")
     assert (served.folder / ".disturbed.merging").is_dir()
-    assert "go on where they stopped" in page.evaluate("document.getElementById('job-said').textContent")
+    assert "resume where they stopped" in page.evaluate("document.getElementById('job-said').textContent")
     (served.folder / "slowly").unlink()
     page.evaluate("document.getElementById('again').click()")
     page.wait(f"{STATE}.startsWith('done')")

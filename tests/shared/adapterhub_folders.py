@@ -11,12 +11,12 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("*/adapter_config.json"))
 
 
 def compat(folder):
-    """What reading this folder needs: the library never writes what tells NoReFT from DiReFT."""
+    """Return the options for reading this folder: the library does not write whether a folder is NoReFT or DiReFT."""
     return "noreft" if folder.name == "noreft_gpt2" else None
 
 
 def read_folder(folder):
-    """A vector's adapter; the base tells the heads of a prefix."""
+    """Read a vector's adapter; the number of heads of a prefix comes from the base."""
     return ak.read(folder, compat=compat(folder), base=ROOT / "models" / model_of(folder))
 
 

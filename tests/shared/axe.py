@@ -1,4 +1,4 @@
-"""axe-core in a page of the headless browser: what it finds wrong for people who use a keyboard or a screen reader."""
+"""Run axe-core in the headless browser: it finds faults of a page for people who use a keyboard or a screen reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERIOUS = ("serious", "critical")
 def faults(page: chromium.Page) -> list[str]:
     """Return the serious faults of a page, each with its rule and its elements.
 
-    axe-core is no part of this repository: tools/servers fetches one pinned version of it.
+    axe-core is not part of this repository; tools/servers downloads a pinned version.
     """
     found = sorted(FOLDER.glob("axe-*.min.js"))
     if not found:

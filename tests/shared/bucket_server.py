@@ -1,5 +1,5 @@
 # ruff: noqa: F811, ARG001 - fixtures are imported and then named
-"""A server of buckets on loopback, moto's, and a bucket of a test's own."""
+"""A bucket server (moto) on loopback, and a new bucket for each test."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A bucket of a test's own."""
+    """Return a new bucket for a test."""
     import urllib.request
 
     told = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": SECRET, "REGION": "us-east-1"}

@@ -1,4 +1,4 @@
-"""A checkout of the package with a family of its own, and commands run in it."""
+"""Make a checkout of the package with an additional family, and run commands in it."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ keyed = ["live"]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The package beside families of which one is new."""
+    """Copy the package, and add a family to the known ones."""
     (tmp_path / "adapterkit").symlink_to(Path(ak.__file__).parent)
     shutil.copytree(folder(), tmp_path / "spec" / "architectures")
     for each in folder().parent.iterdir():
@@ -37,7 +37,7 @@ def checkout(tmp_path):
 
 
 def run(checkout, *commands):
-    """Run commands in one process with the package of the checkout; returns what the last one prints."""
+    """Run commands in one process with the package of the checkout; return the output of the last one."""
     lines = [" ".join(map(str, words)) for words in commands]
     done = subprocess.run([sys.executable, "-c", COMMANDS, *lines], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Headless Chromium, spoken to over a pipe in its DevTools protocol; nothing beside the browser is needed."""
+"""Control headless Chromium by its DevTools protocol over a pipe; only the browser is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Page:
     """One page of a browser.
 
     Attributes:
-        events: what the browser told of itself so far, oldest first.
+        events: the events that the browser sent so far, oldest first.
     """
 
     def __init__(self, read: int, write: int) -> None:
@@ -35,7 +35,7 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """Ask for something, and return the answer."""
+        """Send a command, and return the answer."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
@@ -50,26 +50,26 @@ class Page:
             self.events.append(answer)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression of JavaScript; a promise is waited for."""
+        """Return the value of a JavaScript expression; waits for a promise."""
         asked = {"expression": expression, "awaitPromise": True, "returnByValue": True, "userGesture": True}
         answer = self.send("Runtime.evaluate", **asked)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def open(self, url: str) -> None:
-        """Load an address, and wait until it is there."""
+        """Load an address, and wait until the page is loaded."""
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def wait(self, condition: str) -> None:
-        """Wait until an expression of JavaScript is true."""
+        """Wait until a JavaScript expression is true."""
         until = time.monotonic() + SECONDS
         while not self.evaluate(condition):
             assert time.monotonic() < until, f"{condition} never came true"
             self.evaluate("new Promise((done) => setTimeout(done, 20))")
 
     def told(self, method: str) -> list[dict[str, Any]]:
-        """What the browser told under one name."""
+        """Return the browser's events of one name."""
         return [event["params"] for event in self.events if event["method"] == method]
 
     def _next(self, until: float) -> dict[str, Any]:
@@ -84,9 +84,9 @@ class Page:
 
 @contextmanager
 def page(folder: Path) -> Iterator[Page]:
-    """A page of a browser of its own, which ends with the block; `folder` is for its files."""
+    """Start a browser with one page for the block; its files are in `folder`."""
     if BINARY is None:
-        # tools/servers installs it, and continuous integration must not pass without it.
+        # Require the browser, which tools/servers installs: continuous integration must not pass without it.
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here; tools/servers installs one")
     ours, theirs = os.pipe(), os.pipe()
     command = [

@@ -1,4 +1,4 @@
-"""What tests of the command line share: running it in this process, and a small base with an adapter for it."""
+"""Run the command line in this process, and make a small base with an adapter for it."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def run(*words: object, **options: object) -> Result:
 
 
 def record(*words: object, code: int = 0) -> dict[str, object]:
-    """What `--json` prints."""
+    """Return the data that `--json` prints."""
     result = run(*words, "--json")
     assert result.exit_code == code, result.output
     return json.loads(result.stdout)

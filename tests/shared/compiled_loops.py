@@ -1,4 +1,4 @@
-"""The compiled loops, built for the tests that hold them against numpy."""
+"""Build the compiled loops for the tests that compare them with numpy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapterkit import native
 ROOT = Path(__file__).resolve().parents[2]
 
 if any(map(shutil.which, ("cc", "gcc", "clang"))):
-    # A checkout whose environment was made elsewhere may lack the library, or have an old one.
+    # Build the library, because the checkout may have none, or an old one.
     script = [sys.executable, str(ROOT / "tools" / "build_kernel.py"), "--if-older"]
     subprocess.run(script, check=True, capture_output=True)
     native.loops.cache_clear()

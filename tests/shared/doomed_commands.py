@@ -1,7 +1,7 @@
-"""Commands of the command line that meet a fault: a limit of file sizes, or a signal at a given point of their work.
+"""Run commands of the command line with a fault: a limit of file sizes, or a signal at a given point of their work.
 
-One process imports adapterkit once, and later every module that a command turned out to need; every command runs in a
-fork of it, so that faults cost milliseconds: an import costs a graph's command ten times what its work does.
+One process imports adapterkit once, and then every module that a command has needed. Each command runs in a fork of
+that process, so a fault takes milliseconds: for a command on a graph, imports take ten times as long as its work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ for line in sys.stdin:
 
 
 class Commands:
-    """Runs commands, each in a process of its own."""
+    """Runs commands, each in a separate process."""
 
     def __init__(self) -> None:
         here = str(Path(__file__).parent)
@@ -46,9 +46,9 @@ class Commands:
         """Run one command.
 
         Args:
-            words: of the command line.
-            fault: `limit`, the bytes of a file at most; or `at`, the number of a point of the disk's below `folder`,
-                and `signal`, what the process gets there.
+            words: the arguments of the command line.
+            fault: either `limit`, the largest size of a file in bytes; or `at`, the number of a point of the disk below
+                `folder`, and `signal`, the signal that the process gets there.
         """
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -63,7 +63,7 @@ class Commands:
 
 
 class Outcome:
-    """What became of a command: its exit code, what it wrote, and the points that it came by."""
+    """The result of a command: its exit code, its output, and the points that it passed."""
 
     def __init__(self, code: int, said: str, points: list[str]) -> None:
         self.code, self.said, self.points = code, said, points
@@ -88,10 +88,10 @@ def met(job: dict[str, Any]) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     points = [line.split()[1] for line in lines if line.startswith("@point ")]
     for name in [line.split()[1] for line in lines if line.startswith("@module ")]:
-        with contextlib.suppress(Exception):  # Modules that others put into sys.modules under names of their own.
+        with contextlib.suppress(Exception):  # Skip modules that other code added to sys.modules under other names.
             import_module(name)
     gc.collect()
-    gc.freeze()  # A collection in the fork would copy the pages of everything that is imported.
+    gc.freeze()  # Freeze imported objects: a garbage collection in the fork would copy their pages.
     return {"code": code, "said": "\n".join(line for line in lines if not line.startswith("@")), "points": points}
 
 
@@ -108,7 +108,8 @@ def _run(job: dict[str, Any]) -> int:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
-    if not any(name.startswith("HF_") for name in job.get("env", ())):  # Read when the hub's client is imported.
+    # The hub's client reads these variables during its import.
+    if not any(name.startswith("HF_") for name in job.get("env", ())):
         sys.stdout.write("".join(f"@module {name}\n" for name in sys.modules if name not in known))
     if disk is not None:
         sys.stdout.write("".join(f"@point {point}\n" for point in disk.points))
@@ -123,7 +124,7 @@ def _ended(_call: str, _write: Any) -> None:
 
 @contextlib.contextmanager
 def _limited(size: int | None) -> Iterator[None]:
-    """Files of this process end at a size, as on a full disk; the C++ of torch meets this limit, too."""
+    """Limit the size of files of this process, as on a full disk; the limit also applies to torch's C++ code."""
     if size is not None:
         import resource
 
@@ -132,6 +133,6 @@ def _limited(size: int | None) -> Iterator[None]:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: files with their bytes, and folders."""
+    """Return everything below a folder: files with their bytes, and folders."""
     found = sorted(folder.rglob("*"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in found}

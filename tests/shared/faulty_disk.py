@@ -1,7 +1,8 @@
-"""A disk that fails, or takes the process with it, at the n-th thing that is asked of it.
+"""Simulate a disk that fails, or kills the process, at the n-th operation.
 
-Every call that changes what lies below one folder is a point: opening to write, writing, reserving, copying by the
-kernel, fsync, rename, making and removing. The calls are met where Python hands them to the system, whoever makes them.
+Every call that changes something below one folder is a point: opening for writing, writing, reserving, copying by the
+kernel, fsync, rename, creating and removing. Calls are intercepted in `os`, so it does not matter which library makes
+them.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import Any
 from unittest.mock import patch
 
 FILLS = {"open", "write", "truncate", "posix_fallocate", "copy_file_range", "sendfile", "mkdir"}
-"""What a full disk refuses; a rename or an fsync needs no more space."""
+"""Calls that a full disk refuses; a rename or an fsync does not need more space."""
 
 CLEANS = {"unlink", "rmdir"}
 
 
 class Disk:
-    """Counts the points below `folder` and does something at one of them, or from one on.
+    """Counts the points below `folder`, and acts at one of them, or at all from one on.
 
     Args:
-        folder: what is watched.
-        at: the point, counted from 0; None only counts.
-        act: what is done there, given the name of the call and what it would write.
-        until_end: act at every later point too.
+        folder: the watched folder.
+        at: the number of the point, from 0; None to only count.
+        act: the action at the point; takes the name of the call and the data that it would write.
+        until_end: True to act at every later point, too.
         only: the names of the calls that are points.
     """
 
@@ -62,14 +63,14 @@ class Disk:
 
     @contextmanager
     def watched(self) -> Iterator[Disk]:
-        """The calls of this process go by the disk for as long as this lasts."""
+        """Send the calls of this process to the simulated disk during the block."""
         opening = _opening(self, builtins.open)
         with patch("builtins.open", opening), patch("io.open", opening), patch.multiple(os, **_calls(self)):
             yield self
 
 
 def failing(number: int) -> Callable[[str, Any], None]:
-    """What a disk does that answers with this errno."""
+    """Return an action that fails with this errno."""
 
     def act(_call: str, _write: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -78,7 +79,7 @@ def failing(number: int) -> Callable[[str, Any], None]:
 
 
 def killing(_call: str, write: Callable[[], None] | None) -> None:
-    """kill -9; of what would be written, half has been."""
+    """Kill the process with SIGKILL after half of the data is written."""
     if write is not None:
         write()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -121,7 +122,7 @@ class _File(io.FileIO):
 
 
 def _calls(disk: Disk) -> dict[str, Any]:
-    """The functions of `os` that change a disk; which argument says where."""
+    """Functions of `os` that change a disk -> the position of the argument with the path or file."""
     places = {
         "fsync": 0, "replace": 1, "rename": 1, "link": 1, "mkdir": 0, "posix_fallocate": 0, "copy_file_range": 1,
         "sendfile": 0, "unlink": 0, "rmdir": 0,

@@ -1,23 +1,23 @@
-"""Files of every format in spec/vectors, and what they are read with."""
+"""Files of every format in spec/vectors, and the options to read them with."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "spec" / "vectors"
 
 OF_LLAMA = {"megatron", "minlora", "nemo", "olive", "tensorrt_llm"}
-"""Formats whose samples are of this base."""
+"""Formats with samples for this base."""
 
 BESIDE = ("converted.", "expected.", "forward.")
-"""What names of files begin with that no tool of the format writes."""
+"""Prefixes of files in spec/vectors that are not files of the format."""
 
 SHARED = set((ROOT / "formats").glob("*/models"))
-"""Folders of bases, beside those of adapters."""
+"""Folders in spec/vectors that hold bases instead of adapters."""
 
 EVERY = sorted({path.parent for path in (ROOT / "formats").glob("*/*/*") if path.is_file()} - SHARED)
 
 
 def source(folder):
-    """What a user names: the one file of tensors, or the folder, where there are several or a config is beside."""
+    """Return the path that a user would pass: the file of tensors; or the folder, if it has several or a config."""
     own = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(BESIDE)]
     files = [path for path in own if path.suffix not in (".json", ".yaml")]
     alone = len(files) == 1 and not (folder / "adapter_config.json").exists() and len(own) <= 2

@@ -1,4 +1,4 @@
-"""Tiny random models, adapters with an effect that shows, and merges of them by a plain formula."""
+"""Tiny random models, adapters with a visible effect, and merges of both by a plain formula."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ TARGETS = {
 
 
 def make(family: str, folder: Path, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
-    """Save a random model; biases and norms are drawn, too, so that losing them shows."""
+    """Save a random model; biases and norms are random, too, so that a test sees if they are lost."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
     for name, value in changes.items():
@@ -72,7 +72,7 @@ def make(family: str, folder: Path, seed: int = 0, dtype: str = "float32", **cha
 
 
 def lora(family: str, model: Any, seed: int = 1, rank: int = 4, size: float = 0.15, **options: Any) -> ak.Adapter:
-    """A LoRA whose change is `size` times as large as the weight, at every target."""
+    """Return a LoRA whose change is `size` times as large as the weight, at every target."""
     return drawn(ak.torch.create(model, "lora", targets=TARGETS[family], rank=rank, **options), model, seed, size)
 
 
@@ -90,14 +90,14 @@ def drawn(adapter: ak.Adapter, model: Any, seed: int, size: float) -> ak.Adapter
 
 
 def scaled(adapter: ak.Adapter, factor: float) -> ak.Adapter:
-    """Every scaling times a factor."""
+    """Return an adapter with every scaling multiplied by a factor."""
     return adapter.replace(
         updates={t: tuple(u.replace(scaling=factor * u.scaling) for u in us) for t, us in adapter.updates.items()}
     )
 
 
 def only(adapter: ak.Adapter, keep: Callable[[str], bool]) -> ak.Adapter:
-    """The adapter at some of its targets."""
+    """Return the part of an adapter at some of its targets."""
     return adapter.replace(updates={t: us for t, us in adapter.updates.items() if keep(t.path)})
 
 
@@ -107,7 +107,7 @@ def model_of(folder: Path, dtype: str = "float32") -> Any:
 
 
 def changed(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Path:
-    """A copy of a folder with other tensors, and other entries in its config."""
+    """Copy a folder, and replace some tensors and entries of its config."""
     shutil.copytree(folder, out)
     tensors = load_file(out / "model.safetensors")
     change(tensors)
@@ -121,7 +121,7 @@ def changed(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 def deltas(adapter: ak.Adapter) -> dict[str, torch.Tensor]:
-    """Weight's name -> its change, by the formula."""
+    """Return the change of each weight by the formula, under the weight's name."""
     found = {}
     for target, updates in adapter.updates.items():
         for update in updates:
@@ -133,6 +133,6 @@ def deltas(adapter: ak.Adapter) -> dict[str, torch.Tensor]:
 
 @cache
 def world(family: str, root: str, dtype: str = "float32") -> tuple[Path, ak.Adapter]:
-    """A base and an adapter."""
+    """Return a base and an adapter."""
     folder = make(family, Path(root) / f"{family}-{dtype}", dtype=dtype)
     return folder, lora(family, model_of(folder))

@@ -1,4 +1,4 @@
-"""A graph whose weight lies in a file beside it."""
+"""Write a graph whose weight is in a data file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def graph(folder: Path) -> Path:
-    """`x @ q`, whose weight lies in a data file."""
+    """Write `x @ q` with the weight in a data file."""
     folder.mkdir()
     weight = numpy_helper.from_array(np.ones((8, 4), "f4"), "layers.0.q.weight")
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", size]) for n, size in (("x", 4), ("y", 8)))

@@ -1,4 +1,4 @@
-"""A hub for tests, and what is put on it."""
+"""A hub for tests, and repositories on it."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from adapterkit.hub import reading, retries
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub on loopback that huggingface_hub takes for the hub."""
+    """Start a hub on loopback that huggingface_hub uses as its hub."""
     from huggingface_hub import close_session, constants
 
     server = HubServer()
@@ -44,7 +44,7 @@ def environment(server: HubServer, folder: Path) -> dict[str, str]:
 
 
 def peft_files(base: str = "org/base") -> dict[str, bytes]:
-    """A LoRA in PEFT's form, of values that no other file holds."""
+    """Write a LoRA in PEFT's format, with values that no other file has."""
     key, draw = "base_model.model.layers.0.q.lora_{}.weight", np.random.default_rng(5)
     factors = {
         key.format("A"): draw.normal(size=(2, 4)).astype(np.float32),
@@ -74,7 +74,7 @@ def lay(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def laid(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but the note of a pull."""
+    """Return every file below a folder, except the record of a pull."""
     from adapterkit.io.locations import NOTE
 
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != NOTE)

@@ -15,15 +15,15 @@ KINDS = {"truncate", "flip", "drop", "status", "wrong-range", "no-range", "redir
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose method and path contain `match`.
+    """A fault of the next `times` requests whose method and path contain `match`.
 
     Attributes:
-        match: part of `METHOD /path`.
+        match: a part of `METHOD /path`.
         kind: `truncate` (the body ends early), `flip` (one bit), `drop` (the connection ends before an answer), `after`
             (it ends after the request took effect), `status`, `wrong-range`, `no-range`, `redirect`.
-        times: how often.
-        value: the bit, the status, the number of bytes sent or the address, by kind.
-        headers: of a `status` answer.
+        times: the number of requests.
+        value: depending on the kind, the bit, the status, the number of bytes sent, or the address.
+        headers: the headers of a `status` answer.
     """
 
     match: str
@@ -37,13 +37,13 @@ class Fault:
 
 
 class Faulty:
-    """A server that asks for each request whether a fault is due."""
+    """A server that checks for each request whether a fault is due."""
 
     faults: list[Fault]
     lock: threading.Lock
 
     def fault(self, line: str) -> Fault | None:
-        """The fault that is due for a request, which is then one time less."""
+        """Return the fault that is due for a request, and reduce its count by one."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.match in line:
@@ -54,7 +54,7 @@ class Faulty:
 
 @dataclass
 class Repo:
-    """Commits are whole trees: commit -> path -> bytes; branches and tags name commits."""
+    """A repository. Commits are whole trees: commit -> path -> bytes; branches and tags refer to commits."""
 
     private: bool = False
     gated: bool = False
@@ -79,7 +79,7 @@ def sha256(data: bytes) -> str:
 
 
 def blob_sha1(data: bytes) -> str:
-    """The name that git gives a file."""
+    """Return the object name that git gives a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -88,7 +88,7 @@ def is_lfs(path: str) -> bool:
 
 
 class HubServer(Faulty):
-    """The hub; `requests` records (method, path, headers) of all that came in, `sent` the bytes of files sent."""
+    """The hub; `requests` records (method, path, headers) of all requests, `sent` the bytes of files sent."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -111,7 +111,7 @@ class HubServer(Faulty):
         self.thread.join()
 
     def add(self, name: str, tree: dict[str, bytes], **attributes: bool) -> str:
-        """A repository with one commit; its oid."""
+        """Create a repository with one commit; return the commit's oid."""
         repo = self.repos.setdefault(name, Repo(**attributes))
         return repo.commit(tree)
 
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "no such route"})
 
     def _tree(self, tree: dict[str, bytes]) -> None:
-        """Pages of three."""
+        """Return results in pages of three."""
         query = urllib.parse.parse_qs(self.path.partition("?")[2])
         start, paths = int(query.get("cursor", ["0"])[0]), sorted(tree)
         entries = []

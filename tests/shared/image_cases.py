@@ -1,4 +1,4 @@
-"""Cases of image families: what diffusers converts, and names in every dialect."""
+"""Cases of image families: files that diffusers converts, and names in every format."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ FAMILIES = {family.name: family for family in families()}
 
 
 def pairs(modules, spell, seed=0):
-    """A LoRA file: module -> (outputs, inputs), in the keys of `spell(module)`: (down, up, alpha or None)."""
+    """Write a LoRA file of modules -> (outputs, inputs); `spell(module)` gives the keys (down, up, alpha or None)."""
     rng, held = np.random.default_rng(seed), {}
     for module, (out, in_) in modules.items():
         down, up, alpha = spell(module)
@@ -168,7 +168,7 @@ CASES = {
 
 
 def whole(family, naming):
-    """One block's modules of a family: name -> (outputs, inputs), such that the file says what the family is."""
+    """Return the modules of one block of a family, name -> (outputs, inputs), from which the family can be detected."""
     from adapterkit.naming.architectures import fill
 
     sizes, architecture, told = {}, family.architecture, {}

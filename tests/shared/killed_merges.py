@@ -1,4 +1,4 @@
-"""Merges in processes of their own that are killed at given points of their work on disk, and run again."""
+"""Run merges in separate processes, kill them at given points of their work on disk, and run them again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ for at, base, adapter, out in json.load(sys.stdin):
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """What a merge found of the one that was killed, and what it did."""
+    """The files that a repeated merge found after a killed one, and the work that it did."""
 
     at: int
     same: bool
@@ -43,14 +43,14 @@ class Rerun:
 
 
 def points_of(base: Path, adapter: Path, out: Path) -> list[str]:
-    """The points of a whole merge that nobody kills, in order."""
+    """Return the points of a whole merge that is not killed, in order."""
     with Disk(out.parent).watched() as disk:
         ak.merge(base, adapter, out, overwrite=True)
     return disk.points
 
 
 def killed_and_rerun(base: Path, adapter: Path, work: Path, at: Sequence[int]) -> list[Rerun]:
-    """Kills one merge at each point, runs each again to its end, and compares with a merge that nobody killed."""
+    """Kill one merge at each point, repeat each to its end, and compare with a merge that was not killed."""
     whole = _old_output(work / "whole")
     ak.merge(base, adapter, whole, overwrite=True)
     outs = {point: _old_output(work / str(point)) for point in at}
@@ -82,5 +82,5 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def spread(count: int, points: int) -> list[int]:
-    """As many points as that, evenly over all."""
+    """Return this number of points, evenly distributed over all."""
     return sorted({number * (points - 1) // max(count - 1, 1) for number in range(count)})

@@ -1,4 +1,4 @@
-"""What tests of language models' formats share: a small Llama, adapters of it, and a place for each format's files."""
+"""A small Llama, adapters for it, and a path for the files of each format, for tests of language models' formats."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ FILES = {
     "mlx": "folder", "nemo": "a.nemo", "olive": "a.onnx_adapter", "onnx_adapter": "b.onnx_adapter",
     "tensorrt_llm": "folder", "tinker": "folder", "torchtune": "adapter_model.pt",
 }  # fmt: skip
-"""format -> what a file or folder of it may be called."""
+"""Format -> a valid name of its file or folder."""
 
 
 def lora(out, in_, rank=2, scaling=2.0, seed=0, dtype="f4", **fields):
@@ -32,13 +32,13 @@ def lora(out, in_, rank=2, scaling=2.0, seed=0, dtype="f4", **fields):
 
 
 def llama(layers=(0, 1), names=tuple(SHAPES), **fields):
-    """A LoRA of each of these modules."""
+    """Return a LoRA of each of these modules."""
     paths = [(f"model.layers.{layer}.{name}", SHAPES[name]) for layer in layers for name in names]
     return ak.Adapter({ak.Target(p): (lora(*s, seed=i, **fields),) for i, (p, s) in enumerate(paths)})
 
 
 def deltas(adapter):
-    """What LoRAs add to each weight, in float64."""
+    """Return the change of each weight by LoRAs, in float64."""
 
     def whole(update):
         A, B = (as_lazy(leaf).numpy().astype("f8") for leaf in (update.A, update.B))
@@ -48,25 +48,25 @@ def deltas(adapter):
 
 
 def place(folder, name):
-    """A path for a file of a format, in a folder of its own."""
+    """Return a path for a file of a format, in a separate folder."""
     own = folder / name
     own.mkdir(parents=True, exist_ok=True)
     return own / FILES[name]
 
 
 def content(path):
-    """The bytes of a file, or of each file of a folder, and what lies beside it."""
+    """Return the bytes of a file and the files beside it, or of each file of a folder."""
     return {str(file.relative_to(path.parent)): file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
 
 
 def merged(base, adapter, out):
-    """The weights of a base with an adapter folded in."""
+    """Return the weights of a base with a merged adapter."""
     ak.merge(base, [adapter], out)
     return {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def write_base(folder, config, shapes):
-    """A base of these shapes."""
+    """Write a base with these shapes."""
     rng = np.random.default_rng(9)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -80,7 +80,7 @@ FOLDERS = {"adapterhub", "litgpt", "mlx", "peft", "shared_outer", "tensorrt_llm"
 
 
 def where(folder, name):
-    """A path for a format's files in a folder."""
+    """Return a path for a format's files in a folder."""
     if name in FILES:
         return place(folder, name)
     folder.mkdir(parents=True, exist_ok=True)

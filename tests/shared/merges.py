@@ -33,7 +33,7 @@ def bits_of_precision(dtype: torch.dtype) -> int:
 
 
 def worst_ulp(got: torch.Tensor, exact: np.ndarray) -> float:
-    """Largest error in units in the last place of the exact value, every element counted."""
+    """Return the largest error of any element, in units in the last place of the exact value."""
     smallest = torch.finfo(got.dtype).smallest_normal
     exponent = np.floor(np.log2(np.maximum(np.abs(exact), smallest)))
     return float((np.abs(f64(got) - exact) / np.exp2(exponent - bits_of_precision(got.dtype) + 1)).max())

@@ -1,4 +1,4 @@
-"""The vectors of methods as layers of small models, beside what an independent formula makes of each weight."""
+"""The vectors of methods as layers of small models, with the weights that an independent formula gives."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads":
 
 @cache
 def cases(method, kind="f8"):
-    """(update, W, W') of each plain matrix of a vector; factors in one type. They are read once, for every format."""
+    """Return (update, W, W') of each plain matrix of a vector, with factors in one dtype; read once for all formats."""
     adapters = sorted((VECTORS / "methods").glob(f"{method}.*adapter.safetensors"), key=lambda path: len(path.name))
     return [case for adapter in adapters for case in _cases(adapter, kind)]
 
@@ -38,12 +38,12 @@ def _typed(leaf, kind):
 
 
 def model(found, pattern, folder):
-    """An adapter of such cases, the model that it is of, and what becomes of each of its weights."""
+    """Return an adapter of such cases, its model, and the expected weights."""
     paths = [pattern.format(n=n) for n in range(len(found))]
     adapter = ak.Adapter({Target(path): (update,) for path, (update, _, _) in zip(paths, found, strict=True)})
     base = write_base(folder, LLAMA | {"num_hidden_layers": len(found)}, {})
     weights = {f"{path}.weight": W.astype("f4") for path, (_, W, _) in zip(paths, found, strict=True)}
-    if pattern == LANGUAGE:  # litgpt wants to know how wide the others are
+    if pattern == LANGUAGE:  # litgpt needs the widths of the other layers.
         for word in ("gate", "up"):
             weights |= {key.replace("down", word): W.T.copy() for key, W in weights.items() if "down" in key}
     save_file(weights, base / "model.safetensors")
@@ -51,7 +51,7 @@ def model(found, pattern, folder):
 
 
 def made_of(adapter, weights):
-    """W' at each target of an adapter, in float64; what a format only has there without effect is W."""
+    """Return W' at each target of an adapter, in float64; W for a target that has an update without effect."""
     new = {}
     for target, updates in adapter.updates.items():
         W = weights.get(target.path)
@@ -62,7 +62,7 @@ def made_of(adapter, weights):
 
 
 def close(new, expected, weights, tolerance):
-    """Whether the changes are the same, relative to the largest of each; a target that is absent does not change."""
+    """Whether the changes are the same, relative to the largest of each; a missing target has no change."""
     for path, wanted in expected.items():
         W = weights[path]
         error, size = np.abs(new.get(path, W) - wanted).max(), np.abs(wanted - W).max()

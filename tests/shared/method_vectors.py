@@ -1,4 +1,4 @@
-"""The vectors of the methods of weights: their targets, and what lies there, opened once."""
+"""The vectors of weight methods: their targets and weights, opened once."""
 
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", 
 
 
 def vectors_of(*kinds):
-    """The names of the vectors of methods of these kinds: that of the method, then one for each newer version."""
+    """Return the names of the vectors of methods of these kinds: the method's, then one for each newer version."""
     names = (path.name.removesuffix(".adapter.safetensors") for path in sorted(VECTORS.glob("*.adapter.safetensors")))
     return [name for name in names if METHODS[name.partition(".")[0]].kind in kinds]
 
@@ -29,7 +29,7 @@ CASES = [
 
 @cache
 def opened(vector):
-    """Adapter, base and the sites of a vector, by path."""
+    """Return the adapter, the base and the sites of a vector, by path."""
     base = open_checkpoint(VECTORS / f"{vector}.expected.safetensors")
     adapter = ak.read(VECTORS / f"{vector}.adapter.safetensors", format="adapterkit")
     return adapter, base, {site.target.path: site for site in bind(adapter, base).sites}

@@ -1,7 +1,7 @@
-"""A registry that holds uploads as the Distribution specification says: whoever asks is told where they stand.
+"""A registry that handles uploads as the Distribution specification says: it returns the offset of an upload.
 
-Docker's 2.8 refuses uploads of which it has more than its last answer said. Uploads and blobs alone: enough for
-`adapterkit.hub.hubs.oci`.
+Docker's registry 2.8 refuses an upload if it has more bytes than in its last answer, so tests also need this one. It
+only has uploads and blobs, which is enough for `adapterkit.hub.hubs.oci`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from hub_server import Faulty
 
 
 class Registry(Faulty):
-    """The registry; `received` counts the bytes of chunks. After one that is shorter than `least` it takes no other."""
+    """The registry; `received` counts the bytes of chunks. After a chunk shorter than `least`, it accepts no more."""
 
     def __init__(self) -> None:
         self.uploads: dict[str, bytearray] = {}
@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self._answer(200 if self.path.rpartition("/")[2] in self.registry.blobs else 404)
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(202, name)
 
     def _take(self, held: bytearray, length: int) -> None:
-        """What comes of a chunk is kept, however it ends."""
+        """Keep the received part of a chunk, even if the connection ends."""
         left = length
         while left and (part := self.rfile.read1(min(left, 1 << 16))):
             held += part

@@ -1,4 +1,4 @@
-"""Debian's docker-registry on loopback, and a proxy before it with faults on demand."""
+"""Debian's docker-registry on loopback, behind a proxy with faults on demand."""
 
 import contextlib
 import http.client
@@ -16,7 +16,7 @@ import pytest
 from hub_server import Fault, Faulty
 
 BINARY = shutil.which("docker-registry")
-"""`.ci/run` puts it there."""
+"""`.ci/run` installs it."""
 
 PASSWORD = "openSesame"
 HTPASSWD = "somebody:$2y$04$c4WoMPo3SXsafkva.HHa6uqciox36n1AyjcpZbymt8Vcaodm0eDhe"
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def distribution(folder: Path, auth: str = "", storage: str = "inmemory: {}") -> Iterator[str]:
-    """A registry that keeps its blobs in memory, and its settings and its log in a folder; its host and port."""
+    """Start a registry with blobs in memory, and settings and log in a folder; return its host and port."""
     if BINARY is None:
         pytest.skip("docker-registry is not installed; .ci/run does that where it can")
     folder.mkdir()
@@ -50,7 +50,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _started(folder: Path, auth: str, storage: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A registry that answers; a port that was free may be somebody else's by the time it is asked for."""
+    """Return a running registry; tries again if another process has taken the free port."""
     for _ in range(5):
         host = f"127.0.0.1:{free_port()}"
         told = f"version: 0.1\nstorage: {{{storage}}}\nhttp: {{addr: '{host}'}}\n"
@@ -75,9 +75,9 @@ def _answers(process: subprocess.Popen[bytes], host: str) -> bool:
 
 
 class Proxy(Faulty):
-    """Hands requests on to a server; `requests` records (method, path, headers), `faults` what happens to some.
+    """Forwards requests to a server; `requests` records (method, path, headers), and `faults` has faults of some.
 
-    With a `token`, only who has that is let in; it is given to whom has `credentials`, by way of the address `realm`.
+    If `token` is set, requests need it; a client with `credentials` gets it from the address `realm`.
     """
 
     def __init__(self, server: str) -> None:
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         line = f"{self.command} {self.path}"
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = self._body(length)
         if len(body) < length:
-            # Who sent it is gone: a proxy that reads requests whole, as they mostly do, hands nothing on.
+            # Drop the request of a client that disconnected, like most proxies, which read requests completely.
             self.close_connection = True
             return
         self.proxy.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))

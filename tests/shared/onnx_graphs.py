@@ -1,4 +1,4 @@
-"""Small graphs of every kind of layer, written by onnx's own helper, and the torch layers that they are of."""
+"""Small graphs with every kind of layer, written with onnx's helper, and the same layers in torch."""
 
 import contextlib
 from functools import cache
@@ -14,8 +14,9 @@ from torch import nn
 onnxruntime.set_default_logger_severity(4)
 
 with contextlib.suppress(ImportError, AttributeError):
-    # For every export, torch parses the source of its exporter's 500 operators anew, which takes a second of processor
-    # time, and asks 58 times for the names of all operators. It only reads what it gets here; no test adds operators.
+    # Cache the exporter's operators: for every export, torch parses the source of its 500 operators again, which takes
+    # a second of processor time, and lists the names of all operators 58 times. torch only reads the results, and no
+    # test adds operators.
     from torch._export import utils
     from torch.onnx._internal.exporter import _registration
 
@@ -40,7 +41,7 @@ LAYERS = {
 
 
 def built(kind, seed=0):
-    """A torch model with one layer called 0, in float64, the input as numpy, and the same graph."""
+    """Return a torch model with one layer named 0, in float64, its input as an array, and the same graph."""
     torch.manual_seed(seed)
     build, shape = LAYERS[kind]
     layer = build().double().eval()
@@ -82,7 +83,7 @@ def graph(kind, layer, opset=18):
 
 
 def run(path, x, **more):
-    """The first output under onnxruntime."""
+    """Return the first output in onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     source = path if isinstance(path, bytes) else str(path)
@@ -99,7 +100,7 @@ def saved(model, path):
 
 
 def in_steps(session, ids, cuts, mask, positions, heads, width):
-    """Logits of all tokens, each run going on with the past of the one before, of so many heads and channels."""
+    """Return the logits of all tokens; each run continues with the past of the run before, of this size of heads."""
     empty = np.zeros((len(ids), heads, 0, width), "f4")
     past, got = {name: empty for name in session.inputs if name.startswith("past_key")}, []
     for start, stop in pairwise(cuts):

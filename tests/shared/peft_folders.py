@@ -1,4 +1,4 @@
-"""Folders that PEFT saves, for tests that change them and look again."""
+"""Folders that PEFT saved, for tests that change them and read them again."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 
 def train(folder, build, config, name="peft"):
-    """Plain model, folder that PEFT saves of it with a config, its trained values moved, and file of the base."""
+    """Return a plain model, the folder that PEFT saves for it with changed trained values, and the base's file."""
     torch.manual_seed(3)
     model = build().eval()
     wrapped = get_peft_model(copy.deepcopy(model), config)
@@ -26,17 +26,17 @@ def train(folder, build, config, name="peft"):
 
 
 def merged(model, folder):
-    """The weights that PEFT merges a folder to."""
+    """Return the weights of PEFT's merge of a folder."""
     return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).merge_and_unload().state_dict()
 
 
 def contents(folder):
-    """The bytes of a folder's config and tensors."""
+    """Return the bytes of a folder's config and tensors."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("adapter_")}
 
 
 def edit(folder, **changes):
-    """Changes fields of a folder's config."""
+    """Change fields of a folder's config."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -1,4 +1,4 @@
-"""A small Llama whose adapters start as PEFT's do."""
+"""A small Llama whose adapters start with the same values as PEFT's."""
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""Faults planted in a sound adapter: for the tests of a scan, and for comparing it with another scanner."""
+"""Faults planted in a sound adapter, for tests of the scan and comparisons with another scanner."""
 
 import json
 import os
@@ -17,7 +17,7 @@ LAYERS = 12
 
 
 def folder(path: Path, change=None) -> Path:
-    """A LoRA in PEFT's format, of numbers that were trained in bfloat16, like a tool writes it."""
+    """Write a LoRA in PEFT's format with numbers that were trained in bfloat16."""
     path.mkdir(parents=True)
     rng = np.random.default_rng(0)
     tensors = {}
@@ -51,7 +51,7 @@ OLD = b"\x80\x02cposix\nsystem\nX\x01\x00\x00\x001\x85R."
 
 
 class Calls:
-    """Pickles as a call of any function."""
+    """An object that pickles as a call of any function."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args

@@ -1,4 +1,4 @@
-"""Bases of the quantized vectors, and adapters for them."""
+"""The bases of the quantized vectors, and adapters for them."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json") if path.p
 
 
 def name(case):
-    """The id of a vector in the names of tests."""
+    """Return the id of a vector for the names of tests."""
     return case.relative_to(VECTORS).as_posix()
 
 
 def stored(folder):
-    """All packed weights, as the library of their scheme computes with them; experts that lie apart are stacked."""
+    """Return all packed weights, dequantized by the library of their scheme; separate experts are stacked."""
     packed = dequantized(open_checkpoint(folder)).packed.values()
     weights = [weight.lazy().torch().double().numpy() for weight in packed]
     return weights[0] if len(weights) == 1 else np.stack(weights)
@@ -34,7 +34,7 @@ def target(case):
 
 
 def adapter_for(case, size=1.0, seed=0):
-    """A LoRA whose change is `size` times as large as the weight, and the change in float64."""
+    """Return a LoRA whose change is `size` times as large as the weight, and the change in float64."""
     path, W = target(case)
     rng = np.random.default_rng(seed)
     *lead, out, ins = W.shape

@@ -1,7 +1,7 @@
-"""Small models as graphs, each exported once in a run, by the worker that needs it first, for the tests of all files.
+"""Small models as graphs, each exported once in a test run, by the worker that first needs it.
 
-An export costs seconds of processor time: with fixed sizes 2, with open ones 8. Tests that do not ask for open sizes
-take fixed ones. What a test gets is shared: it writes elsewhere.
+An export with fixed sizes takes 2 seconds of processor time, and with open sizes 8, so tests only use open sizes if
+they need them. The files are shared: a test must write elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPEN = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
 class Called(nn.Module):
-    """Logits by some words of a call, without a past."""
+    """A model that returns logits for some inputs of a call, without a past."""
 
     def __init__(self, model: Any, words: tuple[str, ...]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Called(nn.Module):
 
 @cache
 def base(build: Callable[[], Any]) -> Any:
-    """The model that a function builds, with the numbers of one seed."""
+    """Return the model that a function builds, with the numbers of one seed."""
     torch.manual_seed(5)
     return build().eval()
 
@@ -55,7 +55,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     with FileLock(f"{folder}.lock"):
         done = folder.with_suffix(".done")
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # Of a worker that ended in the middle.
+            shutil.rmtree(folder, ignore_errors=True)  # Remove the folder of a worker that was interrupted.
             folder.mkdir()
             make(folder)
             done.touch()
@@ -66,7 +66,7 @@ def exported(
     factory: pytest.TempPathFactory, build: Callable[[], Any], *words: str, fixed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Path:  # fmt: skip
-    """Return the graph of a causal model without a past, called by some words; its config is beside it."""
+    """Return the graph of a causal model without a past, with these inputs; its config is in the same folder."""
     given = words or ("input_ids",)
 
     def make(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of odd situations share: the list of situations, a small model, and the LoRA whose change is known."""
+"""The list of situations, a small model, and a LoRA with a known change, for the tests of odd situations."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from adapterkit.methods import METHODS
 
 
 class Situations(dict):
-    """Situations by name: functions that return what a model gave and what the formula gives, or that raise."""
+    """Situations by name: functions that return the output of a model and that of the formula, or raise."""
 
     def odd(self, name, raises=None, match=""):
-        """List a situation, with the error that it must raise where it cannot be right."""
+        """List a situation, with the error that it must raise if it is not supported."""
 
         def take(function):
             assert name not in self
@@ -23,7 +23,7 @@ class Situations(dict):
         return take
 
     def check(self, name):
-        """Run a situation: it is right within one millionth, or raises what it was listed with."""
+        """Run a situation: the output must be right within one millionth, or the listed error must be raised."""
         function, raises, match = self[name]
         if raises is not None:
             with pytest.raises(raises, match=match):
@@ -51,7 +51,7 @@ def inject(model, target="0", out=8, into=16, *kernel, seed=0, **rest):
 
 
 def changed(W, seed=0):
-    """W + D of the LoRA that `inject` attaches."""
+    """Return W + D for the LoRA that `inject` attaches."""
     update = lora(W.shape[0], W.shape[1], *W.shape[2:], seed=seed)
     return W + update.delta(tuple(W.shape)).to(W)
 

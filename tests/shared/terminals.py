@@ -1,4 +1,4 @@
-"""Commands at a terminal of a given width."""
+"""Run commands at a terminal of a given width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(ak.__file__).parent.parent
 
 
 def at_terminal(folder: Path, *words: str, columns: int = 80) -> str:
-    """What a command prints to a terminal of that width, without codes."""
+    """Return the output of a command at a terminal of this width, without escape codes."""
     ours, theirs = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(columns), "TERM": "xterm"}
     command = [sys.executable, "-m", "adapterkit", *words]

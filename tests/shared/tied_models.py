@@ -1,4 +1,4 @@
-"""Small models whose embedding and head are one weight, and PEFT's training of them."""
+"""Small models with tied embedding and head, and adapters that PEFT trains on them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ BASES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "gpt2": (gpt2, "wte", "c_attn"),
     "t5": (t5, "shared", "q"),
 }
-"""Name -> the model, its embedding, a layer inside."""
+"""Name -> the model, its embedding, and an inner layer."""
 
 
 def lora(**settings: Any) -> Callable[[str, str], Any]:
-    """A config whose words E and Q stand for the embedding and the layer inside."""
+    """Return a config in which E and Q are replaced by the embedding and the inner layer."""
 
     def make(embedding: str, inside: str) -> Any:
         from peft import LoraConfig
@@ -105,7 +105,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def trained(name: str, base: Path, kind: str, folder: Path) -> torch.Tensor:
-    """Saves an adapter of PEFT's with random values; returns the logits of its model."""
+    """Save a PEFT adapter with random values; return the logits of its model."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
-"""Twelve methods trained by the loops that people use, from one start and over one batch; PEFT's own runs beside them.
+"""Train twelve methods with common training loops, from one start and on one batch, and the same with PEFT.
 
-`tests/torch/test_live_training.py` runs a part of the matrix, `tools/foreign/check_training.py` all of it.
+`tests/torch/test_live_training.py` runs some combinations, `tools/foreign/check_training.py` all of them.
 """
 
 import logging
@@ -44,7 +44,7 @@ METHODS = {
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "bottleneck": None,
 }
-"""Name -> PEFT's config; None where PEFT does not have the method."""
+"""Name -> PEFT's config; None if PEFT does not have the method."""
 
 
 def llama():
@@ -53,7 +53,7 @@ def llama():
 
 
 def peft_model(method):
-    """PEFT's model with an adapter that is not at its start, where many gradients are 0."""
+    """Return PEFT's model with an adapter that is moved from its start, where many gradients are 0."""
     torch.manual_seed(1)
     model = peft.get_peft_model(llama(), METHODS[method]())
     generator = torch.Generator().manual_seed(2)
@@ -65,7 +65,7 @@ def peft_model(method):
 
 
 def start(method, folder):
-    """The adapter that `peft_model` has, or one of our own."""
+    """Return the adapter of `peft_model`, or a new one."""
     if METHODS[method] is None:
         return ak.torch.create(llama(), method, targets=["mlp", "self_attn"], rank=4)
     path = folder / method
@@ -73,12 +73,12 @@ def start(method, folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft_model(method).save_pretrained(path)
-            llama().save_pretrained(folder / "base")  # FourierFT's file does not hold the sizes of weights.
+            llama().save_pretrained(folder / "base")  # FourierFT's file does not have the sizes of weights.
     return ak.read(path, base=folder / "base")
 
 
 def attached(method, folder):
-    """A base with the adapter attached, and its handle."""
+    """Return a base with the adapter attached, and its handle."""
     model = llama()
     return model, ak.torch.inject(model, start(method, folder), trainable=True)
 
@@ -131,7 +131,7 @@ def accelerate(model, steps, _folder):
 
 
 def lightning(model, steps, folder):
-    """Needs the package `lightning`, which the test suite does not."""
+    """Train with `lightning`, which the test suite does not install."""
     from lightning import LightningModule, Trainer
 
     class Module(LightningModule):

@@ -1,4 +1,4 @@
-"""A vision-language model as its makers publish it, with queries and keys in Meta's order of rows."""
+"""A vision-language model in its published layout, with queries and keys in Meta's row order."""
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -11,7 +11,7 @@ TEXT = {
     "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
-# Four heads here and two above: heads of the language model must not decide on the tower's rows.
+# Use four heads here and two above, because the tower's rows must not depend on the language model's heads.
 VISION = {
     "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 2,
     "image_size": 8, "pos_emb_height": 4, "pos_emb_width": 4, "head_dim": 8,
@@ -36,6 +36,6 @@ def model(family):
 
 
 def as_published(name):
-    """transformers' `save_pretrained` turns every `layers` of Kimi into `blocks`, and moves what embeds patches."""
+    """Undo the renames of transformers' `save_pretrained` for Kimi: `layers` to `blocks`, and the patch embedding."""
     name = name.replace("language_model.model.blocks.", "language_model.model.layers.")
     return name.replace("model.mm_projector.", "mm_projector.").replace("encoder.patch_embed", "patch_embed")

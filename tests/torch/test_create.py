@@ -14,7 +14,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.core.updates import Additive, Update, tensor
-from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported, UsageError
+from adapterkit.errors import ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,6 +75,23 @@ def test_training_a_fresh_adapter(method, dtype, close):
     assert torch.equal(model(x), y)
     ak.torch.inject(model, trained)
     close(model(x), now, y, tolerance=1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", LAYER_METHODS)
+def test_a_fresh_adapter_of_a_convolution_changes_nothing_at_first(method, close):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(24, 36, 3)), torch.randn(2, 24, 7, 7)
+    y = model(x)
+    try:
+        fresh = ak.torch.create(model, method, targets=["0"], rank=2, **NEEDS.get(method, {}))
+    except (ShapeMismatch, Unsupported):
+        return
+    ((_, update),) = fresh
+    # The factors are the method's, so far fewer numbers than one weight for each pair of its entries.
+    assert sum(leaf.numel() for leaf in update.tensors.values()) <= 40 * model[0].weight.numel()
+    ak.torch.inject(model, fresh)
+    if METHODS[method].starts_at_base:
+        close(model(x), y, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("method", LAYER_METHODS)
@@ -243,11 +260,21 @@ def test_stacked_experts(family, method, close):
     assert all(p.grad is not None for p in handle.parameters())
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_first_factors_of_stacked_experts_spread_as_those_of_one_layer(method: str) -> None:
+    model = moe("Qwen2Moe", **EXPERTS["Qwen2Moe"][0])
+    ((_, update),) = ak.torch.create(model, method, targets=["experts.down_proj"], rank=64)
+    one = nn.Linear(12, 16, bias=False)
+    ((_, single),) = ak.torch.create(nn.Sequential(one), method, targets=["0"], rank=64)
+    assert float(update.A.std()) == pytest.approx(float(single.A.std()), rel=0.06)
+    assert float(update.A.abs().max()) == pytest.approx(12**-0.5, rel=0.03)
+
+
 def test_parameters_of_a_model_without_a_family():
     model = nn.Module()
     model.table = nn.Parameter(torch.randn(4, 6))
     model.attn = nn.MultiheadAttention(8, 2)
-    with pytest.raises(UsageError, match=r"table: a parameter of \[4, 6\].*Pass layout="):
+    with pytest.raises(UsageError, match=r"table: .*parameter of shape \[4, 6\] is unknown.*Pass layout="):
         ak.torch.create(model, "lora", targets="table", rank=2)
     ((target, update),) = ak.torch.create(model, "lora", targets="table", rank=2, layout="in out *k")
     assert (target.layout, update.A.shape, update.B.shape) == ("in out *k", (2, 4), (6, 2))
@@ -281,7 +308,7 @@ def test_the_seed_decides_and_the_model_stays_as_it_is():
         ({"targets": "re:("}, UsageError, r"re:\(: not a regular expression"),
         ({"rank": 0}, UsageError, "rank is below 1"),
         ({"alpha": 4, "scaling": 2.0}, UsageError, "both alpha and scaling"),
-        ({"beta": 4}, UsageError, "lora has no beta. It has scaling"),
+        ({"beta": 4}, UsageError, "lora has no attribute 'beta'. Choose among scaling"),
         ({"method": "lorra"}, Unsupported, "lorra"),
         ({"method": "rows"}, UsageError, "0: rows: .*index=|index"),
     ],
@@ -295,7 +322,7 @@ def test_what_is_asked_wrongly(arguments, error, words):
 def test_what_has_no_numbers_to_start_from():
     model = nn.Sequential(nn.Linear(6, 4))
     model[0].weight = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(Unsupported, match=r"0: a weight of torch.int8. Load the base unquantized"):
+    with pytest.raises(Unsupported, match=r"0: the weight has dtype torch.int8. Load the base unquantized"):
         ak.torch.create(model, "lora", rank=2)
 
 

@@ -287,7 +287,7 @@ def test_dropout_acts_in_training_alone_and_where_it_can():
     with pytest.raises(Unsupported, match="no dropout"):
         ak.torch.create(llama(), "prompt", dropout=0.1)
     mha = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(Unsupported, match="exchanged under its own forward"):
+    with pytest.raises(Unsupported, match="runs its own forward on a changed weight"):
         ak.torch.inject(
             mha, ak.torch.create(mha, "lora", targets="a.in_proj_weight", rank=2), trainable=True, dropout=0.1
         )
@@ -297,16 +297,16 @@ def test_dropout_acts_in_training_alone_and_where_it_can():
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"init": "svd"}, "no initialiser"),
+        ({"init": "svd"}, "unknown initialiser"),
         ({"init": "orthogonal", "rank": 3}, "even rank"),
         ({"init": "eva"}, "needs data"),
-        ({"data": [IDS]}, "looks at no data"),
+        ({"data": [IDS]}, "does not use data"),
         ({"use_rslora": True}, "divides alpha"),
         ({"rank_pattern": {"q_proj": 0}}, "below 1"),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
-        ({"init": "pissa", "method": "loha"}, "one way to begin"),
+        ({"init": "pissa", "method": "loha"}, "only one initialiser"),
         ({"rank_pattern": {"q_proj": 2}, "method": "vera"}, "one rank"),
-        ({"layers": [0], "method": "prompt"}, "does not look at it"),
+        ({"layers": [0], "method": "prompt"}, "prompt does not use layers"),
         ({"init": "pissa", "targets": "embed_tokens"}, "linear layers"),
     ],
 )  # fmt: skip
@@ -318,7 +318,7 @@ def test_arguments_that_contradict_each_other_are_refused(wrong, why):
 def test_targets_that_are_left_out_must_be_there():
     with pytest.raises(TargetNotFound, match="no module"):
         ak.torch.create(llama(), "lora", exclude="q_prj")
-    with pytest.raises(TargetNotFound, match="no target is left"):
+    with pytest.raises(TargetNotFound, match="no target remains"):
         ak.torch.create(llama(), "lora", layers=[7])
 
 
@@ -346,5 +346,5 @@ def test_groups_of_lora_plus_are_pefts(use_dora):
     assert got == pytest.approx(losses(reference, optimizer=theirs), rel=1e-5)
     model = llama()
     other = ak.torch.inject(model, ak.torch.create(model, "loha", rank=2), trainable=True)
-    with pytest.raises(UsageError, match="no factor B"):
+    with pytest.raises(UsageError, match="needs a trained factor B"):
         other.parameter_groups(0.01)

@@ -189,7 +189,9 @@ def test_trains_from_scratch_and_fits_its_layer_alone():
     for other, channels in ((nn.Conv2d(4, 4, 3), 4), (nn.Conv2d(16, 4, 3, groups=4), 16)):
         alike = nn.Sequential(other)
         ak.torch.inject(alike, fresh)
-        with pytest.raises(ShapeMismatch, match=rf"0: made for 8 channels; the layer reads {channels}"):
+        with pytest.raises(
+            ShapeMismatch, match=rf"0: the update was made for 8 channels, but the layer reads {channels}"
+        ):
             alike(torch.randn(1, channels, 5, 5))
 
 

@@ -102,8 +102,8 @@ REFUSED = {
     "a bias that is not there": (Target("bare"), Biased(**DORA), Unsupported, "bare: .*bias.*does not have.*Give"),
     "eight bits": (Target("eight"), lora(), Unsupported, "eight: .*float8.*Load the base unquantized"),
     "whole numbers": (Target("whole"), lora(), Unsupported, "whole: .*int8.*Load the base unquantized"),
-    "a packed weight": (Target("packed"), lora(), Unsupported, "packed: a Packed keeps.*Load the base"),
-    "a parametrized weight": (Target("normed"), lora(), Unsupported, "normed: a parametr.*Remove"),
+    "a packed weight": (Target("packed"), lora(), Unsupported, "packed: this Packed stores.*Load the base"),
+    "a parametrized weight": (Target("normed"), lora(), Unsupported, "normed: the layer is parametr.*Remove"),
     "torch's fused path": (Target("encoder.linear1"), lora(8), Unsupported, "encoder.linear1: .*set_fastpath"),
     "a file torn while in use": (Target("fc"), torn(), Corrupt, "a.safetensors: 3 bytes"),
 }  # fmt: skip
@@ -143,7 +143,7 @@ def test_laws_on_outputs_go_with_laws_of_weights(close):
         ak.torch.inject(base, Adapter({Target("fc"): (lora(),)}), name="b"),
     ]
     close(base["fc"](x), 2 * (y + 12))
-    with pytest.raises(NotMergeable, match=r"fc: is not a change of weights. Keep it injected"):
+    with pytest.raises(NotMergeable, match=r"fc: the update does not change weights. Keep the adapter injected"):
         handles[0].merge_()
     handles[1].merge_()
     close(base["fc"](x), 2 * (y + 12))
@@ -152,7 +152,7 @@ def test_laws_on_outputs_go_with_laws_of_weights(close):
 def test_names():
     base = model()
     handle = ak.torch.inject(base, Adapter({Target("fc"): (lora(),)}))
-    with pytest.raises(UsageError, match=r"default: an adapter of this name is attached. Pass another name="):
+    with pytest.raises(UsageError, match=r"default: an adapter with this name is attached. Pass another name="):
         ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))
     handle.remove()
     ak.torch.inject(base, Adapter({Target("bare"): (lora(),)}))
@@ -178,7 +178,11 @@ def test_merging_what_cannot_be_folded_changes_nothing():
     base = model()
     for net, updates, words in (
         (tied, {Target("one"): (lora(),)}, "one.weight, two.weight"),
-        (base, {Target("fc"): (lora(),), Target("bare"): (lora(bias=torch.ones(4)),)}, "bare: changes a bias"),
+        (
+            base,
+            {Target("fc"): (lora(),), Target("bare"): (lora(bias=torch.ones(4)),)},
+            "bare: the update changes a bias",
+        ),
     ):
         before = {name: value.clone() for name, value in net.state_dict().items()}
         handle = ak.torch.inject(net, Adapter(updates))

@@ -80,5 +80,7 @@ def test_what_a_packed_weight_cannot_take():
     with pytest.raises(Unsupported, match=r"fc\[0:32\]: a part of the packed weight of a Linear4bit.*unquantized"):
         ak.torch.inject(model, Adapter({Target("fc", rows=(0, 32)): (lora,)}))
     handle = ak.torch.inject(model, Adapter({Target("fc"): (lora,)}))
-    with pytest.raises(NotMergeable, match=r"fc: a quantized weight would be quantized anew. Keep it"):
+    with pytest.raises(
+        NotMergeable, match=r"fc: the weight is quantized, and would have to be quantized again. Keep the adapter"
+    ):
         handle.merge_()

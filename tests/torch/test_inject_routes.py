@@ -157,7 +157,7 @@ def test_attention_with_a_mask_that_looks_like_rows(mask, close):
 def test_what_cannot_be_routed_says_so():
     attn = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}).double()
     attach(attn, lambda seed: Adapter({Target("attn.in_proj_weight"): (lora(24, 8, seed=seed),)}))
-    with pytest.raises(Unsupported, match=r"attn: a MultiheadAttention with batch_first=False.*Pass axis=1"):
+    with pytest.raises(Unsupported, match=r"attn: a MultiheadAttention has batch_first=False.*Pass axis=1"):
         ak.torch.route(attn, NAMES).__enter__()
     model = nn.Sequential(nn.Linear(6, 4)).double()
     attach(model, lambda seed: Adapter({Target("0"): (lora(4, 6, seed=seed),)}))

@@ -418,11 +418,11 @@ def test_errors_name_rows_and_adapters():
     with ak.torch.route(model, names), pytest.raises(ShapeMismatch) as caught:
         model(draw(3, 16))
     assert str(caught.value).startswith(
-        "0: 3 rows where the route names 4 (row 0: a, row 1: the base, row 2: b, row 3: a)"
+        "0: 3 rows, but the route names 4 (row 0: a, row 1: the base, row 2: b, row 3: a)"
     )
     with (
         ak.torch.route(model, names),
-        pytest.raises(ShapeMismatch, match=r"0: an input of \[4, 15\] where.*16 features"),
+        pytest.raises(ShapeMismatch, match=r"0: the input has shape \[4, 15\], but.*16 features"),
     ):
         model(draw(4, 15))
     handles[0].set_active(False)
@@ -438,7 +438,7 @@ def test_errors_name_rows_and_adapters():
             assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_hook.original(draw(4, 16))[0])
     with handles[1].disable(), pytest.raises(UsageError, match="row 2: the adapter is switched off"):
         ak.torch.route(model, names).__enter__()
-    with pytest.raises(UsageError, match="a route of no rows"):
+    with pytest.raises(UsageError, match="the route has no rows"):
         ak.torch.route(model, []).__enter__()
     with pytest.raises(UsageError, match="rows 0, 1, 2, 3, 4, 5, 6, 7 and 4 more: no such adapter"):
         ak.torch.route(model, ["zz"] * 12).__enter__()

@@ -87,7 +87,7 @@ def test_more_steps_of_loftq_are_no_worse():
 
 def test_unknown_starts_are_refused():
     for init in ("loftq_iter_0", "loftq_4", "loftq_iter_"):
-        with pytest.raises(UsageError, match="no initialiser"):
+        with pytest.raises(UsageError, match="unknown initialiser"):
             ak.torch.create(nn.Sequential(nn.Linear(8, 8)), "lora", targets="0", rank=2, init=init)
 
 
@@ -145,7 +145,7 @@ def test_lora_fa_resumes_bit_for_bit_and_refuses_other_methods():
     assert runs[0] == runs[1]
     model = llama()
     handle = ak.torch.inject(model, ak.torch.create(model, "ia3", targets="q_proj"), trainable=True)
-    with pytest.raises(UsageError, match="ia3 is no LoRA"):
+    with pytest.raises(UsageError, match="ia3 is not LoRA"):
         ak.torch.LoRAFA(handle)
     frozen = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, targets="v_proj"), name="frozen")
     with pytest.raises(UsageError, match="no trained tensors"):

@@ -177,7 +177,7 @@ def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
 def test_parameters_on_one_memory_are_not_merged():
     model = two_layers(torch.float32)
     model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
-    with pytest.raises(NotMergeable, match="same memory"):
+    with pytest.raises(NotMergeable, match="shares its memory"):
         ak.torch.inject(model, Adapter({Target("0"): (lora(1),)})).merge_()
     # Side by side in one tensor is no sharing.
     flat = torch.randn(8 * 16 + 8 * 8)

@@ -338,7 +338,7 @@ def _():
     raise found[0]
 
 
-@odd("a kernel that takes an adapter's norm over", Unsupported, "goes past its adapter")
+@odd("a kernel that takes an adapter's norm over", Unsupported, "bypasses the adapter")
 def _():
     given = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)).double()
     ak.torch.inject(given, Adapter({Target("0"): (METHODS["ia3"](l=1 + draw(8, seed=3)),)}))

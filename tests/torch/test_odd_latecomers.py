@@ -547,7 +547,7 @@ def _():
     next(first, None)
 
 
-@odd("a route that another thread leaves", raises=UsageError, match="another order, or thread")
+@odd("a route that another thread leaves", raises=UsageError, match="another order or thread")
 def _():
     model = one()
     inject(model, name="a")

@@ -94,7 +94,7 @@ def _():
     return model(X), last(h).tanh()
 
 
-@odd("a block inserted in front of a layer with an adapter, read back", UsageError, r"layers.1 is called layers.2 now")
+@odd("a block inserted in front of a layer with an adapter, read back", UsageError, r"layers.1 is at layers.2 now")
 def _():
     model = stack()
     handle = inject(model, "layers.1", 16, 16)
@@ -102,7 +102,7 @@ def _():
     handle.adapter()
 
 
-@odd("an attention with a prefix that another block was put before", UsageError, "is called model.layers.1.self_attn")
+@odd("an attention with a prefix that another block was put before", UsageError, "is at model.layers.1.self_attn")
 def _():
     model = llama()
     handle = ak.torch.inject(model, fresh(model, "gated_prefix"))
@@ -147,7 +147,7 @@ def _():
     )
 
 
-@odd("new tokens of an embedding that grew since", ShapeMismatch, "after 20 of the embedding, which has 24 now")
+@odd("new tokens of an embedding that grew since", ShapeMismatch, "after 20 tokens, but the embedding has 24 now")
 def _():
     model = llama()
     ak.torch.inject(model, fresh(model, "textual_inversion"))

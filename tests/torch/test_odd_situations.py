@@ -170,7 +170,7 @@ def _():
     return model[0](X), linear(model[0])
 
 
-@odd("two parameters on one storage, merged", raises=NotMergeable, match="same memory")
+@odd("two parameters on one storage, merged", raises=NotMergeable, match="shares its memory")
 def _():
     model = two()
     model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
@@ -796,21 +796,21 @@ def _():
     handle.merge_()
 
 
-@odd("the old weight_norm, by a hook", raises=Unsupported, match="hook makes")
+@odd("the old weight_norm, by a hook", raises=Unsupported, match="hook computes")
 def _():
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(16, 8))).double()
     model(X)
     inject(model)
 
 
-@odd("the old spectral_norm, by a hook", raises=Unsupported, match="hook makes")
+@odd("the old spectral_norm, by a hook", raises=Unsupported, match="hook computes")
 def _():
     model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(16, 8))).double().eval()
     model(X)
     inject(model)
 
 
-@odd("pruned before", raises=Unsupported, match="hook makes")
+@odd("pruned before", raises=Unsupported, match="hook computes")
 def _():
     model = one()
     prune.random_unstructured(model[0], "weight", 0.5)
@@ -826,7 +826,7 @@ def _():
     return out, linear(model[0])
 
 
-@odd("pruned after, merged", raises=NotMergeable, match="made from other tensors")
+@odd("pruned after, merged", raises=NotMergeable, match="computed from other tensors")
 def _():
     model = one()
     handle = inject(model)

@@ -808,7 +808,7 @@ def _():
     return model(X), functional.linear(h, model[2].weight, model[2].bias)
 
 
-@odd("quantization-aware training prepared afterwards", raises=Unsupported, match="takes the weight of a module")
+@odd("quantization-aware training prepared afterwards", raises=Unsupported, match="takes over the weight of a module")
 def _():
     model = one().float()
     inject(model)

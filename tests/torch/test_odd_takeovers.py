@@ -78,14 +78,14 @@ def quantized(made, config, prepare=prepare_fx):
     return convert_fx(prepared.eval())
 
 
-@odd("FX quantization to int8", raises=Unsupported, match=r"up: .*carries an adapter.*merge_")
+@odd("FX quantization to int8", raises=Unsupported, match=r"up: .*has an adapter.*merge_")
 def _():
     made = model().float().eval()
     inject(made, UP, 16, 16)
     quantized(made, quantization.get_default_qconfig("x86"))
 
 
-@odd("FX quantization to int8, by dynamic ranges", raises=Unsupported, match="carries an adapter")
+@odd("FX quantization to int8, by dynamic ranges", raises=Unsupported, match="has an adapter")
 def _():
     made = model().float().eval()
     inject(made, UP, 16, 16)
@@ -93,28 +93,28 @@ def _():
     convert_fx(prepare_fx(made, mapping, (X.float(),)))  # No forward in between.
 
 
-@odd("FX quantization of a fused activation", raises=Unsupported, match="carries an adapter")
+@odd("FX quantization of a fused activation", raises=Unsupported, match="has an adapter")
 def _():
     made = model(relu=True).float().eval()
     inject(made, UP, 16, 16)
     quantized(made, quantization.get_default_qconfig("x86"))
 
 
-@odd("FX quantization of a model without blocks", raises=Unsupported, match="carries an adapter")
+@odd("FX quantization of a model without blocks", raises=Unsupported, match="has an adapter")
 def _():
     made = one().float().eval()
     inject(made)
     quantized(made, quantization.get_default_qconfig("x86"))
 
 
-@odd("FX quantization of a layer between adapters, switched off", raises=Unsupported, match="carries an adapter")
+@odd("FX quantization of a layer between adapters, switched off", raises=Unsupported, match="has an adapter")
 def _():
     made = model().float().eval()
     inject(made, UP, 16, 16, active=False)
     quantized(made, quantization.get_default_qconfig("x86"))
 
 
-@odd("FX quantization-aware training", raises=Unsupported, match="takes the weight of a module")
+@odd("FX quantization-aware training", raises=Unsupported, match="takes over the weight of a module")
 def _():
     made = model().float().train()
     inject(made, UP, 16, 16)
@@ -167,7 +167,7 @@ def _():
     return fuse_fx(made)(X), wanted
 
 
-@odd("a module of a traced graph is exchanged by hand", raises=Unsupported, match="carries an adapter")
+@odd("a module of a traced graph is exchanged by hand", raises=Unsupported, match="has an adapter")
 def _():
     made = one()
     inject(made)
@@ -184,7 +184,7 @@ def _():
     return traced(X), linear(one()[0])
 
 
-@odd("FX quantization of a copied model", raises=Unsupported, match="carries an adapter")
+@odd("FX quantization of a copied model", raises=Unsupported, match="has an adapter")
 def _():
     made = one().float().eval()
     inject(made)
@@ -405,7 +405,7 @@ def _():
     return found[0], found[1]
 
 
-@odd("a forward patched after injecting that goes past the adapter", raises=Unsupported, match="goes past its adapter")
+@odd("a forward patched after injecting that goes past the adapter", raises=Unsupported, match="bypasses the adapter")
 def _():
     base = one().float()
     inject(base)
@@ -503,7 +503,7 @@ def test_peft_merges_its_adapter_below_ours(ours, kind, unloaded):
     if kind in SUMS and ours == "lora":
         torch.testing.assert_close(merged(), wanted)
         return
-    with pytest.raises(Unsupported, match=r"PEFT merged its .* into the weight below"):
+    with pytest.raises(Unsupported, match=r"PEFT merged its .* into the weight that"):
         merged()
 
 

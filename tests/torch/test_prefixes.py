@@ -187,16 +187,16 @@ SELF = "model.layers.0.self_attn"
 GATED = METHODS["gated_prefix"]
 ONE_GATE = GATED(P=torch.ones(1, 2, 2, 3, 2), gate=torch.ones(1, 8), gate_bias=torch.ones(1))
 FAULTS = {
-    "heads": (SELF, prefix(1, 2, 4, 3, 2), ShapeMismatch, "made for heads=4; the attention has 2"),
+    "heads": (SELF, prefix(1, 2, 4, 3, 2), ShapeMismatch, "made for heads=4, but the attention has 2"),
     "width of a head": (SELF, prefix(1, 2, 2, 3, 4), ShapeMismatch, "made for d=4"),
-    "layers": (SELF, prefix(2, 2, 2, 3, 2), ShapeMismatch, "made for layers=2; the attention has 1"),
+    "layers": (SELF, prefix(2, 2, 2, 3, 2), ShapeMismatch, "made for layers=2, but the attention has 1"),
     "width of the gate": (
         SELF, GATED(P=torch.ones(1, 2, 2, 3, 2), gate=torch.ones(1, 6), gate_bias=torch.ones(1)), ShapeMismatch,
         "made for width=6",
     ),
-    "no attention": (f"{SELF}.q_proj", ONE_GATE, Unsupported, "gated_prefix at a Linear"),
-    "the model": ("", ONE_GATE, Unsupported, "gated_prefix at a LlamaForCausalLM"),
-    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens behind a LlamaAttention"),
+    "no attention": (f"{SELF}.q_proj", ONE_GATE, Unsupported, "gated_prefix cannot be applied to a Linear"),
+    "the model": ("", ONE_GATE, Unsupported, "cannot be applied to a LlamaForCausalLM"),
+    "tokens": (SELF, METHODS["prompt"](P=torch.ones(2, 8)), Unsupported, "tokens cannot follow a LlamaAttention"),
 }  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_a_way_to_attend_that_takes_no_prefix_is_named():
     model = fresh(llama)
     ak.torch.inject(model, context(model, "prefix"))
     model.model.layers[1].self_attn.config = SimpleNamespace(_attn_implementation="flex_attention")
-    with pytest.raises(Unsupported, match=r"computed as 'flex_attention'.*attn_implementation= one of eager, sdpa"):
+    with pytest.raises(Unsupported, match=r"computed by 'flex_attention'.*attn_implementation= one of eager, sdpa"):
         run(model)
 
 
@@ -222,7 +222,7 @@ def test_models_without_such_attentions_have_no_place_for_it():
     model = nn.Module()
     model.embed = nn.Embedding(4, 8)
     model.get_input_embeddings = lambda: model.embed
-    with pytest.raises(TargetNotFound, match="no attention of transformers' matches"):
+    with pytest.raises(TargetNotFound, match="no attention of transformers matches"):
         ak.torch.create(model, "gated_prefix", rank=2, sizes={"layers": 1, "heads": 1, "d": 8})
 
 
@@ -244,11 +244,11 @@ def test_a_prompt_behind_embeddings(build):
     torch.testing.assert_close(run(model, attention_mask=MASK), expected, rtol=1e-5, atol=1e-5)
     handle.remove()
     assert run(model).shape[1] == 4
-    with pytest.raises(ShapeMismatch, match="made for embeddings of 6"):
+    with pytest.raises(ShapeMismatch, match="made for embeddings of width 6"):
         ak.torch.inject(model, Adapter({Target(name): (METHODS["prompt"](P=torch.ones(2, 6)),)}))
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def test_a_prompt_where_a_model_cannot_take_one_is_refused():
-    with pytest.raises(Unsupported, match="tokens behind a Dropout"):
+    with pytest.raises(Unsupported, match="tokens cannot follow a Dropout"):
         ak.torch.inject(fresh(gpt2), Adapter({Target("transformer.drop"): (METHODS["prompt"](P=torch.ones(2, 8)),)}))

@@ -85,7 +85,7 @@ def test_the_figures_are_those_of_pefts_model_in_numpy(tmp_path: Path) -> None:
     assert found.merged.scale == pytest.approx(0, abs=1e-6)
     same = [next((at for at in range(6) if one[at] != two[at]), 6) for one, two in zip(*texts, strict=True)]
     assert found.effect.agreement == sum(same) / 12
-    assert found.data == "2 texts that were given"
+    assert found.data == "2 given texts"
 
 
 def test_the_null_adapter_has_the_norm_of_the_change(root: str) -> None:
@@ -153,7 +153,7 @@ def test_texts_of_files(tmp_path: Path) -> None:
             texts_of(tmp_path / "b.jsonl")
         assert raised.value.where == "line 1"
     (tmp_path / "c.txt").write_text("\n \n")
-    with pytest.raises(UsageError, match="no texts"):
+    with pytest.raises(UsageError, match="contains no texts"):
         texts_of(tmp_path / "c.txt")
 
 
@@ -175,7 +175,7 @@ def test_wrong_calls_are_refused_with_a_cure(root: str, tmp_path: Path, monkeypa
         (UsageError, "unknown dtype", lambda: ak.gate(base, adapter, dtype="int8")),
         (UsageError, "texts must be at least 1", lambda: ak.gate(base, adapter, texts=0)),
         (UsageError, "has no tokenizer", lambda: ak.gate(base, adapter, data=tmp_path / "t.txt")),
-        (UsageError, "no such graph", lambda: ak.gate(base, adapter, onnx=tmp_path / "none.onnx")),
+        (UsageError, "graph does not exist", lambda: ak.gate(base, adapter, onnx=tmp_path / "none.onnx")),
         (UsageError, "a single weight file", lambda: ak.gate(base / "model.safetensors", adapter)),
         (Malformed, "no config.json", lambda: ak.gate(plain, adapter)),
     ):
@@ -246,7 +246,7 @@ def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp
     assert found.merged.dtype == "quantized"
     assert found.merged.scale == pytest.approx(weight, abs=0.05)
     assert found.outcome == ("passed" if weight == 1 else "failed"), found.verdicts
-    words = {1.0: "% of the effect", 2.0: "twice the change", 0.0: "is the base"}
+    words = {1.0: "% of the effect", 2.0: "twice the change", 0.0: "equals the base"}
     assert any(words[weight] in verdict for verdict in found.verdicts), found.verdicts
 
 
@@ -277,7 +277,7 @@ def test_the_command(root: str, tmp_path: Path) -> None:
     told = json.loads(failed.stdout)
     assert (told["outcome"], told["verdicts"][0]) == (
         "failed",
-        "the merged model is the base: nothing of the change is there",
+        "the merged model equals the base: it contains nothing of the change",
     )
     unknown = run("gate", base, tmp_path / "lora.safetensors", *SMALL, "--min-over-null", "1")
     assert unknown.exit_code == 3, unknown.output
@@ -311,7 +311,7 @@ def test_another_base_is_a_warning_or_refused(root: str, tmp_path: Path) -> None
 )
 def test_a_scale_that_rounding_explains_passes(rounded: bool, fault: str, kept: float, ok: bool) -> None:
     """SmolLM2 in bfloat16 kept 99.5 % of a LoRA's effect and 90 % of its size: small numbers were lost."""
-    effect = AdapterEffect(0.5, "nats a token", None, None, None, None, None, finite=True)
+    effect = AdapterEffect(0.5, "nats per token", None, None, None, None, None, finite=True)
     part = ModulePart("layers.0.q_proj", touched=True, scale=0.9, error=0.4, finite=True, fault=fault, rounded=rounded)
     merged = KeptEffect("merged", "m", divergence=0.002, kept=kept, scale=0.9 - 1e-3, dtype="BF16", parts=(part,))
     (scale,) = (check for check in checks_of(effect, [merged], Thresholds()) if check.name == "scale")

@@ -81,18 +81,21 @@ def crossed(changes: Tensors) -> Tensors:
 FAULTS: dict[str, tuple[Callable[[Path, Tensors], Tensors], str]] = {
     "twice": (lambda base, d: merged(base, d, 2), "twice the change"),
     "half": (lambda base, d: merged(base, d, 0.5), "half the change"),
-    "sign turned": (lambda base, d: merged(base, d, -1), "sign turned"),
-    "nothing": (lambda base, d: merged(base, d, 0), "is the base"),
-    "one target missed": (lambda base, d: merged(base, without(d, DOWN)), "layer 1 down_proj is where they part first"),
+    "sign turned": (lambda base, d: merged(base, d, -1), "opposite sign"),
+    "nothing": (lambda base, d: merged(base, d, 0), "equals the base"),
+    "one target missed": (
+        lambda base, d: merged(base, without(d, DOWN)),
+        "layer 1 down_proj is the first module that differs",
+    ),
     "one layer missed": (lambda base, d: merged(base, without(d, "layers.1.")), "nothing of the change"),
     "attention missed": (lambda base, d: merged(base, without(d, "self_attn")), "8 of"),
-    "layers shifted": (lambda base, d: merged(base, shifted(d)), "hold the change of another module"),
-    "two targets exchanged": (lambda base, d: merged(base, crossed(d)), "hold the change of another module"),
+    "layers shifted": (lambda base, d: merged(base, shifted(d)), "contain the change of another module"),
+    "two targets exchanged": (lambda base, d: merged(base, crossed(d)), "contain the change of another module"),
     "one layer transposed": (
         lambda base, d: merged(base, d | {f"{OUT}.weight": d[f"{OUT}.weight"].T}),
-        "layer 1 o_proj holds the change transposed",
+        "layer 1 o_proj contains the change transposed",
     ),
-    "a norm lost": (lambda base, d: no_norm(merged(base, d)), "layer 0 input_layernorm holds other weights"),
+    "a norm lost": (lambda base, d: no_norm(merged(base, d)), "layer 0 input_layernorm has other weights"),
 }  # fmt: skip
 
 
@@ -171,9 +174,9 @@ def numbers_of(packed: Path, like: Path) -> dict[str, np.ndarray]:
 def test_a_gguf_base_needs_its_folder(root: str, tmp_path: Path) -> None:
     base, adapter = world("llama", root)
     packed = model_in_gguf(tmp_path / "base.gguf", load_file(base / "model.safetensors"), "Q8_0")
-    with pytest.raises(UsageError, match=r"has no config\.json to run it with") as refused:
+    with pytest.raises(UsageError, match=r"cannot run without a config") as refused:
         ak.gate(packed, adapter, **FAST)
     assert "--merged (merged=)" in str(refused.value.cure)
     other = lora("llama", model_of(base), seed=2)
     found = ak.gate(base, other, merged=packed, **FAST)
-    check_failed(found, "is the base")
+    check_failed(found, "equals the base")

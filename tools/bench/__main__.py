@@ -1,4 +1,4 @@
-"""Runs one benchmark by name: `python tools/bench merge --rounds 5`; without a name, lists what there is."""
+"""Runs one benchmark by name: `python tools/bench merge --rounds 5`. Without a name, it lists all benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Hands the rest of the command line to the benchmark."""
+    """Pass the rest of the command line to the benchmark."""
     known = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "__main__")
     if len(sys.argv) < 2 or sys.argv[1] not in known:
         print(f"usage: python tools/bench NAME [OPTION...]    NAME: {', '.join(known)}", file=sys.stderr)

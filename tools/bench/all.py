@@ -1,10 +1,10 @@
-"""Runs every benchmark that has figures, and writes one record and one page.
+"""Runs every benchmark that returns figures, and writes one record and one HTML page.
 
     python tools/bench all [--rounds N] [--only NAME] [--out FOLDER] [--against OLD.json]
 
-`FOLDER/bench.json` holds the machine, the versions of the peers and every figure with its rounds; `bench.html` shows
-them. With `--against`, figures that are worse than in an older record are listed, and the exit code is 1: compare
-records of one machine only. A benchmark takes part if its script uses `rig/figures.py`.
+`FOLDER/bench.json` has the machine, the versions of the compared tools and every figure with its rounds; `bench.html`
+shows them. With `--against`, the script lists figures that are worse than in an older record, and exits with 1; only
+compare records of one machine. The script includes each benchmark that uses `rig/figures.py`.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def regressions(record: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    """Run the command line; 1 when a benchmark fails or a figure is worse."""
+    """Run the command line; return 1 if a benchmark fails or a figure is worse."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, help="of every benchmark; its own default if absent")
+    parser.add_argument("--rounds", type=int, help="rounds of every benchmark (default: each benchmark's default)")
     parser.add_argument("--only", action="append", choices=benchmarks(), help="may be repeated")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="default: %(default)s")
     parser.add_argument("--against", type=Path, metavar="OLD.json", help="an earlier record of this machine")

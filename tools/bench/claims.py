@@ -1,19 +1,20 @@
-"""The claims of parameter-efficient fine-tuning, measured side by side on a real task in one run.
+"""Measures the claims of parameter-efficient fine-tuning side by side on a real task in one run.
 
-Takes a quarter of an hour of one core.
+Takes a quarter of an hour on one core.
 
     python tools/bench/claims.py [--task NAME] [--seeds 3] [--epochs 10] [--jobs 2] [--only NAME]
 
-A small transformer of Llama's make (1.3 M parameters) learns to read scikit-learn's handwritten digits, 8x8 pixels as
-16 tokens. Then the task changes, and it is adapted to that: all of it, or by each method with the base frozen, its head
-too. The tasks are the demo's: relabelled, it sees what it knows and must answer with the next digit; rotated or as a
-negative, it must learn to see.
+A small transformer of Llama's architecture (1.3 M parameters) learns to read scikit-learn's handwritten digits: 8x8
+pixels as 16 tokens. Then the task changes, and the model is adapted to the new task: by full fine-tuning, or by each
+method with the base and its head frozen. The tasks are those of the demo. In `relabelled`, the images stay the same and
+the answer is the next digit. In the tasks with rotated and negative images, the model must learn new inputs.
 
-The images are in three parts: 1000 to train on, 257 for choices, 540 held out. A contender has the learning rate of
-`RATES` that is best on the 257 after one run of `TRIAL` epochs with a seed that is not used again. LoRA has the best of
-its `PLACES` in the same way, and DoRA, NOLA and QLoRA adapt what LoRA does. Nothing is chosen on the 540, of which the
-accuracies are. Recovered is (accuracy - before) / (accuracy of full - before). Each seed draws other initial values,
-another order of the images and other shifts of them; the tables have medians.
+The images are in three parts: 1000 for training, 257 for choices, 540 held out. For each contender, the learning rate
+in `RATES` is chosen that is best on the 257 images after one run of `TRIAL` epochs, with a seed that is not used again.
+The target modules of LoRA are chosen from `PLACES` in the same way; DoRA, NOLA and QLoRA adapt the same modules as
+LoRA. Accuracies are measured on the 540 images, which are not used for any choice. Recovered is (accuracy - before) /
+(accuracy of full - before). Each seed draws different initial values, orders and shifts of the images; the tables have
+medians.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ WIDTH, HIDDEN, LAYERS, HEADS = 256, 512, 2, 4
 PATCH, TOKENS = 2, 16
 TRAINED, CHOOSING, BATCH, PRETRAINING = 1000, 257, 64, 30
 RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
-"""Adam's highest learning rates, the same to choose from for every contender."""
+"""Adam's highest learning rates; one of them is chosen for each contender."""
 PLACES = ({"targets": ["q_proj", "v_proj"], "rank": 5}, {"targets": ["o_proj", "down_proj"], "rank": 4}, {"rank": 1})
-"""What LoRA may adapt, with about as many numbers each: 0.78 %, 0.78 % and, for all linear layers, 0.66 %."""
+"""Target modules for LoRA, with about the same number of parameters: 0.78 %, 0.78 % and, for all linear layers, 0.66
+%."""
 CHOOSER, TRIAL = 1000, 4
-"""Seed and epochs of the runs that choices are made by."""
+"""Seed and epochs of the runs for choices."""
 NF4 = [
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
@@ -60,16 +62,16 @@ BLOCK = 64
 
 @dataclass(slots=True)
 class Contender:
-    """A way of adapting the model.
+    """A contender: a way to adapt the model.
 
     Attributes:
-        name: what the table calls it.
-        method: its method, or None for all parameters.
+        name: the name in the table.
+        method: the method, or None for full fine-tuning.
         places: options for `ak.torch.create` to choose from.
         four_bits: the frozen base is rounded to 4 bits first.
-        options: the chosen ones.
-        rate: the chosen one.
-        runs: one result a seed.
+        options: the chosen options.
+        rate: the chosen learning rate.
+        runs: one result for each seed.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Result:
 
 
 def contenders() -> list[Contender]:
-    """Full fine-tuning first; methods with about as many numbers each as LoRA, where they can have that many."""
+    """Return full fine-tuning, then methods with about as many parameters as LoRA, if they can have that many."""
     places = tuple({"targets": "all-linear", **place, "alpha": 2 * place["rank"]} for place in PLACES)
     return [
         Contender("full fine-tuning", None),
@@ -122,7 +124,8 @@ class Reader(nn.Module):
         self.embed, self.head = nn.Linear(PATCH**2, WIDTH), nn.Linear(WIDTH, 10)
         self.position = nn.Parameter(0.1 * torch.randn(TOKENS, WIDTH))
         self.body = LlamaModel(LlamaConfig(vocab_size=16, **sizes, **heads))
-        self.body.embed_tokens.requires_grad_(False)  # Of no use to images; prompts begin with some of its rows.
+        # Images do not use the embedding; prompts start with some of its rows.
+        self.body.embed_tokens.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         seen = self.body(inputs_embeds=self.embed(patches(images)) + self.position).last_hidden_state
@@ -138,7 +141,7 @@ def patches(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Images uint8 `[n, 8, 8]` and labels `[n]`: to train on, to choose by, held out."""
+    """Return images, uint8 `[n, 8, 8]`, and labels, `[n]`: for training, for choices, held out."""
 
     images: Tensor
     labels: Tensor
@@ -149,7 +152,7 @@ class Digits:
 
 
 def digits() -> Digits:
-    """scikit-learn's, in the order of its file, in which writers of the held-out images wrote none of the others."""
+    """Return scikit-learn's digits in the order of its file: the writers of the held-out images wrote no others."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -161,7 +164,7 @@ def digits() -> Digits:
 
 
 def changed(data: Digits, task: str) -> Digits:
-    """The same images as another task has them."""
+    """Return the images and labels of a task."""
     change = TASKS[task]
     return Digits(
         *change(data.images, data.labels), *change(data.choosing_images, data.choosing_labels),
@@ -170,7 +173,7 @@ def changed(data: Digits, task: str) -> Digits:
 
 
 def fit(model: nn.Module, parameters: list[Tensor], images: Tensor, labels: Tensor, epochs: int, rate: float) -> Any:
-    """Adam with a one-cycle rate, images moved by up to one pixel; returns the optimizer, gradients still there."""
+    """Train by Adam with a one-cycle rate and shifted images; return the optimizer, with the last gradients."""
     optimizer = torch.optim.Adam(parameters, rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * -(-len(images) // BATCH))
     for _ in range(epochs):
@@ -185,7 +188,7 @@ def fit(model: nn.Module, parameters: list[Tensor], images: Tensor, labels: Tens
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Each image moved by at most a pixel each way."""
+    """Shift each image by at most one pixel."""
     n = len(images)
     start = torch.randint(0, 3, (n, 2))
     rows, columns = (start[:, axis, None] + torch.arange(8) for axis in (0, 1))
@@ -194,7 +197,7 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def pretrained(data: Digits) -> Reader:
-    """The base: reads the digits as they are."""
+    """Train the base, which reads the digits unchanged."""
     torch.manual_seed(0)
     model = Reader()
     fit(model, [p for p in model.parameters() if p.requires_grad], data.images, data.labels, PRETRAINING, 1e-3)
@@ -202,7 +205,7 @@ def pretrained(data: Digits) -> Reader:
 
 
 def choose(contender: Contender, base: Reader, data: Digits) -> None:
-    """Options and rate that are best on the images for choices; none of those held out is looked at."""
+    """Return the best options and learning rate on the images for choices, without the held-out images."""
     blind = replace(data, test_images=data.choosing_images, test_labels=data.choosing_labels)
     scores = []
     for place, rate in itertools.product(contender.places, RATES):
@@ -213,7 +216,7 @@ def choose(contender: Contender, base: Reader, data: Digits) -> None:
 
 
 def run(contender: Contender, base: Reader, data: Digits, epochs: int, seed: int) -> Result:
-    """Adapts a copy of the base to data of another task."""
+    """Adapt a copy of the base to the data of another task."""
     torch.manual_seed(seed)
     model, started = copy.deepcopy(base), time.perf_counter()
     if contender.four_bits:
@@ -232,7 +235,7 @@ def run(contender: Contender, base: Reader, data: Digits, epochs: int, seed: int
 
 @contextlib.contextmanager
 def adapted(contender: Contender, model: Reader, seed: int) -> Iterator[tuple[list[Any], Any]]:
-    """What is trained, and a function that gives the bytes of the file to keep of it."""
+    """Return the trained parameters, and a function that returns the size of the file to keep."""
     if contender.method is None:
         parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
         yield parameters, lambda: nbytes(parameters)
@@ -245,7 +248,7 @@ def adapted(contender: Contender, model: Reader, seed: int) -> Iterator[tuple[li
 
 
 def file_size(adapter: Any) -> int:
-    """Bytes of the adapter's native file."""
+    """Return the size of the adapter's native file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         ak.write(adapter, path)
@@ -253,7 +256,7 @@ def file_size(adapter: Any) -> int:
 
 
 def weights_of(model: Reader, contender: Contender) -> int:
-    """Bytes of the base while training: of a 4-bit base, what a packed file of it would take."""
+    """Return the bytes of the base during training; for a 4-bit base, the size of a packed file."""
     plain = nbytes(model.parameters())
     if not contender.four_bits:
         return plain
@@ -263,7 +266,7 @@ def weights_of(model: Reader, contender: Contender) -> int:
 
 @torch.no_grad()
 def rounded_to_four_bits(model: nn.Module) -> None:
-    """All linear weights quantised to NF4 in blocks with their own scale, and back: what a QLoRA's base computes."""
+    """Round all linear weights to NF4 in blocks with one scale each, like the base of a QLoRA."""
     levels = torch.tensor(NF4)
     middles = (levels[1:] + levels[:-1]) / 2
     for module in model.modules():
@@ -274,12 +277,12 @@ def rounded_to_four_bits(model: nn.Module) -> None:
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
-    """Bytes of tensors."""
+    """Return the bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def show(task: str, seen: list[Contender], total: int, plain: float) -> None:
-    """The table: medians over the seeds, and the lowest and highest quality recovered."""
+    """Print the table: medians over the seeds, and the lowest and highest recovered quality."""
     full = {c.name: c for c in seen}["full fine-tuning"].runs
     print(f"\n{task}: {total:,} parameters; {plain:.1%} right before the task changes, {full[0].before:.1%} after that")
     head = ("", "trained", "grads + Adam", "and weights", "to keep", "right", "recovered", "rate", "seconds")
@@ -302,16 +305,16 @@ def show(task: str, seen: list[Contender], total: int, plain: float) -> None:
 
 
 def size(count: int) -> str:
-    """Bytes in kB or MB."""
+    """Return bytes in kB or MB."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, default="relabelled", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=10, help="of adapting; default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of adapting; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2, help="contenders at a time; default: %(default)s")
     parser.add_argument("--only", action="append", choices=[c.name for c in contenders()], help="may be repeated")
     options = parser.parse_args()
@@ -325,7 +328,7 @@ def main() -> int:
 
 
 def measured(base: Reader, data: Digits, options: argparse.Namespace) -> list[Contender]:
-    """All contenders with what was chosen for them and their runs, some at a time, each on one thread."""
+    """Return all contenders with their choices and runs; several run at a time, each on one thread."""
     known = [c for c in contenders() if c.name in ("full fine-tuning", "LoRA", *(options.only or [c.name]))]
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         task = functools.partial(measure, base=base, data=data, options=options)
@@ -337,7 +340,7 @@ def measured(base: Reader, data: Digits, options: argparse.Namespace) -> list[Co
 
 
 def measure(contender: Contender, base: Reader, data: Digits, options: argparse.Namespace) -> Contender:
-    """The contender with what was chosen for it and its runs."""
+    """Return a contender with its choices and runs."""
     choose(contender, base, data)
     for seed in range(options.seeds):
         contender.runs.append(run(contender, base, data, options.epochs, seed))
@@ -346,7 +349,7 @@ def measure(contender: Contender, base: Reader, data: Digits, options: argparse.
 
 
 def say(line: str) -> None:
-    """Progress, to standard error."""
+    """Print progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,14 +1,15 @@
-"""Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
+"""Times combinations of one target side by side: on factors, by the formula on whole matrices, by PEFT and mergekit.
 
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
         [--only tsv] [--no-dense] [--single]
 
-Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds;
-for the peers, set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the
-same changes; decompositions that several begin with are made once and charged to each. The error is that of our
-result against it, relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold,
-by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is
-timed where it is installed.
+Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, as medians of the
+rounds; set OMP_NUM_THREADS=1 for PEFT and mergekit if other work runs at the same time. The dense formula is the
+paper's formula in float64 numpy on the same changes. If several methods begin with the same decomposition, it is
+computed once, and its time is added to each. The error is the relative difference of adapterkit's result from the dense
+formula in the Frobenius norm. Memory is the largest allocation in addition to the adapters, by tracemalloc, which sees
+numpy and Python; it is not shown for PEFT and mergekit, whose tensors tracemalloc does not see. mergekit is timed if it
+is installed.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ SINGLE = "--single" in sys.argv
 
 
 def main() -> None:
-    """Parses, measures, prints one table."""
+    """Parse the options, measure, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=1, help="targets for adapterkit; others are timed on one")
-    parser.add_argument("--rounds", type=int, default=3, help="of each contender; formulas on whole matrices run once")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), help="these methods, and no peers")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; formulas on whole matrices run once")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="only these methods, without the other tools")
     parser.add_argument("--single", action="store_true", help="decompose whole matrices in float32, by torch")
-    parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
+    parser.add_argument("--no-dense", action="store_true", help="omit the formulas on whole matrices")
     chosen = parser.parse_args()
     adapters = made(chosen.size, chosen.tasks, chosen.rank, chosen.targets)
     print(f"{chosen.tasks} adapters of rank {chosen.rank}, {chosen.size} x {chosen.size}, per target")
     print(f"{'method':<26}{'seconds':>10}{'MB':>8}{'dense s':>10}{'times':>8}{'error':>10}")
-    ak.ops.combine(made(64, 2, 4, 1), "tsv")  # imports are not what is timed
+    ak.ops.combine(made(64, 2, 4, 1), "tsv")  # Import first, to not time imports.
     for name in chosen.only or CASES:
         method, parameters, formula = CASES[name]
         row(name, adapters, chosen, lambda m=method, p=parameters: ak.ops.combine(adapters, m, **p), formula)
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapter], formula: Any) -> None:
-    """One method: ours, the dense formula, and how far the two are apart."""
+    """Measure one method: adapterkit, the dense formula, and the difference of both."""
     seconds, peak, result = timed(lambda: written(run()), chosen.rounds)
     line = f"{name:<26}{seconds / chosen.targets:>10.3f}{peak / 1e6:>8.0f}"
     if formula is not None and not chosen.no_dense:
@@ -74,17 +75,17 @@ def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapt
 
 
 DENSE: dict[Any, tuple[float, Array]] = {}
-"""Seconds and results of formulas on whole matrices that several rows are compared with."""
+"""Times and results of formulas on whole matrices with which several rows are compared."""
 
 KEPT: dict[str, tuple[float, Any]] = {}
-"""Seconds and results of decompositions that several formulas begin with."""
+"""Times and results of decompositions with which several formulas begin."""
 
 BORROWED: list[float] = []
-"""Seconds of the decompositions that the formula now running was spared."""
+"""Time of the decompositions that the current formula reused."""
 
 
 def dense(formula: Any, deltas: list[Array], rank: int) -> tuple[float, Array]:
-    """Processor seconds of a formula on whole matrices, and what it gives; run for one row only."""
+    """Return the processor time and the result of a formula on whole matrices; runs once for all rows."""
     if formula not in DENSE:
         BORROWED.clear()
         seconds, _, expected = timed(lambda: formula(deltas, rank), 1, traced=False)
@@ -93,7 +94,7 @@ def dense(formula: Any, deltas: list[Array], rank: int) -> tuple[float, Array]:
 
 
 def kept(name: str, make: Callable[[], Any]) -> Any:
-    """A decomposition, made once; a formula that finds it made is charged for it."""
+    """Return a decomposition, computed once; its time is added to each formula that reuses it."""
     if name in KEPT:
         BORROWED.append(KEPT[name][0])
     else:
@@ -104,7 +105,7 @@ def kept(name: str, make: Callable[[], Any]) -> Any:
 
 
 def made(size: int, tasks: int, rank: int, targets: int) -> list[Adapter]:
-    """Random adapters whose factors have a third in common, so that there is something to agree on."""
+    """Return random adapters whose factors have a third in common, so that they partly agree."""
 
     def lora(task: int, target: int) -> Any:
         shared, own = np.random.default_rng([target]), np.random.default_rng([target, task + 1])
@@ -118,7 +119,7 @@ def made(size: int, tasks: int, rank: int, targets: int) -> list[Adapter]:
 
 
 def exact(adapter: Adapter) -> Array:
-    """The change of the first target, float64 `[out, in]`."""
+    """Return the change of the first target, float64 `[out, in]`."""
     update: Any = adapter.updates[TARGET][0]
     if update.method == "dense":
         return np.asarray(update.D.numpy(), np.float64)
@@ -127,12 +128,12 @@ def exact(adapter: Adapter) -> Array:
 
 
 def written(adapter: Adapter) -> Adapter:
-    """The adapter with every tensor computed, as a file would have it."""
+    """Return the adapter with every tensor computed, as in a file."""
     return adapter.map(lambda leaf: from_numpy(np.array(leaf.numpy())))  # type: ignore[union-attr]
 
 
 def timed(run: Callable[[], Any], rounds: int, traced: bool = True) -> tuple[float, int, Any]:
-    """The median of processor seconds of runs without tracing, bytes of another with it, the result."""
+    """Return the median processor time of runs without tracing, the memory of a run with tracing, and the result."""
     seconds: list[float] = []
     for _ in range(rounds):
         started = time.process_time()
@@ -154,13 +155,13 @@ def dense_sum(deltas: list[Array], _: int) -> Array:
 
 
 def trimmed(D: Array, density: float) -> Array:
-    """The largest entries, one more than the density says, as the authors of TIES count."""
+    """Keep the largest entries: one more than the density gives, as in the TIES authors' code."""
     count = D.size - int(density * D.size) - 1
     return np.where(np.abs(D) >= np.partition(np.abs(D).ravel(), count)[count], D, 0.0)
 
 
 def elected(kept: list[Array]) -> Array:
-    """The mean of entries that have the elected sign."""
+    """Return the mean of the entries with the elected sign."""
     signs = np.sign(sum(kept))
     agree = [np.sign(D) == signs for D in kept]
     total: Array = sum(D * a for D, a in zip(kept, agree, strict=True)) / np.maximum(
@@ -170,12 +171,12 @@ def elected(kept: list[Array]) -> Array:
 
 
 def dense_ties(deltas: list[Array], _: int) -> Array:
-    """TIES on whole matrices."""
+    """Compute TIES on whole matrices."""
     return elected([trimmed(D, 0.2) for D in deltas])
 
 
 def thin_svd(D: Array) -> tuple[Array, Array, Array]:
-    """The thin decomposition by LAPACK, in float64, or with --single in float32 by torch, which ends sooner."""
+    """Return the thin decomposition by LAPACK in float64; with --single, by torch in float32, which is faster."""
     if not SINGLE:
         return np.linalg.svd(D, full_matrices=False)
     import torch
@@ -185,7 +186,7 @@ def thin_svd(D: Array) -> tuple[Array, Array, Array]:
 
 
 def aligned(deltas: list[Array], rank: int) -> tuple[Array, list[Array]]:
-    """KnOTS's coordinates: a decomposition of all matrices side by side."""
+    """Return KnOTS's coordinates: a decomposition of all matrices side by side."""
     U, S, Vh = kept("side by side", lambda: thin_svd(np.hstack(deltas)))
     count, n = len(deltas) * rank, deltas[0].shape[1]
     return U[:, :count], [S[:count, None] * Vh[:count, t * n : (t + 1) * n] for t in range(len(deltas))]
@@ -204,7 +205,7 @@ def dense_knots(deltas: list[Array], rank: int) -> Array:
 
 
 def cores(deltas: list[Array], rank: int) -> tuple[Array, list[Array], Array]:
-    """Core Space's coordinates: decompositions of all matrices side by side and on top of one another."""
+    """Return Core Space's coordinates: decompositions of all matrices side by side and stacked."""
     U = kept("side by side", lambda: thin_svd(np.hstack(deltas)))[0][:, : len(deltas) * rank]
     V = kept("on top", lambda: thin_svd(np.hstack([D.T for D in deltas])))[0][:, : len(deltas) * rank]
     return U, [U.T @ D @ V for D in deltas], V.T
@@ -223,7 +224,7 @@ def dense_core_ties(deltas: list[Array], rank: int) -> Array:
 
 
 def dense_cart(deltas: list[Array], rank: int) -> Array:
-    """CART: the mean and the leading directions of the differences from it, 0.12 of those that the adapters span."""
+    """Compute CART: the mean, and the leading directions of differences from it (0.12 of the adapters' directions)."""
     centre = dense_sum(deltas, rank) / len(deltas)
     total = centre.copy()
     for D in deltas:
@@ -257,7 +258,7 @@ def dense_iso(deltas: list[Array], rank: int) -> Array:
 
 
 def dense_iso_cts(deltas: list[Array], rank: int) -> Array:
-    """Iso-CTS: 0.8 of the directions are those of the sum, the rest each task's own outside of them."""
+    """Compute Iso-CTS: 0.8 of the directions are those of the sum; the rest are each task's outside of them."""
     U, S, Vh = leading(dense_sum(deltas, rank), rank * len(deltas))
     own = round((len(S) - int(0.8 * len(S))) / len(deltas))
     common = len(S) - own * len(deltas)
@@ -310,11 +311,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array], int], Array] 
     "ties, per tensor": ("ties", {"scope": "tensor"}, dense_ties),
     "dare_linear": ("dare_linear", {}, None),
 }
-"""What is timed: our method and parameters, and the paper's formula on whole matrices, if it is short enough to say."""
+"""A case: adapterkit's method and parameters, and the paper's formula on whole matrices, if it is short."""
 
 
 def peers(adapters: list[Adapter]) -> dict[str, Callable[[], Any]]:
-    """PEFT's `add_weighted_adapter` and mergekit's `merge_tensors` on the same changes."""
+    """Measure PEFT's `add_weighted_adapter` and mergekit's `merge_tensors` on the same changes."""
     return {**_peft(adapters), **_mergekit(adapters)}
 
 

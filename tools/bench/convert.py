@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""An adapter of thousands of tensors from PEFT's format to kohya's and back, beside `cp` and `sync` of the same bytes.
+"""Times converting an adapter of thousands of tensors from PEFT to kohya and back, and copying the same bytes.
 
-Whole processes, each way behind a copy of what it reads, several rounds; then a tenth of the adapter, to tell what of
-the memory grows with it.
-The adapter is a LoRA of 2,500 linear layers of an image model, bfloat16, 1 GB; the base is its headers alone.
+Each conversion runs as a whole process, after a copy (`cp` and `sync`) of its input, in several rounds. Then a tenth of
+the adapter is converted, to show how much of the memory grows with the adapter. The adapter is a LoRA of 2,500 linear
+layers of an image model, 1 GB in bfloat16; the base consists of headers only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k")
 
 
 def modules(count: int) -> list[str]:
-    """Paths in an image model's words."""
+    """Return paths of modules with the names of an image model."""
     block = "unet.down_blocks.{}.attentions.{}.transformer_blocks.{}.{}"
     return [block.format(n // 500, n // 50 % 10, n // 5 % 10, LAYERS[n % 5]) for n in range(count)]
 
 
 def write(path: Path, shapes: dict[str, tuple[int, int]], *, filled: bool) -> None:
-    """A safetensors file of bfloat16 in the order in which the library writes it; without values it takes no room."""
+    """Write a safetensors file of bfloat16 in the library's order; without values, it takes no space on the disk."""
     header, end = {}, 0
     shapes = dict(sorted(shapes.items()))
     for name, shape in shapes.items():
@@ -53,7 +53,7 @@ def write(path: Path, shapes: dict[str, tuple[int, int]], *, filled: bool) -> No
 
 
 def inputs(work: Path, count: int) -> tuple[Path, Path]:
-    """PEFT's folder and the base."""
+    """Write PEFT's folder and the base."""
     adapter, base = work / "peft", work / "base.safetensors"
     adapter.mkdir(parents=True)
     names = modules(count)
@@ -72,7 +72,7 @@ def inputs(work: Path, count: int) -> tuple[Path, Path]:
 
 
 def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
-    """One round: each way behind a copy of what it reads, which is gone before, so that both find the same memory."""
+    """Measure one round: copy the input of each conversion, remove the copy, convert. Both then start equally."""
     kohya, again, copy = work / "kohya.safetensors", work / "again", work / "copy"
     convert = [sys.executable, "-m", "adapterkit", "convert", "--base", str(base)]
     ways = {
@@ -93,19 +93,19 @@ def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A copy, and the conversion beside it."""
+    """The measurement of a copy and a conversion."""
 
     copy: Run
     conversion: Run
 
     @property
     def ratio(self) -> float:
-        """How many times as long as the copy the conversion takes."""
+        """Return the ratio of the conversion's time to the copy's."""
         return self.conversion.seconds / self.copy.seconds
 
 
 def remove(*paths: Path) -> None:
-    """Takes files and folders away, where they are there."""
+    """Remove files and folders, if they exist."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
@@ -114,14 +114,14 @@ def remove(*paths: Path) -> None:
 
 
 def values(path: Path) -> list[str]:
-    """The names, types and shapes of a file's tensors."""
+    """Return the names, dtypes and shapes of a file's tensors."""
     with open(path, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return [f"{name} {entry['dtype']} {entry['shape']}" for name, entry in header.items() if name != "__metadata__"]
 
 
 def report(name: str, pairs: list[Pair]) -> None:
-    """A line for the copies, and one for the conversions."""
+    """Print a line for the copies, and one for the conversions."""
     ratios = sorted(pair.ratio for pair in pairs)
     for what, runs in (("cp and sync", [p.copy for p in pairs]), (name, [p.conversion for p in pairs])):
         seconds, cpu = (statistics.median(getattr(run, field) for run in runs) for field in ("seconds", "cpu"))
@@ -132,11 +132,11 @@ def report(name: str, pairs: list[Pair]) -> None:
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments(parser, 3)
     parser.add_argument("--modules", type=int, default=2500)
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     chosen = parser.parse_args()
     figures = Figures("convert")
     if chosen.work is not None:

@@ -1,10 +1,10 @@
-"""How a merge grows: with the base from 0.1 to 10 B parameters, with rank, with DoRA, with adapters at once. Linux.
+"""Measures how time and memory of a merge grow with the base, the rank, DoRA and the number of adapters. Linux.
 
     python tools/bench growth [--rounds 3] [--work FOLDER] [--row NAME]...
 
-Bases are TinyLlama's shape with more or fewer layers, all zeros in sparse files, so that 10 B take no space but in the
-output (20 GB, removed after each run); each is read once before it is merged, so that it is in the page cache where it
-fits. Rows of a round run one after the other; ratios are of medians.
+The bases have TinyLlama's shapes with more or fewer layers, 0.1 to 10 B parameters. They are zeros in sparse files, so
+only the outputs take space (20 GB for 10 B, removed after each run). Each base is read once before the merge, to load
+it into the page cache if it fits. The rows of a round run one after the other; ratios are ratios of medians.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENV = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 @dataclass(slots=True)
 class Row:
-    """One merge: the share of 1.1 B parameters, rank, law, and how many adapters at once."""
+    """One merge: its fraction of 1.1 B parameters, rank, formula, and number of adapters."""
 
     name: str
     scale: float = 1.0
@@ -39,17 +39,17 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Median of what the command reports for the merging, made durable."""
+        """Return the median time that the command reports for a durable merge."""
         return statistics.median(float(json.loads(run.stdout)["seconds"]) for run in self.runs)
 
     @property
     def peak(self) -> float:
-        """The most memory of all runs, in MB of 10^6 bytes: by VmHWM, for wait4 starts at what this process holds."""
+        """Return the peak memory of all runs in MB (10^6 bytes) by VmHWM; wait4 would include this process's memory."""
         return max(run.high_water for run in self.runs) / 1e6
 
 
 def rows() -> list[Row]:
-    """Everything that is measured; all ratios are to `1.1B`."""
+    """Return all rows; ratios are relative to `1.1B`."""
     return [
         *(Row(f"{1.1 * scale:.2g}B", scale=scale) for scale in (1.0, 0.1, 9.0)),
         *(Row(f"r{rank}", rank=rank) for rank in (8, 64, 256)),
@@ -60,7 +60,7 @@ def rows() -> list[Row]:
 
 
 def once(row: Row, work: Path) -> None:
-    """One timed run, with inputs made for it."""
+    """Make the inputs of a row, and time one run."""
     with tempfile.TemporaryDirectory(dir=work) as made:
         folder = Path(made)
         layers, vocabulary = max(1, round(LAYERS * row.scale)), max(64, round(VOCABULARY * row.scale))
@@ -87,7 +87,7 @@ def once(row: Row, work: Path) -> None:
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))

@@ -1,8 +1,9 @@
-"""Merging into a live model where its weights lie: its share of memory's bandwidth, and the memory that it takes.
+"""Measures merging into the weights of a live model in place: the share of the memory bandwidth, and the memory used.
 
     python tools/bench in_place [--device cuda] [--layers 8] [--width 4096] [--rank 16] [--rounds 3]
 
-A bfloat16 weight is read once and written once; the yardstick is a copy of as many bytes by torch, on the same device.
+The merge reads and writes each bfloat16 weight once; it is compared with a copy of the same number of bytes by torch on
+the same device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from adapterkit.methods.lora import LoRA
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device is done."""
+    """Return the seconds until the device is done."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -31,20 +32,20 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def held(device: torch.device) -> int:
-    """The most bytes held so far: on CUDA by torch there, else by the process."""
+    """Return the peak memory so far: on CUDA, that of torch on the device; otherwise, that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def adapter_for(layers: int, width: int, rank: int) -> ak.Adapter:
-    """A LoRA on every layer."""
+    """Return a LoRA on every layer."""
     pairs = [(torch.randn(rank, width) * 0.02, torch.randn(width, rank) * 0.02) for _ in range(layers)]
     return ak.Adapter({ak.Target(str(n)): (LoRA(A=A, B=B, scaling=1.0),) for n, (A, B) in enumerate(pairs)})
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     for name, value in (("layers", 8), ("width", 4096), ("rank", 16), ("rounds", 3)):

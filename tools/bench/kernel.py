@@ -1,9 +1,10 @@
-"""Holds the compiled loop of a merge against numpy: equal bits on many random numbers, and processor time.
+"""Compares the compiled loops of a merge with numpy: equal bits on many random numbers, and processor time.
 
     python tools/bench/kernel.py [--numbers 1e9] [--rank 16] [--rounds 3] [--json FILE]
 
-For each pair of element types it draws weights and factors at changing scales until so many numbers are compared. It
-ends with 1 if a bit differs. Blocks that the loop leaves to numpy are counted; times are of one core.
+For LoRA and DoRA and each pair of element types, the script draws weights and factors at different scales until it has
+compared `--numbers` numbers. It exits with 1 if a bit differs. It also counts the blocks that a loop leaves to numpy.
+Times are for one core.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product as product_of
+from typing import Any
 
 import numpy as np
 from rig.figures import Figures, arguments
@@ -21,7 +24,8 @@ from threadpoolctl import threadpool_limits
 from adapterkit.io.lazy import DTYPES
 from adapterkit.linalg.products import product
 from adapterkit.merging.arrays import NumpyArrays
-from adapterkit.merging.kernel import WRITTEN, LowRankSum
+from adapterkit.merging.kernel import WRITTEN, LowRankSum, NormalizedSum
+from adapterkit.methods.dora import DoRA
 from adapterkit.native import KINDS, loops
 
 ROWS, WIDTH = 192, 2048
@@ -39,8 +43,9 @@ class Seen:
     theirs: float = 0.0
 
 
-def compare(source: str, target: str, numbers: float, rank: int, rng: np.random.Generator) -> Seen:
-    """Compare block by block until so many numbers were seen."""
+def compare(method: str, kinds_of: tuple[str, str], numbers: float, rank: int, rng: np.random.Generator) -> Seen:
+    """Compare block by block until this many numbers were compared."""
+    source, target = kinds_of
     seen, arrays = Seen(), NumpyArrays()
     kinds = DTYPES[source], DTYPES[target]
     made, wanted = (np.empty((ROWS, WIDTH), kinds[1].array) for _ in range(2))
@@ -50,12 +55,18 @@ def compare(source: str, target: str, numbers: float, rank: int, rng: np.random.
             weight = (10.0 ** rng.uniform(-3, 1) * rng.standard_normal((ROWS, WIDTH))).astype(kinds[0].array)
             size = 10.0 ** rng.uniform(-3, 0)
             left, right = size * rng.standard_normal((ROWS, rank)), rng.standard_normal((rank, WIDTH)) * 0.05
-            prepared = LowRankSum(left, right)
+            m = 10.0 ** rng.uniform(-3, 1) * rng.standard_normal(ROWS)
+            prepared = LowRankSum(left, right) if method == "LoRA" else NormalizedSum(m, left, right)
             start = time.thread_time()
-            settled = prepared.add(weight.reshape(-1), made.reshape(-1), kinds, 0, ROWS)
+            settled = prepared.write(weight.reshape(-1), made.reshape(-1), kinds, 0, ROWS) is not None
             middle = time.thread_time()
-            product(change, left, right)
-            arrays.add(weight.reshape(-1), change.reshape(-1), wanted.reshape(-1))  # type: ignore[arg-type]
+            if method == "LoRA":
+                product(change, left, right)
+                arrays.add(weight.reshape(-1), change.reshape(-1), wanted.reshape(-1))  # type: ignore[arg-type]
+            else:
+                arrays.assign(change.reshape(-1), weight.reshape(-1))  # type: ignore[arg-type]
+                update: Any = DoRA(A=right, B=left, magnitude=m)  # type: ignore[arg-type]
+                arrays.assign(wanted, update.new_weight(change))
             end = time.thread_time()
             seen.ours, seen.theirs = seen.ours + middle - start, seen.theirs + end - middle
             seen.blocks, seen.left = seen.blocks + 1, seen.left + (not settled)
@@ -77,21 +88,22 @@ def main() -> int:
         print("the compiled loop is not there: run tools/build_kernel.py", file=sys.stderr)
         return 2
     rng, wrong, figures = np.random.default_rng(asked.seed), 0, Figures("kernel")
-    print("from  to        numbers   differ  left to numpy  ns, compiled  ns, numpy   ratio")
-    for source in KINDS:
-        for target in WRITTEN:
+    print("method  from  to        numbers   differ  left to numpy  ns, compiled  ns, numpy   ratio")
+    for method in ("LoRA", "DoRA"):
+        for kinds in product_of(KINDS, WRITTEN):
             each = asked.numbers / asked.rounds
-            rounds = [compare(source, target, each, asked.rank, rng) for _ in range(asked.rounds)]
+            rounds = [compare(method, kinds, each, asked.rank, rng) for _ in range(asked.rounds)]
             wrong += sum(seen.differ for seen in rounds)
             numbers, differ, left, blocks = (
                 sum(getattr(seen, name) for seen in rounds) for name in ("numbers", "differ", "left", "blocks")
             )
             ours, theirs = ([1e9 * getattr(seen, who) / seen.numbers for seen in rounds] for who in ("ours", "theirs"))
-            figures.add(f"{source} to {target}, compiled", ours, "ns")
-            figures.ratio(f"{source} to {target}, numpy / compiled", theirs, ours, more=True)
+            name = f"{method}, {kinds[0]} to {kinds[1]}"
+            figures.add(f"{name}, compiled", ours, "ns")
+            figures.ratio(f"{name}, numpy / compiled", theirs, ours, more=True)
             ours, theirs = statistics.median(ours), statistics.median(theirs)
             print(
-                f"{source:5} {target:5} {numbers:11,} {differ:8} {f'{left} of {blocks}':>14} "
+                f"{method:7} {kinds[0]:5} {kinds[1]:5} {numbers:11,} {differ:8} {f'{left} of {blocks}':>14} "
                 f"{ours:13.2f} {theirs:10.2f}"
                 f" {theirs / ours:7.2f}",
                 flush=True,

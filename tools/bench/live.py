@@ -1,10 +1,10 @@
-"""Live adapters against PEFT in one run: many in one batch at one token, one adapter's forward and step, peak memory.
+"""Compares live adapters with PEFT's in one run: a batch of many adapters, one adapter's forward and step, peak memory.
 
     python tools/bench live [--hidden 256] [--layers 2] [--tokens 128] [--rounds 15] [--threads 1] [--only NAME]
 
-A randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. Contenders take turns within each
-round, in either order; figures are medians and minima of processor time, all threads together. Peak memory is what
-torch allocates on the CPU during one training step, beyond what the model and the optimizer hold before.
+The model is a randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. The contenders run in turn
+in each round, in alternating order. Figures are medians and minima of the processor time of all threads. Peak memory is
+what torch allocates on the CPU during one training step, in addition to the model and the optimizer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIGURES = Figures("live")
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments(parser, 15)
     for name, value in (("hidden", 256), ("layers", 2), ("tokens", 128), ("threads", 1), ("rows", 4)):
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def base(options: Any) -> Any:
-    """A Llama of random weights."""
+    """Return a Llama with random weights."""
     import transformers
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def base(options: Any) -> Any:
 
 
 def mixed(adapters: int, rows: int, options: Any) -> None:
-    """One token of each row, through an adapter of its own: ours, PEFT's `adapter_names=`, and the base alone."""
+    """Time one token per row, each with its own adapter: adapterkit, PEFT's `adapter_names=`, the base alone."""
     from peft import LoraConfig, get_peft_model
 
     model = base(options)
@@ -97,7 +97,7 @@ def mixed(adapters: int, rows: int, options: Any) -> None:
 
 
 def single(method: str, dtype: torch.dtype, options: Any) -> None:
-    """One adapter's forward without gradients, and its step of training, with the peak memory of that."""
+    """Measure one adapter's forward without gradients, and its training step with peak memory."""
     from peft import LoraConfig, get_peft_model
 
     model = base(options).to(dtype)
@@ -120,7 +120,7 @@ def single(method: str, dtype: torch.dtype, options: Any) -> None:
 
 
 def stepper(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """One step of AdamW."""
+    """Run one step of AdamW."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -134,7 +134,7 @@ def stepper(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The most bytes that torch holds on the CPU while it works, beyond those held before."""
+    """Return the peak memory of torch on the CPU during a call, in addition to the memory before."""
     work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
@@ -148,7 +148,7 @@ def peak(work: Callable[[], object]) -> int:
 
 
 def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of each, taken in turns of either order; the first two rounds fill caches."""
+    """Return the processor times of each contender, run in alternating order; the first two rounds fill caches."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
         for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:
@@ -160,7 +160,7 @@ def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
 
 
 def report(label: str, times: dict[str, list[float]]) -> None:
-    """Prints medians and minima, and the ratios of both; what the base alone takes bounds what can be gained."""
+    """Print medians and minima, and the ratios of both; the base's time is a lower bound."""
     FIGURES.ratio(f"{label.partition(' (apart')[0]}: ours / PEFT", times["adapterkit"], times["PEFT"])
     medians = {name: statistics.median(each) for name, each in times.items()}
     least = {name: min(each) for name, each in times.items()}

@@ -1,13 +1,13 @@
-"""Times a merge side by side: adapterkit, PEFT, mergekit, axolotl, and plainly copying the base. Linux.
+"""Times a merge side by side: adapterkit, PEFT, mergekit, axolotl, and a plain copy of the base. Linux.
 
     python tools/bench/merge.py [--rounds 3] [--scale 0.1] [--work FOLDER] [--only NAME] [--full-error]
         [--mergekit PYTHON] [--axolotl PYTHON] [--device DEVICE]
 
-The base has 1.1 B parameters in bfloat16 (TinyLlama's shape, random values, 2.2 GB in 5 shards), the adapter is a PEFT
-LoRA of rank 16 on all 154 linears. Both are made once and kept in the work folder. Every contender runs as a process of
-its own, in turn, with the base in the page cache and nothing left to write back; outputs are removed after each run.
-mergekit and axolotl take part where the python of an environment that has them is given; of axolotl no more is needed
-than `pip install --no-deps axolotl` beside torch, PEFT and transformers.
+The base has 1.1 B parameters in bfloat16 (TinyLlama's shapes, random values, 2.2 GB in 5 shards). The adapter is a PEFT
+LoRA of rank 16 on all 154 linear layers. Both are created once and kept in the work folder. The contenders run in turn,
+each as a separate process, with the base in the page cache and no data left to write back; outputs are removed after
+each run. mergekit and axolotl are included if you pass the python of an environment with them. For axolotl, `pip
+install --no-deps axolotl` in addition to torch, PEFT and transformers is enough.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Command = Callable[[Path, Path, Path], list[str]]
 
 @dataclass(slots=True)
 class Contender:
-    """A command to time, and what was seen of it.
+    """A command to time, and its measurements.
 
     Attributes:
-        name: what the table calls it.
+        name: the name in the table.
         command: the command line for a base, an adapter and an output folder.
-        merges: whether its output is a merged base, to be held against float64.
-        runs: one a round.
-        flushes: seconds that a sync took after each run: what the run had left to the kernel to write.
+        merges: whether its output is a merged base, which is compared with float64.
+        runs: one measurement for each round.
+        flushes: seconds of a sync after each run, for data that the kernel had not written yet.
         rounding: errors of the last output (see foreign/formulas.py).
     """
 
@@ -58,27 +58,27 @@ class Contender:
 
     @property
     def seconds(self) -> list[float]:
-        """Wall time of the whole process, one a round."""
+        """Wall times of the whole process, one for each round."""
         return [run.seconds for run in self.runs]
 
     @property
     def durable(self) -> list[float]:
-        """The same and the flush of what it left to the kernel: until its output is on disk."""
+        """Wall times until the output is on disk, including the sync."""
         return [wall + flush for wall, flush in zip(self.seconds, self.flushes, strict=True)]
 
     @property
     def merging(self) -> list[float]:
-        """Seconds that the command itself reports for the merging, one a round; NaN where it reports none."""
+        """Seconds that the command reports for the merge, one for each round; NaN if it does not report any."""
         return [reported(run.stdout) for run in self.runs]
 
     def most(self, figure: str) -> int:
-        """Largest over the runs of a figure of memory, in bytes."""
+        """Return the largest value of a memory figure over the runs, in bytes."""
         figures: list[int] = [getattr(run, figure) for run in self.runs]
         return max(figures)
 
 
 def contenders(device: str = "auto", mergekit: str | None = None, axolotl: str | None = None) -> list[Contender]:
-    """Everything that is timed; `import torch` is the floor under the memory of those that merge."""
+    """Return all contenders; `import torch` shows the least memory of the merges."""
     python = sys.executable
     others = (("mergekit", mergekit, "mergekit_merge.py"), ("axolotl", axolotl, "axolotl_merge.py"))
     return [
@@ -112,7 +112,7 @@ def _script(python: str, name: str) -> Command:
 
 
 def reported(stdout: str) -> float:
-    """`seconds` of a JSON report on stdout."""
+    """Return `seconds` of a JSON report on stdout."""
     try:
         return float(json.loads(stdout)["seconds"])
     except (ValueError, TypeError, KeyError):
@@ -120,7 +120,7 @@ def reported(stdout: str) -> float:
 
 
 def inputs(work: Path, scale: float) -> Path:
-    """The folder that holds `base` and `adapter`, made when it is not there yet."""
+    """Return the folder with `base` and `adapter`; creates it if it does not exist."""
     folder = work / f"llama-{scale:g}"
     if not folder.exists():
         print(f"making the base in {folder} (once)", file=sys.stderr)
@@ -130,7 +130,7 @@ def inputs(work: Path, scale: float) -> Path:
 
 
 def once(contender: Contender, folder: Path, work: Path, *, last: bool, full: bool) -> None:
-    """One timed run, from clean to clean."""
+    """Time one run, and remove its output."""
     base, adapter, out = folder / "base", folder / "adapter", work / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -148,7 +148,7 @@ def once(contender: Contender, folder: Path, work: Path, *, last: bool, full: bo
 
 
 def exactness(base: Path, adapter: Path, out: Path, *, full: bool) -> dict[str, float]:
-    """Rounding errors of `out`, found in another process so that this one stays small."""
+    """Return the rounding errors of `out`, measured in another process, so that this process stays small."""
     command = [
         sys.executable,
         str(RIG / "exactness.py"),
@@ -177,7 +177,7 @@ HEAD = (
 
 
 def show(seen: list[Contender]) -> None:
-    """Prints the table; memory in MB of 10^6 bytes, the largest of all runs."""
+    """Print the table; memory is the largest of all runs in MB (10^6 bytes)."""
     floor = next((c.most("peak") for c in seen if c.name == "import torch"), 0)
     rows = [HEAD, *(row(contender, floor) for contender in seen)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -186,7 +186,7 @@ def show(seen: list[Contender]) -> None:
 
 
 def row(contender: Contender, floor: int) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return one line of the table."""
     merging = statistics.median(contender.merging)
     peak = contender.most("peak")
     rounding = contender.rounding
@@ -207,7 +207,7 @@ def row(contender: Contender, floor: int) -> tuple[str, ...]:
 
 
 def ratios(seen: list[Contender]) -> None:
-    """Prints the figures that the budget is about, where their parts were measured."""
+    """Print the figures with a budget, if their parts were measured."""
     by_name = {contender.name: contender for contender in seen}
     ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
     for other in filter(None, (peft, by_name.get("mergekit"), by_name.get("axolotl"))):
@@ -219,7 +219,7 @@ def ratios(seen: list[Contender]) -> None:
 
 
 def figures(seen: list[Contender]) -> Figures:
-    """The same as data: each contender's time and memory, and the ratios."""
+    """Return the figures as data: each contender's time and memory, and the ratios."""
     found, by_name = Figures("merge"), {contender.name: contender for contender in seen}
     for contender in seen:
         found.add(f"{contender.name}, whole process", contender.seconds, "s")
@@ -237,23 +237,23 @@ def figures(seen: list[Contender]) -> Figures:
 
 
 def paired(above: list[float], below: list[float]) -> str:
-    """Median and range of the ratios within a round: what slows the machine down for a while slows both."""
+    """Return the median and range of the ratios in each round, in which a slow phase of the machine affects both."""
     found = [a / b for a, b in zip(above, below, strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def main() -> int:
-    """Runs the command line; 1 when a contender fails."""
+    """Run the command line; return 1 if a contender fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the base's full size, for a quick try")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the base's full size, for a quick run")
     arguments(parser, 3)
     names = [c.name for c in contenders("auto", "", "")]
     parser.add_argument("--only", action="append", choices=names, help="may be repeated")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit and PEFT")
-    parser.add_argument("--axolotl", metavar="PYTHON", help="of an environment with axolotl, torch, PEFT, transformers")
-    parser.add_argument("--device", default="auto", help="where adapterkit computes")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="python of an environment with mergekit and PEFT")
+    parser.add_argument("--axolotl", metavar="PYTHON", help="python of an environment with axolotl and transformers")
+    parser.add_argument("--device", default="auto", help="device for adapterkit")
     parser.add_argument("--full-error", action="store_true", help="check every element, not one target of each kind")
     options = parser.parse_args()
     all_of_them = contenders(options.device, options.mergekit, options.axolotl)

@@ -1,9 +1,10 @@
-"""Times changes of a 2.7 GB graph side by side: adapterkit's inject and merge, and copying its data file. Linux.
+"""Times changes of a 2.7 GB graph side by side: adapterkit's inject and merge, and a copy of the data file. Linux.
 
     python tools/bench onnx [--rounds 3] [--work FOLDER]
 
-The graph is a chain of ten float32 linears of 8192 x 8192 with its numbers in a data file, the adapter a PEFT LoRA of
-rank 16 on each. Both are made once and kept in the work folder. Every contender runs as a process of its own, in turn.
+The graph is a chain of ten float32 linear layers of 8192 x 8192 with its weights in a data file. The adapter is a PEFT
+LoRA of rank 16 on each layer. Both are created once and kept in the work folder. The contenders run in turn, each as a
+separate process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Command = Callable[[Path, Path], list[str]]
 
 
 def contenders() -> dict[str, Command]:
-    """Name -> the command for the inputs' folder and an output folder."""
+    """Name -> a function that returns the command for an input folder and an output folder."""
     return {
         "cp + sync": lambda folder, out: ["sh", "-c", COPY, str(folder / "model.onnx.data"), str(out / "copy.data")],
         "merge": lambda folder, out: change("merge", folder, out / "out.onnx"),
@@ -46,12 +47,12 @@ def contenders() -> dict[str, Command]:
 
 
 def change(verb: str, folder: Path, out: Path) -> list[str]:
-    """adapterkit, as a whole process."""
+    """Return the command of adapterkit as a process."""
     return [sys.executable, "-c", CHANGE, verb, *map(str, (folder / "model.onnx", folder / "adapter", out))]
 
 
 def once(command: Command, folder: Path, work: Path) -> tuple[Run, float]:
-    """One run from clean to clean, and the seconds of a sync after it."""
+    """Time one run, and the sync after it; remove its output."""
     out = work / "out"
     out.mkdir()
     os.sync()
@@ -70,7 +71,7 @@ def once(command: Command, folder: Path, work: Path) -> tuple[Run, float]:
 
 
 def main() -> int:
-    """Runs the command line; 1 when a contender fails."""
+    """Run the command line; return 1 if a contender fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
@@ -96,7 +97,7 @@ def main() -> int:
 
 
 def show(seen: dict[str, list[tuple[Run, float]]]) -> None:
-    """Prints a line a contender, and the ratios that the budget is about: durable, in both."""
+    """Print a line per contender, and the ratios with a budget, of times until the outputs are on disk."""
     for name, runs in seen.items():
         seconds, flushes = [run.seconds for run, _ in runs], [flush for _, flush in runs]
         peak, own = (max(getattr(run, figure) for run, _ in runs) / 1e6 for figure in ("peak", "anonymous"))
@@ -110,7 +111,7 @@ def show(seen: dict[str, list[tuple[Run, float]]]) -> None:
 
 
 def figures(seen: dict[str, list[tuple[Run, float]]]) -> Figures:
-    """The same as data."""
+    """Return the figures as data."""
     found = Figures("onnx")
     for name, runs in seen.items():
         found.add(f"{name}, whole process", [run.seconds for run, _ in runs], "s")
@@ -122,7 +123,7 @@ def figures(seen: dict[str, list[tuple[Run, float]]]) -> Figures:
 
 
 def told(name: str, ratios: list[float]) -> None:
-    """Prints a ratio of every round."""
+    """Print the ratio of every round."""
     print(f"{name}: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""What the writers' proof takes of `adapterkit convert`: reading back what was written and comparing it.
+"""Measures the part of `adapterkit convert` that reads the written file back and compares it.
 
-Whole processes, several rounds, an adapter of about 100 MB in bfloat16: LoRA whose scaling every format can say and one
-that many fold, DoRA and LoHa. The base is its headers alone.
+The conversions run as whole processes, in several rounds. The adapters have about 100 MB in bfloat16: a LoRA whose
+scaling every format can store, a LoRA whose scaling many formats must fold into the factors, DoRA and LoHa. The base
+consists of headers only.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ INTO = {
     "dora": "adapterkit peft kohya onnx_adapter mlx",
     "loha": "adapterkit peft lycoris onnx_adapter",
 }
-"""Kind of adapter -> formats that it is converted into."""
+"""Kind of adapter -> the formats that it is converted to."""
 
 IMAGE = {"kohya", "lycoris"}
-"""Formats whose adapter is of a U-Net."""
+"""Formats for which the adapter is for a U-Net."""
 
 INSIDE = """
 import sys, time
@@ -66,7 +67,7 @@ sys.exit(code)
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Seconds of the proof and of the whole process: processor time and wall time."""
+    """Times of the proof and of the whole process: processor time and wall time."""
 
     proof_cpu: float
     proof_wall: float
@@ -83,12 +84,12 @@ def names(image: bool) -> list[str]:
 
 
 def bfloat16(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Normal random numbers of bfloat16, as their bits."""
+    """Return normal random numbers in bfloat16, as bits."""
     return (rng.normal(size=shape).astype("f4").view("u4") >> 16).astype("u2")
 
 
 def save(path: Path, shapes: dict[str, tuple[int, ...]], fill: np.random.Generator | None) -> None:
-    """A safetensors file of bfloat16; without values it takes no room."""
+    """Write a safetensors file of bfloat16; without values, it takes no space on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -103,7 +104,7 @@ def save(path: Path, shapes: dict[str, tuple[int, ...]], fill: np.random.Generat
 
 
 def inputs(work: Path, kind: str, image: bool) -> tuple[Path, Path]:
-    """PEFT's folder and the base."""
+    """Write PEFT's folder and the base."""
     adapter, base = work / "peft", work / "base"
     adapter.mkdir(parents=True)
     base.mkdir()
@@ -121,7 +122,8 @@ def inputs(work: Path, kind: str, image: bool) -> tuple[Path, Path]:
         config["alpha"] = rank
     else:
         config |= {"lora_alpha": 24 if kind == "scaled" else rank, "use_dora": kind == "dora"}
-        if kind == "folded":  # Every other layer has another scaling: formats with one for all fold half of them.
+        if kind == "folded":
+            # Give every other layer another scaling, so that formats with a single scaling must fold half of them.
             config["alpha_pattern"] = {r"layers\.\d*[13579]\.self_attn\.\w+_proj": 24}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     sizes = {
@@ -138,7 +140,7 @@ def inputs(work: Path, kind: str, image: bool) -> tuple[Path, Path]:
 
 
 def convert(adapter: Path, base: Path, out: Path, to: str) -> Taken:
-    """One conversion in a process of its own."""
+    """Run one conversion in a separate process."""
     words = ["convert", str(adapter), str(out), "--to", to, "--base", str(base), "--on-loss", "fold"]
     run = subprocess.run([sys.executable, "-c", INSIDE, *words], capture_output=True, text=True, check=False)
     if run.returncode:
@@ -148,20 +150,20 @@ def convert(adapter: Path, base: Path, out: Path, to: str) -> Taken:
 
 
 def remove(path: Path) -> None:
-    """Takes an output away with what lies beside it."""
+    """Remove an output and the files beside it."""
     for each in path.parent.iterdir():
         shutil.rmtree(each) if each.is_dir() else each.unlink()
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measure and print."""
     from adapterkit.formats import FORMATS
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", nargs="+", choices=[*INTO], default=[*INTO])
     parser.add_argument("--to", nargs="+", metavar="FORMAT", help="only these formats")
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     chosen = parser.parse_args()
     if chosen.work is not None:
         chosen.work.mkdir(parents=True, exist_ok=True)

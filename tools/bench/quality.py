@@ -1,14 +1,14 @@
-"""How well each task goes under every way to combine two adapters, against each adapter and joint training.
+"""Measures the tasks of two adapters after each way to combine them, against single adapters and joint training.
 
     python tools/bench/quality.py [--seeds 1 2 3] [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
     python tools/bench/quality.py --model DIR [--seeds 1 2 3] [--steps 12]
 
-Without --model: accuracy of the demo's digit tasks, a LoRA of rank 8 each by the recipe of `tools/train_demo.py`, two
-minutes a core. With one, the folder that `tools/real_model.py` writes: loss on source code and on prose, some
-minutes. One adapter is trained for each task and one for all together; they are combined by each method with each
-weight. The best weight on data that no adapter saw is chosen, and what is shown is measured on other data still: the
-mean over the seeds, which training and what methods draw start from, and the standard deviation of the last column.
-Adapters are kept in --work.
+Without --model, the figure is the accuracy of the demo's digit tasks, with a LoRA of rank 8 for each task, trained as
+in `tools/train_demo.py`; this takes two minutes on one core. With --model, the folder that `tools/real_model.py`
+writes, the figure is the loss on source code and on prose; this takes some minutes. One adapter is trained for each
+task, and one for all tasks together. The single adapters are combined by each method with each weight. The weight is
+chosen on data that no adapter saw, and the figures are measured on further data. They are means over the seeds of
+training and of random methods; the last column also has the standard deviation. Adapters are kept in --work.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ METHODS = [name for name in ALONE if COMBINERS[name].data is None] + [
 
 
 Row = tuple[float | None, list[float]]
-"""The weight of a combination, if it is one, and the score of each task."""
+"""The score of each task, and the weight, if the row is a combination."""
 
 
 def main() -> None:
-    """Trains what is not there yet, combines, scores, prints one table."""
+    """Train missing adapters, combine, measure, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["rotated", "negative"], choices=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run for each seed")
     parser.add_argument("--scales", nargs="+", type=float, help="weights to choose from")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--model", type=Path, help="folder of a language model: two kinds of text instead of digits")
-    parser.add_argument("--steps", type=int, default=12, help="of training for each kind of text")
+    parser.add_argument("--steps", type=int, default=12, help="steps of training for each kind of text")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-quality")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def _suite(chosen: Any, seed: int) -> Any:
 
 
 def rows(suite: Any, scales: list[float], seed: int) -> Iterator[tuple[str, Row]]:
-    """The base, each adapter, the joint one, and each way to combine: name, weight and scores."""
+    """Return name, weight and scores of the base, each adapter, the joint adapter, and each combiner."""
     yield "base", (None, suite.scores(None, True))
     adapters = {name: suite.adapter(name) for name in [*suite.names, "joint"]}
     for name, adapter in adapters.items():
@@ -89,12 +89,12 @@ def rows(suite: Any, scales: list[float], seed: int) -> Iterator[tuple[str, Row]
 
 
 def computed(adapter: ak.Adapter) -> ak.Adapter:
-    """The adapter with every tensor worked out once, not each time that it is read."""
+    """Return the adapter with every tensor computed once, instead of at each read."""
     return adapter.map(lambda leaf: from_numpy(leaf.numpy()))  # type: ignore[union-attr]
 
 
 def best(suite: Any, made: ak.Adapter, scales: list[float]) -> tuple[float, ak.Adapter]:
-    """The best of the combination times a factor: the paper's lambda, for methods with and without one."""
+    """Return the best combination times a factor, which is the paper's lambda, for all methods."""
     tried = {scale: ak.ops.scale(made, scale) for scale in scales}
     found = {scale: mean(suite.scores(adapter, False)) for scale, adapter in tried.items()}
     scale = (min if suite.lower else max)(found, key=lambda s: found[s])
@@ -107,7 +107,7 @@ def mean(values: list[float]) -> float:
 
 
 def table(suite: Any, found: dict[str, list[Row]]) -> None:
-    """Means over the seeds; the weights that were chosen; how far the seeds are apart."""
+    """Return means over the seeds, the chosen weights, and the standard deviations over the seeds."""
     print(f"{'':<24}{'weights':>12}" + "".join(f"{name:>12}" for name in suite.names) + f"{'mean':>10}{'between':>10}")
     form = ".3f" if suite.lower else ".2%"
     for name, several in found.items():

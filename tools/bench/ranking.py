@@ -1,18 +1,19 @@
-"""Which way to combine comes nearest to the single adapters, for two, four and six tasks, with paired intervals.
+"""Ranks combiners by their distance from the single adapters, for two, four and six tasks, with paired intervals.
 
     python tools/bench/ranking.py OUT.json [--seeds 1 2 3] [--counts 2 4 6] [--search 40]
     python tools/bench/ranking.py OUT.json --model DIR [--steps 150] [--items 500]
 
-Six mild changes of the demo's digits (tools/bench/rig/mild.py), a LoRA of rank 8 for each task and seed. Each method
-gets one scale for all tasks, the best on images that no adapter saw; other images are reported. An accuracy is divided
-by that of the task's own adapter. The difference from task arithmetic is of the same images: its interval of 95 % comes
-from 2,000 resamples of them. Seconds are processor time of one combination. Results of methods without low-rank factors
-are cut to the adapters' rank in a second run, and sums of ranks as well: `rank`. --search runs `ak.search` with so many
-trials on the same choosing images, and tells how its best compares with the best row. About ten minutes on two cores.
+The tasks are six mild changes of the demo's digits (tools/bench/rig/mild.py), with a LoRA of rank 8 for each task and
+seed. Each method has one scale for all tasks, which is the best on images that no adapter saw; the figures are measured
+on further images. Each accuracy is divided by the accuracy of the task's own adapter. The difference from task
+arithmetic is measured on the same images; its 95 % interval comes from 2,000 resamples of them. Seconds are processor
+time of one combination. A second run, `rank`, cuts results without low-rank factors, and sums of ranks, to the rank of
+the adapters. --search runs `ak.search` with this number of trials on the same images that choose the scale, and
+compares its best result with the best row. The benchmark takes about ten minutes on two cores.
 
-With --model, the folder of a language model such as SmolLM2-135M, the tasks are six that it answers in a few tokens
-(tools/bench/rig/answers.py), with LoRAs of rank 16. A step of training takes 0.5 seconds of processor time, and 1,000
-answers take 8: 50 minutes for 37 methods with one seed, half of that on two cores.
+With --model, the folder of a language model such as SmolLM2-135M, there are six tasks with answers of a few tokens
+(tools/bench/rig/answers.py), and LoRAs of rank 16. A training step takes 0.5 seconds of processor time, and 1,000
+answers take 8 seconds. 37 methods with one seed take 50 minutes on one core, and half of that on two.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ REFERENCE = "task_arithmetic"
 
 
 _OWN: dict[tuple[int, str, bool], float] = {}
-"""Accuracies of single adapters, which every method is divided by."""
+"""The row of single adapters, by whose accuracies all others are divided."""
 
 
 def main() -> None:
-    """Trains what is not there yet, combines, scores, and writes the figures."""
+    """Train missing adapters, combine, measure, and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 4, 6])
     parser.add_argument("--cut", nargs="*", type=int, default=[4], help="counts with a table of results at the rank")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rank", type=int, help="of the adapters; 8, and 16 with --model")
-    parser.add_argument("--model", type=Path, help="folder of a language model: answers in place of images")
-    parser.add_argument("--steps", type=int, default=150, help="of training, with --model")
-    parser.add_argument("--items", type=int, default=500, help="reported for each task, with --model")
+    parser.add_argument("--rank", type=int, help="rank of the adapters (default: 8; 16 with --model)")
+    parser.add_argument("--model", type=Path, help="folder of a language model, for tasks with text instead of images")
+    parser.add_argument("--steps", type=int, default=150, help="training steps, with --model")
+    parser.add_argument("--items", type=int, default=500, help="items that each task is measured on, with --model")
     parser.add_argument("--tasks", nargs="+", help="the tasks and their order; the counts take the first ones")
     parser.add_argument("--scales", nargs="+", type=float, default=SCALES)
     parser.add_argument("--methods", nargs="+", default=METHODS)
@@ -111,7 +112,7 @@ def _own(suite: Any, adapter: ak.Adapter, name: str, testing: bool) -> float:
 
 
 def _ranked(suites: dict[int, Any], alone: dict[int, dict[str, ak.Adapter]], count: int, chosen: Any) -> Any:
-    """Return the rows of a number of tasks: as the methods have it, and cut to the adapters' rank."""
+    """Return the rows for a number of tasks: the results as they are, and cut to the adapters' rank."""
     tasks = list(next(iter(alone.values())))[:count]
     made: dict[str, Any] = {}
     for cut in (None, chosen.rank) if count in chosen.cut else (None,):
@@ -146,7 +147,7 @@ def _scored(
     seed: int,
     scales: Sequence[float],
 ) -> dict[str, Any] | None:
-    """Combine by one method, choose the scale, and return what it reads right; None if the method cannot be cut."""
+    """Combine by one method, choose the scale, and return its correct answers; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
     own, tested = (np.array([_own(suite, alone[name], name, testing) for name in tasks]) for testing in (False, True))
     started = time.process_time()
@@ -172,7 +173,7 @@ def _compare(rows: dict[str, dict[str, Any]], right: dict[str, list[Any]]) -> No
     drawn = random.integers(shape[-1], size=(RESAMPLES, shape[-1]))
     for method, row in rows.items():
         values = np.stack(right[method])
-        # One resample takes the same images for all tasks and seeds, since these look at the same digits.
+        # Use the same resampled images for all tasks and seeds, because these have the same digits.
         apart = (values - np.stack(right[REFERENCE])).mean((0, 1))
         low, high = np.quantile(apart[drawn].mean(1), [0.025, 0.975])
         row["mean"] = round(float(values.mean()), 4)
@@ -184,7 +185,7 @@ def _compare(rows: dict[str, dict[str, Any]], right: dict[str, list[Any]]) -> No
 def _searched(
     suites: dict[int, Any], alone: dict[int, dict[str, ak.Adapter]], tasks: list[str], rows: Any, chosen: Any
 ) -> list[dict[str, Any]]:
-    """Search on the choosing images, one row a seed; `row` is the best that the table reaches on them."""
+    """Search on the images for choices, one row for each seed; `row` is the best row of the table on them."""
     found = []
     for place, (seed, suite) in enumerate(suites.items()):
         several = [alone[seed][name] for name in tasks]
@@ -196,7 +197,7 @@ def _searched(
 
         best_row = max(rows, key=lambda name: rows[name]["choosing"][place])
         methods = list(dict.fromkeys([best_row, *SEARCHED]))
-        # The table scales results. Equal weights do the same with methods that are linear in the size of the changes.
+        # The table scales results, so use equal weights: for methods that are linear in the changes, both are the same.
         start = [(best_row, [min(rows[best_row]["scales"][place], 1.5)] * len(tasks), {})]
         best = ak.search(
             several,

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""How much of what an adapter does survives a requantized merge, with --keep, and with a remainder beside it.
+"""Measures how much of an adapter's effect is left after a requantized merge, with --keep, and with a remainder.
 
     python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
 
-The base stands for its weights rounded to a scheme. Compared with the exact merge into these, by the mean KL divergence
-of the next token over the paragraphs of a text: the base alone, the requantized merge, with rounding that keeps the
-adapter, and with the best LoRA of each rank of what rounding lost. Kept is 1 - KL / KL of the base alone. The weights
-that the adapter changes are rounded; all others are exact in every model.
+The base's weights are rounded to a quantization scheme. The reference is the exact merge into these rounded weights.
+The script compares it with the base alone, with the requantized merge, with rounding that keeps the adapter (--keep),
+and with the best LoRA of each rank for the rounding loss. The measure is the mean KL divergence of the next token over
+the paragraphs of a text. Kept is 1 - KL / KL of the base alone. Only the weights that the adapter changes are rounded;
+all others are exact in every model.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from adapterkit.io.ggml_blocks import BLOCKS  # noqa: E402
 from adapterkit.merging.keeping import directions, kept  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
-"""Tokens of a paragraph at most, and how many are read; of 300 characters or more."""
+"""Largest number of tokens of a paragraph, and the number of paragraphs; they have 300 characters or more."""
 
 KINDS = [*SCHEMES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def main() -> None:
-    """Measures and prints the rows of each scheme."""
+    """Measure and print the rows of each scheme."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("lora")
@@ -43,9 +44,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=[*SCHEMES, *BLOCKS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--modules", nargs="+", default=[""], help="the last words of the targets to merge")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the adapter's change")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the adapter's change")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a paragraph at most")
+    parser.add_argument("--length", type=int, default=LENGTH, help="largest number of tokens of a paragraph")
     chosen = parser.parse_args()
     import torch
     import transformers
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any]) -> None:
-    """Prints the rows of one scheme."""
+    """Print the rows of one scheme."""
     packed = {path: PackedWeight(kind, W) for path, W in weights.items()}
     base = {path: each.rows for path, each in packed.items()}
     exact = {path: (W + changes[path]).astype("f4") for path, W in base.items()}
@@ -104,13 +105,13 @@ def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Cal
 
 
 def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
-    """The numbers that `merge --keep adapter` packs."""
+    """Return the numbers that `merge --keep adapter` packs."""
     Vh = directions(np.asarray(change, np.float64), 0)[None]
     return kept(lambda M: packed.again(M[0])[None], W[None], Vh)[0]
 
 
 def best(lost: Any, rank: int) -> Any:
-    """The best matrix of a rank, by numpy: the eigenvectors of the smaller square are singular vectors."""
+    """Return the best matrix of a rank; its singular vectors are the eigenvectors of the smaller Gram matrix."""
     if lost.shape[0] > lost.shape[1]:
         return best(lost.T, rank).T
     U = np.linalg.eigh(lost @ lost.T)[1][:, -rank:]

@@ -1,11 +1,11 @@
-"""Times merges into quantized bases that are quantized again: by the compiled loops, by numpy, and a plain copy. Linux.
+"""Times merges that quantize the base again: with the compiled loops, with numpy, and against a plain copy. Linux.
 
     python tools/bench requantize [--layers 6] [--rounds 3] [--only NAME] [--work FOLDER] [--json FILE]
 
-The bases have a Llama's shapes at random values: GGUF files of Q4_K (with Q6_K for the embedding) and Q8_0, one cast to
-F16 on the way, one whose adapter changes an embedding of 152,000 rows, and a folder of nf4 with double quantization as
-bitsandbytes stores it. The adapter is a LoRA of rank 16 on all linears. Each merge is a process of its own; the two
-ways must write the same bytes. GGUF needs gguf-py.
+The bases have a Llama's shapes and random values: GGUF files of Q4_K (with Q6_K for the embedding) and Q8_0, one that
+the merge casts to F16, one with an adapter of an embedding of 152,000 rows, and a folder of bitsandbytes' nf4 with
+double quantization. The adapter is a LoRA of rank 16 on all linear layers. Each merge is a separate process. The
+compiled loops and numpy must write the same bytes. GGUF needs gguf-py.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ NF4 = np.array(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A base, and how it is merged into.
+    """A base, and the options of its merge.
 
     Attributes:
-        name: what the table calls it.
-        make: writes base and adapter into a folder.
-        options: of the merge.
+        name: the name in the table.
+        make: a function that writes base and adapter to a folder.
+        options: the options of the merge.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Case:
 
 
 def numbers(rows: int, width: int) -> np.ndarray:
-    """Random numbers, of which 256 rows repeat."""
+    """Return random numbers; the same 256 rows are repeated."""
     own = (np.random.default_rng(width).standard_normal((min(rows, 256), width)) * 0.02).astype(np.float32)
     return np.resize(own, (rows, width))
 
@@ -97,7 +97,7 @@ def write_adapter(folder: Path, layers: int, embedding: tuple[int, int] | None =
 
 
 def gguf_base(kind: str, embedding: str, vocabulary: int, *, adapted: bool = False) -> Callable[[Path, int], None]:
-    """Return what writes a GGUF base of these types."""
+    """Return a function that writes a GGUF base of these types."""
 
     def make(folder: Path, layers: int) -> None:
         import gguf
@@ -198,12 +198,12 @@ def remove(path: Path) -> None:
 
 
 def main() -> int:
-    """Run the command line; 1 if the two ways write other bytes."""
+    """Run the command line; return 1 if the two ways write different bytes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments(parser, 3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="may be repeated")
-    parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
+    parser.add_argument("--work", type=Path, help="folder for the files (default: a temporary folder)")
     options = parser.parse_args()
     figures, wrong = Figures("requantize"), []
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
@@ -213,7 +213,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(dir=options.work) as name:
             folder, work = Path(name, "in"), Path(name)
             folder.mkdir()
-            # In a process of its own: a child's memory is measured from what its parent holds.
+            # Write the inputs in a separate process, because the memory of a child includes that of this process.
             making = multiprocessing.get_context("spawn").Process(target=make, args=(case.name, folder, options.layers))
             making.start()
             making.join()

@@ -1,13 +1,13 @@
-"""Combinations of whole adapters, as a command from files to a file: processor time and memory, beside the peers'.
+"""Measures combinations of whole adapters by the command line: processor time and memory, compared with other tools.
 
     python tools/bench/scale.py [--targets 224] [--size 4096] [--tasks 8] [--rank 16] [--only METHOD...] [--busy]
         [--peers]
 
 Random float32 LoRA adapters in PEFT's format are written to --work once, 0.9 GB by default. Each method runs as
-`adapterkit combine ... -o DIR`; methods that look at every entry are cut to the rank. Seconds are user and system time
-of the process; memory is its largest part that no file backs, and in brackets the largest resident size, in which pages
-of the input files count. --busy runs each again while other processes keep every processor busy. PEFT's `ties_svd` and
-mergekit's `ties` are timed on one target, and told for all.
+`adapterkit combine ... -o DIR`; results of methods that compute with every entry are cut to the rank. Seconds are user
+and system time of the process. Memory is the largest anonymous memory; the largest resident size, which includes pages
+of the input files, is in brackets. --busy repeats each run while other processes keep every processor busy. PEFT's
+`ties_svd` and mergekit's `ties` are timed on one target, and the time is multiplied by the number of targets.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ GOALS = {
     "linear": 30, "tsv": 30, "iso_c": 30, "core_ties": 30, "knots_ties": 30, "ctm": 45, "ties": 600, "dare_ties": 600,
     "della": 600, "breadcrumbs": 600, "sce": 600,
 }  # fmt: skip
-"""Seconds that 8 adapters with 224 targets of 4096 x 4096 may take, by method."""
+"""Time limits by method for 8 adapters with 224 targets of 4096 x 4096, in seconds."""
 
 RANKED = ("linear", "ties", "dare_ties", "della", "breadcrumbs", "sce")
-"""Methods whose result is cut to the rank here."""
+"""Methods whose result this script cuts to the rank."""
 
 
 def main() -> None:
-    """Writes the adapters, runs the methods, prints one table."""
+    """Write the adapters, run the methods, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=224)
     parser.add_argument("--only", nargs="+", default=list(GOALS), metavar="METHOD")
-    parser.add_argument("--busy", action="store_true", help="once more, beside a busy process for each processor")
-    parser.add_argument("--peers", action="store_true", help="PEFT and mergekit, too")
+    parser.add_argument("--busy", action="store_true", help="repeat each run with a busy process on each processor")
+    parser.add_argument("--peers", action="store_true", help="also time PEFT and mergekit")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-scale")
     chosen = parser.parse_args()
     folders = [written(chosen, task) for task in range(chosen.tasks)]
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def written(chosen: Any, task: int) -> Path:
-    """The folder of one adapter; its factors have a third in common with the others'."""
+    """Write the folder of one adapter, whose factors have a third in common with the others."""
     from safetensors.numpy import save_file
 
     folder = Path(chosen.work) / f"{chosen.targets}x{chosen.size}-r{chosen.rank}-{task}"
@@ -97,7 +97,7 @@ def written(chosen: Any, task: int) -> Path:
 
 
 def combined(method: str, folders: list[Path], chosen: Any) -> Run:
-    """One run of the command."""
+    """Run the command once."""
     cut = ["--rank", str(chosen.rank)] if method in RANKED else []
     out = Path(chosen.work) / "out"
     command = [sys.executable, "-m", "adapterkit", "combine", *map(str, folders), "--method", method, *cut]
@@ -119,7 +119,7 @@ def busy() -> Iterator[None]:
 
 
 def told(chosen: Any) -> None:
-    """Print what the peers take on one target, times the targets."""
+    """Print the other tools' times for one target, times the number of targets."""
     import combine as one_target
 
     adapters = one_target.made(chosen.size, chosen.tasks, chosen.rank, 1)

@@ -1,9 +1,9 @@
-"""Times stacking of adapters on disk against copying as many bytes: `cp` of the inputs and `sync`, in turns.
+"""Times stacking of adapters on disk against a copy of the same number of bytes: `cp` of the inputs and `sync`.
 
     python tools/bench/stack.py [--size 4096] [--tasks 8] [--rank 16] [--targets 224] [--rounds 5] [--work DIR]
 
-Both read the same bytes and make them durable; the result of stacking is as large as its inputs together. The time
-of ours is that of the work, imports aside; every value is also looked at, so that nothing that is not finite passes.
+Both run in turn, read the same bytes and make the result durable; the result of stacking is as large as all inputs
+together. The time of adapterkit is without imports; it includes the check that every value is finite.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from adapterkit.methods import METHODS
 
 
 def main() -> None:
-    """Parses, writes the inputs, measures in turns, prints one line a contender."""
+    """Parse the options, write the inputs, measure in turn, and print one line per contender."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tasks", type=int, default=8)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def written(path: Path, task: int, chosen: Any) -> str:
-    """One adapter of random float32 factors."""
+    """Write one adapter with random float32 factors."""
     random = np.random.default_rng(task)
 
     def lora() -> Any:
@@ -59,7 +59,7 @@ def written(path: Path, task: int, chosen: Any) -> str:
 
 
 def measure(paths: list[str], folder: Path, rounds: int) -> None:
-    """Stacks and copies in turns, and says medians and the ratio round by round."""
+    """Stack and copy in turn; print the medians and the ratio of each round."""
     ours, made, copy = [], folder / "stacked.safetensors", folder / "copy"
     theirs = []
     for _ in range(rounds + 1):
@@ -67,7 +67,7 @@ def measure(paths: list[str], folder: Path, rounds: int) -> None:
         subprocess.run(["rm", "-r", str(copy)], check=True)
         ours.append(timed(lambda: ak.write(ak.ops.stack(paths), made)))
         made.unlink()
-    # The first round fills caches and imports.
+    # Skip the first round, which fills caches and imports modules.
     ratios = sorted(one / other for one, other in zip(ours[1:], theirs[1:], strict=True))
     print(f"cp + sync  {statistics.median(theirs[1:]):8.2f} s")
     print(f"stack      {statistics.median(ours[1:]):8.2f} s")
@@ -75,7 +75,7 @@ def measure(paths: list[str], folder: Path, rounds: int) -> None:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds until what was written is on disk."""
+    """Return the seconds until the written data is on disk."""
     os.sync()
     started = time.perf_counter()
     run()

@@ -1,11 +1,11 @@
-"""What tens of thousands of targets cost: reading, inspecting, validating, binding and planning, from headers. Linux.
+"""Measures tens of thousands of targets: reading, inspecting, validating, binding and planning, from headers. Linux.
 
     python tools/bench targets [--rounds 3] [--work FOLDER] [--row NAME]... [--json FILE] [--root CHECKOUT]
 
-Bases are DeepSeek-V3 (671 B parameters, 163 shards, 45,032 linears) and Qwen3-30B-A3B in sparse files of zeros; the
-adapters are PEFT's: LoRA and DoRA of every linear, and stacked experts. Each step runs as a process of its own and is
-the median of the rounds: processor time of all threads, wall time, and the most memory held. Processor time is what
-to compare; wall time is told because waiting is not in it. `--root` measures another checkout with the same inputs.
+The bases are DeepSeek-V3 (671 B parameters, 163 shards, 45,032 linear layers) and Qwen3-30B-A3B, in sparse files of
+zeros. The adapters are PEFT's: LoRA and DoRA of every linear layer, and stacked experts. Each step runs as a separate
+process. Its figures are medians of the rounds: processor time of all threads, wall time, and peak memory. Compare
+processor times; wall times also include waiting. `--root` measures another checkout with the same inputs.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Row:
     """One step on one adapter.
 
     Attributes:
-        name: model, kind of adapter and step.
-        command: what follows the interpreter.
-        runs: one a round.
-        fault: why it could not be measured.
+        name: the model, the kind of adapter and the step.
+        command: the arguments after the interpreter.
+        runs: one measurement for each round.
+        fault: why the step could not be measured.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Row:
     fault: str = ""
 
     def record(self) -> dict[str, Any]:
-        """Medians as plain data: seconds, and bytes."""
+        """Return the medians as plain data: seconds and bytes."""
         if self.fault or not self.runs:
             return {"name": self.name, "fault": self.fault}
         return {
@@ -65,7 +65,7 @@ STEPS = ("read", "inspect", "inspect --json", "validate", "bind", "plan")
 
 
 def rows(inputs: Path) -> list[Row]:
-    """Everything that is measured."""
+    """Return all rows."""
     found = [Row("start", ("-c", START)), Row("help", ("-m", "adapterkit", "--help"))]
     for model in MODELS:
         for kind in ("lora", "dora", "stacked"):
@@ -84,7 +84,7 @@ def rows(inputs: Path) -> list[Row]:
 
 
 def write_inputs(inputs: Path) -> None:
-    """Writes what all rows take; a few megabytes of headers each."""
+    """Write the inputs of all rows, a few megabytes of headers each."""
     for name, model in MODELS.items():
         write_base(inputs / name / "base", model)
         for kind in ("lora", "dora", "stacked"):
@@ -92,11 +92,11 @@ def write_inputs(inputs: Path) -> None:
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments(parser, 3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--row", action="append", help="rows whose name holds this; may be repeated")
+    parser.add_argument("--row", action="append", help="only rows whose name contains this; may be repeated")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to measure")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="targets.", dir=options.work))

@@ -1,15 +1,15 @@
-"""Threads with one model: each runs many forwards, each of another route, and checks every row of every one.
+"""Runs many forwards of one model in several threads, each with another route, and checks every row of each result.
 
     python tools/bench threads [--threads 8] [--forwards 1000] [--only METHOD]... [--dtype float32]
 
-Three adapters of each method of weights that `create` makes are attached to one linear layer, and of each method of
-outputs beside it. Each forward must give what the same route gave in one thread before. Methods that a route cannot
-send by rows (contexts, invocations, rows of an embedding) or that ask the call for words run in a small Llama, or in a
-model that hands on `task_ids`: each thread turns the adapter on and off for itself, and has inputs of its own.
+For each weight method that `create` supports, and each output method, three adapters are attached to one linear layer.
+Each forward must give the same result as the same route gave before in a single thread. Some methods cannot be routed
+by rows (contexts, invocations, rows of an embedding), or read inputs of the model's call. They run in a small Llama, or
+in a model that passes `task_ids` on: each thread enables and disables the adapter for itself, and has its own inputs.
 
-It prints one line for each method, as it is done, with the seconds that passed and those of the processor: a forward
-with its route takes 0.5 to 2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any
-forward differed. Routers (Arrow, X-LoRA) need experts: tests/formats/test_experts.py runs them in threads.
+The script prints one line for each method with wall time and processor time. A forward with its route takes 0.5 to 2.5
+milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any forward differs. Routers (Arrow,
+X-LoRA) need experts; tests/formats/test_experts.py runs them in threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS = 4
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--forwards", type=int, default=1000)
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def model_of(method: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor] | None:
-    """A model with three adapters of a method attached, and an input; None where the method is not of one layer."""
+    """Return a model with three attached adapters of a method, and an input; None for a method of a whole model."""
     torch.manual_seed(0)
     if method in BUILT:
         layer, x, leaves = BUILT[method]
@@ -107,7 +107,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, tuple
     "residual": (lambda: nn.Linear(16, 16), (ROWS, 3, 16), {"A": (2, 16), "B": (16, 2)}),
     "oft_patches": (lambda: nn.Conv2d(4, 6, 2), (ROWS, 4, 5, 5), {"pairs": (4, 6)}),
 }
-"""Methods without an initial value: the layer, the shape of its input, and those of the update's tensors."""
+"""Methods without an initial value -> the layer, the shape of its input, and the shapes of the update's tensors."""
 
 WHOLE: dict[str, dict[str, Any]] = {
     name: {"rank": 2}
@@ -122,18 +122,18 @@ WHOLE: dict[str, dict[str, Any]] = {
     "poly": {"rank": 2, "targets": "layer", "tasks": 2},
     "shadow": {},
 }  # fmt: skip
-"""Methods that act on a whole model, and how `create` makes one; PEFT makes a Shadow, which has no initial value."""
+"""Methods for a whole model -> options of `create`; PEFT creates a Shadow, which has no initial value."""
 
 
 class Tasks(nn.Module):
-    """A layer whose call names tasks."""
+    """A layer whose call has the numbers of tasks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output; an adapter reads `task_ids`."""
+        """Return the layer's output; an adapter reads `task_ids`."""
         y: torch.Tensor = self.layer(x)
         return y
 
@@ -142,7 +142,7 @@ Call = Callable[[], torch.Tensor]
 
 
 def whole_model(method: str) -> tuple[nn.Module, list[Call]] | None:
-    """A model with one adapter of a method attached, and calls of it; None where no options are known."""
+    """Return a model with one attached adapter of a method, and calls of it; None if no options are known."""
     if method not in WHOLE:
         return None
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def whole_model(method: str) -> tuple[nn.Module, list[Call]] | None:
 
 
 def shadow() -> Adapter:
-    """A Shadow for `llama()`, as PEFT saves it."""
+    """Return a Shadow for `llama()` that PEFT saved."""
     import peft
 
     config = peft.ShadowConfig(task_type="CAUSAL_LM", init_weights=False, r=3, shadow_alpha=0.7)
@@ -174,13 +174,13 @@ def shadow() -> Adapter:
 
 
 def shifted(leaf: Any) -> Any:
-    """A leaf away from where it changes nothing."""
+    """Return a tensor that is moved from the value with which it changes nothing."""
     tensor = torch.as_tensor(leaf)
     return tensor + 0.2 * torch.randn(tensor.shape).to(tensor.dtype) if tensor.is_floating_point() else tensor
 
 
 def llama() -> nn.Module:
-    """A Llama of one block."""
+    """Return a Llama with one block."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -191,7 +191,7 @@ def llama() -> nn.Module:
 
 
 def routed(model: nn.Module, x: torch.Tensor) -> list[Call]:
-    """Calls of a model, each with another route of its rows."""
+    """Return calls of a model, each with another route of its rows."""
 
     def call(names: list[str | None]) -> torch.Tensor:
         with ak.torch.route(model, names):
@@ -203,7 +203,7 @@ def routed(model: nn.Module, x: torch.Tensor) -> list[Call]:
 
 
 def switched(model: nn.Module, calls: list[Call]) -> list[Call]:
-    """Calls of a model, each with its adapter on and off."""
+    """Return calls of a model, each with its adapter enabled and disabled."""
     handle = ak.torch.handles(model)["a"]
 
     def off(call: Call) -> torch.Tensor:
@@ -215,11 +215,11 @@ def switched(model: nn.Module, calls: list[Call]) -> list[Call]:
 
 @torch.no_grad()
 def run(calls: list[Call], threads: int, forwards: int) -> str:
-    """What went wrong first; empty where nothing did."""
+    """Return the first fault; an empty string if there is none."""
     wanted = [call() for call in calls]
     if all(torch.equal(each, wanted[0]) for each in wanted):
         return "all calls give the same"
-    # In 16 bits products of many rows and of few round apart by some units.
+    # Allow some units of difference: in 16 bits, products with many rows round differently from those with few rows.
     loose = {torch.float32: 1e-5, torch.float64: 1e-12}.get(wanted[0].dtype, 2e-2)
     faults: list[str] = []
     gate = threading.Barrier(threads)

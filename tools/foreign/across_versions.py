@@ -1,19 +1,21 @@
-"""Takes PEFT adapters from transformers 4 to transformers 5 and back, on tiny models of many types.
+"""Checks PEFT adapters across transformers 4 and transformers 5, on tiny models of many types.
 
     OLD/bin/python tools/foreign/across_versions.py make FOLDER [MODEL_TYPE...]
     python tools/foreign/across_versions.py check FOLDER [MODEL_TYPE...]
     OLD/bin/python tools/foreign/across_versions.py back FOLDER [MODEL_TYPE...]
 
-`make` runs under transformers 4 and its PEFT: a tiny base, an adapter on every linear layer and stack of experts, and
-what PEFT's model gives. `check` runs under transformers 5, with adapterkit: the base is saved again by transformers 5,
-under its names; the adapter is merged into both bases and injected into the live model, and an adapter that was trained
-under transformers 5 is merged into the base of transformers 4. `back` loads that under transformers 4 again. Every
-output must equal PEFT's within 1e-4 of the largest logit, or be as near as PEFT's own merge is to PEFT's model: some
-models use the weight of a layer without calling it, and an adapter there changes nothing before it is merged.
+`make` runs with transformers 4 and a matching PEFT. It writes a tiny base, an adapter on every linear layer and stack
+of experts, and the outputs of PEFT's model. `check` runs with transformers 5 and adapterkit. transformers 5 saves the
+base again, under its own names. The adapter is merged into both bases and injected into the live model. An adapter that
+was trained with transformers 5 is merged into the base of transformers 4. `back` loads that merged model with
+transformers 4. Every output must equal PEFT's within 1e-4 of the largest logit, or be as close to it as the output of
+PEFT's own merge: some models use the weight of a layer without calling the layer, and an adapter there has no effect
+until it is merged.
 
-Some model types give other logits under the two versions without any adapter. There the model that PEFT merged under
-one version is saved, and loaded by the other one: its logits are the reference. The weights of a merge are compared
-with that model's for every model type. `differs` is a type whose saved model the other version cannot load either.
+Some model types have different logits in the two versions without any adapter. For these, the model that PEFT merged in
+one version is saved and loaded in the other version, and its logits are the reference. The weights of a merge are
+compared with the weights of that model for every model type. `differs` marks a type whose saved model the other version
+cannot load.
 """
 
 from __future__ import annotations

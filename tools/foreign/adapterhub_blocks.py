@@ -1,9 +1,9 @@
-"""Writes tests/data/adapterhub_blocks: what the `adapters` library makes of an input through compositions of adapters.
+"""Writes tests/data/adapterhub_blocks: outputs of the `adapters` library for compositions of adapters.
 
     python tools/foreign/adapterhub_blocks.py [DEST]
 
-The model is the BERT of tests/data/adapterhub_outputs. Adapters and fusions are folders as the library saved them, and
-its outputs are in `expected.safetensors`, in float64. Run it where `adapters` 1.3.0 is installed.
+The model is the BERT of tests/data/adapterhub_outputs. Adapters and fusions are folders that the library saved; its
+outputs are in `expected.safetensors`, in float64. Run it in an environment with `adapters` 1.3.0.
 """
 
 from __future__ import annotations

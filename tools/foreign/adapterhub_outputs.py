@@ -1,10 +1,10 @@
-"""Writes tests/data/adapterhub_outputs: what the `adapters` library makes of an input, for every option of its methods.
+"""Writes tests/data/adapterhub_outputs: outputs of the `adapters` library for every option of its methods.
 
     python tools/foreign/adapterhub_outputs.py [DEST]
 
-`models` holds tiny random models as transformers saved them. Each case is the adapter in native form, built from the
-modules that the library holds in memory, and its outputs are in `expected.safetensors`, in float64. Targets have the
-names of transformers 5. Run it where `adapters` 1.3.0 is installed; it needs its own release of transformers.
+`models` has tiny random models that transformers saved. Each case is an adapter in native form, built from the
+library's modules in memory; its outputs are in `expected.safetensors`, in float64. Targets have the names of
+transformers 5. Run it in an environment with `adapters` 1.3.0, which needs an older release of transformers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Writes spec/vectors/formats/adapterhub: small folders that the `adapters` library itself saved.
+"""Writes spec/vectors/formats/adapterhub: small folders that the `adapters` library saved.
 
     python tools/foreign/adapterhub_vectors.py [DEST]
 
-Each holds the same adapter in native form, built by hand from the modules that the library holds in memory, and
-`forward.safetensors`: an input and what the library's model makes of it. The models themselves lie in `models`, as
-transformers saved them. Run it where `adapters` 1.3.0 is installed; it needs its own release of transformers.
+Each folder also has the same adapter in native form, built from the library's modules in memory, and
+`forward.safetensors`, an input and the output of the library's model. transformers saved the models to `models`. Run it
+in an environment with `adapters` 1.3.0, which needs an older release of transformers.
 """
 
 from __future__ import annotations

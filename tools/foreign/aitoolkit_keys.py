@@ -1,12 +1,12 @@
-"""Which keys ai-toolkit writes and loads, by its own network: spec/loaders/ai_toolkit.toml.
+"""Writes spec/loaders/ai_toolkit.toml: the keys that ai-toolkit's network writes and loads.
 
     python tools/foreign/aitoolkit_keys.py CHECKOUT            write the file
     python tools/foreign/aitoolkit_keys.py CHECKOUT --check    compare; exits 1 on a difference
 
-CHECKOUT is a folder with ai-toolkit's source; it needs einops. The trainer's models are made with few blocks and
-without memory for weights (torch's meta device). Its own `LoRASpecialNetwork` adapts all modules, and the keys of
-`get_state_dict`, which are those of its files, must be names that spec/architectures has. A slot counts if
-`load_weights` brings it back. Empty modules stand in for what the trainer imports and no network needs.
+CHECKOUT is a folder with ai-toolkit's source; the script needs einops. The trainer's models are created with few blocks
+and without memory for weights (torch's meta device). ai-toolkit's `LoRASpecialNetwork` adapts all modules. The keys of
+its `get_state_dict`, which are those of its files, must be names in spec/architectures. A slot is listed if
+`load_weights` restores it. Empty modules replace those imports of the trainer that no network needs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Loads what adapterkit writes afresh into the `adapters` library and compares its forward with the vectors'.
+"""Loads folders that adapterkit writes into the `adapters` library, and compares the outputs with the vectors'.
 
     python tools/foreign/check_adapterhub.py
 
-The adapters of spec/vectors/formats/adapterhub are taken in native form, so that nothing of the folder they came from
-is left, and written as new folders, for their bases. Run it where `adapters` 1.3.0 is installed. One line a vector: the
-largest difference, or why the folder cannot be written.
+The script reads the adapters of spec/vectors/formats/adapterhub in native form, without anything from their original
+folders, and writes them as new folders. Run it in an environment with `adapters` 1.3.0. It prints one line per vector:
+the largest difference, or why the folder cannot be written.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Holds `adapterkit scan` against adaptersentry on the planted faults of the tests, and on clean adapters.
+"""Compares `adapterkit scan` with adaptersentry on the planted faults of the tests, and on clean adapters.
 
     pip install adaptersentry==2.0.2
     python tools/foreign/check_adaptersentry.py [--out tests/data/adaptersentry.json]
 
-adaptersentry looks at numbers and at files beside one safetensors file of LoRA pairs. Each line is one case: what we
-find, what it finds, and the reason where the two differ. A difference without a reason is a failure.
+adaptersentry checks the numbers of one safetensors file of LoRA pairs, and the files beside it. Each printed line is
+one case: adapterkit's findings, adaptersentry's findings, and a reason if they differ. A difference without a reason is
+a failure.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Hold ways to combine against their authors' own functions, on the same float64 changes.
+"""Compare combiners with the functions of their authors, on the same float64 changes.
 
     python tools/foreign/check_authors.py FOLDER [--out docs/pictures/authors.json] [--only ties della]
 
-FOLDER has a clone of each repository under its own name: `git clone https://github.com/gstoica27/KnOTS`, and so on. One
-that is not there is left out, and its row in --out stays. Nothing is fetched, and no file of theirs is imported as a
-whole, since most begin with imports of vision models: single functions are taken out of the source by name, and run.
-Where they round to float32 or move to a GPU, they get float64 and the processor instead. Their random draws get our
-numbers. `compress-then-merge` needs tensorly, and the rows of mergekit the package itself.
+FOLDER has a clone of each repository under its own name: `git clone https://github.com/gstoica27/KnOTS`, and so on. A
+missing repository is skipped, and its row in --out stays. Nothing is downloaded. The script extracts single functions
+from the source by name and runs them, because most files begin with imports of vision models. If a function rounds to
+float32 or uses a GPU, it runs in float64 on the CPU instead. Random draws are replaced by the same numbers for both.
+`compress-then-merge` needs tensorly; the rows of mergekit need the package.
 
-A row tells the method, the source, the setting, and the largest difference over two weights, relative to the norm of
-the authors' result. It agrees up to 1e-7.
+A row has the method, the source, the setting, and the largest difference over two weights, relative to the norm of the
+authors' result. Differences of up to 1e-7 count as equal.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
     python tools/foreign/check_bases.py [MODEL_TYPE...] [--live] [--json FILE]
 
-A base is a tiny random model that transformers wrote by `save_pretrained`, as it is on hubs. The adapter is PEFT's, on
-every linear layer and on every stack of experts (`target_parameters`). adapterkit merges it; the result is loaded by
-transformers again. `right`: every parameter and the logits equal those of PEFT's model within 1e-4 of the largest.
-`refused`: adapterkit raised one of its errors. Anything else is `wrong`. A base of another family must be refused.
+A base is a tiny random model that transformers saved with `save_pretrained`, in the layout of models on hubs. The
+adapter is PEFT's, on every linear layer and on every stack of experts (`target_parameters`). adapterkit merges it, and
+transformers loads the result. `right`: every parameter and the logits equal those of PEFT's model within 1e-4 of the
+largest. `refused`: adapterkit raised one of its errors. Anything else is `wrong`. A base of another family must be
+refused.
 
-With `--live` the adapter is injected into the live model instead of merged, under the names that PEFT gave it and
-under those that the base has on disk (`Adapter.bind`); the logits of both must equal those of PEFT's model. A model
-that takes none of the inputs here is compared layer by layer: each adapted linear layer is called with random inputs,
-and all parameters after `merge_` must equal those of PEFT's merged model.
+With `--live`, the adapter is injected into the live model instead of merged: under PEFT's names, and under the names of
+the base on disk (`Adapter.bind`). The logits of both must equal those of PEFT's model. If a model cannot be called with
+the inputs of this script, it is compared layer by layer: each adapted linear layer is called with random inputs, and
+all parameters after `merge_` must equal those of PEFT's merged model.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """

@@ -1,18 +1,17 @@
-"""Hold what adapterkit writes for ComfyUI against ComfyUI's own loader: it holds every key, and makes the same weights.
+"""Check files that adapterkit writes for ComfyUI: its loader must accept every key, and compute the same weights.
 
     python tools/foreign/check_comfyui.py CHECKOUT [--method METHOD...] [WORD...]     families whose names have a word
     python tools/foreign/check_comfyui.py CHECKOUT --memory 2                         at most 2 GB a case
 
-Each case, a family and a method, is a process of its own, whose memory is bounded. The widths of ComfyUI's models are
-divided by 16. Changes that are whole matrices are written in several files, a few modules each.
+Each case is a family and a method. It runs in a separate process with limited memory. The widths of ComfyUI's models
+are divided by 16. Changes that are whole matrices are written to several files with a few modules each.
 
-CHECKOUT is a folder with ComfyUI's source; comfyui_keys.py beside this file says what it needs. For each family that
-ComfyUI has a model of, an adapter in diffusers' names with one update for each module of the first blocks is written in
-ComfyUI's and in kohya's format. `comfy.lora.load_lora` must hold each key of the first, and `calculate_weight` there
-must make the change that the formula gives, within 1e-5, for a sample of the weights. ComfyUI's patches of the same
-adapter in diffusers' names, as far as it reads these, must make that change, too. OFT, BOFT and GLoRA are written in
-LyCORIS's format. Of DoRA, ComfyUI must make what spec/loaders/comfyui.toml says that it makes. Exit status 1 if
-something differs.
+CHECKOUT is a folder with ComfyUI's source; see comfyui_keys.py for its requirements. For each family that ComfyUI has a
+model of, the script writes an adapter with diffusers' names, and one update for each module of the first blocks, in
+ComfyUI's and in kohya's format. `comfy.lora.load_lora` must accept each key of ComfyUI's format, and `calculate_weight`
+must compute the change of the formula within 1e-5, for a sample of the weights. If ComfyUI also reads diffusers' names,
+these must give the same change. OFT, BOFT and GLoRA are written in LyCORIS's format. For DoRA, ComfyUI must compute the
+change that spec/loaders/comfyui.toml describes. The exit code is 1 if something differs.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--method", action="append", choices=METHODS)
-    parser.add_argument("--memory", type=float, default=4.0, metavar="GB", help="the most that one case may hold")
+    parser.add_argument("--memory", type=float, default=4.0, metavar="GB", help="memory limit of one case")
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(arguments.checkout)]
     sys.meta_path.insert(0, Absent())

@@ -1,9 +1,9 @@
-"""Holds changed graphs of converters against float64 formulas: `python tools/foreign/check_converters.py DIR`.
+"""Compares changed graphs of converters with float64 formulas: `python tools/foreign/check_converters.py DIR`.
 
-Needs onnxconverter-common and onnxslim beside the development environment. A small base is converted to float16 (whole,
-with 32-bit inputs and outputs, with some operators or nodes left out, by measured precision), slimmed, and optimized
-by a session of onnxruntime; LoRA, DoRA and IA3 are injected as constants and as slots, and merged. DIR/converters.tsv
-has a row for each case: converter, method, mode, result, difference.
+Needs onnxconverter-common and onnxslim in addition to the development environment. A small base is converted to float16
+(completely, with 32-bit inputs and outputs, without some operators or nodes, or by measured precision), slimmed by
+onnxslim, and optimized by a session of onnxruntime. LoRA, DoRA and IA3 are injected as constants and as slots, and
+merged. DIR/converters.tsv has a row for each case: converter, method, mode, result, difference.
 """
 
 from __future__ import annotations

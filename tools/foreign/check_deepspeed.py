@@ -1,10 +1,10 @@
-"""Trains adapters under DeepSpeed's ZeRO in two processes, and compares the losses with one on the joined batch.
+"""Trains adapters with DeepSpeed's ZeRO in two processes, and compares the losses with a single process.
 
     DS_BUILD_OPS=0 pip install deepspeed && python tools/foreign/check_deepspeed.py [--stage 3]... [--method lora]...
 
-It runs on the CPU, over gloo. Of stage 3, which partitions every parameter, it also checks that the handle reads whole
-tensors and that what would need the base's weights is refused. Prints one line a run; exits 1 when a loss is apart by
-more than 1e-5, relatively, or a check fails.
+It runs on the CPU, over gloo; the single process has the joined batch. For stage 3, which partitions every parameter,
+it also checks that the handle reads whole tensors, and that operations on the base's weights are refused. It prints one
+line per run, and exits with 1 if a loss differs by more than 1e-5 relatively, or if a check fails.
 """
 
 from __future__ import annotations

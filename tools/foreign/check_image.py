@@ -1,9 +1,10 @@
-"""Whether the tools for image models load what adapterkit writes, and compute what its formulas say.
+"""Checks that tools for image models load adapterkit's files, and compute the same as adapterkit's formulas.
 
     python tools/foreign/check_image.py
 
-LyCORIS and diffusers (0.42.1) load files that were made anew, without the leftovers of those that were read; outputs of
-every adapted layer are held against the update's own law. It prints a line a case, and ends with 1 where one differs.
+LyCORIS and diffusers (0.42.1) load files that adapterkit wrote without the extra data of the original files. The output
+of every adapted layer is compared with the update's formula. The script prints a line per case, and exits with 1 if a
+case differs.
 """
 
 from __future__ import annotations

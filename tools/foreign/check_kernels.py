@@ -1,13 +1,13 @@
-"""Checks adapters beside fused kernels: Liger's, in Triton's interpreter, and the package `kernels`.
+"""Checks adapters together with fused kernels: Liger's, in Triton's interpreter, and those of the package `kernels`.
 
     TRITON_INTERPRET=1 python tools/foreign/check_kernels.py
 
-Needs `triton`, `liger-kernel` and `kernels`; no GPU. For each kernel, put on a small Llama before and after the
-injection, a step must give the loss and the gradients of the model without the kernel, or the library must notice that
-the kernel goes past the adapter. Prints a line for each; exits 1 if one is wrong.
+Needs `triton`, `liger-kernel` and `kernels`, but not a GPU. Each kernel is applied to a small Llama before and after
+the injection. A training step must give the loss and gradients of the model without the kernel, or adapterkit must
+report that the kernel bypasses the adapter. The script prints a line for each kernel, and exits with 1 if one is wrong.
 
-Triton 3.9's interpreter refuses the floats that Liger 0.8 passes; they are made tensors here. It cannot run Liger's
-norm, so that the norm's forward is put there without a call.
+Triton 3.9's interpreter refuses the floats that Liger 0.8 passes, so this script converts them to tensors. The
+interpreter cannot run Liger's norm, so the norm's forward is only installed and not called.
 """
 
 from __future__ import annotations

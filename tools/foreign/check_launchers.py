@@ -2,13 +2,14 @@
 
     python tools/foreign/check_launchers.py [--method lora]... [--loop trainer]... [--launcher torchrun]...
 
-The two processes see the batch of one process together, so that their losses must be the same; a run that was stopped
-after half of its steps and resumed by two processes must end with the same bits as an unbroken one. Prints a line for
-each method, loop and launcher; exits 1 when a loss is apart by more than 1e-5, relatively, or a bit differs.
+The two processes split the batch of a single process, so the losses must be the same. A run that is stopped after half
+of its steps and resumed by two processes must end with the same bits as an uninterrupted run. The script prints a line
+for each method, loop and launcher, and exits with 1 if a loss differs by more than 1e-5 relatively, or if a bit
+differs.
 
-`accelerate launch --cpu --num_processes 2` starts one process, whatever its config says (accelerate 1.15): without a
-GPU, an MPI or a TPU its command line runs the script directly. With `--multi_gpu` it goes through torchrun, and
-`Accelerator(cpu=True)` in the script finds two processes over gloo.
+`accelerate launch --cpu --num_processes 2` starts only one process, independent of its config (accelerate 1.15):
+without a GPU, MPI or TPU, it runs the script directly. With `--multi_gpu` it uses torchrun, and `Accelerator(cpu=True)`
+in the script then finds two processes over gloo.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Networks of LyCORIS on each kind of layer: read by adapterkit and compared with LyCORIS's own forward.
+"""Reads networks of LyCORIS on each kind of layer with adapterkit, and compares the outputs with LyCORIS's forward.
 
     python tools/foreign/check_lycoris.py [-k WORD] [--json FILE] [--save FOLDER]
 
-Run it where lycoris-lora 4.1.3 is installed. A case is one algorithm with one choice of options on one layer:
+Run it in an environment with lycoris-lora 4.1.3. A case is one algorithm with one choice of options on one layer:
 
-1. LyCORIS makes the module; every trained tensor is moved; the module's own forward gives the expected output.
+1. LyCORIS creates the module, and every trained tensor is changed; the module's forward gives the expected output.
 2. LyCORIS saves the network; adapterkit reads the file, with the base.
 3. The layer with the adapter injected, and the layer of the merged base, must give the same output within 1e-5 of its
    largest number.
-4. Written back as LyCORIS, the file has the same tensors and the same metadata.
-5. Written anew, without what the file left over, and loaded by LyCORIS, the output is the same again.
+4. Written back in LyCORIS's format, the file has the same tensors and the same metadata.
+5. Written without the original file's extra data, and loaded by LyCORIS, the file gives the same output.
 
-It prints a table, algorithm by layer, and one line for each case that is not right: WRONG with the error, REFUSED with
-adapterkit's words, or LOADER where 5 is not so. `!` marks what LyCORIS itself cannot do. Exit status 1 where a case is
-wrong, or is refused and not named in LACKING.
+The script prints a table of algorithms and layers, and one line for each case that fails: WRONG with the error, REFUSED
+with adapterkit's message, or LOADER if step 5 fails. `!` marks cases that LyCORIS cannot handle. The exit code is 1 if
+a case is wrong, or is refused and not listed in LACKING.
 """
 
 from __future__ import annotations
@@ -303,9 +303,9 @@ MARKS = {"": "ok", "REFUSED": "refused", "WRONG": "WRONG", "LOADER": "ok, but"}
 def main() -> int:
     """Runs every case; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-k", default="", help="only algorithms whose name holds this")
-    parser.add_argument("--json", type=Path, help="write what is not right to this file")
-    parser.add_argument("--save", type=Path, help="write the vectors of tests/data/lycoris to this folder, and no more")
+    parser.add_argument("-k", default="", help="only algorithms whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the failed cases to this file")
+    parser.add_argument("--save", type=Path, help="only write the vectors of tests/data/lycoris to this folder")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

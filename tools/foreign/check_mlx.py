@@ -1,12 +1,13 @@
-"""Compares the names that adapterkit gives MLX-LM's models with those of the models themselves.
+"""Compares adapterkit's names for MLX-LM's models with the names in these models.
 
     python tools/foreign/check_mlx.py make FOLDER [MODEL_TYPE...]      tiny bases; needs transformers
-    MLX/bin/python tools/foreign/check_mlx.py names FOLDER             what MLX-LM makes of them; needs mlx and mlx-lm
+    MLX/bin/python tools/foreign/check_mlx.py names FOLDER             MLX-LM's names; needs mlx and mlx-lm
     python tools/foreign/check_mlx.py check FOLDER                     compare; needs adapterkit
 
-`make` writes a tiny random model of each model type that both tools have, as `save_pretrained` stores it. `names`
-builds MLX-LM's model of the same config and lets its `sanitize` rename the tensors, which are found by their values.
-`check` asks adapterkit for the place of each stored weight in MLX-LM's model: it must be where the values went.
+`make` writes a tiny random model of each model type that transformers and MLX-LM have, with `save_pretrained`. `names`
+builds MLX-LM's model of the same config, renames the tensors with its `sanitize`, and finds them by their values.
+`check` asks adapterkit for the name of each stored weight in MLX-LM's model: it must be the name at which the values
+were found.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compares spec/architectures/namings with what the tools' own converters say; exits 1 on a difference.
+"""Compares spec/architectures/namings with the tools' converters; exits with 1 if they differ.
 
     python tools/foreign/check_namings.py FOLDER
 
-FOLDER holds the sources of torchtune and litgpt, such as their unpacked wheels. Nothing of them is run: the
-dictionaries of names in their converters are read from the source.
+FOLDER has the sources of torchtune and litgpt, such as their unpacked wheels. The script does not run them: it reads
+the dictionaries of names in their converters from the source.
 """
 
 from __future__ import annotations

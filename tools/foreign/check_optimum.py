@@ -1,9 +1,9 @@
-"""Holds changed folders of optimum's graphs against PEFT: `python tools/foreign/check_optimum.py PYTHON DIR`.
+"""Compares changed folders of optimum's graphs with PEFT: `python tools/foreign/check_optimum.py PYTHON DIR`.
 
-PYTHON is the interpreter of an environment with optimum-onnx, onnxruntime, transformers and PEFT; DIR gets the models.
-Further words choose models.
-Each folder is injected and merged by this checkout, loaded by optimum's `ORTModelFor...` and compared with the torch
-model with PEFT's adapter. DIR/optimum.tsv has a row for each case: tool, model, type, mode, method, result.
+PYTHON is the interpreter of an environment with optimum-onnx, onnxruntime, transformers and PEFT; the models are
+written to DIR. Further arguments select models. This checkout injects into and merges into each folder. optimum's
+`ORTModelFor...` loads the result, whose outputs are compared with those of the torch model with PEFT's adapter.
+DIR/optimum.tsv has a row for each case: tool, model, type, mode, method, result.
 """
 
 from __future__ import annotations

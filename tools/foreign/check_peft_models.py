@@ -1,19 +1,19 @@
-"""Runs the configurations of PEFT's own tests/test_custom_models.py and compares adapterkit with PEFT's forward.
+"""Runs the configurations of PEFT's tests/test_custom_models.py, and compares adapterkit with PEFT's forward.
 
     python tools/foreign/check_peft_models.py PEFT/tests/test_custom_models.py [-k WORD] [--json FILE]
 
-The test file is that of the installed release of PEFT (0.21.2: in its source distribution). Only its list of cases and
-its models are executed. Each case is one adapter:
+The test file must be that of the installed release of PEFT (0.21.2; it is in the source distribution). The script only
+executes its list of cases and its models. Each case is one adapter:
 
-1. PEFT adapts the model; every trained tensor is moved; PEFT's forward gives the expected output of each leaf module.
-2. PEFT saves the adapter; adapterkit reads it, with the base, in the default reading.
-3. In the base with the adapter injected, and in the merged base, each of these modules must give the same output for
+1. PEFT adapts the model, and every trained tensor is changed; PEFT's forward gives the expected output of each leaf
+module. 2. PEFT saves the adapter; adapterkit reads it with the base and default options. 3. In the base with the
+adapter injected, and in the merged base, each of these modules must give the same output for
    the input that it had in PEFT's forward, within 1e-5 of the largest number of that output.
-4. Written back as PEFT, the folder has the same bytes.
+4. Written back in PEFT's format, the folder has the same bytes.
 
-Where PEFT itself does not merge a method (Lily, LoRA on convolutions in groups), only 3's first half is asked for.
-One line a case that is not right: WRONG with the error, or REFUSED with adapterkit's words. Exit status 1 where a case
-is wrong, or is refused and not named in LACKING.
+If PEFT does not merge a method (Lily, LoRA on grouped convolutions), step 3 only checks the injection. The script
+prints one line per failed case: WRONG with the error, or REFUSED with adapterkit's message. The exit code is 1 if a
+case is wrong, or is refused and not listed in LACKING.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def main() -> int:
     """Runs every case; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tests", type=Path, help="test_custom_models.py of the installed release of PEFT")
-    parser.add_argument("-k", default="", help="only cases whose name holds this")
-    parser.add_argument("--json", type=Path, help="write what is not right to this file")
+    parser.add_argument("-k", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the failed cases to this file")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     found, models = cases(args.tests)

@@ -1,9 +1,9 @@
-"""Merges into every quantized vector, quantizes again, and loads what comes out in the scheme's own library.
+"""Merges into every quantized vector, quantizes the result again, and loads it in the scheme's library.
 
     python tools/foreign/check_quant.py
 
-The library's numbers must be those that adapterkit reads from the same output. GPTQ, AWQ and ModelOpt's NVFP4 have no
-library that runs without a GPU, and HQQ is not quantized again.
+The library and adapterkit must read the same numbers from the output. GPTQ, AWQ and ModelOpt's NVFP4 are not checked,
+because their libraries need a GPU; HQQ is not checked, because it is not quantized again.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python tools/foreign/check_quantized_experts.py [gptq|awq]... [--types MODEL_TYPE...]
 
-The base is what GPTQModel saves: one packed weight an expert. The adapter is PEFT's, on the attention and on the stacks
-of experts. `right`: merged into the dequantized base, every weight is that of PEFT's model over what GPTQModel's own
-layer dequantizes, within `LIMITS` of the largest (the layers compute in 16 bits); quantized again, GPTQModel's layers
-read the file, and every weight is nearer to the merged one than the base's was.
+The base is a model that GPTQModel saved, with one packed weight per expert. The adapter is PEFT's, on the attention and
+on the stacks of experts. `right` means two things. Merged into the dequantized base, every weight equals that of PEFT's
+model on the weights that GPTQModel's layers dequantize, within `LIMITS` of the largest (the layers compute in 16 bits).
+Quantized again, GPTQModel's layers read the file, and every weight is closer to the merged weight than the base's
+weight is.
 
 Needs gptqmodel 7.7, transformers 5.24 and PEFT 0.21.2.
 """

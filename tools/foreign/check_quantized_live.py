@@ -1,12 +1,12 @@
-"""Adapters in live models of quantization libraries, on the CPU: a table of forward, training and merging.
+"""Checks adapters in live layers of quantization libraries on the CPU: a table of forward, training and merging.
 
     python tools/foreign/check_quantized_live.py
 
-Needs any of bitsandbytes, torchao, optimum-quanto, hqq, autoawq and gptqmodel beside adapterkit; what is missing, or
-cannot be quantized on this machine, is said. transformers 5 loads GPTQ and AWQ models with gptqmodel's layers;
-`BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel` builds it without CUDA. `right` means: as far from the
-formula over the weight that the library computes with as the library's own forward is, and at most a thousandth beyond
-it. `refused` is a typed error.
+Needs some of bitsandbytes, torchao, optimum-quanto, hqq, autoawq and gptqmodel; the script lists libraries that are
+missing, or that cannot quantize on this machine. transformers 5 loads GPTQ and AWQ models with gptqmodel's layers;
+`BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel` builds gptqmodel without CUDA. The reference is the
+formula on the weights that the library computes with. `right`: the result is as close to the reference as the library's
+own forward, up to a thousandth more. `refused`: adapterkit raised one of its errors.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whole models that transformers' `from_pretrained` loads quantized, on the CPU, with an adapter in them.
+"""Checks adapters in whole models that transformers' `from_pretrained` loads quantized, on the CPU.
 
     python tools/foreign/check_quantized_models.py [--only NAME]...
 
-Each model is a tiny Llama, written as the library's own quantizer or checkpoint layout has it and loaded again. An
-adapter on every linear layer but the head is injected and compared with the formula over the weights that the loaded
-model computes with; then a fresh one is trained for a few steps, which must lower the loss and leave the base as it
-was; then `merge_` must merge or refuse, and change nothing where it refuses. What is not installed, or cannot be loaded
-here, is said. Exits 1 when a cell is neither right nor refused.
+Each model is a tiny Llama, which is saved by the library's quantizer or in its checkpoint layout, and loaded again. An
+adapter on every linear layer except the head is injected, and compared with the formula on the weights that the loaded
+model computes with. Then a new adapter is trained for a few steps, which must lower the loss and not change the base.
+Then `merge_` must merge, or refuse without changing anything. The script lists libraries that are not installed or
+cannot be loaded here. It exits with 1 if a cell is neither right nor refused.
 
 GPTQ: gptqmodel and optimum. AWQ: gptqmodel. Others: torchao, optimum-quanto, bitsandbytes, hqq.
 """

@@ -1,10 +1,11 @@
-"""Holds adapterkit's merges of real adapters against PEFT's own results and against float64 formulas.
+"""Compares adapterkit's merges of real adapters with PEFT's results and with float64 formulas.
 
     python tools/foreign/check_real.py BASE ADAPTERS
 
-ADAPTERS is what `make_peft_adapters.py` made from BASE. Every adapter is merged twice by the command line: in float32,
-whose logits (evaluated in float32 and in float64), text and weights are compared with PEFT's, and in the base's own
-dtype, whose every element is compared with formulas.py. Exits 1 when anything is off.
+ADAPTERS is the folder that `make_peft_adapters.py` made from BASE. The command line merges every adapter twice. The
+merge in float32 is compared with PEFT: its weights, its text, and its logits, which are evaluated in float32 and
+float64. Every element of the merge in the base's dtype is compared with formulas.py. The script exits with 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -193,13 +194,13 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
 def main() -> int:
     """Runs the command line; 0 all as it should be, 1 not, 2 nothing to check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("base", type=Path, help="the base the adapters were made on")
-    parser.add_argument("adapters", type=Path, help="what make_peft_adapters.py made")
+    parser.add_argument("base", type=Path, help="the base of the adapters")
+    parser.add_argument("adapters", type=Path, help="the folder that make_peft_adapters.py made")
     parser.add_argument("--only", action="append", metavar="NAME", help="check this adapter; may be repeated")
     parser.add_argument(
         "--command",
         default=shlex.join([sys.executable, "-m", "adapterkit", "merge"]),
-        help="what merges, called as COMMAND BASE ADAPTER -o OUT [--dtype F32]; default: %(default)s",
+        help="the command to test, called as COMMAND BASE ADAPTER -o OUT [--dtype F32]; default: %(default)s",
     )
     options = parser.parse_args()
     logging.disable_progress_bar()

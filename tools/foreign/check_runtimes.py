@@ -1,8 +1,8 @@
 """Runs the same graphs and adapters in several run times: `python tools/foreign/check_runtimes.py DIR PYTHON MODULES`.
 
-PYTHON is the interpreter of an environment with OpenVINO and safetensors, MODULES a `node_modules` with
-onnxruntime-node and onnxruntime-web. DIR gets the graphs. Each run time opens each graph once, exchanges the adapters
-on it, and its outputs are compared with float64 formulas. onnxruntime-web runs in headless Chromium. DIR/runtimes.tsv
+PYTHON is the interpreter of an environment with OpenVINO and safetensors. MODULES is a `node_modules` folder with
+onnxruntime-node and onnxruntime-web. The graphs are written to DIR. Each run time opens each graph once and swaps
+adapters; its outputs are compared with float64 formulas. onnxruntime-web runs in headless Chromium. DIR/runtimes.tsv
 has a row for each case: run time, graph, adapter, result, difference.
 """
 

@@ -1,11 +1,11 @@
-"""Trains twelve methods by four loops, compares every loss with a plain loop's and with PEFT's, and resumes each run.
+"""Trains twelve methods with four loops, compares every loss with a plain loop and PEFT, and resumes each run.
 
     pip install lightning && python tools/foreign/check_training.py [--steps 20] [--method lora]... [--quiet]
 
-Prints the largest relative difference of a loss from PEFT's in the same loop, and, where PEFT does not have the method,
-from the plain loop; then whether a run that was saved after half of its steps and resumed in a fresh model ends with
-the bits of the unbroken one. Exits 1 when a difference is above 1e-5, when bits differ, or when an adapter or a base is
-not as it should be afterwards.
+The script prints the largest relative difference of a loss from PEFT's in the same loop, or from the plain loop if PEFT
+does not have the method. Then it prints whether a run that was saved after half of its steps and resumed in a new model
+ends with the same bits as an uninterrupted run. It exits with 1 if a difference is above 1e-5, if bits differ, or if an
+adapter or a base is wrong at the end.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--method", action="append", choices=list(runs.METHODS))
-    parser.add_argument("--quiet", action="store_true", help="without what the frameworks print")
+    parser.add_argument("--quiet", action="store_true", help="hide the output of the frameworks")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     columns = [*runs.LOOPS, "between loops"]

@@ -1,9 +1,9 @@
-"""Trains a tiny model by TRL's SFTTrainer and GRPOTrainer: an adapter of adapterkit's against the same one in PEFT.
+"""Trains a tiny model with TRL's SFTTrainer and GRPOTrainer: an adapter by adapterkit and the same one by PEFT.
 
     pip install trl datasets && python tools/foreign/check_trl.py [--steps 10]
 
-Prints the largest relative difference of a loss and exits 1 when one is above 1e-5, or when a run from a checkpoint of
-`TrainerCallback` does not end with the bits of the unbroken one.
+The script prints the largest relative difference of a loss. It exits with 1 if a difference is above 1e-5, or if a run
+from a checkpoint of `TrainerCallback` does not end with the same bits as an uninterrupted run.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     python tools/real_model.py MODEL
     python tools/foreign/check_vocab.py MODEL [NAME...]
 
-NAME is one of `KINDS`: whole modules saved, rows of tokens, a LoRA on the embedding; each on a base with tied and with
-untied embeddings. The model is loaded in float32, its vocabulary grows, PEFT trains a few steps on text with the new
-tokens, and saves adapter and tokenizer as it does by default. `right`: adapterkit's merge gives PEFT's logits within
-1e-4 of the largest (where the file lacks a head's new rows, after a refusal that names `--vocab grow`), the tokenizer
-beside it loads and gives the same tokens, and generation from three prompts gives the same text; the same adapter
-injected into the grown live model gives these logits too. Exits 1 otherwise.
+NAME is one of `KINDS`: whole saved modules, rows of tokens, or a LoRA on the embedding; each runs on a base with tied
+and with untied embeddings. The model is loaded in float32, and its vocabulary is extended. PEFT trains a few steps on
+text with the new tokens, and saves adapter and tokenizer with default options. A case is `right` if all of this holds.
+adapterkit's merge gives PEFT's logits within 1e-4 of the largest; if the file lacks the head's new rows, adapterkit
+first refuses and names `--vocab grow`. The tokenizer beside the merge loads and gives the same tokens. Generation from
+three prompts gives the same text. The same adapter injected into the extended live model gives the same logits.
+Otherwise, the script exits with 1.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which names of a family's modules ComfyUI's key map holds, by ComfyUI's own code: spec/loaders/comfyui.toml.
+"""Writes spec/loaders/comfyui.toml: the names of each family's modules in ComfyUI's key map.
 
     python tools/foreign/comfyui_keys.py CHECKOUT            write the file
     python tools/foreign/comfyui_keys.py CHECKOUT --check    compare; exits 1 on a difference
 
-CHECKOUT is a folder with ComfyUI's source. Its model classes are made without memory for weights (torch's meta device),
-`model_lora_keys_unet` makes the map, and each spelling of each module that spec/architectures knows is looked up in it:
-the weight that it leads to and its rows must be those of the family's file. Needs torch, einops and psutil. Empty
-modules stand in for everything else that ComfyUI imports (torchvision, av, ...); no map needs it.
+CHECKOUT is a folder with ComfyUI's source. Its models are created without memory for weights (torch's meta device), and
+`model_lora_keys_unet` makes the map. The script looks up each spelling of each module in spec/architectures: the map
+must give the weight and the rows of the family's file. Needs torch, einops and psutil. Empty modules replace ComfyUI's
+other imports (torchvision, av, ...), which the map does not need.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Which spellings of a family's modules diffusers' loaders convert, found by running them: spec/loaders/diffusers.toml.
+"""Writes spec/loaders/diffusers.toml: the spellings of each family's modules that diffusers' loaders convert.
 
     python tools/foreign/diffusers_keys.py [FAMILY...]    write the file (of all families)
     python tools/foreign/diffusers_keys.py --check        compare; exits 1 on a difference
 
-Each spelling of all modules of a family is a LoRA file for `lora_state_dict` of the family's pipelines. A module counts
-where the change that comes out, under diffusers' name, is the file's. Where a file of all modules is refused, modules
-are left out until it is not, and each is tried again beside those that are left.
+For each spelling, the script makes a LoRA file of all modules of a family, and runs `lora_state_dict` of the family's
+pipelines. A module is listed if the result has the file's change under diffusers' name. If a file with all modules is
+refused, modules are omitted until a file is accepted; then each omitted module is tried again with the accepted ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Write tests/data/experts with one release of PEFT: adapters of stacked experts, and the change it makes of each.
+"""Write tests/data/experts with one release of PEFT: adapters of stacked experts, and the change of each expert.
 
-Run it in an environment of each release, as `python expert_layouts.py OUT`:
+Run `python expert_layouts.py OUT` in an environment of each release:
 
     pip install peft==0.18.1 "transformers<5"     # OUT = tests/data/experts/peft-0.18.1
     pip install peft==0.21.2                      # OUT = tests/data/experts/peft-0.21.2

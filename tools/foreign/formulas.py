@@ -1,4 +1,4 @@
-"""What merged weights should be, in float64, straight from PEFT's files and the papers' formulas.
+"""Computes the expected merged weights in float64, from PEFT's files and the formulas of the papers.
 
     LoRA      W + s B A                         Hu et al. 2021, arXiv:2106.09685
     rsLoRA    s = alpha / sqrt(r)               Kalajdzievski 2023, arXiv:2312.03732
@@ -6,7 +6,7 @@
     IA3       l * W                             Liu et al. 2022, arXiv:2205.05638; l scales rows, or columns at an input
     saved     the module's own trained weight   PEFT's `modules_to_save`
 
-This file knows nothing of adapterkit, on purpose: it is what adapterkit is held against.
+This file does not use adapterkit, because adapterkit is compared with it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Builds folders by onnxruntime-genai's builder, and holds changed ones against PEFT; run in genai's own environment.
+"""Builds folders with onnxruntime-genai's builder, and compares changed ones with PEFT; run it in genai's environment.
 
     python tools/foreign/genai_folders.py make DIR
     python tools/foreign/genai_folders.py compare DIR MODEL TYPE ADAPTER FOLDER [FILE.onnx_adapter]
 
-`make` writes, for each tiny random model, `base/`, one folder for each type (fp32, fp16, int4), and an adapter by PEFT
-for each method. `compare` runs FOLDER by onnxruntime-genai, with FILE in `og.Adapters` if it is given, and the torch
-model with PEFT's adapter: for int4, the torch model gets the numbers that the graph's packed weights stand for.
-It prints the largest difference of the logits, relative to the largest one. `check_genai.py` runs both.
+For each tiny random model, `make` writes `base/`, one folder for each type (fp32, fp16, int4), and an adapter by PEFT
+for each method. `compare` runs FOLDER with onnxruntime-genai, with FILE in `og.Adapters` if it is given, and the torch
+model with PEFT's adapter; for int4, the torch model has the dequantized weights of the graph. It prints the largest
+difference of the logits, relative to the largest logit. `check_genai.py` runs both commands.
 """
 
 from __future__ import annotations

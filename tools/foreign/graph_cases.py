@@ -1,4 +1,4 @@
-"""Cases of changed graphs: made by this checkout, compared by a tool in its own environment, written as a table."""
+"""Runs cases of changed graphs: this checkout changes them, a tool in its own environment compares them."""
 
 from __future__ import annotations
 

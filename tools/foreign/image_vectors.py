@@ -1,16 +1,16 @@
-"""Writes spec/vectors/formats/{lycoris,kohya,diffusers,xlabs,bfl_control}: files of the real tools for image models.
+"""Writes spec/vectors/formats/{lycoris,kohya,diffusers,xlabs,bfl_control}: files of real tools for image models.
 
     python tools/foreign/image_vectors.py [DEST]
 
-lycoris: networks of lycoris-lora on a tiny U-Net of diffusers, saved by it. diffusers: adapters that diffusers' models
-and pipelines saved, and what its converter to kohya's names made of one. Beside each file stand
+lycoris: networks that lycoris-lora saved, on a tiny U-Net of diffusers. diffusers: adapters that diffusers' models and
+pipelines saved, and one that its converter converted to kohya's names. Beside each file are
 
     expected.native.safetensors   the adapter, built by hand from what the tool's modules hold
     forward.safetensors           of each module: weight W, bias b, input x, and the tool's own output y
 
-kohya/flux, xlabs and bfl_control: random tensors in the grammar of those tools, which cannot be installed; beside them
-stands converted.safetensors, what diffusers' converter makes of them. Run it where lycoris-lora 4.1.3 and diffusers
-0.42.1 are installed.
+kohya/flux, xlabs and bfl_control: random tensors with the keys of these tools, which cannot be installed;
+converted.safetensors beside them is the result of diffusers' converter. Run it in an environment with lycoris-lora
+4.1.3 and diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Writes tests/data/kohya_split: LoRA of FLUX's fused weights in parts, by sd-scripts' own module and its own saving.
+"""Writes tests/data/kohya_split: split LoRAs of FLUX's fused weights, by the module of sd-scripts.
 
     python tools/foreign/kohya_split.py SD_SCRIPTS/networks/lora_flux.py [DEST]
 
-Of that file only the class `LoRAModule` and the method `LoRANetwork.state_dict` are executed, on layers of 4 features
-and of 8 in the place of FLUX's 3072 and 12288.
+The script only executes the class `LoRAModule` and the method `LoRANetwork.state_dict` of that file, on layers with 4
+and 8 features instead of FLUX's 3072 and 12288.
 """
 
 from __future__ import annotations

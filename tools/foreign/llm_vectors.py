@@ -1,12 +1,12 @@
-"""Vectors of language models' formats: what real tools write, and the weights that they themselves fold it into.
+"""Writes vectors of the formats for language models: files of real tools, and the weights that the tools merge.
 
     python tools/foreign/llm_vectors.py make TOOL...     writes spec/vectors/formats/TOOL/CASE
-    python tools/foreign/llm_vectors.py check TOOL...    the tools load what adapterkit writes, and fold it as before
+    python tools/foreign/llm_vectors.py check TOOL...    the tools load adapterkit's files, and merge the same
 
-`expected.merged.safetensors` beside a tool's files are the weights that it made of the base.
+`expected.merged.safetensors` beside a tool's files has the weights that the tool merged.
 
-Run it where the tools are installed: mlx-lm, torchtune, litgpt, loralib, gguf, olive-ai; each in an environment of its
-own if they do not go together. A tool that is not there is named and left out.
+Run it in an environment with mlx-lm, torchtune, litgpt, loralib, gguf and olive-ai, or with some of them, if they
+conflict. Missing tools are listed and skipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Parts of the tables in spec/loaders that several tools here write, and a check of all files together.
+"""Writes the parts of spec/loaders that several scripts share, and checks all of its files.
 
     python tools/foreign/loader_tables.py --check    exits 1 on a difference
 
-The check needs no tool: each file must have the form that its script writes, name only modules that its families have
-under its naming, and state the installed version of a tool that is installed. It prints the script that runs the tool.
+The check does not need the tools. Each file must have the layout that its script writes, only name modules that its
+families have in its naming, and give the version of the tool, if that is installed. The check prints the script that
+runs the tool.
 """
 
 from __future__ import annotations

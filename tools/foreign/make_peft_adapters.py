@@ -1,11 +1,10 @@
-"""Makes real adapters with PEFT on a causal LM, and records what PEFT itself computes with them, unmerged.
+"""Trains real adapters with PEFT on a causal LM, and records the outputs of PEFT's unmerged model.
 
     python tools/foreign/make_peft_adapters.py BASE DEST
 
-DEST/<name>/ holds what `save_pretrained` wrote, plus `expected.safetensors` and `expected.json` (see results.py).
-Each is trained for a few steps on the reference manual that comes with Python, from a fixed seed, as a user would train
-it: A, B, magnitudes, scales and whole modules have all moved. `check_real.py` holds adapterkit's merges against these
-records.
+DEST/<name>/ has the files of `save_pretrained`, and `expected.safetensors` and `expected.json` (see results.py). Each
+adapter is trained for a few steps on Python's reference manual, from a fixed seed, so that all of A, B, magnitudes,
+scales and whole modules change. `check_real.py` compares adapterkit's merges with these records.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ def make_all(base: Path, dest: Path) -> None:
 def main() -> int:
     """Runs the command line; 2 when DEST is taken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("base", type=Path, help="folder of a causal LM, as transformers loads it")
-    parser.add_argument("dest", type=Path, help="the folder to make; must not exist")
+    parser.add_argument("base", type=Path, help="folder of a causal LM that transformers can load")
+    parser.add_argument("dest", type=Path, help="the folder to create; it must not exist")
     options = parser.parse_args()
     dest = options.dest.absolute()
     if dest.exists():

@@ -1,10 +1,10 @@
-"""Writes tests/data/mergekit.safetensors: what mergekit's `merge_tensors` makes of three changes, method by method.
+"""Writes tests/data/mergekit.safetensors: results of mergekit's `merge_tensors` for three changes, for each method.
 
     python tools/foreign/mergekit_vectors.py [DEST]
 
-`delta.0` to `delta.2` are float64, `[6, 10]`, products of factors `B.0`, `A.0` and so on; `base` is what they are added
-to. Each case is the result less the base, under the name of the case, which the metadata maps to mergekit's method,
-its parameters and the changes that went in. Run it where mergekit 0.1.5 is installed.
+`delta.0` to `delta.2` are changes, `[6, 10]`, float64, products of factors `B.0`, `A.0` and so on; `base` is the weight
+that they are added to. Each case is the result minus the base, under the name of the case. The metadata maps this name
+to mergekit's method, its parameters and the combined changes. Run it in an environment with mergekit 0.1.5.
 """
 
 from __future__ import annotations

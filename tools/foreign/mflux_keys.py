@@ -1,11 +1,11 @@
-"""Which keys mflux matches, by its own mappings: spec/loaders/mflux.toml.
+"""Writes spec/loaders/mflux.toml: the keys that mflux's mappings match.
 
     python tools/foreign/mflux_keys.py CHECKOUT            write the file
     python tools/foreign/mflux_keys.py CHECKOUT --check    compare; exits 1 on a difference
 
-CHECKOUT is a folder with mflux's source; it needs the package `mlx`, of which there is a build for processors alone.
-Every spelling of every module that spec/architectures knows is matched by mflux's `LoRALoader`; where it cuts a fused
-weight, the rows that it takes must be those that the family's file has.
+CHECKOUT is a folder with mflux's source; it needs the package `mlx`, which also has a build for CPUs. mflux's
+`LoRALoader` matches every spelling of every module in spec/architectures. If it splits a fused weight, the rows must be
+those in the family's file.
 """
 
 from __future__ import annotations

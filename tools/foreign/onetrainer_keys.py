@@ -1,14 +1,14 @@
-"""Which keys OneTrainer loads, by its own code: `slots`, `encoders` and `keys` of spec/loaders/onetrainer.toml.
+"""Writes `slots`, `encoders` and `keys` of spec/loaders/onetrainer.toml: the keys that OneTrainer loads.
 
     python tools/foreign/onetrainer_keys.py CHECKOUT            write the file
     python tools/foreign/onetrainer_keys.py CHECKOUT --check    compare; exits 1 on a difference
 
-CHECKOUT is a folder with OneTrainer's source; it needs the package `parse`. diffusers' models are made with their
-usual number of blocks and without memory for weights (torch's meta device). Every spelling of every module goes through
-the trainer's own `LoRALoaderMixin`, with rows of their own numbers: a spelling counts if the rows come out at the
-modules of diffusers where spec/architectures has them, so that the file's names, splits and orders are checked, too.
-A slot counts if the loader turns it into a parameter of one of the trainer's own modules, a text encoder's prefix if a
-module behind it comes out at that encoder.
+CHECKOUT is a folder with OneTrainer's source; it needs the package `parse`. diffusers' models are created with their
+usual number of blocks and without memory for weights (torch's meta device). Every spelling of every module is loaded by
+the trainer's `LoRALoaderMixin`, with numbers that identify each row. A spelling is listed if the rows arrive at the
+modules of diffusers that spec/architectures gives, so names, splits and orders are checked, too. A slot is listed if
+the loader assigns it to a parameter of one of the trainer's modules. A text encoder's prefix is listed if a module with
+that prefix arrives at this encoder.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Makes folders of graphs by optimum, and holds changed ones against PEFT; run in optimum's own environment.
+"""Exports folders of graphs with optimum, and compares changed ones with PEFT; run it in optimum's environment.
 
     python tools/foreign/optimum_folders.py make DIR
     python tools/foreign/optimum_folders.py compare DIR MODEL ADAPTER FOLDER
 
-`make` writes, for each tiny random model, `base/`, `onnx/` (optimum's folder) and an adapter by PEFT for each method.
-`compare` loads FOLDER by optimum's `ORTModelFor...`, and prints the largest difference of its outputs from those of the
-torch model with PEFT's adapter, and whether both write the same tokens. `check_optimum.py` runs both.
+For each tiny random model, `make` writes `base/`, `onnx/` (optimum's folder) and an adapter by PEFT for each method.
+`compare` loads FOLDER with optimum's `ORTModelFor...`. It prints the largest difference of the outputs from those of
+the torch model with PEFT's adapter, and whether both generate the same tokens. `check_optimum.py` runs both commands.
 """
 
 from __future__ import annotations

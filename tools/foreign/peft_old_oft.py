@@ -1,13 +1,13 @@
-"""Writes spec/vectors/formats/peft/oft_before_0_18_terms_*: OFT's series as PEFT 0.17.1 saved and computed it.
+"""Writes spec/vectors/formats/peft/oft_before_0_18_terms_*: OFT with a series, saved and computed by PEFT 0.17.1.
 
     python tools/foreign/peft_old_oft.py [DEST]
 
-PEFT 0.18 ends the series otherwise, and says so nowhere in a file but by its `peft_version`. Beside each folder stand
+PEFT 0.18 ends the series differently; only `peft_version` in a file shows the difference. Beside each folder are
 
     expected.native.safetensors   the adapter, built by hand from the module that PEFT holds in memory
     forward.safetensors           weight W and bias b of the adapted layer, input x, and PEFT's own output y
 
-Run it where PEFT 0.17.1 is installed.
+Run it in an environment with PEFT 0.17.1.
 """
 
 from __future__ import annotations

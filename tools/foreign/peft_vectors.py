@@ -1,12 +1,12 @@
-"""Writes spec/vectors/formats/peft: small folders that PEFT itself saved, each with the same adapter in native form.
+"""Writes spec/vectors/formats/peft: small folders that PEFT saved, each with the same adapter in native form.
 
     python tools/foreign/peft_vectors.py [DEST]
 
-The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
-reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
-family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
-`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them; `KEEPS_BASE` where PEFT
-makes more of those weights than what it trains, so that they stay as they were then.
+The native form is built from PEFT's modules in memory, not from the files, so that the result of the reader can be
+compared with it. Run the script with the release of PEFT for which you need a vector. Each family has a module in
+peft_families, with `CASES`, a map from name to (model, config), and `update_of`. `NEEDS_BASE` is for families whose
+files need the adapted weights, which are then saved beside the files. `KEEPS_BASE` is for families for
+which PEFT computes parts of the adapter from these weights, which the script must then not change.
 
     python tools/foreign/peft_vectors.py DEST NAME...
 

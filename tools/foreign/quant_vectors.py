@@ -1,13 +1,14 @@
-"""Writes spec/vectors/quant: small quantized bases, each with the weights that its own library makes of it.
+"""Writes spec/vectors/quant: small quantized bases, each with the weights that its library dequantizes.
 
     python tools/foreign/quant_vectors.py [DEST]
 
-`DEST/<scheme>/<case>/` holds `model.safetensors` and `config.json`, or `model.gguf`, as the library stores them, and
-`expected.safetensors`. bitsandbytes, compressed-tensors and transformers compute what is expected of their schemes; for
-GPTQ, AWQ and ModelOpt's NVFP4, whose libraries want a GPU, the published formula does, in float64, element by element.
+`DEST/<scheme>/<case>/` has `model.safetensors` and `config.json`, or `model.gguf`, in the library's layout, and
+`expected.safetensors`. bitsandbytes, compressed-tensors and transformers compute the expected weights of their schemes.
+For GPTQ, AWQ and ModelOpt's NVFP4, whose libraries need a GPU, the script computes the published formula in float64,
+element by element.
 
-bitsandbytes 0.50's CPU kernel takes the wrong scales where a block runs from one row into the next: such a case is
-computed by the library's generic code.
+bitsandbytes 0.50's CPU kernel uses the wrong scales if a block continues in the next row; such a case is computed by
+the library's generic code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a causal LM says to fixed prompts: its logits, and the text it writes by greedy decoding.
+"""Computes the logits and the greedily generated text of a causal LM for fixed prompts.
 
-Logits are taken twice from the same float32 parameters. In float32 they carry the rounding of the evaluation itself,
-which for a model of thirty layers is of the size of the differences looked for; in float64 they do not.
+Logits are computed twice from the same float32 parameters. In float32, they include rounding errors of the evaluation,
+which are as large as the expected differences for a model of thirty layers; in float64, they do not.
 """
 
 from __future__ import annotations

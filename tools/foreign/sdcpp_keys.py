@@ -1,11 +1,12 @@
-"""Which names stable-diffusion.cpp gives to keys, by its own conversion: spec/loaders/stable_diffusion_cpp.toml.
+"""Writes spec/loaders/stable_diffusion_cpp.toml: the keys that stable-diffusion.cpp converts.
 
     python tools/foreign/sdcpp_keys.py CHECKOUT PROGRAM            write the file
     python tools/foreign/sdcpp_keys.py CHECKOUT PROGRAM --check    compare; exits 1 on a difference
 
-CHECKOUT is a folder with the tool's source, whose `src/model.h` numbers the models. PROGRAM prints, for each line of
-its input, what the tool's `convert_tensor_name` makes of it for the model whose number is its argument. A spelling of a
-module counts if its keys become the weight, and the part of it, that the family's file has in the authors' names.
+CHECKOUT is a folder with the tool's source, whose `src/model.h` numbers the models. PROGRAM takes the number of a model
+as its argument; for each line of its input, it prints the result of the tool's `convert_tensor_name`. A spelling of a
+module is listed if its keys are converted to the weight, and the part of the weight, that the family's file gives under
+the authors' names.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which modules sd-scripts and musubi-tuner load, by their own code: `keys` of their files in spec/loaders.
+"""Writes `keys` of the files of sd-scripts and musubi-tuner in spec/loaders: the modules that these tools load.
 
     python tools/foreign/trainer_keys.py sd_scripts CHECKOUT            write the file
     python tools/foreign/trainer_keys.py musubi_tuner CHECKOUT --check  compare; exits 1 on a difference
 
-CHECKOUT is a folder with the trainer's source. Its models are made with few blocks and without memory for weights
-(torch's meta device). Each family's modules, under the names that the trainer would give them, go into the trainer's
-own `create_network_from_weights`; a module counts if the network that comes back has it. Empty modules stand in for
-what the trainers import and no network needs.
+CHECKOUT is a folder with the trainer's source. Its models are created with few blocks and without memory for weights
+(torch's meta device). The script passes each family's modules, under the trainer's names, to the trainer's
+`create_network_from_weights`. A module is listed if the returned network has it. Empty modules replace those imports of
+the trainers that no network needs.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "adapterkit"
 HARD = ("merging", "ops", "io", "onnx", "hub")
-"""Packages whose code is hard, where a comment that says why is worth most."""
+"""Packages with difficult code, in which comments that give reasons are most useful."""
 
 TRACED = """
 import json, sys, threading
@@ -60,12 +60,12 @@ print("FIGURES", json.dumps({"files": len(files), "functions": len(functions)}))
 
 
 def modules() -> list[Path]:
-    """The package's files."""
+    """Return the package's files."""
     return sorted(PACKAGE.rglob("*.py"))
 
 
 def sizes(trees: dict[Path, ast.Module]) -> dict[str, Any]:
-    """Numbers and sizes of modules and functions, in lines."""
+    """Return the numbers of modules and functions, and their sizes in lines."""
     files = [len(path.read_text("utf-8").splitlines()) for path in trees]
     functions = [node.end_lineno - node.lineno + 1 for tree in trees.values() for node in functions_of(tree)]
     return {
@@ -77,17 +77,17 @@ def sizes(trees: dict[Path, ast.Module]) -> dict[str, Any]:
 
 
 def percentile(numbers: list[int]) -> int:
-    """The number that nine of ten do not exceed."""
+    """Return the 90th percentile."""
     return sorted(numbers)[len(numbers) * 9 // 10]
 
 
 def functions_of(tree: ast.AST) -> Iterator[Any]:
-    """All functions and methods."""
+    """Return all functions and methods."""
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def single_use(trees: dict[Path, ast.Module]) -> dict[str, Any]:
-    """Private functions, and how many of them are named once in their module, beside their definition."""
+    """Return the number of private functions, and of those that are used only once in their module."""
     private = once = 0
     for tree in trees.values():
         named = Counter(
@@ -102,7 +102,7 @@ def single_use(trees: dict[Path, ast.Module]) -> dict[str, Any]:
 
 
 def typed(trees: dict[Path, ast.Module]) -> dict[str, Any]:
-    """The share of signatures that hold `Any`."""
+    """Return the fraction of signatures with `Any`."""
     with_any = total = public = 0
     for tree in trees.values():
         for node in functions_of(tree):
@@ -123,7 +123,7 @@ def typed(trees: dict[Path, ast.Module]) -> dict[str, Any]:
 
 
 def comments() -> dict[str, Any]:
-    """Comments for 1,000 lines, in all and where the code is hard; directives for tools are not counted."""
+    """Return the comments per 1,000 lines, in all packages and in difficult ones; without directives for tools."""
     found = {}
     for name, folder in {"all": PACKAGE, **{name: PACKAGE / name for name in HARD}}.items():
         lines = count = 0
@@ -140,14 +140,14 @@ def comments() -> dict[str, Any]:
 
 
 def circles_of(trees: dict[Path, ast.Module]) -> list[list[str]]:
-    """Modules that import one another, those of functions and of types included: one list a circle."""
+    """Return the circles of imports, including imports in functions and for types, as lists of modules."""
     names = {name_of(path): path for path in trees}
     edges = {name: set(imported(name, path, trees[path], names)) for name, path in names.items()}
     return [sorted(group) for group in components(edges) if len(group) > 1]
 
 
 def circles(trees: dict[Path, ast.Module]) -> dict[str, Any]:
-    """Circles of imports: number, and the largest."""
+    """Return the number of circles of imports, and the largest circle."""
     groups = circles_of(trees)
     return {
         "circles of imports": len(groups),
@@ -157,13 +157,13 @@ def circles(trees: dict[Path, ast.Module]) -> dict[str, Any]:
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module."""
+    """Return the dotted name of a module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(name: str, path: Path, tree: ast.Module, names: dict[str, Path]) -> Iterator[str]:
-    """The package's modules that a module imports anywhere."""
+    """Return the package's modules that a module imports anywhere."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
@@ -177,7 +177,7 @@ def imported(name: str, path: Path, tree: ast.Module, names: dict[str, Path]) ->
 
 
 def components(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components, by Tarjan's algorithm, without recursion."""
+    """Return the strongly connected components, by Tarjan's algorithm without recursion."""
     order: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -214,7 +214,7 @@ def components(edges: dict[str, set[str]]) -> list[list[str]]:
 
 
 def entered() -> dict[str, Any]:
-    """Files and functions of the package that a merge, a read and a convert of one LoRA tensor enter."""
+    """Return the files and functions of the package that a merge, a read and a convert of one LoRA tensor execute."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs(Path(folder))
@@ -230,7 +230,7 @@ def entered() -> dict[str, Any]:
 
 
 def inputs(folder: Path) -> None:
-    """A base of one weight, and a LoRA of it in PEFT's format."""
+    """Write a base of one weight, and a LoRA for it in PEFT's format."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -245,13 +245,13 @@ def inputs(folder: Path) -> None:
 
 
 def figures() -> dict[str, Any]:
-    """All figures, by name."""
+    """Return all figures, by name."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in modules()}
     return sizes(trees) | single_use(trees) | typed(trees) | comments() | circles(trees) | entered()
 
 
 def main() -> int:
-    """Prints the figures."""
+    """Print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar, cast
 
 from ...errors import NotMergeable, ShapeMismatch
 from .update import Update
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from .layer import Layer
 
+    Task = int | torch.Tensor | None
+    """One task number, or the numbers of a batch's rows; None for prompts without tasks."""
 
 _Function = TypeVar("_Function")
 
@@ -121,6 +123,13 @@ class WeightUpdate(Update):
         """
         return None
 
+    def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by rows, V = W + B @ A; or None.
+
+        A merge computes such a method in a compiled loop.
+        """
+        return None
+
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer.op(x, self.new_weight(layer.weight))
         settled = self.settled(layer.weight) if self.bias_sees_weight else self
@@ -174,7 +183,7 @@ class OutputUpdate(Update):
     @property
     def channels(self) -> int | None:
         """The number of channels that the layer's output must have; None if any number fits."""
-        hidden: Any = self.dims().get("hidden")
+        hidden = self.dims().get("hidden")
         return cast(int | None, hidden)
 
     @property
@@ -213,7 +222,7 @@ class ContextUpdate(Update):
     acts_on = "the context of the model"
     place: ClassVar[str] = ""
 
-    def embeddings(self, task: Any = None) -> torch.Tensor | None:
+    def embeddings(self, task: Task = None) -> torch.Tensor | None:
         """Return vectors to put before the input's embeddings (before the encoder's, if the model has one), `[n, dim]`.
 
         Args:
@@ -221,7 +230,7 @@ class ContextUpdate(Update):
         """
         return None
 
-    def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
+    def decoder_embeddings(self, task: Task = None) -> torch.Tensor | None:
         """Return vectors like `embeddings` for the input of the decoder in an encoder-decoder model."""
         return None
 

@@ -49,7 +49,7 @@ def attribute(
     return dataclasses.field(default=default, metadata=rules)
 
 
-def check_attribute(name: str, value: object, field: dataclasses.Field[Any]) -> None:
+def check_attribute(name: str, value: object, field: dataclasses.Field[object]) -> None:
     """Check a value against the type and the rules of its field.
 
     Raises:
@@ -60,17 +60,21 @@ def check_attribute(name: str, value: object, field: dataclasses.Field[Any]) -> 
     _check_range(name, value, field.metadata)
 
 
-def plain(value: Any, field: dataclasses.Field[Any]) -> Any:
+def plain(value: object, field: dataclasses.Field[object]) -> object:
     """Return a value as plain data; an integer in a float field becomes a float."""
     return float(value) if type(value) is int and _type_name(field.type) == "float" else value
 
 
-def _check_type(name: str, value: Any, annotation: str) -> None:
+def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
     # Compare instead of converting: an integer may be too large for a float.
-    if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
+    if (
+        annotation == "float"
+        and isinstance(value, int | float)
+        and not -sys.float_info.max <= value <= sys.float_info.max
+    ):
         raise Malformed(f"{value} is not a finite number", where=name, cure=DAMAGED)
 
 
@@ -94,7 +98,7 @@ def _type_name(annotation: object) -> str:
 # Check integer fields that hold positions: each position must be on its axis, and some fields forbid repetition.
 
 
-def misplaced(update: Update, sizes: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Iterator[tuple[str, str]]:
     """Yield each field with a position that is not on its axis, and a description of the error.
 
     Args:
@@ -104,7 +108,7 @@ def misplaced(update: Update, sizes: Mapping[str, object]) -> Iterator[tuple[str
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
     stack = any(len(leaf.shape) > len(fields[name].metadata["axes"].axes) for name, leaf in placed.items())
-    known = {**update.dims(stack), **sizes} if placed else {}
+    known: Dims = {**update.dims(stack), **sizes} if placed else {}
     for name, leaf in placed.items():
         axes = fields[name].metadata["below"]
         bounds = tuple(_size(axis, known) for axis in axes)
@@ -133,7 +137,7 @@ def repeated(update: Update) -> str:
     return ""
 
 
-def _size(axis: str, sizes: Mapping[str, Any]) -> int | None:
+def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
     """Return the size of an axis or product, or None if it is unknown."""
     try:
         return Axes.parse(axis).sizes(sizes)[0]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...io.lazy import Leaf
+    from .layer import Layer
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
     from ...io.strict_json import JsonValue
@@ -41,7 +42,6 @@ class Update:
         forms: groups of optional tensors. Exactly one set of each group must be present; `()` means no tensor at all.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
-            never trained.
         bias_sees_weight: True if the change of the bias depends on the weight, so `settled` must precede `new_bias`.
         sizes: default sizes for a new update's own axes.
         starts_at_base: True if a new update changes nothing; some methods are defined to start elsewhere.
@@ -77,8 +77,8 @@ class Update:
     # Copies of the fields' names as class attributes: torch.compile can read these, but not a dataclass's fields.
     _fields: ClassVar[tuple[str, ...]] = ()
     _names: ClassVar[tuple[str, ...]] = ()
-    _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
-    _attributes: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _tensors: ClassVar[dict[str, dataclasses.Field[object]]] = {}
+    _attributes: ClassVar[dict[str, dataclasses.Field[object]]] = {}
     _axes: ClassVar[dict[str, tuple[Axes, bool]]] = {}
     by_form: ClassVar[bool] = True
     _positions: ClassVar[bool] = False
@@ -113,12 +113,12 @@ class Update:
         return type(self).__module__.rpartition(".")[2]
 
     @classmethod
-    def tensor_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+    def tensor_fields(cls) -> dict[str, dataclasses.Field[object]]:
         """Return the tensor fields in order; `metadata["axes"]` is the parsed shape string."""
         return cls._tensors
 
     @classmethod
-    def attribute_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+    def attribute_fields(cls) -> dict[str, dataclasses.Field[object]]:
         """Return the fields with plain values, in order."""
         return cls._attributes
 
@@ -155,10 +155,15 @@ class Update:
         """Return the same update with each leaf replaced by f(leaf)."""
         return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
 
-    def replace(self, **changes: Any) -> Self:
+    @classmethod
+    def from_fields(cls, **fields: object) -> Self:
+        """Return an update with fields whose types are known only at run time; `check` checks them."""
+        return cls(**fields)
+
+    def replace(self, **changes: object) -> Self:
         """Return the same update with other field values."""
         # Do not use `dataclasses.replace`: it takes twice as long, and stacks hold tens of thousands of experts to cut.
-        return type(self)(**{name: getattr(self, name) for name in self._fields} | changes)
+        return self.from_fields(**{name: getattr(self, name) for name in self._fields} | changes)
 
     @property
     def form(self) -> Hashable:
@@ -192,7 +197,7 @@ class Update:
         """
         if self.forms:
             self._check_forms()
-        dims = dict(_solved(cast(Any, type(self)), stack, self._held()))
+        dims = dict(_solved(cast(Hashable, type(self)), stack, self._held()))
         if self.rules:
             apply_rules(self, dims, stack)
         return dims
@@ -290,15 +295,15 @@ class Update:
         for name, leaf in self.tensors.items():
             position = self.tensor_fields()[name].metadata["axes"].index(axis)
             if position is not None:
-                changes[name] = _narrow(leaf, position, start, stop)
+                changes[name] = _narrow(cast("torch.Tensor", leaf), position, start, stop)
         return self.replace(**changes)
 
     def expert(self, index: int) -> Self:
         """Return one expert's update from a stacked update: slice `index` of each tensor's leading axis."""
-        return self.map(lambda leaf: cast(Any, leaf)[index])
+        return self.map(lambda leaf: cast("torch.Tensor", leaf)[index])
 
     @classmethod
-    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
+    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         """Return a new update of a weight, before any training; it changes nothing if `starts_at_base`.
 
         Args:
@@ -349,7 +354,10 @@ class Update:
         experts = [self.expert(index).settled(W[index]) for index in range(len(W))]
         stack = namespace(W).stack
         return experts[0].replace(
-            **{name: stack([expert.tensors[name] for expert in experts]) for name in experts[0].tensors}
+            **{
+                name: stack([cast("torch.Tensor", expert.tensors[name]) for expert in experts])
+                for name in experts[0].tensors
+            }
         )
 
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
@@ -360,7 +368,7 @@ class Update:
         """Return the same function for a layer without a bias, as a method that more formats support, if possible."""
         return self
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Return y' for the input `x` of a layer (a backend's view of the target), for real or symbolic values."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
@@ -370,7 +378,7 @@ Held = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 @lru_cache(maxsize=1 << 10)
-def _solved(method: Any, stack: bool, held: Held) -> Dims:
+def _solved(method: type[Update], stack: bool, held: Held) -> Dims:
     """Return the sizes of all named axes; cached, because thousands of updates have the same few shapes."""
     for name, dtype, _ in held:
         _check_dtype(name, DTYPES[dtype], method._axes[name][1])
@@ -381,11 +389,11 @@ def _solved(method: Any, stack: bool, held: Held) -> Dims:
     return dims
 
 
-def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
+def _narrow(leaf: torch.Tensor, axis: int, start: int, stop: int) -> torch.Tensor:
     """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
-    whole = slice(None)
-    here = slice(start, stop)
-    return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
+    whole, here = slice(None), slice(start, stop)
+    key: tuple[Any, ...] = (*[whole] * axis, here) if axis >= 0 else (..., here, *[whole] * (-axis - 1))
+    return leaf[key]
 
 
 def _check_dtype(name: str, dtype: DType, integer: bool) -> None:

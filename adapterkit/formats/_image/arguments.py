@@ -82,10 +82,10 @@ def arguments_in(metadata: Mapping[str, str]) -> Arguments:
     return Arguments(_is_on(given, "bypass_mode"), _is_on(given, "rs_lora"), _unit(given) if dylora else 0)
 
 
-def _is_on(given: Mapping[str, Any], name: str) -> bool:
+def _is_on(given: Mapping[str, object], name: str) -> bool:
     return name in given and str(given[name]).lower() != "false"
 
 
-def _unit(given: Mapping[str, Any]) -> int:
+def _unit(given: Mapping[str, object]) -> int:
     text = str(given.get("block_size") or 4)
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.metadata import metadata_of, model_class_of
 from ...errors import UsageError
@@ -468,7 +468,7 @@ def _shaped(family: ImageFamily, extent: _Extent) -> bool:
     return any(abs(outputs - ratio * inputs) <= 0.5 for ratio in ratios)
 
 
-def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[Any, ...]:
+def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[object, ...]:
     """Return the names in the requested naming."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from ...core.adapter import Target, Updates
 from ...core.updates import Update
@@ -158,7 +157,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
     return _whole(update, leaves, rules)
 
 
-def _low_rank(update: Any, leaves: Mapping[str, Lazy], rules: Rules) -> list[StoredTensor]:
+def _low_rank(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[StoredTensor]:
     A, B = leaves["A"], leaves["B"]
     kernel = len(A.shape) - 2
     slots = [StoredTensor("down", A, "A"), StoredTensor("up", _column(B, kernel), "B")]
@@ -200,8 +199,8 @@ def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[Sto
     return [StoredTensor(slots[name], leaf, name) for name, leaf in leaves.items()]
 
 
-def _alpha(update: Any, rank: float) -> StoredTensor:
-    return StoredTensor("alpha", number(update.scaling * rank))
+def _alpha(update: Update, rank: float) -> StoredTensor:
+    return StoredTensor("alpha", number(update.attributes["scaling"] * rank))
 
 
 def _column(leaf: Lazy, ones: int) -> Lazy:

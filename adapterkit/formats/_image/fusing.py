@@ -166,7 +166,7 @@ def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, st
     return _block_diagonal(updates, rows, unit * of, fold)
 
 
-def _stacked(updates: Sequence[Any]) -> Update | None:
+def _stacked(updates: Sequence[Update]) -> Update | None:
     """Stack the rows of updates that share all other tensors into one update; None if they do not share them."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
@@ -188,7 +188,7 @@ def _stacked(updates: Sequence[Any]) -> Update | None:
         if axis:
             return None
         changes[name] = place([(edge, None, leaf) for edge, leaf in zip(pairwise(edges), leaves, strict=True)], shape)
-    return cast(Update, first.replace(**changes))
+    return first.replace(**changes)
 
 
 def _with_rows(update: Update) -> dict[str, int]:
@@ -205,12 +205,12 @@ def _with_rows(update: Update) -> dict[str, int]:
     return {name: axis for name, axis in found.items() if axis is not None}
 
 
-def _alike(updates: Sequence[Any], names: Iterable[str]) -> bool:
+def _alike(updates: Sequence[Update], names: Iterable[str]) -> bool:
     """Whether the named tensors are equal in all updates."""
     return all(len({fingerprint(u.tensors[name]) for u in updates}) == 1 for name in names)
 
 
-def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
+def _under(updates: Sequence[LoRA | DoRA], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
     """Stack the rows of all B."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
@@ -252,14 +252,14 @@ def _power_of_two(ratio: float) -> bool:
     return ratio > 0 and math.frexp(ratio)[0] == 0.5 and 2.0**-8 <= ratio <= 2.0**8
 
 
-def _shared(updates: Sequence[Any]) -> bool:
+def _shared(updates: Sequence[Update]) -> bool:
     """Whether all updates have the same A and the same scaling."""
-    first, *others = updates
-    if not all(isinstance(u, (LoRA, DoRA)) and u.scaling == first.scaling for u in updates):
+    pairs = [update for update in updates if isinstance(update, LoRA | DoRA)]
+    if len(pairs) < len(updates) or len({pair.scaling for pair in pairs}) > 1:
         return False
-    if all(u.A is first.A for u in others):
+    if all(pair.A is pairs[0].A for pair in pairs):
         return True
-    return len({fingerprint(u.A) for u in updates}) == 1
+    return len({fingerprint(pair.A) for pair in pairs}) == 1
 
 
 Place = tuple[tuple[int, int], tuple[int, int] | None, Any]

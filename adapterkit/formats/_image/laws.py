@@ -163,7 +163,7 @@ def _magnitude(module: ImageModule) -> Lazy:
     return module.tensors["dora"].reshape(-1)
 
 
-def _normed(module: ImageModule, update: Any) -> ImageUpdate:
+def _normed(module: ImageModule, update: Update) -> ImageUpdate:
     """Decode the magnitudes of a LoHa, LoKr or LoRA: [out, 1, ...], or [1, in, 1, ...] with wd_on_output=False."""
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]

@@ -15,13 +15,12 @@ from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
-from .biases import mixed_biases
 from .bundles import keyed
 from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
 from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
-from .placing import kernel_of
+from .placing import kernel_of, mixed_biases
 
 if TYPE_CHECKING:
     from pathlib import Path

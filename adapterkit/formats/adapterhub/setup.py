@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +25,7 @@ from .writer import encode
 if TYPE_CHECKING:
     from ...core.adapter import Adapter
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
 
 CONFIG = "adapter_setup.json"
 
@@ -143,11 +144,11 @@ def _block(said: object, at: str, depth: int) -> Setup:
     return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
 
 
-def _numbers(said: Any, word: str, count: int, at: str) -> tuple[float, ...]:
+def _numbers(said: object, word: str, count: int, at: str) -> tuple[float, ...]:
     """Parse the numbers that a block has in addition to its children."""
     if not word:
         return ()
-    numbers = said.get(word) if isinstance(said, dict) else None
+    numbers = said.get(word) if isinstance(said, Mapping) else None
     if not isinstance(numbers, list) or len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
         raise Malformed(
             f"{word} does not have one number for each of {count} children", where=f"{at}.kwargs", cure=_BLOCKS
@@ -167,10 +168,13 @@ def _child(said: object, at: str, depth: int) -> Setup | str:
     return name
 
 
-def _written(setup: Setup) -> dict[str, Any]:
-    single = [{"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children]
+def _written(setup: Setup) -> dict[str, JsonValue]:
+    single: list[JsonValue] = [
+        {"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children
+    ]
     word = WORDS.get(setup.kind, "")
-    return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})
+    kwargs: dict[str, JsonValue] = {"kwargs": {word: list(setup.numbers)}} if word else {}
+    return {"type": setup.kind, "children": single, **kwargs}
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:

@@ -6,18 +6,19 @@ form of one release.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
-from ...errors import Unrepresentable
+from ...errors import AdapterkitError, Unrepresentable
 from ...io.lazy import as_lazy
 from .._losses import Loss, expressible
 from .container import SAFETENSORS, Content
-from .families import family_of
+from .families import FAMILIES, family_of
 from .file import AdapterHubNaming, root_of
 from .layers import family_of_base, model_type_of, on_outputs
-from .proof import says
-from .reader import FORMAT, HEAD, AdapterHubHints, by_family, hints_of, spell
+from .reader import FORMAT, HEAD, AdapterHubHints, assemble, by_family, hints_of, spell
 from .settings import RELEASE
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from ...io.strict_json import JsonValue
 
 NAME = "adapter"
 """The name of an adapter that was not read from AdapterHub's format."""
@@ -52,9 +54,9 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     return content, lines
 
 
-def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, Any]) -> Content:
+def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, JsonValue]) -> Content:
     root = hints.root or root_of(target.path for target in updates)
-    naming = AdapterHubNaming(str(config["name"]), config.get("model_type"), root)
+    naming = AdapterHubNaming(str(config["name"]), cast("str | None", config.get("model_type")), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
     stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}
@@ -78,7 +80,9 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
     return own, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
 
 
-def _config(adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None
+) -> dict[str, JsonValue]:
     own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None
@@ -109,3 +113,31 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
 
 def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
+
+
+# Check that a folder's contents read back as the updates from which they were made; only headers are compared.
+
+
+def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
+    """Whether these contents would be read as these updates."""
+    written = json.loads(json.dumps(dict(content.config), sort_keys=True))
+    try:
+        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))
+    except AdapterkitError:
+        return False
+    return _outlines(read) == _outlines(updates)
+
+
+def _heads(updates: Updates) -> int | None:
+    prefixes = FAMILIES["prefix_tuning"].methods
+    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
+    return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
+
+
+def _outlines(updates: Updates) -> dict[tuple[str, tuple[int, int] | None], object]:
+    return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
+
+
+def _outline(update: Update) -> tuple[object, ...]:
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    return update.method, update.attributes, {name: (leaf.shape, leaf.dtype.name) for name, leaf in leaves.items()}

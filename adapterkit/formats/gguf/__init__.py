@@ -33,8 +33,7 @@ class GgufAdapter(Format):
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         from ...io.gguf_file import read_gguf
-        from .legacy import read_legacy
-        from .reader import decode
+        from .reader import decode, read_legacy
 
         try:
             if is_ggla(path):

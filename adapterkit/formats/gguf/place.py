@@ -18,8 +18,10 @@ from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of, sharing
 from .._pairs import Pairs, in_row_order, unfit
 
 if TYPE_CHECKING:
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Place as Where
+    from ...naming.heads import Rows
     from ...naming.moves import Move
     from .._pairs import Pair
 
@@ -61,7 +63,7 @@ class GgufPlace:
         found = place_of(self.family, foreign)
         return None if found is None else found[1]
 
-    def order(self, foreign: str, rows: int) -> Any:
+    def order(self, foreign: str, rows: int) -> Rows | None:
         """Return the order of the file's rows; None if it is the weight's own order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
@@ -78,7 +80,7 @@ class GgufPlace:
             why = f"the base's config states {count} heads of {dim}, not {rows} rows; the order of rows needs the heads"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
-    def columns(self, foreign: str, columns: int) -> Any:
+    def columns(self, foreign: str, columns: int) -> Rows | None:
         """Return the order of the file's inputs; None if it is the weight's own order."""
         where = self.where(foreign)
         return (
@@ -102,7 +104,7 @@ class GgufPlace:
                 self.known |= dict(zip(LINEAR_FIELDS, counts, strict=True))
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
-    def moves(self, updates: Mapping[Target, tuple[Any, ...]]) -> dict[str, tuple[Move, ...]]:
+    def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
         """Return the moves of each target into the file; targets that a file cannot have are omitted."""
         return moves_of(updates, self.family, NAMING)
 

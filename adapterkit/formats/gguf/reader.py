@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ...io.arrange import reordered, turned
+from ...io.ggla import read_ggla
 from ...io.gguf_file import Gguf, GgufValue
-from ...io.lazy import as_lazy
+from ...io.lazy import Lazy, as_lazy, from_numpy
+from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT
 from ...naming.binding import bind
@@ -21,13 +24,14 @@ from ...naming.layouts import stored_in_out
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import aliases, is_embedding
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
-from .invocation import activated, invocation_of
 from .place import EMBEDDING, SLOTS, GgufPlace
 
 if TYPE_CHECKING:
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from ...naming.architectures import Architecture
+    from ...naming.heads import Rows
     from .._pairs import Pair, Slots
 
 FORMAT = "gguf"
@@ -145,10 +149,12 @@ def _unordered(update: Pair, error: UsageError) -> Pair:
     return update.replace(A=reordered(as_lazy(update.A), order, 1), B=reordered(as_lazy(update.B), order))
 
 
-def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None) -> dict[Target, Any]:
+def _own(
+    held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None
+) -> dict[Target, tuple[Update, ...]]:
     """Return the updates with the family's own names, in the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
-    found: dict[Target, Any] = {}
+    found: dict[Target, tuple[Update, ...]] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
         inputs_first = is_embedding(f"{target.path}.weight") or stored_in_out(target.path, config)
         layout = "in out *k" if inputs_first and not target.stacked else target.layout
@@ -162,3 +168,125 @@ def _text(file: Gguf, key: str) -> str:
     if value is None or value.type != "string":
         raise Malformed("the file has no text under this key", where=key, cure="Give an adapter for llama.cpp")
     return str(value.value)
+
+
+# Read `ggla` files, the format before GGUF: only Llama; A is transposed; all modules have one r and one alpha.
+
+
+def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
+    """Read the adapter in a file; see the format for `compat`."""
+    file = read_ggla(path)
+    place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
+    held: dict[Target, tuple[Pair, ...]] = {}
+    for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
+        foreign = _modern(name)
+        slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
+        if check_factors(name, slots) != file.rank:
+            raise ShapeMismatch(f"the rank is not the file's {file.rank}", where=name, cure=DAMAGED)
+        update = LoRA(**slots, scaling=file.alpha / file.rank)
+        order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
+        held[Target(foreign)] = (
+            update if order is None else in_row_order(update, lambda order=order: undone(order)),  # type: ignore[misc]
+        )  # fmt: skip
+    moves = moves_of(held, place.family, WEIGHT)
+    if unknown := next((target.path for target in held if target.path not in moves), None):
+        raise TargetNotFound("a Llama has no weight with this name", where=unknown, cure=DAMAGED)
+    updates = translated(held, moves)
+    if base is not None:
+        updates = dict(bind(Adapter(updates), base).adapter.updates)
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
+
+
+def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
+    """Return the order of rows, or None: llama.cpp's converter kept PEFT's order, its training has its base's."""
+    where = place.where(foreign)
+    if where is None or where.rows is None or compat == "convert-lora-to-ggml":
+        return None
+    if name.startswith("layers.") and compat is None:
+        return None
+    if compat is None:
+        why = "the order of these rows depends on the tool that wrote the file, which the file does not state"
+        cure = (
+            "State the tool with --compat (compat=): convert-lora-to-ggml for PEFT, finetune for llama.cpp's training"
+        )
+        raise UsageError(why, where=name, cure=cure)
+    return place.order(foreign, rows)
+
+
+_OLD = {
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+}  # fmt: skip
+
+
+def _modern(name: str) -> str:
+    """Return today's GGUF name for a name in old files."""
+    first, _, rest = name.partition(".")
+    number, _, module = rest.partition(".")
+    return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name
+
+
+# Read and write the tokens that activate an activated LoRA: one key-value of the file for all modules.
+
+
+INVOCATION = "adapter.alora.invocation_tokens"
+LARGEST = (1 << 32) - 1
+"""The largest token number, because the file stores u32."""
+
+
+def invocation_of(file: Gguf) -> Lazy | None:
+    """Return the tokens in a file, one leaf for all its updates; None if the file has no activated LoRA.
+
+    Raises:
+        Malformed: the value is not a list of tokens, or is empty.
+    """
+    value = file.values.get(INVOCATION)
+    if value is None:
+        return None
+    if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
+        raise Malformed(
+            f"the value of type {value.type} is not a list of tokens, or is empty", where=INVOCATION, cure=DAMAGED
+        )
+    import numpy as np
+
+    return from_numpy(np.array(value.value, dtype=np.int64))
+
+
+def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
+    """Turn the update into an activated LoRA if the file has invocation tokens.
+
+    Raises:
+        Unsupported: the update is on an embedding, which the method does not support.
+    """
+    if invocation is None:
+        return update
+    if target.layout != "out *in":
+        why = "an activated LoRA cannot adapt an embedding or a Conv1D"
+        raise Unsupported(why, where=str(target), cure="Run the adapter with llama.cpp, or remove this module")
+    leaves: dict[str, Any] = {"A": update.A, "B": update.B, "invocation": invocation}
+    return ALoRA(**leaves, scaling=update.scaling)
+
+
+class Invocation:
+    """The invocation tokens of a file to write: those of the first update."""
+
+    def __init__(self, updates: Iterable[object]) -> None:
+        first = next(iter(updates), None)
+        self.tokens = _tokens(first)
+
+    def why_not(self, update: Pair) -> str:
+        """Return the reason why an update cannot be in the same file as the first one; empty if it can."""
+        own = _tokens(update)
+        if own != self.tokens:
+            return "its invocation differs from the first update's; a file has one for all"
+        return (
+            "its invocation has token numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+        )
+
+    def values(self) -> dict[str, GgufValue]:
+        """Return the key-value with the tokens; empty if there are none."""
+        return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
+
+
+def _tokens(update: object) -> tuple[int, ...] | None:
+    return tuple(as_lazy(update.invocation).numpy().tolist()) if isinstance(update, ALoRA) else None

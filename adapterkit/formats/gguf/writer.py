@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,8 @@ from ...naming.gguf import NAMING, family_of, name_for
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible
-from .invocation import INVOCATION, Invocation
 from .place import GgufPlace
-from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE
+from .reader import ALPHA, ARCHITECTURE, FORMAT, INVOCATION, KIND, TYPE, Invocation
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -88,7 +86,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
     return np.array_equal(decoded(kind, encoded(kind, values)), values.reshape(-1))
 
 
-def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
+def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
     """Return the place for writing, from the base's config or from the file that was read."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
@@ -121,7 +119,7 @@ def _scaling(alpha: float, update: Pair) -> float:
     return alpha / _rank(update)
 
 
-def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, GgufValue]:
+def _values(hints: GgufHints, architecture: str, alpha: float) -> dict[str, GgufValue]:
     read = {key: GgufValue(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
     start = read or {
         ARCHITECTURE: GgufValue("string", architecture),

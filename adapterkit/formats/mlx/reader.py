@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
@@ -81,7 +81,7 @@ class Modules:
         return exact[0]
 
 
-def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -> Adapter:
+def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modules) -> Adapter:
     """Return the adapter in a folder.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...core.adapter import Adapter, Target
 from ...core.metadata import with_metadata
@@ -129,13 +129,11 @@ def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
         )
 
 
-def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
     return dict(with_metadata(hints.get("metadata", METADATA).items(), adapter))
 
 
-def _encode(
-    adapter: Adapter, hints: Mapping[str, Any], on_loss: str
-) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
     """Return the config, tensors and lines for an adapter of LoRA or of DoRA, whichever is more frequent.
 
     Raises:
@@ -150,7 +148,7 @@ def _encode(
         return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
-    first = _parameters(hints).get("scale")
+    first = cast("float | None", _parameters(hints).get("scale"))
     scale, pairs, folded = one_number(
         pairs, lambda u: u.scaling, lambda scale, _: scale, dialect="MLX-LM", on_loss=on_loss, default=1.0, first=first
     )
@@ -158,7 +156,7 @@ def _encode(
     return _config(hints, pairs, scale, "dora" if dora else "lora"), tensors, lines + folded
 
 
-def _spelled(pairs: Pairs, hints: Mapping[str, Any]) -> dict[str, Lazy]:
+def _spelled(pairs: Pairs, hints: MlxHints) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     slices: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
     for target, update in pairs.items():
@@ -189,7 +187,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
     return tensors
 
 
-def _config(hints: Mapping[str, Any], pairs: Pairs, scale: float, kind: str) -> dict[str, Any]:
+def _config(hints: MlxHints, pairs: Pairs, scale: float, kind: str) -> dict[str, JsonValue]:
     """Return the source config if it is still valid; otherwise one with the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
@@ -202,12 +200,12 @@ def _config(hints: Mapping[str, Any], pairs: Pairs, scale: float, kind: str) -> 
     return {**read, "fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
 
 
-def _parameters(hints: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(hints: MlxHints) -> dict[str, JsonValue]:
     found = hints.get("config", {}).get("lora_parameters")
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _same(hints: Mapping[str, Any], pairs: Pairs) -> bool:
+def _same(hints: MlxHints, pairs: Pairs) -> bool:
     return {*hints.get("order", ())} == {*_spelled(pairs, hints)}
 
 
@@ -217,7 +215,7 @@ def _key(name: str) -> str:
     return rest.partition(".")[2] if layers else head + rest
 
 
-def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+def _whole(adapter: Adapter, hints: MlxHints) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
     """Return the config, tensors and lines for an adapter with only whole parameters.
 
     Raises:
@@ -238,7 +236,7 @@ def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {"num_layers": -1, **config}, tensors, []
 
 
-def _name(target: Target, hints: Mapping[str, Any]) -> str:
+def _name(target: Target, hints: MlxHints) -> str:
     known = hints.get("names", {})
     return str(known.get(target.path, target.path))
 

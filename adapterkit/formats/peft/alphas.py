@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from .patterns import exactly
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
+T = TypeVar("T", bound=float)
 
 Scale = tuple[int, float]
 """(rank, scaling)."""
 
 
-def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, Any], list[str]]:
+def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
     """Return the fields, with the `use_rslora` for which most scalings have an alpha, and the modules without one."""
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
     r = _most_common([rank for rank, _ in scales.values()], 8)
     alpha = _most_common(list(alphas.values()), r)
-    fields = {
+    fields: dict[str, JsonValue] = {
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": flag,
@@ -49,6 +54,6 @@ def _candidates(guess: float) -> Iterator[int | float]:
     yield math.nextafter(guess, -math.inf)
 
 
-def _most_common(values: Sequence[object], default: object) -> Any:
+def _most_common(values: Sequence[T], default: T) -> T:
     count = Counter(values)
     return min(count, key=lambda value: (-count[value], value), default=default)

@@ -20,14 +20,16 @@ from ...io import safetensors
 from ...io.inputs import open_input, read_input
 from ...io.lazy import Lazy
 from ...io.torch_file import is_torch_file, read_torch_file, read_torch_value
-from ...naming.image import looks_of_pipeline
+from ...naming.image import families, looks_of_pipeline, rooted
 from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
 from .file import Key
 from .keys import PREFIX, parse_key
-from .sat import FAMILY, OF_FAMILY, in_peft_names, is_sat
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ...io.lazy import Lazy
     from ...io.strict_json import JsonValue
 
 
@@ -75,7 +77,9 @@ def is_bare(path: Path) -> bool:
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 
-def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, str]]:
+def load(
+    path: Path, alpha: float | None, rank: int | None
+) -> tuple[dict[str, JsonValue], dict[str, Lazy], dict[str, str]]:
     """Return a config built from the keys and shapes, the tensors by key, and the strings in the header.
 
     Args:
@@ -114,7 +118,7 @@ def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, A
 def _config(
     tensors: Mapping[str, Lazy], alphas: Mapping[str, Lazy], header: Mapping[str, str], alpha: float | None,
     rank: int | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, JsonValue]:  # fmt: skip
     prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
     keys = [parse_key(text, prefix) for text in tensors]
     _check_trained(keys)
@@ -142,7 +146,7 @@ def _config(
 def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, JsonValue]:  # fmt: skip
     """Return `lora_alpha` and related fields, from the file or the caller; both together must not contradict."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
@@ -287,7 +291,8 @@ def _tensors(file: Path) -> dict[str, Lazy]:
     if _ZERO.fullmatch(file.name) is None:
         return read_torch_file(file)
     states = read_torch_value(file)
-    module = states.get("module") if isinstance(states, dict) else None
+    states = states if isinstance(states, dict) else {}
+    module = states.get("module")
     if not isinstance(module, dict) or not all(isinstance(leaf, Lazy) for leaf in module.values()):
         raise Malformed(
             "this is not a dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"
@@ -303,3 +308,53 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
     if tensors and all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): leaf for key, leaf in tensors.items()}
     return tensors
+
+
+# SwissArmyTransformer's LoRA for CogVideoX: `matrix_A.N` and `matrix_B.N` for part N of a fused weight.
+#
+# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. Everything except
+# these matrices is frozen: SAT's configs have `not_trainable_prefixes: ['all']`, and exempt LoRA's matrices by name.
+
+
+_KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)
+OF_FAMILY = "adapterkit.family"
+"""The metadata key that states an adapter's family for writers."""
+
+FAMILY = "cogvideox"
+"""The only family whose names are known; SAT has other models, too."""
+
+
+def is_sat(keys: Mapping[str, object]) -> bool:
+    """Whether the keys belong to a model with SAT's LoRA."""
+    return any(map(_KEY.fullmatch, keys))
+
+
+def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str, Lazy]:
+    """Return SAT's matrices under PEFT's keys, with diffusers' names for the modules.
+
+    Args:
+        tensors: the tensors of the file by key.
+        alpha: LoRA's alpha, which only the training config states.
+
+    Raises:
+        UsageError: `alpha` is None.
+        Unsupported: a module is not CogVideoX's attention.
+    """
+    if alpha is None:
+        why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"
+        cure = "State the training config's lora_alpha with --alpha A (alpha=A); it is 1 if the config has none"
+        raise UsageError(why, cure=cure)
+    family = next(each for each in families() if each.name == FAMILY)
+    found = {}
+    for key, leaf in tensors.items():
+        if (match := _KEY.fullmatch(key)) is None:
+            continue
+        path, part = rooted(match[1])[1], int(match[3])
+        pieces = family.moves(path, "native", "diffusers") if path in family.names("native") else ()
+        if part >= len(pieces):
+            why = f"SwissArmyTransformer's LoRA adapts a module that {family.title} does not have"
+            raise Unsupported(
+                why, where=key, cure="Export it with the tool that trained it, with PEFT's or diffusers' keys"
+            )
+        found[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
+    return found

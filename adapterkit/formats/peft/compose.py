@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...io.lazy import as_lazy
 from ...methods.ia3 import IA3
+from ...methods.replacement import Replacement
+from ...methods.rows import Rows
 from .experts import as_written
 from .families import family_of_type
 from .hints import PeftHints, fingerprint
-from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
 from .pairs import PAIRS, law_fields
-from .spelling import is_embedding, lora_paths
+from .patterns import matches
+from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...core.adapter import Adapter, Updates
+    from ...core.adapter import Adapter, Target, Updates
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
+    from .families import Family
 
 FRESH: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},
@@ -49,9 +55,9 @@ def configs(
     updates: Updates,
     hints: PeftHints,
     peft_type: str,
-    numbers: Mapping[str, object],
+    numbers: Mapping[str, JsonValue],
     base: Checkpoint | None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, JsonValue]]:
     """Yield the source config, then one with new ranks and alphas, then one that also has new lists of modules."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
@@ -80,7 +86,7 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
     return lists[peft_type](updates, base)
 
 
-def _over(config: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a config with changes; empty new fields are not added, because older releases of PEFT may lack them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
@@ -93,7 +99,7 @@ def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> dict[str, object]:
+def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
     pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}
@@ -109,3 +115,140 @@ def _stored_in_out(updates: Updates) -> bool:
         and not is_embedding(target)
         for target, found in updates.items()
     )
+
+
+# Create the lists of names in a config, so that PEFT finds exactly the modules with tensors in the file.
+
+
+NO_MODULE = "dummy-target-modules"
+"""PEFT's value of `target_modules` for a LoRA config that adapts no module."""
+
+
+def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the fields for the modules, parameters, biases and tokens of a LORA file."""
+    paths = lora_paths(updates)
+    targets = [target for target in updates if target.path in paths]
+    parameters = [t.path for t in targets if is_parameter(t, paths, base)]
+    modules = sorted({config_name(t, paths) for t in targets if t.path not in parameters})
+    tokens = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
+    biases = [target for target, found in updates.items() if _only_bias(found)]
+    return {
+        "target_modules": endings(modules, base) if modules or parameters else NO_MODULE,
+        "target_parameters": sorted(parameters) or None,
+        "modules_to_save": saved_modules(updates, modules, base),
+        "trainable_token_indices": tokens or None,
+        "bias": "none" if not biases else "lora_only" if all(t.path in paths for t in biases) else "all",
+        **_ANYWHERE,
+    }
+
+
+def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the fields for the modules of an IA3 file, and for the modules whose inputs are scaled."""
+    found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
+    inputs = sorted(path for path, update in found.items() if update.l_in is not None)
+    loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
+    return {
+        "target_modules": _pattern(sorted(found)) if loose else endings(sorted(found), base),
+        "feedforward_modules": _pattern(inputs) if loose else inputs,
+        "modules_to_save": saved_modules(updates, sorted(found), base),
+        "exclude_modules": None,
+    }
+
+
+def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the fields for the modules of a file that belongs to one of the `families`."""
+    paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
+    if not family.names_modules:
+        saved = saved_modules(updates, (), base)
+        pair = base is not None and (base.config or {}).get("is_encoder_decoder")
+        fields: dict[str, JsonValue] = {"modules_to_save": saved} if saved else {}
+        return fields | ({"task_type": "SEQ_2_SEQ_LM"} if pair else {})
+    return {
+        "target_modules": endings(paths, base),
+        "modules_to_save": saved_modules(updates, paths, base),
+        **_ANYWHERE,
+    }
+
+
+def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the fields for the modules that an LN_TUNING file copies."""
+    held = {
+        f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
+        for target in updates
+    }
+    return {
+        "target_modules": endings(sorted({name.rpartition(".")[0] for name in held}), base),
+        "exclude_modules": None,
+    }
+
+
+def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+    """Return the fields for the tokens and modules of a TRAINABLE_TOKENS file."""
+    paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
+    return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
+
+
+def token_numbers(target: Target, updates: Updates) -> list[int]:
+    """Return the numbers of a target's token rows."""
+    rows = next(update for update in updates[target] if isinstance(update, Rows))
+    return [int(number) for number in as_lazy(rows.index).numpy()]
+
+
+def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
+    """Return a list of full paths; a pattern if another module's name in the base ends with one of them."""
+    return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
+
+
+def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
+    """Return `modules_to_save`: completely replaced modules, which PEFT wraps; it loads other parameters by name."""
+    whole = [
+        target.path
+        for target, found in updates.items()
+        if all(isinstance(update, Replacement) for update in found) and not _only_bias(found)
+        and _is_whole(target.path, found, base)
+    ]  # fmt: skip
+    hidden = [path for path in whole if any(matches(rf"(^|.*\.){path}($|\..*)", other) for other in adapted)]
+    return sorted(set(whole) - set(hidden)) or None
+
+
+def _is_whole(path: str, found: Sequence[Update], base: Checkpoint | None) -> bool:
+    """Whether a module has exactly these tensors, and no other module's name in the base ends with its path."""
+    if base is None:
+        return True
+    held = {name for name in base.tensors if name.startswith(f"{path}.")}
+    ends_so = any(name.rpartition(".")[0].endswith(path) for name in base.tensors if name not in held)
+    return not ends_so and held == {f"{path}.{field}" for update in found for field in update.tensors}
+
+
+def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
+    named = set(modules)
+    last = {name.rpartition(".")[2] for name in named}
+    held: set[str] = set()
+    for name in () if base is None else base.tensors:
+        # Visit each parent only once: modules inside the same parent lead to it again and again.
+        while (name := name.rpartition(".")[0]) and name not in held:
+            held.add(name)
+            if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
+                return True
+    return False
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield the rest of a name after each dot."""
+    while rest := name.partition(".")[2]:
+        yield (name := rest)
+
+
+def _pattern(modules: Iterable[str]) -> str:
+    return "|".join(re.escape(module) for module in modules)
+
+
+def _has(found: tuple[object, ...], method: type | tuple[type, ...]) -> bool:
+    return any(isinstance(update, method) for update in found)
+
+
+def _only_bias(found: tuple[object, ...]) -> bool:
+    return any(isinstance(update, Replacement) and update.weight is None for update in found)
+
+
+_ANYWHERE = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -114,7 +114,7 @@ def peft_types() -> tuple[str, ...]:
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
-def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
+def parse(config: Mapping[str, JsonValue], *, strict: bool = False) -> Settings:
     """Check every field of a config and return the typed settings.
 
     Args:
@@ -126,7 +126,7 @@ def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
         Unsupported: a field has an unknown value that may change the function.
     """
     _check_type(config)
-    family = family_of_type(config["peft_type"])
+    family = family_of_type(str(config["peft_type"]))
     for name, value in config.items():
         if family is None or name not in {**family.read, **family.harmless}:
             _check_field(name, value, strict)
@@ -158,9 +158,9 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
         raise Unsupported(f"this version does not know PEFT's {found}", where="peft_type", cure=known)
 
 
-def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+def unknown_fields(config: Mapping[str, JsonValue]) -> list[str]:
     """List the nonempty fields that PEFT does not define, sorted; `parse` has checked that they are harmless."""
-    family = family_of_type(config["peft_type"])
+    family = family_of_type(str(config["peft_type"]))
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
     if family is not None:
         known = known | family.read.keys() | family.harmless.keys()

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of
@@ -30,11 +30,9 @@ from .patterns import unwrapped
 from .settings import names_module, parse_version, written_by_unsloth
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ...core.adapter import Target
     from ...core.updates import Update
-    from ...io.lazy import Buffer, Shape
+    from ...io.lazy import Array, Buffer, Shape
     from ...io.strict_json import JsonValue
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
@@ -111,16 +109,16 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
     axes = (in_, experts, r) if order == GROUPED else (in_, r, experts)
     forward = (1, 2, 0) if order == GROUPED else (2, 1, 0)
 
-    def inputs(b: Any, e: slice) -> Any:
+    def inputs(b: Array, e: slice) -> Array:
         return b.reshape(axes).transpose(forward)[e]
 
-    def outputs(a: Any, e: slice) -> Any:
+    def outputs(a: Array, e: slice) -> Array:
         return a.reshape(experts, r, out)[e].swapaxes(1, 2)
 
     return _by_expert(B, (experts, r, in_), inputs), _by_expert(A, (experts, out, r), outputs)
 
 
-def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> Lazy:
+def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
     """Return a stack whose experts are scattered over a tensor; reading some experts reorders only those."""
     each = math.prod(shape[1:])
 
@@ -133,7 +131,7 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> L
 
 
 @lru_cache(maxsize=4)
-def _values(leaf: Lazy) -> np.ndarray[Any, Any]:
+def _values(leaf: Lazy) -> Array:
     """Read the values of a factor, and cache them for the next expert: one expert's columns are all over the file.
 
     A merge into a base with one tensor per expert reads slice after slice, alternating between two parameters.
@@ -168,7 +166,9 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
     return columns.map(lambda b: b.transpose(1, 0, 2).reshape(out, experts * r), (out, experts * r))
 
 
-def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, object]) -> dict[str, JsonValue]:
+def in_order_of(
+    config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
+) -> Mapping[str, JsonValue]:
     """Return a config that states the order of its stacks, by Unsloth's field or by a release of PEFT."""
     if order is None or not any(target.stacked for target in updates):
         return config
@@ -354,7 +354,7 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
-def as_written(config: Mapping[str, Any]) -> dict[str, object]:
+def as_written(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
 
     PEFT does not know `lora_B_layout`, so with another order it would use the wrong experts without an error.
@@ -362,6 +362,6 @@ def as_written(config: Mapping[str, Any]) -> dict[str, object]:
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):
         config["lora_B_layout"] = RANK_MAJOR
-    if parse_version(config.get("peft_version")) < SWAPPED_BEFORE:
+    if parse_version(cast("str | None", config.get("peft_version"))) < SWAPPED_BEFORE:
         config["peft_version"] = None
     return config

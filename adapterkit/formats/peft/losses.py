@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ...core.updates import ContextUpdate
 from ...io.lazy import Lazy, as_array, as_lazy
@@ -21,6 +21,8 @@ from .pairs import BESIDE, BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, w
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
+    import torch
+
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
@@ -45,15 +47,17 @@ def without_encoders(
         for u in us
         if has_encoder(u)
     ]
-    changed = {t: tuple(_computed(u) if has_encoder(u) else u for u in us) for t, us in updates.items()}
+    changed = {
+        t: tuple(_computed(cast(ContextUpdate, u)) if has_encoder(u) else u for u in us) for t, us in updates.items()
+    }
     return changed, lines
 
 
-def _computed(update: Any) -> Update:
+def _computed(update: ContextUpdate) -> Update:
     import numpy as np
 
     dtype = as_lazy(next(iter(update.tensors.values()))).dtype
-    wide = update.map(lambda leaf: as_array(leaf).astype(np.float64))
+    wide = update.map(lambda leaf: cast("torch.Tensor", as_array(leaf).astype(np.float64)))
     values = np.ascontiguousarray(getattr(wide, update.place)()).astype(dtype.array)
     P = Lazy(values.shape, dtype, lambda: values.tobytes())
     return make(PLAIN[update.place], {"P": P})

@@ -59,7 +59,7 @@ _KASA = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's default weights for the terms that KaSA adds to the loss."""
 
 
-def rank_of(update: Any, stacked: bool = False) -> int:
+def rank_of(update: Update, stacked: bool = False) -> int:
     """Return the rank of a pair."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
@@ -78,7 +78,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
-def law_fields(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the fields that select the formula of these pairs; they replace the fields of `before`."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
@@ -94,7 +94,7 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict
     }
 
 
-def _invocation(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the field with the tokens that activate aLoRA; PEFT looks for them only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
@@ -103,19 +103,20 @@ def _invocation(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dic
     return {"alora_invocation_tokens": tokens, "task_type": before.get("task_type") or "CAUSAL_LM"}
 
 
-def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, JsonValue] | None:
+def _router(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
     """Return the settings of Arrow's router, with PEFT's names for the experts."""
     some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
     if some is None:
         return None
     names = {"task": some.tasks, "gks": some.general}
     listed = {f"{name}_adapter_names": [f"{name}_{i}" for i in range(count)] for name, count in names.items()}
-    seed = (before.get("arrow_config") or {}).get("rng_seed")
+    said = before.get("arrow_config")
+    seed = said.get("rng_seed") if isinstance(said, Mapping) else None
     numbers = {"top_k": some.top_k, "router_temperature": some.temperature, "rng_seed": seed}
     return {**numbers, "use_gks": some.general > 0, **listed}
 
 
-def _blocks(updates: dict[str, Any]) -> dict[str, JsonValue]:
+def _blocks(updates: Mapping[str, Update]) -> dict[str, JsonValue]:
     own = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
     A = sorted(path for path, update in own.items() if update.A_blocks is not None)
     some: Any = next(iter(own.values()))

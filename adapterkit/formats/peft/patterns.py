@@ -181,7 +181,7 @@ class Automaton:
             self._remember(self.reached, key, frozenset(found), len(found))
         return self.reached[key]
 
-    def _remember(self, known: dict[Any, frozenset[int]], key: object, value: frozenset[int], visits: int) -> None:
+    def _remember(self, known: dict[T, frozenset[int]], key: T, value: frozenset[int], visits: int) -> None:
         self.visits += visits + 1
         if self.visits > MAX_VISITS:
             raise TooSlow

@@ -13,7 +13,7 @@ from ...io.lazy import as_lazy
 from ...methods.replacement import Replacement
 from .._format import UNKNOWN
 from . import config as fields
-from . import ia3, ln_tuning, lora, replacement, rows
+from . import lora, plain
 from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept, Key
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
 
 BUILT_IN = {
-    "IA3": (replacement.decode, ia3.decode),
-    "LN_TUNING": (replacement.decode, ln_tuning.decode),
-    "LORA": (replacement.decode, lora.decode, rows.decode),
-    "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
+    "IA3": (plain.decode_replacement, plain.decode_ia3),
+    "LN_TUNING": (plain.decode_replacement, plain.decode_ln_tuning),
+    "LORA": (plain.decode_replacement, lora.decode, plain.decode_rows),
+    "TRAINABLE_TOKENS": (plain.decode_replacement, plain.decode_rows),
 }
 """The decoders of each peft_type, in the order in which PEFT applies updates; `families` has the other types."""
 
@@ -41,7 +41,7 @@ Places = dict[Target, list[Mapping[str, Key]]]
 
 
 def decode(
-    config: Mapping[str, object],
+    config: Mapping[str, JsonValue],
     tensors: Mapping[str, Lazy],
     *,
     compat: str | None = None,
@@ -93,7 +93,7 @@ def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     """Return the updates by target, the keys of their tensors, and the keys that are only kept."""
-    found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
+    found: dict[Place, list[Found]] = {}
     kept: list[str] = []
     used: set[Key] = set()
     for decoder in _decoders(file.settings.peft_type):
@@ -116,7 +116,7 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
 
 def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
     family = family_of_type(peft_type)
-    return BUILT_IN[peft_type] if family is None else (replacement.decode, family.decode)
+    return BUILT_IN[peft_type] if family is None else (plain.decode_replacement, family.decode)
 
 
 def _check_all_used(file: File, used: set[Key]) -> None:
@@ -126,10 +126,14 @@ def _check_all_used(file: File, used: set[Key]) -> None:
         raise Malformed(why, where=left.text, cure="Save the adapter again, or remove the tensor")
 
 
-def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[Any, list[Found]]]:
+Place = tuple[str, tuple[int, int] | None]
+"""The path of a module, and the rows of its weight, or None for all rows."""
+
+
+def _in_file_order(file: File, found: Mapping[Place, list[Found]]) -> list[tuple[Place, list[Found]]]:
     order = {key.text: position for position, key in enumerate(file.tensors)}
 
-    def position(item: tuple[Any, list[Found]]) -> tuple[int, tuple[int, int]]:
+    def position(item: tuple[Place, list[Found]]) -> tuple[int, tuple[int, int]]:
         (_, span), findings = item
         keys = [key for finding in findings for key in finding.keys.values()]
         return min([order[key.text] for key in keys if key.stem] or [order[key.text] for key in keys]), span or (0, 0)

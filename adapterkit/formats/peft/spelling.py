@@ -14,11 +14,11 @@ from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...naming.layouts import IN_OUT
-from . import ln_tuning
 from .experts import depths, told_apart, unstack
 from .families import Family, Parts, family_of
 from .keys import PREFIX
 from .pairs import PAIRS, from_blocks
+from .plain import norm_spelled
 
 if TYPE_CHECKING:
     from ...core.adapter import Target
@@ -215,7 +215,7 @@ def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: s
         for name, leaf in update.tensors.items():
             whole = stored(as_lazy(leaf), target.layout) if name == "weight" else as_lazy(leaf)
             path = names.inside(_whole_name(target.path, name, names.base))
-            yield name, ln_tuning.spelled(path) if peft_type == "LN_TUNING" else path, whole, False
+            yield name, norm_spelled(path) if peft_type == "LN_TUNING" else path, whole, False
     elif family := family_of(update):
         for name, (part, leaf) in parts.items():
             own = f"{names.inside(target.path)}.{part.removeprefix('.')}"

@@ -6,42 +6,44 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from ...errors import AdapterkitError, Unrepresentable
-from ...io.lazy import Lazy, as_lazy
+from ...io.lazy import Lazy, as_lazy, as_torch
 from ...methods.ia3 import IA3
+from ...methods.olora import OLoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from .._format import FORMULA
 from .._joining import with_joined_rows, with_one_lora
 from .._losses import Loss, expressible
 from . import config as fields
-from .compose import configs
+from .alphas import Scale
+from .alphas import number_fields as scale_fields
+from .compose import configs, token_numbers
 from .experts import factor_in, in_order_of
-from .families import FAMILIES, family_of, family_of_type
+from .families import FAMILIES, family_of, family_of_method, family_of_type
 from .file import File
 from .hints import FORMAT, PeftHints, fingerprint, hints_of
 from .keys import parse_key, parse_keys, prefix_of
 from .losses import acting_method, find_losses, without_encoders
-from .modules import token_numbers
-from .pairs import BESIDE, PAIRS
+from .pairs import BESIDE, OUTPUT_TIMES, PAIRS, rank_of
 from .reader import Places, assemble
-from .scalings import number_fields
-from .spelling import Spelled, is_parameter, lora_paths, spell, stored
+from .spelling import Spelled, config_name, is_parameter, lora_paths, spell, stored
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
-    from ...io.lazy import Lazy
+    from ...io.lazy import Lazy, Leaf
     from ...io.strict_json import JsonValue
+    from .hints import PeftHints
 
 
 def says(
-    config: Mapping[str, Any],
+    config: Mapping[str, JsonValue],
     tensors: Mapping[str, Lazy],
     spelled: Iterable[Spelled],
     updates: Updates,
@@ -63,7 +65,7 @@ def says(
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
         held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-        prefix, keys = parse_keys(held, prefix_of(config["peft_type"]))
+        prefix, keys = parse_keys(held, prefix_of(str(config["peft_type"])))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
@@ -88,7 +90,7 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
     return own
 
 
-def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
+def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
     """Return everything that a wrong config could change: targets, methods, values, shapes, token numbers.
 
     A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or selects
@@ -111,7 +113,7 @@ def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[object,
     return update.method, update.attributes, shapes
 
 
-def _values(leaf: Lazy, own: bool) -> Any:
+def _values(leaf: Lazy, own: bool) -> object:
     if not leaf.dtype.floating:
         return leaf.numpy().tolist()
     return leaf.dtype.name if own else (leaf.dtype.name, bytes(leaf.fetch()))
@@ -119,7 +121,7 @@ def _values(leaf: Lazy, own: bool) -> Any:
 
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
-) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+) -> tuple[Mapping[str, JsonValue], dict[str, Lazy], list[str]]:
     """Return the config, the tensors by key, and one line for each omission or rewriting.
 
     Raises:
@@ -238,3 +240,97 @@ def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Laz
     keys = {text: parse_key(text, hints.prefix) for text in adapter.foreign.tensors}
     kept = [text for text, key in keys.items() if same or not key.part or key.path in paths]
     return {text: as_lazy(adapter.foreign.tensors[text]) for text in kept}
+
+
+# Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for all others.
+#
+# PEFT stores no scaling: it divides an alpha by the rank or its square root. The writer looks for an alpha that yields
+# the exact scaling. If there is none, the scaling is folded into B, if the caller allows it.
+
+
+def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
+    """Return the fields for ranks and scalings; fold a scaling that no alpha yields into B, if this is allowed."""
+    updates, lines = _family_folded(updates, on_loss)
+    if lines:
+        return updates, {}, lines
+    first, paths = hints.config.get("use_rslora") is True, lora_paths(updates)
+    once = hints.compat == FORMULA
+    scales, unlike = _scales(updates, once)
+    numbers, inexact = scale_fields(scales, (first, not first))
+    inexact += unlike
+    if not inexact:
+        return updates, numbers, []
+    needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
+    items = [f"{target}: no alpha yields its exact scaling" for target in needy]
+    if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
+        raise Unrepresentable(
+            "PEFT states a scaling as alpha / r",
+            items=items,
+            cure="Allow folding it into B with --on-loss fold (on_loss='fold')",
+        )
+    changed = {
+        t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
+        for t, found in updates.items()
+    }
+    numbers, _ = scale_fields(_scales(changed, once)[0], (first, not first))
+    return changed, numbers, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
+    """Fold scalings that a family's config cannot state into a tensor of the family."""
+    method = acting_method(updates)
+    family = family_of_method(method)
+    needy = family.inexact(updates) if family else []
+    if family is None or not needy:
+        return updates, []
+    items = [f"{path}: no alpha yields its exact scaling" for path in needy]
+    if on_loss not in ("fold", "promote"):
+        raise Unrepresentable(
+            "PEFT states a scaling as alpha / r",
+            items=items,
+            cure="Allow folding it into a factor with --on-loss fold (on_loss='fold')",
+        )
+
+    def folded(update: Update) -> Update:
+        field = next((name for name in family.folds if name in update.tensors), None)
+        if type(update) not in family.methods() or field is None:
+            return update
+        scaled = _times(update.tensors[field], update.attributes["scaling"])
+        return update.replace(scaling=1.0, **{field: scaled})
+
+    changed = {t: tuple(map(folded, found)) if t.path in needy else found for t, found in updates.items()}
+    return changed, [f"folded the scaling into a factor of {path}" for path in needy]
+
+
+def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
+    """Return rank and scaling by name in the config, and the names of attentions that would need two alphas."""
+    paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
+    for target, found in updates.items():
+        for update in (update for update in found if isinstance(update, PAIRS)):
+            scaling = float(cast(Any, update).scaling) / _times_added(target, paths, once)
+            scale, name = (rank_of(update, target.stacked), scaling), config_name(target, paths)
+            if scales.setdefault(name, scale) != scale:
+                unlike[name] = None
+    return scales, list(unlike)
+
+
+def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
+    """Return how many times PEFT's forward adds the change of a target; `once` is for the paper's formula."""
+    inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
+    return OUTPUT_TIMES if inside and not once else 1.0
+
+
+def _folded(update: Update, scaling: float) -> Update:
+    """Give an update another scaling without changing its function; the factors are rounded once, to their dtype."""
+    if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
+        return update
+    scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}
+    factor = update.scaling / scaling
+    return update.replace(scaling=scaling, **{name: _times(leaf, factor) for name, leaf in scaled.items()})
+
+
+def _times(leaf: Leaf, scaling: float) -> Leaf:
+    import torch
+
+    whole = as_torch(leaf)
+    return (whole.to(torch.float64) * scaling).to(whole.dtype)

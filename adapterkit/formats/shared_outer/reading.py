@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError
@@ -20,6 +20,7 @@ from .._pairs import DAMAGED, check_factors, finite, whole_rank
 from ..peft.container import CONFIG, load
 
 if TYPE_CHECKING:
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from .._pairs import Slots
 
@@ -40,7 +41,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
     try:
         config, tensors = load(path)
         rank, alpha = _numbers(config)
-        updates = dict(_decode(tensors, rank, alpha, base))
+        updates: dict[Target, tuple[Update, ...]] = dict(_decode(tensors, rank, alpha, base))
         if base is not None:
             updates = _bound(updates, base)
     except AdapterkitError as error:
@@ -136,7 +137,7 @@ def _experts(
         yield Target(f"{found['stem']}.{e}.{found['leaf']}"), (LoRA(**one, scaling=alpha / rank),)
 
 
-def _bound(updates: dict[Target, tuple[LoRA, ...]], base: Checkpoint) -> dict[Target, Any]:
+def _bound(updates: dict[Target, tuple[Update, ...]], base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
     """Return the updates with the base's targets; a target that the base has under the same name stays."""
     own = set(modules_of(base.tensors))
     lost = {target: found for target, found in updates.items() if target.path not in own}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any
@@ -84,7 +84,7 @@ class Filesystem(Listing):
             )
         return [self._file(str(name), root, told) for name, told in found.items()]
 
-    def _file(self, name: str, root: str, told: Any) -> RemoteFile:
+    def _file(self, name: str, root: str, told: Mapping[str, object]) -> RemoteFile:
         size, signs = told.get("size"), [told.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")]
         if type(size) is not int:
             cure = "Fetch it with another tool first"

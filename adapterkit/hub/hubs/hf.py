@@ -38,8 +38,11 @@ from ..web import (
 )
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 T = TypeVar("T")
@@ -189,7 +192,7 @@ class HuggingFace(Remote):
             return NetworkError(why, path=place, cure=_NOT_A_HUB)
         return None
 
-    def _refusal(self, error: Any, errors: Any) -> NetworkError:
+    def _refusal(self, error: HfHubHTTPError, errors: ModuleType) -> NetworkError:
         place, status = str(self.uri), error.response.status_code
         hidden = isinstance(error, errors.RepositoryNotFoundError)
         if isinstance(error, errors.GatedRepoError):

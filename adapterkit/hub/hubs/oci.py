@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urljoin, urlsplit
 
 from ...errors import (
@@ -118,17 +118,18 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
     return told
 
 
-def files_of(manifest: Mapping[str, Any], place: str) -> list[RemoteFile]:
+def files_of(manifest: Mapping[str, JsonValue], place: str) -> list[RemoteFile]:
     """Return the files of a manifest's layers.
 
     Raises:
         Malformed: a layer has no size or no digest.
         Unsupported: a layer is an archive, or has no file name.
     """
-    return [_file(layer, f"layer {at}", place) for at, layer in enumerate(manifest["layers"])]
+    layers = cast("Sequence[JsonValue]", manifest["layers"])  # `parsed` has checked it.
+    return [_file(layer, f"layer {at}", place) for at, layer in enumerate(layers)]
 
 
-def _file(layer: Any, where: str, place: str) -> RemoteFile:
+def _file(layer: object, where: str, place: str) -> RemoteFile:
     layer = layer if isinstance(layer, dict) else {}
     digest, size, kind = layer.get("digest"), layer.get("size"), str(layer.get("mediaType"))
     notes = layer.get("annotations")
@@ -227,7 +228,7 @@ class Distribution(Remote):
         return self.manifest[0]
 
     @cached_property
-    def manifest(self) -> tuple[str, Mapping[str, Any]]:
+    def manifest(self) -> tuple[str, Mapping[str, JsonValue]]:
         """The manifest's digest and content.
 
         Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,7 +262,7 @@ class S3(Listing):
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
             try:
-                got = self._do(lambda key=key: self.bucket.whole(key))
+                got = self.call(partial(self.bucket.whole, key))
             except RemoteNotFound:
                 continue
             return key, _checked(got[0], str(self.uri)), got[1]
@@ -300,7 +300,7 @@ class S3(Listing):
         return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], found))
 
     def _listing(self, query: Mapping[str, str]) -> bytes:
-        body: bytes = self._do(lambda: self.bucket.page(query))
+        body: bytes = self.call(lambda: self.bucket.page(query))
         return body
 
     @contextmanager
@@ -347,15 +347,15 @@ class S3(Listing):
         return super().kept()
 
     def place(self, path: str, file: Path | bytes, found: Digests) -> Placed:
-        self._do(lambda: self._put(path, file))
-        size, mark = self._do(lambda: self._stored(path))
+        self.call(lambda: self._put(path, file))
+        size, mark = self.call(lambda: self._stored(path))
         if size != found[0]:
             raise Corrupt("the uploaded file has another size", path=str(self.uri), where=path, cure=_PUSH_AGAIN)
         return Placed(path, found, mark)
 
     def holds(self, placed: Placed) -> bool:
         try:
-            return bool(self._do(lambda: self._stored(placed.path)) == (placed.digests[0], placed.mark))
+            return bool(self.call(lambda: self._stored(placed.path)) == (placed.digests[0], placed.mark))
         except RemoteNotFound:
             return False
 
@@ -384,7 +384,7 @@ class S3(Listing):
         data = json.dumps(told, sort_keys=True, indent=1).encode()
         key = self._key(LIST)
         try:
-            written: str | None = self._do(
+            written: str | None = self.call(
                 lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
@@ -396,12 +396,9 @@ class S3(Listing):
 
     def _there(self, key: str) -> tuple[bytes | None, str | None]:
         try:
-            return self._do(lambda: self.bucket.whole(key))  # type: ignore[no-any-return]
+            return self.call(lambda: self.bucket.whole(key))
         except AdapterkitError:
             return None, None
-
-    def _do(self, act: Any) -> Any:
-        return self.call(act)
 
     def passing(self, error: Exception) -> Passing | None:
         # Treat its errors as final: obstore has already retried its own requests.
@@ -441,7 +438,7 @@ def _status(error: Exception) -> int | None:
     return int(told[1]) if told else None
 
 
-def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, Any]]:
+def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, int | str]]:
     start = len(folder) + 1 if folder else 0
     return {path[start:]: {"size": file.size, "sha256": file.digest.partition(":")[2]} for path, file in files.items()}
 

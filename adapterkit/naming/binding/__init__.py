@@ -7,26 +7,32 @@ storage layout of a target follows from shapes, or else from the family's table,
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from ...core.adapter import Adapter, Target
+from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.collection import collection_off
 from ...core.updates import Update
-from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
+from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound, UsageError
 from ...io.checkpoint import opened
+from ...io.lazy import as_lazy
+from ..architectures import HOLE, STORED_AS, named, of_pipelines, shape_of
+from ..layouts import stored_in_out
 from ..moves import Rule
-from ..renames import Rename, parse_renames
+from ..renames import BY_HEAD, BY_PART, Rename, parse_renames, renamed_by
+from ..ties import is_embedding
 from .deltas import delta, fold, view, view_shape, weight_shape
 from .fitting import Shapes, fits, viewed
-from .fused_heads import in_order_of
-from .layouts import with_layouts
-from .renaming import renamed
+from .moving import ungrouped
 from .sites import Bound, Site, apart, find_parts, find_sites
 
 if TYPE_CHECKING:
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Array, Lazy, Leaf
+    from .fitting import Shapes
 
 __all__ = [
     "Binding",
@@ -207,3 +213,230 @@ _NO_BIAS = (
 """PEFT's merge refuses this, too. Transformers fills new biases with zeros, which leave the outputs unchanged."""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
+
+
+# Rename the targets of an adapter by the user's rules, for operations that bind no base.
+#
+# Operations that bind an adapter to a base pass the rules to the resolver, which reports them together with its own
+# rules. All other operations rename the adapter itself, by the same rules.
+
+
+def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -> list[Adapter]:
+    """Rename the targets of adapters.
+
+    Args:
+        adapters: the adapters; each rule must match a target of at least one of them.
+        rename: one rule or several, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used.
+
+    Returns:
+        the adapters in the same order; each lineage records the rules that changed the adapter.
+
+    Raises:
+        UsageError: a rule cannot be parsed, or concerns a base; or two targets of an adapter get the same name.
+        TargetNotFound: a rule matches no target.
+        StorageError, Malformed: a rules file cannot be read.
+    """
+    rules = parse_renames(rename, [target.path for adapter in adapters for target in adapter.updates])
+    family = next((rule.text for rule in rules if rule.family or rule.rows), None)
+    if family is not None:
+        cure = f"Omit --rename {family} (rename=) here; use it where the adapter is bound to a base, as in merge"
+        raise UsageError(f"the rule {family!r} concerns a base, but no base is read here", where="rename", cure=cure)
+    return [_renamed(adapter, rules) for adapter in adapters] if rules else list(adapters)
+
+
+def _renamed(adapter: Adapter, rules: Sequence[Rename]) -> Adapter:
+    updates: dict[Target, tuple[Update, ...]] = {}
+    used: dict[str, None] = {}
+    for target, given in adapter.updates.items():
+        path, rule = renamed_by(target.path, rules)
+        new = replace(target, path=path)
+        if new in updates:
+            cure = "Correct --rename (rename=) so that all targets keep different names"
+            raise UsageError(f"two targets would get the name {path}", where=str(target), cure=cure)
+        updates[new] = given
+        if rule is not None:
+            used[rule.text] = None
+    return adapter.replace(updates=updates).step("rename", rules=list(used)) if used else adapter
+
+
+# Find how a base stores each weight: from shapes, or else the family's table, or else the adapter's layout.
+
+
+def with_layouts(
+    sites: list[Site], shapes: Shapes, config: Mapping[str, object] | None, forms: Sequence[Hashable] = ()
+) -> list[Site]:
+    """Return the sites with the layout in which the base stores each weight.
+
+    Args:
+        sites: the sites.
+        shapes: the shapes of the base's stored tensors, by name.
+        config: the base's config.
+        forms: the form of each site, if the caller already computed the forms.
+
+    Raises:
+        ShapeMismatch: the layout of a square weight is ambiguous.
+    """
+    # Compute the fitting layouts once per form: tens of thousands of targets have only a few dozen forms.
+    known: dict[Hashable, list[str]] = {}
+    fitting = []
+    for site, form in zip(sites, forms or [site.form(shapes) for site in sites], strict=True):
+        if form not in known:
+            known[form] = _fitting_layouts(site, shapes)
+        fitting.append(known[form])
+    proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
+    return [_stored(site, _choose(site, fits, proven, config)) for site, fits in zip(sites, fitting, strict=True)]
+
+
+def _stored(site: Site, layout: str) -> Site:
+    return site if layout == site.target.layout else replace(site, target=replace(site.target, layout=layout))
+
+
+def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
+    if site.weight is None:
+        return [site.target.layout]
+    stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
+    if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
+        stacked = [
+            site.target.layout
+        ]  # The product of a kernel's axes does not prove that a weight is stored as [in, out].
+    if len(shapes[site.weight]) == 1 + site.target.stacked:
+        stacked = stacked[:1]  # A weight without inputs has only one layout; see the spec's section 8.
+    return [
+        layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
+    ]
+
+
+def _product_alone(site: Site) -> bool:
+    """Whether the updates show only the product of the input size and the kernel's axes, not the single sizes."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
+
+
+def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, object] | None) -> str:
+    declared = site.target.layout
+    if len(fits) < 2:
+        return fits[0] if fits else declared
+    if declared in fits and _whole_only(site):
+        return declared
+    # Ignore the family's table for GGUF files: they store all weights as [out, in].
+    gguf = (config or {}).get(STORED_AS) == "gguf"
+    in_out = not gguf and stored_in_out(site.target.path, config)
+    if in_out:
+        return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
+    if gguf and not is_embedding(f"{site.target.path}.weight"):
+        return next(layout for layout in fits if layout in ("out *in", "e out *in"))
+    if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
+        raise ShapeMismatch(
+            "the weight is square and may be stored as [out, in] or [in, out], and the adapter's layout is wrong for "
+            "other weights",
+            where=str(site.target),
+            cure="Add the model_type of a known family to the base's config",
+        )
+    return declared
+
+
+def _whole_only(site: Site) -> bool:
+    """Whether the updates are only whole weights, so that the declared layout is the order of their own axes."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("rest" in each for each in dims) and not any("in" in each for each in dims)
+
+
+# Reorder fused queries, keys and values for bases that store them head by head; shapes do not show the order.
+#
+# MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model have
+# the same names, but all queries, then all keys, then all values; adapters always have this order after reading. Names,
+# shapes and metadata are the same in both orders, so diffusers takes the order as an argument (`qkv_layout`).
+
+
+def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: Sequence[Rename]) -> list[Site]:
+    """Reorder updates of fused projections to the order of the base's rows.
+
+    Args:
+        base: the base. Published single files have all queries first; shards may have either order.
+        sites: the sites of the updates.
+        shapes: the shapes of the base's tensors, by name.
+        rules: the user's rules; one of them may state the order.
+
+    Raises:
+        UsageError: the base is sharded, and no rule states its order.
+        NotMergeable: an update's rows cannot be reordered.
+        ShapeMismatch: the rows do not form whole heads.
+    """
+    if base.config is not None and "model_type" in base.config:
+        return list(sites)
+    known = _fused()
+    fused = {at: size for at, site in enumerate(sites) if (size := known.get(_tail(site.target.path)))}
+    order = next((rule.rows for rule in rules if rule.rows), "" if base.index is not None else BY_PART)
+    if not fused or order == BY_PART:
+        return list(sites)
+    if not order:
+        first = sites[next(iter(fused))].target
+        raise UsageError(
+            "the base is sharded, and the rows of its fused queries, keys and values may be ordered by part (all "
+            "queries, all keys, all values, as in the published single files) or by head (as in MiniMaxAI's shards)",
+            where=str(first), path=base.root,
+            cure=f"State the order with --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)",
+        )  # fmt: skip
+    return [_by_head(site, shapes, fused[at]) if at in fused else site for at, site in enumerate(sites)]
+
+
+@cache
+def _fused() -> dict[str, int]:
+    """Map the end of a fused projection's name to the rows of a head, for families with bases in both orders."""
+    found = {}
+    for head, _ in of_pipelines():
+        family = named(head.family) if head.pipeline.diffsynth_head else None
+        for weight in () if family is None else family.record.weights:
+            place = family.place(weight, "native") if family is not None else None
+            if place is not None and place.of == 3:
+                found[_tail(HOLE.sub("0", place.name))] = head.pipeline.diffsynth_head
+    return found
+
+
+def _tail(path: str) -> str:
+    """Return the end of a name after its last number."""
+    return shape_of(path).rpartition("#.")[2]
+
+
+def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
+    rows = shapes[site.weight][0] if site.weight is not None else 0
+    if not rows or rows % (3 * size):
+        why = f"the {rows} rows do not form queries, keys and values of heads with {size} rows each"
+        raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
+    target = replace(site.target, rows=None)
+    updates = tuple(_reordered(update, site, rows, size) for update in site.updates)
+    return replace(site, target=target, updates=updates)
+
+
+def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
+    """Reorder an update of all rows to the base's order; give an update of one part zeros in all other rows."""
+    if site.target.rows is not None:
+        if update.method != "lora":
+            why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
+            raise NotMergeable(why, where=str(site.target), cure="Train the adapter on the fused weight, or use LoRA")
+        update = update.replace(B=_within(update.tensors["B"], rows, site.target.rows))
+    elif not update.cuts("out"):
+        why = f"{update.method} changes all outputs of a weight together, but the base has them in another order"
+        raise NotMergeable(why, where=str(site.target), cure="Inject the adapter into a live model instead")
+    return ungrouped(update, lambda: _order(rows, size), site.target.stacked)
+
+
+def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
+    """Place a factor's rows in a tensor with `rows` rows that is otherwise zero."""
+    tensor = as_lazy(leaf)
+
+    def spread(array: Array) -> Array:
+        import numpy as np
+
+        whole = np.zeros((rows, *array.shape[1:]), array.dtype)
+        whole[part[0] : part[1]] = array
+        return whole
+
+    return tensor.map(spread, (rows, *tensor.shape[1:]))
+
+
+def _order(rows: int, size: int) -> Array:
+    """Return the order in which row i of the base is row `order[i]` of all queries, then all keys, then all values."""
+    import numpy as np
+
+    return np.arange(rows).reshape(3, -1, size).swapaxes(0, 1).reshape(rows)

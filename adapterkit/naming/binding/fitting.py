@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from ...core.adapter import Target
@@ -18,6 +18,7 @@ from ..resolver import resolve
 from ..stored_names import Names
 
 if TYPE_CHECKING:
+    from ...core.shapes import Dims
     from ...io.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,7 +55,7 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     return (*lead, outputs, inputs, *kernel)
 
 
-def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
+def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
     if "rest" in dims:
         return bool(dims["rest"] == rest)
     if dims.get("columns", math.prod(rest)) != math.prod(rest):
@@ -63,7 +64,8 @@ def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
         return True
     if not rest or dims["in"] != rest[0]:
         return False
-    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
+    kernel = dims.get("k")
+    return not isinstance(kernel, tuple) or _without_ones(kernel) == _without_ones(rest[1:])
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,7 +121,7 @@ def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
     return shares[part.number], sum(shares)
 
 
-def names_family(config: Mapping[str, Any] | None) -> bool:
+def names_family(config: Mapping[str, object] | None) -> bool:
     """Whether a base's config names its model type or classes, even if this version does not know them."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 

@@ -6,7 +6,7 @@ Updates of single experts whose destination is one stack become one update of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ from ..heads import Heads, by_group, heads_of, undone
 from ..moves import Move, PathPart
 
 if TYPE_CHECKING:
+    from ...io.lazy import Array, Leaf
     from .fitting import Shapes
 
-Config = Mapping[str, Any] | None
+Config = Mapping[str, object] | None
 
 Placed = tuple[Target, Target, tuple[Update, ...]]
 """(the adapter's target, the base's target, the updates of the base's target)."""
@@ -36,7 +37,7 @@ def moved(
     updates: Mapping[Target, tuple[Update, ...]],
     moves: Mapping[str, tuple[Move, ...]],
     shapes: Shapes,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> list[Placed]:
     """Apply moves to an adapter's updates.
 
@@ -134,7 +135,7 @@ def _whole_stack(updates: tuple[Update, ...]) -> bool:
     return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
 
 
-def _slice(leaf: Any, index: int) -> Any:
+def _slice(leaf: Leaf, index: int) -> Leaf:
     return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
 
 
@@ -150,7 +151,7 @@ def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Targ
     return update.replace(**changes)
 
 
-def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Any:
+def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Array:
     """Return the order in which row i of the base's tensor is row `order[i]` of the adapter's."""
     import numpy as np
 
@@ -169,7 +170,7 @@ def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: C
     return cut_rows(update, *_steps(size, part, target, config), stack)
 
 
-def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
+def ungrouped(update: Update, order: Callable[[], Array], stack: bool) -> Update:
     """Return an update with its outputs reordered to all queries, then all keys, then all values."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
@@ -202,7 +203,7 @@ def _outputs(update: Update, stack: bool, target: Target) -> int:
     return out
 
 
-def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | None:
+def _output_axis(update: Update, name: str, leaf: Leaf, stack: bool) -> int | None:
     """Return the axis of a tensor's outputs; None if the tensor has no outputs."""
     axis = update.tensor_fields()[name].metadata["axes"].index("out")
     if axis is None:
@@ -228,7 +229,7 @@ def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[i
     return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
-def _out_of_groups(size: int, config: Config, target: Target) -> Any:
+def _out_of_groups(size: int, config: Config, target: Target) -> Array:
     """Return the order that turns rows ordered by groups into all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
@@ -327,7 +328,7 @@ def _one(updates: list[Update | None], target: Target) -> Update:
     )
 
 
-def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any]) -> Update:
+def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collection[object]) -> Update:
     """Join pairs of factors into a stack: pad ranks with zeros, and fold different scalings into B."""
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)

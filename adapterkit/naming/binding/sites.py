@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.metadata import model_class_of, model_types_of
 from ...core.updates import Update
-from ...errors import TargetNotFound, nearest
-from ..architectures import architecture_of, expert_count
+from ...errors import AdapterkitError, TargetNotFound, UsageError, nearest
+from ..architectures import Architecture, architecture_of, expert_count, shape_of, with_names
 from ..by_prefixes import Fits
+from ..layouts import stored_in_out
 from ..model_types import has_model, models_of, module_of
-from ..moves import Resolution, Rule
+from ..moves import Move, Resolution, Rule
+from ..parts import exchangeable
 from ..renames import Rename, family_of, parse_renames, renamed_by
 from ..resolver import resolve
 from ..stored_names import Names
-from .deducing import deduced
 from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
 
 
-def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
+def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the one that the adapter names.
 
     The family may also be a part of the base: an adapter for a Llama fits a LLaVA whose language model is a Llama.
@@ -149,7 +150,7 @@ def find_sites(
     *,
     partial: bool,
     modules: Iterable[str] = (),
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     rename: str | Sequence[str | Rename] = (),
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
@@ -222,14 +223,13 @@ def find_sites(
     return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None, config)
 
 
-def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, Any], fits: Fits) -> None:
+def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
     """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
 
     TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
     """
     for key, part in config.items():
-        architecture = architecture_of(part) if isinstance(part, Mapping) else None
-        if architecture is None:
+        if not isinstance(part, Mapping) or (architecture := architecture_of(part)) is None:
             continue
         for prefix in (f"{key}.", f"{key.removesuffix('_config')}_model."):
             ours = [path.removeprefix(prefix) for path in found.missing if path.startswith(prefix)]
@@ -279,3 +279,125 @@ def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetN
 
 
 _PARTLY = "; to omit missing targets, allow a partial match: --allow-partial (allow_partial=True)"
+
+
+# Deduce the family of a base without a config: try every family's file, and compare names and shapes.
+#
+# A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
+# families. That is no problem if all of them map an adapter's targets to the same weights.
+
+
+Updates = Mapping[Target, tuple[Update, ...]]
+Reading = tuple[tuple[str, tuple[Move, ...]], ...]
+
+
+def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
+    """Find the family whose file maps the targets to weights with fitting shapes.
+
+    Args:
+        updates: the targets that are not found yet, with their updates.
+        names: the base's names.
+        shapes: the shapes of the base's tensors, by name.
+        families: the base's possible model types that the adapter states; if empty, all families are tried.
+
+    Returns:
+        the family that maps the most targets; the first one if several map them alike; None if none maps any.
+
+    Raises:
+        TargetNotFound: two families map the targets differently, and shapes fit both.
+        UsageError: the only family that fits divides a fused projection by heads, whose numbers only a config states.
+    """
+    some = _one_of_each_form(updates)
+    readings: dict[Reading, list[Architecture]] = {}
+    heads: UsageError | None = None
+    every = [known for name in families if (known := architecture_of({"model_type": name})) is not None]
+    for architecture in every or with_names(target.path for target in some):
+        try:
+            reading = _reading(some, names, shapes, architecture)
+        except UsageError as error:
+            heads = heads or error
+            continue
+        except AdapterkitError:
+            continue
+        # Check encoders and decoders: with the base's prefixes, a family's file could map an encoder to a decoder.
+        if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
+            readings.setdefault(reading, []).append(architecture)
+    most = max(map(len, readings), default=0)
+    best = {reading: known for reading, known in readings.items() if len(reading) == most}
+    if len(best) > 1:
+        raise _ambiguous(best)
+    if not best:
+        if heads is not None:
+            raise heads
+        return None
+    (alike,) = best.values()
+    return alike[0]
+
+
+def _one_of_each_form(updates: Updates) -> Updates:
+    """Keep one target for each name without numbers, because layers and experts are alike and very many."""
+    some: dict[str, Target] = {}
+    for target in updates:
+        some.setdefault(shape_of(target.path), target)
+    return {target: updates[target] for target in some.values()}
+
+
+def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
+    """Return the moves that a family's file implies for the targets that it knows; empty if a shape does not fit."""
+    paths = [target.path for target in updates]
+    moves = resolve(paths, names, architecture=architecture, partial=True).moves
+    placed = moved(updates, moves, shapes)
+    # Check the family's own layout: one that stores [expert, in, out] cannot fit a base with [expert, out, in].
+    config = {"model_type": architecture.record.model_types[0]}
+    fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
+    return tuple(sorted(moves.items())) if fit else ()
+
+
+def _may_be(name: str, place: str) -> bool:
+    """Whether two names may mean the same module, judged by the words before their common ending."""
+    ours, theirs = name.split("."), place.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return not ours or not theirs or exchangeable(".".join([*ours, ""]), ".".join([*theirs, ""]))
+
+
+def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: bool) -> bool:
+    name = f"{target.path}.weight" if f"{target.path}.weight" in shapes else target.path
+    start = ("e in" if in_out else "e ") if target.stacked else ("in", "out")
+    layouts = (layout for layout in LAYOUTS if layout.startswith(start))
+    return name not in shapes or any(fits(replace(target, layout=layout), updates, shapes[name]) for layout in layouts)
+
+
+def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
+    """Return the error for two readings; it names the first target that they map differently, and both results."""
+    (one, first), (other, second), *_ = readings.items()
+    target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
+    texts = [
+        f"{_said(dict(reading).get(target, ()))} as in {_listed(each.family for each in known)}"
+        for reading, known in ((one, first), (other, second))
+    ]
+    return TargetNotFound(
+        f"the base has no config.json that names its family, and two families fit: {' or '.join(texts)}", where=target,
+        cure=f"Name it with --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
+        'put a config.json with its "model_type" next to the shards',
+    )  # fmt: skip
+
+
+def _said(moves: Sequence[Move]) -> str:
+    """Return a phrase that names the destinations of the first parts."""
+    return " and ".join(_parts(moves[:2])) or "nowhere"
+
+
+def _parts(moves: Sequence[Move]) -> Iterator[str]:
+    for move in moves:
+        rows: Any = move.take or move.into
+        which = (
+            "" if rows is None else f", part {rows.number + 1} of {rows.of}{' row by row' if rows.interleaved else ''}"
+        )
+        yield f"{move.path}{which}"
+
+
+def _listed(families: Iterable[str]) -> str:
+    every = list(families)
+    return ", ".join(every[:3]) + (" and others" if len(every) > 3 else "")

@@ -13,6 +13,7 @@ from ..ties import aliases
 if TYPE_CHECKING:
     from ...core.adapter import Adapter
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
 
 
 def name_map(
@@ -60,7 +61,7 @@ def name_map(
     return record | {"targets": targets, "rules": rules, "missing": [str(target) for target in bound.missing]}
 
 
-def _weights(base: Checkpoint) -> list[dict[str, Any]]:
+def _weights(base: Checkpoint) -> list[JsonValue]:
     """List the base's module names without numbers, each with its name in every naming of the family's file."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
@@ -72,7 +73,7 @@ def _weights(base: Checkpoint) -> list[dict[str, Any]]:
         template = shape_of(path)
         counts[template] = counts.get(template, 0) + 1
         examples.setdefault(template, path)
-    found = []
+    found: list[JsonValue] = []
     for template, count in counts.items():
         names: dict[str, str] = {}
         for naming in architecture.namings if architecture else ():

@@ -34,7 +34,7 @@ def translated(
     updates: Mapping[Target, tuple[Update, ...]],
     moves: Mapping[str, tuple[Move, ...]],
     experts: int = 0,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> dict[Target, tuple[Update, ...]]:
     """Apply the moves of `moves_of` to updates: split at fused weights, join into stacks or split stacks.
 

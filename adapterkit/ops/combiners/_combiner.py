@@ -50,12 +50,12 @@ DEPENDENCES = {
     "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
     "seed": "random numbers",
 }
-"""Properties beside the changes that the result of a combiner may depend on; tests prove each, and its absence."""
+"""The properties, other than the changes, that a combiner's result may depend on; tests check each in both ways."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
 class Combiner(ABC):
-    """A formula that makes one change of several. Subclasses are frozen dataclasses of parameters.
+    """A formula that combines several changes into one. Subclasses are frozen dataclasses of parameters.
 
     Attributes:
         title: the name of the method in print.
@@ -67,9 +67,9 @@ class Combiner(ABC):
         plug: the parameter that names another combiner, for those that work on top of one.
         single: parameters that may differ from adapter to adapter.
         based: whether the formula needs the weights of the base.
-        depends: the properties that the result depends on beside the changes; keys of `DEPENDENCES`.
-        stages: the number of counting passes over all targets; each may use the counts of those before.
-        sequential: whether `data=` also gets an adapter of the targets that are done, in the order of the targets.
+        depends: the properties that the result depends on in addition to the changes; keys of `DEPENDENCES`.
+        stages: the number of counting passes over all targets; each may use the counts of earlier passes.
+        sequential: whether `data=` also gets an adapter of the finished targets, in the order of the targets.
     """
 
     title: ClassVar[str] = ""
@@ -91,12 +91,12 @@ class Combiner(ABC):
 
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
-        """Name -> field with its default and facts."""
+        """Return a map from each name to its field, with the default and the facts."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
     def defaults(cls) -> dict[str, Value]:
-        """Return the default of every parameter, with `then` of plug-ins."""
+        """Return the default of every parameter, including `then` of plug-ins."""
         own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 
@@ -123,7 +123,7 @@ class Combiner(ABC):
         return fits
 
     def values(self) -> dict[str, Value]:
-        """The parameters as plain data."""
+        """Return the parameters as plain data."""
         return {name: getattr(self, name) for name in self.parameters()}
 
     @property
@@ -136,7 +136,7 @@ class Combiner(ABC):
         return False
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
-        """Return the factor of each adapter if the result is always such a sum, which needs no computing; else None."""
+        """Return the factor of each adapter if the result is always that weighted sum; None if it must be computed."""
         return None
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
@@ -158,7 +158,7 @@ class Combiner(ABC):
 
 
 class Mixture(Combiner):
-    """Combiners with the result sum_t c_t * D_t, c from inner products; exact on factors, whose ranks add up."""
+    """Combiners with the result sum_t c_t * D_t and c from inner products; exact on factors, whose ranks add up."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
@@ -172,11 +172,11 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Combiners of singular values and subspaces: the formula sees small cores, `[T, p, q]`, in common coordinates."""
+    """Combiners of singular values and subspaces: the formula gets small cores `[T, p, q]` in common coordinates."""
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
-        """The combined core, `[p, q]`."""
+        """Return the combined core, `[p, q]`."""
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -233,7 +233,7 @@ def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
-        raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
+        raise UsageError(f"{plugged.then} cannot follow a plug-in", where="then", cure="Name a method that works alone")
     return plugged  # type: ignore[no-any-return]
 
 
@@ -241,7 +241,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _typed(value: object, kind: type) -> Value:
-    # In Python True is an integer: `density=True` must not pass for 1.
+    # In Python True is an integer, but `density=True` must not count as 1.
     if isinstance(value, bool) or kind in (bool, str):
         return cast("Value", value) if type(value) is kind else None
     if kind is int:

@@ -25,21 +25,21 @@ SIGNS = ("none", "total", "frequency")
 DENOMINATORS = ("none", "count", "weights")
 RESCALES = ("none", "inverse", "norm")
 
-SIGN = "how signs are elected: by the sum, or by how many there are"
-WEIGHTED_VOTE = "whether weights count in the election"
+SIGN = "how the signs are elected: by the sum of the entries, or by the number of entries of each sign"
+WEIGHTED_VOTE = "whether the weights count in the election"
 ZERO_SIGNS = ("+", "majority")
-ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or that of most entries of its tensor"
+ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or the sign of most entries in its tensor"
 DENOMINATOR = (
-    "what a sum is divided by: the adapters that have the elected sign, or their weights; all if none is elected"
+    "the divisor of a sum: the number of adapters with the elected sign, or their weights' sum; all if none has it"
 )
-DENSITY = "share of the entries that are kept"
+DENSITY = "share of the entries to keep"
 SCALE = "factor of the result, lambda"
-KEPT = "how many entries a density p of n is: int(p n) + 1 (reference), int(p n) (floor), or that but 1 at least"
-RESCALE = "what is kept is divided by its probability (inverse), or brought to the L1 norm it had (norm)"
+KEPT = "how many of n entries a density p keeps: int(p n) + 1 (reference), int(p n) (floor), or int(p n) but at least 1"
+RESCALE = "how kept entries are scaled: divided by their probability (inverse), or to the L1 norm from before (norm)"
 
 
 class Entrywise(Combiner):
-    """Combiners that look at every entry: the formula sees blocks of rows of all changes of a tensor."""
+    """Combiners that look at every entry: the formula gets blocks of rows of all changes of a tensor."""
 
     scale: float = parameter(1.0, SCALE)
 
@@ -92,7 +92,7 @@ class Entrywise(Combiner):
 class Sparse(Entrywise):
     """lambda * sum_t w_t M_t S(D_t) / denominator; M_t is 1 for entries with the elected sign, else 0.
 
-    S keeps the entries of `mask`, which a subclass defines, and scales them up as `rescale` says.
+    S keeps the entries of `mask`, which a subclass defines, and scales them as `rescale` says.
     """
 
     sign: str = parameter("none", SIGN, among=SIGNS)
@@ -110,14 +110,14 @@ class Sparse(Entrywise):
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return the probabilities of a mask that chance alone decides, one for each change; None for other masks."""
+        """Return each change's probability if only chance decides the mask, or None for other masks."""
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         kept = self._kept(blocks, at)
 
         def majority() -> int:
-            return at.census.majority if self.counts else self._majority(blocks, weights, at)
+            return at.census.majority if self.counts else -1 if self._signs(blocks, weights, at) < 0 else 1
 
         return lambda changes, rows: self._fused(kept(changes, rows), weights, majority)
 
@@ -173,22 +173,19 @@ class Sparse(Entrywise):
             total += int(np.count_nonzero(votes > 0)) - int(np.count_nonzero(votes < 0))
         return total
 
-    def _majority(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
-        return -1 if self._signs(blocks, weights, at) < 0 else 1
-
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:
         """Return the sum of the entries with the elected sign, divided by the denominator."""
         import numpy as np
 
         if self.sign == "none":
-            # Without an election all agree, also where an entry was dropped: mergekit divides by all weights' sum.
+            # Without an election all entries agree, even dropped ones: mergekit divides by the sum of all weights.
             divisor = {"none": 1.0, "count": float(len(kept)), "weights": float(weights.sum())}[self.denominator]
             return np.asarray(self.scale * np.tensordot(weights, kept, 1) / (divisor or 1.0))
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # A majority takes a pass over all targets. An entry of which nothing was kept is zero with any sign, so
-            # that the majority is needed only if kept entries cancel exactly.
+            # A majority takes a pass over all targets. An entry that no change keeps is zero with any sign, so the
+            # majority is needed only if kept entries cancel exactly.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
@@ -217,7 +214,7 @@ def count_of(density: float, total: int, how: str) -> int:
 
 
 def largest(D: Array, kept: int) -> Array:
-    """Return a mask of the `kept` largest magnitudes, with all that equal the smallest of them."""
+    """Return a mask of the `kept` largest magnitudes, including all that equal the smallest of them."""
     import numpy as np
 
     if kept <= 0:
@@ -263,8 +260,8 @@ def ranks(sizes: Array) -> Array:
     import numpy as np
 
     rows, columns = sizes.shape
-    # Bits of positive doubles are ordered as the doubles are. With the column in the last bits, sorting integers gives
-    # the order, too, in a third of the time of an argsort.
+    # The bits of positive doubles have the same order as the doubles. With the column in the last bits, sorting
+    # integers also gives the order, in a third of the time of an argsort.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Methods that learn how much of each adapter to take, from a loss that the caller computes."""
+"""Methods that learn the coefficient of each adapter from a loss that the caller computes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class WeightTrial:
         targets: all targets, in order.
         count: the number of adapters, T.
         seed: the seed of random steps.
-        combined: coefficients `[T]` per target -> the combined adapter.
-        score: an adapter -> the caller's loss.
-        products: a target and a gradient `[out, in, *k]` -> its inner products with the parts that coefficients
-            multiply, `[T]`, or what the combiner's `parts` makes of the changes.
-        changes: a target -> the adapters' changes; None for an adapter that has none there.
-        depth: a target -> its depth, from 0 to 1; None outside numbered layers.
+        combined: a function from coefficients `[T]` of each target to the combined adapter.
+        score: a function from an adapter to the caller's loss.
+        products: a function from a target and a gradient `[out, in, *k]` to the gradient's inner products `[T]` with
+            the
+            parts that the coefficients multiply.
+        changes: a function from a target to the adapters' changes; None for an adapter without a change there.
+        depth: a function from a target to its depth, from 0 to 1; None outside numbered layers.
         each: parameters of single adapters.
-        wanted: what the caller's score must be, for errors.
+        wanted: a description of the caller's score, for errors.
     """
 
     targets: Sequence[Target]
@@ -70,14 +71,14 @@ class WeightTrial:
             raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {self.wanted}")
         unknown = set(said[1]) - {str(target) for target in self.targets}
         if unknown:
-            raise UsageError("a gradient at what is no target", where=sorted(unknown)[0], cure="Use the targets' paths")
-        # A weight that the loss does not depend on has the gradient None in torch.
+            raise UsageError("a gradient belongs to no target", where=sorted(unknown)[0], cure="Use the targets' paths")
+        # torch gives None as the gradient of a weight that the loss does not depend on.
         given = {target: said[1].get(str(target)) for target in self.targets}
         slopes = {target: self.products(target, G) for target, G in given.items() if G is not None}
         return _number(said[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
-        """Return the loss and its gradient by coefficients that all targets share, by central differences."""
+        """Return the loss and its gradient for coefficients that all targets share, by central differences."""
         import numpy as np
 
         # 2 T + 1 scores per step, so this is for coefficients that all targets share.
@@ -93,8 +94,8 @@ class Learned(Combiner):
     """A combiner that learns the coefficients of a sum before anything is computed.
 
     Attributes:
-        by_part: whether coefficients multiply parts of changes, so that `matrix` has to apply `at.learned`; else each
-            multiplies an adapter.
+        by_part: whether coefficients multiply parts of changes, so that `matrix` must apply `at.learned`; if not, each
+            coefficient multiplies an adapter.
     """
 
     data: ClassVar[str | None] = SCORE
@@ -146,12 +147,12 @@ def descend(
     """Run Adam on free numbers `[targets, T]` and return the coefficients with the least loss, not the last ones.
 
     Args:
-        trial: evaluates coefficients.
-        start: the free numbers to begin with.
+        trial: the functions that evaluate coefficients.
+        start: the initial free numbers.
         steps: the number of steps.
         rate: the learning rate.
-        per: `task`: all targets share coefficients, and gradients are measured; else the caller gives gradients.
-        shape: turns free numbers into coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
+        per: `task` if all targets share coefficients, and gradients are measured; else the caller gives gradients.
+        shape: a function from free numbers to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
 
@@ -174,7 +175,7 @@ def descend(
 def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, decay: float) -> dict[Target, Array]:
     """Run AdamW on the coefficients of each target, and return the last ones.
 
-    As in torch, targets without a gradient are not moved.
+    As in torch, coefficients of targets without a gradient do not change.
     """
     values, adams = dict(start), {target: Adam(rate) for target in start}
     for _ in range(steps):
@@ -185,7 +186,7 @@ def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, de
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """Return <D, G> without forming the product of factors; G is `[out, in * k]`, `[e, ...]` if experts are stacked."""
+    """Return <D, G> without forming the product of factors; G is `[out, in * k]`, or `[e, ...]` for stacked experts."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0
@@ -201,5 +202,5 @@ def _number(said: SupportsFloat) -> float:
 
     loss = float(said)
     if not math.isfinite(loss):
-        raise UsageError("the score is not a finite number", where="data", cure="Look at what the score computes")
+        raise UsageError("the score is not a finite number", where="data", cure="Correct the score function")
     return loss

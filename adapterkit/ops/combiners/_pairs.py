@@ -1,4 +1,4 @@
-"""Methods of B and A themselves: what they give depends on how a product was split."""
+"""Methods that combine B and A themselves, so that the result depends on how each product was split."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Pairwise(Combiner):
-    """The formula sees the factors of each change."""
+    """A combiner whose formula gets the factors of each change."""
 
     @abstractmethod
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
-        """B `[out, r]` and A `[r, in * k]` of the result from those of all tasks, weights already in B."""
+        """Return B `[out, r]` and A `[r, in * k]` of the result from those of all tasks; B includes the weights."""
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         from ..lowering import Delta
@@ -31,14 +31,15 @@ class Pairwise(Combiner):
 
 
 def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = True) -> None:
-    """Refuses changes without thin factors, and ranks that differ where factors are put on top of one another.
+    """Check that all changes have thin factors, and with `equal` that their ranks are equal.
 
     Raises:
-        UsageError: as said.
+        UsageError: a change has none, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
-        raise UsageError("a change without thin factors", where=str(at.target), cure="Promote it to LoRA first")
+        why = "a change has no thin factors"
+        raise UsageError(why, where=str(at.target), cure="Convert it to LoRA first, by promote()")
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
-        why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed apart"
+        why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"
         raise UsageError(why, where=str(at.target), cure="Resize the adapters to one rank, or choose another method")

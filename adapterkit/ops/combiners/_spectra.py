@@ -1,4 +1,4 @@
-"""Small pieces of methods of singular values: polar factors, leading directions, numerical rank."""
+"""Building blocks for methods of singular values: polar factors, leading directions, numerical rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def leading(M: Array, count: int | None = None) -> Decomposition:
-    """The first singular values and vectors of a core: U `[p, k]`, S `[k]`, Vh `[k, q]`, without noise."""
+    """Return the first singular values and vectors of a core, U `[p, k]`, S `[k]`, Vh `[k, q]`, without noise."""
     import numpy as np
 
     from ._changes import NOISE
@@ -23,18 +23,19 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
 
 
 def spanned(cores: Array) -> int:
-    """The number of directions that changes `[T, p, q]` span together: of outputs or of inputs, whichever are fewer."""
+    """Return how many directions changes `[T, p, q]` span together, of outputs or of inputs, whichever are fewer."""
     import numpy as np
 
     from ._changes import NOISE
 
-    # Coordinates of dense changes are those of the weight, and factors may depend on one another, so shapes tell less.
+    # The shapes do not show that: dense changes have the coordinates of the weight, and factors may be linearly
+    # dependent.
     both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 
 
 def polar(X: Array) -> Array:
-    """The matrix with orthonormal columns (or rows) that is nearest to X."""
+    """Return the matrix with orthonormal columns (or rows) that is nearest to X."""
     import numpy as np
 
     U, _, Vh = np.linalg.svd(X, full_matrices=False)
@@ -43,7 +44,7 @@ def polar(X: Array) -> Array:
 
 
 def joined(parts: list[Decomposition]) -> Decomposition:
-    """Decompositions beside one another, their vectors made orthonormal together."""
+    """Concatenate decompositions, and make their vectors orthonormal together."""
     import numpy as np
 
     # Directions of different tasks are not orthogonal; the polar factor is the nearest matrix whose columns are.

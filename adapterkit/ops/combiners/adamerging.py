@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients of a sum that make a loss small: entropy on unlabelled samples.
+"""AdaMerging: learn the coefficients of a sum that minimise a loss: the entropy on unlabelled samples.
 
 Yang et al. 2023, https://arxiv.org/abs/2310.02575
 """
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ._learned import WeightTrial
 
-PER = "a coefficient for each target and task (layer; needs gradients), or for each task (task)"
+PER = "whether each target and task has a coefficient (layer; needs gradients), or each task (task)"
 
 
 class AdaMerging(Learned):
-    """sum_t c_t D_t with learned c, from `start` by Adam."""
+    """sum_t c_t D_t, with c learned by Adam from `start`."""
 
     title = "AdaMerging coefficients"
     paper = "https://arxiv.org/abs/2310.02575"
     data: ClassVar[str | None] = SLOPE
 
     per: str = parameter("layer", PER, among=("layer", "task"))
-    start: float = parameter(0.3, "coefficients to begin with")
+    start: float = parameter(0.3, "initial coefficients")
     steps: int = parameter(500, "steps of Adam", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
 

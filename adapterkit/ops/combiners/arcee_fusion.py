@@ -1,9 +1,9 @@
-"""Arcee Fusion: keep the entries of one change that stand out, by their size and by how their row's softmax moves.
+"""Arcee Fusion: keep the entries of one change that stand out by their size and by their effect on their row's softmax.
 
-I = |D| KL(softmax(W + D) || softmax(W)), the divergence being that of a row; D is kept where I is at least the median
-plus 1.5 interquartile ranges of its tensor. It looks at whole weights, so it is possible at a given base only.
-https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit takes the quartiles of a million entries
-drawn at random where there are more, here they are those of all.
+I = |D| KL(softmax(W + D) || softmax(W)), with the divergence of the entry's row; D is kept where I is at least the
+median plus 1.5 interquartile ranges of its tensor. The formula reads whole weights, so it needs the base.
+https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of larger tensors
+from a million random entries; here they are exact.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ArceeFusion(Entrywise):
 
 
 def _divergence(one: Array, other: Array) -> Array:
-    """KL of the softmax of each row, `[..., 1]`."""
+    """Return the KL divergence between the softmaxes of each row, `[..., 1]`."""
     import numpy as np
 
     p, q = _softmax(one) + LEAST, _softmax(other) + LEAST
@@ -59,7 +59,7 @@ def _divergence(one: Array, other: Array) -> Array:
 def _softmax(X: Array) -> Array:
     import numpy as np
 
-    # Subtracting the maximum leaves the shares as they are and keeps exp from overflowing.
+    # Subtracting the maximum does not change the shares and keeps exp from overflowing.
     powers = np.exp(X - X.max(-1, keepdims=True))
     shares: Array = powers / powers.sum(-1, keepdims=True)
     return shares

@@ -1,9 +1,10 @@
-"""Subspace Boosting: the small singular values of another method's result are raised to one that stands before them.
+"""Subspace Boosting: raise the small singular values of another method's result to a larger one.
 
-With S_k the first singular value at which the sum S_1 + .. + S_k reaches the share beta of the sum of all, those below
-are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: many merged models leave most of it in few
-directions. beta = 0.01 as in the authors' code. Directions that a change does not have are not made up: the result
-of low-rank changes has their rank, where the authors' full matrices get all directions of the weight.
+S_k is the first singular value at which the sum S_1 + .. + S_k reaches the share beta of the sum of all; smaller values
+are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, few directions hold
+most of the change. beta = 0.01 as in the authors' code. Directions with a singular value of 0 are not raised: the
+result
+of low-rank changes keeps their rank, while in the authors' full matrices all directions of the weight are raised.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class SubspaceBoosting(PlugIn):
-    """U diag(max(S, S_k)) V^T of then(D_1 .. D_T)."""
+    """U diag(max(S, S_k)) V^T, with U S V^T = then(D_1 .. D_T)."""
 
     title = "Subspace Boosting of another method's result"
     paper = "https://arxiv.org/abs/2506.16506"
 
     beta: float = parameter(
-        0.01, "share of the sum of singular values before the one that is the least", least=0, most=1
+        0.01, "share of the sum of singular values that ends with the smallest value kept", least=0, most=1
     )
 
     @property

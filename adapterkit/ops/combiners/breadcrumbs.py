@@ -1,7 +1,8 @@
-"""Model Breadcrumbs: each change loses its largest and its smallest entries; then task arithmetic, or an election.
+"""Model Breadcrumbs: drop the largest and smallest entries of each change; then use task arithmetic or an election.
 
-Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: what lies between the quantiles 0.85 and 0.993 of a layer
-stays. The authors' code, https://github.com/rezazzr/breadcrumbs, takes them of each row.
+Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: the entries between the quantiles 0.85 and 0.993 of a
+layer
+are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from ._entrywise import Mask
 
 
-SCOPE = "what the shares are of: each tensor, as in the paper, or each of its rows, as in its authors' code"
+SCOPE = "where the shares are counted: in each tensor, as in the paper, or in each row, as in the authors' code"
 
 
 class Breadcrumbs(Sparse):
-    """lambda * sum_t w_t m_t D_t: of the magnitudes in a tensor the gamma n largest go, then the smallest."""
+    """lambda * sum_t w_t m_t D_t; m_t drops the gamma n largest magnitudes of a tensor, then the smallest."""
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
@@ -31,7 +32,7 @@ class Breadcrumbs(Sparse):
     compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
-    gamma: float = parameter(0.007, "share of the entries, the largest, that is dropped", least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries to drop, the largest ones", least=0, most=1)
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
@@ -55,7 +56,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """The first and last place, from the smallest, of what is kept of so many entries."""
+    """Return the first and last place, counted from the smallest, of the entries kept out of `count`."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -64,13 +65,13 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 class _Between:
-    """Which entries have their place between two; where entries are equal, the one before has the lower place."""
+    """A mask of the entries whose place is between two places; equal entries are ordered by their position."""
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
         import numpy as np
 
         size = blocks.size
-        # The place from the smallest, as the k-th largest; of an empty span, the largest of all.
+        # The place from the smallest is converted to k of the k-th largest; for an empty span, k is the largest of all.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans
@@ -79,8 +80,8 @@ class _Between:
         found = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
         self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
-        # Magnitudes equal to an end are ranked by their position, counted over the blocks in order: so exactly the
-        # wanted number of entries is kept, even if many are equal.
+        # Magnitudes equal to an end are ranked by their position, counted over the blocks in order, so that exactly the
+        # wanted number of entries is kept even if many are equal.
         self.seen = [[0, 0] for _ in spans]
 
     def __call__(self, sizes: Array, rows: slice) -> Array:

@@ -1,9 +1,10 @@
-"""CART: the mean, and the leading directions of how each task differs from it.
+"""CART: the mean of the changes, plus the leading directions of each task's difference from the mean.
 
-D = mean + scale * sum_t top_k(D_t - mean).  Choi et al. 2024, https://arxiv.org/abs/2412.12153. Defaults
-are those of its authors for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 they
-take 0.16 and 1.5. Their share is of the directions of a weight (`over=weight`); by default it is of those that the
-adapters span, as in Core Space, https://arxiv.org/abs/2509.17786: 0.12 of a weight's are mostly more than a LoRA has.
+D = mean + scale * sum_t top_k(D_t - mean).  Choi et al. 2024, https://arxiv.org/abs/2412.12153. The defaults are those
+of its authors for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 tasks they use
+0.16 and 1.5. The authors' share counts directions of the weight (`over=weight`). The default here counts the directions
+that the adapters span, as in Core Space, https://arxiv.org/abs/2509.17786, because 0.12 of the weight's directions are
+usually more than a LoRA has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-OVER = "what the share is of: directions that the adapters span (core), or all of the weight (weight)"
+OVER = "what the share counts: directions that the adapters span (core), or all of the weight (weight)"
 
 
 class CART(Spectral):

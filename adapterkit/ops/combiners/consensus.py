@@ -1,8 +1,8 @@
-"""Consensus task arithmetic: entries of the sum are kept where they matter to enough of the tasks (TALL masks).
+"""Consensus task arithmetic: keep the entries of the sum that matter to enough of the tasks (TALL masks).
 
 m_t = [|D_t| >= lambda_t |sum D - D_t|];  D = scale * (sum D) * [sum_t m_t >= agree].
-Wang et al. 2024, https://arxiv.org/abs/2405.07813. Its authors choose lambda_t from 0.2 to 0.6 by validation, two tasks
-that agree being the default of https://github.com/nik-dim/tall_masks; without data it is the middle.
+Wang et al. 2024, https://arxiv.org/abs/2405.07813. Its authors choose lambda_t from 0.2 to 0.6 by validation; without
+data, the default here is the middle. Two tasks must agree by default, as in https://github.com/nik-dim/tall_masks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Consensus(Entrywise):
-    """The sum of the changes without entries of interest to one task alone, or to none."""
+    """The sum of the changes, without entries that matter to one task only or to none."""
 
     title = "Consensus task arithmetic (TALL masks)"
     paper = "https://arxiv.org/abs/2405.07813"
     single = frozenset({"threshold"})
 
-    threshold: float = parameter(0.4, "lambda_t: how large an entry is beside what the others add", least=0)
-    agree: int = parameter(2, "tasks that an entry must matter to", least=1)
+    threshold: float = parameter(0.4, "lambda_t: the least size of an entry relative to the others' sum", least=0)
+    agree: int = parameter(2, "number of tasks that an entry must matter to", least=1)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np

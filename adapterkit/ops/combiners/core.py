@@ -1,8 +1,8 @@
-"""Core Space: another method on small cores, D_t = U M_t V^T with one U and one V for all tasks.
+"""Core Space: apply another method to small cores, D_t = U M_t V^T, with one U and one V for all tasks.
 
-U holds the left singular vectors of [B_1 .. B_T], V the right ones of [A_1; ..; A_T]. Linear methods give what they
-give on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786; TIES trims each core apart, as in
-https://github.com/apanariello4/core-space-merging.
+U holds the left singular vectors of [B_1 .. B_T], V the right ones of [A_1; ..; A_T]. Linear methods give the same
+result as on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786; TIES trims each core separately,
+as in https://github.com/apanariello4/core-space-merging.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ..lowering import Delta
 
-BASIS = "whose singular vectors: of the factors, as they were trained, or of their products, whatever the factors"
+BASIS = "source of the singular vectors: the factors as trained, or their products, which do not depend on the split"
 
 
 class CoreSpace(PlugIn):
@@ -37,7 +37,7 @@ class CoreSpace(PlugIn):
 
 
 def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array], Array]:
-    """U `[out, p]`, M_t `[p, q]` and V^T `[q, in * k]`, in singular vectors of stacked factors or products."""
+    """Return U `[out, p]`, M_t `[p, q]` and V^T `[q, in * k]`: singular vectors of the stacked factors or products."""
     import numpy as np
 
     from ..lowrank import whole_core
@@ -49,7 +49,7 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
-    # Decomposed in the small common coordinates; sides of the weight's size occur only in the products below.
+    # Decompose in the small common coordinates; matrices of the weight's size occur only in the products below.
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:

@@ -1,9 +1,10 @@
-"""Compress, then merge: one pair of bases of rank r for all tasks, another method on r x r cores; of rank r, then.
+"""Compress, then merge: find one pair of bases of rank r for all tasks, and apply another method to the r x r cores.
 
-The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each brought to the norm
-beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core for itself,
-and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README lets TIES keep
-0.25 of the entries and scales the result by 0.75.
+The result has rank r. The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each scaled to the
+norm beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core
+separately, and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README
+lets
+TIES keep 0.25 of the entries and scales the result by 0.75.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CtM(PlugIn):
-    """U then(U^T D_1 V, .., U^T D_T V) V^T with U and V of r columns."""
+    """U then(U^T D_1 V, .., U^T D_T V) V^T, with r columns in U and V."""
 
     title = "Compress, then merge (CtM)"
     paper = "https://arxiv.org/abs/2606.03723"
@@ -31,9 +32,9 @@ class CtM(PlugIn):
     within: ClassVar = {"scope": "tensor"}
 
     rank: int | None = parameter(None, "r; the largest rank of a task if not given", least=1, kind=int)
-    beta: float = parameter(0.25, "how much of a task's own norm it keeps when bases are sought", least=0, most=1)
-    iterations: int = parameter(1000, "rounds of HOOI at most", least=0)
-    tolerance: float = parameter(1e-6, "change of the relative error that ends it", least=0)
+    beta: float = parameter(0.25, "how far a task keeps its own norm when bases are computed", least=0, most=1)
+    iterations: int = parameter(1000, "largest number of rounds of HOOI", least=0)
+    tolerance: float = parameter(1e-6, "change of the relative error that ends the rounds", least=0)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
@@ -45,7 +46,7 @@ class CtM(PlugIn):
         cores = np.stack(common.cores)
         rank = self.rank or max(delta.rank for delta in deltas)
         if rank < 1:
-            raise UsageError("changes without thin factors have no rank to keep", where="rank", cure="Give one")
+            raise UsageError("the changes have no thin factors, so no rank", where="rank", cure="Give --rank (rank=)")
         U, V = self._bases(cores, min(rank, *cores.shape[1:]))
         merged = self.inner.matrix([whole(U.T @ M @ V) for M in cores], weights, at)
         return Delta(common.left @ U, merged.dense() @ (V.T @ common.right))
@@ -58,8 +59,9 @@ class CtM(PlugIn):
         X = cores * np.where(sizes > 0, wanted / np.where(sizes > 0, sizes, 1.0), 0.0)
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
-        # Rounds compute spans only, as the next round depends on nothing else; `then` looks at single vectors, which
-        # are computed after the last round.
+        # The rounds compute spans only, because the next round depends on nothing else. `then` depends on single
+        # vectors,
+        # which are computed after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):
@@ -77,7 +79,7 @@ class CtM(PlugIn):
 
 
 WIDE = 7
-"""Matrices with fewer columns than this times the rank are decomposed, as iterating takes longer."""
+"""Matrices with fewer columns than this times the rank are decomposed, because iterating would take longer."""
 
 SETTLED = 1e-10
 """The residual of a span, relative to its smallest eigenvalue, at which an iteration ends."""
@@ -86,14 +88,14 @@ SPREAD = 1e5
 """How far products may spread the lengths of the vectors before they are made orthonormal again."""
 
 PRODUCTS = 24
-"""The most products with a matrix; decomposing a matrix of 128 columns takes as long as 50."""
+"""The largest number of products with a matrix; decomposing a matrix of 128 columns takes as long as 50."""
 
 PAUSE = 8
-"""How many matrices are decomposed after one for which iterating failed."""
+"""How many matrices are decomposed after one for which the iteration failed."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
-    """Return the sum of X_t V V^T X_t^T; V is the identity if not given."""
+    """Return the sum of X_t V V^T X_t^T, with the identity for V if it is not given."""
     import numpy as np
 
     tasks, rows, columns = X.shape
@@ -116,7 +118,7 @@ class _Spans:
     """Computes the spans of the first eigenvectors of matrices that differ little from one to the next."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.pause = rank, 2  # The first round moves far.
+        self.rank, self.pause = rank, 2  # The spans change much in the first round.
 
     def first(self, gram: Array, near: Array) -> tuple[Array, float]:
         """Return an orthonormal basis of the span of the first eigenvectors, and the sum of their eigenvalues."""
@@ -133,7 +135,7 @@ class _Spans:
 
 
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
-    """Find the span by subspace iteration from a span nearby; None if it takes too long or cannot be proven."""
+    """Find the span by subspace iteration from a nearby span, or return None if that is slow or cannot be proven."""
     import numpy as np
 
     square, products = float((gram * gram).sum()), 0
@@ -141,8 +143,8 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Each eigenvalue behind the span is at most the norm of what the span leaves out. If that is no smaller than
-        # an eigenvalue in the span, there may be a better one.
+        # Each eigenvalue outside the span is at most the norm of the remainder outside the span. If that is not smaller
+        # than every eigenvalue in the span, there may be a better span.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

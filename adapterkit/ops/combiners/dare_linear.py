@@ -1,7 +1,7 @@
-"""DARE: entries are dropped at random and the rest scaled up, so that the mean stays; then task arithmetic.
+"""DARE: drop entries at random and scale up the rest, so that the mean stays; then use task arithmetic.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. Alone a model keeps its abilities with 0.1 of the entries; for
-merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, and that is the default.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with 0.1 of the entries. For
+merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, which is the default here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dare(Sparse):
-    """lambda * sum_t w_t m_t D_t / p, every entry of m_t being 1 with probability p."""
+    """lambda * sum_t w_t m_t D_t / p, where each entry of m_t is 1 with probability p."""
 
     title = "DARE, then task arithmetic"
     paper = "https://arxiv.org/abs/2311.03099"
@@ -40,7 +40,7 @@ class Dare(Sparse):
 
 
 def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
-    """Which entries chance keeps, by each adapter's density."""
+    """Return the mask of the entries that chance keeps, by each adapter's density."""
     import numpy as np
 
     if min(densities) >= 1:
@@ -58,5 +58,5 @@ def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
 
 
 def chances(densities: Sequence[float]) -> list[Chance | None]:
-    """Each adapter's probability, for the compiled loop."""
+    """Return each adapter's probability, for the compiled loop."""
     return [None if density >= 1 else Chance(density) for density in densities]

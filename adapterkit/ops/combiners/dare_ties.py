@@ -1,7 +1,7 @@
-"""DARE and TIES: entries are dropped at random and the rest scaled up; then signs are elected and what agrees averaged.
+"""DARE and TIES: drop entries at random and scale up the rest; then elect signs and average the entries that agree.
 
-Yu et al. 2023, https://arxiv.org/abs/2311.03099. Alone a model keeps its abilities with 0.1 of the entries; for
-merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, and that is the default.
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with 0.1 of the entries. For
+merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, which is the default here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from ._entrywise import Mask
 
 
-TRIM = "share of the entries, the largest of what chance left of a tensor, that are kept; MergeLM keeps 0.2"
+TRIM = "share of the randomly kept entries of a tensor to keep, the largest ones; MergeLM keeps 0.2"
 
 
 class DareTIES(Sparse):
-    """lambda * mean of the entries of m_t D_t / p that have the elected sign."""
+    """lambda * the mean of the entries of m_t D_t / p that have the elected sign."""
 
     title = "DARE, then TIES"
     paper = "https://arxiv.org/abs/2311.03099"
@@ -63,7 +63,7 @@ class DareTIES(Sparse):
         chance = drawn(at.each(self, "density"), at)
         if self.trim >= 1:
             return chance
-        # The mask of a block is a function of its place, so that rows have to be gone over, not a sample.
+        # The mask of a block depends on its position, so the rows themselves are read, not a sample.
         selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
 
         def once() -> None:

@@ -1,10 +1,11 @@
-"""DC-Merge: every task's singular values evened out, one pair of bases that covers all tasks, TIES between them.
+"""DC-Merge: even out each task's singular values, and run TIES in one pair of bases that covers all tasks.
 
-Task t's first r directions get singular values of the same sum, all equal (average) or falling on a line. The bases are
-the polar factors of [U_1 .. U_T] and [V_1 .. V_T]; in them each task keeps its largest entries, signs are elected, what
-agrees is averaged, and what lies between the directions of two different tasks is left out. Zhang et al. 2026,
-https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The share that is kept, 0.001, is the
-authors' for vision models and for LLaVA, where r is 16, the rank of their LoRA.
+The first r directions of task t get singular values with the same sum, either all equal (average) or on a line. The
+bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In them each task keeps its largest entries, signs are
+elected, and entries that agree are averaged. Entries between directions of two different tasks are dropped. Zhang et
+al.
+2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share, 0.001, is the authors'
+for vision models and for LLaVA, where r is 16, the rank of their LoRA.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ SMOOTHING = "the singular values of a task: all equal (average), or on a line (l
 
 
 TIED = 1e-9
-"""Entries that are smaller than the smallest kept one by less than this fraction are kept, too."""
+"""Entries that are smaller than the smallest kept entry by less than this fraction are kept too."""
 
 
 class DCMerge(Spectral):
-    """U (M o [same task]) V^T, M the elected mean of U^T U_t diag(e_t) V_t^T V."""
+    """U (M o [same task]) V^T, where M is the elected mean of U^T U_t diag(e_t) V_t^T V."""
 
     title = "Directional consistency (DC-Merge)"
     paper = "https://arxiv.org/abs/2603.06242"
@@ -36,7 +37,7 @@ class DCMerge(Spectral):
         None, "directions that a task keeps; all of its rank if not given", least=1, kind=int
     )
     smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
-    rho: float = parameter(5.0, "largest over smallest singular value of a line, at most", least=1)
+    rho: float = parameter(5.0, "largest ratio of the largest to the smallest singular value on a line", least=1)
     density: float = parameter(0.001, DENSITY, least=0, most=1)
     scale: float = parameter(1.0, SCALE)
 
@@ -48,7 +49,7 @@ class DCMerge(Spectral):
         found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in found if found.size else ():
             sizes = np.sort(np.abs(M), None)
-            # All entries of directions that no other task shares are equal but for rounding, which must not choose.
+            # Entries of directions that no other task shares differ only by rounding, which must not decide.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
@@ -59,7 +60,7 @@ class DCMerge(Spectral):
         return np.asarray(self.scale * U @ (merged * own) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Singular values of the same sum that differ less."""
+        """Return singular values with the same sum that differ less."""
         import numpy as np
 
         if not len(S):

@@ -1,8 +1,8 @@
-"""DELLA: small entries are dropped more often than large ones, by their rank in a row; then an election, then the mean.
+"""DELLA: drop small entries more often than large ones, by their rank in a row; then elect signs and take the mean.
 
-Deep et al. 2024, https://arxiv.org/abs/2406.11617. Defaults are those of https://github.com/declare-lab/della: its
-README drops 0.3 with a window of 0.14, which its code halves (`epsilon = window_size / 2`); there the vote and the mean
-are of weighted changes.
+Deep et al. 2024, https://arxiv.org/abs/2406.11617. The defaults are those of https://github.com/declare-lab/della: its
+README drops 0.3 with a window of 0.14, which its code halves (`epsilon = window_size / 2`). There, weighted changes are
+used in both the vote and the mean.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Della(Sparse):
-    """As DARE and TIES, with p from density - epsilon for a row's smallest to density + epsilon for its largest."""
+    """DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for its largest."""
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
@@ -37,7 +37,7 @@ class Della(Sparse):
     }  # fmt: skip
 
     density: float = parameter(0.7, "mean probability that an entry is kept", least=0, most=1)
-    epsilon: float = parameter(0.07, "how far the probabilities are from their mean at most", least=0, most=1)
+    epsilon: float = parameter(0.07, "largest distance of a probability from the mean", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
     sign: str = parameter("total", SIGN, among=SIGNS)
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
@@ -49,7 +49,7 @@ class Della(Sparse):
         settings = list(zip(at.each(self, "density"), at.each(self, "epsilon"), strict=True))
         for density, epsilon in settings:
             if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-                why = f"density {density} and epsilon {epsilon} give probabilities outside of 0 to 1"
+                why = f"density {density} and epsilon {epsilon} give probabilities outside 0 to 1"
                 raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
 
         # The compiled loop of `chances` does the same.
@@ -61,7 +61,7 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
-                    # The stream starts at the block's first entry: the result does not depend on the cut.
+                    # The stream starts at the block's first entry, so the result does not depend on how blocks are cut.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance
 

@@ -1,9 +1,11 @@
-"""EMR: one change elected of all, and for a given task its mask and its scale: what that task uses of it.
+"""EMR: elect one change from all; for a given task, apply the task's mask and scale to it.
 
-The sign of an entry is that of the sum, its size the largest magnitude of that sign. Task t takes the entries that have
-its own sign, times lambda_t, the sum over tensors of its mean magnitude over that of what the mask leaves. Huang et al.
-2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging. Without a task the elected change
-itself is the result.
+The sign of an entry is the sign of the sum, its size the largest magnitude with that sign. Task t takes the entries
+that
+have its own sign, times lambda_t: the sum over tensors of the task's mean magnitude, divided by the same sum for the
+masked change. Huang et al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
+Without
+a task, the result is the elected change itself.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class EMR(Entrywise):
-    """lambda_t [D D_t > 0] D, with D = sign(sum w D_t) max_t |w D_t| over those of that sign."""
+    """lambda_t [D D_t > 0] D, with D = sign(sum w D_t) max_t |w D_t|, the maximum over changes of that sign."""
 
     title = "Elect, mask and rescale (EMR)"
     paper = "https://arxiv.org/abs/2405.17461"
@@ -71,11 +73,11 @@ class EMR(Entrywise):
 
     def check(self) -> None:
         if self.task is not None and self.task < 0:
-            raise UsageError(f"task {self.task} is none", where="task", cure="Count from 0")
+            raise UsageError(f"task {self.task} does not exist", where="task", cure="Count adapters from 0")
 
 
 def _elected(changes: Array) -> Array:
-    """The largest magnitude that has the sign of the sum, with that sign."""
+    """Return the largest magnitude that has the sign of the sum, with that sign."""
     import numpy as np
 
     sign = np.where(changes.sum(0) > 0, 1.0, -1.0)

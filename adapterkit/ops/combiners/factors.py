@@ -1,7 +1,8 @@
-"""Combine all A and all B separately by another combiner; the product has terms B_s A_t of different tasks.
+"""Combine all A and all B separately by another combiner; the product contains terms B_s A_t of different tasks.
 
-PEFT does so for `linear`, `ties`, `dare_*` and `magnitude_prune`: https://huggingface.co/docs/peft/developer_guides/model_merging.
-With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B sqrt|c|.
+PEFT does so for `linear`, `ties`, `dare_*` and `magnitude_prune`:
+https://huggingface.co/docs/peft/developer_guides/model_merging.
+With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B gets sqrt|c|.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class FactorsCombiner(PlugIn):
     """then(B_1 .. B_T) @ then(A_1 .. A_T)."""
 
-    title = "A and B apart, by another method"
+    title = "A and B separately, by another method"
     paper = "https://huggingface.co/docs/peft/developer_guides/model_merging"
     depends: ClassVar = frozenset({"factors"})
 

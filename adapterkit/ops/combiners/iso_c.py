@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the changes with all singular values made equal to their mean.
+"""Iso-C: set all singular values of the sum of the changes to their mean.
 
 Marczak et al. 2025, https://arxiv.org/abs/2502.04959; in the space that the adapters span: https://arxiv.org/abs/2509.17786
 """
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
 
-OVER = "what the mean is taken over: directions that the adapters span (core), or all of the weight (weight)"
+OVER = "directions in the mean: those that the adapters span (core), or all of the weight (weight)"
 
 
 class IsoC(Spectral):
-    """scale * mean(S) * U V^T of the sum."""
+    """scale * mean(S) * U V^T of the sum U S V^T."""
 
     title = "Isotropic merging in the common space (Iso-C)"
     paper = "https://arxiv.org/abs/2502.04959"

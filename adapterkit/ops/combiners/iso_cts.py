@@ -1,6 +1,6 @@
-"""Iso-CTS: common directions of the sum and each task's own, orthonormal, with one singular value for all.
+"""Iso-CTS: combine common directions of the sum with each task's own, orthonormal, with one singular value for all.
 
-The first k of R directions are those of the sum; each task adds (R - k) / T of its remainder outside of them.
+The first k of R directions are those of the sum; each task adds (R - k) / T directions of its remainder outside these.
 Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in https://github.com/danielm1405/iso-merging.
 """
 
@@ -23,7 +23,7 @@ class IsoCTS(Spectral):
     title = "Isotropic merging with task-specific directions (Iso-CTS)"
     paper = "https://arxiv.org/abs/2502.04959"
 
-    common: float = parameter(0.8, "share of the directions that the sum gives", least=0, most=1)
+    common: float = parameter(0.8, "share of the directions that come from the sum", least=0, most=1)
     scale: float = parameter(1.0, SCALE)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:

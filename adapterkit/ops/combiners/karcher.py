@@ -1,4 +1,4 @@
-"""Karcher mean: the point of the sphere whose squared angles to the changes are least, by fixed-point steps.
+"""Karcher mean: find the point of the sphere with the least sum of squared angles to the changes, by fixed-point steps.
 
 Karcher 1977, https://doi.org/10.1002/cpa.3160300502; for models: https://arxiv.org/abs/2603.04972
 """
@@ -21,11 +21,11 @@ class Karcher(Mixture):
     paper = "https://arxiv.org/abs/2603.04972"
     compat: ClassVar = {"mergekit": {"iterations": 10}}
 
-    iterations: int = parameter(100, "steps at most", least=1)
+    iterations: int = parameter(100, "largest number of steps", least=1)
     tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        """Everything in the coordinates of the unit vectors, whose inner products are the cosines."""
+        """Compute everything in the coordinates of the unit vectors, whose inner products are the cosines."""
         import numpy as np
 
         sizes = np.sqrt(gram.diagonal())
@@ -35,7 +35,7 @@ class Karcher(Mixture):
         w = shares(weights)
         parts = valid * w / ((valid * w).sum() or 1.0)
         mean = _unit(parts, cosines, self.tolerance)
-        # Points that cancel have no mean direction; the search then starts at one of them.
+        # Points that cancel have no mean direction; then the search starts at one of them.
         if mean is None:
             mean = np.eye(len(w))[int(valid.argmax())]
         for _ in range(self.iterations):

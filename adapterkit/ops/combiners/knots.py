@@ -1,7 +1,7 @@
-"""KnOTS: another method on aligned coordinates, [D_1 .. D_T] = U [S V_1 .. S V_T], one U for all tasks.
+"""KnOTS: apply another method to aligned coordinates, [D_1 .. D_T] = U [S V_1 .. S V_T], with one U for all tasks.
 
-Stoica et al. 2024, https://arxiv.org/abs/2410.19735. By QR of the factors: none of the weight's size. S stands with V,
-and entries of all targets compete, as in https://github.com/gstoica27/KnOTS (`s_on_V`).
+Stoica et al. 2024, https://arxiv.org/abs/2410.19735. Computed by QR of the factors, without matrices of the weight's
+size. S is multiplied into V, and entries of all targets compete, as in https://github.com/gstoica27/KnOTS (`s_on_V`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class KnOTS(PlugIn):
             aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
             return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
         B = np.hstack([delta.B for delta in deltas])
-        # Passes that only count need no orthonormal columns, which are of the weight's height.
+        # Passes that only count do not need the orthonormal columns, which are as tall as the weight.
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
-        # As products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
+        # Kept as products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

@@ -1,8 +1,8 @@
-"""LoRA-LEGO: pairs of a row of A and a column of B are clustered over all tasks; the centres are the result's ranks.
+"""LoRA-LEGO: cluster the pairs of a row of A and a column of B over all tasks; each cluster's centre is one rank.
 
-Centres are brought to the mean largest entry of their members, and the result is scaled by sqrt(pairs / ranks).
-Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the rank of a task are as
-in a comparison by the authors of CtM, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
+Centres are scaled to the mean largest entry of their members, and the result is scaled by sqrt(pairs / ranks).
+Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the default rank follow a
+comparison by the authors of CtM, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Lego(Pairwise):
-    """Minimal semantic units, put together again by k-means."""
+    """Minimal semantic units, recombined by k-means."""
 
     title = "LoRA-LEGO"
     paper = "https://arxiv.org/abs/2409.16167"
     depends: ClassVar = frozenset({"factors", "order", "size", "seed"})
 
-    rank: int | None = parameter(None, "ranks of the result; the largest of a task if not given", least=1, kind=int)
-    starts: int = parameter(10, "how often k-means starts again; the best one counts", least=1)
+    rank: int | None = parameter(None, "rank of the result; the largest rank of a task if not given", least=1, kind=int)
+    starts: int = parameter(10, "number of starts of k-means; the best one counts", least=1)
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         import numpy as np
@@ -36,7 +36,7 @@ class Lego(Pairwise):
         rank = self.rank or max(len(each) for each in As)
         if rank > len(A):
             raise UsageError(
-                f"{len(A)} pairs are not enough for rank {rank}", where="rank", cure="Choose a smaller one"
+                f"{len(A)} pairs are not enough for rank {rank}", where="rank", cure="Choose a smaller rank"
             )
         units = np.hstack([A, B.T])
         owner = clusters(units @ units.T, rank, at.uniform(0, (self.starts, rank)))
@@ -55,12 +55,12 @@ def _centre(members: Array) -> Array:
 
 
 def clusters(gram: Array, count: int, chances: Array) -> Array:
-    """k-means of points known by their inner products `[n, n]`: the cluster of each, `[n]`, none of them empty.
+    """Run k-means on points known by their inner products `[n, n]`; return each point's cluster `[n]`, none empty.
 
     Args:
-        gram: inner products.
-        count: clusters.
-        chances: numbers in [0, 1) `[starts, count]` that the first centres are drawn with (k-means++).
+        gram: the inner products.
+        count: the number of clusters.
+        chances: numbers in [0, 1) `[starts, count]` for drawing the first centres (k-means++).
     """
     import numpy as np
 
@@ -73,7 +73,7 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Points far from one another, each drawn by its squared distance to those drawn before it."""
+    """Draw points far from each other, each with a probability by its squared distance to the earlier ones."""
     import numpy as np
 
     chosen = [int(chances[0] * len(gram))]
@@ -88,14 +88,14 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
-    # |x - y|^2 from inner products: points have as many numbers as a row and a column of the weight, but they are few.
+    # |x - y|^2 from inner products, because each point has as many numbers as a row and a column of the weight.
     sizes = gram.diagonal()
     found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
     return found
 
 
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
-    """Lloyd's steps until nothing moves; a cluster that loses its last point gets the one farthest from its centre."""
+    """Run Lloyd's steps until nothing moves; an empty cluster gets the point farthest from its own centre."""
     import numpy as np
 
     distances: Array = np.zeros((len(owner), count))

@@ -1,4 +1,4 @@
-"""Weighted sum: D = sum_t w_t D_t, exactly, factors beside one another.
+"""Weighted sum: D = sum_t w_t D_t, computed exactly by concatenating factors.
 
 Ilharco et al. 2022, https://arxiv.org/abs/2212.04089; averaged: Wortsman et al. 2022, https://arxiv.org/abs/2203.05482.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LinearCombiner(Mixture):
-    """D = sum_t w_t D_t, over sum_t w_t if normalised."""
+    """D = sum_t w_t D_t, divided by sum_t w_t if normalised."""
 
     title = "Weighted sum"
     paper = "https://arxiv.org/abs/2203.05482"

@@ -1,9 +1,10 @@
-"""LiNeS: another method's result, scaled from alpha in the first layer to alpha + beta in the last.
+"""LiNeS: scale another method's result from alpha in the first layer to alpha + beta in the last.
 
-Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general, and
-change less. Targets in no numbered layer are scaled by alpha. For several tasks the authors take alpha = 1 / T
-times the norm of the sum of the changes over that of the merged change, which is 1 / T behind task arithmetic, and
-choose beta by validation, up to 1; for a single task beta = 1 - alpha, the default here.
+Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general and
+change less. Targets outside numbered layers are scaled by alpha. For several tasks, the authors take alpha = 1 / T
+times
+the norm of the sum of the changes over that of the merged change (1 / T after task arithmetic), and choose beta by
+validation, up to 1. For a single task beta = 1 - alpha, the default here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class LiNeS(PlugIn):
     paper = "https://arxiv.org/abs/2410.17146"
 
     alpha: float | None = parameter(
-        None, "factor of the first layer, and of targets in none; one over the tasks if not given", least=0, kind=float
+        None, "factor in the first layer and outside layers; 1 / number of tasks if not given", least=0, kind=float
     )
     beta: float | None = parameter(
         None, "what the factor gains up to the last layer; 1 - alpha if not given", kind=float

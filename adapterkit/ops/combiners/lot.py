@@ -1,8 +1,8 @@
-"""LOT: the change whose outputs drift least from each task's on that task's inputs, by a pseudoinverse.
+"""LOT: find the change whose outputs on each task's inputs are nearest to that task's outputs, by a pseudoinverse.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t.  Sun et al. 2025, https://arxiv.org/abs/2505.23859,
-equation 9, https://github.com/SunWenJu123/model-merging. It is RegMean without its factor of off-diagonal entries, and
-directions that no input has get no change, where RegMean takes the mean.
+equation 9, https://github.com/SunWenJu123/model-merging. It is RegMean without the factor of off-diagonal entries.
+Directions without any input get no change, where RegMean takes the mean.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class LOT(Combiner):
-    """Least squares over the inputs that there are; factors stay thin."""
+    """Least squares over the given inputs; factors stay thin."""
 
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"
     data: ClassVar[str | None] = INPUTS
 
-    tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
+    tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np

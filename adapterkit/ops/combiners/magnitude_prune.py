@@ -1,6 +1,6 @@
-"""Magnitude pruning: the smallest entries of each change are dropped, the rest is summed.
+"""Magnitude pruning: drop the smallest entries of each change, and sum the rest.
 
-Han et al. 2015, https://arxiv.org/abs/1506.02626; of task vectors: TIES without an election.
+Han et al. 2015, https://arxiv.org/abs/1506.02626; applied to task vectors, it is TIES without an election.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model Stock: D = t * mean_t D_t with t = N c / (1 + (N - 1) c), c the mean cosine between changes.
+"""Model Stock: D = t * mean_t D_t with t = N c / (1 + (N - 1) c), where c is the mean cosine between changes.
 
 Jang et al. 2024, https://arxiv.org/abs/2403.19522
 """
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ModelStock(Mixture):
-    """The point on the way from base to mean that is nearest to the centre of fine-tuned weights."""
+    """The point between base and mean that is nearest to the centre of fine-tuned weights."""
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
     compat: ClassVar = {"mergekit": {"clamp": False}}
 
-    clamp: bool = parameter(True, "take a negative mean cosine for 0, rather than go beyond the base")
+    clamp: bool = parameter(True, "replace a negative mean cosine by 0, so that the result does not pass the base")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -1,4 +1,4 @@
-"""Spherical mean in one step: changes as unit vectors, averaged in the tangent space at their mean direction.
+"""Spherical mean in one step: average the changes as unit vectors in the tangent space at their mean direction.
 
 u_t = D_t / |D_t|;  m = sum w u / |sum w u|;  v = sum_t w_t (u_t - (u_t . m) m);
 D = (m cos|v| + v sin|v| / |v|) * sum_t w_t |D_t|.  Goddard 2025, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class MultiSlerp(Mixture):
-    """The exponential of the mean tangent at the mean direction, times the mean length."""
+    """The exponential map of the mean tangent vector at the mean direction, times the mean length."""
 
     title = "Spherical mean of several (MultiSLERP)"
     paper = "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"
     compat: ClassVar = {"mergekit": {}}
 
     normalize: bool = parameter(True, "divide the weights by their sum")
-    eps: float = parameter(1e-8, "lengths below it are none", least=0)
+    eps: float = parameter(1e-8, "lengths below this count as 0", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np
@@ -37,7 +37,7 @@ class MultiSlerp(Mixture):
         cosines = gram * np.outer(inverse, inverse)
         length = float(np.sqrt(max(w @ cosines @ w, 0.0)))
         if length <= self.eps:
-            raise UsageError("the weighted directions cancel: they have no mean", cure="Choose other weights")
+            raise UsageError("the weighted directions cancel, so they have no mean", cure="Choose other weights")
         m = w / length
         # v in the coordinates of the u_t: w - (sum_t w_t u_t . m) m, which is w - length * (w / length) scaled.
         v = w - float(w @ cosines @ m) * m

@@ -1,7 +1,8 @@
-"""NearSwap: each entry of one change as far as a given distance, so that near weights are swapped and far ones moved.
+"""NearSwap: limit each entry of one change to a given distance, so that near weights are swapped and far ones moved.
 
-D' = D * min(1, t / |D|): what is not larger than t stays.  alchemonaut 2024, whose model of t = 0.0001 is
-https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. From adapter A towards B it is A and the change of B - A.
+D' = D * min(1, t / |D|), so entries up to t do not change.  By alchemonaut 2024, whose model with t = 0.0001 is
+https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. To go from adapter A towards B, apply it to B - A and add
+A.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ._entrywise import Formula
 
 LEAST = 1e-6
-"""Changes below it count as large as it, as in mergekit."""
+"""Smaller changes count as this size, as in mergekit."""
 
 
 class NearSwap(Entrywise):
@@ -30,7 +31,7 @@ class NearSwap(Entrywise):
     takes = (1, 1)
     compat: ClassVar = {"mergekit": {}}
 
-    t: float = parameter(1e-4, "how far an entry may go from the base", least=0)
+    t: float = parameter(1e-4, "largest distance of an entry from the base", least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np

@@ -1,10 +1,10 @@
-"""NSC: coefficients of a sum under which the tasks' inputs lie in what their adapters look at, not in its null space.
+"""NSC: learn coefficients of a sum that keep the tasks' inputs out of the null space of their adapters.
 
-Lee et al. 2026, https://arxiv.org/abs/2603.26317. For an input z of a target, A z is all that an adapter sees. The part
-of z that it does not see has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length; its mean over inputs,
-targets in the last quarter of the layers and tasks is made small by AdamW, with no label and no output. Steps, start
-and rate are those for vision; the code, https://github.com/wonyoung01/nsc_merging, has start=2.4/T, steps=500 and
-rate=3e-4 for language.
+Lee et al. 2026, https://arxiv.org/abs/2603.26317. From an input z of a target, an adapter only reads A z. The part of z
+that it does not read has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length. AdamW minimises the mean of
+this share over inputs, tasks and targets in the last quarter of the layers, without labels or outputs. Steps, start and
+rate are those for vision; the code, https://github.com/wonyoung01/nsc_merging, has start=2.4/T, steps=500 and rate=3e-4
+for language.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPACES = (
 )
 
 RIDGE = 1e-8
-"""Added to A A^T and to z^T z, as the authors do."""
+"""The number added to A A^T and to z^T z, as in the authors' code."""
 
 
 class NSC(Learned):
@@ -41,8 +41,8 @@ class NSC(Learned):
     paper = "https://arxiv.org/abs/2603.26317"
     data: ClassVar[str | None] = SPACES
 
-    blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are looked at", least=0, most=1)
-    start: float = parameter(0.4, "coefficients to begin with")
+    blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are used", least=0, most=1)
+    start: float = parameter(0.4, "initial coefficients")
     steps: int = parameter(100, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
     decay: float = parameter(0.01, "weight decay of AdamW", least=0)
@@ -57,10 +57,10 @@ class NSC(Learned):
 
 
 class Spaces:
-    """The spaces of inputs that the adapters see, which are the rows of their A.
+    """The spaces of inputs that the adapters read, which are spanned by the rows of their A.
 
     Attributes:
-        paths: the paths of the targets whose inputs are looked at.
+        paths: the paths of the targets whose inputs are used.
     """
 
     def __init__(self, trial: WeightTrial, blocks: float) -> None:
@@ -68,14 +68,14 @@ class Spaces:
         self._seen: dict[tuple[int, str], tuple[Array, Array]] = {}
         self.paths = [str(target) for target in trial.targets if self._add(trial, target, blocks)]
         if not self.paths:
-            why = "no target with thin factors in the last layers"
+            why = "the last layers have no target with thin factors"
             raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
 
     def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
         import numpy as np
 
         depth = trial.depth(target)
-        # Targets outside numbered layers, such as a head, are in no block.
+        # Targets outside numbered layers, such as a head, do not belong to a block.
         late = blocks == 1 or (depth is not None and depth >= 1 - blocks)
         if not late or target.stacked:
             return False
@@ -89,19 +89,19 @@ class Spaces:
         return True
 
     def loss(self, inputs: Mapping[tuple[int, str], Any]) -> Any:
-        """Return the mean share of the inputs that the adapters do not see.
+        """Return the mean share of the inputs that the adapters do not read.
 
         Args:
-            inputs: the inputs `[.., in]` of a target under the combined adapter, by task and path; arrays of numpy,
-                or tensors of a library with its operators and `new_tensor`.
+            inputs: the inputs `[.., in]` of each target under the combined adapter, by task and path: numpy arrays, or
+                tensors of a library with numpy's operators and `new_tensor`.
 
         Raises:
-            UsageError: inputs of a target that is not looked at.
+            UsageError: inputs belong to a target whose inputs are not used.
         """
         unknown = [key for key in inputs if key not in self._seen]
         if unknown or not inputs:
             where = ", ".join(map(str, unknown[0])) if unknown else "inputs"
-            raise UsageError("inputs of no target that is looked at", where=where, cure="Use spaces.paths")
+            raise UsageError("inputs belong to no target that is used", where=where, cure="Use spaces.paths")
         shares = [self._share(key, z) for key, z in inputs.items()]
         return sum(shares[1:], shares[0]) / len(shares)
 
@@ -110,5 +110,5 @@ class Spaces:
         A, inverse = (like(values) for values in self._seen[key])
         seen = z @ A.T
         square = 1 - (seen * (seen @ inverse)).sum(-1) / ((z * z).sum(-1) + RIDGE)
-        # Rounding may leave less than nothing, which has no root.
+        # Rounding may give a negative number, which has no root.
         return (square.clip(1e-12) ** 0.5).mean()

@@ -1,9 +1,11 @@
-"""PCB: entries compete within their task and between tasks; the best of each task are averaged by their scores.
+"""PCB: entries compete within their task and between tasks; the best entries of each task are averaged by their scores.
 
-With x clamped to the quantiles 0.0001 and 0.9999 of its magnitudes, and scaled to [0, 1] as m_t, an entry's score is
-exp(T m_t^2) tanh(x_t sum x); scores below the quantile 1 - ratio count nothing, those above from 0 to 1; the result is
-the mean of the clamped entries by their scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. Quantiles are those
-of a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05 in use.
+Magnitudes are clamped to their quantiles 0.0001 and 0.9999 and scaled to [0, 1] as m_t; an entry's score is
+exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio count 0, those above are scaled to 0 to 1. The result
+is
+the mean of the clamped entries weighted by these scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. The
+quantiles are those of a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default
+and 0.05 in the examples.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class PCB(Entrywise):
 
     ratio: float = parameter(0.1, "share of the entries of a task that count", least=0, most=1)
     scope: str = parameter(
-        "model", "what quantiles are of: the whole adapter or each tensor", among=("model", "tensor")
+        "model", "where quantiles are computed: in the whole adapter or in each tensor", among=("model", "tensor")
     )
 
     @property
@@ -71,7 +73,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in found], (3, -1, 1, 1))
-        # The quantile is among the positive scores, or else it is so much below zero.
+        # The quantile is one of the positive scores; if none is there, it is a negative score.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -85,7 +87,7 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """The quantile 1 - ratio among positive scores, among negative ones, and the best score."""
+        """Return the searches for the quantile 1 - ratio among positive and negative scores, and for the best score."""
 
         def place(total: int) -> int:
             return total - min(int(total * (1 - self.ratio)), total - 1)
@@ -104,7 +106,7 @@ class PCB(Entrywise):
 
 
 def _ends(count: int) -> list[Wanted]:
-    """The places of the quantiles of magnitudes, from the largest."""
+    """Return the places of the quantiles of magnitudes, counted from the largest."""
     low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
     high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
     return [*[low] * count, *[high] * count]
@@ -118,7 +120,7 @@ def _twice(changes: Array, weights: Array) -> Array:
 
 
 def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
-    """The score of each entry."""
+    """Return the score of each entry."""
     import numpy as np
 
     shape = (-1, *[1] * (changes.ndim - 1))
@@ -128,9 +130,9 @@ def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
 
 
 def _signed(scores: Array) -> Array:
-    """Positive and negative parts of scores, and the positive ones again."""
+    """Return the positive and negative parts of scores, and the positive ones again."""
     import numpy as np
 
-    # Selections find the k-th largest of numbers that are not negative, so each sign is a series of its own.
+    # Selections find the k-th largest of nonnegative numbers, so each sign is a separate series.
     positive = np.maximum(scores, 0.0)
     return np.concatenate([positive, np.maximum(-scores, 0.0), positive])

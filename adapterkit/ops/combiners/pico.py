@@ -1,9 +1,10 @@
-"""Pico: directions of B that many tasks share are damped before another method sees the changes; then the norm is set.
+"""Pico: damp directions of B that many tasks share, apply another method, and rescale the result.
 
 [B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-brought to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
-its authors' https://github.com/yixuantt/Pico does that with a merged change; the command there, which merges nothing,
-brings each change to the norm that it had.
+scaled to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
+its
+authors' https://github.com/yixuantt/Pico does that with a merged change; the command there merges nothing, and scales
+each change to its own norm from before.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-RESCALE = "what is rescaled: the merged change, to the mean norm, each damped change, to the norm it had, or nothing"
+RESCALE = "what is rescaled: the merged change, to the mean norm; each damped change, to its previous norm; or nothing"
 
 
 class Pico(PlugIn):
-    """A plug-in before any method of sums or singular values."""
+    """A plug-in that runs before any method of sums or singular values."""
 
     title = "Pico: shared output directions damped before another method"
     paper = "https://arxiv.org/abs/2604.16826"
@@ -64,7 +65,7 @@ class Pico(PlugIn):
 
 
 def _brought(delta: Delta, size: float) -> Delta:
-    """The change with another Frobenius norm; none stays none."""
+    """Return the change scaled to another Frobenius norm; a change of zero stays zero."""
     from ..lowrank import norm
 
     now = norm(delta)

@@ -1,7 +1,8 @@
-"""Reinforced agent merging: entries that one task alone changed are kept whole, those that several changed averaged.
+"""Reinforced agent merging: keep entries that only one task changed, and average entries that several tasks changed.
 
-An entry counts as changed above epsilon: reinforcement learning changes few, products of thin factors nearly all.
-Yuan et al. 2026, https://arxiv.org/abs/2601.13572; epsilon is `threshold` of https://github.com/xiangchi-yuan/mrl.
+An entry counts as changed if its magnitude is above epsilon. Reinforcement learning changes few entries; products of
+thin factors change nearly all.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572; epsilon is `threshold` of
+https://github.com/xiangchi-yuan/mrl.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ._entrywise import Formula
 
-EPSILON = "magnitude up to which an entry counts as unchanged"
+EPSILON = "largest magnitude of an entry that counts as unchanged"
 
 
 class RAM(Entrywise):

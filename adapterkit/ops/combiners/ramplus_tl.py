@@ -1,9 +1,11 @@
-"""Reinforced agent merging plus, tensor by tensor: entries of one task only are scaled up by the share of common ones.
+"""Reinforced agent merging plus, tensor by tensor: scale up entries of a single task by its share of common entries.
 
-Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha), rho_t being how many of the entries that it changed
-others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. r and alpha
-are those of https://github.com/xiangchi-yuan/mrl, which counts over the model; here, as in mergekit, whose r and alpha
-are 0.1 and 0.2, rho is that of a tensor.
+Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that task t and
+others
+changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
+default
+r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is counted in
+each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class RAMPlus(Entrywise):
-    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n where n > 1 tasks changed an entry, else task t's factor."""
+    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n if n > 1 tasks changed an entry, else task t's factor."""
 
     title = "Reinforced agent merging plus (RAM+), tensor by tensor"
     paper = "https://arxiv.org/abs/2601.13572"
     depends: ClassVar = frozenset({"size"})
     compat: ClassVar = {"mergekit": {"r": 0.1, "alpha": 0.2}}
 
-    r: float = parameter(0.05, "how much a share of shared entries scales a task's own", least=0)
-    alpha: float = parameter(1.0, "the most that counts of shared over own entries", least=0)
+    r: float = parameter(0.05, "how much the share of common entries scales a task's own entries", least=0)
+    alpha: float = parameter(1.0, "largest ratio of common to own entries that counts", least=0)
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:

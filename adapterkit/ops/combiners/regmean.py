@@ -1,4 +1,4 @@
-"""RegMean: the change whose outputs are nearest to each task's on that task's inputs, in closed form.
+"""RegMean: find the change whose outputs on each task's inputs are nearest to that task's outputs, in closed form.
 
 D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, off-diagonal entries times alpha.
 Jin et al. 2022, https://arxiv.org/abs/2212.09849
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
     from ..lowering import Delta
 
-INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], what the target sees there"
+INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], the target's inputs"
 ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """Least squares over all tasks; factors stay thin, B_t (A_t G_t)."""
+    """Least squares over all tasks; the factors B_t (A_t G_t) stay thin."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
@@ -36,7 +36,7 @@ class RegMean(Combiner):
 
 
 def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: FormulaContext) -> Delta:
-    """RegMean of one weight."""
+    """Return the RegMean of one weight."""
     import numpy as np
 
     from ..lowering import Delta
@@ -46,7 +46,7 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
     whole = summed(grams)
-    # Inputs that no task ever sees say nothing: there the mean is what is left.
+    # Directions without inputs from any task get the mean.
     unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
     below = np.linalg.pinv(summed(grams), 1e-12, hermitian=True)
@@ -56,7 +56,7 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
 
 
 def _damped(G: Array, alpha: float) -> Array:
-    """G with its off-diagonal entries times alpha."""
+    """Return G with its off-diagonal entries multiplied by alpha."""
     import numpy as np
 
     result: Array = alpha * G + (1 - alpha) * np.diag(G.diagonal())
@@ -64,17 +64,17 @@ def _damped(G: Array, alpha: float) -> Array:
 
 
 def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
-    """G_t `[in * k, in * k]`.
+    """Return G_t `[in * k, in * k]`.
 
     Raises:
-        UsageError: inputs that do not fit the weight.
+        UsageError: the inputs do not fit the weight.
     """
     import numpy as np
 
     assert at.asks is not None
     where = str(at.target)
     if at.part not in ("weight", "bias"):
-        raise UsageError("inputs of stacked experts", where=where, cure="Choose a method without data")
+        raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method without data")
     said: Any = at.asks(at.present[t], where)
     # The caller may return a torch tensor on any device; torch is not imported for this.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)

@@ -1,8 +1,10 @@
-"""RobustMerge: small entries of A and B are dropped, rows of the rank scaled by what A lost, factors summed apart.
+"""RobustMerge: drop small entries of A and B, scale each rank by what A lost, and sum the factors separately.
 
-A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), s_t the part of task t in |A_t|_1 / |A_t'|_1, row by row, of which those
-below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. Defaults are those
-of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in llava/model/builder.py).
+A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), where s_t is task t's share of the ratios |A_t|_1 / |A_t'|_1, row by row;
+ratios below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. The
+defaults
+are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in
+llava/model/builder.py).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class RobustMerge(Pairwise):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", REFERENCE, among=COUNTS)
-    quantile: float = parameter(0.8, "of a task's scales; smaller ones are raised to it", least=0, most=1)
+    quantile: float = parameter(0.8, "quantile of a task's scales; smaller scales are raised to it", least=0, most=1)
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
     def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
@@ -52,6 +54,6 @@ class RobustMerge(Pairwise):
     def _pruned(self, X: Array, t: int, at: FormulaContext) -> Array:
         density = at.each(self, "density")[t]
         if self.kept == "reference" and density < 1:
-            # The authors take the int((1 - p) n)-th smallest for the least that is kept: one more than ceil(p n).
+            # The authors keep entries from the int((1 - p) n)-th smallest on: one more than ceil(p n).
             return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
         return X * largest(X, count_of(density, X.size, self.kept))

@@ -1,8 +1,9 @@
-"""SCE: entries that vary most between changes are selected, weights calculated from their squares, minorities erased.
+"""SCE: select the entries that vary most between changes, compute weights from their squares, and erase minorities.
 
-Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges selected entries alone, as mergekit does;
-in the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) what is selected decides on the weights, and
-all entries are merged with them. The share of 0.1 is that of its fusechat-sce.yml.
+Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
+In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) the selected entries determine the weights,
+and
+all entries are merged with these. The default share of 0.1 is from the authors' fusechat-sce.yml.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from ._entrywise import Formula
 
 
-UNSELECTED = "entries that were not selected are left out, or merged by the same weights"
+UNSELECTED = "whether entries that were not selected are dropped, or merged with the same weights"
 
 
 class SCE(Entrywise):
-    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries, w_t the part of D_t in the mean squares there."""
+    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries, with w_t the share of D_t in their mean squares."""
 
     title = "SCE"
     paper = "https://arxiv.org/abs/2408.07990"
@@ -64,14 +65,14 @@ class SCE(Entrywise):
         return formula
 
     def _least(self, blocks: Blocks) -> float | None:
-        """The smallest spread that is selected; None where all entries are."""
+        """Return the smallest spread that is selected, or None if all entries are."""
         if self.select >= 1 or blocks.count == 1:
             return None
         return blocks.select(_spread, [lambda _, varying: int(self.select * varying)])[0].value
 
 
 def _spread(changes: Array) -> Array:
-    """The variance of each entry between changes, `[1, ...]`."""
+    """Return the variance of each entry between changes, `[1, ...]`."""
     import numpy as np
 
     apart = changes - changes.mean(0)

@@ -1,7 +1,7 @@
-"""Spherical interpolation: D = (sin((1 - t) a) D_1 + sin(t a) D_2) / sin(a), a the angle between the two.
+"""Spherical interpolation: D = (sin((1 - t) a) D_1 + sin(t a) D_2) / sin(a), where a is the angle between the two.
 
-Shoemake 1985, https://doi.org/10.1145/325165.325242. Changes that are nearly parallel or opposite are interpolated in a
-straight line.
+Shoemake 1985, https://doi.org/10.1145/325165.325242. If the changes are nearly parallel or opposite, the interpolation
+is linear.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Slerp(Mixture):
-    """On the great circle from the first change to the second, lengths interpolated likewise."""
+    """The point on the great circle from the first change to the second; lengths are interpolated in the same way."""
 
     title = "Spherical interpolation (SLERP)"
     paper = "https://doi.org/10.1145/325165.325242"
@@ -25,9 +25,11 @@ class Slerp(Mixture):
     compat: ClassVar = {"mergekit": {}}
 
     t: float | None = parameter(
-        None, "how far from the first to the second; the second's share of the weights if not given", kind=float
+        None,
+        "fraction of the way from the first to the second; the second's share of the weights if not given",
+        kind=float,
     )
-    threshold: float = parameter(0.9995, "cosine from which on the line is straight", least=0, most=1)
+    threshold: float = parameter(0.9995, "cosine from which the interpolation is linear", least=0, most=1)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np

@@ -1,8 +1,10 @@
-"""Singular value calibration: directions of a merged change that several tasks counted double are scaled down.
+"""Singular value calibration: scale down directions of a merged change that several tasks contribute to.
 
-With D = U S V^T the merged change and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, direction r is multiplied by
-T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1 tasks that share nothing are only
-summed; https://github.com/tanganke/fusion_bench sets it to 0.1 behind sums, TIES, DARE and Iso-C, 0.2 behind Iso-CTS.
+D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by
+T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1, tasks that share nothing are
+simply
+summed. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and to 0.2 after
+Iso-CTS.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ NOISE = 1e-12
 
 
 class SVC(PlugIn):
-    """A plug-in behind any method."""
+    """A plug-in that runs after any method."""
 
     title = "Singular value calibration (SVC) of another method's result"
     paper = "https://arxiv.org/abs/2602.05536"
 
-    alpha: float = parameter(1.0, "the least that a task counts for in a direction", least=1e-6)
+    alpha: float = parameter(1.0, "least contribution of a task in a direction", least=1e-6)
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np

@@ -1,9 +1,9 @@
-"""TARA: every direction of every adapter gets a coefficient, learned from the tasks' entropies by preference.
+"""TARA: learn a coefficient for every direction of every adapter from the tasks' entropies, weighted by preference.
 
-Jeong et al. 2026, https://arxiv.org/abs/2603.26299: `factors` (Variant A) takes the rank-one products b_j a_j of each
-adapter as directions, `shared` (Variant B) the singular directions of all changes side by side. Coefficients begin at
-`start` / T; AdamW lessens alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)), with p_t = 1 / T if no preference is
-given. Start, steps and rate are those for eight tasks in https://github.com/wooseong97/TARA-Merge.
+Jeong et al. 2026, https://arxiv.org/abs/2603.26299. With `factors` (Variant A) the directions are the rank-one products
+b_j a_j of each adapter, with `shared` (Variant B) the singular directions of all changes concatenated. Coefficients
+start at `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)), with p_t = 1 / T if no
+preference is given. Start, steps and rate are those for eight tasks in https://github.com/wooseong97/TARA-Merge.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOGETHER = (
     "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]})"
     ", with loss = together(losses of the tasks on unlabelled samples, such as entropies[, those of each alone])"
 )
-DIRECTIONS = "products of an adapter's factors, or directions that all share: variants A and B of the paper"
+DIRECTIONS = "products of each adapter's factors, or directions that all adapters share: variants A and B of the paper"
 
 
 class TARA(Learned):
@@ -43,8 +43,8 @@ class TARA(Learned):
     single = frozenset({"preference"})
 
     directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
-    start: float = parameter(3.2, "sum over the tasks of the coefficients to begin with")
-    preference: float | None = parameter(None, "how much a task counts; 1 / T if not given", kind=float, least=0)
+    start: float = parameter(3.2, "sum of the initial coefficients over the tasks")
+    preference: float | None = parameter(None, "weight of a task; 1 / T if not given", kind=float, least=0)
     alpha: float = parameter(1.0, "smoothness: the nearer to 0, the more the worst task counts", least=0)
     steps: int = parameter(250, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
@@ -52,7 +52,7 @@ class TARA(Learned):
 
     def check(self) -> None:
         if self.alpha <= 0:
-            raise UsageError("alpha 0 has no smooth loss", where="alpha", cure="Choose one above 0")
+            raise UsageError("with alpha 0 the loss is not smooth", where="alpha", cure="Choose an alpha above 0")
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
@@ -61,9 +61,10 @@ class TARA(Learned):
         shares = [1 / trial.count if share is None else share for share in shares]
 
         def together(losses: Sequence[Any], alone: Sequence[Any] | None = None) -> Any:
-            """Return one loss of the tasks' losses: floats, or scalars of any library with `exp` and `log`."""
+            """Combine the tasks' losses into one: floats, or scalars of any library with `exp` and `log`."""
             if len(losses) != trial.count:
-                raise UsageError(f"{len(losses)} losses of {trial.count} tasks", where="data", cure="Give one a task")
+                why = f"{len(losses)} losses for {trial.count} tasks"
+                raise UsageError(why, where="data", cure="Return one loss for each task")
             above = losses if alone is None else [loss - own for loss, own in zip(losses, alone, strict=True)]
             terms = [_exp(share * loss / self.alpha) for share, loss in zip(shares, above, strict=True)]
             return self.alpha * _log(sum(terms[1:], terms[0]))
@@ -82,7 +83,7 @@ class TARA(Learned):
 
         stacked = any(change is not None and change.experts is not None for change in changes)
         total: Any = 0.0
-        # Experts share the coefficients of a direction, as they share the number of directions.
+        # Stacked experts share the coefficient of each direction, as they share the number of directions.
         for expert, row in enumerate(side_by_side(changes)):
             slopes = []
             for w, part in zip(weights, self._parts(row), strict=True):
@@ -103,14 +104,14 @@ class TARA(Learned):
         scales = at.learned * np.repeat(weights, [part.rank for part in parts])
         if self.directions == "factors":
             return Delta(np.hstack([part.B for part in parts]) * scales, np.vstack([part.A for part in parts]))
-        # All have the same B, so that the result has its rank.
+        # All parts have the same B, so the result keeps its rank.
         ends = np.split(scales, len(parts))
         return Delta(parts[0].B, summed(c[:, None] * part.A for c, part in zip(ends, parts, strict=True)))
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
-        # A bias has no directions; it is scaled as the directions are on the whole.
+        # A bias has no directions, so it is scaled by the mean coefficient.
         learned = at.learned if at.learned is not None and len(at.learned) else np.full(1, self.start / len(changes))
         made: Array = weights @ changes * learned.mean()
         return made
@@ -123,11 +124,12 @@ class TARA(Learned):
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
-            raise UsageError("a change without thin factors", where=str(target), cure="Promote it to LoRA first")
+            why = "a change has no thin factors"
+            raise UsageError(why, where=str(target), cure="Convert it to LoRA first, by promote()")
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return changes of one weight, each as a sum of its directions, which are the columns of B and rows of A."""
+        """Return each change as a sum of its directions, which are the columns of B with the rows of A."""
         import numpy as np
 
         from ..lowering import Delta

@@ -1,4 +1,4 @@
-"""TIES: small entries are trimmed, each entry's sign is elected, and what agrees with it is averaged.
+"""TIES: trim small entries, elect each entry's sign, and average the entries with that sign.
 
 Yadav et al. 2023, https://arxiv.org/abs/2306.01708
 """
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 2.0**-40
-"""By what fraction entries may differ that are the same but for rounding."""
+"""The relative difference up to which entries count as equal except for rounding."""
 
 
 class TIES(Sparse):
-    """lambda * mean of the entries, among the largest of their change, that have the elected sign."""
+    """lambda * the mean of the entries, among the largest of their change, that have the elected sign."""
 
     title = "TIES"
     paper = "https://arxiv.org/abs/2306.01708"
@@ -51,7 +51,7 @@ class TIES(Sparse):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     scope: str = parameter(
-        "model", "what the largest are sought in: the whole adapter or each tensor", among=("model", "tensor")
+        "model", "where the largest entries are found: in the whole adapter or each tensor", among=("model", "tensor")
     )
     kept: str = parameter("reference", KEPT, among=COUNTS)
     sign: str = parameter("total", SIGN, among=SIGNS)
@@ -81,8 +81,9 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Coordinates that are computed anew round differently, such as KnOTS's without its bases while it counts.
-            # The entry that is the threshold must not fall below itself.
+            # Recomputed coordinates round differently, such as KnOTS's without its bases while it counts. The entry
+            # that
+            # defines the threshold must not fall below it.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

@@ -1,8 +1,9 @@
-"""TSV-M: singular directions of all tasks beside one another, made orthonormal, with their own singular values.
+"""TSV-M: concatenate the singular directions of all tasks, make them orthonormal, and keep their singular values.
 
 U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T.
-Gargiulo et al. 2024, https://arxiv.org/abs/2412.00081; of a weight of m x n each of T tasks keeps int(min(m, n) / T)
-directions, as in https://github.com/AntoAndGar/task_singular_vectors.
+Gargiulo et al. 2024, https://arxiv.org/abs/2412.00081. Each of T tasks keeps int(min(m, n) / T) directions of a weight
+of
+m x n, as in https://github.com/AntoAndGar/task_singular_vectors.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 
-KEPT = "directions that a task keeps; the smaller side of the weight over the number of tasks if not given"
+KEPT = "directions that a task keeps; if not given, the weight's smaller side divided by the number of tasks"
 
 
 class TSV(Spectral):
-    """Task singular vectors, whitened by polar factors; low-rank adapters mostly keep all that they have."""
+    """Task singular vectors, whitened by polar factors; low-rank adapters usually keep all of their directions."""
 
     title = "Task singular vectors (TSV-M)"
     paper = "https://arxiv.org/abs/2412.00081"

@@ -1,10 +1,11 @@
-"""WUDI: the change that disturbs the tasks least, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
+"""WUDI: find the change that disturbs the tasks least, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
 
-With G_t = D_t^T D_t / |D_t|^2 the minima are D sum_t G_t = sum_t D_t G_t; `solver=exact` takes the one nearest to the
+With G_t = D_t^T D_t / |D_t|^2, the minima solve D sum_t G_t = sum_t D_t G_t; `solver=exact` takes the one nearest to
+the
 sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
 https://github.com/nathanielyvo/WUDI-Merging, stops after 300 steps of Adam of size 1e-5 from that sum, far from the
-minimum: on adapters of a real model the results have norms of 17.9 and 25.2. `solver=adam` does the same. Its steps are
-not those of a low-rank change, so it holds four matrices of the weight's size, and takes minutes for a large one.
+minimum: on adapters of a real model the results have norms of 17.9 and 25.2. `solver=adam` does the same. The result of
+Adam is not of low rank, so this solver holds four matrices of the weight's size and takes minutes for a large one.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-SOLVER = "the minimum in closed form, or the authors' steps of Adam towards it"
+SOLVER = "exact: the minimum in closed form; adam: the authors' steps of Adam towards it"
 
 
 class WUDI(Spectral):
-    """The minimum of interference nearest to the sum."""
+    """The minimum of interference that is nearest to the sum."""
 
     title = "Least interference (WUDI)"
     paper = "https://arxiv.org/abs/2503.08099"
@@ -36,7 +37,7 @@ class WUDI(Spectral):
     steps: int = parameter(300, "steps of Adam", least=0)
     rate: float = parameter(1e-5, "size of a step of Adam", least=0)
     scale: float = parameter(1.0, SCALE)
-    tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
+    tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
@@ -61,7 +62,8 @@ class WUDI(Spectral):
 
         common = whole_core([delta.scaled(float(w)) for delta, w in zip(deltas, weights, strict=True)])
         sizes = [float((M * M).sum()) or 1.0 for M in common.cores]
-        # Gradients in the inputs' common space; 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times one matrix less another.
+        # Gradients in the inputs' common space: 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times one matrix minus another
+        # matrix.
         grams = [2 * M.T @ M / size for M, size in zip(common.cores, sizes, strict=True)]
         G = sum(grams)
         pull = common.left @ sum(M @ gram for M, gram in zip(common.cores, grams, strict=True))

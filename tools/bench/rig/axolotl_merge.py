@@ -1,7 +1,7 @@
-"""axolotl's shard-wise merge of a LoRA, by itself: `python axolotl_merge.py BASE ADAPTER OUT`.
+"""Runs axolotl's shard-wise merge of a LoRA alone: `python axolotl_merge.py BASE ADAPTER OUT`.
 
-The command `axolotl merge-lora` imports its trainer, which wants CUDA libraries; the function that merges wants torch,
-PEFT and transformers alone, so its file is loaded without the packages around it.
+The command `axolotl merge-lora` imports axolotl's trainer, which needs CUDA libraries. The function that merges only
+needs torch, PEFT and transformers, so this script loads its file without the packages around it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLACE = "axolotl/cli/utils/lora_merge.py"
 
 
 def merging() -> Any:
-    """The module, whose one import out of its own package is where it gets a logger."""
+    """Load the module; its only import from its own package is for a logger."""
     loggers = types.ModuleType("axolotl.utils.logging")
     loggers.get_logger = logging.getLogger  # type: ignore[attr-defined]
     for name in ("axolotl", "axolotl.utils"):

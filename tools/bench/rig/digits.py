@@ -1,4 +1,4 @@
-"""The demo's digit tasks: adapters of a small transformer, and how many held-out images it reads right with them."""
+"""Trains adapters of a small transformer for the demo's digit tasks, and measures their accuracy on held-out images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adapterkit.demo.model import DATA, TASKS, accuracy, build, held_out
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 TRAINED, CHOSEN = 1000, 1257
-"""Images 0 to TRAINED train; those up to CHOSEN choose weights."""
+"""Images 0 to TRAINED are for training; those up to CHOSEN are for the choice of weights."""
 
 Task = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Digits:
-    """Accuracy at each task; higher is better. Adapters are trained by the recipe of `tools/train_demo.py`.
+    """Measures accuracies; higher is better. Adapters are trained as in `tools/train_demo.py`.
 
     Attributes:
-        names: of the tasks.
+        names: the names of the tasks.
     """
 
     lower = False
@@ -36,7 +36,7 @@ class Digits:
         self.parts = [[TASKS[name](*held) for name in names] for held in (choosing, held_out())]
 
     def adapter(self, name: str) -> ak.Adapter:
-        """The LoRA of one task, or of all (`joint`); trained if it is not there yet."""
+        """Return the LoRA of one task, or of all (`joint`); trains it if it does not exist."""
         called = "-".join(self.names) if name == "joint" else name
         folder = self.work / f"{called}-r{self.rank}-e{self.epochs}-s{self.seed}"
         if not (folder / "adapter_config.json").is_file():
@@ -48,7 +48,7 @@ class Digits:
         return ak.read(folder)
 
     def scores(self, adapter: ak.Adapter | None, testing: bool) -> list[float]:
-        """Accuracy at each task of the base with an adapter folded in."""
+        """Return the accuracy at each task of the base with a merged adapter."""
         from safetensors.torch import load_file
 
         weights = {name: W.double() for name, W in load_file(DATA / "base" / "model.safetensors").items()}
@@ -59,7 +59,7 @@ class Digits:
 
 
 def together(names: list[str]) -> Task:
-    """Every image as each task has it."""
+    """Return the images of each task."""
 
     def task(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         parts = [TASKS[name](images, labels) for name in names]

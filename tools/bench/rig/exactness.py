@@ -18,7 +18,7 @@ from foreign.formulas import Rounding, read_formulas
 
 
 class Weights:
-    """The tensors of a folder of safetensors files, read one at a time."""
+    """Reads the tensors of a folder of safetensors files one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
@@ -30,7 +30,7 @@ class Weights:
 
 
 def one_of_each_kind(names: Iterable[str]) -> list[str]:
-    """For every last part of a module's path (`q_proj`, `up_proj`, ...), the middle one of the model's."""
+    """Return one module for each last segment of a path (`q_proj`, `up_proj`, ...): the middle one of the model."""
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         kinds.setdefault(name.split(".")[-2], []).append(name)
@@ -38,11 +38,11 @@ def one_of_each_kind(names: Iterable[str]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("base", "adapter", "merged"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--full", action="store_true", help="every target, not one of each kind")
+    parser.add_argument("--full", action="store_true", help="check every target, not one of each kind")
     options = parser.parse_args()
     formulas = read_formulas(options.adapter)
     base, merged, rounding = Weights(options.base), Weights(options.merged), Rounding()

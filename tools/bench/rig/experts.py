@@ -1,6 +1,6 @@
 """Writes bases and adapters with tens of thousands of targets: mixtures of experts in sparse files of zeros.
 
-Only the headers take space on the disk. Names, shapes and shards are those of the models on their hubs.
+Only the headers take space on the disk. Names, shapes and shards are those of the published models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 Shape = tuple[int, ...]
 Tensor = tuple[str, str, Shape]
-"""Name, dtype as safetensors spells it, shape."""
+"""Name, dtype in safetensors' notation, shape."""
 
 SIZES = {"BF16": 2, "F32": 4}
 
@@ -24,16 +24,16 @@ class Model:
     """The shape of a mixture of experts.
 
     Attributes:
-        model_type: of its config.
-        layers: how many.
-        dense: how many of them, from the first, have one feed-forward network instead of experts.
-        experts: in each other layer.
-        shared: whether those layers have a shared expert too.
-        hidden: width of the residual stream.
-        ffn: inner width of a dense network.
-        moe: inner width of an expert.
-        vocabulary: rows of the embedding.
-        shards: files that the weights lie in.
+        model_type: the `model_type` of the config.
+        layers: the number of layers.
+        dense: the number of first layers with one feed-forward network instead of experts.
+        experts: the number of experts in each other layer.
+        shared: whether those layers also have a shared expert.
+        hidden: the width of the residual stream.
+        ffn: the inner width of a dense network.
+        moe: the inner width of an expert.
+        vocabulary: the number of rows of the embedding.
+        shards: the number of weight files.
         attention: module -> `[out, in]`.
     """
 
@@ -50,7 +50,7 @@ class Model:
     attention: Mapping[str, tuple[int, int]]
 
     def linears(self, layer: int) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Path and `[out, in]` of every linear of a layer, the router left out."""
+        """Return path and `[out, in]` of every linear layer of a block, except the router."""
         at = f"model.layers.{layer}"
         for name, shape in self.attention.items():
             yield f"{at}.self_attn.{name}", shape
@@ -68,11 +68,11 @@ class Model:
         yield f"{at}.down_proj", (self.hidden, inner)
 
     def targets(self) -> dict[str, tuple[int, int]]:
-        """Path and `[out, in]` of every linear."""
+        """Return path and `[out, in]` of every linear layer."""
         return {path: shape for layer in range(self.layers) for path, shape in self.linears(layer)}
 
     def weights(self) -> Iterator[Tensor]:
-        """Every tensor of the base."""
+        """Return every tensor of the base."""
         yield "model.embed_tokens.weight", "BF16", (self.vocabulary, self.hidden)
         for layer in range(self.layers):
             for path, shape in self.linears(layer):
@@ -86,7 +86,7 @@ class Model:
         yield "lm_head.weight", "BF16", (self.vocabulary, self.hidden)
 
     def of_width(self, width: int) -> Model:
-        """The same modules, every matrix `[width, width]`."""
+        """Return a model with the same modules, in which every matrix is `[width, width]`."""
         attention = dict.fromkeys(self.attention, (width, width))
         return replace(self, hidden=width, ffn=width, moe=width, vocabulary=width, shards=8, attention=attention)
 
@@ -108,7 +108,7 @@ MODELS = {
 
 
 def write_base(dest: Path, model: Model) -> None:
-    """Writes config, index and shards of about equal size."""
+    """Write config, index and shards of about equal size."""
     dest.mkdir(parents=True)
     weights = list(model.weights())
     limit = math.ceil(sum(nbytes(dtype, shape) for _, dtype, shape in weights) / model.shards)
@@ -134,14 +134,14 @@ def write_base(dest: Path, model: Model) -> None:
 
 
 def write_adapter(dest: Path, model: Model, kind: str, rank: int = 1) -> None:
-    """Writes a PEFT adapter of every linear.
+    """Write a PEFT adapter of every linear layer.
 
     Args:
-        dest: the folder to make.
-        model: what it adapts.
-        kind: `lora`: two tensors a target; `dora`: three; `stacked`: experts by `target_parameters`, one pair of
-            factors for all experts of a layer's parameter.
-        rank: of every pair.
+        dest: the folder to create.
+        model: the model to adapt.
+        kind: `lora` has two tensors per target, `dora` three; `stacked` adapts experts by `target_parameters`, with one
+            pair of factors for all experts of a layer's parameter.
+        rank: the rank of every pair.
     """
     dest.mkdir(parents=True)
     config: dict[str, Any] = {
@@ -180,7 +180,7 @@ def _factors(path: str, shape: tuple[int, int], rank: int, dora: bool) -> list[T
 
 
 def write_sparse(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Writes a safetensors file whose data are a hole."""
+    """Write a safetensors file whose data is a hole."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
@@ -194,5 +194,5 @@ def write_sparse(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def nbytes(dtype: str, shape: Shape) -> int:
-    """Size of a tensor."""
+    """Return the size of a tensor."""
     return math.prod(shape) * SIZES[dtype]

@@ -1,4 +1,4 @@
-"""Figures of a benchmark as data: what was measured, on which machine, with which versions of the peers."""
+"""Records the figures of a benchmark as data, with the machine and the versions of the compared tools."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 PACKAGES = (
     "adapterkit", "numpy", "torch", "safetensors", "peft", "transformers", "onnx", "onnxruntime", "gguf", "mergekit",
 )  # fmt: skip
-"""Packages whose versions a record holds, where they are installed."""
+"""Packages whose versions are recorded, if they are installed."""
 
 SLOWER = 1.1
-"""A figure that is worse by this factor, and whose range lies outside the older one, counts as worse."""
+"""A figure counts as worse if it is worse by this factor, and its range is outside of the older range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Figure:
     """One figure.
 
     Attributes:
-        name: what was measured; unique in its benchmark.
-        values: one a round.
+        name: the name of the figure, unique in its benchmark.
+        values: one value for each round.
         unit: `s`, `MB`, `ns`, or `x` for a ratio.
         more: whether a larger value is better.
     """
@@ -58,17 +58,17 @@ class Figures:
     found: list[Figure] = field(default_factory=list)
 
     def add(self, name: str, values: Iterable[float], unit: str, *, more: bool = False) -> None:
-        """Keep a figure; values that are NaN, where a contender tells nothing, are left out."""
+        """Add a figure without NaN values, which stand for missing reports of a contender."""
         kept = tuple(value for value in map(float, values) if value == value)
         if kept:
             self.found.append(Figure(name, kept, unit, more))
 
     def ratio(self, name: str, above: Iterable[float], below: Iterable[float], *, more: bool = False) -> None:
-        """Keep the ratios within a round: what slows the machine down for a while slows both."""
+        """Add the ratios in each round, in which a slow phase of the machine affects both."""
         self.add(name, [a / b for a, b in zip(above, below, strict=True)], "x", more=more)
 
     def write(self, path: Path | None) -> None:
-        """Write the record, if a path was asked for."""
+        """Write the record, if a path was given."""
         if path is not None:
             record = {"bench": self.bench, **surroundings(), "figures": [asdict(figure) for figure in self.found]}
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

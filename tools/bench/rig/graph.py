@@ -1,7 +1,7 @@
-"""Writes the inputs of the benchmark of graphs: a chain of float32 linears in one data file, and a LoRA on each.
+"""Writes the inputs of the graph benchmark: a chain of float32 linear layers in one data file, and a LoRA on each.
 
-The graph is one of those that the legacy exporter writes: weights `[in, out]` whose names are lost, nodes with the
-modules' paths. Values are random from fixed seeds and written a tensor at a time, so memory stays small.
+The graph is like those of torch's old exporter: it has weights `[in, out]` whose names are lost, and nodes with the
+paths of modules. Values are random from fixed seeds and written one tensor at a time, so memory stays small.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BLOCK_ROWS = 1024
 
 
 def paths(layers: int) -> list[str]:
-    """The modules, in order."""
+    """The names of the modules, in order."""
     return [f"model.layers.{n}.proj" for n in range(layers)]
 
 
 def write_model(dest: Path, layers: int, width: int) -> None:
-    """Writes `model.onnx` and `model.onnx.data` into a folder."""
+    """Write `model.onnx` and `model.onnx.data` to a folder."""
     nodes, stored, last, size = [], [], "x", 4 * width * width
     for number, path in enumerate(paths(layers)):
         name, out = f"onnx::MatMul_{number}", f"h{number}"
@@ -50,7 +50,7 @@ def write_model(dest: Path, layers: int, width: int) -> None:
 
 
 def outside(name: str, shape: list[int], offset: int, length: int) -> TensorProto:
-    """A tensor that is a run of bytes of the data file."""
+    """Return a tensor that refers to bytes of the data file."""
     tensor = TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", "model.onnx.data"), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
@@ -58,7 +58,7 @@ def outside(name: str, shape: list[int], offset: int, length: int) -> TensorProt
 
 
 def write_adapter(dest: Path, layers: int, width: int) -> None:
-    """Writes a LoRA of rank 16, float32, on every linear, as PEFT saves one."""
+    """Write a LoRA of rank 16, float32, on every linear layer, in PEFT's format."""
     dest.mkdir()
     rng, tensors = np.random.default_rng(99), {}
     for path in paths(layers):
@@ -71,7 +71,7 @@ def write_adapter(dest: Path, layers: int, width: int) -> None:
 
 
 def main() -> int:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=10)

@@ -1,7 +1,7 @@
-"""Writes the benchmark's inputs: a llama-shaped bfloat16 base in five shards, and a PEFT LoRA on all of its linears.
+"""Writes the benchmark's inputs: a bfloat16 base of Llama's shapes in five shards, and a PEFT LoRA on all its layers.
 
-The shape is that of TinyLlama 1.1B. Values are random from fixed seeds; what a merge costs does not depend on them.
-Tensors are drawn and written a block of rows at a time, so memory stays small.
+The shapes are those of TinyLlama 1.1B. Values are random from fixed seeds; the time of a merge does not depend on them.
+Tensors are drawn and written in blocks of rows, so memory stays small.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def linears(layers: int) -> dict[str, tuple[int, int]]:
-    """Path and [out, in] of the seven linears of every layer."""
+    """Return path and `[out, in]` of the seven linear layers of every block."""
     kv = HIDDEN // HEADS * KV_HEADS
     kinds = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -43,7 +43,7 @@ def linears(layers: int) -> dict[str, tuple[int, int]]:
 
 
 def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the base, in the order of the file."""
+    """Return name and shape of every tensor of the base, in the order of the file."""
     weights: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN)}
     weights |= {f"{path}.weight": shape for path, shape in linears(layers).items()}
     for n in range(layers):
@@ -53,12 +53,12 @@ def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
 
 
 def nbytes(shape: tuple[int, ...]) -> int:
-    """Size of a bfloat16 tensor."""
+    """Return the size of a bfloat16 tensor."""
     return 2 * torch.Size(shape).numel()
 
 
 def shards(weights: Shapes, limit: int) -> list[dict[str, tuple[int, ...]]]:
-    """Cuts the tensors, in order, into files of `limit` bytes at most."""
+    """Split the tensors, in order, into files of at most `limit` bytes."""
     cut: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in weights.items():
         if cut[-1] and sum(map(nbytes, cut[-1].values())) + nbytes(shape) > limit:
@@ -68,7 +68,7 @@ def shards(weights: Shapes, limit: int) -> list[dict[str, tuple[int, ...]]]:
 
 
 def header(weights: Shapes) -> bytes:
-    """The safetensors header of one shard, its length first."""
+    """Return the safetensors header of one shard, after its length."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in weights.items():
@@ -80,7 +80,7 @@ def header(weights: Shapes) -> bytes:
 
 
 def values(name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
-    """The bytes of one tensor: ones for a norm, seeded normal values for the rest."""
+    """Yield the bytes of one tensor: ones for a norm, seeded normal values otherwise."""
     generator = torch.Generator().manual_seed(crc32(name.encode()))
     for start in range(0, shape[0], BLOCK_ROWS):
         rows = (min(BLOCK_ROWS, shape[0] - start), *shape[1:])
@@ -89,7 +89,7 @@ def values(name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def write_base(dest: Path, layers: int, vocabulary: int, limit: int, *, sparse: bool = False) -> None:
-    """Writes the base as transformers expects it: config, index and shards; `sparse`: all zeros, as holes."""
+    """Write the base in transformers' layout: config, index and shards; if `sparse`, with zeros as holes."""
     dest.mkdir()
     weights = shapes(layers, vocabulary)
     cut = shards(weights, limit)
@@ -111,7 +111,7 @@ def write_base(dest: Path, layers: int, vocabulary: int, limit: int, *, sparse: 
 
 
 def config(layers: int, vocabulary: int) -> dict[str, object]:
-    """What transformers needs to build the model."""
+    """Return the config with which transformers builds the model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -135,7 +135,7 @@ def config(layers: int, vocabulary: int) -> dict[str, object]:
 def write_adapter(
     dest: Path, base: Path, layers: int, *, rank: int = RANK, dora: bool = False, number: int = 0
 ) -> None:
-    """Writes a LoRA or DoRA, float32, on every linear of every layer, as PEFT saves one."""
+    """Write a LoRA or DoRA, float32, on every linear layer, in PEFT's format."""
     dest.mkdir()
     tensors = {}
     for path, (out, width) in linears(layers).items():
@@ -168,15 +168,15 @@ def write_adapter(
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes `value` the way people read it."""
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:
-    """Writes DEST/base and DEST/adapter; DEST appears whole or not at all."""
+    """Write DEST/base and DEST/adapter; DEST appears complete or not at all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dest", type=Path)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size; layers and vocabulary shrink")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full size (fewer layers and tokens)")
     options = parser.parse_args()
     layers, vocabulary = max(1, round(LAYERS * options.scale)), max(64, round(VOCABULARY * options.scale))
     scratch = Path(tempfile.mkdtemp(prefix=f".{options.dest.name}.", dir=options.dest.parent))

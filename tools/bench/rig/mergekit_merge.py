@@ -1,4 +1,4 @@
-"""mergekit's `model+lora`: `python mergekit_merge.py BASE ADAPTER OUT`, its cache of merged models removed."""
+"""Runs mergekit's `model+lora` and removes its cache of merged models: `python mergekit_merge.py BASE ADAPTER OUT`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(base: str, adapter: str, out: str) -> int:
-    """What the command returns; its configuration and its cache lie beside the output while it runs."""
+    """Run the command and return its exit code; its configuration and cache are beside the output during the run."""
     work = Path(f"{out}.mergekit")
     work.mkdir(parents=True)
     try:

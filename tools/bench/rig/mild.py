@@ -1,4 +1,4 @@
-"""Six mild changes of the demo's digits, whose adapters can be combined; the base alone reads them badly."""
+"""Makes six mild changes of the demo's digits, which the base alone reads badly and whose adapters can be combined."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from adapterkit.demo.model import DATA, INK, build, held_out
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 TRAINED, CHOSEN = 1000, 1128
-"""Images 0 to TRAINED train; those up to CHOSEN choose a scale. The last 540 are reported."""
+"""Images 0 to TRAINED are for training; those up to CHOSEN are for the choice of a scale; the last 540 are reported."""
 
 
 def moved(images: Tensor) -> Tensor:
-    """Two pixels to the right."""
+    """Shift images two pixels to the right."""
     return functional.pad(images[:, :, :-2], (2, 0))
 
 
 def dim(images: Tensor) -> Tensor:
-    """A quarter of the ink."""
+    """Keep a quarter of the ink."""
     return images // 4
 
 
 def coarse(images: Tensor) -> Tensor:
-    """Pixels of twice the size."""
+    """Double the size of pixels."""
     means = functional.avg_pool2d(images[:, None].float(), 2).round().to(images.dtype)
     return means[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
 def noisy(images: Tensor) -> Tensor:
-    """More or less ink in each pixel."""
+    """Add noise to the ink of each pixel."""
     drawn = torch.randint(-6, 7, images.shape, generator=torch.Generator().manual_seed(0))
     return (images.int() + drawn).clip(0, INK).to(images.dtype)
 
 
 def covered(images: Tensor) -> Tensor:
-    """The right three columns are paper."""
+    """Erase the three right columns."""
     return functional.pad(images[:, :, :5], (0, 3))
 
 
 def framed(images: Tensor) -> Tensor:
-    """A border of ink."""
+    """Add a border of ink."""
     return functional.pad(images[:, 1:-1, 1:-1], (1, 1, 1, 1), value=INK)
 
 
@@ -59,12 +59,12 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MildDigits:
-    """Which images a model reads right, task by task. Adapters are LoRAs by the recipe of `tools/train_demo.py`.
+    """Measures which images a model reads right. Adapters are LoRAs that are trained as in `tools/train_demo.py`.
 
     Attributes:
-        names: of the tasks.
-        what: what is read.
-        sizes: how many choose a scale, and how many are reported.
+        names: the names of the tasks.
+        what: a phrase for the items.
+        sizes: how many images are for the choice of a scale, and how many are reported.
     """
 
     names: ClassVar = list(TASKS)
@@ -82,7 +82,7 @@ class MildDigits:
         self.base = {name: W.double() for name, W in load_file(DATA / "base" / "model.safetensors").items()}
 
     def adapter(self, name: str) -> ak.Adapter:
-        """The LoRA of one task; trained if it is not there yet."""
+        """Return the LoRA of one task; trains it if it does not exist."""
         folder = self.work / f"{name}-r{self.rank}-e{self.epochs}-s{self.seed}"
         if not (folder / "adapter_config.json").is_file():
             config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=MODULES)
@@ -95,12 +95,12 @@ class MildDigits:
         return ak.read(folder)
 
     def changes(self, adapter: ak.Adapter | None) -> dict[str, Tensor]:
-        """The change of each weight, float64."""
+        """Return the change of each weight, float64."""
         return {f"{t}.weight": adapter.delta(str(t)).double() for t, _ in adapter or ()}  # type: ignore[union-attr]
 
     @torch.no_grad()
     def right(self, changes: dict[str, Tensor], scale: float, tasks: list[str], testing: bool) -> Tensor:
-        """Whether each image of each task is read right with so much of the changes, bool `[tasks, images]`."""
+        """Return whether each image of each task is read right with scaled changes, bool `[tasks, images]`."""
         model = build({name: W + scale * changes[name] if name in changes else W for name, W in self.base.items()})
         parts = [self.parts[testing][name] for name in tasks]
         return torch.stack([model(images).argmax(1) == labels for images, labels in parts])

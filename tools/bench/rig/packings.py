@@ -1,4 +1,4 @@
-"""Weights in every scheme of quantized bases, in memory: each packed by the scheme's own formula, and packed again."""
+"""Packs weights in memory by the formula of every quantization scheme, and packs them again."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.
 """The sixteen levels of bitsandbytes' nf4, Dettmers et al. 2023."""
 
 GROUP = 64
-"""Columns that share a scale, in GPTQ and AWQ; numbers of a block, in nf4."""
+"""Number of columns that share a scale in GPTQ and AWQ; size of a block in nf4."""
 
 
 def zeros(dtype: str, *shape: int) -> Lazy:
-    """A tensor of zeros."""
+    """Return a tensor of zeros."""
     kind = DTYPES[dtype]
     count = int(np.prod(shape)) * kind.itemsize
     return Lazy(shape, kind, lambda: bytes(count))
 
 
 def nf4(out: int, ins: int) -> tuple[str, Parts]:
-    """bitsandbytes' 4 bits, without a second quantization."""
+    """Pack in bitsandbytes' 4 bits, without double quantization."""
     state = json.dumps({"quant_type": "nf4", "blocksize": GROUP, "dtype": "float32", "shape": [out, ins]}).encode()
     return "bitsandbytes", {
         "m.weight": zeros("U8", out * ins // 2, 1), "m.weight.absmax": zeros("F32", out * ins // GROUP),
@@ -43,12 +43,12 @@ def nf4(out: int, ins: int) -> tuple[str, Parts]:
 
 
 def points(word: int, *shape: int) -> Lazy:
-    """Zero points of four bits: equal ones make a symmetric grid of the same zero point."""
+    """Return zero points of four bits; equal ones are a symmetric grid."""
     return from_numpy(np.full(shape, word, np.int32))
 
 
 def gptq(out: int, ins: int) -> tuple[str, Parts]:
-    """GPTQ of 4 bits."""
+    """Pack in GPTQ of 4 bits."""
     groups = ins // GROUP
     return "gptq", {
         "m.qweight": zeros("I32", ins // 8, out), "m.qzeros": points(0x77777777, groups, out // 8),
@@ -57,7 +57,7 @@ def gptq(out: int, ins: int) -> tuple[str, Parts]:
 
 
 def awq(out: int, ins: int) -> tuple[str, Parts]:
-    """AWQ of 4 bits."""
+    """Pack in AWQ of 4 bits."""
     groups = ins // GROUP
     return "awq", {
         "m.qweight": zeros("I32", ins, out // 8), "m.qzeros": points(0x77777778, groups, out // 8),
@@ -66,12 +66,12 @@ def awq(out: int, ins: int) -> tuple[str, Parts]:
 
 
 def mxfp4(out: int, ins: int) -> tuple[str, Parts]:
-    """One expert in MXFP4."""
+    """Pack one expert in MXFP4."""
     return "mxfp4", {"m_blocks": zeros("U8", 1, out, ins // 32, 16), "m_scales": zeros("U8", 1, out, ins // 32)}
 
 
 def nvfp4(out: int, ins: int) -> tuple[str, Parts]:
-    """ModelOpt's NVFP4."""
+    """Pack in ModelOpt's NVFP4."""
     return "modelopt", {
         "m.weight": zeros("U8", out, ins // 2), "m.weight_scale": zeros("F8_E4M3", out, ins // 16),
         "m.weight_scale_2": zeros("F32", 1),
@@ -79,7 +79,7 @@ def nvfp4(out: int, ins: int) -> tuple[str, Parts]:
 
 
 def fp8(out: int, ins: int) -> tuple[str, Parts]:
-    """8-bit floats with a scale for each row."""
+    """Pack in 8-bit floats with a scale for each row."""
     return "fp8", {"m.weight": zeros("F8_E4M3", out, ins), "m.weight_scale": zeros("F32", out, 1)}
 
 
@@ -90,7 +90,7 @@ SETTINGS = {"gptq": {"bits": 4, "group_size": GROUP}, "awq": {"bits": 4, "group_
 
 
 class PackedWeight:
-    """One weight of a base in a scheme, rounded to the nearest from another; `rows` are the numbers of the base."""
+    """A weight of a base in a scheme, rounded to nearest from another weight; `rows` returns the base's numbers."""
 
     def __init__(self, scheme: str, W: Array) -> None:
         self.scheme, self.shape = scheme, W.shape
@@ -104,7 +104,7 @@ class PackedWeight:
         self.rows = self.again(W)
 
     def again(self, W: Array) -> Array:
-        """The numbers of a weight that is packed in this one's place."""
+        """Pack another weight in place of this one; return its numbers."""
         if self.scheme in BLOCKS:
             data = encoded(self.scheme, np.ascontiguousarray(W, "f4").reshape(-1))
             self.bytes = len(data)

@@ -1,4 +1,4 @@
-"""The other side of the benchmark: load with transformers, merge with PEFT, save. Called with BASE ADAPTER OUT."""
+"""Merges with PEFT for comparison: loads with transformers, merges, saves. Called with BASE ADAPTER OUT."""
 
 from __future__ import annotations
 

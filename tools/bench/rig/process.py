@@ -1,4 +1,4 @@
-"""One command as a whole process, measured from outside: wall time and memory. Linux."""
+"""Runs a command as a process, and measures its wall time and memory from outside. Linux."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL = 0.01
-"""Seconds between two looks at /proc."""
+"""Seconds between two reads of /proc."""
 
 
 class ProcessFailed(Exception):
-    """The measured command did not exit with 0."""
+    """The measured command failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One measured run; memory in bytes.
+    """The measurements of one run; memory is in bytes.
 
     Attributes:
-        seconds: wall time from start to exit.
-        cpu: processor time, of all threads; steadier than wall time where other processes run too.
-        peak: largest resident size, as wait4 reports it; pages of mapped files count.
-        high_water: the same by VmHWM, as last seen before the exit.
-        anonymous: largest part of it that is not backed by a file, as seen every `INTERVAL`.
-        stdout: what the command printed.
+        seconds: the wall time from start to exit.
+        cpu: the processor time of all threads, which varies less than wall time if other processes run.
+        peak: the largest resident size by wait4, including pages of mapped files.
+        high_water: the largest resident size by VmHWM, at the last read before the exit.
+        anonymous: the largest resident size without pages of files, read every `INTERVAL`.
+        stdout: the output of the command.
     """
 
     seconds: float
@@ -40,12 +40,12 @@ class Run:
 
 
 def measure(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Run:
-    """Runs `command` to its end; its output goes to files, `log` with .out and .err.
+    """Run `command` to its end; its output goes to files, `log` with .out and .err.
 
-    The measuring process must be small: a child's peak in wait4 starts at what its parent holds when it forks.
+    The measuring process must be small, because a child's peak by wait4 includes the parent's memory at the fork.
 
     Raises:
-        ProcessFailed: with the last lines the command wrote.
+        ProcessFailed: the command failed; the error has its last lines of output.
     """
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
@@ -66,7 +66,7 @@ def measure(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Run:
 
 
 def warm(folder: Path) -> None:
-    """Reads every file once, so that no contender pays for the disk alone."""
+    """Read every file once, so that the first contender does not have to read from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb", buffering=0) as file:
@@ -75,12 +75,12 @@ def warm(folder: Path) -> None:
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment and `env`; compiled modules are kept, as every installed package keeps them."""
+    """Return this process's environment with `env`; Python may write bytecode, as for installed packages."""
     return {key: value for key, value in {**os.environ, **env}.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 class Watch:
-    """Keeps the largest values of /proc/PID/status while a process lives."""
+    """Keeps the largest values of /proc/PID/status while a process runs."""
 
     def __init__(self, pid: int) -> None:
         self._status = Path(f"/proc/{pid}/status")
@@ -90,11 +90,11 @@ class Watch:
         self._thread.start()
 
     def peak(self, name: str) -> int:
-        """Largest value seen of the line `name`, in bytes."""
+        """Return the largest value of the line `name`, in bytes."""
         return self._peaks.get(name, 0)
 
     def stop(self) -> None:
-        """Ends the watching."""
+        """Stop watching."""
         self._ended.set()
         self._thread.join()
 

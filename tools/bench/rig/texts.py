@@ -1,4 +1,4 @@
-"""Two kinds of text that every Python has at hand, and a language model that adapters are trained and judged on."""
+"""Loads two kinds of text that come with Python, and trains and measures adapters of a language model on them."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ MODULES = (
     "tarfile",
     "typing",
 )
-"""Modules of the standard library: their source is the code."""
+"""Modules of the standard library, whose source is the text of the kind code."""
 
 BLOCK, BATCH, RATE = 64, 2, 2e-3
-"""Tokens of a piece of text, pieces a step, Adam's step."""
+"""Tokens of a piece of text, pieces per step, Adam's learning rate."""
 
 CHOOSING, TESTING = 2, 8
-"""Pieces of each kind held back: to choose a weight by, and to report."""
+"""Number of held-out pieces of each kind: for the choice of a weight, and for the report."""
 
 
 def code() -> str:
-    """Source of the standard library."""
+    """Return source of the standard library."""
     found = (importlib.util.find_spec(name) for name in MODULES)
     return "\n".join(Path(spec.origin).read_text("utf-8") for spec in found if spec and spec.origin)
 
 
 def prose() -> str:
-    """The language reference, as `help()` shows it."""
+    """Return the language reference that `help()` shows."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())
@@ -53,7 +53,7 @@ KINDS: dict[str, Callable[[], str]] = {"code": code, "prose": prose}
 
 
 def cut(tokenizer: Any, text: str) -> list[Tensor]:
-    """Pieces of equal length in an order drawn once."""
+    """Return pieces of equal length in a fixed random order."""
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     found = list(tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK))
     random.Random(0).shuffle(found)
@@ -61,10 +61,10 @@ def cut(tokenizer: Any, text: str) -> list[Tensor]:
 
 
 class Texts:
-    """Loss of next tokens on both kinds of text, in nats; lower is better.
+    """Measures the loss of next tokens on both kinds of text, in nats; lower is better.
 
     Attributes:
-        names: of the tasks.
+        names: the names of the tasks.
     """
 
     names: ClassVar = list(KINDS)
@@ -79,7 +79,7 @@ class Texts:
         ).eval()
 
     def adapter(self, name: str) -> ak.Adapter:
-        """The LoRA of one task, or of both (`joint`); trained if it is not there yet."""
+        """Return the LoRA of one task, or of both (`joint`); trains it if it does not exist."""
         folder = self.work / f"{name}-{self.steps}-{self.rank}-{self.seed}"
         if not folder.exists():
             kinds = self.names if name == "joint" else [name]
@@ -102,7 +102,7 @@ class Texts:
         adapted.save_pretrained(str(folder))
 
     def scores(self, adapter: ak.Adapter | None, testing: bool) -> list[float]:
-        """The loss on each kind of text with an adapter folded in."""
+        """Return the loss on each kind of text of the base with a merged adapter."""
         part = slice(CHOOSING, CHOOSING + TESTING) if testing else slice(CHOOSING)
         weights = dict(self.model.named_parameters())
         changed = [(weights[f"{target}.weight"], str(target)) for target, _ in adapter or ()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import msgspec
 
@@ -23,6 +23,7 @@ from ..sublayers import EMBEDDINGS, MODELS, SublayerRule, hanging, standing
 from ._family import AdapterHubFamily, Fields, Number
 
 if TYPE_CHECKING:
+    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
@@ -83,7 +84,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
+def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
     """Return the config fields that state which tensors these updates have; all of them have the same tensors."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
@@ -93,7 +94,9 @@ def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
         "ln_before": "norm_before" in tensors,
         "ln_after": "norm_after" in tensors,
         "use_gating": "gate" in tensors,
-        "scaling": next((word for field, word in scaling.items() if field in tensors), updates[0].scaling),
+        "scaling": next(
+            (word for field, word in scaling.items() if field in tensors), updates[0].attributes["scaling"]
+        ),
         "phm_layer": phm,
         "phm_bias": not phm or "down_bias" in tensors,
         "factorized_phm_rule": "down_rule_left" in tensors,
@@ -103,14 +106,14 @@ def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
     }
 
 
-def _one_rule(updates: Sequence[Any]) -> bool:
+def _one_rule(updates: Sequence[Update]) -> bool:
     """Whether all updates have the same rule tensors, down and up."""
     ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
     same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
     return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
 
 
-def _is_one(updates: Sequence[Any], field: str) -> bool:
+def _is_one(updates: Sequence[Update], field: str) -> bool:
     return all(update.tensors.get(field) is updates[0].tensors[field] for update in updates)
 
 
@@ -153,12 +156,12 @@ DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 
-def placed(updates: Updates) -> list[tuple[Target, Any]]:
+def placed(updates: Updates) -> list[tuple[Target, Update]]:
     """List every adapter inside a block, with its target."""
     return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
 
 
-def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
+def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
     """Group these adapters by their method and tensors, because a union may have two configs."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
@@ -175,8 +178,8 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         **words,
         **{name: some.attributes[name] for name in SAME},
         **{flag: flag in flags for flag in FLAGS},
-        "residual_before_ln": {"true": True, "false": False}.get(some.residual_before_ln, "post_add"),
-        "is_parallel": some.parallel,
+        "residual_before_ln": {"true": True, "false": False}.get(some.attributes["residual_before_ln"], "post_add"),
+        "is_parallel": some.attributes["parallel"],
         "leave_out": sorted({*range(_layers(base))} - {_layer(target, base) for target, _ in adapters}),
         **_coupling(updates),
         "phm_dim": _rule_size(some),
@@ -215,7 +218,10 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
 
 def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, SublayerRule]]:
     model_type = model_type_of(base)
-    found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
+    found = {
+        target: hanging(target.path, u.attributes["residual"], u.attributes["norm"], model_type)
+        for target, u in placed(updates)
+    }
     return {target: rule for target, rule in found.items() if rule is not None}
 
 
@@ -239,39 +245,39 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
     return {"inv_adapter": "nice", "inv_adapter_reduction_factor": _factor(int(second), int(inner))}
 
 
-def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
-    (a, second), (b, first) = update.F_down.shape, update.G_down.shape
-    if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
+def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> str:
+    (a, second), (b, first) = (update.tensors[name].shape for name in ("F_down", "G_down"))
+    if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
         return "it does not follow the embeddings, or the base is unknown; give it with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "no reduction factor yields the sizes of its halves"
     return ""
 
 
-def _form(update: Any) -> tuple[Any, ...]:
+def _form(update: Update) -> tuple[object, ...]:
     """Return everything that a config states once: all settings except the position, and the size of each layer."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
-def _unbiased(update: Any) -> tuple[str, ...]:
+def _unbiased(update: Update) -> tuple[str, ...]:
     """Return the layers of a Compacter that lack a bias; the config has one setting for both."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
 
-def _bare_gate(update: Any) -> bool:
+def _bare_gate(update: Update) -> bool:
     return "gate" in update.tensors and "gate_bias" not in update.tensors
 
 
-def _stack_factors(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> float | dict[str, float]:
+def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
     """Return the reduction factor: one for all layers, or one for each layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
 
-def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[int]:
+def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
     """Return the layers whose adapters differ in size."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
@@ -279,10 +285,10 @@ def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[
     return {layer for layer, found in sizes.items() if len(found) > 1}
 
 
-def _sizes(update: Any) -> tuple[int, int]:
+def _sizes(update: Update) -> tuple[int, int]:
     """Return the sizes of the block and the bottleneck."""
-    dims = update.dims()
-    return int(dims["hidden"]), int(dims["d"])
+    hidden, inner = (cast(int, update.dims()[name]) for name in ("hidden", "d"))
+    return hidden, inner
 
 
 def _factor(hidden: int, inner: int) -> float:
@@ -291,7 +297,7 @@ def _factor(hidden: int, inner: int) -> float:
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
 
-def _rule_size(update: Any) -> int:
+def _rule_size(update: Update) -> int:
     rule = update.tensors.get("down_rule", update.tensors.get("down_rule_left"))
     return 4 if rule is None else int(rule.shape[0])
 
@@ -426,7 +432,7 @@ class BottleneckFamily(AdapterHubFamily):
         for own in forms(updates):
             words = words_of([update for _, update in own])
             for target, update in own:
-                hung = hanging(target.path, update.residual, update.norm, naming.model_type)
+                hung = hanging(target.path, update.attributes["residual"], update.attributes["norm"], naming.model_type)
                 path = target.path if hung is None else hung[0]
                 for slot, field in {**own_slots(words), **(TWICE if words["ln_before"] else {})}.items():
                     yield naming.key(path, KIND, slot), as_lazy(update.tensors[field])

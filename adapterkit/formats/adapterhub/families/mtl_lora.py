@@ -15,6 +15,7 @@ from ._family import AdapterHubFamily, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:
+    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
@@ -128,5 +129,6 @@ class MtlLoraFamily(AdapterHubFamily):
                     yield target, position, f"{update.method}: {why}"
 
 
-def _law(update: Any) -> tuple[int, int, float, float]:
-    return int(update.A.shape[0]), int(update.B.shape[0]), float(update.scaling), float(update.sharpness)
+def _law(update: Update) -> tuple[int, int, float, float]:
+    held, said = update.tensors, update.attributes
+    return int(held["A"].shape[0]), int(held["B"].shape[0]), float(said["scaling"]), float(said["sharpness"])

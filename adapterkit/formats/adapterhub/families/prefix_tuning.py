@@ -16,6 +16,7 @@ from ._family import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
+    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
@@ -369,9 +370,9 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
     return slots | {"control_trans.2.weight": W2.reshape(rows, W2.shape[-1]), "control_trans.2.bias": b2.reshape(rows)}
 
 
-def _gates(update: Any) -> int:
+def _gates(update: Update) -> int:
     """Return the number of gates that weight an attention's keys and values."""
-    return int(update.gate.shape[0]) if "gate" in update.tensors else 0
+    return int(update.tensors["gate"].shape[0]) if "gate" in update.tensors else 0
 
 
 def _group(path: str, part: AdapterHubPart) -> str:

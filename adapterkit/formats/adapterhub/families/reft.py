@@ -16,7 +16,9 @@ from ._family import AdapterHubFamily, Fields, Size
 if TYPE_CHECKING:
     import numpy as np
 
+    from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Array
     from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
@@ -185,16 +187,16 @@ def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
 
 
-def _spelled(update: Any, prefix: str) -> Iterator[tuple[str, Lazy]]:
+def _spelled(update: Update, prefix: str) -> Iterator[tuple[str, Lazy]]:
     for slot, field in FIELDS.items():
         leaf = update.tensors.get(prefix + field)
-        if leaf is not None and field == "projection" and update.orthogonality:
+        if leaf is not None and field == "projection" and update.attributes["orthogonality"]:
             yield from zip((ORIGINAL, BASE), taken_apart(as_lazy(leaf)), strict=True)
         elif leaf is not None:
             yield slot, as_lazy(leaf)
 
 
-def _form(update: Any) -> tuple[Any, ...]:
+def _form(update: Update) -> tuple[object, ...]:
     return update.attributes, {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
 
 
@@ -250,7 +252,7 @@ def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
     return original.shape == matrix.shape and bool(near.all())
 
 
-def _rows(original: Lazy, base: Lazy) -> np.ndarray[Any, Any]:
+def _rows(original: Lazy, base: Lazy) -> Array:
     import numpy as np
 
     X = as_array(original).astype(np.float64).T

@@ -117,7 +117,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         """Return the config fields that the tensors do not determine: ranks, scalings, forms."""
 
     @classmethod
@@ -134,7 +134,7 @@ class Family(ABC):
         return False
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         """Return the fields of `numbers`; families override it if they also need the base's shapes."""
         return cls.numbers(updates)
 

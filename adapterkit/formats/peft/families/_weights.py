@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ..file import File
 
 
@@ -85,7 +86,7 @@ def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
     return pattern.get(next(fitting, path), size)
 
 
-def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, Any]:
+def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, JsonValue]:
     """Return the most common size, and a pattern with the full path of each module with another size."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}

@@ -8,7 +8,7 @@ module computes them from the base, too; the right singular vectors in the file 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Array, Leaf
+    from ....io.strict_json import JsonValue
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
 """The arguments that PEFT passes: KMeans' `max_iter` and `random_state` (scikit-learn), and svd_lowrank's `niter`."""
@@ -102,7 +104,7 @@ class AdamssFamily(Family):
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
         numbers = cls.numbers(updates)
-        own = AdaMSSFields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
+        own = AdaMSSFields(**{name: cast(int, numbers[name]) for name in ("r", "num_subspaces", "random_seed")})
         for target, found in updates.items():
             for update in found:
                 if isinstance(update, AdaMSS) and target.stacked:
@@ -115,7 +117,7 @@ class AdamssFamily(Family):
                         yield target, why
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         own = list(cls.of_it(updates).values())
         return {
             "r": max(int(update.basis.shape[0]) for update in own),
@@ -147,7 +149,7 @@ def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy)
             raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
 
 
-def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
+def _base(base: Checkpoint | None, path: str) -> tuple[Array, Array | None]:
     """Return the weight `[out, in]` and the bias of a module in the base, in float32.
 
     Raises:
@@ -170,7 +172,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
 
 
-def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
+def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array | None, sizes: list[int]) -> Array:
     """Return the group number of each row of the weight.
 
     Raises:
@@ -216,7 +218,7 @@ def _precision(basis: Lazy) -> str:
     return "F32" if (bits & 0x1FFF).any() else "F16" if (bits & 0xFFFF).any() else "BF16"
 
 
-def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Any, inputs: int, seed: int) -> AdaMSS:
+def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Array, inputs: int, seed: int) -> AdaMSS:
     """Create the update: pad factors with zeros to one rank, and order B by the weight's rows."""
     import numpy as np
 
@@ -248,23 +250,23 @@ def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Any, inputs: int, 
     return AdaMSS(**leaves, seed=seed)
 
 
-def _raw(leaf: Lazy) -> Any:
+def _raw(leaf: Lazy) -> Array:
     import numpy as np
 
     return np.frombuffer(bytes(leaf.fetch()), leaf.dtype.array).reshape(leaf.shape)
 
 
-def _cut(leaf: Lazy, at: Any, rank: int) -> Lazy:
+def _cut(leaf: Lazy, at: int | list[int], rank: int) -> Lazy:
     shape = (rank, leaf.shape[2]) if isinstance(at, int) else (len(at), rank)
     return leaf.map(lambda held: held[at][:rank] if isinstance(at, int) else held[at][:, :rank], shape)
 
 
-def _joined(basis: Lazy, bias: Any) -> Lazy:
+def _joined(basis: Lazy, bias: Leaf | None) -> Lazy:
     if bias is None:
         return basis
     column = as_lazy(bias)
 
-    def join(held: Any) -> Any:
+    def join(held: Array) -> Array:
         import numpy as np
 
         return np.concatenate([held, _raw(column).view(held.dtype)[:, None]], axis=1)

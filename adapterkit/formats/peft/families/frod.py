@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
 """A map from a word in the keys to the update's field."""
@@ -94,7 +95,7 @@ class FrodFamily(Family):
         return not_embedded(target, update.method)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = [(int(u.values.shape[0]), int(u.V.shape[0]) ** 2) for u in cls.of_it(updates).values()]
         least, most = max(n / all_ for n, all_ in found), min((n + 1) / all_ for n, all_ in found)
         turned = any(target.layout == "in out *k" and target.path in cls.of_it(updates) for target in updates)

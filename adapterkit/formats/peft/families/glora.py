@@ -15,6 +15,7 @@ from ._family import Family, Own, check_rank
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
 """A map from the form's name in the config to the endings of the update's fields."""
@@ -72,8 +73,8 @@ class GloraFamily(Family):
         encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
         anchor, dims = next(iter(held)), dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1}
         for support, axes in _SIZES.items():
-            sizes = [dims.get(axis) for axis in axes]
-            if all(isinstance(size, int) for size in sizes) and not any(name[0] == support for name in held):
+            sizes = [size for axis in axes if isinstance(size := dims.get(axis), int)]
+            if len(sizes) == len(axes) and not any(name[0] == support for name in held):
                 encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, held[anchor])
         return encoded
 
@@ -85,7 +86,7 @@ class GloraFamily(Family):
         return super().why_not(target, update)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = list(cls.of_it(updates).values())
         ranks = [int(str(update.dims()["r"])) for update in found if "r" in update.dims()]
         fields = {"config_A_B": "A", "config_C": "C", "config_D_E": "D"}
@@ -137,7 +138,7 @@ def _part(field: str) -> str:
     return f"glora_{field[0]}.{leaf}"
 
 
-def _zeros(shape: Sequence[Any], like: Lazy) -> Lazy:
+def _zeros(shape: Sequence[int], like: Lazy) -> Lazy:
     return Lazy(tuple(shape), like.dtype, lambda: bytes(math.prod(shape) * like.dtype.itemsize))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 PART = "miss_block"
 
@@ -75,7 +76,7 @@ class MissFamily(Family):
             yield target, "the rank or form of this miss differs from the others; the config states one for all"
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         if isinstance(some, MiSSBat):
             return {"r": int(some.B.shape[2]), "mini_r": 1, "init_weights": "bat"}
@@ -84,10 +85,11 @@ class MissFamily(Family):
         return {"r": int(r), "mini_r": int(width) if mini else 1, "init_weights": "mini" if mini else True}
 
 
-def _form(update: Any) -> tuple[str, tuple[int, ...]]:
+def _form(update: Update) -> tuple[str, tuple[int, ...]]:
     """Return the form's name, and the sizes that the config states for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
-    if update.mini is not None:
-        return "mini", tuple(update.mini.shape)
-    return "whole", () if update.D is None else (int(update.D.shape[0]),)
+    held = update.tensors
+    if "mini" in held:
+        return "mini", tuple(held["mini"].shape)
+    return "whole", (int(held["D"].shape[0]),) if "D" in held else ()

@@ -1,15 +1,17 @@
-"""Define families of virtual tokens: prompt tuning, P-tuning, CPT, multitask prompts, prefix tuning and cartridges.
+"""Define families of virtual tokens: prompts, P-tuning, CPT, multitask prompts, prefixes, cartridges, LLaMA-Adapter.
 
 Their tensors belong to no module, and their sizes are in the config.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
+from ....methods.adaption_prompt import AdaptionPrompt
 from ....methods.multitask_prompt import MultitaskPrompt
 from ....methods.prefix import Prefix
 from ....methods.prompt import Prompt
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ....methods.prefix import Prefix
     from ....methods.prompt import Prompt
 
@@ -92,7 +95,7 @@ class PromptLike(ContextFamily):
         return {"P": (EMBEDDINGS, as_lazy(update.P))}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         count, dim = update.P.shape
         parts = 2 if update.used else 1
@@ -100,7 +103,7 @@ class PromptLike(ContextFamily):
         return {**tokens, **stacks(parts), "num_layers": None, "num_attention_heads": None}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Prompt) -> str:
         if update.used and 2 * update.used != update.P.shape[0]:
             return f"it uses {update.used} of {update.P.shape[0]} rows, but PEFT uses all or the first half"
         return super().why_not(target, update)
@@ -130,14 +133,14 @@ class PrefixLike(ContextFamily):
         return {"P": (EMBEDDINGS, P.map(lambda values: values.transpose(3, 0, 1, 2, 4).reshape(flat), flat))}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         layers, _, heads, count, d = map(int, update.P.shape)
         tokens = {"num_virtual_tokens": count, "token_dim": heads * d}
         return {**tokens, **stacks(update.step), "num_layers": layers, "num_attention_heads": heads}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Prefix) -> str:
         return (
             f"its step is {update.step}, but PEFT's is at most 2"
             if update.step > 2
@@ -145,9 +148,10 @@ class PrefixLike(ContextFamily):
         )
 
 
-def stacks(parts: int) -> dict[str, Any]:
+def stacks(parts: int) -> dict[str, JsonValue]:
     """Return the config fields for a model with `parts` stacks of layers; two stacks also need a fitting task type."""
-    return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
+    fields: dict[str, JsonValue] = {"num_transformer_submodules": parts}
+    return fields | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
 def rows(own: Any) -> int | None:
@@ -273,7 +277,7 @@ class MultitaskPromptFamily(ContextFamily):
         return {field: (word, as_lazy(update.tensors[field])) for word, field in FIELDS.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         (update,) = cls.of_it(updates).values()
         parts = 2 if update.decoder else 1
         tasks, n, r = map(int, update.columns.shape)
@@ -282,7 +286,7 @@ class MultitaskPromptFamily(ContextFamily):
         return {**tokens, "num_ranks": r, **stacks(parts), **others}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: MultitaskPrompt) -> str:
         return (
             "it has a selected task, but in PEFT the caller selects the task"
             if update.task
@@ -312,3 +316,73 @@ class CartridgeFamily(PrefixLike):
     method = Prefix
     harmless: ClassVar[Mapping[str, str]] = {"num_frozen_tokens": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+
+
+# LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] in the last layers' attentions.
+
+
+GPT2 = "attn"
+"""The name of GPT-2's attentions. PEFT adds to their outputs; in other models it adds before the heads are mixed."""
+
+
+class AdaptionPromptFields(Own, frozen=True, kw_only=True):
+    """The number of virtual tokens, and the number of the last layers that have them."""
+
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+
+class AdaptionPromptFamily(Family):
+    """The family of the peft_type ADAPTION_PROMPT."""
+
+    name = "adaption_prompt"
+    peft_type = "ADAPTION_PROMPT"
+    method = AdaptionPrompt
+    parts = ("adaption_gate", "adaption_prompt")
+    names_modules = False
+    own: ClassVar[type[Own]] = AdaptionPromptFields
+    read: ClassVar[Mapping[str, str]] = {
+        "adapter_layers": "number of the last layers, which have tensors",
+        "adapter_len": "number of virtual tokens",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, cls.parts)
+        prompt, gate = keys["adaption_prompt"], keys["adaption_gate"]
+        tensor, count = file.tensors[prompt], file.settings.own.adapter_len
+        if len(tensor.shape) != 3 or tensor.shape[0] != 1 or count not in (None, tensor.shape[1]):
+            why = f"the shape is {list(tensor.shape)}, but the config states [1, {count}, width]"
+            raise ShapeMismatch(why, where=prompt.text, cure="The config does not belong to this file")
+        tensors = {"P": tensor.reshape(*tensor.shape[1:]), "gate": file.tensors[gate]}
+        projected = prompt.path.rpartition(".")[2] != GPT2
+        update = make("adaption_prompt", tensors, projected=projected)
+        return Found(prompt.path, update, {"P": prompt, "gate": gate})
+
+    @classmethod
+    def encode(cls, update: AdaptionPrompt) -> dict[str, tuple[str, Lazy]]:
+        P = as_lazy(update.P)
+        return {"P": ("adaption_prompt", P.reshape(1, *P.shape)), "gate": ("adaption_gate", as_lazy(update.gate))}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        found = cls.of_it(updates)
+        name = next(iter(found)).rpartition(".")[2]
+        return {"adapter_len": _length(found), "adapter_layers": len(found), "target_modules": name}
+
+    @classmethod
+    def why_not(cls, target: Target, update: AdaptionPrompt) -> str:
+        if update.gate.shape[0] != 1:
+            return "it has a gate for each head, but PEFT has one for all"
+        name = target.path.rpartition(".")[2]
+        if update.projected == (name == GPT2):
+            side = "after" if update.projected else "before"
+            return f"PEFT adds to the attention {name!r} {side} the output projection, unlike this update"
+        return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
+
+
+def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
+    """Return the number of virtual tokens; None if modules differ, which a config cannot state."""
+    lengths = {int(update.P.shape[0]) for update in found.values()}
+    return lengths.pop() if len(lengths) == 1 else None

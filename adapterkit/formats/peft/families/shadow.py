@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import Findings
 
 NETWORK, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
@@ -111,7 +112,7 @@ class ShadowFamily(Family):
         return coded
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         r, m = int(some.down.shape[0]), int(some.gate_in.shape[0])
         return {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 
 class BeftFamily(Family):
@@ -54,7 +55,7 @@ class BeftFamily(Family):
         return super().why_not(target, update)
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         return {}
 
 
@@ -123,7 +124,7 @@ class C3AFamily(Renamed):
         check_size(key, side(file.tensors[key], 2, 3), size, "block_size")
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         return size_fields({path: int(u.kernel.shape[2]) for path, u in cls.of_it(updates).items()}, "block_size")
 
 
@@ -150,7 +151,7 @@ class DeLoRAFamily(Renamed):
         check_rank(key, file.tensors[key], file.settings.rank(key.path))
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         ranks = {path: (int(update.A.shape[0]), 1.0) for path, update in cls.of_it(updates).items()}
         fields = scaled_numbers(ranks)
         return {name: fields[name] for name in ("r", "rank_pattern")}
@@ -181,11 +182,11 @@ class HraFamily(Renamed):
         check_rank(key, file.tensors[key], file.settings.own.r, axis=1)
 
     @classmethod
-    def attributes(cls, own: HRAFields) -> dict[str, Any]:
+    def attributes(cls, own: HRAFields) -> dict[str, bool]:
         return {"gram_schmidt": own.apply_GS}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         return {"r": int(some.u.shape[1]), "apply_GS": some.gram_schmidt}
 
@@ -213,10 +214,10 @@ class RoadFamily(Renamed):
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
 
     @classmethod
-    def attributes(cls, own: RoAdFields) -> dict[str, Any]:
+    def attributes(cls, own: RoAdFields) -> dict[str, int]:
         return {"variant": int(own.variant[-1]), "group": own.group_size}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next(iter(cls.of_it(updates).values()))
         return {"variant": f"road_{some.variant}", "group_size": some.group}

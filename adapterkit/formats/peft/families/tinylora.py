@@ -7,7 +7,7 @@ random P shows it, because PEFT draws P from `projection_seed` plus this number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Buffer
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
@@ -67,7 +68,7 @@ class TinyLoRAFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         found = [each for each in super().decode(file) if isinstance(each, Found)]
-        numbers = _numbers({each.path: each.update for each in found}, file)
+        numbers = _numbers({each.path: cast(TinyLoRA, each.update) for each in found}, file)
         for each in found:
             number = None if numbers is None else numbers[each.path]
             yield _completed(file, each, number, len(found))
@@ -107,11 +108,11 @@ class TinyLoRAFamily(Family):
         return frozenset() if config.get("save_projection", True) else frozenset({"P"})
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: Update) -> str:
         return "" if target.layout in ("out *in", "in out *k") else f"PEFT has no {update.method} on stacked experts"
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         own = cls.of_it(updates)
         groups = len({id(update.v) for update in own.values()})
         return {
@@ -123,7 +124,7 @@ class TinyLoRAFamily(Family):
         }
 
 
-def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
+def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
     """Return every module's number in the model, by path; None if the numbers are unknown."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
@@ -151,7 +152,7 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
     """Return P `[u, r, r]` as PEFT draws it; it is drawn when it is read."""
     kind = DTYPES[dtype]
 
-    def fetch() -> Any:
+    def fetch() -> Buffer:
         import torch
 
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,7 @@
-"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; hybrids also have A and B of a LoRA."""
+"""Families of single numbers at positions of a weight: Super-Tuning and SHiRA.
+
+Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; hybrids also have A and B of a LoRA.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Unrepresentable, Unsupported
-from ....io.lazy import as_lazy
+from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
+from ....methods.shira import SHiRA
 from ....methods.supertuning import SuperTuning
 from ..alphas import exact_alpha
 from ..file import File, Found, Key, make
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
@@ -35,6 +40,7 @@ class SupertuningFields(Own, frozen=True, kw_only=True):
 class SuperTuningFamily(Family):
     """The family of the peft_type SUPERTUNING."""
 
+    name = "supertuning"
     peft_type = "SUPERTUNING"
     method = SuperTuning
     parts = tuple(HYBRID)
@@ -84,7 +90,7 @@ class SuperTuningFamily(Family):
         return unlike({path: float(update.scaling) for path, update in hybrid.items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         some = next((update for update in cls.of_it(updates).values() if update.A is not None), None)
         if some is None:
             return {"r": None, "lora_alpha": None}
@@ -92,7 +98,7 @@ class SuperTuningFamily(Family):
         return {"r": r, "lora_alpha": exact_alpha((r, float(some.scaling)), False)}
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         counts = {}
         for path, update in cls.of_it(updates).items():
             rows, columns = weight_in(base, path, "Super-Tuning's sparsity depends on the size of a weight")
@@ -119,3 +125,57 @@ def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
     raise Unrepresentable(
         "no single sparsity yields these numbers", items=items, cure="Write adapterkit's format: --to adapterkit"
     )
+
+
+# SHiRA: `shira_indices` [2, n], which are rows and columns, and `shira_weight` [n].
+
+
+FIELDS = {"shira_indices": "index", "shira_weight": "values"}
+"""A map from a word in the keys to the update's field."""
+
+
+class SHiRAFamily(Family):
+    """The family of the peft_type SHIRA."""
+
+    name = "shira"
+    peft_type = "SHIRA"
+    method = SHiRA
+    parts = tuple(FIELDS)
+    harmless: ClassVar[Mapping[str, str]] = {
+        "mask_type": "which positions were selected; they are in the file",
+        "random_seed": "which positions were selected; they are in the file",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        key = keys["shira_weight"]
+        shape = file.base_shape(f"{key.path}.weight")
+        if shape is not None and len(shape) == 2:
+            check_size(key, side(file.tensors[key], 0, 1), file.settings.r * sum(shape), "r")
+        tensors = {"index": _whole_numbers(file.tensors[keys["shira_indices"]]), "values": file.tensors[key]}
+        return Found(key.path, make("shira", tensors), {FIELDS[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: SHiRA) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        raise AssertionError("numbers_at replaces this method, because r depends on the base")
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
+        path, update = next(iter(cls.of_it(updates).items()))
+        return {
+            "r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r depends on the sizes of a weight"))
+        }
+
+
+def _whole_numbers(indices: Lazy) -> Lazy:
+    """Return positions as integers; PEFT writes them as floats on Windows."""
+    if not indices.dtype.floating:
+        return indices
+    whole = DTYPES["I32"]
+    return Lazy(indices.shape, whole, lambda: as_array(indices).astype(whole.numpy).tobytes())

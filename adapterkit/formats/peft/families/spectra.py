@@ -1,4 +1,6 @@
-"""WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; the wavelet has a name.
+"""Families that store coefficients of a transform: WaveFT and FourierFT.
+
+WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; the wavelet has a name.
 
 The filters are the low-pass filters for reconstruction that Daubechies published (Ten Lectures on Wavelets,
 https://doi.org/10.1137/1.9781611970104), with PEFT's digits. They are orthonormal, with N vanishing moments (dbN, symN)
@@ -7,24 +9,27 @@ or 2 N (coifN).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from ....errors import Unsupported
+from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods._coefficients import SEED
+from ....methods.fourierft import FourierFT
 from ....methods.waveft import WaveFT
 from ..._format import Departure
 from ..file import File, Found, Key, make
 from ..patterns import exactly, first_match
 from ._family import Family, Own, Parts
-from ._positions import drawn, of_one
-from ._weights import check_size, layout, not_linear, side, size_fields, unlike, weight_shape
+from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
+    from ..file import Key
 
 
 FAULTY = "coif4"
@@ -196,6 +201,7 @@ class WaveFTFields(Own, frozen=True, kw_only=True):
 class WaveFTFamily(Family):
     """The family of the peft_type WAVEFT."""
 
+    name = "waveft"
     peft_type = "WAVEFT"
     method = WaveFT
     parts = (PART,)
@@ -239,7 +245,7 @@ class WaveFTFamily(Family):
         return {"spectrum": (PART, as_lazy(update.spectrum))}
 
     @classmethod
-    def why_not(cls, target: Target, update: Any) -> str:
+    def why_not(cls, target: Target, update: WaveFT) -> str:
         unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
         return "PEFT has no name for the wavelet of this waveft" if unknown else not_linear(target, update.method)
 
@@ -248,11 +254,12 @@ class WaveFTFamily(Family):
         return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
         fields = size_fields(sizes, "n_frequency")
-        fields["n_frequency_pattern"] = {exactly(path): n for path, n in fields["n_frequency_pattern"].items()}
+        patterns = cast("Mapping[str, int]", fields["n_frequency_pattern"])
+        fields["n_frequency_pattern"] = {exactly(path): n for path, n in patterns.items()}
         taps = next(iter(found.values())).low_pass
         name = None if taps is None else name_of(as_lazy(taps))
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
@@ -269,3 +276,112 @@ def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
     if name not in FILTERS:
         raise Unsupported(f"the wavelet {name} is unknown", where="wavelet_family", cure=f"Known: {', '.join(FILTERS)}")
     return filter_of(name, dtype, by_formula)
+
+
+# FourierFT: `fourierft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size.
+
+
+FOURIER_PART = "fourierft_spectrum"
+
+
+class FourierFTFields(Own, frozen=True, kw_only=True):
+    """The number of coefficients, their positions, and the scaling."""
+
+    n_frequency: int = 1000
+    n_frequency_pattern: dict[str, int] | None = None
+    random_loc_seed: int | None = SEED
+    scaling: float = 150.0
+
+
+class FourierFTFamily(Family):
+    """The family of the peft_type FOURIERFT."""
+
+    name = "fourierft"
+    peft_type = "FOURIERFT"
+    method = FourierFT
+    parts = (FOURIER_PART,)
+    folds = ("spectrum",)
+    own: ClassVar[type[Own]] = FourierFTFields
+    read: ClassVar[Mapping[str, str]] = {
+        "n_frequency": "number of coefficients",
+        "n_frequency_pattern": "the number for modules that a pattern matches after a dot, or equals",
+        "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
+        "scaling": "factor on the change",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[FOURIER_PART], file.settings.own
+        spectrum = file.tensors[key]
+        count = size_at(own.n_frequency, own.n_frequency_pattern, key.path)
+        check_size(key, side(spectrum, 0, 1), count, "n_frequency")
+        out, in_ = weight_shape(file, key, "FourierFT's positions depend on the size of the weight")
+        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
+        update = make("fourierft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
+        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+
+    @classmethod
+    def encode(cls, update: FourierFT) -> Parts:
+        return {"spectrum": (FOURIER_PART, as_lazy(update.spectrum))}
+
+    @classmethod
+    def why_not(cls, target: Target, update: FourierFT) -> str:
+        return not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        found = cls.of_it(updates)
+        sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
+        return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
+
+
+# Draw positions that files omit, from a seed and in the same way as PEFT.
+
+
+LARGEST = 1 << 34
+"""The limit on the elements of a weight, against hostile files."""
+
+
+def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
+    """Return rows and columns of the first `count` positions in random order, `[2, count]`; drawn when they are read.
+
+    Raises:
+        Malformed: there is no valid seed.
+        ShapeMismatch: the weight has too few elements.
+    """
+    if seed is None or not -(1 << 63) <= seed < 1 << 64:
+        raise Malformed(
+            f"{seed} is not a seed for torch", where="random_loc_seed", cure="Save the adapter again with PEFT"
+        )
+    if not count <= out * in_ <= LARGEST:
+        why = f"the file has {count} coefficients for a weight with {out * in_} elements"
+        raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
+    return _drawn(seed, out, in_, count)
+
+
+@lru_cache(maxsize=64)
+def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
+    """Return one tensor for all weights of a size, because drawing it shuffles as many numbers as a weight has."""
+
+    @cache
+    def fetch() -> bytes:
+        import numpy as np
+
+        from ....linalg.positions import random_positions
+
+        flat = random_positions(seed, out * in_, count).numpy()
+        return np.stack(np.divmod(flat, in_)).astype("<i8").tobytes()
+
+    return Lazy((2, count), DTYPES["I64"], fetch)
+
+
+def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
+    """Return the fields `scaling` and `fan_in_fan_out`, which a config states once for all modules."""
+    own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
+    scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
+    return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}

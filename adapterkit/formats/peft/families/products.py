@@ -1,4 +1,6 @@
-"""LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
+"""Families of products: LoKr (Kronecker), LoHa (Hadamard) and HiRA (with the weight itself).
+
+LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
 
 PEFT's config does not state the four sizes. PEFT splits a weight's sides by `decompose_factor`, and decomposes a factor
 if the rank is small. A file that PEFT can load has exactly these shapes.
@@ -13,15 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.products import even_split
+from ....methods.hira import HiRA
+from ....methods.loha import LoHa
 from ....methods.lokr import LoKr
 from ..._format import Departure
 from ..file import File, Found, Key, make
-from ._family import Family, Own, Scaled, check_parts, inexact_alphas, scaled_numbers
+from ._family import Family, Own, Parts, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 FIRST = {"lokr_w1": "w1"}, {"lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b"}
 SECOND = (
@@ -41,6 +47,7 @@ class LoKrFields(Scaled, frozen=True, kw_only=True):
 class LokrFamily(Family):
     """The family of the peft_type LOKR."""
 
+    name = "lokr"
     peft_type = "LOKR"
     method = LoKr
     parts = tuple(dict.fromkeys(part for form in (*FIRST, *SECOND) for part in form))
@@ -89,11 +96,11 @@ class LokrFamily(Family):
         return {field: (part, _turned(field, as_lazy(held[field]), forms)) for part, field in forms.items()}
 
     @classmethod
-    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
         return cls.numbers_at(updates, None)
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
         found = cls.of_it(updates)
         factor, both = next(_splits(found, base), (-1, False))
         scales = {path: (_rank(update, both), float(update.scaling)) for path, update in found.items()}
@@ -210,3 +217,151 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
     """Return the number of kernel positions, as far as the base shows it; 1 for a linear layer."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])
+
+
+# LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]; also for 2.
+
+
+PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
+CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
+"""A map from a word in the keys to the update's field."""
+
+
+class LohaFamily(Family):
+    """The family of the peft_type LOHA."""
+
+    name = "loha"
+    peft_type = "LOHA"
+    method = LoHa
+    parts = tuple(CORED)
+    own: ClassVar[type[Own]] = Scaled
+    read: ClassVar[Mapping[str, str]] = {"alpha": "scaling = alpha / r"}
+    harmless: ClassVar[Mapping[str, str]] = {
+        "module_dropout": "training only",
+        "rank_dropout": "training only",
+        "use_effective_conv2d": "whether kernels have a core; the keys show it",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
+    folds = ("w1_a",)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        fields = CORED if "hada_t1" in keys or "hada_t2" in keys else PLAIN
+        check_parts(keys, fields)
+        some = keys["hada_w1_b"]
+        check_rank(some, file.tensors[some], file.settings.rank(some.path))
+        tensors = {fields[part]: _loha_turned(part, file.tensors[key], fields) for part, key in keys.items()}
+        update = make("loha", tensors, scaling=file.settings.own.scaling(file.settings, some.path))
+        return Found(some.path, update, {fields[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: LoHa) -> dict[str, tuple[str, Lazy]]:
+        fields = PLAIN if update.t1 is None else CORED
+        return {
+            field: (part, _loha_turned(part, as_lazy(update.tensors[field]), fields)) for part, field in fields.items()
+        }
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        cored = any(update.t1 is not None for update in cls.of_it(updates).values())
+        return {**scaled_numbers(cls.scales(updates)), "use_effective_conv2d": cored}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return inexact_alphas(cls.scales(updates))
+
+    @classmethod
+    def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
+        """Return the rank and scaling of each update, by path."""
+        found = cls.of_it(updates)
+        return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
+
+
+def _loha_turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
+    """Transpose [out, r] to [r, out] or back, if there is a core; return other tensors unchanged."""
+    if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
+        return tensor
+    return tensor.map(lambda values: values.T, tensor.shape[::-1])
+
+
+# HiRA: `hira_A` [r, in, *k], `hira_B` [out, r, 1, ...] with a 1 per kernel axis; `hira_embedding_A` and `_B`.
+
+
+HIRA_PLAIN = {"A": "hira_A", "B": "hira_B"}
+EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
+"""A map from the update's field to the part of a key."""
+
+
+class HiraFamily(Family):
+    """The family of the peft_type HIRA."""
+
+    name = "hira"
+    peft_type = "HIRA"
+    method = HiRA
+    parts = (*HIRA_PLAIN.values(), *EMBEDDING.values())
+    harmless: ClassVar[Mapping[str, str]] = {"hira_dropout": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        fields = EMBEDDING if EMBEDDING["A"] in keys else HIRA_PLAIN
+        check_parts(keys, fields.values())
+        own = {field: keys[part] for field, part in fields.items()}
+        A, B = (file.tensors[own[field]] for field in ("A", "B"))
+        _check_r(file, own["A"], A)
+        if math.prod(B.shape[:2]) != math.prod(B.shape):
+            why = f"the shape {list(B.shape)} has a kernel; B must only mix channels"
+            raise ShapeMismatch(why, where=own["B"].text, cure="Save the adapter again with PEFT")
+        update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
+        turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
+        return Found(own["A"].path, update, own, "in out *k" if turned else "out *in")
+
+    @classmethod
+    def encode(cls, update: HiRA) -> Parts:
+        B = as_lazy(update.B)
+        return {
+            "A": (HIRA_PLAIN["A"], as_lazy(update.A)),
+            "B": (HIRA_PLAIN["B"], B.reshape(*B.shape, *[1] * _kernel_of(update))),
+        }
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        from ..spelling import is_embedding  # It imports the families.
+
+        for target, found in updates.items():
+            for update in (update for update in found if isinstance(update, HiRA)):
+                fields = EMBEDDING if is_embedding(target) else HIRA_PLAIN
+                yield {field: (fields[field], leaf) for field, (_, leaf) in cls.encode(update).items()}
+
+    @classmethod
+    def guesses(cls, target: Target) -> bool:
+        from ..spelling import is_embedding  # It imports the families.
+
+        return is_embedding(target) is None
+
+    @classmethod
+    def why_not(cls, target: Target, update: HiRA) -> str:
+        return (
+            "PEFT has no hira on a transposed convolution"
+            if target.layout == "in out *k" and _kernel_of(update)
+            else ""
+        )
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        from ..spelling import is_embedding  # It imports the families.
+
+        paths = cls.of_it(updates)
+        turned = any(t.path in paths and t.layout == "in out *k" and not is_embedding(t) for t in updates)
+        rank = int(next(iter(paths.values())).B.shape[1])
+        return {"r": rank, "rank_pattern": {}, "fan_in_fan_out": turned}
+
+
+def _check_r(file: File, key: Key, A: Lazy) -> None:
+    """Accept the common rank or a pattern's rank, because a second adapter of a model in PEFT uses a pattern."""
+    if file.settings.r not in A.shape[:1]:
+        check_rank(key, A, file.settings.rank(key.path))
+
+
+def _kernel_of(update: HiRA) -> int:
+    return len(update.A.shape) - 2

@@ -1,0 +1,370 @@
+"""Families of mixtures of factors: Lily, Poly and X-LoRA.
+
+Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
+
+Modules with the same shape and the same matching word in `target_modules` share B, and each `stride_A` of them share A.
+A file repeats the shared tensors for each module; after reading, several updates share each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....io.lazy import Lazy, as_lazy
+from ....methods.lily import Lily
+from ....methods.poly import Poly
+from ....methods.xlora import XLoRA
+from ..file import File, Found, Key, make
+from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+
+if TYPE_CHECKING:
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
+    from ..file import Findings
+    from ..settings import Settings
+
+FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
+"""A map from a word in the keys to the update's field."""
+
+
+class LilyFields(Own, frozen=True, kw_only=True):
+    """The sizes, and the number of modules that share A."""
+
+    r: Rank = 32
+    num_B: Rank = 2
+    stride_A: Rank = 1
+    scaling: float = 1.0
+
+
+class LilyFamily(Family):
+    """The family of the peft_type LILY."""
+
+    name = "lily"
+    peft_type = "LILY"
+    method = Lily
+    parts = tuple(FIELDS)
+    own: ClassVar[type[Own]] = LilyFields
+    read: ClassVar[Mapping[str, str]] = {
+        "num_B": "number of factors B, the ones with outputs",
+        "scaling": "the factor on the change",
+        "stride_A": "number of neighbouring modules that share A",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        found = []
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
+            found.append(cls.found(file, keys))
+        yield from _shared(found, file.settings)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        own, tensors = file.settings.own, {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
+        check_rank(keys["lily_A.weight"], tensors["A"], own.r)
+        check_rank(keys["lily_B.weight"], tensors["B"], own.r * own.num_B)
+        tensors["B"] = tensors["B"].reshape(own.num_B, own.r, tensors["B"].shape[1])
+        if tensors["router"].shape != (own.num_B, own.r):
+            why = f"the shape is {list(tensors['router'].shape)}, but the config states [{own.num_B}, {own.r}]"
+            raise ShapeMismatch(
+                why, where=keys["lily_router.weight"].text, cure="The config does not belong to this file"
+            )
+        path = keys["lily_A.weight"].path
+        return Found(
+            path, make("lily", tensors, scaling=own.scaling), {FIELDS[part]: key for part, key in keys.items()}
+        )
+
+    @classmethod
+    def encode(cls, update: Lily) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        held["B"] = held["B"].reshape(-1, held["B"].shape[-1])
+        return {field: (part, held[field]) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"num_B": some.B.shape[0], "r": some.A.shape[0], "scaling": some.scaling}
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        said = {t: (u.scaling, *u.router.shape) for t, found in updates.items() for u in found if isinstance(u, Lily)}
+        for target in minority(said):
+            yield target, "the rank, the scaling or the number of experts of this lily differs from the others"
+
+
+def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
+    """Yield the same updates, but with one tensor object for each shared tensor.
+
+    Raises:
+        Malformed: modules that share a tensor in PEFT have different values; PEFT would load only the last.
+    """
+    groups: dict[Any, list[Found]] = defaultdict(list)
+    for each in found:
+        tensors = each.update.tensors
+        groups[_word(each.path, settings), tensors["A"].shape[1], tensors["B"].shape[2]].append(each)
+    first: dict[Any, Any] = {}
+    for group, members in groups.items():
+        for field, allowed in (("A", math.ceil(len(members) / settings.own.stride_A)), ("B", 1)):
+            several: dict[bytes, Any] = {}
+            for each in members:
+                leaf = as_lazy(each.update.tensors[field])
+                kind = sha256(leaf.fetch()).digest()
+                first[id(leaf)] = several.setdefault(kind, leaf)
+                if len(several) > allowed:
+                    why = f"its {field} differs from its neighbours', but by the config they share it ({group[0]})"
+                    raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
+    yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
+
+
+def _word(path: str, settings: Settings) -> str:
+    """Return the word in the config that matches a module; the last one that matches, as in PEFT."""
+    words = settings.target_modules
+    if isinstance(words, str):
+        return words
+    return next((word for word in reversed(words or ()) if path.endswith(word)), path)
+
+
+# Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and logits.
+
+
+POLY_FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
+"""A map from a word in the keys to the update's field."""
+
+
+class PolyFields(Own, frozen=True, kw_only=True):
+    """The sizes, except those of the module."""
+
+    r: Rank = 8
+    n_tasks: Rank = 1
+    n_skills: Rank = 4
+    n_splits: Rank = 1
+    poly_type: str = "poly"
+
+
+class PolyFamily(Family):
+    """The family of the peft_type POLY."""
+
+    name = "poly"
+    peft_type = "POLY"
+    method = Poly
+    parts = tuple(POLY_FIELDS)
+    own: ClassVar[type[Own]] = PolyFields
+    read: ClassVar[Mapping[str, str]] = {
+        "n_skills": "number of pairs of factors in each split",
+        "n_splits": "number of blocks of channels that are mixed separately",
+        "n_tasks": "number of tasks",
+        "poly_type": "poly, the only known value",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "poly_type": "poly", "task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, POLY_FIELDS)
+        own, some = file.settings.own, keys["poly_lora_A"]
+        if own.poly_type != "poly":
+            why = f"this version does not know the router {own.poly_type[:60]!r}"
+            raise Unsupported(why, where="poly_type", cure="Run the adapter with PEFT")
+        update: Any = make("poly", {POLY_FIELDS[part]: file.tensors[key] for part, key in keys.items()})
+        if (told := _sizes(update)) != (own.r, own.n_tasks, own.n_skills, own.n_splits):
+            why = f"r, tasks, skills and splits are {told} in the tensors, but not in the config"
+            raise ShapeMismatch(why, where=some.text, cure="The config does not belong to this file")
+        return Found(some.path, update, {POLY_FIELDS[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: Poly) -> dict[str, tuple[str, Lazy]]:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in POLY_FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        sizes = _sizes(next(iter(cls.of_it(updates).values())))
+        return dict(zip(("r", "n_tasks", "n_skills", "n_splits"), sizes, strict=True))
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        said = {t: _sizes(u) for t, found in updates.items() for u in found if isinstance(u, Poly)}
+        for target in minority(said):
+            yield target, "the rank or the number of tasks, skills or splits of this poly differs from the others"
+
+
+def _sizes(update: Poly) -> tuple[int, int, int, int]:
+    """Return r, and the numbers of tasks, skills and splits.
+
+    Raises:
+        ShapeMismatch: the tensors contradict each other.
+    """
+    r, tasks, skills, splits = (cast(int, update.dims()[name]) for name in ("r", "tasks", "skills", "splits"))
+    return r, tasks, skills, splits
+
+
+# X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; i also counts activations and dropouts.
+#
+# The experts are separate adapters. The config has their paths, which are kept as text and never opened.
+
+
+LAYERS = "internal_xlora_classifier.layers"
+
+
+class XLoRAFields(Own, frozen=True, kw_only=True):
+    """The fields that determine the meaning of the classifier's tensors."""
+
+    hidden_size: Rank = 4096
+    adapters: dict[str, str] | None = None
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    global_scaling_weight: float = 1.0
+    layerwise_scalings: bool = False
+    scaling_pass_value: float = 0.0
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    xlora_depth: Rank = 1
+    xlora_dropout_p: float = 0.2
+
+
+class XloraFamily(Family):
+    """The family of the peft_type XLORA."""
+
+    name = "xlora"
+    peft_type = "XLORA"
+    method = XLoRA
+    shared = (f"{LAYERS}.*.weight", f"{LAYERS}.*.bias")
+    names_modules = False
+    own: ClassVar[type[Own]] = XLoRAFields
+    read: ClassVar[Mapping[str, str]] = {
+        "adapters": "names of the experts, counted from 0, and their paths, which are not followed",
+        "enable_softmax": "whether the weights are a softmax of the logits",
+        "enable_softmax_topk": "whether a softmax is applied to the nonzero weights",
+        "global_scaling_weight": "factor on the change",
+        "hidden_size": "width of the classifier's input",
+        "layerwise_scalings": "whether each layer has its own logits",
+        "scaling_pass_value": "0; other values use the experts in the first pass, and are refused",
+        "softmax_temperature": "divisor of the logits",
+        "top_k_lora": "number of weights that are kept",
+        "xlora_depth": "number of the classifier's layers",
+        "xlora_dropout_p": "above 0, a layer's number also counts the dropouts before it",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "use_trainable_adapters": "training only",
+        "xlora_size": "width of the classifier; the tensors show it",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"xlora_dropout_p": 0.0, "task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        own = file.settings.own
+        if own.scaling_pass_value:
+            why = "this version does not support experts in the first pass"
+            raise Unsupported(why, where="scaling_pass_value", cure="Run the adapter with PEFT")
+        words = [f"{LAYERS}.{number}" for number in _numbers(own.xlora_depth, own.xlora_dropout_p > 0)]
+        lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
+        if lost:
+            why = "the file lacks a layer of the classifier: some releases mistake its number for an expert's name"
+            raise Malformed(
+                why, where=f"{lost}.weight", cure="Save the model's state dict with the release that trained it"
+            )
+        check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
+        yield cls.found(file, {word: file.shared[f"{word}.weight"] for word in words})
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own, pairs = file.settings.own, [[file.shared[f"{w}.{leaf}"] for leaf in ("weight", "bias")] for w in keys]
+        fields: dict[str, Key] = dict(zip(("last", "last_bias"), pairs[-1], strict=True))
+        tensors: dict[str, Lazy] = {field: file.tensors[key] for field, key in fields.items()}
+        if len(pairs) > 1:
+            fields |= dict(zip(("first", "first_bias"), pairs[0], strict=True))
+            tensors |= {field: file.tensors[fields[field]] for field in ("first", "first_bias")}
+        for field, column in (("inner", 0), ("inner_bias", 1)) if len(pairs) > 2 else ():
+            own_keys = [pair[column] for pair in pairs[1:-1]]
+            tensors[field] = _stacked([file.tensors[key] for key in own_keys], own_keys)
+            fields |= {f"{field}.{i}": key for i, key in enumerate(own_keys)}
+        _check_sizes(own, tensors, pairs)
+        update = make("xlora", tensors).replace(
+            enable_softmax=own.enable_softmax, enable_softmax_topk=own.enable_softmax_topk, top_k=own.top_k_lora or 0,
+            softmax_temperature=float(own.softmax_temperature), scaling=float(own.global_scaling_weight),
+        )  # fmt: skip
+        return Found("", update, fields)
+
+    @classmethod
+    def encode(cls, update: XLoRA) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        depth = 1 if update.first is None else 2 if update.inner is None else 2 + update.inner.shape[0]
+        words = [f"{LAYERS}.{number}" for number in _numbers(depth, dropout=False)]
+        coded = {"last": (f"{words[-1]}.weight", held["last"]), "last_bias": (f"{words[-1]}.bias", held["last_bias"])}
+        if depth > 1:
+            coded["first"] = f"{words[0]}.weight", held["first"]
+            coded["first_bias"] = f"{words[0]}.bias", held["first_bias"]
+        for i, word in enumerate(words[1:-1]):
+            for field, leaf in (("inner", "weight"), ("inner_bias", "bias")):
+                coded[f"{field}.{i}"] = f"{word}.{leaf}", _slice(held[field], i)
+        return coded
+
+    @classmethod
+    def why_not(cls, target: Target, update: XLoRA) -> str:
+        if update.A is not None:
+            return "this xlora stores its experts, but PEFT has them in separate folders"
+        return "" if not target.path else "PEFT has xlora only for a whole model"
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        (update,) = cls.of_it(updates).values()
+        reads = update.last if update.first is None else update.first
+        return {
+            "enable_softmax": update.enable_softmax,
+            "enable_softmax_topk": update.enable_softmax_topk,
+            "global_scaling_weight": update.scaling,
+            "hidden_size": int(reads.shape[1]),
+            "softmax_temperature": update.softmax_temperature,
+            "top_k_lora": update.top_k or None,
+            "xlora_depth": 1 if update.first is None else 2 + (0 if update.inner is None else update.inner.shape[0]),
+            "xlora_size": int(update.last.shape[1]),
+        }
+
+
+def _numbers(depth: int, dropout: bool) -> list[int]:
+    """Return the numbers of the classifier's layers: an activation, maybe a dropout follow all but the last."""
+    return [position * (3 if dropout else 2) for position in range(depth)]
+
+
+def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
+    reads = tensors.get("first", tensors["last"])
+    if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
+        why = f"the shape is {list(reads.shape)}, but the config states {own.hidden_size} inputs"
+        raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config does not belong to this file")
+    last = tensors["last"]
+    if len(last.shape) != 2:
+        raise ShapeMismatch(
+            f"the shape {list(last.shape)} is not that of a matrix",
+            where=pairs[-1][0].text,
+            cure="Save it again with PEFT",
+        )
+    experts, logits = len(own.adapters or ()), last.shape[0]
+    if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):
+        why = f"the file has {logits} logits, but the config has {experts} experts"
+        raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config does not belong to this file")
+
+
+def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
+    first = tensors[0]
+    for tensor, key in zip(tensors, keys, strict=True):
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            why = f"the shape {list(tensor.shape)} differs from {list(first.shape)}, or the dtypes differ"
+            raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
+    return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
+
+
+def _slice(stack: Lazy, position: int) -> Lazy:
+    return stack.map(lambda values: values[position], stack.shape[1:])

@@ -1,0 +1,393 @@
+"""Families of rotations: OFT, BOFT and PSOFT.
+
+OFT: `oft_R.weight` [blocks, b * (b - 1) / 2]; `oft_embedding_R.weight` rotates an embedding's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import msgspec
+
+from ....errors import Malformed, ShapeMismatch
+from ....io.lazy import as_lazy
+from ....linalg.rotations import block_size
+from ....methods.boft import BOFT
+from ....methods.oft import OFT
+from ....methods.oft_patches import OFTPatches
+from ....methods.psoft import PSOFT
+from ..._format import Departure
+from ..convolutions import on_patches, turns_patches
+from ..file import File, Found, Key, make
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
+
+PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
+
+
+class OFTFields(Own, frozen=True, kw_only=True):
+    """The sizes of blocks, the terms of the series, and the limit on the rotation."""
+
+    r: int = 0
+    oft_block_size: int = 32
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    peft_version: str | None = None
+
+
+class OftFamily(Family):
+    """The family of the peft_type OFT."""
+
+    name = "oft"
+    peft_type = "OFT"
+    method = OFT
+    others = (OFTPatches,)
+    parts = (PLAIN, EMBEDDING)
+    own: ClassVar[type[Own]] = OFTFields
+    empty = True
+    departures: ClassVar[Mapping[str, Departure]] = {
+        "oft_series_before_0_18": Departure(
+            "in files from before PEFT 0.18, the last term of use_cayley_neumann's series counts twice, as others do",
+            "the last term counts once, as newer PEFT releases compute such files",
+        ),
+        "oft_of_overlapping_patches": Departure(
+            "oft_patches on a convolution with a kernel, which only the base or the live layer shows: the input's "
+            "patches are rotated and added up, so no change of the weight is equivalent",
+            "oft: the weight is rotated, as PEFT merges it",
+            on_patches,
+        ),
+    }
+    read: ClassVar[Mapping[str, str]] = {
+        "block_share": "whether all blocks are the same",
+        "coft": "whether each block's Q is limited by eps",
+        "eps": "the limit of coft for all blocks together",
+        "num_cayley_neumann_terms": "number of terms of the series",
+        "oft_block_size": "size of blocks, rounded to the nearest divisor of the layer's width; 0 if r states it",
+        "use_cayley_neumann": "whether to use the first terms of a series, whose last term changed in 0.18",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none", "block_share": False, "coft": False, "init_weights": True, "module_dropout": 0.0,
+        "peft_version": "0.18.0", "use_cayley_neumann": False,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        part = EMBEDDING if EMBEDDING in keys else PLAIN
+        check_parts(keys, (part,))
+        key, own = keys[part], file.settings.own
+        _check(own, key, file.tensors[key])
+        terms = max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0
+        side = "out" if part == EMBEDDING else "in"
+        leaves: Any = {"pairs": file.tensors[key]}
+        doubled = terms > 0 and _before_018(own.peft_version) and not file.by_formula
+        if part == PLAIN and not file.by_formula and _of_patches(file, key):
+            turned = OFTPatches(**leaves, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
+            return Found(key.path, turned, {"pairs": key})
+        update = OFT(**leaves, side=side, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
+        return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
+
+    @classmethod
+    def encode(cls, update: OFT | OFTPatches) -> Parts:
+        part = EMBEDDING if isinstance(update, OFT) and update.side == "out" else PLAIN
+        return {field: (part, as_lazy(leaf)) for field, leaf in update.tensors.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: OFT | OFTPatches) -> str:
+        if isinstance(update, OFTPatches):
+            return super().why_not(target, update)
+        if update.pairs is None or update.rescale is not None or update.constraint:
+            return "this oft has LyCORIS's form, which PEFT lacks"
+        if update.doubled and not update.terms:
+            return "this oft doubles a term, but has no series"
+        stored = "in out *k" if update.side == "out" else "out *in"
+        return (
+            ""
+            if target.layout == stored
+            else "PEFT has oft only on the inputs of a layer or the outputs of an embedding"
+        )
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        for target, found in updates.items() if base is None else ():
+            if any(isinstance(update, OFTPatches) for update in found):
+                yield (
+                    target,
+                    "only the base shows that oft_patches adapts a convolution; give the base with --base (base=)",
+                )
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        found = list(cls.of_it(updates).values())
+        some, shapes = found[0], [tuple(map(int, update.pairs.shape)) for update in found]
+        return {
+            **_blocks([(n, block_size(pairs)) for n, pairs in shapes]),
+            "coft": some.coft,
+            "eps": float(some.eps),
+            "use_cayley_neumann": some.terms > 0,
+            "num_cayley_neumann_terms": some.terms or 5,
+        }
+
+
+def _of_patches(file: File, key: Key) -> bool:
+    """Whether the module is a convolution with a kernel, as far as the base shows it."""
+    if key.path in file.known:
+        return isinstance(file.known[key.path], OFTPatches)
+    shape = file.base_shape(f"{key.path}.weight")
+    return shape is not None and turns_patches(tuple(shape))
+
+
+def _check(own: OFTFields, key: Key, tensor: Lazy) -> None:
+    if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
+        raise Malformed("exactly one of r and oft_block_size must be 0", where="oft_block_size", cure=_AGAIN)
+    n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
+    width = n * size
+    shared = n == 1 and own.block_share
+    if not width or (own.block_share and n > 1) or not (shared or (n, size) == _expected(own, width)):
+        why = f"the shape {list(tensor.shape)} contradicts r, oft_block_size or block_share"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
+
+
+def _before_018(version: str | None) -> bool:
+    numbers = (version or "0").split("@")[0].split(".")[:2]
+    return [int(number) if number.isdigit() else 0 for number in numbers] < [0, 18]
+
+
+def _expected(own: OFTFields, width: int) -> tuple[int, int]:
+    """Return the number and the size of the blocks that PEFT creates for a width."""
+    divisor = nearest_divisor(width, own.oft_block_size or own.r)
+    return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
+
+
+def nearest_divisor(width: int, wanted: int) -> int:
+    """Return the divisor of a width that is nearest to a number; if two are equally near, the smaller one."""
+    if wanted >= width:
+        return width
+    steps = range(wanted)
+    return next(n for step in steps for n in (wanted - step, wanted + step) if width % n == 0)
+
+
+def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
+    """Return the config fields for layers with these numbers and sizes of blocks."""
+    if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
+        return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
+    size, number = _fitting(found, 1), _fitting(found, 0)
+    if size is None and number is not None:
+        return {"block_share": False, "r": number, "oft_block_size": 0}
+    return {"block_share": False, "r": 0, "oft_block_size": size or max(size for _, size in found)}
+
+
+def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
+    """Return one number or size of blocks that PEFT rounds to each layer's own value; None if there is none."""
+    tried = sorted({each[which] for each in found}, reverse=True)
+    widths = [(n * size, (n, size)[which]) for n, size in found]
+    return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
+
+
+_AGAIN = "Save the adapter again with PEFT"
+
+
+# BOFT: `boft_R` [factors, blocks, b, b], and `boft_s` [out, 1], or [1, out] for a convolution.
+
+
+class BOFTFields(Own, frozen=True, kw_only=True):
+    """The sizes and numbers of blocks and factors."""
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+
+
+class BoftFamily(Family):
+    """The family of the peft_type BOFT."""
+
+    name = "boft"
+    peft_type = "BOFT"
+    method = BOFT
+    parts = ("boft_R", "boft_s")
+    own: ClassVar[type[Own]] = BOFTFields
+    read: ClassVar[Mapping[str, str]] = {
+        "boft_block_num": "number of blocks; 0 if boft_block_size states it",
+        "boft_block_size": "size of blocks; 0 if boft_block_num states it",
+        "boft_n_butterfly_factor": "number of factors; one if PEFT ran without its CUDA extension",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"boft_dropout": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none", "boft_block_num": 0, "boft_block_size": 0, "boft_dropout": 0.0, "init_weights": True,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, cls.parts)
+        R, s, own = file.tensors[keys["boft_R"]], file.tensors[keys["boft_s"]], file.settings.own
+        _check_boft(own, keys["boft_R"], R)
+        if len(s.shape) != 2 or 1 not in s.shape:
+            raise ShapeMismatch(
+                f"the shape {list(s.shape)} is not that of a scale of outputs", where=keys["boft_s"].text, cure=_OTHER
+            )
+        update = make("boft", {"R": R, "s": s.reshape(-1)})
+        return Found(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
+
+    @classmethod
+    def encode(cls, update: BOFT) -> Parts:
+        return {"R": ("boft_R", as_lazy(update.R)), "s": ("boft_s", as_lazy(update.s).reshape(-1, 1))}
+
+    @classmethod
+    def encode_at(cls, update: BOFT, shape: tuple[int, ...] | None) -> Parts:
+        turned = {"s": ("boft_s", as_lazy(update.s).reshape(1, -1))} if shape is not None and len(shape) > 2 else {}
+        return cls.encode(update) | turned
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        shapes = [tuple(map(int, update.R.shape)) for update in cls.of_it(updates).values()]
+        factors, blocks, sizes = ({shape[axis] for shape in shapes} for axis in (0, 1, 2))
+        by_size = len(sizes) == 1
+        return {
+            "boft_block_size": sizes.pop() if by_size else 0,
+            "boft_block_num": 0 if by_size else max(blocks),
+            "boft_n_butterfly_factor": factors.pop() if len(factors) == 1 else 0,
+        }
+
+
+def _check_boft(own: BOFTFields, key: Key, R: Lazy) -> None:
+    if (own.boft_block_size > 0) == (own.boft_block_num > 0):
+        why = "exactly one of boft_block_size and boft_block_num must be 0"
+        raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")
+    factors, blocks, size = R.shape[:3] if len(R.shape) == 4 else (0, 0, 0)
+    fits = size == own.boft_block_size if own.boft_block_size else blocks == own.boft_block_num
+    if not fits or not own.boft_n_butterfly_factor or factors not in (1, own.boft_n_butterfly_factor):
+        why = f"the shape {list(R.shape)} contradicts boft_block_size, boft_block_num or boft_n_butterfly_factor"
+        raise ShapeMismatch(why, where=key.text, cure=_OTHER)
+
+
+_OTHER = "The config does not belong to this file"
+
+
+# PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] for a rotation, or [r, r]; `psoft_R.vector_a` and `vector_b` [r].
+
+
+WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
+
+
+class PSOFTFields(Own, frozen=True, kw_only=True):
+    """The rank, the form of R, and how A and B are computed from the base."""
+
+    r: int = 32
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: Annotated[int, msgspec.Meta(ge=0, le=999)] = 10
+    random_seed: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] = 0
+    psoft_orth: bool = True
+    psoft_mag_a: bool = True
+    psoft_mag_b: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
+    cayley_neumann_eps: float | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the parts of the module's keys."""
+        return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
+
+
+class PsoftFamily(Family):
+    """The family of the peft_type PSOFT."""
+
+    name = "psoft"
+    peft_type = "PSOFT"
+    method = PSOFT
+    parts = (WEIGHT, VECTOR_A, VECTOR_B)
+    own: ClassVar[type[Own]] = PSOFTFields
+    empty = True
+    read: ClassVar[Mapping[str, str]] = {
+        "ab_svd_init": "psoft_init: B gets the singular values; pissa_init: both factors get their square roots",
+        "cayley_neumann_eps": "the limit on Q's norm with use_cayley_neumann",
+        "num_cayley_neumann_terms": "number of terms of the series",
+        "psoft_mag_a": "whether there is a vector_a",
+        "psoft_mag_b": "whether there is a vector_b",
+        "psoft_orth": "whether R is a rotation; otherwise R is any matrix",
+        "psoft_svd": "lowrank: torch.svd_lowrank on the CPU computes A and B",
+        "psoft_svd_lowrank_niter": "lowrank: the argument niter",
+        "random_seed": "lowrank: the seed of the random numbers",
+        "use_cayley_neumann": "whether to use the first terms of a series instead of the exact transform",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "psoft_alpha": "no effect: B is divided by the factor that it sets",
+        "psoft_dropout": "training only",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "ab_svd_init": "psoft_init", "fan_in_fan_out": False, "init_weights": True, "psoft_dropout": 0.0,
+        "psoft_mag_a": True, "psoft_mag_b": True, "psoft_orth": True, "psoft_svd": "full",
+        "use_cayley_neumann": False,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        check_parts(keys, own.parts)
+        fields: dict[str, str] = {WEIGHT: "pairs" if own.psoft_orth else "R", VECTOR_A: "a", VECTOR_B: "b"}
+        _check_psoft(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
+        found = {fields[part]: key for part, key in keys.items()}
+        series = own.psoft_orth and own.use_cayley_neumann
+        leaves: Any = {field: file.tensors[key] for field, key in found.items()}
+        terms = max(own.num_cayley_neumann_terms, 1) if series else 0
+        eps = own.cayley_neumann_eps or 0.0 if series else 0.0
+        sketched = own.psoft_svd == "lowrank"
+        update = PSOFT(
+            **leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps,
+            steps=own.psoft_svd_lowrank_niter + 1 if sketched else 0, seed=own.random_seed if sketched else 0,
+        )  # fmt: skip
+        return Found(keys[WEIGHT].path, update, found)
+
+    @classmethod
+    def encode(cls, update: PSOFT) -> Parts:
+        parts = {"pairs": WEIGHT, "R": WEIGHT, "a": VECTOR_A, "b": VECTOR_B}
+        return {field: (parts[field], as_lazy(leaf)) for field, leaf in update.tensors.items() if field in parts}
+
+    @classmethod
+    def why_not(cls, target: Target, update: PSOFT) -> str:
+        if update.A is not None:
+            return (
+                "this psoft stores A and B, but PEFT computes them from the base, with signs that depend on the machine"
+            )
+        if update.seed and not update.steps:
+            return "this psoft has a seed, but an exact decomposition"
+        if update.eps and not update.terms:
+            return "this psoft has a limit on Q, but an exact transform"
+        return super().why_not(target, update)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
+        some = next(iter(cls.of_it(updates).values()))
+        rank = int(some.R.shape[0]) if some.pairs is None else block_size(int(some.pairs.shape[0]))
+        return {
+            "r": rank,
+            "ab_svd_init": "pissa_init" if some.symmetric else "psoft_init",
+            "psoft_svd": "lowrank" if some.steps else "full",
+            **({"psoft_svd_lowrank_niter": some.steps - 1, "random_seed": some.seed} if some.steps else {}),
+            "psoft_orth": some.R is None,
+            "psoft_mag_a": some.a is not None,
+            "psoft_mag_b": some.b is not None,
+            "use_cayley_neumann": some.terms > 0,
+            "num_cayley_neumann_terms": some.terms or 5,
+            "cayley_neumann_eps": float(some.eps) or None,
+        }
+
+
+def _check_psoft(own: PSOFTFields, key: Key, weight: Lazy) -> None:
+    wanted = (own.r * (own.r - 1) // 2,) if own.psoft_orth else (own.r, own.r)
+    if weight.shape != wanted:
+        why = f"the shape is {list(weight.shape)}, but the config states rank {own.r}"
+        raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
