@@ -37,7 +37,7 @@ def locked(stage: Path) -> Iterator[None]:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in such a block for the same folder, which need not exist."""
+    """Lock a folder for the block, and wait while another process on this machine has it. The folder need not exist."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
         _held(lock, wait=True)

@@ -1,8 +1,8 @@
-"""Write to a hub from many machines: each puts whole weight files there, and one process makes them visible at the end.
+"""Write to a hub from many machines: each uploads whole weight files, and one process makes them visible at the end.
 
-The process that makes the output visible never has the weights. It builds the output in a local folder in which the
-weight files are sketches: their real headers, and nothing after them. Notes beside the folder say what the hub answered
-for each file, so that the same command continues after the process was killed.
+The process that makes the output visible never has the weights. It builds the output in a local folder in which each
+weight file is a sketch: a sparse file with the real header. Notes next to the folder record the hub's answer for each
+uploaded file, so that the same command resumes after the process was killed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SKETCHED = (".safetensors", ".gguf")
 
 
 class Placing:
-    """An output whose weight files are put at a hub one at a time.
+    """An output whose weight files are uploaded to a hub one at a time.
 
     Attributes:
-        path: the local folder of everything else.
-        uri: the uri to put files at.
+        path: the local folder with the sketches and all other files.
+        uri: the uri to upload weight files to.
     """
 
     def __init__(self, remote: Remote, folder: Path, overwrite: bool) -> None:
@@ -41,39 +41,39 @@ class Placing:
         self.notes = folder / "placed"
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the place for weight files of these names, which tasks will then put there.
+        """Claim the target for weight files with these names, before tasks upload them.
 
         Raises:
-            StorageError: files are there already, and `overwrite` is not set.
+            StorageError: the hub already has files there, and `overwrite` is not set.
             NetworkError: access is denied, or the hub is not reachable.
         """
         there = self.remote.there() or {}
         met = sorted(there if self.remote.whole else {self._inside(name) for name in names} & there.keys())
         if met and not self.overwrite:
-            # Refuse now, not after the comparison at the end: tasks replace files on hubs that have no commits.
+            # Refuse now: on hubs without commits, tasks replace existing files before the comparison at the end.
             shown = ", ".join(met[:5]) + (", ..." if len(met) > 5 else "")
             cure = "Write to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
             raise StorageError(f"the hub already has these files: {shown}", path=self.uri, cure=cure)
         self.remote.begin()
 
     def took(self, name: str, placed: object) -> None:
-        """Note that a weight file is at the hub."""
+        """Record that a weight file was uploaded."""
         assert isinstance(placed, Placed)
         self._note(name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self._note(name), json.dumps(asdict(placed)).encode())
 
     def holds(self, name: str) -> bool:
-        """Whether a weight file was put at the hub, and is still there."""
+        """Whether a weight file was uploaded and is still at the hub."""
         placed = self._placed(name)
         return placed is not None and self.remote.holds(placed)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Forget weight files, which will be put again."""
+        """Remove the records of weight files that will be uploaded again."""
         for name in names:
             self._note(name).unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Remove a finished output that the hub no longer has, so that it is made again."""
+        """Remove a finished local output if the hub no longer has its files, so that the merge runs again."""
         if self.path.exists() and not all(self.holds(name) for name in self._sketches()):
             shutil.rmtree(self.path)
 
@@ -81,7 +81,7 @@ class Placing:
         """Make the output visible; return whether anything changed at the hub.
 
         Raises:
-            Corrupt: the hub no longer has a file that was put there.
+            Corrupt: the hub no longer has an uploaded file.
             AdapterkitError: as for `push`.
         """
         found = {name: self._placed(name) for name in self._sketches()}
@@ -113,9 +113,9 @@ class Placing:
 
 @contextmanager
 def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None) -> Iterator[Placing]:
-    """Yield an output whose weight files are put at a hub one at a time; make it visible when the block ends.
+    """Yield an output whose weight files are uploaded one at a time; make it visible when the block ends.
 
-    The local folder stays, without the weights, so that the same command recognises its finished output.
+    The local folder with the sketches is kept, so that the same command recognises its finished output.
 
     Args:
         name: the uri.
@@ -128,7 +128,7 @@ def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] 
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # Look at the target now, so that a refusal comes before the work, not after hours of it.
+    # Look at the target now, so that an error appears before hours of work.
     _ = remote.there()
     folder = cache_folder() / "placing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     place = Placing(remote, folder, overwrite)

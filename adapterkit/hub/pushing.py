@@ -147,16 +147,16 @@ def push(
 
 
 def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
-    """Push an output whose weight files are at the hub already; the files of `folder` with their names are sketches.
+    """Push an output whose weight files were uploaded before; in `folder`, these files are sketches.
 
     Args:
-        folder: the output; sketches have real headers, for the card.
-        placed: the weight files by their names in the folder.
-        remote: the remote that began the push, which remembers its claim.
+        folder: the output; the model card is made from the headers of the sketches.
+        placed: the uploaded weight files, by their names in the folder.
+        remote: the same object that began the push: it remembers the claim.
         overwrite: replace existing files of other content.
 
     Raises:
-        AdapterkitError: as for `push`; Corrupt if the hub no longer has a placed file.
+        AdapterkitError: as for `push`; Corrupt if the hub no longer has an uploaded file.
     """
     there = remote.there()
     card = card_there(remote, there)

@@ -1,7 +1,8 @@
-"""Read a base on a hub by ranges: sparse files in a scratch folder, whose bytes are downloaded when they are needed.
+"""Read a base on a hub by ranges: sparse files in a scratch folder, whose bytes are downloaded when needed.
 
-A task of a cluster needs a few weight files of hundreds, or parts of them. A file that is needed almost whole is
-downloaded whole and verified by its digest. Ranges of a file cannot be verified, because hubs list no digests of them.
+A task of a cluster needs only a few of hundreds of weight files, or parts of files. If a task needs almost all of a
+file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs list no digests
+of ranges.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from .remote import Remote, RemoteFile
 from .transfer import fetch, read_range
 
 WHOLE = 0.9
-"""Least part of a file that is worth the whole file, which can be verified."""
+"""From this share of its bytes on, a file is downloaded whole, because whole files can be verified."""
 
 AHEAD = 8 << 20
-"""Number of bytes of one request: packed weights are read in small pieces, one after another."""
+"""Bytes per request. A reader of packed weights asks for many small consecutive pieces; one request covers many."""
 
 Run = tuple[int, int]
 """The first byte of a range, and the byte after its last one."""
 
 
 def pinned(name: str) -> str:
-    """Return a uri with its present commit, so that other machines read the same.
+    """Return a uri with its current commit, so that other machines read the same files.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -44,13 +45,13 @@ def pinned(name: str) -> str:
 
 
 class RangedFile:
-    """One weight file: a sparse local file, and the ranges of it that are downloaded.
+    """One weight file: a sparse local file and the ranges that it already holds.
 
     Args:
         remote: the repository.
         file: the remote file.
         path: the sparse file.
-        start: its first bytes, which are in the sparse file already: the header.
+        start: the first bytes of the file, including the whole header; the sparse file already has them.
     """
 
     def __init__(self, remote: Remote, file: RemoteFile, path: Path, start: bytes) -> None:
@@ -60,7 +61,7 @@ class RangedFile:
         self.lock, self.stamp = threading.Lock(), os.stat(path).st_mtime_ns
 
     def read(self, span: Span) -> bytearray:
-        """Return the bytes of a span; download what is missing, and some bytes after it."""
+        """Return the bytes of a span; if some are missing, download them and some bytes after the span."""
         begin, end = span.offset, span.offset + span.nbytes
         with self.lock:
             if missing := gaps(self.held, [(begin, end)]):
@@ -74,7 +75,7 @@ class RangedFile:
         return data
 
     def bring(self, wanted: list[Run]) -> None:
-        """Download ranges, or the whole file if they are almost all of it."""
+        """Download ranges, or the whole file if the ranges cover almost all of it."""
         with self.lock:
             missing = gaps(self.held, wanted)
             if sum(end - begin for begin, end in missing) >= WHOLE * (self.file.size - len(self.header)):
@@ -83,7 +84,7 @@ class RangedFile:
                 self._download(missing)
 
     def drop(self) -> None:
-        """Free the disk space of all bytes but the header."""
+        """Free the disk space of all bytes except the header."""
         with self.lock:
             os.truncate(self.path, len(self.header))
             os.truncate(self.path, self.file.size)
@@ -121,12 +122,12 @@ class RangedFile:
         self._keep_time()
 
     def _keep_time(self) -> None:
-        # Keep the time that `outline` made of the digest: a plan identifies its inputs by size and time.
+        # Restore the time that `outline` derived from the digest: a plan identifies its inputs by size and time.
         os.utime(self.path, ns=(self.stamp, self.stamp))
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:
-    """Return ranges in order, with those that touch or overlap made one."""
+    """Return ranges in order, with adjacent and overlapping ranges joined."""
     result: list[Run] = []
     for begin, end in sorted(runs):
         if result and begin <= result[-1][1]:

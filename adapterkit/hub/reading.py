@@ -63,7 +63,7 @@ def fetched(name: str) -> Path:
     inside = PurePosixPath(uri.path).name
     # Check for the origin file only: `bring` renames the complete folder into place, so all other files exist too.
     if not (folder / NOTE).is_file():
-        # Take turns: tasks of a cluster that start on one machine at the same time need the same adapter.
+        # Take turns, because tasks of a cluster that start together on one machine need the same adapter.
         with _turn(folder):
             if not (folder / NOTE).is_file():
                 remote = remote_of(uri)
@@ -168,7 +168,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
     def read(span: Span) -> bytearray:
         end = span.offset + span.nbytes
-        if end <= length:  # The header of a file that is copied unchanged.
+        if end <= length:  # the header of a file that is copied unchanged
             return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 

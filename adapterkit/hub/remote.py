@@ -24,12 +24,12 @@ Digests = tuple[int, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A file whose bytes are at the hub already, but in no commit yet; see `Remote.place`.
+    """An uploaded file that is not in a commit yet; see `Remote.place`.
 
     Attributes:
         path: the path inside the repository.
         digests: the digests of the bytes.
-        mark: what the hub said about the stored bytes, such as an ETag; empty if it addresses bytes by their digest.
+        mark: the hub's identifier of the stored bytes, such as an ETag; empty if the hub addresses bytes by digest.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Placed:
 
 
 Content = Path | bytes | Placed
-"""The content of one pushed file: a local path, the bytes, or bytes that are at the hub already."""
+"""The content of one pushed file: a local path, the bytes, or an uploaded file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,19 +210,19 @@ class Remote(ABC):
         raise AssertionError("a hub that accepts pushes overrides this method")
 
     def begin(self) -> None:
-        """Prepare for `place`: claim the place or create the repository, so that a missing permission shows up now.
+        """Prepare for `place`: claim the target or create the repository, so that a missing permission is an error now.
 
         Raises:
-            NetworkError: access is denied, somebody else pushes, or the hub is not reachable.
-            Unsupported: files cannot be placed one at a time on this kind of hub.
+            NetworkError: access is denied, another push is running, or the hub is not reachable.
+            Unsupported: this kind of hub cannot take files one at a time.
         """
         self.check_writable()
         if type(self).place is Remote.place:
-            why = f"files cannot be put at {self.uri.scheme}:// one at a time"
+            why = f"files cannot be uploaded to {self.uri.scheme}:// one at a time"
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
     def place(self, path: str, file: Path, found: Digests) -> Placed:
-        """Upload one file that a later `send` of another process makes visible, as a `Placed`.
+        """Upload one file; a later `send` with the returned `Placed`, also from another process, makes it visible.
 
         Args:
             path: the path inside the repository.
@@ -233,11 +233,11 @@ class Remote(ABC):
             NetworkError: access is denied, or the hub is not reachable.
             Corrupt: the hub received other bytes.
         """
-        raise AssertionError("a hub on which files are placed overrides this method")
+        raise AssertionError("hubs that support `place` override this method")
 
     def holds(self, placed: Placed) -> bool:
-        """Whether the hub still has the bytes that were placed."""
-        raise AssertionError("a hub on which files are placed overrides this method")
+        """Whether the hub still has the bytes of an uploaded file."""
+        raise AssertionError("hubs that support `place` override this method")
 
     def kept(self) -> str:
         """Return the commit if nothing had to be pushed; create the branch if it is missing."""
@@ -254,9 +254,9 @@ def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 
 def lost(place: str, name: str) -> Corrupt:
-    """Return the error for placed bytes that the hub no longer has."""
-    why = "the hub no longer has the bytes that a task put there"
-    cure = "Somebody else writes there: choose another place, or run the same command again, which writes them again"
+    """Return the error for an uploaded file that the hub no longer has."""
+    why = "the hub no longer has a file that a task uploaded"
+    cure = "Another program writes there: choose another output, or run the same command again to upload the file again"
     return Corrupt(why, path=place, where=name, cure=cure)
 
 

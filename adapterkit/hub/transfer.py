@@ -39,7 +39,7 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """Return the digests of a local file, of bytes that are pushed as a file, or of bytes at the hub."""
+    """Return the digests of a local file, of bytes that are pushed as a file, or of an uploaded file."""
     if isinstance(content, Placed):
         return content.digests
     if isinstance(content, Path):

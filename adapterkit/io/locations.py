@@ -215,7 +215,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[RangedBase]:
-    """Yield a base on a hub of which only the bytes that are used are downloaded, into a scratch folder.
+    """Yield a base on a hub; only the bytes that are used are downloaded, into a scratch folder.
 
     Args:
         name: the uri.
@@ -231,7 +231,7 @@ def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Ran
 
 @contextmanager
 def _shown_as(text: str, path: Path) -> Iterator[None]:
-    """Show a uri in the errors of the block instead of a temporary path."""
+    """In errors of the block, replace a temporary path with the uri."""
     try:
         yield
     except AdapterkitError as error:
@@ -284,7 +284,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[
 
 
 def pinned(name: str | os.PathLike[str]) -> str:
-    """Return a uri of the same thing that always means its present state, for other machines.
+    """Return a uri with its current commit, so that other machines read the same files.
 
     Raises:
         AdapterkitError: as for `located`.
@@ -295,7 +295,7 @@ def pinned(name: str | os.PathLike[str]) -> str:
 def placing(
     name: str | os.PathLike[str], *, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
 ) -> AbstractContextManager[PlacedOutput]:
-    """Return a context with an output on a hub whose weight files the tasks of a cluster put there; see `hub.placing`.
+    """Return a context with an output on a hub to which the tasks of a cluster upload weight files; see `hub.placing`.
 
     Raises:
         AdapterkitError: as for `outgoing`.

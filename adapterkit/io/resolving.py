@@ -33,7 +33,7 @@ class StreamedBase(Protocol):
 
 
 class RangedBase(Protocol):
-    """A base on a hub of which only the bytes that are used are downloaded."""
+    """A base on a hub; only the bytes that are used are downloaded."""
 
     @property
     def path(self) -> Path:
@@ -53,30 +53,30 @@ class RangedBase(Protocol):
 
 
 class PlacedOutput(Protocol):
-    """An output on a hub whose weight files are put there by other processes, one at a time."""
+    """An output on a hub to which other processes upload the weight files, one at a time."""
 
     @property
     def path(self) -> Path:
-        """The local path of everything else; weight files in it are sparse."""
+        """The local output; its weight files are sparse."""
         ...
 
     @property
     def uri(self) -> str:
-        """The uri to put files at."""
+        """The uri to upload weight files to."""
         ...
 
     def begin(self, names: Iterable[str]) -> None:
-        """Claim the place for files of these names."""
+        """Claim the target for files with these names."""
 
     def took(self, name: str, placed: object) -> None:
-        """Remember that a file is at the hub."""
+        """Record that a file was uploaded."""
 
     def holds(self, name: str) -> bool:
-        """Whether a file was put at the hub, and is still there."""
+        """Whether a file was uploaded and is still at the hub."""
         ...
 
     def forget(self, names: Iterable[str]) -> None:
-        """Forget files that are to be put again."""
+        """Remove the records of files that will be uploaded again."""
 
 
 class Hub(Protocol):
@@ -108,21 +108,21 @@ class Hub(Protocol):
         ...
 
     def pinned(self, name: str) -> str:
-        """Return a uri of the same thing that always means its present state."""
+        """Return a uri with its current commit."""
         ...
 
     def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
-        """Return a context with a base of which only the bytes that are used are downloaded."""
+        """Return a context with a base; only the bytes that are used are downloaded."""
         ...
 
     def placing(
         self, name: str, overwrite: bool = False, unchanged: Callable[[], object] = ...
     ) -> AbstractContextManager[PlacedOutput]:
-        """Return a context with an output whose weight files other processes put at a hub."""
+        """Return a context with an output on a hub to which other processes upload the weight files."""
         ...
 
     def put(self, uri: str, name: str, file: Path) -> object:
-        """Upload one file of a `PlacedOutput`; return what `took` takes."""
+        """Upload one file of a `PlacedOutput`; return the value to pass to `took`."""
         ...
 
     def scratch(self) -> AbstractContextManager[Path]:

@@ -128,9 +128,9 @@ def merge(
             which take files in turn. The device code was tested with torch's CPU device only, not on a GPU.
         dtype: cast all floating tensors to this dtype; the base's own dtypes if not given.
         shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
-        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster. Its tasks read
-            inputs on hubs, and put weight files to an `out` on a hub, from their own nodes and with the credentials
-            there; all nodes must see paths under the same names.
+        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster. A task reads
+            inputs on hubs, and uploads its file if `out` is on a hub, from its node and with the node's credentials.
+            All nodes must see local inputs and outputs under the same paths.
         address: the address of the Ray cluster. If not given, the cluster that this process is connected to, or a
             new local one.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
@@ -208,7 +208,7 @@ def _merged(
     onto: Base | None, stream: bool, tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
     chosen: MergeOptions, place: PlacedOutput | None = None,
 ) -> Report:  # fmt: skip
-    """Merge into a local folder; with a `place`, tasks of a cluster put the weight files there instead."""
+    """Merge into a local folder; with a `place`, tasks of a cluster upload the weight files instead."""
     with ExitStack() as stack:
         checkpoint, shards, uri = stack.enter_context(_opened_base(base, target, stream, engine))
         if engine == "ray" and onto is not None and not isinstance(onto, Checkpoint) and is_remote(onto):
@@ -376,7 +376,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
         raise UsageError("an address is given, but no cluster is used", cure="Choose --engine ray (engine=)")
     if stream and engine == "ray":
         raise UsageError(
-            "the tasks of a cluster read a base on a hub themselves, without --stream",
+            "--stream does not work with --engine ray, whose tasks download only the parts of a base that they need",
             cure="Omit --stream (stream=), or choose --engine local (engine=)",
         )
 
@@ -385,7 +385,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 def _opened_base(
     base: Base, out: Path, stream: bool, engine: str
 ) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
-    """Yield the open base; the downloader of its files if it is streamed; its uri if the tasks of a cluster read it."""
+    """Yield the open base; if it is streamed, the downloader of its files; if tasks of a cluster read it, its uri."""
     if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
         with ranged(base, whole=True) as found:
             yield opened(found.path), None, found.uri

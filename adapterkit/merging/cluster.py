@@ -4,7 +4,7 @@ A task receives only names and options, a few hundred bytes. It plans the whole 
 plan has the driver's digest. The names decide what it reads and writes:
 
 * It downloads inputs on hubs itself: of the base only the bytes that its file needs, into scratch on its node.
-* If the output is on a hub, it puts its file there from its node. The driver keeps a sketch of the file, with only its
+* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only its
   header, and makes the output visible when all files are there.
 * Paths are on a file system that all nodes share.
 
@@ -84,12 +84,12 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The result of a task: its file, as the driver has to know it.
+    """The result of a task: what the driver has to know about its file.
 
     Attributes:
         name: the name of the file.
         norms, runs: as for `StagingDir.finish`; empty if the file is in the shared stage.
-        placed: what the hub said about the file; None if it is in the shared stage.
+        placed: the hub's answer about the uploaded file; None if the file is in the shared stage.
     """
 
     name: str
@@ -111,7 +111,7 @@ def recipe_of(
         adapters: as in `merge`.
         options: as in `merge`.
         device: as in `merge`.
-        placed: whether the tasks put their files at a hub, so that there is no shared stage.
+        placed: whether the tasks upload their files to a hub, so that there is no shared stage.
 
     Raises:
         UsageError: an adapter exists in memory only, and there is no shared stage to write it to.
@@ -138,7 +138,7 @@ def on_ray(
         recipe: the recipe of the merge.
         named: the adapters with their names and weights.
         address: the address of the cluster.
-        place: where the tasks put their files; None for the stage, which all nodes then see.
+        place: the output to which the tasks upload their files; None for the stage, which all nodes must see.
 
     Raises:
         Unsupported: Ray is not installed.
@@ -163,7 +163,7 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Find out which files of an interrupted run are still at the hub, and claim the place for the others."""
+    """Find out which files of an interrupted run are still at the hub, and claim the target for the others."""
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -173,7 +173,7 @@ def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
         place.begin(pending)
 
 
-# The part of a task: plan, download, compute, and write or put one file.
+# The functions below run in a task: plan, download, compute, and write or upload one file.
 
 
 def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Shard:
@@ -191,7 +191,7 @@ def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Sh
 
 
 def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
-    """Run one task without a shared file system: write one file into scratch on this node, and put it at `uri`.
+    """Run one task without a shared file system: write one file into scratch on this node, and upload it to `uri`.
 
     Raises:
         Corrupt: the inputs differ from those that the driver saw, or the hub received other bytes.
@@ -209,14 +209,14 @@ def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
 
 
 _last: dict[str, Inputs] = {}
-"""Digest of a plan -> its inputs. A worker runs many tasks of a merge: it plans once if no input can change."""
+"""Digest of a plan -> its inputs. A worker runs many tasks of a merge, and plans only once if no input can change."""
 
 
 def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
     """Return the plan of a recipe, made from headers.
 
     Raises:
-        Corrupt: it is not the driver's plan.
+        Corrupt: the plan differs from the driver's plan.
     """
     if digest in _last:
         return _last[digest]
@@ -313,7 +313,7 @@ def _check_space(needed: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _on_this_node() -> Iterator[None]:
-    """Name the node in errors: the driver shows them, and may run elsewhere, with other disks and credentials."""
+    """Name the node in errors: the driver shows the errors, and its disks and credentials may differ."""
     import ray
 
     try:
@@ -327,7 +327,7 @@ def _on_this_node() -> Iterator[None]:
         raise storage_error(error, error.filename or "scratch") from error
 
 
-# The driver.
+# The functions below run in the driver.
 
 
 def _named(name: str | PathLike[str]) -> str:
@@ -367,7 +367,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 
 class _Stdout:
-    """Standard output, except for Ray's own thread: it prints that a node died, which would be part of the result."""
+    """Standard output, without Ray's own thread: its messages about dead nodes go to stderr, not into the result."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -440,4 +440,4 @@ def _end(waiting: Sequence[object]) -> None:
     ray.wait(list(waiting), num_returns=max(1, len(waiting)), timeout=10) if waiting else None
 
 
-_PUSH = "Or push it ('adapterkit push PATH s3://bucket/name'), and name that: tasks read it themselves"
+_PUSH = "Or push it ('adapterkit push PATH s3://bucket/name'), and give this address instead of the path"

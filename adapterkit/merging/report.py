@@ -109,8 +109,8 @@ def run_plan(
         progress: a function that is called with (bytes done, total bytes).
         started: the time at which the work began, from `time.perf_counter`.
         overwrite: replace an existing output.
-        placed: the weight files at `out` are sketches of files that are elsewhere. So they take no space, a finished
-            output is recognised although `overwrite` is set, and the stage is kept after any error.
+        placed: whether the weight files at `out` are sketches, and the real files are elsewhere. Sketches take no
+            space, a finished output is recognised although `overwrite` is set, and the stage is kept after any error.
     """
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]

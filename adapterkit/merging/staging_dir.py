@@ -105,14 +105,14 @@ class StagingDir(Staging):
         self, name: str, header: bytes, size: int, norms: Mapping[str, Sequence[float]],
         runs: Sequence[tuple[int, int, str]],
     ) -> None:  # fmt: skip
-        """Finish a file whose bytes are elsewhere: a sparse file with its header."""
+        """Finish a file whose bytes are elsewhere: write a sparse file with its header."""
         with open(self.parts / name, "wb") as file:
             file.write(header)
             file.truncate(size)
         self.finish(name, norms, runs)
 
     def drop(self, name: str) -> None:
-        """Remove a finished file, which will be written again."""
+        """Remove a finished file so that it is written again."""
         (self.out / name).unlink(missing_ok=True)
 
     def link(self, name: str, file: Path) -> bool:

@@ -1,5 +1,5 @@
 # ruff: noqa: F811 - fixtures are imported and then named
-"""A merge on three nodes without a shared disk: inputs and output are in stores, and no weight passes the driver."""
+"""A merge on three nodes without a shared disk: inputs and output are in stores, no weights go through the driver."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Place:
         return driver(self.nodes, {**self.own[0], **more}, *words)
 
     def merge(self, *words: object, **more: str) -> dict[str, Any]:
-        """What the command prints, with its exit code."""
+        """Return the command's JSON output and its exit code."""
         process = self.start(*words, **more)
         out, err = process.communicate(timeout=300)
         assert out.startswith("{"), err[-3000:]
@@ -73,7 +73,7 @@ def place(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
         ak.write(ak.Adapter(targets), here.root / "lora.safetensors")
         ak.hub.push(base, "s3://models/base")
         ak.hub.push(here.root / "lora.safetensors", "s3://models/lora")
-        # The local engine, from the same store; then nothing local is left that a node could read by mistake.
+        # Merge with the local engine. Then remove all local files, so that no node reads them by mistake.
         ak.merge("s3://models/base", "s3://models/lora", here.root / "expected", stream=True)
         here.expected = made(here.root / "expected")  # type: ignore[attr-defined]
         for folder in ("base", "local", "expected"):
@@ -84,7 +84,7 @@ def place(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """What a merge writes, but the card, which a push writes anew."""
+    """Return the files of a merge, without the card, which a push replaces."""
     return {name: data for name, data in laid(folder).items() if name not in ("README.md", ".gitattributes")}
 
 
@@ -94,14 +94,14 @@ def pulled(uri: str, folder: Path) -> dict[str, bytes]:
 
 
 def put(name: str) -> int:
-    """The number of weight files that tasks have put into a folder of the bucket."""
+    """Return the number of weight files that tasks have uploaded to a folder of the bucket."""
     bucket = remote_at(parse("s3://models/base")).bucket  # type: ignore[attr-defined]
     found = bucket.page({"list-type": "2", "prefix": f"{name}/"}).decode()
     return int(found.count(".safetensors</Key>"))
 
 
 def wait_for(process: subprocess.Popen[str], name: str, count: int) -> None:
-    """Wait until tasks have put some weight files."""
+    """Wait until tasks have uploaded some weight files."""
     while put(name) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -166,7 +166,7 @@ def test_a_quantized_base(place: Place, choice: str, tmp_path: Path) -> None:
     assert place.merge(*words, "-o", f"s3://models/{choice}")["exit_code"] == 0
     ak.merge(case, tmp_path / "a.safetensors", tmp_path / "local", quantized=choice)
     found, expected = pulled(f"s3://models/{choice}", tmp_path / "out"), made(tmp_path / "local")
-    for files in (found, expected):  # Of the local base, a fingerprint is taken; the store's is named by its uri.
+    for files in (found, expected):  # One record has the local base's fingerprint, the other the uri of the base.
         record = json.loads(files.pop("adapterkit_merge.json"))
         files["norms"] = json.dumps([record["norms"], record.get("damage")]).encode()
     assert found == expected

@@ -1,4 +1,4 @@
-"""A network link to a server on loopback that counts the bytes each way, and is as slow as its bandwidth."""
+"""A network link to a server on loopback with limited bandwidth; it counts the bytes in each direction."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 
 
 class Link:
-    """Hands TCP connections on to a server.
+    """Forwards TCP connections to a server.
 
     Attributes:
         host: the host and port to connect to.
-        received, sent: the bytes that came from the server, and that went to it.
+        received, sent: the number of bytes from the server, and to the server.
     """
 
     def __init__(self, server: str, bandwidth: float = float("inf")) -> None:
@@ -52,7 +52,7 @@ class Link:
                 continue
 
     def _reserved(self, nbytes: int, way: int) -> float:
-        """The time at which these bytes are through; all connections share the link."""
+        """Return the time at which the link has passed these bytes; all connections share the link."""
         with self._lock:
             if way:
                 self.sent += nbytes

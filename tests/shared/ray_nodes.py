@@ -1,6 +1,6 @@
-"""Nodes of a Ray cluster on this machine that share no folder: each has folders, credentials and a link of its own.
+"""Nodes of a Ray cluster on this machine without a shared folder: each has its own folders, credentials and link.
 
-An audit hook in every process of a node writes down which files it opens below the folder of the test.
+An audit hook in every process of a node logs the files that the process opens below the folder of the test.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Nodes:
         """Start the node with this number."""
         variables = {**self._paths(f"node{number}"), **self.environment, **self.own[number]}
         for _ in range(3):
-            # Ray gives a node 30 s to start, which a busy machine may take.
+            # Try again: Ray allows a node 30 s to start, and a busy machine may take longer.
             with suppress(Exception):
                 return self.cluster.add_node(num_cpus=1, env_vars=variables)
         return self.cluster.add_node(num_cpus=1, env_vars=variables)
@@ -56,12 +56,12 @@ class Nodes:
         self.cluster.remove_node(self.nodes[number], allow_graceful=False)
 
     def opened(self, number: int) -> set[Path]:
-        """The files below the test's folder that a node's processes opened."""
+        """Return the files below the test's folder that a node's processes opened."""
         log = self.root / f"node{number}" / "opened"
         return {Path(line) for line in log.read_text().splitlines()} if log.exists() else set()
 
     def logs(self) -> str:
-        """All that Ray and the tasks wrote, of all nodes."""
+        """Return all logs of Ray and of the tasks, from all nodes."""
         folder = Path(self.cluster.head_node.get_session_dir_path())
         return "\n".join(file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file())
 
@@ -77,7 +77,7 @@ class Nodes:
 
 @contextmanager
 def nodes_of(root: Path, environment: Mapping[str, str], own: list[Mapping[str, str]]) -> Iterator[Nodes]:
-    """A cluster with one node for each of `own`, its variables."""
+    """Yield a cluster with one node for each entry of `own`, the environment variables of that node."""
     import ray
 
     made = Nodes(root, len(own), environment, own)
@@ -89,7 +89,7 @@ def nodes_of(root: Path, environment: Mapping[str, str], own: list[Mapping[str, 
 
 
 def driver(nodes: Nodes, environment: Mapping[str, str], *words: object) -> subprocess.Popen[str]:
-    """Start the command line as the driver of a merge, with folders of its own."""
+    """Start the command line as the driver of a merge, with separate folders."""
     folder = nodes.root / "driver"
     folder.mkdir(exist_ok=True)
     own = {

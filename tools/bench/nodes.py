@@ -1,10 +1,10 @@
-"""Merges on one to three Ray nodes without a shared disk, beside what `adapterkit.merging.simulation` says of them.
+"""Times merges on one to three Ray nodes without a shared disk, and compares them with `merging.simulation`.
 
     python tools/bench nodes [--nodes 3] [--shards 12] [--rows 1500] [--bandwidth 1.5e6] [--json FILE]
 
-The nodes are processes on this machine with folders of their own. Base, adapter and output are in moto's S3 server,
-which each node reaches by a link of the given bandwidth, so that the links are the limit and not this machine. A first
-run over fast links gives the part of the time that is no transfer: starts, planning and arithmetic. Needs ray and moto.
+The nodes are processes on this machine with separate folders. Base, adapter and output are in moto's S3 server. Each
+node reaches the server over a link of the given bandwidth, so that the links limit the speed, not this machine. A first
+run over fast links measures the time without transfers: starts, planning and arithmetic. Needs ray and moto.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
 
 
 def main() -> None:
-    """Writes the inputs, runs the merges, prints one line a run."""
+    """Write the inputs, run the merges, and print one line per run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--shards", type=int, default=12)
@@ -44,8 +43,8 @@ def main() -> None:
     server.stop()
 
 
-def measured(root: Path, server: str, chosen: Any) -> dict[str, Any]:
-    """Runs the merges and the simulations."""
+def measured(root: Path, server: str, chosen: argparse.Namespace) -> dict[str, object]:
+    """Run the merges and the simulations; return the times as plain data."""
     import adapterkit as ak
     from adapterkit.merging.simulation import simulate
 
@@ -68,7 +67,7 @@ def measured(root: Path, server: str, chosen: Any) -> dict[str, Any]:
 
 
 def inputs(root: Path, server: str, shards: int, rows: int) -> tuple[Path, Path]:
-    """A base and an adapter, on the disk and in the store."""
+    """Write a base and an adapter to the disk and to the store; return their local paths."""
     from merges import lora, rand, save_base
 
     import adapterkit as ak
@@ -84,7 +83,7 @@ def inputs(root: Path, server: str, shards: int, rows: int) -> tuple[Path, Path]
 
 
 def seconds(root: Path, server: str, nodes: int, bandwidth: float) -> float:
-    """Wall time of one merge, the start of the cluster not counted."""
+    """Return the wall time of one merge, without the start of the cluster."""
     from links import Link
     from ray_nodes import driver, nodes_of
 

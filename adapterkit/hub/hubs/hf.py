@@ -246,7 +246,7 @@ class HuggingFace(Remote):
         head_of(self)
 
     def place(self, path: str, file: Path, found: Digests) -> Placed:
-        # Upload in LFS's form whatever the size: only such blobs can be committed later by their sha256.
+        # Upload with LFS whatever the size: only LFS files can be committed later by their sha256.
         def act() -> None:
             operation = _addition(path, str(file))
             self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
@@ -263,7 +263,7 @@ class HuggingFace(Remote):
 
         def act() -> bool:
             known, _, _ = post_lfs_batch_info([info], self.token, "model", self.uri.repo, endpoint=self.endpoint)
-            # The hub names an upload's url only for bytes that it does not have.
+            # The hub returns a url for the upload only if it does not have the bytes.
             return bool(known) and not any("upload" in (each.get("actions") or {}) for each in known)
 
         return self.call(act)
@@ -391,7 +391,7 @@ def _created(remote: HuggingFace, private: bool) -> None:
 
 
 def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
-    """Return an addition in LFS's form, which huggingface_hub otherwise chooses by the hub's answer."""
+    """Return an addition that uses LFS; by default huggingface_hub asks the hub whether to use LFS."""
     from huggingface_hub import CommitOperationAdd
 
     operation = CommitOperationAdd(name, content)
@@ -400,7 +400,7 @@ def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
 
 
 def _placed(name: str, placed: Placed) -> CommitOperationAdd:
-    """Return the addition of bytes that the hub has; a commit names them by their sha256 and size."""
+    """Return the addition of an uploaded file; a commit refers to the file by its sha256 and size."""
     from huggingface_hub.lfs import UploadInfo
 
     operation, (size, digest, _) = _addition(name, b""), placed.digests

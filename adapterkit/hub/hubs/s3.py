@@ -310,7 +310,8 @@ class S3(Listing):
 
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
-        if self._claimed is not None:  # Tasks put files here since, which are no files that this push meets.
+        if self._claimed is not None:
+            # Since the claim, tasks have uploaded files here: return the files from before.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
@@ -338,7 +339,7 @@ class S3(Listing):
     def begin(self) -> None:
         super().begin()
         self._met = self.there()
-        # Keep the ETag of this claim: if somebody else pushes before `send`, writing the list with it fails.
+        # Keep the ETag of this claim: if another program pushes before `send`, writing the list with the ETag fails.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
     def kept(self) -> str:
