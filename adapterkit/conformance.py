@@ -152,7 +152,7 @@ def _foreign(case: Case, line: Line, known: set[str]) -> bool:
         return False
     # Also accept `updates[0] (q)`: a refused computation names its target in addition.
     reads = case["verb"] not in ("compute", "merge")
-    right = reads and wanted.get("error") == "Unsupported" and wanted["where"] in where
+    right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))
 
 
@@ -182,16 +182,16 @@ def _judged(case: Case, line: Line) -> CaseOutcome:
             why = f"the program accepted it, but it is {wanted['error']}"
         elif line.get("error") != wanted["error"]:
             why = f"{line.get('error')} instead of {wanted['error']}"
-        elif wanted.get("exact") and line.get("where") != wanted["where"]:
-            why = f"the location {line.get('where')!r} is not {wanted['where']!r}"
-        elif wanted["where"] not in str(line.get("where")):
-            why = f"the location {line.get('where')!r} does not contain {wanted['where']!r}"
+        elif wanted.get("exact") and line.get("where") != wanted.get("where"):
+            why = f"the location {line.get('where')!r} is not {wanted.get('where')!r}"
+        elif wanted.get("where", "") not in str(line.get("where")):
+            why = f"the location {line.get('where')!r} does not contain {wanted.get('where')!r}"
     elif not line.get("ok"):
         why = f"the program refused it: {line.get('error')} at {line.get('where')!r}"
     elif "tensors" in wanted and line.get("tensors") != wanted["tensors"]:
         why = f"the tensors are {line.get('tensors')} instead of {wanted['tensors']}"
     elif line.get("digest") != wanted.get("digest", line.get("digest")):
-        why = f"the digest is {line.get('digest')} instead of {wanted['digest']}"
+        why = f"the digest is {line.get('digest')} instead of {wanted.get('digest')}"
     return _outcome(case, not why, why)
 
 
@@ -266,7 +266,7 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
         return judged
     if lacking:
         return _outcome(case, None, "the program has no formula")
-    tolerance = case["expected"]["tolerance"]
+    tolerance = case["expected"].get("tolerance", 0.0)
     extra = {f"{path}.{name}" for path, arrays in outputs.items() if "error" not in arrays for name in arrays}
     for name, leaf in safetensors.read(expected).items():
         path, _, leaf_name = name.rpartition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -41,7 +41,7 @@ S = TypeVar("S")
 def combination(
     adapters: Sequence[S], method: str | None, weights: Sequence[float], parameters: Sequence[str],
     given: Mapping[str, object], recipe: Recipe | None = None,
-) -> tuple[list[S], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[S] | list[str], dict[str, Any]]:  # fmt: skip
     """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
@@ -51,14 +51,13 @@ def combination(
     from ..errors import UsageError
 
     options: dict[str, Any] = {}
-    sources = list(adapters)
+    sources: list[S] | list[str] = list(adapters)
     if recipe is not None:
         if adapters or weights or method:
             why = "a recipe already names adapters, method and weights"
             cure = "Remove the adapters, --method and --weight from the command line, or remove --recipe"
             raise UsageError(why, where="--recipe", cure=cure)
-        # A recipe names files, as adapters on the command line do.
-        sources, options = cast("list[S]", list(recipe.adapters)), dict(recipe.options)
+        sources, options = list(recipe.adapters), dict(recipe.options)
     elif not adapters:
         raise UsageError("no adapter was given", cure="Name at least one, or a --recipe")
     options |= {"method": method} if method else {}

@@ -308,7 +308,7 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
     """List the keys that a tool does not know; only one of several keys that differ in block numbers is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    return [key for key in keys if not _holds(tool, family, key)]
+    # Keep these numbers, because the part of a pipeline may end with one, too: `transformer_2`.
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
