@@ -48,6 +48,8 @@ ONLY_FOLDERS = {
     "dtype": "Export the model with this --dtype instead", "device": "Omit it: graphs are merged on the CPU",
     "shard_size": "Omit it: the weights of a graph are written to one file",
     "engine": "Omit it: graphs are merged on this machine", "address": "Omit it: graphs are merged on this machine",
+    "nodes": "Omit it: graphs are merged on this machine", "bandwidth": "Omit it: graphs are merged on this machine",
+    "price": "Omit it: graphs are merged on this machine", "node_tasks": "Omit it: graphs are merged on this machine",
     "onto": "Export the 16-bit weights, then merge into that graph",
     "seed": "Omit it: graphs are rounded to the nearest value",
     "memory": "Omit it: graphs are always merged in small blocks",

@@ -126,13 +126,13 @@ def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = Tru
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
     # Estimate no time at first: the early speed includes imports and slow starts.
-    left = f", {_clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
+    left = f", {clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     if not sizes:
         return f"{label}: {share}{left}"
     return f"{label}: {share}, {size(done)} of {size(total)}, {size(round(speed))}/s{left}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

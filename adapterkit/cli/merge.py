@@ -8,6 +8,7 @@ the merged graph is then run and compared with the graph that has the adapters a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,13 +16,14 @@ import click
 from . import _options
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
-from ._progress import progress
+from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
 from .verify import record_of, verdict
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.strict_json import JsonValue
+    from ..merging.planned import Plan
     from ..ops import Cut
     from ..ops.recipes import Recipe
 
@@ -109,6 +111,19 @@ if TYPE_CHECKING:
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, but write nothing.")
 @click.option(
+    "--nodes", type=click.IntRange(min=1), metavar="N",
+    help="With --plan: simulate --engine ray on 1, 2, 4, ... N nodes without a shared disk; show time, bytes and cost.",
+)  # fmt: skip
+@click.option(
+    "--bandwidth", callback=_options.byte_count, metavar="SIZE",
+    help="With --nodes: bytes per second between a node and the store, each way, e.g. 1.25GB for 10 Gbit/s.",
+)  # fmt: skip
+@click.option("--price", type=click.FloatRange(min=0), metavar="P", help="With --nodes: price of one node per hour.")
+@click.option(
+    "--node-tasks", type=click.IntRange(min=1), metavar="N",
+    help="With --nodes: tasks that a node runs at once; Ray starts one for each processor. Default: 1.",
+)  # fmt: skip
+@click.option(
     "--verify", "verified", is_flag=True, help="Afterwards compute every merged tensor again and compare it with OUT."
 )
 @click.option(
@@ -128,7 +143,8 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
-    strict_licence: bool, keep: str | None, calibration: str | None, consumer: str | None,
+    strict_licence: bool, keep: str | None, calibration: str | None, consumer: str | None, nodes: int | None,
+    bandwidth: int | None, price: float | None, node_tasks: int | None,
 ) -> None:  # fmt: skip
     """Run `adapterkit.merge` or `adapterkit.merging.plan`, or their counterparts for graphs."""
     read_from: Recipe | None = None
@@ -153,6 +169,7 @@ def command(
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
+    _check_nodes(only_plan, nodes, bandwidth, price, node_tasks)
     from ..io.locations import is_address
     from ..merging import merge, plan
     from ..merging.ollama import write_modelfile
@@ -168,13 +185,17 @@ def command(
     if calibration is not None and (keep is None or quantized not in (None, "requantize")):
         raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     if only_plan:
-        planned = plan(
-            base, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
-            keep=keep, calibration=_given_file(calibration),
-        )  # fmt: skip
-        show(settings, planned.record(digests=False), _plan_view)
+        with _headers_of(base) as here:
+            planned = plan(
+                here, read, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
+                onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
+                tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename,
+                vocab=vocab, keep=keep, calibration=_given_file(calibration),
+            )  # fmt: skip
+            forecast: dict[str, JsonValue] = {**planned.record(digests=False), "base": base}
+            if nodes is not None and bandwidth is not None:
+                forecast["cluster"] = _simulated(planned, nodes, bandwidth, price, node_tasks or 1)
+        show(settings, forecast, _plan_view)
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
@@ -252,6 +273,64 @@ def _activations(
             rename=rename, overwrite=overwrite, progress=meter,
         )  # fmt: skip
     return there
+
+
+@contextmanager
+def _headers_of(base: str) -> Iterator[str]:
+    """Yield a path of the base for planning; for a base on a hub, download only headers and small files."""
+    from ..errors import Unsupported
+    from ..io.locations import is_remote, ranged
+
+    with ExitStack() as stack:
+        here = base
+        if is_remote(base):
+            # Suppress this error: `plan` downloads a base in any format other than safetensors, as `merge` does.
+            with suppress(Unsupported):
+                here = str(stack.enter_context(ranged(base, whole=True)).path)
+        yield here
+
+
+def _check_nodes(
+    only_plan: bool, nodes: int | None, bandwidth: int | None, price: float | None, node_tasks: int | None
+) -> None:
+    if nodes is None:
+        given = {"--bandwidth": bandwidth, "--price": price, "--node-tasks": node_tasks}
+        first = next((name for name, value in given.items() if value is not None), None)
+        if first is not None:
+            raise click.UsageError(f"{first} requires --nodes")
+    elif not only_plan:
+        raise click.UsageError("--nodes requires --plan: a merge uses all nodes of the Ray cluster")
+    elif not bandwidth:
+        raise click.UsageError("--nodes requires --bandwidth, the bytes per second of a node, e.g. --bandwidth 1.25GB")
+
+
+def _simulated(planned: Plan, most: int, bandwidth: int, price: float | None, tasks: int) -> dict[str, JsonValue]:
+    from ..merging.simulation import doubling, simulate
+
+    rows = [simulate(planned, nodes, bandwidth=bandwidth, price=price, tasks=tasks) for nodes in doubling(most)]
+    return {
+        "bandwidth": bandwidth, "price": price, "tasks": tasks, "forecasts": [forecast.record() for forecast in rows],
+    }  # fmt: skip
+
+
+def _cluster_view(cluster: Mapping[str, object]) -> View:
+    yield (
+        f"simulated: --engine ray, {counted(integer(cluster, 'tasks'), 'task')} at once on a node, "
+        f"{size(integer(cluster, 'bandwidth'))} per second each way between a node and the store"
+    )
+    priced = cluster["price"] is not None
+    columns = ("nodes", "time", "from the store", "to the store", "link busy", "node hours")
+    yield TextTable(
+        (*columns, "cost") if priced else columns,
+        [
+            [
+                row["nodes"], clock(number(row, "seconds")), size(integer(row, "downloaded")),
+                size(integer(row, "uploaded")), f"{number(row, 'busy'):.0%}", f"{number(row, 'node_hours'):.2f}",
+                *([f"{number(row, 'cost'):.2f}"] if priced else []),
+            ]
+            for row in parts(cluster, "forecasts")
+        ],
+    )  # fmt: skip
 
 
 def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
@@ -332,6 +411,8 @@ def _plan_view(record: Mapping[str, object]) -> View:
     memory, written = size(integer(record, "peak_memory")), size(integer(record, "bytes"))
     yield f"{counted(integer(record, 'targets'), 'target')}, {written} to write, {memory} of memory at most"
     yield from _quantized(record)
+    if "cluster" in record:
+        yield from _cluster_view(part(record, "cluster"))
     yield from _warnings(record)
 
 

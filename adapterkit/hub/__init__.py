@@ -5,14 +5,17 @@ Importing this package does not import huggingface_hub; the first use of a name 
 
 from __future__ import annotations
 
+from .folders import scratch
 from .hubs import hub_of, parse
+from .placing import placing, put
 from .pulling import Pulled, pull
 from .pushing import Pushed, outgoing, push
+from .ranges import pinned, ranged
 from .reading import fetched, headers, streamed
 from .remote import Remote, RemoteFile
 from .uris import Uri
 
 __all__ = [
-    "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "hub_of", "outgoing", "parse", "pull",
-    "push", "streamed",
+    "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "hub_of", "outgoing", "parse",
+    "pinned", "placing", "pull", "push", "put", "ranged", "scratch", "streamed",
 ]  # fmt: skip

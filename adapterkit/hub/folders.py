@@ -36,6 +36,15 @@ def locked(stage: Path) -> Iterator[None]:
 
 
 @contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Lock a folder for the block, and wait while another process on this machine has it. The folder need not exist."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
+        _held(lock, wait=True)
+        yield
+
+
+@contextmanager
 def scratch() -> Iterator[Path]:
     """Yield an empty folder in the cache and remove it afterwards.
 

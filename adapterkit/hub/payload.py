@@ -134,7 +134,7 @@ def prepared(
             yield out, files_of(out)
 
 
-def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence: Licence) -> Payload:
+def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
     """Return the files, with a generated card for the repository's root if they include none."""
     # Generate a new card if the only one is the base's, which a merge copied along.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}

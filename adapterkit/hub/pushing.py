@@ -29,8 +29,8 @@ from ..io.locations import located
 from .card import is_generated
 from .folders import cache_folder
 from .hubs import parse, remote_at
-from .payload import Payload, card_there, payload_of, prepared, record_at
-from .remote import Remote, RemoteFile
+from .payload import Payload, card_there, files_of, payload_of, prepared, record_at
+from .remote import Placed, Remote, RemoteFile
 from .transfer import check_listed
 from .uris import Uri
 
@@ -144,6 +144,27 @@ def push(
         pushed = replace(pushed, warnings=tuple(f"licences: {each}" for each in told))
         _refuse(pushed, overwrite)
         return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
+
+
+def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, overwrite: bool) -> Pushed:
+    """Push an output whose weight files were uploaded before; in `folder`, these files are sketches.
+
+    Args:
+        folder: the output; the model card is made from the headers of the sketches.
+        placed: the uploaded weight files, by their names in the folder.
+        remote: the same object that began the push: it remembers the claim.
+        overwrite: replace existing files of other content.
+
+    Raises:
+        AdapterkitError: as for `push`; Corrupt if the hub no longer has an uploaded file.
+    """
+    there = remote.there()
+    card = card_there(remote, there)
+    files = {name: placed.get(name, path) for name, path in files_of(folder).items()}
+    payload = payload_of(folder, files, remote, licence_at(folder) or licence_of(card))
+    pushed = _compared(payload, there, remote, is_generated(card))
+    _refuse(pushed, overwrite)
+    return _sent(pushed, payload, remote, f"Push {folder.name} with adapterkit", private=False, tag=None)
 
 
 OUTPUT = "what is pushed"

@@ -25,7 +25,7 @@ from ..errors import (
 from ..io.lazy import ELSEWHERE, Span
 from ..io.locations import NOTE
 from ..io.safetensors import MAX_HEADER
-from .folders import cache_folder, locked, scratch
+from .folders import cache_folder, locked, scratch, turn
 from .hubs import parse, remote_at
 from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
@@ -63,9 +63,21 @@ def fetched(name: str) -> Path:
     inside = PurePosixPath(uri.path).name
     # Check for the origin file only: `bring` renames the complete folder into place, so all other files exist too.
     if not (folder / NOTE).is_file():
-        remote = remote_of(uri)
-        bring(remote, source_at(remote), needed(remote), folder, None)
+        # Take turns, because tasks of a cluster that start together on one machine need the same adapter.
+        with _turn(folder):
+            if not (folder / NOTE).is_file():
+                remote = remote_of(uri)
+                bring(remote, source_at(remote), needed(remote), folder, None)
     return folder / inside if inside and (folder / inside).is_file() else folder
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    try:
+        with turn(folder):
+            yield
+    except OSError as error:
+        raise storage_error(error, error.filename or folder) from error
 
 
 def needed(remote: Remote) -> dict[str, RemoteFile]:
@@ -155,6 +167,9 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
         raise storage_error(error, target) from error
 
     def read(span: Span) -> bytearray:
+        end = span.offset + span.nbytes
+        if end <= length:  # the header of a file that is copied unchanged
+            return bytearray(start[span.offset : end])
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
     ELSEWHERE[str(target)] = read

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from ..errors import AdapterkitError, Malformed, NetworkError, RemoteNotFound, Unsupported, nearest
+from ..errors import AdapterkitError, Corrupt, Malformed, NetworkError, RemoteNotFound, Unsupported, nearest
 from .retries import Passing, retrying
 from .uris import Uri, check_names
 
@@ -18,11 +18,27 @@ T = TypeVar("T")
 
 MAX_FILES = 100_000
 
-Content = Path | bytes
-"""The content of one pushed file: a local path, or the bytes."""
-
 Digests = tuple[int, str, str]
 """A file's size in bytes, its `sha256:...` and its `git:...`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An uploaded file that is not in a commit yet; see `Remote.place`.
+
+    Attributes:
+        path: the path inside the repository.
+        digests: the digests of the bytes.
+        mark: the hub's identifier of the stored bytes, such as an ETag; empty if the hub addresses bytes by digest.
+    """
+
+    path: str
+    digests: Digests
+    mark: str = ""
+
+
+Content = Path | bytes | Placed
+"""The content of one pushed file: a local path, the bytes, or an uploaded file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +209,36 @@ class Remote(ABC):
         self.check_writable()
         raise AssertionError("a hub that accepts pushes overrides this method")
 
+    def begin(self) -> None:
+        """Prepare for `place`: claim the target or create the repository, so that a missing permission is an error now.
+
+        Raises:
+            NetworkError: access is denied, another push is running, or the hub is not reachable.
+            Unsupported: this kind of hub cannot take files one at a time.
+        """
+        self.check_writable()
+        if type(self).place is Remote.place:
+            why = f"files cannot be uploaded to {self.uri.scheme}:// one at a time"
+            raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
+
+    def place(self, path: str, file: Path, found: Digests) -> Placed:
+        """Upload one file; a later `send` with the returned `Placed`, also from another process, makes it visible.
+
+        Args:
+            path: the path inside the repository.
+            file: the local file.
+            found: its digests.
+
+        Raises:
+            NetworkError: access is denied, or the hub is not reachable.
+            Corrupt: the hub received other bytes.
+        """
+        raise AssertionError("hubs that support `place` override this method")
+
+    def holds(self, placed: Placed) -> bool:
+        """Whether the hub still has the bytes of an uploaded file."""
+        raise AssertionError("hubs that support `place` override this method")
+
     def kept(self) -> str:
         """Return the commit if nothing had to be pushed; create the branch if it is missing."""
         return self.commit
@@ -205,6 +251,13 @@ class Remote(ABC):
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
     """Sort files so that parallel connections finish earliest: a large file at the end would be transferred alone."""
     return sorted(files, key=lambda file: (-file.size, file.path))
+
+
+def lost(place: str, name: str) -> Corrupt:
+    """Return the error for an uploaded file that the hub no longer has."""
+    why = "the hub no longer has a file that a task uploaded"
+    cure = "Another program writes there: choose another output, or run the same command again to upload the file again"
+    return Corrupt(why, path=place, where=name, cure=cure)
 
 
 NOT_REACHED = "Check the connection, then run the same command again: it continues where it stopped"

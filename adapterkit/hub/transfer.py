@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, storage_error
-from .remote import Remote, RemoteFile
+from .remote import Placed, Remote, RemoteFile
 from .retries import ATTEMPTS, Passing, pause
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """Return the digests of a local file, or of bytes that are pushed as a file."""
+    """Return the digests of a local file, of bytes that are pushed as a file, or of an uploaded file."""
+    if isinstance(content, Placed):
+        return content.digests
     if isinstance(content, Path):
         return digests(content)
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -18,7 +18,7 @@ from .resolving import hub
 from .strict_json import load_json
 
 if TYPE_CHECKING:
-    from .resolving import StreamedBase
+    from .resolving import PlacedOutput, RangedBase, StreamedBase
 
 NOTE = ".adapterkit-source.json"
 MAX_NOTE = 1 << 16
@@ -209,15 +209,37 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
         yield local(name)
         return
     text = os.fspath(name)
-    with hub().headers(text) as path:
-        try:
-            yield path
-        except AdapterkitError as error:
-            if error.path:
-                error.path = error.path.replace(str(path), text)
-            if error.cure:
-                error.cure = error.cure.replace(str(path), text)
-            raise
+    with hub().headers(text) as path, _shown_as(text, path):
+        yield path
+
+
+@contextmanager
+def ranged(name: str | os.PathLike[str], *, whole: bool = False) -> Iterator[RangedBase]:
+    """Yield a base on a hub; only the bytes that are used are downloaded, into a scratch folder.
+
+    Args:
+        name: the uri.
+        whole: also download the files that are not weights.
+
+    Raises:
+        AdapterkitError: as for `located`, or the base has no safetensors files. Errors show the uri.
+    """
+    text = os.fspath(name)
+    with hub().ranged(text, whole=whole) as base, _shown_as(text, base.path):
+        yield base
+
+
+@contextmanager
+def _shown_as(text: str, path: Path) -> Iterator[None]:
+    """In errors of the block, replace a temporary path with the uri."""
+    try:
+        yield
+    except AdapterkitError as error:
+        if error.path:
+            error.path = error.path.replace(str(path), text)
+        if error.cure:
+            error.cure = error.cure.replace(str(path), text)
+        raise
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
@@ -259,3 +281,23 @@ def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[
         AdapterkitError: as for `located`, or the base cannot be streamed.
     """
     return hub().streamed(name, out)
+
+
+def pinned(name: str | os.PathLike[str]) -> str:
+    """Return a uri with its current commit, so that other machines read the same files.
+
+    Raises:
+        AdapterkitError: as for `located`.
+    """
+    return hub().pinned(os.fspath(name))
+
+
+def placing(
+    name: str | os.PathLike[str], *, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
+) -> AbstractContextManager[PlacedOutput]:
+    """Return a context with an output on a hub to which the tasks of a cluster upload weight files; see `hub.placing`.
+
+    Raises:
+        AdapterkitError: as for `outgoing`.
+    """
+    return hub().placing(os.fspath(name), overwrite, unchanged)

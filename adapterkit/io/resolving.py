@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from .lazy import Span
+
 
 class StreamedBase(Protocol):
     """A base on a hub whose weight files are downloaded one at a time."""
@@ -28,6 +30,53 @@ class StreamedBase(Protocol):
 
     def drop(self, paths: Iterable[str]) -> None:
         """Free the disk space of weight files."""
+
+
+class RangedBase(Protocol):
+    """A base on a hub; only the bytes that are used are downloaded."""
+
+    @property
+    def path(self) -> Path:
+        """The local folder, or the single file, with all headers."""
+        ...
+
+    @property
+    def uri(self) -> str:
+        """The base's uri, pinned to its commit."""
+        ...
+
+    def bring(self, spans: Iterable[Span]) -> None:
+        """Download spans of the weight files, so that the local files can be read directly."""
+
+    def drop(self) -> None:
+        """Free the disk space of all downloaded spans."""
+
+
+class PlacedOutput(Protocol):
+    """An output on a hub to which other processes upload the weight files, one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The local output; its weight files are sparse."""
+        ...
+
+    @property
+    def uri(self) -> str:
+        """The uri to upload weight files to."""
+        ...
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Claim the target for files with these names."""
+
+    def took(self, name: str, placed: object) -> None:
+        """Record that a file was uploaded."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a file was uploaded and is still at the hub."""
+        ...
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove the records of files that will be uploaded again."""
 
 
 class Hub(Protocol):
@@ -56,6 +105,28 @@ class Hub(Protocol):
         unchanged: Callable[[], object] = ...,
     ) -> AbstractContextManager[Path]:
         """Return a context with a local path whose content is pushed to a hub at the end."""
+        ...
+
+    def pinned(self, name: str) -> str:
+        """Return a uri with its current commit."""
+        ...
+
+    def ranged(self, name: str, *, whole: bool) -> AbstractContextManager[RangedBase]:
+        """Return a context with a base; only the bytes that are used are downloaded."""
+        ...
+
+    def placing(
+        self, name: str, overwrite: bool = False, unchanged: Callable[[], object] = ...
+    ) -> AbstractContextManager[PlacedOutput]:
+        """Return a context with an output on a hub to which other processes upload the weight files."""
+        ...
+
+    def put(self, uri: str, name: str, file: Path) -> object:
+        """Upload one file of a `PlacedOutput`; return the value to pass to `took`."""
+        ...
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """Return a context with an empty folder."""
         ...
 
     def streamed(self, name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:

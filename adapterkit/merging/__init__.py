@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
-from ..io.locations import is_address, local, located, outgoing, path_text, streamed
+from ..io.locations import is_address, is_remote, local, located, outgoing, path_text, placing, ranged, streamed
 from ..io.staging import Staging, check_free, is_within
 from ..naming.renames import rule_texts
 from .options import options_of
@@ -22,7 +23,7 @@ from .staging_dir import SUFFIX
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.licence_terms import Licence
-    from ..io.resolving import StreamedBase
+    from ..io.resolving import PlacedOutput, StreamedBase
     from ..ops.resizing import Cut
     from .companions import Companions
     from .execute import Progress
@@ -131,8 +132,9 @@ def merge(
             which take files in turn. The device code was tested with torch's CPU device only, not on a GPU.
         dtype: cast all floating tensors to this dtype; the base's own dtypes if not given.
         shard_size: the largest size of an output file in bytes; the base's own sharding if not given.
-        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster, whose nodes must
-            see the base, the adapters and the output under the same paths.
+        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster. A task reads
+            inputs on hubs, and uploads its file if `out` is on a hub, from its node and with the node's credentials.
+            All nodes must see local inputs and outputs under the same paths.
         address: the address of the Ray cluster. If not given, the cluster that this process is connected to, or a
             new local one.
         progress: a function that is called with (bytes done, total bytes) in the calling thread.
@@ -184,24 +186,43 @@ def merge(
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: the disk is full, writing is not permitted, or `out` exists.
     """
-    if is_address(out):
-        same: list[bool] = []
-        with outgoing(out, overwrite=overwrite, unchanged=lambda: same.append(True)) as there:
-            report = merge(
-                base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
-                engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
-                overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
-                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
-                rename=rename, vocab=vocab, keep=keep, calibration=calibration, options=options,
-            )  # fmt: skip
-        return replace(report, out=str(out), already=bool(same))
+    _check_engine(engine, address, stream)
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
         link=link, checksums=checksums, rename=rename, vocab=vocab, keep=keep, calibration=calibration,
     )  # fmt: skip
-    _check_engine(engine, address, stream)
-    target = Path(path_text(out))
-    with _opened_base(base, target, stream) as (checkpoint, shards):
+    run = partial(
+        _merged, base, adapters, weights=weights, device=device, engine=engine, address=address, progress=progress,
+        quantized=quantized, onto=onto, stream=stream, tokenizer=tokenizer, strict_base=strict_base,
+        strict_licence=strict_licence, chosen=chosen,
+    )  # fmt: skip
+    if not is_address(out):
+        return run(Path(path_text(out)), overwrite=overwrite)
+    same: list[bool] = []
+    unchanged = partial(same.append, True)
+    if engine == "ray":
+        with placing(out, overwrite=overwrite, unchanged=unchanged) as place:
+            report = run(place.path, overwrite=True, place=place)
+    else:
+        with outgoing(out, overwrite=overwrite, unchanged=unchanged) as there:
+            report = run(there, overwrite=True)
+    return replace(report, out=str(out), already=bool(same))
+
+
+def _merged(
+    base: Base, adapters: Source | Sequence[Source], target: Path, *, weights: Sequence[float] | None, device: str,
+    engine: str, address: str | None, progress: Progress | None, overwrite: bool, quantized: str | None,
+    onto: Base | None, stream: bool, tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
+    chosen: MergeOptions, place: PlacedOutput | None = None,
+) -> Report:  # fmt: skip
+    """Merge into a local folder; with a `place`, tasks of a cluster upload the weight files instead."""
+    with ExitStack() as stack:
+        checkpoint, shards, uri = stack.enter_context(_opened_base(base, target, stream, engine))
+        if engine == "ray" and onto is not None and not isinstance(onto, Checkpoint) and is_remote(onto):
+            beside = stack.enter_context(ranged(onto))
+            onto, onto_uri = opened(beside.path), beside.uri
+        else:
+            onto_uri = None
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
         from .quantized import Original, as_merged, unneeded  # pyright: ignore[reportAssignmentType] - as in `plan`
@@ -213,9 +234,10 @@ def merge(
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint, shapes_digest
 
-        # Take no fingerprint of a streamed base, which is not on disk. With `original`, use the weights merged into.
         stored = read if isinstance(read, Original) else checkpoint
-        taken = None if stream else fingerprint(stored)
+        # Take no fingerprint of weights that are not on disk. With `original`, use the weights merged into.
+        elsewhere = stream or (onto_uri if isinstance(read, Original) else uri) is not None
+        taken = None if elsewhere else fingerprint(stored)
         planned = make_plan(read, named, chosen)
         warnings = (*unneeded(checkpoint, quantized), *uncalibrated(planned), *planned.warnings)
         planned = replace(planned, shapes=shapes_digest(stored), warnings=warnings)
@@ -223,15 +245,18 @@ def merge(
         if engine == "ray":
             from .cluster import on_ray, recipe_of
 
-            recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), chosen, device)
-            used = on_ray(recipe, named, address)
+            recipe = recipe_of(
+                uri or checkpoint, quantized, onto_uri or onto, _several(adapters), chosen, device,
+                placed=place is not None,
+            )  # fmt: skip
+            used = on_ray(recipe, named, address, place)
         elif shards is not None:
             from .streaming import streamed_engine
 
             used = streamed_engine(device, shards)
         else:
             used = local(device)
-        return run_plan(planned, target, used, progress, started, overwrite)
+        return run_plan(planned, target, used, progress, started, overwrite, placed=place is not None)
 
 
 @places_errors
@@ -361,23 +386,29 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
         raise UsageError("an address is given, but no cluster is used", cure="Choose --engine ray (engine=)")
     if stream and engine == "ray":
         raise UsageError(
-            "the nodes of a cluster cannot see a streamed base",
+            "--stream does not work with --engine ray, whose tasks download only the parts of a base that they need",
             cure="Omit --stream (stream=), or choose --engine local (engine=)",
         )
 
 
 @contextmanager
-def _opened_base(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, StreamedBase | None]]:
-    """Yield the open base, and the downloader of its files if it is streamed."""
+def _opened_base(
+    base: Base, out: Path, stream: bool, engine: str
+) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
+    """Yield the open base; if it is streamed, the downloader of its files; if tasks of a cluster read it, its uri."""
+    if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
+        with ranged(base, whole=True) as found:
+            yield opened(found.path), None, found.uri
+        return
     if not stream:
-        yield opened(base), None
+        yield opened(base), None, None
         return
     if isinstance(base, Checkpoint):
         raise UsageError(
             "an open checkpoint cannot be streamed", cure="Name the base by its uri, or omit --stream (stream=)"
         )
     with streamed(base, out) as shards:
-        yield opened(shards.path), shards
+        yield opened(shards.path), shards, None
 
 
 def _named(

@@ -1,21 +1,36 @@
 """Run a merge on a Ray cluster, one task per output file; tasks are idempotent and may run on any node.
 
-A task receives only paths and options, a few hundred bytes. It plans the whole merge from headers, checks that its plan
-has the driver's digest, and works on the shared file system. No weight passes through Ray's object store.
+A task receives only names and options, a few hundred bytes. It plans the whole merge from headers, and checks that its
+plan has the driver's digest. The names decide what it reads and writes:
+
+* It downloads inputs on hubs itself: of the base only the bytes that its file needs, into scratch on its node.
+* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only its
+  header, and makes the output visible when all files are there.
+* Paths are on a file system that all nodes share.
+
+So no weight passes through Ray's object store or through the driver.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
-from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
+from ..errors import AdapterkitError, Corrupt, NetworkError, StorageError, Unsupported, UsageError, storage_error
 from ..io.checkpoint import Checkpoint, opened
+from ..io.lazy import Span
+from ..io.locations import is_remote, pinned, ranged
+from ..io.resolving import hub
+from ..quant import Dequantized
 from .options import MergeOptions
-from .planned import Plan
+from .planned import OutputFile, Plan
 from .planning import make_plan
 from .report import Engine
 from .staging_dir import Norms, StagingDir
@@ -24,6 +39,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from ..core.adapter import Adapter
+    from ..io.resolving import PlacedOutput, RangedBase
     from .execute import Progress
 
     Base = Checkpoint | str | PathLike[str]
@@ -38,7 +54,15 @@ THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecipe:
-    """The arguments from which a task repeats the driver's plan; a None in `adapters` is an adapter in memory."""
+    """The arguments from which a task repeats the driver's plan.
+
+    Attributes:
+        base: a path, or a uri that names one commit.
+        quantized, onto: as in `merge`; `onto` is a path or such a uri.
+        adapters: paths and such uris; None for an adapter in memory.
+        options, device: as in `merge`.
+        names: the name and the weight of each adapter.
+    """
 
     base: str
     quantized: str | None
@@ -48,44 +72,80 @@ class ClusterRecipe:
     device: str
     names: tuple[tuple[str, float], ...] = ()
 
-    def plan(self) -> Plan:
-        """Make the plan from the files on disk."""
-        from ..formats import read
-        from ..io.checkpoint import open_checkpoint
-        from .quantized import as_merged
 
-        chosen = self.options
-        checkpoint = as_merged(
-            open_checkpoint(self.base), self.quantized, self.onto, chosen.dtype, chosen.keep, chosen.calibration
-        )
-        paths = [path for path in self.adapters if path is not None]
-        named = [
-            (name, read(path, base=checkpoint), weight)
-            for path, (name, weight) in zip(paths, self.names, strict=True)
-        ]  # fmt: skip
-        return make_plan(checkpoint, named, self.options)
+@dataclass(slots=True)
+class Inputs:
+    """The plan that a task made, and the bases whose bytes it downloads."""
+
+    plan: Plan
+    bases: list[RangedBase]
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The result of a task: what the driver has to know about its file.
+
+    Attributes:
+        name: the name of the file.
+        norms, runs: as for `StagingDir.finish`; empty if the file is in the shared stage.
+        placed: the hub's answer about the uploaded file; None if the file is in the shared stage.
+    """
+
+    name: str
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    runs: tuple[tuple[int, int, str], ...] = ()
+    placed: object = None
 
 
 def recipe_of(
-    base: Checkpoint,
-    quantized: str | None,
-    onto: Base | None,
-    adapters: Sequence[Source],
-    options: MergeOptions,
-    device: str,
+    base: Checkpoint | str, quantized: str | None, onto: Base | None, adapters: Sequence[Source],
+    options: MergeOptions, device: str, *, placed: bool = False,
 ) -> ClusterRecipe:  # fmt: skip
-    """Return the recipe of a merge, with absolute paths that all nodes can open."""
+    """Return the recipe of a merge, with names that all nodes can open.
+
+    Args:
+        base: the open base, or its uri if the tasks read it from a hub.
+        quantized: as in `merge`.
+        onto: as in `merge`; a uri if the tasks read it from a hub.
+        adapters: as in `merge`.
+        options: as in `merge`.
+        device: as in `merge`.
+        placed: whether the tasks upload their files to a hub, so that there is no shared stage.
+
+    Raises:
+        UsageError: an adapter exists in memory only, and there is no shared stage to write it to.
+    """
     from ..core.adapter import Adapter
 
-    paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
-    beside = None if onto is None else str(opened(onto).root.resolve())
+    if placed and any(isinstance(adapter, Adapter) for adapter in adapters):
+        why = "an adapter in memory cannot be given to the nodes of a cluster"
+        raise UsageError(why, cure=f"Write it with adapterkit.write. {_PUSH}")
+    if placed and options.calibration is not None:
+        why = "a calibration file cannot be given to the nodes of a cluster without a shared disk"
+        raise UsageError(
+            why, where="calibration", cure="Omit --calibration (calibration=), or merge into a local folder and push it"
+        )
+    names = tuple(None if isinstance(a, Adapter) else _named(a) for a in adapters)
+    if onto is not None and not (isinstance(onto, str) and is_remote(onto)):
+        onto = str(opened(onto).root.resolve())
     if options.calibration is not None:
         options = replace(options, calibration=str(Path(options.calibration).resolve()))
-    return ClusterRecipe(str(base.root.resolve()), quantized, beside, paths, options, device)
+    base = base if isinstance(base, str) else str(base.root.resolve())
+    return ClusterRecipe(base, quantized, onto, names, options, device)
 
 
-def on_ray(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:
+def on_ray(
+    recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], address: str | None,
+    place: PlacedOutput | None = None,
+) -> Engine:  # fmt: skip
     """Return an engine that distributes the files of a plan over a cluster.
+
+    Args:
+        recipe: the recipe of the merge.
+        named: the adapters with their names and weights.
+        address: the address of the cluster.
+        place: the output to which the tasks upload their files; None for the stage, which all nodes must see.
 
     Raises:
         Unsupported: Ray is not installed.
@@ -100,37 +160,189 @@ def on_ray(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], a
         told = replace(
             recipe, adapters=_on_disk(recipe, named, stage), names=tuple((name, weight) for name, _, weight in named)
         )
+        if place is not None:
+            _prepare(plan, stage, place)
         with _connected(address):
-            _run(plan, stage, told, progress)
+            _run(plan, stage, told, place, progress)
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
 
 
-def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> str:
-    """Run one task: write one file into the stage of `target`, unless it is finished; return its name.
+def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
+    """Find out which files of an interrupted run are still at the hub, and claim the target for the others."""
+    for file in plan.files:
+        if stage.finished(file.name) and not place.holds(file.name):
+            stage.drop(file.name)
+    pending = [file.name for file in plan.files if not stage.finished(file.name)]
+    place.forget(pending)
+    if pending:
+        place.begin(pending)
+
+
+# The functions below run in a task: plan, download, compute, and write or upload one file.
+
+
+def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> Shard:
+    """Run one task on a shared file system: write one file into the stage of `target`, unless it is finished.
 
     Raises:
         Corrupt: the inputs differ from those that the driver saw.
     """
+    with _on_this_node():
+        inputs = inputs_of(recipe, digest)
+        stage = StagingDir(Path(target), digest, [file.name for file in inputs.plan.files])
+        if not stage.finished(name):
+            _write(inputs, recipe.device, name, stage.apart())
+        return Shard(name)
+
+
+def put_file(recipe: ClusterRecipe, digest: str, uri: str, name: str) -> Shard:
+    """Run one task without a shared file system: write one file into scratch on this node, and upload it to `uri`.
+
+    Raises:
+        Corrupt: the inputs differ from those that the driver saw, or the hub received other bytes.
+        NetworkError: a hub is not reachable, or denies access with the credentials of this node.
+        StorageError: the disk of this node is full.
+    """
+    with _on_this_node():
+        inputs = inputs_of(recipe, digest)
+        with hub().scratch() as folder:
+            stage = StagingDir(folder / "made", digest, [name])
+            with stage.locked():
+                _write(inputs, recipe.device, name, stage)
+                placed = hub().put(uri, name, stage.out / name)
+                return Shard(name, stage.norms_of(name), tuple(stage.runs_of(name)), placed)
+
+
+_last: dict[str, Inputs] = {}
+"""Digest of a plan -> its inputs. A worker runs many tasks of a merge, and plans only once if no input can change."""
+
+
+def inputs_of(recipe: ClusterRecipe, digest: str) -> Inputs:
+    """Return the plan of a recipe, made from headers.
+
+    Raises:
+        Corrupt: the plan differs from the driver's plan.
+    """
+    if digest in _last:
+        return _last[digest]
+    for inputs in _last.values():
+        inputs.closing.close()
+    _last.clear()
+    with contextlib.ExitStack() as stack:
+        inputs = _planned(recipe, stack)
+        if inputs.plan.digest != digest:
+            why = "the base or the adapters differ from those that the driver planned with"
+            raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
+        inputs.closing.push(stack.pop_all())
+    if all(is_remote(name) for name in (recipe.base, recipe.onto, *recipe.adapters) if name is not None):
+        _last[digest] = inputs
+    return inputs
+
+
+def _planned(recipe: ClusterRecipe, stack: contextlib.ExitStack) -> Inputs:
+    from ..formats import read
+    from .quantized import as_merged
+
+    bases: list[RangedBase] = []
+
+    def checkpoint(name: str) -> Checkpoint:
+        if not is_remote(name):
+            return opened(_seen(name))
+        bases.append(stack.enter_context(ranged(name)))
+        return opened(bases[-1].path)
+
+    chosen = recipe.options
+    onto = None if recipe.onto is None else checkpoint(recipe.onto)
+    base = as_merged(checkpoint(recipe.base), recipe.quantized, onto, chosen.dtype, chosen.keep, chosen.calibration)
+    paths = [path for path in recipe.adapters if path is not None]
+    named = [
+        (name, read(path if is_remote(path) else _seen(path), base=base), weight)
+        for path, (name, weight) in zip(paths, recipe.names, strict=True)
+    ]  # fmt: skip
+    return Inputs(make_plan(base, named, chosen), bases)
+
+
+def _seen(path: str) -> str:
+    if not os.path.exists(path):
+        why = "the nodes of the cluster do not see this path"
+        raise StorageError(why, path=path, cure=f"Put it on a file system that all nodes share. {_PUSH}")
+    return path
+
+
+def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
+    """Write one file of the plan into a stage; the downloaded bytes of the bases are removed at the end."""
     from .arrays import arrays_for
     from .execute import execute
 
-    plan = recipe.plan()
-    if plan.digest != digest:
-        why = "the base or the adapters differ from those that the driver planned with"
-        raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
-    stage = StagingDir(Path(target), digest, [file.name for file in plan.files])
-    if not stage.finished(name):
-        position = next(at for at, file in enumerate(plan.files) if file.name == name)
-        devices = recipe.device.split(",")
-        arrays = arrays_for(devices[position % len(devices)])
-        execute([plan.files[position]], stage.apart(), [arrays], None, THREADS, checksums=plan.checksums)
-    return name
+    position = next(at for at, file in enumerate(inputs.plan.files) if file.name == name)
+    file, devices = inputs.plan.files[position], device.split(",")
+    arrays = arrays_for(devices[position % len(devices)])
+    spans = list(spans_of(file, inputs.plan.base))
+    try:
+        if inputs.bases:
+            _check_space(file.size + sum(span.nbytes for span in set(spans)), stage.folder)
+        for base in inputs.bases:
+            base.bring(spans)
+        execute([file], stage, [arrays], None, THREADS, checksums=inputs.plan.checksums)
+    except AdapterkitError as error:
+        for base in inputs.bases:
+            error.path = error.path and error.path.replace(str(base.path), base.uri)
+        raise
+    finally:
+        for base in inputs.bases:
+            base.drop()
+
+
+def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
+    """Yield the spans of the base from which an output file is made.
+
+    They lack the inputs of computed tensors, such as the rows of a larger vocabulary, which are read later.
+    """
+    if file.whole is not None:
+        yield Span(str(file.whole), 0, file.size)
+    for output in file.outputs:
+        tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
+        if isinstance(base, Dequantized):
+            packed = base.packed.get(output.name) if output.part is None else output.part.packed
+            tensors += [] if packed is None else [base.stored.tensors[name] for name in packed.members]
+        yield from (tensor.span for tensor in tensors if tensor.span is not None)
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        cure = "Free some space on the nodes, or set ADAPTERKIT_CACHE to another disk there, or make smaller files by "
+        cure += "--shard-size (shard_size=)"
+        raise StorageError(f"a task needs {needed:,} bytes of scratch, but {free:,} are free", path=folder, cure=cure)
+
+
+@contextlib.contextmanager
+def _on_this_node() -> Iterator[None]:
+    """Name the node in errors: the driver shows the errors, and its disks and credentials may differ."""
+    import ray
+
+    try:
+        yield
+    except AdapterkitError as error:
+        error.why = f"{error.why} (on the node {ray.util.get_node_ip_address()})"
+        if isinstance(error, NetworkError) and error.cure:
+            error.cure = f"{error.cure}. A task uses the credentials and the network of its node"
+        raise
+    except OSError as error:
+        raise storage_error(error, error.filename or "scratch") from error
+
+
+# The functions below run in the driver.
+
+
+def _named(name: str | PathLike[str]) -> str:
+    return pinned(name) if is_remote(name) else str(Path(name).resolve())
 
 
 def _on_disk(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
-    """Return the paths of the adapters; adapters that exist only in memory are first written into the stage."""
+    """Return the names of the adapters; adapters that exist only in memory are first written into the stage."""
     from ..formats import save
 
     paths = []
@@ -155,25 +367,51 @@ def _connected(address: str | None) -> Iterator[None]:
         why = f"the Ray cluster is not reachable ({str(error).splitlines()[0]})"
         raise NetworkError(why, path=address, cure="Check the address, and that the cluster is up") from error
     try:
-        yield
+        with contextlib.redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            yield
     finally:
         ray.shutdown()
 
 
-def _run(plan: Plan, stage: StagingDir, recipe: ClusterRecipe, progress: Progress | None) -> None:
+class _Stdout:
+    """Standard output, without Ray's own thread: its messages about dead nodes go to stderr, not into the result."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        ours = threading.current_thread().name != "ray_listen_error_messages"
+        return (self.stream if ours else sys.stderr).write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def _run(
+    plan: Plan, stage: StagingDir, recipe: ClusterRecipe, place: PlacedOutput | None, progress: Progress | None
+) -> None:
     """Start a task for each unfinished file and wait for all of them."""
     import ray
 
-    task = ray.remote(write_file).options(max_retries=RETRIES, scheduling_strategy="SPREAD")
-    sizes = {file.name: file.size for file in plan.files}
-    pending = [name for name in sizes if not stage.finished(name)]
-    done = plan.bytes - sum(sizes[name] for name in pending)
-    target = str(stage.target.resolve())
+    work: Callable[[ClusterRecipe, str, str, str], Shard] = write_file if place is None else put_file
+    task = ray.remote(work).options(max_retries=RETRIES, scheduling_strategy="SPREAD")
+    files = {file.name: file for file in plan.files}
+    pending = [name for name in files if not stage.finished(name)]
+    done = plan.bytes - sum(files[name].size for name in pending)
+    target = str(stage.target.resolve()) if place is None else place.uri
     waiting = [task.remote(recipe, plan.digest, target, name) for name in pending]
     try:
         while waiting:
-            ready, waiting = ray.wait(waiting, timeout=0.2)
-            done += sum(sizes[name] for name in _results(ready))
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.2)
+            shards, failure = _results(ready)
+            for shard in shards:
+                file = files[shard.name]
+                if place is not None:
+                    place.took(file.name, shard.placed)
+                    stage.finish_sketch(file.name, file.header, file.size, shard.norms, shard.runs)
+                done += file.size
+            if failure is not None:
+                raise failure
             if progress is not None:
                 progress(done, plan.bytes)
     except BaseException:
@@ -181,19 +419,22 @@ def _run(plan: Plan, stage: StagingDir, recipe: ClusterRecipe, progress: Progres
         raise
 
 
-def _results(ready: Sequence[object]) -> list[str]:
+def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
+    """Return the results of finished tasks, and the failure of one that failed."""
     import ray
 
-    try:
-        names: list[str] = ray.get(list(ready))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, AdapterkitError):
-            raise error.cause from error
-        raise
-    except ray.exceptions.RayError as error:
-        why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
-        raise NetworkError(why, cure="Look at the cluster's nodes, then run the same command again") from error
-    return names
+    shards: list[Shard] = []
+    failure: Exception | None = None
+    for reference in ready:
+        try:
+            shards.append(ray.get(reference))
+        except ray.exceptions.RayTaskError as error:
+            # Show the task's own error. The text of Ray's error has the traceback of another machine.
+            failure = error.cause if isinstance(error.cause, AdapterkitError) else error
+        except ray.exceptions.RayError as error:
+            why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
+            failure = NetworkError(why, cure="Look at the cluster's nodes, then run the same command again")
+    return shards, failure
 
 
 def _end(waiting: Sequence[object]) -> None:
@@ -204,3 +445,6 @@ def _end(waiting: Sequence[object]) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.cancel(reference, force=True)
     ray.wait(list(waiting), num_returns=max(1, len(waiting)), timeout=10) if waiting else None
+
+
+_PUSH = "Or push it ('adapterkit push PATH s3://bucket/name'), and give this address instead of the path"

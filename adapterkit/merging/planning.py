@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..io.checkpoint import INDEX, SINGLE, Checkpoint
-from ..io.lazy import DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, dtype_named, read_span
+from ..io.lazy import DTYPES, DType, Lazy, Shape, Span, dtype_named, read_span
 from ..io.locations import source_of
 from ..io.safetensors import encode_header
 from ..io.stages import stage
@@ -115,7 +115,7 @@ def _files(
 def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
     """Return the output file as a copy of a base file with its header; None if a tensor in it changes or is missing."""
     spans = [output.source.span for output in outputs if output.copied]
-    paths = {span.path for span in spans if span is not None and span.path not in ELSEWHERE}
+    paths = {span.path for span in spans if span is not None}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
     # The copy keeps the header. So the file must end with its last tensor, and hold only tensors of the output.

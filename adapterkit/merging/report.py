@@ -97,9 +97,21 @@ def local(device: str) -> Engine:
 
 
 def run_plan(
-    plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
-) -> Report:
-    """Run a plan and put the output at `out`; see `adapterkit.merge`."""
+    plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool,
+    *, placed: bool = False,
+) -> Report:  # fmt: skip
+    """Run a plan and put the output at `out`; see `adapterkit.merge`.
+
+    Args:
+        plan: the plan.
+        out: the path of the output.
+        engine: writes the weight files.
+        progress: a function that is called with (bytes done, total bytes).
+        started: the time at which the work began, from `time.perf_counter`.
+        overwrite: replace an existing output.
+        placed: whether the weight files at `out` are sketches, and the real files are elsewhere. Sketches take no
+            space, a finished output is recognised although `overwrite` is set, and the stage is kept after any error.
+    """
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
@@ -107,18 +119,20 @@ def run_plan(
     with stage.locked():
         try:
             decided = _decided(plan)
-            if stage.was_completed or (not overwrite and stage.is_finished(decided)):
+            if stage.was_completed or ((placed or not overwrite) and stage.is_finished(decided)):
                 return _completed(plan, stage, started)
             check_free(out, overwrite)
             resumed = tuple(name for name in names if stage.finished(name))
-            _check_space(plan, out, resumed)
+            if not placed:
+                _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
             # Keep the finished files, so that the same command resumes.
             raise
         except (AdapterkitError, OSError, MemoryError):
             # Discard the stage on these errors. An interrupt is not one of them: its stage stays for the next run.
-            stage.discard()
+            if not placed:
+                stage.discard()
             raise
 
 

@@ -101,6 +101,20 @@ class StagingDir(Staging):
         write_bytes(self._norms / f"{name}.json", json.dumps({"norms": norms, "runs": runs}).encode())
         os.replace(part, self.out / name)
 
+    def finish_sketch(
+        self, name: str, header: bytes, size: int, norms: Mapping[str, Sequence[float]],
+        runs: Sequence[tuple[int, int, str]],
+    ) -> None:  # fmt: skip
+        """Finish a file whose bytes are elsewhere: write a sparse file with its header."""
+        with open(self.parts / name, "wb") as file:
+            file.write(header)
+            file.truncate(size)
+        self.finish(name, norms, runs)
+
+    def drop(self, name: str) -> None:
+        """Remove a finished file so that it is written again."""
+        (self.out / name).unlink(missing_ok=True)
+
     def link(self, name: str, file: Path) -> bool:
         """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
         try:

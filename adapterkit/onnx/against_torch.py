@@ -34,7 +34,7 @@ any."""
 
 
 def compared(
-    model: nn.Module, examples: Sequence[Example], out: Path, runs: Mapping[str | None, Run], *,
+    model: nn.Module, examples: Sequence[Example], out: Path, session: Session, runs: Mapping[str | None, Run], *,
     judged: bool = True,
 ) -> float:  # fmt: skip
     """Return the largest difference between the graph and torch, relative to the largest output.
@@ -43,15 +43,14 @@ def compared(
         model: the torch model.
         examples: pairs of positional and named arguments.
         out: the graph.
+        session: a session of the graph; it keeps the adapters loaded.
         runs: for each adapter's name, how to attach the adapter; the name None is the run without an adapter.
         judged: False to return the difference however large it is.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
     """
-    from .session import Session
-
-    session, worst = Session(out), 0.0
+    worst = 0.0
     for name, (attached, file) in runs.items():
         if file is not None and name is not None:
             session.load(name, file)
@@ -83,11 +82,8 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
     return worst
 
 
-def by_reference(out: Path, example: Example) -> float | None:
+def by_reference(out: Path, session: Session, example: Example) -> float | None:
     """Return the largest difference between ONNX's reference implementation and onnxruntime; None if it cannot run."""
-    from .session import Session
-
-    session = Session(out)
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 

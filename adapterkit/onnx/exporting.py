@@ -410,9 +410,13 @@ def _checked(
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
     """Check the graph; if it is quantized, also check the float graph that it was made from."""
+    from .session import Session
+
     stage("running the graph and comparing it with the model")
     try:
-        difference = compared(model, examples, plain, runs)
+        # Load each graph once, also for the reference: onnxruntime optimizes it anew each time.
+        session = Session(plain)
+        difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
             # Check the packed layers against dequantized weights on exact inputs. The error of the packing itself is
             # reported; it does not fail the check.
@@ -420,10 +424,11 @@ def _checked(
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
             compared_packed(exact, unpacked, examples)
-            difference = compared(model, examples, out, runs, judged=False)
+            session = Session(out)
+            difference = compared(model, examples, out, session, runs, judged=False)
     except Unsupported as error:
         return CheckOutcome(None, f"not run: {error.why}")
-    return CheckOutcome(difference, None, by_reference(out, examples[0]))
+    return CheckOutcome(difference, None, by_reference(out, session, examples[0]))
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:

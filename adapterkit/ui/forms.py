@@ -25,8 +25,8 @@ COMMANDS = (
 """Commands on the page, in this order. Commands that run other programs or talk to hubs are omitted."""
 
 LEFT_OUT = frozenset({
-    "address", "debug", "engine", "from_sarif", "help", "json", "quiet", "recipe", "sarif", "stream", "suite",
-    "verbose",
+    "address", "bandwidth", "debug", "engine", "from_sarif", "help", "json", "node_tasks", "nodes", "price", "quiet",
+    "recipe", "sarif", "stream", "suite", "verbose",
 })  # fmt: skip
 """Options that forms omit: output options, other machines, and files that name further files."""
 

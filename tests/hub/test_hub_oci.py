@@ -16,7 +16,8 @@ import pytest
 from command_line import record, run
 from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import Fault, HubServer
-from oci_registry import Proxy, distribution, registry  # noqa: F401 - a fixture
+from oci_registry import HTPASSWD, Proxy, distribution, registry  # noqa: F401 - a fixture
+from oci_registry import PASSWORD as SECRET
 
 import adapterkit as ak
 from adapterkit.errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, StorageError
@@ -25,10 +26,6 @@ from adapterkit.hub.hubs import oci as _modelpack
 from adapterkit.hub.hubs import oci as _uploads
 from adapterkit.hub.hubs import remote_at
 from adapterkit.hub.transfer import digests_of, fetch
-
-SECRET = "openSesame"
-HTPASSWD = "somebody:$2y$04$c4WoMPo3SXsafkva.HHa6uqciox36n1AyjcpZbymt8Vcaodm0eDhe"
-"""A user and the bcrypt of the secret."""
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
         (TargetNotFound, "no slot other", tensors | {"other": tensors[factor]}),
         (ShapeMismatch, "in another tensor of the same update", {k: v for k, v in tensors.items() if k != factor}),
         (ShapeMismatch, "has shape .*, and its slot", tensors | {factor: from_numpy(np.zeros((4, 7), np.float32))}),
-        (ShapeMismatch, "float64 for", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
+        (ShapeMismatch, "dtype float64, and its slot float32", tensors | {factor: from_numpy(np.zeros((4, 32)))}),
     ):
         write_ort_adapter(tmp_path / "bad.onnx_adapter", OrtAdapter(changed))
         with pytest.raises(error, match=match):

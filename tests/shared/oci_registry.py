@@ -18,6 +18,10 @@ from hub_server import Fault, Faulty
 BINARY = shutil.which("docker-registry")
 """`.ci/run` installs it."""
 
+PASSWORD = "openSesame"
+HTPASSWD = "somebody:$2y$04$c4WoMPo3SXsafkva.HHa6uqciox36n1AyjcpZbymt8Vcaodm0eDhe"
+"""A user and the bcrypt of the password."""
+
 
 def free_port() -> int:
     with socket.socket() as sock:

@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin
 
 from ...errors import AccessDenied, AdapterkitError, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
 from ...io.strict_json import load_json
-from ..remote import Content, Digests, Remote, RemoteFile
+from ..remote import Content, Digests, Placed, Remote, RemoteFile, lost
 from ..retries import PASSING, Passing, retry_after
 from ..transfer import check_listed
 from ..uris import Uri, check_name
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import httpx2
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 
@@ -240,6 +240,34 @@ class HuggingFace(Remote):
     ) -> str:  # fmt: skip
         return send(self, {name: files[name] for name in changed}, found, message, private)
 
+    def begin(self) -> None:
+        super().begin()
+        _created(self, private=False)
+        head_of(self)
+
+    def place(self, path: str, file: Path, found: Digests) -> Placed:
+        # Upload with LFS whatever the size: only LFS files can be committed later by their sha256.
+        def act() -> None:
+            operation = _addition(path, str(file))
+            self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
+
+        with _uploading(self.endpoint):
+            self.call(act)
+        return Placed(path, found)
+
+    def holds(self, placed: Placed) -> bool:
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+        _, digest, _ = placed.digests
+        info = UploadInfo(sha256=bytes.fromhex(digest.partition(":")[2]), size=placed.digests[0], sample=b"")
+
+        def act() -> bool:
+            known, _, _ = post_lfs_batch_info([info], self.token, "model", self.uri.repo, endpoint=self.endpoint)
+            # The hub returns a url for the upload only if it does not have the bytes.
+            return bool(known) and not any("upload" in (each.get("actions") or {}) for each in known)
+
+        return self.call(act)
+
     def kept(self) -> str:
         return head_of(self)
 
@@ -294,16 +322,21 @@ def send(
     remote: HuggingFace, contents: Mapping[str, Content], found: Mapping[str, Digests], message: str, private: bool
 ) -> str:
     """Create the repository and branch if needed, and make one commit; return its hash."""
+    from huggingface_hub import CommitOperationAdd
+
     uri, api = remote.uri, remote.api
-    # Pass None for a public push: the organisation's default then decides the visibility of a new repository.
-    remote.call(lambda: api.create_repo(uri.repo, private=private or None, exist_ok=True))
+    _created(remote, private)
     head = head_of(remote)
+    for name, content in contents.items():
+        if isinstance(content, Placed) and not remote.holds(content):
+            raise lost(str(uri), name)
 
     def act() -> str:
-        from huggingface_hub import CommitOperationAdd
-
         # Create new operations for each attempt: they remember that they were uploaded.
-        operations = [CommitOperationAdd(name, _content(content)) for name, content in contents.items()]
+        operations = [
+            _placed(name, content) if isinstance(content, Placed) else CommitOperationAdd(name, _content(content))
+            for name, content in contents.items()
+        ]
         done = api.create_commit(
             uri.repo, operations, commit_message=message, revision=uri.revision, parent_commit=head, num_threads=2
         )
@@ -352,7 +385,31 @@ def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Cal
         raise
 
 
-def _content(content: Content) -> str | bytes:
+def _created(remote: HuggingFace, private: bool) -> None:
+    # Pass None for a public push: the organisation's default then decides the visibility of a new repository.
+    remote.call(lambda: remote.api.create_repo(remote.uri.repo, private=private or None, exist_ok=True))
+
+
+def _addition(name: str, content: str | bytes) -> CommitOperationAdd:
+    """Return an addition that uses LFS; by default huggingface_hub asks the hub whether to use LFS."""
+    from huggingface_hub import CommitOperationAdd
+
+    operation = CommitOperationAdd(name, content)
+    operation._upload_mode = "lfs"
+    return operation
+
+
+def _placed(name: str, placed: Placed) -> CommitOperationAdd:
+    """Return the addition of an uploaded file; a commit refers to the file by its sha256 and size."""
+    from huggingface_hub.lfs import UploadInfo
+
+    operation, (size, digest, _) = _addition(name, b""), placed.digests
+    operation.upload_info = UploadInfo(sha256=bytes.fromhex(digest.partition(":")[2]), size=size, sample=b"")
+    operation._is_uploaded = True
+    return operation
+
+
+def _content(content: Path | bytes) -> str | bytes:
     return str(content) if isinstance(content, Path) else content
 
 

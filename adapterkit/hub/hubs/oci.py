@@ -34,7 +34,7 @@ from ...errors import (
 )
 from ...io.strict_json import load_json
 from ..folders import cache_folder
-from ..remote import Content, Digests, Remote, RemoteFile, unreachable
+from ..remote import Content, Digests, Placed, Remote, RemoteFile, lost, unreachable
 from ..retries import ATTEMPTS, Passing, pause, retrying
 from ..transfer import digests_of
 from ..uris import Uri
@@ -340,13 +340,23 @@ class Distribution(Remote):
         # Compare the tag before and after the upload, which leaves a short race: registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
-            upload(self, content, found[name][0], found[name][1])
+            if not isinstance(content, Placed):
+                upload(self, content, found[name][0], found[name][1])
+            elif not self.holds(content):
+                raise lost(str(self.uri), name)
         config, manifest = made(self.uri.repo, self.uri.revision or LATEST, found, message)
         upload(self, config, len(config), digests_of(config)[1])
         if self._now() != before:
             cure = "Look at the current files, and run the same command again"
             raise NetworkError("somebody else pushed in the meantime", path=str(self.uri), cure=cure)
         return self._set(self.uri.revision or LATEST, manifest)
+
+    def place(self, path: str, file: Path, found: Digests) -> Placed:
+        upload(self, file, found[0], found[1])
+        return Placed(path, found)
+
+    def holds(self, placed: Placed) -> bool:
+        return _has(self, placed.digests[1])
 
     def _now(self) -> str | None:
         try:
@@ -392,7 +402,7 @@ ANEW = 6
 """Number of times that a blob is started again after the registry lost or damaged it."""
 
 
-def upload(remote: Distribution, content: Content, size: int, digest: str) -> None:
+def upload(remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
     """Send a blob unless the registry already has it.
 
     Raises:
@@ -421,7 +431,7 @@ class _Upload:
         at: the number of bytes that the registry has; None if the registry must be asked first.
     """
 
-    def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
+    def __init__(self, remote: Distribution, content: Path | bytes, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
         # Keep one file for each repository and blob, so that any process pushing the same blob finds it.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
@@ -545,7 +555,7 @@ def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
     return target
 
 
-def _read(content: Content, at: int, nbytes: int) -> bytes:
+def _read(content: Path | bytes, at: int, nbytes: int) -> bytes:
     if isinstance(content, bytes):
         return content[at : at + nbytes]
     try:

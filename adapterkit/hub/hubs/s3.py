@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
@@ -27,7 +28,7 @@ from ...errors import (
 )
 from ...io.strict_json import load_json
 from .. import retries
-from ..remote import Content, Digests, RemoteFile, unreachable
+from ..remote import Content, Digests, Placed, RemoteFile, lost, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
 from ..web import CHUNK as PIECE
@@ -242,6 +243,8 @@ class S3(Listing):
         if token is not None:
             raise UsageError("S3 has no tokens", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         self.bucket = Bucket(uri.repo, str(uri))
+        self._claimed: str | None = None
+        self._met: Mapping[str, RemoteFile] | None = None
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
@@ -307,6 +310,9 @@ class S3(Listing):
 
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
+        if self._claimed is not None:
+            # Since the claim, tasks have uploaded files here: return the files from before.
+            return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
         return super().there()
@@ -315,22 +321,51 @@ class S3(Listing):
         self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
-        before = {file.path: file for file in (self.there() or {}).values() if file.verifiable}
-        claim = self._claim(_entries(before, self.uri.path))
+        before = self._before()
+        claim = self._claimed or self._claim(_entries(before, self.uri.path))
         for name in changed:
             content = files[name]
-            self.call(partial(self._put, name, content))
-            if self.call(partial(self._size, name)) != found[name][0]:
-                raise Corrupt("the uploaded file has another size", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
+            if not isinstance(content, Placed):
+                self.place(name, content, found[name])
+            elif not self.holds(content):
+                raise lost(str(self.uri), name)
         sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
 
-    def _size(self, name: str) -> int:
-        with self.bucket.asked("HEAD", name, {}) as response:
-            return int(response.headers.get("Content-Length", -1))
+    def _before(self) -> dict[str, RemoteFile]:
+        return {file.path: file for file in (self.there() or {}).values() if file.verifiable}
 
-    def _put(self, name: str, content: Content) -> None:
+    def begin(self) -> None:
+        super().begin()
+        self._met = self.there()
+        # Keep the ETag of this claim: if another program pushes before `send`, writing the list with the ETag fails.
+        self._claimed = self._claim(_entries(self._before(), self.uri.path))
+
+    def kept(self) -> str:
+        if self._claimed is not None:
+            self._write({"state": "whole", "files": _entries(self._before(), self.uri.path)}, self._claimed)
+        return super().kept()
+
+    def place(self, path: str, file: Path | bytes, found: Digests) -> Placed:
+        self.call(lambda: self._put(path, file))
+        size, mark = self.call(lambda: self._stored(path))
+        if size != found[0]:
+            raise Corrupt("the uploaded file has another size", path=str(self.uri), where=path, cure=_PUSH_AGAIN)
+        return Placed(path, found, mark)
+
+    def holds(self, placed: Placed) -> bool:
+        try:
+            return bool(self.call(lambda: self._stored(placed.path)) == (placed.digests[0], placed.mark))
+        except RemoteNotFound:
+            return False
+
+    def _stored(self, name: str) -> tuple[int, str]:
+        """Return the size and the ETag of an object."""
+        with self.bucket.asked("HEAD", name, {}) as response:
+            return int(response.headers.get("Content-Length", -1)), response.headers.get("ETag", "")
+
+    def _put(self, name: str, content: Path | bytes) -> None:
         import obstore
 
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
