@@ -27,7 +27,6 @@ from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, lo
 from ..io.staging import files_below, matches, staged
 from ..io.written import sources_remembered
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
-from ._others import adapter_modules
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -274,7 +273,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Name the format with --from (format=)")
     from ._image import container
-    from ._others import other_file
+    from ._others import adapter_modules, other_file
 
     source = _existing(path)
     other = other_file(container.names(source))

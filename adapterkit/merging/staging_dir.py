@@ -23,7 +23,7 @@ Norms = dict[str, list[float]]
 
 
 class _Finished(TypedDict):
-    """What is recorded about a finished file: its norms, and (offset, number of bytes, sha256) of each run."""
+    """The record of a finished file: its norms, and (offset, number of bytes, sha256) of each run."""
 
     norms: Norms
     runs: list[tuple[int, int, str]]
