@@ -19,10 +19,7 @@ from ..io.inputs import read_input
 from ..io.torch_file import is_torch_file, read_torch_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..io.lazy import Lazy
-
 
 FORMAT = 1
 

@@ -14,7 +14,7 @@ N = TypeVar("N", bound="Numbers")
 
 
 class Numbers(Protocol):
-    """The operations of formulas on an array: a numpy array, a torch tensor or a value of an ONNX graph.
+    """The operations that formulas use on an array: a numpy array, a torch tensor or a value of an ONNX graph.
 
     Formulas name torch tensors in their type hints; functions that several libraries share are written over `Numbers`.
     """

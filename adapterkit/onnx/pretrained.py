@@ -125,7 +125,7 @@ def _load(module: nn.Module, weights: str | PathLike[str]) -> None:
         module.load_state_dict(held, strict=True)
     except RuntimeError as error:
         first = " ".join(str(error).split())
-        raise ShapeMismatch(first[:300], path=weights, cure="Pass weights of this module (weights=)") from None
+        raise ShapeMismatch(first[:300], path=weights, cure="Pass the file of weights of this module") from None
 
 
 # Export a transformers folder: the model as a graph, with the config and tokenizer beside it.

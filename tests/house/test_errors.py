@@ -26,7 +26,9 @@ def options() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name in adapterkit_cli.list_commands(None):  # type: ignore[arg-type]
         for param in adapterkit_cli.get_command(None, name).params:  # type: ignore[arg-type, union-attr]
-            found.setdefault(str(param.name), set()).update(o for o in param.opts if o.startswith("-"))
+            found.setdefault(str(param.name), set()).update(
+                o for o in (*param.opts, *param.secondary_opts) if o.startswith("-")
+            )
     return {name: given for name, given in found.items() if given}
 
 
