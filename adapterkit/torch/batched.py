@@ -265,8 +265,7 @@ class Places:
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
         padded: `[used * most]`, the rows of each used slot; a shorter list repeats its first row up to the longest
-        length.
-            None if these are all rows in order.
+            length. None if these are all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.

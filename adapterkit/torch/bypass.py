@@ -11,15 +11,13 @@ weight with `dict.get`.
 
 A forward that another tool put on a block after the injection may have copied the weights before, and then it reads
 none. So the next call of such a block is watched: if it calls none of the modules with an adapter, a warning says so.
-It
-is not an error, because it may be intended (an ablation).
+It is not an error, because it may be intended (an ablation).
 
 Compiled code reads parameters without using any dictionary, and its graph does not record which module a weight came
 from. So the compiler is watched while it traces: if it traces a call of a block, but none of a module with an adapter
 inside the block, a warning says so, unless that module ran before. It cannot be an error, because the block may compute
 the same thing in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of
-the
-same structure is not traced again: run such a model once without `torch.compile`.
+the same structure is not traced again: run such a model once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -128,10 +126,8 @@ class Calls:
         """Check that every module whose weight was read was called too.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
-        the
-        weights of its projections to a torch function. PEFT trains such models although their adapter does not act, so
-        a
-        live model only warns.
+        the weights of its projections to a torch function. PEFT trains such models although their adapter does not act,
+        so a live model only warns.
 
         Args:
             is_own: a function that says whether a function's name is a method of the class around a hook's module.

@@ -103,8 +103,7 @@ def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
     """Whether torch.distributed.checkpoint is reading the state dict without its frozen parameters.
 
     Such a state dict has no tensor of an adapter whose `checkpoint` is `base`, and none of a frozen base. A warning
-    says
-    so.
+    says so.
     """
     reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
     if reader is None or not getattr(reader.f_locals.get("info"), "ignore_frozen_params", False):

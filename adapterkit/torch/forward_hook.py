@@ -243,8 +243,7 @@ class ForwardHook:
         """Check that a tensor-parallel weight gets a tensor-parallel input.
 
         transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor. A
-        hook
-        cannot be placed inside this closure.
+        hook cannot be placed inside this closure.
 
         Raises:
             Unsupported: the input is a plain tensor, so another tool's forward distributes it only after this hook.
@@ -312,8 +311,7 @@ class ForwardHook:
         y = plan.run(x)
         if y is None and plan.token is None:
             # Offloading and FSDP2 bring a new weight for each forward. If every second forward computed in another way,
-            # a
-            # checkpointed block would save other tensors than its recomputation does, which torch refuses.
+            # a checkpointed block would save other tensors than its recomputation does, which torch refuses.
             y = self._new_plan(scope).run(x)
         return y
 

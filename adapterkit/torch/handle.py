@@ -121,8 +121,7 @@ class Handle:
         """Return the adapter's switches at copied layers of the model, with their hooks.
 
         A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
-        others.
-        A layer that is copied out of the model is independent.
+        others. A layer that is copied out of the model is independent.
         """
         found: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
@@ -147,8 +146,7 @@ class Handle:
         """Check that each layer is still at the path of its target, because the adapter is written with these paths.
 
         Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path but
-        keeps
-        the order of the others.
+        keeps the order of the others.
 
         Raises:
             UsageError: another tool moved a layer.
@@ -172,8 +170,7 @@ class Handle:
 
         With `adapter`, every framework that saves the model's state dict (Trainer, Accelerate, Lightning, `torch.save`)
         writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, also with `strict=True`, and
-        leaves the
-        base unchanged. With `base`, such checkpoints do not contain the adapter.
+        leaves the base unchanged. With `base`, such checkpoints do not contain the adapter.
         """
         return self._checkpoint
 
@@ -237,9 +234,8 @@ class Handle:
         """Return the trained tensors by the names of `named_parameters()`, for a training checkpoint.
 
         The tensors are the model's own, detached, as from `nn.Module.state_dict`. Under FSDP2 they are DTensors: save
-        them
-        with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process.
-        For a file that other tools read, write `handle.adapter()`.
+        them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process. For
+        a file that other tools read, write `handle.adapter()`.
         """
         named = list(self.named_parameters())
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
@@ -369,10 +365,8 @@ class Handle:
 
         Args:
             keep: what to keep for `unmerge_`. True or "copy": the copy of the weights. "recompute": the adapter, and
-            those
-                few numbers of each weight that subtracting the change would not restore exactly. "recompute" needs
-                additive
-                updates (LoRA and similar methods) whose tensors do not change until `unmerge_`.
+                those few numbers of each weight that subtracting the change would not restore exactly. "recompute"
+                needs additive updates (LoRA and similar methods) whose tensors do not change until `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
@@ -423,8 +417,7 @@ class Handle:
 
         Raises:
             UsageError: the adapter was not merged with `keep`; its weights were changed or replaced since; the weights
-            are
-                recomputed and the adapter was changed; or another adapter has its name. Then nothing is changed.
+                are recomputed and the adapter was changed; or another adapter has its name. Then nothing is changed.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"

@@ -51,23 +51,18 @@ def inject(
 
     The adapter's trained tensors become parameters of the model, and all others non-persistent buffers, so that
     optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state dict
-    do
-    not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
-    dict,
-    which training frameworks save and load, contains the adapter instead of the base.
+    do not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
+    dict, which training frameworks save and load, contains the adapter instead of the base.
 
     Args:
         model: any module tree. Targets are dotted names in it, or names that the resolver identifies with its modules,
-            as
-            in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied head),
-                as
-            PEFT's forward does.
+            as in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied
+            head), as PEFT's forward does.
         adapter: the adapter.
         name: the adapter's name for `route`; each attached adapter needs a different one.
         weight: the factor of the adapter's change.
         trainable: make the adapter's leaves, except those its method calls `frozen`, float32 (or wider) parameters,
-            which
-            are cast to the layer's dtype in the forward.
+            which are cast to the layer's dtype in the forward.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base too.
         dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
@@ -75,12 +70,10 @@ def inject(
                 file.
         active: False attaches the adapter switched off; see `handle.set_active`.
         experts: the experts of a router whose own file does not contain them (X-LoRA, Arrow): plain LoRA adapters, in
-            the
-            router's order.
+            the router's order.
         tied: the layers that an update changes if an embedding and a head share their parameter, as in
             `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the layers that the tool
-                which
-            trained the adapter changed; an update of unknown origin changes the layer that it names.
+                which trained the adapter changed; an update of unknown origin changes the layer that it names.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
@@ -88,8 +81,7 @@ def inject(
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not together with what is attached to it already.
         UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
-            the
-            weight is not a finite number.
+            the weight is not a finite number.
 
         If an error is raised, nothing is attached.
     """
