@@ -73,8 +73,8 @@ def inject(
             the router's order.
         tied: the layers that an update changes if an embedding and a head share their parameter, as in
             `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the update changes the layers
-                that it changes in the tool that trained the adapter. An update of unknown origin changes only the layer
-                that it names.
+            that it changes in the tool that trained the adapter. An update of unknown origin changes only the layer
+            that it names.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
