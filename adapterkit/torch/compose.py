@@ -211,7 +211,7 @@ def _alike(path: str, other: str) -> bool:
 
 
 Child = Update | None
-"""An adapter's update at the target, or None if it has none, so that the layer stays unchanged."""
+"""An adapter's update at the target; None if the adapter has no update there, so that the layer stays unchanged."""
 
 
 class ComposedBlock(OutputUpdate):

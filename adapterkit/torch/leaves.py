@@ -131,7 +131,7 @@ class Leaf:
     def check_loaded(self) -> None:
         """Check that the tensor is not on the meta device while the weight of its module has been loaded again.
 
-        torch's CPU products of a meta tensor and real numbers return uninitialised memory.
+        On CPU, torch's products with a meta tensor return uninitialised memory.
 
         Raises:
             Unsupported: the tensor is still on the meta device: `load_state_dict(assign=True)` of a base does not load
@@ -198,7 +198,7 @@ class LiveUpdates:
 
     Args:
         updates: the updates with the tensors they were attached with.
-        leaves: for each update, a map from field to the leaf that holds its tensor; None before registration.
+        leaves: for each update: field -> the leaf that holds the field's tensor; None before registration.
     """
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
@@ -312,9 +312,10 @@ class Registration:
 def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module that a leaf used by `holder` is registered with.
 
-    That is `holder` if it has parameters, so that FSDP2 and ZeRO gather the leaf with the weight it changes. Otherwise
-    the leaf would come before the first parameter of the base (see the module docstring), so it is registered with the
-    first module inside `holder` that has one. `hidden` modules are skipped; the nearest module above takes the leaf.
+    This module is `holder` if `holder` has parameters, so that FSDP2 and ZeRO gather the leaf together with the weight
+    that the leaf changes. Otherwise the leaf would come before the first parameter of the base (see the module
+    docstring), so it is registered with the first module inside `holder` that has a parameter. `hidden` modules are
+    skipped; the nearest module above takes the leaf.
 
     Args:
         model: the model.
@@ -346,10 +347,10 @@ def offloaded(model: nn.Module) -> set[int]:
 
 
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
-    """Load leaves that diffusers' group offloading keeps on disk, and remove them from its groups.
+    """Load leaves that diffusers' group offloading keeps on disk, and remove them from the groups.
 
-    A group is in memory only while the module that a leaf is registered with runs. The leaf may be used later: a
-    bottleneck's by the block around it, a prefix's by the attention.
+    A group is in memory only while the module runs with which the leaf is registered. But the leaf may be used later:
+    the block uses a bottleneck's leaf, the attention a prefix's leaf.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):

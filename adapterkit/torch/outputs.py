@@ -28,7 +28,7 @@ from .layers import Layer, moved
 from .scopes import Switch
 
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
-"""A module's forward: takes positional arguments, named arguments, and the name of a norm inside it to skip."""
+"""A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
 """A function that returns parameter name of the module -> value after the attached updates of weights."""
@@ -214,7 +214,7 @@ class ModuleCall:
     def ended(self, y: Tensor) -> object:
         """Return the module's result with another output; if it returns several values, the output is the first."""
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-            y = y.to(self.dtype)  # Float32 factors made it wider than the module's own output.
+            y = y.to(self.dtype)  # Float32 factors made y wider than the module's own output.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
