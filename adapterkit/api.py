@@ -1,4 +1,4 @@
-"""Public functions that accept paths and addresses; most other modules accept only objects that are already open.
+"""Public functions that accept paths and hub addresses; most other modules accept only objects that are already open.
 
 `adapterkit.names` is a function, so the package for names is called `adapterkit.naming`. A module and a function of the
 same name would replace each other, depending on the order of imports.
@@ -58,10 +58,11 @@ def convert(
         base: the base, for formats that need it to resolve names or to order rows. For `onnx_adapter`, it may be a
             graph with slots (`.onnx`): the file then has the names, types and layout of the slots.
         compat: another interpretation of `src`; see `read`.
-        on_loss: what to do with updates that the format cannot express: refuse, fold, promote or drop; see `write`.
+        on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`; see
+            `write`.
         max_error: with `on_loss="promote"`, the largest relative error of a change.
-        profile: a consumer that supports only a part of the format, such as `"vllm"`.
-        match_base: write the targets with the names and parts that `base` stores.
+        profile: a program that supports only a part of the format, such as `"vllm"`.
+        match_base: write the targets under the names, and split into the weights, that `base` stores.
         rename: rules for names, each `FROM=TO` or `@FILE`.
         overwrite: replace an existing output at `dst`.
         made_from: a digest of everything that decides the output, stored with it; see `write`.
@@ -215,11 +216,11 @@ def names(
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
 
     Returns:
-        A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter, it
-        also has `targets`, a list of records with `target` (the adapter's name), `path` (the base's), `rows`, `layout`
-        and `tensor`; `rules`, each with the number of targets that it resolved; and `missing`. Without an adapter, it
-        has `weights`, with one record per stored name: the name with `#` in place of numbers, the number of modules
-        with this name, and `names`, the names that other tools use.
+        A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter,
+        the dict also has `targets`, a list of records with `target` (the name in the adapter), `path` (the name in the
+        base), `rows`, `layout` and `tensor`; `rules`, each with the number of targets that it resolved; and `missing`.
+        Without an adapter, the dict has `weights`, with one record per stored name: the name with `#` in place of
+        numbers, the number of modules with this name, and `names`, the names that other tools use.
 
     Raises:
         CheckFailed: `strict_base` is set, and the adapter names another base.
@@ -266,7 +267,7 @@ def report(
     Args:
         adapters: one adapter or several, each an `Adapter`, a path or an address.
         base: the base of the adapters, to compare changes with weights, and to measure adapters that need weights.
-        merged: the merged model, to measure how much of each change it contains; requires `base`.
+        merged: the merged model, to measure how much of each change this model contains; requires `base`.
         out: an HTML file to write the report to.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         gate: the result of `adapterkit.gate`, its record, or a file with the output of `adapterkit gate --json`; the
@@ -325,7 +326,7 @@ def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
 
 
 def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
-    """Return a short, unique name for each adapter: as much of the end of its path as tells it from the others."""
+    """Return a short, unique name for each adapter: the shortest end of its path that no other adapter's path has."""
     from os import fspath
 
     parts = [

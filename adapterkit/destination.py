@@ -1,4 +1,4 @@
-"""Write an adapter to a local path or a hub; the destination is checked before any work is done."""
+"""Write an adapter to a local path or a hub, after checking the destination before any other work."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Destination:
         Args:
             adapter: the adapter.
             on_loss: what to do with updates that the format cannot express; see `adapterkit.write`.
-            profile: a consumer that accepts only a part of the format.
+            profile: a program that accepts only a part of the format.
             max_error: with `on_loss="promote"`, the largest relative error of a change.
             base: the base, if it is already open.
             made_from: a digest of everything that decides the output, stored with it.

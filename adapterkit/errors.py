@@ -17,7 +17,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""The longest line of an error, in characters. A name or value from a file can have 70,000 characters."""
+"""The longest line of an error, in characters; longer lines are cut, because a name from a file can have 70,000."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
@@ -27,15 +27,16 @@ MAX_PATH = 4096
 """The longest path in an error, in characters: the limit of Linux."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
-"""A url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not match."""
+"""Matches a url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not
+match."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""User name and password before a host. `host:5000/name@sha256:...` has neither, and does not match."""
+"""Matches user name and password before a host; `host:5000/name@sha256:...` has neither, and does not match."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""A secret in part of a url, such as the path of a file on a hub whose uri has a query."""
+"""Matches a secret in part of a url, such as the path of a file on a hub whose uri has a query."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -213,7 +214,7 @@ class CheckFailed(AdapterkitError):
 
 
 class Miswritten(CheckFailed):
-    """A format's writer is wrong: the written files, read back, are a different adapter."""
+    """A format's writer made an error: the written files, read back, give a different adapter."""
 
     code = "miswritten"
 
@@ -233,7 +234,7 @@ class StorageError(AdapterkitError):
 
 
 class NetworkError(AdapterkitError):
-    """A hub is not reachable, refused, or sent an invalid reply."""
+    """A hub could not be reached, refused the request, or sent an invalid reply."""
 
     code = "network"
     exit_code = 5

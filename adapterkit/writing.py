@@ -3,8 +3,8 @@
 A writer refuses before it writes anything, and lists the updates that it cannot express (`Unrepresentable.places`).
 Promotion rewrites these updates and calls the writer again. Low-rank changes become a LoRA with exactly their factors,
 without a decomposition. Other changes become a difference of weights if the format supports that, or the nearest LoRA
-if the caller accepts an error. Promotion needs `ops`, which the writers in `formats` may not import; therefore it is
-here.
+if the caller accepts an error. Promotion needs `ops`, which the writers in `formats` may not import; therefore
+promotion is in this module.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ ACCEPT = "Accept an error with max_error=/--max-error, pass the base if a formul
 
 _REPORT = "Nothing was written. Report this bug, or write adapterkit's own format"
 _SLACK = 1e-4
-"""The relative tolerance of a stated error. A hundredth of it is the absolute tolerance, for rounding to float32."""
+"""The relative tolerance of a stated error. A hundredth of this number is the absolute tolerance, for rounding to
+float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
@@ -79,7 +80,7 @@ def write(
             program ignores are folded into the tensors; updates that it cannot run are refused.
         max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
             approximate by a low rank; None allows no error.
-        overwrite: replace an existing file or folder at `path`; if False, refuse.
+        overwrite: replace an existing file or folder at `path`; if False, an existing one is an error.
         made_from: a digest of all inputs of the output, stored for a later run; see `adapterkit.io.staging`.
 
     Raises:
@@ -135,7 +136,7 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Write the adapter; while the writer refuses, promote the refused updates and retry. Return a line for each.
+        """Write the adapter; while the writer refuses updates, promote them and retry. Return a line for each.
 
         Raises:
             Unrepresentable: no refused update can be promoted further.
@@ -165,7 +166,7 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, found: Sequence[Update]) -> bool:
-        """Whether the updates are not yet one LoRA or one difference of weights, but can be combined into one."""
+        """Whether the updates can be combined into one LoRA or one difference of weights, and are not one yet."""
         if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
             return False
         if len(found) == 1 and isinstance(found[0], Dense):
@@ -204,7 +205,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
-        """Return an update that replaces a difference of weights in a format without these; None if impossible."""
+        """Return an update to write instead of a difference, for formats without differences; None if impossible."""
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             made = _by_identity(update, shape)
@@ -339,7 +340,7 @@ def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base
     """Check with random inputs that the promoted update is the sum of the given ones.
 
     Raises:
-        Miswritten: the promoted update is not the sum.
+        Miswritten: the promoted update is not the sum of the given ones.
     """
     # Pass the promoted update first: its dtype decides the tolerance, and the given updates may have a narrower dtype.
     if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
@@ -394,7 +395,7 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """Return an update like that of `make`, whose values are computed again at each access to save memory.
+    """Return the update that `make` returns, but compute its values again at each access, to save memory.
 
     Return None if `make` returns None.
     """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/image-families.md: how each format of image models stores each method, by family of models.
+"""Write docs/image-families.md: how each format of image models stores each method, by family of models.
 
 Each cell shows what the format's writer does with an adapter of that family and method in diffusers' names. `--check`
 only compares. Exit codes: 0 written or up to date, 1 not up to date (`--check`).
@@ -176,14 +176,19 @@ HEADER = """\
 # Methods, formats and families of image, video and audio models
 
 Made by `tools/image_matrix.py`. Each cell shows what the writer of a format does with an adapter of this family and
-method, given in diffusers' names. `=`: the format supports the method. `L` and `D` need `--on-loss promote`: the writer
-writes an exactly equal LoRA (`L`) or a difference of weights (`D`). A number: the writer refuses, for the numbered
-reason below. If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as
-queries, keys and values, with separate factors for each part. A difference becomes a LoRA of full rank, with the
-identity as one factor, as diffusers itself converts it. With `--base`, methods that depend on the weight become
-differences in formats that support these.
+method, given in diffusers' names:
 
-XLabs' files support LoRA on FLUX's attention; BFL's control files support LoRA and whole scales of norms of FLUX.
+- `=`: the format supports the method.
+- `L`: with `--on-loss promote`, the writer writes an exactly equal LoRA.
+- `D`: with `--on-loss promote`, the writer writes a difference of weights.
+- A number: the writer refuses, for the reason with this number below.
+
+If a cell has two marks, the second one is for weights that the authors' naming fuses into one, such as queries, keys
+and values, with separate factors for each part. In a format without differences, a difference becomes a LoRA of full
+rank, with the identity as one factor, as in diffusers' own conversion. With `--base`, methods that depend on the weight
+become differences in formats that support these.
+
+XLabs' files support LoRA on FLUX's attention. BFL's control files support, on FLUX, LoRA and complete norm weights.
 """
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write a bill of materials for an adapter, a merged model or an ONNX graph: an ML-BOM in CycloneDX 1.6.
 
-The JSON is made here because `cyclonedx-python-lib` does not support model cards, the core of an ML-BOM. The tests
-validate every document with that library's copy of the official schema. The same files give the same bytes: there is no
-serial number unless the caller wants one, and no time unless SOURCE_DATE_EPOCH gives it.
+This module writes the JSON itself, because `cyclonedx-python-lib` does not support model cards, the core of an ML-BOM.
+The tests validate every document with that library's copy of the official schema. The same files give the same bytes:
+by default there is no serial number, and the time is omitted unless SOURCE_DATE_EPOCH gives it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ LARGEST = 64 << 20
 """The largest size of a signature file, in bytes. A manifest has about 200 bytes per signed file."""
 
 PREDICATE = "adapterkit"
-"""The key of the statement in the predicate. By the specification of model signing, verifiers ignore unknown keys."""
+"""The key of adapterkit's statement in the predicate; by the specification of model signing, verifiers ignore unknown
+keys."""
 
 _PLAIN = {
     "": {"mediaType", "verificationMaterial", "dsseEnvelope"},
@@ -34,10 +35,10 @@ _PLAIN = {
     "dsseEnvelope": {"payload", "payloadType", "signatures"},
     "dsseEnvelope.signatures": {"sig", "keyid"},
 }
-"""Path in the bundle -> the allowed keys, for signatures by a key or a certificate."""
+"""Path in the bundle -> the keys allowed there, for signatures by a key or a certificate."""
 
 _EXTRA = {"verificationMaterial.publicKey": {"rawBytes", "keyDetails"}}
-"""Keys that model-signing before 1.0 wrote and its verifier ignores."""
+"""Keys that model-signing wrote before 1.0, and that its verifier ignores."""
 
 _BASE64 = {"payload", "sig", "rawBytes"}
 

@@ -1,4 +1,4 @@
-"""Check a signature: that no file was changed, added or removed since, and that the expected signer made it."""
+"""Check a signature: the expected signer made it, and no file was changed, added or removed since."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def check_signature(
 def other_base(
     statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
 ) -> dict[str, str] | None:
-    """Return the recorded and the given fingerprint if a signed statement names another base, otherwise None.
+    """If a signed statement names another base, return the recorded and the given fingerprint; otherwise return None.
 
     The entry `how` says how the given base relates to the recorded one, if the statement records shapes.
 
@@ -150,14 +150,15 @@ def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
         raise storage_error(error, error.filename or root) from error
     except ImportError:
         raise
-    except Exception as error:  # Any error of cryptography, pydantic or model-signing means: not valid.
+    except Exception as error:  # Any error of these packages means that the signature is not valid.
         raise Corrupt(f"the signature is not valid: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
 def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     """Return a hashing config with the signer's settings that excludes the signature file.
 
-    The settings need no trust: model-signing first checks that they are signed, and other settings give other digests.
+    The settings may come from the signature file: model-signing first checks that they are signed, and other settings
+    would give other digests.
     """
     told = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
@@ -215,7 +216,7 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
 
 
 _ASKS = {
-    "key": "Type the signer's public key: --key PUB.pem (key=)",
-    "certificate": "Type the certificates to trust: --trust CERT.pem (trust=)",
-    "sigstore": "Type the signer's identity: --identity and --issuer (identity=, issuer=)",
+    "key": "Give the signer's public key: --key PUB.pem (key=)",
+    "certificate": "Give the certificates to trust: --trust CERT.pem (trust=)",
+    "sigstore": "Give the signer's identity: --identity and --issuer (identity=, issuer=)",
 }

@@ -1,7 +1,7 @@
 """Sign every file of an adapter or a model, and a statement of its lineage, with OpenSSF model signing.
 
 The signature is a Sigstore bundle that `model_signing verify` can also check. Its predicate has an additional key with
-the statement of `statement.py`. The signature covers this key; the verifier of model signing ignores it.
+the statement of `statement.py`. The signature covers this key, but the verifier of model signing ignores it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def sign(
         chain: the certificates between `certificate` and the trusted root.
         sigstore: sign with an OpenID Connect identity instead of a key. This needs a network, and writes the identity
             to a public log.
-        identity_token: with `sigstore`, the token; if None, that of the environment (in CI) or of a browser login.
+        identity_token: with `sigstore`, the identity token; if None, the environment's token (in CI), or the token of a
+            browser login.
         allow_symlinks: sign the targets of links, as in the cache of a hub, instead of refusing links.
         overwrite: replace an existing signature file.
         made_from: a digest of the inputs, stored with the signature so that a later run recognises it.

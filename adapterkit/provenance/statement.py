@@ -1,7 +1,7 @@
-"""Make the statement that a signature contains in addition to the digests: how the signed files were made.
+"""Make a signature's statement of how the signed files were made; it is signed in addition to the digests.
 
-The statement is a copy of the records in the files: an adapter's lineage, or the record of a merge. A reader of the
-signature knows base, adapters and weights without opening the files, and nobody can replace them unnoticed.
+The statement is a copy of the records in the files: an adapter's lineage, or the record of a merge. The signature
+therefore names base, adapters and weights, and nobody can change these names unnoticed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXACT = 1 << 53
 """Larger integers are stored as text: the predicate is a protobuf `Struct`, whose numbers are doubles."""
 
 _OF_FILES = ("written", "norms")
-"""Parts of a merge's record that are omitted: they describe bytes, and the signature has the digests of all files."""
+"""Parts of a merge's record that the statement omits: they describe bytes, which the signed digests already cover."""
 
 
 def statement_of(path: Path) -> dict[str, JsonValue]:
@@ -57,7 +57,7 @@ def _kind(path: Path) -> Mapping[str, object]:
     except UnknownFormat:
         pass
     except AdapterkitError as error:
-        # Sign the bytes anyway: a reader may need a flag, such as an alpha that the file does not state.
+        # Sign the bytes anyway: reading may only need an option, for example alpha if the file does not state it.
         return {"kind": "adapter", "unread": error.why}
     if path.suffix.lower() == ".onnx":
         return {"kind": "graph", **_original(path)}
@@ -98,12 +98,12 @@ def _original(path: Path) -> dict[str, JsonValue]:
         model = onnx.load(path, load_external_data=False)
         note = next((each.value for each in model.metadata_props if each.key == ORIGINAL), None)
         return {} if note is None else {"original_sha256": json.loads(note)["sha256"]}
-    except Exception as error:  # Sign the bytes anyway: the graph or its metadata is damaged (protobuf's DecodeError).
+    except Exception as error:  # Sign the bytes even if the graph or its metadata is damaged (protobuf's DecodeError).
         return {"unread": first_line(error)}
 
 
 def _without_metadata(args: object) -> object:
-    """Remove the metadata of training tools, which can be megabytes; the files that contain it are signed."""
+    """Remove the metadata of training tools, which can be megabytes; the files that contain it are signed anyway."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args

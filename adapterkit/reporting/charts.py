@@ -1,8 +1,9 @@
 """Charts: Vega-Lite specifications of the measurements, and their SVG and PNG.
 
-vl-convert draws them without a browser, a display or a network, with the fonts of the machine. A page contains only the
-drawings. A chart library would be 0.9 MB of script that mail readers, notebooks on hubs and strict pages do not run.
-Text is drawn in `currentColor`, so that one drawing suits light and dark pages.
+vl-convert draws the charts without a browser, a display or a network, with the fonts of the machine. A page contains
+only the drawings. A chart library would add 0.9 MB of script, which mail readers, notebooks on hubs and pages with a
+strict content security policy do not run. Text is drawn in `currentColor`, so that one drawing suits light and dark
+pages.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def svg(chart: Chart) -> str:
         Unsupported: the package vl-convert-python is not installed.
     """
     drawn: str = _drawing().vegalite_to_svg({**chart.spec, "config": CONFIG})
-    # Rename ids: Vega numbers clip paths and gradients through all drawings. Otherwise the same chart would differ from
-    # run to run, and drawings of several runs in one page would use each other's ids.
+    # Rename ids: Vega numbers clip paths and gradients through all drawings. With Vega's ids, the same chart would
+    # differ from run to run, and drawings of several runs in one page would have equal ids.
     for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="(\w+)"', drawn))):
         drawn = re.sub(rf'(\bid="|url\(#){name}(?="|\))', rf"\g<1>{chart.name}-{number}", drawn)
     return drawn
@@ -135,7 +136,7 @@ def _slug(text: str) -> str:
 
 
 def _named(measured: Measurements, at: int) -> tuple[str, str]:
-    """Return the ending of a chart's name and of its title for one adapter; both empty if it is the only adapter."""
+    """Return the endings of a chart's name and title for one adapter; both are empty if there is only one adapter."""
     if len(measured.names) == 1:
         return "", ""
     return f"-{at + 1}-{_slug(measured.names[at])}", f" of {measured.names[at]}"

@@ -37,21 +37,22 @@ class Facts:
 
     Attributes:
         name: the adapter's name in the report.
-        path: the path it was read from; None for an adapter in memory.
-        format: the format it was read from, or None.
-        base: the base that it names.
+        path: the path that the adapter was read from; None for an adapter in memory.
+        format: the format that the adapter was read from, or None.
+        base: the base that the adapter names.
         methods: method -> number of updates.
         ranks: rank -> number of updates; updates without a rank are omitted.
         targets: the number of targets.
         parameters: the number of parameters; a tensor that updates share counts once.
-        bytes: the size of its tensors.
+        bytes: the size of the adapter's tensors.
         dtypes: dtype -> number of tensors.
         licence: the identifier in the model card next to the adapter, or None.
         triggers: the trigger words.
         lineage: the steps that produced the adapter, as plain data.
-        formats: format -> how it can store this adapter, a key of `WAYS`; formats that cannot are omitted.
+        formats: format -> how this format can store the adapter, as a key of `WAYS`; formats that cannot store it are
+            omitted.
         loaders: whether each known tool loads the file unchanged: `title`, `loads` (yes, part or no) and `why`. Only
-            for files of image models, whose tools are known.
+            for files of image models.
     """
 
     name: str
@@ -81,7 +82,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
     Args:
         adapter: the adapter.
         name: its name in the report.
-        path: the path it was read from; a model card there gives the licence.
+        path: the path that the adapter was read from; a model card there gives the licence.
     """
     from ..core.licence_terms import licence_at
 
@@ -116,13 +117,13 @@ def _loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str, str]
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:
-    """Return the formats that can hold an adapter, and how: by its methods and its kind of model."""
+    """Return format -> how it can hold an adapter, judged by the adapter's methods and kind of model."""
     from ..formats import FORMATS
     from ..methods import METHODS
     from ..naming.image import component_of
     from ..naming.patterns import shape
 
-    # Blocks are named alike, so one of them answers for all.
+    # Blocks have the same names, so checking one block is enough.
     paths = {shape(target.path): target.path for target in adapter.updates}.values()
     kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]

@@ -1,4 +1,4 @@
-"""The section of a report's page that shows a gate: what was held against thresholds, and where models part."""
+"""The section of a report's page that shows a gate: the checks against limits, and where models begin to differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CURE = "Give what adapterkit gate ... --json printed, by --gate FILE (gate=)"
 RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
 
 MOST_MODULES = 40
-"""Modules that are shown of each model: those with a fault first, in the order in which they run."""
+"""The largest number of modules shown for each model: first those with a fault, each group in running order."""
 
 
 class GateFigures(msgspec.Struct, frozen=True):
@@ -44,8 +44,8 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
     """Return the figures of a gate, from its record or from the file that holds it.
 
     Raises:
-        Malformed: the file is no JSON, or not the record of a gate.
-        StorageError: it cannot be read.
+        Malformed: the file is not JSON, or not the record of a gate.
+        StorageError: the file cannot be read.
         UsageError: `source` is something else.
     """
     path = None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
-"""A number after one of these counts experts, which are summed; otherwise a model with 256 experts fits no picture."""
+"""A number after one of these words counts experts. A picture sums over experts, because 256 columns would not fit."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -111,7 +111,7 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
 
 
 def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
-    """Return the index at which paths with this text around their numbers are divided, and those of experts' numbers.
+    """Return the index at which to divide paths with this text around their numbers, and the indices of expert numbers.
 
     An index refers to a path's parts, which are text and numbers in turn.
     """
@@ -134,7 +134,7 @@ def _parent(layer: str) -> str:
 
 
 def _short(modules: set[str]) -> dict[str, str]:
-    """Return the modules by the last part of their names if that part is unique."""
+    """Return module name -> short name: its last part, if no other module ends in this part."""
     found = {}
     ends = [module.rpartition(".")[2] for module in modules]
     for module in modules:

@@ -1,4 +1,7 @@
-"""Describe an adapter, a base or a graph as plain data; only the change of each layer needs more than headers."""
+"""Describe an adapter, a base or a graph as plain data, from headers.
+
+Only measuring the change of each layer reads more than headers.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
 
 
 def graph_file(src: str) -> str | None:
-    """Return the ONNX file that a name refers to: the file itself, or the only graph in a folder without weights."""
+    """Return the ONNX file that a path refers to: the file itself, or the only graph in a folder without weights."""
     if src.lower().endswith(".onnx"):
         return src
     try:
@@ -203,7 +206,7 @@ def inspected(
 
 
 def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
-    """Return format and targets of an adapter that needs a base to be read; None if it failed for another reason.
+    """Return format and targets of an adapter that cannot be read without a base; None for any other error.
 
     Args:
         path: the file or folder.
@@ -269,7 +272,7 @@ def _layers(
 
 
 def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the rules that map the adapter's names to the base's, or the reason why none do."""
+    """Return the rules that map the adapter's names to the base's names, or the reason why there are none."""
     from ..errors import AdapterkitError
     from ..naming.binding.tables import name_map
 
@@ -350,7 +353,7 @@ def _without_alpha(adapter: Adapter) -> int:
 def _unresolved_record(
     modules: Mapping[str, Mapping[str, Lazy | Entry]], src: str, error: Exception
 ) -> dict[str, JsonValue]:
-    """Return the record of an adapter whose keys only are known, because the base is missing or the format unknown."""
+    """Return the record of an adapter with only its keys known: the base is missing, or the format unknown."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
@@ -360,7 +363,7 @@ def _unresolved_record(
 
 
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
-    """Return one update as plain data; updates of the same form share everything except the name, in `shared`."""
+    """Return one update as plain data. Updates of the same form differ only in the name; `shared` caches the rest."""
     form = target.layout, target.rows, update.form
     if form not in shared:
         from ..io.lazy import dtype_of
@@ -447,7 +450,7 @@ def _quantization(base: Checkpoint) -> dict[str, JsonValue]:
 
 
 def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
-    """Return the families of image and video models that a base may belong to; none if it names another model."""
+    """Return the image and video families that a base may belong to; empty if the base names another model."""
     from ..formats._image.deciding import families_in
     from ..naming.architectures import of_gguf
     from ..naming.image import families

@@ -1,4 +1,4 @@
-"""Measurements: the numbers of a report, each a field with a definition. This module writes no sentences or pictures.
+"""Compute the numbers of a report; each is a field with a definition. This module writes no sentences or pictures.
 
 The change B @ A of two thin factors is never formed. QR of the factors and a decomposition of the small core give
 U S V^T. Norms, products and subspaces of several adapters are small products of these. Signs and values of single
@@ -55,9 +55,9 @@ INTRUDING, INTRUDER_COSINE = 10, 0.6
 whose cosine with each singular vector of the base is lower (Shuttleworth et al. 2024, arXiv:2410.21228)."""
 
 INTRUDER_BUDGET = 6e9
-"""Limit for the sum of (smaller side squared x larger side) over the weights that are decomposed to find intruders. It
-takes 3 s, or 15 weights of size 576. The weights with the largest changes come first, and the verdict says how many
-were checked."""
+"""Limit for the sum of (smaller side squared x larger side) over the weights that are decomposed to find intruders.
+This amount takes 3 s, and is enough for 15 weights of 576 x 576. The weights with the largest changes come first, and
+the verdict says how many were checked."""
 
 INTRUDER_UNIT = 2e7
 """Size of one progress step of the decompositions; it takes about as long as all other numbers of a target."""
@@ -74,9 +74,10 @@ class Effect:
         shape: the shape of the weight, `[out, in, *k]`.
         rank: the inner size of the stored factors; None for a dense change.
         scaling: the scaling of a LoRA; None for other methods.
-        norm: the Frobenius norm of the change of the weight; for stacked experts, of all together.
+        norm: the Frobenius norm of the change of the weight; for stacked experts, over all experts together.
         bias_norm: the norm of the change of the bias.
-        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, of the one that changes most.
+        spectrum: the first `SHOWN` singular values, largest first; for stacked experts, those of the expert that
+            changes most.
         effective_rank: exponential of the entropy of the singular values (Roy and Vetterli 2007), mean over experts.
         rank_99: the number of singular values that hold 99 % of the squared norm; the largest over the experts.
         quantiles: values of the change at `QUANTILES`, in the measured block.
@@ -123,9 +124,9 @@ class Relation:
         product: the sum of the products of the elements of both changes.
         cosine: the cosine of the angle between the changes as vectors; None if one of them is zero.
         overlap_out: the share of the smaller of the two output spans that lies in the other, 0 to 1.
-        overlap_in: the same for inputs.
-        sign_conflict: among the elements of the block that both change, the share that they move in opposite
-            directions; 0.5 for unrelated changes.
+        overlap_in: the share of the smaller of the two input spans that lies in the other, 0 to 1.
+        sign_conflict: among the elements of the block that both adapters change, the share with opposite signs; 0.5 for
+            unrelated changes.
         interference: the share of the sum of absolute changes in the block that is lost when both are added; 0.29 for
             two unrelated changes of equal size.
     """
@@ -147,8 +148,9 @@ class MergedShare:
 
     Attributes:
         target: the target.
-        kept: part of the change that is there along its own direction: 1 is all of it, 0 nothing.
-        error: norm of the difference from what was to be merged, relative to the norm of the change.
+        kept: the part of the change, along its own direction, that the merged weight contains: 1 is all of it, 0
+            nothing.
+        error: the norm of (merged weight - exact sum), relative to the norm of the change.
         rounded: `kept` of the exact sum after one rounding to the merged model's dtype; 1 for dtypes over 16 bits.
         dtype: the dtype of the merged weight, such as `BF16`.
     """
@@ -172,7 +174,7 @@ class Measurements:
         together: target -> share of the absolute changes that is lost when all adapters are added.
         merged: one entry per target, if a merged model was given.
         bases: statements of adapters about their base that contradict the given base.
-        base_why: the reason why the given base was not used: the adapters do not fit it.
+        base_why: why the adapters do not fit the given base, which is then not used; None otherwise.
     """
 
     names: tuple[str, ...]
@@ -231,7 +233,7 @@ class Measurements:
         return math.fsum(known) / len(known) if known else None
 
     def gini(self, adapter: int) -> float | None:
-        """Return the Gini coefficient of the targets' squared norms: 0 if all are equal, near 1 if one holds all."""
+        """Return the Gini coefficient of the targets' squared norms: 0 if all are equal, near 1 if one dominates."""
         energies = sorted((effect.norm or 0.0) ** 2 for effect in self.of(adapter))
         total, count = math.fsum(energies), len(energies)
         if not total:
@@ -298,7 +300,7 @@ def measure(
             raise
         base_why, base, merged = str(error), None, None
         read, found = places(adapters, disjoint=True, rename=rename)
-    # A second BLAS thread gains nothing on factors, and waits in a loop where another program has its core.
+    # On such small factors, a second BLAS thread gains nothing, and its busy waiting slows other programs.
     with files_kept_open(), one_blas_thread():
         return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(progress)
 
@@ -627,7 +629,7 @@ class _MergedSum:
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
-        # An exact merge rounds each sum once; small changes of large weights vanish then.
+        # Even an exact merge rounds each sum once, so small changes of large weights vanish.
         narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
         self.rounded += float((asked * narrow).sum())
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .report import AdapterReport
 
 MOST_ROWS = 2000
-"""Most rows in the table of targets, because 45,000 make a page of 10 MB. It has the largest; the record has all."""
+"""The largest number of rows in the table of targets: 45,000 rows would make a page of 10 MB. The table shows the
+largest changes; the record has all rows."""
 
 HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
 
@@ -81,7 +82,7 @@ signs and values of single elements come from an evenly spread block of each wei
 
 
 def fragment(report: AdapterReport) -> str:
-    """Return the HTML for a notebook: verdicts and drawings, without scripts, and without styles for other content."""
+    """Return the HTML for a notebook: verdicts and drawings, no scripts, and no styles that affect other cells."""
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
     )  # fmt: skip
@@ -193,7 +194,7 @@ def _cell(text: str, kind: str = "") -> str:
 
 
 def _scrolled(table: str, label: str) -> str:
-    """Return a table in a frame that scrolls sideways, also by keyboard."""
+    """Return a table in a frame that scrolls sideways, with the mouse or the keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 

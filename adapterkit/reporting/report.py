@@ -32,11 +32,11 @@ class AdapterReport:
     Attributes:
         facts: facts from the headers, one entry per adapter.
         measured: all numbers.
-        verdicts: sentences about them, faults first.
-        base: what the base was called, if there was one.
-        merged: what the merged model was called, if there was one.
-        seconds: that measuring took.
-        gate: the figures of a gate, if there was one.
+        verdicts: sentences about the numbers, faults first.
+        base: the name of the base, or None.
+        merged: the name of the merged model, or None.
+        seconds: how long measuring took.
+        gate: the figures of a gate, or None.
     """
 
     facts: tuple[Facts, ...]
@@ -80,8 +80,8 @@ class AdapterReport:
             made_from: a digest of everything that decides the page; it is stored for a later run, see `io.staging`.
 
         Raises:
-            StorageError: something is there, or it cannot be written.
-            UsageError: its name ends as another kind of file.
+            StorageError: `out` exists, or cannot be written.
+            UsageError: the name of `out` has the suffix of another kind of file.
             Unsupported: the package that draws charts is not installed.
         """
         from ..io.staging import check_free, staged
@@ -140,13 +140,13 @@ def made(
 
     Args:
         adapters: the adapters.
-        names: their names in the report, all different.
-        paths: the path that each was read from; None for adapters in memory.
-        base: their base.
-        merged: the model that they were merged into; needs `base`.
+        names: the adapters' names in the report, all different.
+        paths: the path that each adapter was read from; None for an adapter in memory.
+        base: the adapters' base.
+        merged: the model that the adapters were merged into; needs `base`.
         rename: rules for names of targets.
-        progress: called with what is done and all there is to do.
-        gate: the figures of a gate, for a section of its own.
+        progress: a function that is called with (units done, total units) of work.
+        gate: the figures of a gate, shown in a separate section.
 
     Raises:
         AdapterkitError: as for `measuring.measure`.
@@ -168,7 +168,7 @@ def made(
 
 
 def _plain(base: Checkpoint | None) -> Checkpoint | None:
-    """Return the checkpoint; quantized weights appear as the numbers that they encode."""
+    """Return the checkpoint with quantized weights replaced by the numbers that they encode."""
     from ..quant import dequantized, is_quantized
 
     return dequantized(base) if base is not None and is_quantized(base) else base

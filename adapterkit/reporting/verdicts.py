@@ -1,7 +1,7 @@
 """Verdicts: plain sentences about the measurements. Each rule is one entry of `RULES`: a code, a level and a function.
 
-Thresholds are constants in this file. A rule yields one sentence per fault: at most `MOST` sentences, and then the
-number of further ones. A clean adapter gets no sentences except those of level `note`.
+Thresholds are constants in this file. A rule yields one sentence per fault. At most `MOST` sentences are shown,
+followed by the number of the others. A clean adapter gets no sentences except those of level `note`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MOST = 5
 """Most sentences that are shown for one rule."""
 
 HELD = 0.25
-"""Share of an adapter's squared norm that makes a target, layer or module worth naming; see also `TIMES`."""
+"""A target, layer or module is named if it has this share of an adapter's squared norm; see also `TIMES`."""
 
 TIMES = 4
-"""A target, layer or module is named only if it holds this many times an equal share."""
+"""A target, layer or module is named only if its share is this many times the share it would have if all were equal."""
 
 SCALED = 3.0
 """Ratio between a layer's norm and the norm expected from its neighbours."""
@@ -42,7 +42,8 @@ WIDE = 0.35
 """Effective rank relative to the stored rank; below it, the rank is mostly unused."""
 
 OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
-"""Cosines of two changes: working against each other; much alike; equal except for a factor."""
+"""Limits of the cosine of two changes: below the first they oppose each other, above the second they are similar, above
+the third they are equal except for a factor."""
 
 CONFLICT = 0.6
 """Share of elements that are moved in opposite directions; unrelated changes have 0.5."""
@@ -63,8 +64,8 @@ SCALING = (1 / 64, 64.0)
 """Range of plausible scalings of a LoRA; outside of it, a file's alpha is most likely wrong."""
 
 KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
-"""Shares of a change in a merged model: below the first it is mostly lost, below the second it is not merged. An error
-above the third is larger than the change itself."""
+"""Limits for a merged model. A change whose kept share is below the first counts as partly lost; below the second, as
+not merged. An error above the third is larger than the change itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
-    """Return the ratio of the norms of a layer's targets to those of its neighbours; None if the targets disagree.
+    """Return the ratio of a layer's norms to those of neighbouring layers; None if only some targets stand out.
 
     If only one target stands out, the layer is not out of scale: all of its targets must stand out.
     """
@@ -425,7 +426,7 @@ def _no_intruders(findings: Findings) -> Found:
 
 
 def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
-    """Return how many weights were decomposed: all of them, or those that change most."""
+    """Return a phrase that says how many weights were decomposed: all, or only those that change most."""
     many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
     return many if len(looked) == len(effects) else f"the {many} examined, which change most of {len(effects):,}"
 
@@ -454,7 +455,7 @@ def _opposed(findings: Findings) -> Found:
 
 
 def _conflicts(findings: Findings) -> Found:
-    """Yield the targets where two adapters pull in opposite directions, although they do not do so overall."""
+    """Yield the targets where two adapters pull in opposite directions, although their total changes do not."""
     names = [facts.name for facts in findings.facts]
     for each in findings.measured.relations:
         whole = findings.measured.cosine(each.first, each.second)
@@ -550,12 +551,12 @@ def _merged(findings: Findings) -> Found:
 
 
 def _is_rounding(share: MergedShare) -> bool:
-    """Whether a merged model lacks a part of the change that one rounding to its dtype loses anyway."""
+    """Whether the part of the change that a merged model lacks is no more than one rounding to its dtype loses."""
     return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
 
 
 def _merged_narrow(findings: Findings) -> Found:
-    """Changes so small beside their weights that the merged model's dtype cannot hold them."""
+    """Yield a verdict if changes are so small next to their weights that the merged model's dtype loses them."""
     found = [each for each in findings.measured.merged if _is_rounding(each)]
     if found:
         least = min(found, key=lambda each: each.kept)

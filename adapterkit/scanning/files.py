@@ -99,7 +99,7 @@ def _name(name: str) -> Iterator[Finding]:
 
 
 def confusable(text: str) -> str:
-    """Return why people may misread a text, or "" if they cannot."""
+    """Return why people may misread a text, or "" if there is no such reason."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"

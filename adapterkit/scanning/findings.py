@@ -23,7 +23,7 @@ class ScanRule:
         name: the stable name, which is the `ruleId` in SARIF.
         severity: one of `SEVERITIES`.
         title: a short description.
-        why: a sentence that says why it matters.
+        why: a sentence that says why such a finding matters.
     """
 
     name: str

@@ -30,7 +30,7 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
         base: the base, whose weights are compared with the norms of the changes; None skips this rule.
 
     Returns:
-        The findings, the most severe first. They are evidence, not proof, and their absence proves nothing.
+        The findings, the most severe first. Findings are evidence, not proof, and their absence proves nothing.
 
     Raises:
         StorageError: the source does not exist or cannot be read.
@@ -54,7 +54,10 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
 
 def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: list[str]) -> list[Finding]:
-    """Return findings in the adapter itself. List an adapter that cannot be read as unread: other tools may read it."""
+    """Return findings in the adapter itself.
+
+    List an adapter that cannot be read in `unread`, because other tools may be able to read it.
+    """
     checkpoint = None if base is None else opened(base)
     try:
         adapter = read(root, base=checkpoint)

@@ -35,7 +35,8 @@ ENOUGH = 8
 """The smallest number of targets or experts for which such comparisons are made."""
 
 FOREIGN = 0.005
-"""A tensor was trained in 16 bits if at most this share of its numbers needs more; these few numbers are reported."""
+"""A tensor counts as trained in 16 bits if at most this share of its numbers needs more bits. These numbers are
+reported."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -96,7 +97,7 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
     if not low:
-        return  # Trained in bfloat16. The check below would report its small numbers, which float16 cannot store.
+        return  # Trained in bfloat16: the check below would report numbers too small for float16.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):
@@ -147,7 +148,7 @@ def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Ite
         others = sorted(kinds[_NUMBER.sub(".#", name)])
         median = others[len(others) // 2]
         strong = len(others) >= 3 and norms[name] > STRONGER * median
-        # A change of one direction is suspicious only if at most a quarter of all changes are like that.
+        # A change in one direction is suspicious only if at most a quarter of all changes have one direction.
         lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
         if share > SPIKE and (strong or lonely):
             evidence = f"{share:.2%} of its energy lies in one direction; its norm is {norms[name]:.3g}"

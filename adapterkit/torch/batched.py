@@ -9,9 +9,9 @@ without an adapter. The slots of the rows are a tensor too (`Route.table`), so t
 routings.
 
 Frozen adapters are stacked once and the stack is kept, so their factors are in memory twice. Before each use, the stack
-is compared with the tensors it was made from: their identity, their address and torch's count of in-place changes. This
-misses only writes through `tensor.data` into a buffer of a frozen adapter. Trained adapters are stacked in each
-forward.
+is compared with the tensors it was made from: their identity, their address and torch's count of in-place changes. The
+comparison misses only writes through `tensor.data` into a buffer of a frozen adapter. Trained adapters are stacked in
+each forward.
 
 On CUDA, if Triton can be imported (torch's Linux wheels include it), two kernels read each row's factors directly from
 the stack: see kernels.py. Everywhere else, and whenever a gradient is needed, the factors are gathered and multiplied
@@ -133,7 +133,7 @@ class KeptStacks:
 def _dtype_of(like: Tensor) -> torch.dtype:
     """Return the dtype for a stack at a layer with the dtype of `like`.
 
-    Compilers fuse products of 16 bits by themselves; otherwise they are computed in float32.
+    Compilers fuse products of 16-bit tensors by themselves; without a compiler, such products are computed in float32.
     """
     return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
@@ -265,8 +265,7 @@ class Places:
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
         padded: `[used * most]`, the rows of each used slot; a shorter list repeats its first row up to the longest
-        length.
-            None if these are all rows in order.
+            length. None if these are all rows in order.
         count: the length of `padded`.
         back: for each row that has an adapter, its position in `padded`; None if `padded` is None.
         rows: the rows that have an adapter, or None if all have one.
@@ -348,7 +347,7 @@ class RowPlan:
         self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
 
     def run(self, route: Route, scope: Scope, x: object) -> Tensor | None:
-        """Return the layer's output, or None if the plan does not apply, or not yet to this route."""
+        """Return the layer's output, or None if the plan does not apply, or was not made for this route."""
         places = route.plans.get(self.place)
         token, held = SETTINGS.token, self.module._parameters
         if (
@@ -400,7 +399,7 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> F
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
-    """Return the tensors of parts, or None if one of them has a gradient or may change unnoticed."""
+    """Return the tensors of parts, or None if a tensor needs a gradient, or may change without being noticed."""
     leaves = [leaf for part in parts for fields in part.bound.leaves for leaf in fields.values()]
     for leaf in leaves:
         tensor = leaf.module._buffers.get(leaf.name)
@@ -420,7 +419,7 @@ def factors_of(update: Additive, layer: Layer, like: Tensor) -> tuple[Tensor, Te
 
 
 def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return A `[r, in * k]`, B^T `[r, out]` and the bias of one part: all its updates joined, its weight included."""
+    """Return A `[r, in * k]`, B^T `[r, out]` and the bias of all a part's updates, times the part's weight."""
     all_A, all_B, bias = [], [], None
     for update in part.updates:
         assert isinstance(update, Additive)
@@ -467,7 +466,7 @@ def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: 
 
 
 def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
-    """Apply the factors of all adapters as one pair whose rank is the sum of theirs, with a mask that picks each row's.
+    """Apply all adapters' factors as one pair, whose rank is the sum of their ranks; a mask selects each row's factors.
 
     For few adapters this takes three operations instead of five.
     """
@@ -504,7 +503,7 @@ def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: 
 
 
 def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
-    """Apply the factors of all adapters as one pair whose rank is the sum of theirs, with a mask that picks each row's.
+    """Apply all adapters' factors as one pair, whose rank is the sum of their ranks; a mask selects each row's factors.
 
     Convolutions and embeddings need this, because they are not matrix products. Their A is small compared with their
     output.

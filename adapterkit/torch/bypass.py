@@ -1,25 +1,24 @@
 """Detect a forward that computes with a module's weight and never calls the module, so that its adapter does not act.
 
-Fused kernels do that. Liger's loss reads `lm_head.weight` while a model trains, Unsloth's decoding reads the weights of
-all projections, and kernels from a hub read the weights of a whole MLP. PEFT's layers are bypassed silently.
+Fused kernels bypass modules in this way. Liger's loss reads `lm_head.weight` while a model trains, Unsloth's decoding
+reads the weights of all projections, and kernels from a hub read the weights of a whole MLP. PEFT does not detect such
+a bypass.
 
-No forward declares in advance which weights it will read, and its path may change with every call (training or
-decoding, with or without labels). So a module with an adapter keeps its parameters in a dictionary that records reads:
-`module.weight` ends in `_parameters["weight"]`. If a weight was read while the model ran, and the module was not called
-before the end, the adapter was bypassed. Modules that are called pay nothing for this, because the hook looks up the
-weight with `dict.get`.
+No forward declares in advance which weights it will read, and which ones it reads may change with every call (training
+or decoding, with or without labels). So a module with an adapter keeps its parameters in a dictionary that records
+reads: `module.weight` ends in `_parameters["weight"]`. If a weight was read while the model ran, and the module was not
+called before the end, the adapter was bypassed. A call of the module itself is not slowed down, because the hook looks
+up the weight with `dict.get`.
 
-A forward that another tool put on a block after the injection may have copied the weights before, and then it reads
-none. So the next call of such a block is watched: if it calls none of the modules with an adapter, a warning says so.
-It
-is not an error, because it may be intended (an ablation).
+If another tool puts a forward on a block after the injection, this forward may use earlier copies of the weights, and
+then it reads no weight. So the next call of such a block is watched: if it calls none of the modules with an adapter, a
+warning says so. The bypass is not an error, because it may be intended (an ablation).
 
 Compiled code reads parameters without using any dictionary, and its graph does not record which module a weight came
 from. So the compiler is watched while it traces: if it traces a call of a block, but none of a module with an adapter
-inside the block, a warning says so, unless that module ran before. It cannot be an error, because the block may compute
-the same thing in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of
-the
-same structure is not traced again: run such a model once without `torch.compile`.
+inside the block, a warning says so, unless that module ran before. This is not an error, because the block may compute
+the same result in another way. Code with graph breaks is traced in pieces, and code that torch reuses from a model of
+the same structure is not traced again: run such a model once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def watch_reads(hook: Hook) -> None:
 
 
 def unwatch_reads(hook: Hook) -> None:
-    """Give a module its plain parameter dictionary back."""
+    """Restore a module's plain parameter dictionary."""
     held = hook.module.__dict__
     if type(held[PARAMETERS]) is WatchedParameters:
         held[PARAMETERS] = dict(held[PARAMETERS])
@@ -102,7 +101,7 @@ class Calls:
     """Record the reads and calls of modules with adapters during one forward of a model.
 
     Args:
-        hooks: a map from each hook at those modules to its position in `counts`.
+        hooks: each hook at those modules -> its position in `counts`.
         counts: the number of calls of each hook before the forward.
         outer: the record of the enclosing forward, if any.
     """
@@ -112,7 +111,7 @@ class Calls:
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
-        """Record a read of a parameter, unless its module was called before or the reader only asks for its dtype."""
+        """Record a read of a parameter, unless its module was called before or only the parameter's dtype is read."""
         at = self.hooks.get(hook)
         if at is None:
             if self.outer is not None:
@@ -125,16 +124,15 @@ class Calls:
             self.reads.append((hook, name, reader))
 
     def check(self, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
-        """Check that every module whose weight was read was called too.
+        """Check that every module whose weight was read was also called.
 
         Some models bypass their own modules: Mamba's mixer multiplies by `dt_proj.weight`, and WavLM's attention passes
-        the
-        weights of its projections to a torch function. PEFT trains such models although their adapter does not act, so
-        a
-        live model only warns.
+        the weights of its projections to a torch function. PEFT trains such models although their adapter does not act,
+        so a live model only warns.
 
         Args:
-            is_own: a function that says whether a function's name is a method of the class around a hook's module.
+            is_own: a function of (hook, name) that returns whether `name` is a method of the class around the hook's
+                module.
             told: the ids of hooks that a warning has named; hooks that this call warns about are added.
 
         Raises:
@@ -211,7 +209,7 @@ _MOVERS = ("torch", "accelerate", __name__.split(".")[0])
 
 @cache
 def _asks_only(code: CodeType, at: int) -> bool:
-    """Whether the instruction after an offset asks for a property of the tensor or for None, not for its values."""
+    """Whether the instruction after an offset does not read values: it reads a property, or compares with None."""
     behind = next((each for each in dis.get_instructions(code) if each.offset > at), None)
     if behind is None:
         return False

@@ -1,8 +1,8 @@
 """Keep a model call's arguments for formulas that need them: token ids, tasks of rows, the output of a first pass.
 
 A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call ends. In
-training it keeps them until the next call, because checkpointed blocks run again in the backward pass. The model does
-not receive the arguments that its forward has no parameter for.
+training, it keeps the arguments until the next call, because checkpointed blocks run again in the backward pass. An
+argument for which the model's forward has no parameter is not passed to the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .shadows import ShadowState
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
 SHADOW: Final = "shadow"
-"""The names of call inputs that are more than an argument of the call, see `OutputUpdate`."""
+"""The names of inputs that are not plain arguments of the call; see `OutputUpdate`."""
 
 
 class KeyValueCache(Protocol):
@@ -72,7 +72,7 @@ class CallRecorder:
         return dict(words)
 
     def record(self, model: nn.Module, words: Mapping[str, object], first_pass: Callable[[], Tensor]) -> None:
-        """Keep those of a call's arguments that the updates ask for."""
+        """Keep the arguments of a call that the updates ask for."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
             heard[TOKENS] = self._with_earlier(cast("Tensor", heard[TOKENS]), cache_of(words))

@@ -16,7 +16,7 @@ Two readers in torch need more tensors than `handle.checkpoint` chooses, and do 
 recognise them by their frames on the stack:
 
 * `torch.distributed.pipelining` looks up the parameters of a traced model in its state dict and fails if one is
-  missing. It also gets the trained tensors.
+  missing. So the state dict for this reader also contains the trained tensors.
 * `torch.distributed.checkpoint` with `ignore_frozen_params=True` removes each frozen parameter from the state dict
   and fails if one is missing.
 
@@ -102,9 +102,7 @@ def _frozen(model: nn.Module) -> Iterator[str]:
 def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
     """Whether torch.distributed.checkpoint is reading the state dict without its frozen parameters.
 
-    Such a state dict has no tensor of an adapter whose `checkpoint` is `base`, and none of a frozen base. A warning
-    says
-    so.
+    Such a state dict contains neither a frozen base nor an adapter whose `checkpoint` is `base`. A warning says so.
     """
     reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
     if reader is None or not getattr(reader.f_locals.get("info"), "ignore_frozen_params", False):

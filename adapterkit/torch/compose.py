@@ -41,7 +41,7 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 def stack(*adapters: Adapter) -> Adapter:
     """Return an adapter that applies the given adapters in sequence: each sees the layer as the earlier ones change it.
 
-    At one target, changes of weights add up, and virtual tokens follow each other.
+    At one target, changes of weights are added, and virtual tokens are concatenated.
     """
     updates: dict[Target, tuple[Update, ...]] = {}
     for adapter in _some(adapters):
@@ -211,7 +211,7 @@ def _alike(path: str, other: str) -> bool:
 
 
 Child = Update | None
-"""An adapter's update at the target, or None if it has none, so that the layer stays unchanged."""
+"""An adapter's update at the target; None if the adapter has no update there, so that the layer stays unchanged."""
 
 
 class ComposedBlock(OutputUpdate):
@@ -239,7 +239,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # The attributes say where the residual and the norm are; `check` refuses children that disagree about that.
+        # The attributes say where the residual and the norm are; `check` refuses children with different places.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -369,7 +369,7 @@ class SplitBlock(ComposedBlock):
 
 
 class Fuse(ComposedBlock):
-    """AdapterFusion: h' = residual + an attention of the layer over the outputs of its bottlenecks.
+    """AdapterFusion: h' = residual + an attention, with the layer as query, over the outputs of its bottlenecks.
 
     Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are None if the config does not
     use them.

@@ -1,12 +1,12 @@
 """Run context updates in live models: virtual tokens, prefixes of keys and values, prompts to attend to, new tokens.
 
 For virtual tokens, the model must take `inputs_embeds`; for prefixes, it must take a cache of past keys and values.
-transformers' models do. Callers use the model as before, with token ids or embeddings, also through `generate()`. The
-output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are added when a call
-starts without a cache, or with an empty one; later calls find them in the cache. Callers pass arguments only for their
-own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0, and positions are
-shifted by the number of virtual tokens. prefixes.py handles prefixes of single attentions; those are not tokens of the
-model, so no positions are shifted.
+transformers' models take both. Callers use the model as before, with token ids or embeddings, also through
+`generate()`. The output belongs to the longer input: the logits of virtual tokens come first. The virtual tokens are
+added when a call starts without a cache, or with an empty one; later calls find them in the cache. Callers pass
+arguments only for their own tokens. This module extends the arguments: masks by ones, labels by -100, token types by 0,
+and positions are shifted by the number of virtual tokens. prefixes.py handles prefixes of single attentions. Such
+prefixes are not tokens of the model, so no positions are shifted.
 
 The virtual tokens of several adapters follow each other in the order in which the adapters were attached; prefixes come
 before all of them. `task_ids=` in a call picks the tasks of multitask prompts.
@@ -49,7 +49,8 @@ class ContextPart:
         target: the target.
         bound: the updates.
         encoder: whether the module is the encoder of the target, which is an encoder-decoder model.
-        masks: whether the module is the model around the target embeddings. Then only its mask is extended.
+        masks: whether the module is the model around the target, which is an embedding. Then only the model's mask is
+            extended.
         biased: the attention whose table of relative positions this attention shares, if any.
         tokens: the number of tokens in the embedding when the adapter was attached; new tokens are numbered after
         these.
@@ -65,7 +66,7 @@ class ContextPart:
 
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
-        """The updates over the tensors that the model holds now."""
+        """The updates with the tensors that the model holds now."""
         found: Any = self.bound.updates
         return cast("tuple[ContextUpdate, ...]", found)
 
@@ -294,10 +295,10 @@ Words = dict[str, object]
 
 
 def check_tasks(updates: Sequence[Update], tasks: object) -> None:
-    """Check the task ids of a call; indexing would read -1 as the last task.
+    """Check the task ids of a call, because indexing would take -1 for the last task.
 
     Raises:
-        UsageError: an update does not have such a task.
+        UsageError: an update has no task with one of these numbers.
     """
     if not isinstance(tasks, Tensor) or type(tasks) is not Tensor or tasks.is_meta or not tasks.numel():
         return
@@ -373,7 +374,7 @@ class ContextCall:
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
     def _length(self) -> int:
-        """Return the number of tokens that the call itself brings."""
+        """Return the number of tokens in the call's own arguments."""
         ids, embeds = (self.words.get(f"{self.own}{name}") for name in ("input_ids", "inputs_embeds"))
         if ids is None and embeds is None and self.pair and self.words.get("labels") is not None:
             shifted: Any = self.module
@@ -436,7 +437,7 @@ class ContextCall:
         self.words[name] = moved
 
     def _extend_encoder_mask(self) -> None:
-        """Extend the mask of the encoder's output by its virtual tokens, which the encoder adds itself."""
+        """Extend the mask of the encoder's output by the virtual tokens that the encoder adds itself."""
         hidden: Any = self.words.get("encoder_outputs")
         tokens = [self.words.get(name) for name in ("inputs_embeds", "input_ids")]
         given: Any = next((each for each in tokens if each is not None), None)

@@ -1,15 +1,15 @@
 """Keep an adapter's values when the module that holds them is converted or emptied.
 
 `model.to()`, `half()`, `to_empty()` and similar methods all call `nn.Module._apply`, which runs one function over each
-tensor of a module. Two of these functions would silently destroy an adapter:
+tensor of a module. Two of these functions would destroy an adapter without an error:
 
 * `to_empty()` replaces every tensor with uninitialised memory. Users then load the base's state dict, which has no
   tensor of the adapter.
 * Casting to an 8-bit storage type (diffusers' `enable_layerwise_casting`, `model.to(torch.float8_e4m3fn)`) rounds the
   adapter to three bits of mantissa, and layerwise casting does so after every forward.
 
-So each module that holds an adapter's tensors gets its own `_apply`, as an attribute of the instance. It moves the
-adapter's tensors to the new device and keeps their values.
+So each module that holds an adapter's tensors gets its own `_apply`, as an attribute of the instance. This `_apply`
+moves the adapter's tensors to the new device and keeps their values.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def guard(module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
 
 
 def unguard(module: nn.Module) -> None:
-    """Give a module its previous `_apply` back."""
+    """Restore a module's previous `_apply`."""
     standing = module.__dict__.get(APPLY)
     if isinstance(standing, Conversion):
         del module.__dict__[APPLY]

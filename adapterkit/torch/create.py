@@ -57,40 +57,41 @@ def create(
     """Return a new adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
     With the same seed, `lora` and `dora` start with the numbers that PEFT draws after `torch.manual_seed(seed)`. No
-    initialiser changes the model. PEFT overwrites the base in some cases (PiSSA, OLoRA, CorDA, LoftQ); here the adapter
-    stores the subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same
-    in every file, and `handle.remove()` restores the base. LoRA-only formats store it with `on_loss="promote"`, as one
-    LoRA of twice the rank. This is not possible for LoftQ, which subtracts a full matrix.
+    initialiser changes the model. With PiSSA, OLoRA, CorDA and LoftQ, PEFT overwrites the base; here the adapter stores
+    the subtracted part as an additional update, `residual`, which is not trained. So the adapter means the same in
+    every file, and `handle.remove()` restores the base. Formats that support only LoRA store both updates with
+    `on_loss="promote"`, as one LoRA of twice the rank. For LoftQ this is not possible, because it subtracts a full
+    matrix.
 
     Args:
         model: the model that the adapter is for. Target names omit wrappers (`torch.compile`, DDP, PEFT).
         method: the method's name.
         targets: one or several choices, each of which must match something. A glob matches the whole dotted name, or
             the part after any dot, of parameters and of modules with a weight (of all modules, for a method that
-            changes outputs). A regular expression must match the whole name.
-            "all-linear" matches every linear layer (and GPT-2's Conv1D) except the output head. The head is the result
-            of `get_output_embeddings()` of a transformers model or, in its classifiers, `score` or `classifier`.
-            Methods that add context ignore `targets`, except adaption prompts, which use all attentions unless globs
-            choose some.
+            changes outputs). A regular expression must match the whole name. "all-linear" matches every linear layer
+            (and GPT-2's Conv1D) except the output head. The head is the result of `get_output_embeddings()` of a
+            transformers model or, in its classifiers, `score` or `classifier`. Methods that add context ignore
+            `targets`. The exception is adaption prompts, which act on all attentions unless globs choose some.
         exclude: choices that are removed from the targets, each of which must match something.
-        layers: the numbers of the blocks to adapt: the first number in a name. All if not given.
+        layers: the numbers of the blocks to adapt; a block's number is the first number in a name. All blocks if not
+            given.
         rank: the inner size, for methods that have one; the number of virtual tokens, for methods that add context.
         alpha: scaling times rank. If not given, the scaling is `scaling=`, or 1.
-        rank_pattern: a map from regular expressions for the end of a name, after a dot, to the rank there. The first
-            match counts.
-        alpha_pattern: the same for alpha.
+        rank_pattern: regular expression -> rank of the targets that it matches. The expression must match the whole
+            name, or its end after a dot. The first match counts.
+        alpha_pattern: regular expression -> alpha, matched as in `rank_pattern`.
         use_rslora: divide alpha by the square root of the rank.
         init: the initialiser of `lora` and `dora`: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
             steps of a randomised SVD), `olora`, `loftq` (for a base rounded to nf4; `loftq_int8` for 8 bits;
             `loftq_iter_N` and `loftq_int8_iter_N` take N steps), and with data `corda` (`corda_kpm` for its other mode)
             and `eva`.
         data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
-            positional arguments, anything else as the only argument.
-        rho: for `eva`, the highest multiple of its rank that a layer may get when ranks are redistributed by explained
-            variance; 1 leaves them equal.
-        dropout: in training, the probability that an input of the change is 0, as in PEFT's `lora_dropout`. For LoHa
-            and LoKr, the probability that a row of the change is 0 (`rank_dropout`); for OFT and BOFT, the share of
-            blocks that do not rotate.
+            positional arguments, any other value as the only argument.
+        rho: for `eva`, which redistributes ranks by explained variance: a layer gets at most `rho` times its own rank.
+            1 leaves all ranks equal.
+        dropout: in training, the probability that an input element of the change is set to 0, as in PEFT's
+            `lora_dropout`. For LoHa and LoKr, the probability that a row of the change is set to 0 (`rank_dropout`);
+            for OFT and BOFT, the share of blocks that do not rotate.
         seed: the seed of the random numbers.
         layout: the axis order of targets that are parameters, if neither the model's family nor its number of experts
             determines it; one of `LAYOUTS`.
@@ -98,7 +99,7 @@ def create(
 
     Raises:
         TargetNotFound: no target matches.
-        Unsupported: the method is unknown or has no initial value, or a layer cannot take it.
+        Unsupported: the method is unknown or has no initial value, or a layer does not support it.
         UsageError: arguments contradict each other, the method lacks an attribute, a rank is below 1, a regular
             expression is invalid, data is missing, or the layout of a parameter is unknown.
     """
@@ -153,7 +154,7 @@ def create(
 
 
 def _stored_base(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of the files that a model was loaded from, according to its config; {} if they are gone.
+    """Return the fingerprint of the files that a model's config says it was loaded from; {} if the files are gone.
 
     The weights in memory cannot be used: they may be cast, quantized, on other devices or under other names.
     """
@@ -235,8 +236,8 @@ def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[obje
 def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
     """Redistribute ranks as EVA does: directions that explain more of their layer's variance get them first.
 
-    The sum of all ranks stays. A layer gets at most rho times its rank; its alpha changes with the rank, so its scaling
-    stays. Layers that get no rank are omitted.
+    The sum of all ranks stays the same. A layer gets at most rho times its rank. Its alpha changes with its rank, so
+    its scaling stays the same. Layers that get no rank are omitted.
     """
     most = {path: round(size.rank * rho) for path, size in sizes.items()}
     shares = [seen[path].components()[0][: most[path]] for path in sizes]
@@ -269,7 +270,7 @@ def _started(
 
 
 def _own(leaf: object) -> Tensor:
-    """Copy a leaf to its own memory in the axis order of a file, so that training starts the same from either."""
+    """Copy a leaf to its own memory in a file's axis order, so that training starts as if it came from a file."""
     return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -339,7 +340,7 @@ def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
     """Return a tensor of the base on the CPU, in at least float32.
 
     Raises:
-        Unsupported: its values are on disk, or it is on the meta device and has none.
+        Unsupported: the tensor's values are on disk, or it is on the meta device and has no values.
     """
     check_on_hand(model, [stored], where)
     if stored.is_meta:
@@ -357,9 +358,9 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
-    """Return zeros in place of the weight of a module without one, with the output channels of its last weighted part.
+    """Return zeros as the weight of a module without one; its last inner weight gives the output channels.
 
-    Embeddings are considered last, because they may be biases on positions.
+    Embeddings are used only if nothing else has a weight, because they may be biases on positions.
     """
     parts = [part for part in module.modules() if _weighted(part)]
     parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
@@ -381,7 +382,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     """Return the axis order of a parameter that is not a module's weight.
 
-    It follows from the model's family or its number of experts.
+    The model's family or its number of experts determines the order.
     """
     config: Any = getattr(model, "config", None)
     words = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -472,8 +473,8 @@ def create_context(
         model: the model that the adapter is for.
         cls: the method.
         targets: globs over names of attentions, for methods that act on attentions.
-        tokens: the number of virtual tokens; a list `index=` in `attributes` gives the tokens whose embeddings they
-            start with.
+        tokens: the number of virtual tokens. A list `index=` in `attributes` names the tokens whose embeddings are
+            their initial values.
         seed: the seed of the random numbers.
         attributes: the method's plain values.
 
@@ -506,7 +507,7 @@ def create_context(
             ) from None
 
     paths = _paths(model, cls, targets, embedding.weight)
-    # Modules that share the embedding's weight share its new tokens too.
+    # Modules that share the embedding's weight also share its new tokens.
     same = made() if cls.place == "vocabulary" else None
     adapter = Adapter({Target(path): (same or made(),) for path in paths})
     stored = _stored_base(model)

@@ -1,6 +1,7 @@
 """Apply dropout in training as PEFT does; each method's class names its kind of dropout (`Update.dropout`).
 
-* `input`: y = layer(x) + change(dropout(x)); the base sees the whole input. PEFT: `lora_dropout`, `vera_dropout` ...
+* `input`: y = layer(x) + change(dropout(x)); the base gets the input without dropout. PEFT: `lora_dropout`,
+`vera_dropout` ...
 * `rows`, `scaled rows`: whole rows of the change are 0. PEFT: `rank_dropout` of LoHa and LoKr.
 * `blocks`: some rotations are the identity. PEFT: `module_dropout` of OFT and `boft_dropout`.
 
@@ -57,9 +58,9 @@ def dropped_change(
 
     Args:
         layer: the layer without the updates.
-        updates: the updates, in order of application. An update without trained tensors sees the whole input.
+        updates: the updates, in order of application. An update without trained tensors gets the input without dropout.
         x: the layer's input; token ids are not dropped.
-        p: the probability that a number is 0; the other numbers are divided by 1 - p.
+        p: the probability that an input number is set to 0; the other numbers are divided by 1 - p.
         live: a function that moves an update to the layer's device and dtype.
     """
     change: Tensor | float = 0.0
@@ -86,7 +87,7 @@ def dropped_change(
 def _rows(count: int, p: float, scaled: bool) -> Tensor:
     """Return 1 for each row that is kept, as PEFT's LoHa and LoKr draw them.
 
-    Each of PEFT's layers draws one number before that.
+    Each of PEFT's layers draws one number before these.
     """
     torch.rand(1)
     kept = (torch.rand(count) > p).float()
@@ -94,7 +95,7 @@ def _rows(count: int, p: float, scaled: bool) -> Tensor:
 
 
 def _without_blocks(update: Update, p: float) -> Update:
-    """Return the update with a share p of its rotations replaced by the identity, as PEFT's OFT and BOFT draw them.
+    """Return the update with a share p of its rotations replaced by the identity, drawn as in PEFT's OFT and BOFT.
 
     A block of zeros has the identity as its rotation.
     """

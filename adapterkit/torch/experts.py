@@ -19,7 +19,7 @@ from ..methods.lora import LoRA
 from ..methods.xlora import XLoRA
 
 Pairs = Mapping[str, LoRA]
-"""A map from each path to one expert's LoRA there, with its tensors loaded."""
+"""Path -> one expert's LoRA at this path, with its tensors loaded."""
 
 
 def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
@@ -27,7 +27,7 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
 
     Args:
         names: a function that returns the names of the model's modules in their order.
-        adapter: any adapter; if no update of it lacks experts, it is returned unchanged.
+        adapter: any adapter; it is returned unchanged if none of its updates lacks experts.
         experts: plain LoRA adapters, in the router's order.
 
     Raises:
@@ -39,7 +39,7 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
     needy = [(target, update) for target, update in adapter if getattr(update, "lacks_experts", False)]
     if not needy:
         if experts:
-            raise UsageError("no update of this adapter lacks experts", where="experts", cure="Leave experts= out")
+            raise UsageError("this adapter needs no separate experts", where="experts", cure="Leave experts= out")
         return adapter
     if not experts:
         cure = "Pass experts=, a list of the expert adapters in the router's order"
@@ -117,7 +117,7 @@ def _of_prototypes(target: Target, router: Update, experts: Sequence[Pairs]) -> 
     A, B, strengths = (held[name] for name in ("A", "B", "strengths"))
     if router.general:
         A, B = (each[:tasks] - each[tasks:].mean(0) for each in (A, B))
-    # Not scaled, because neither the sign nor the length of an expert's change matters here.
+    # B @ A without the scaling, because neither the sign nor the length of an expert's change matters here.
     prototypes = torch.stack([_prototype(*pair) for pair in zip(A, B, strict=True)])
     return router.replace(
         A=A, B=B, strengths=strengths[:tasks], prototypes=prototypes, idle_A=None, idle_B=None, scaling=1.0

@@ -1,8 +1,8 @@
 """Merge adapters into the weights of a live model, and restore the exact bits from before the merge.
 
-`Handle.merge_` and `Handle.unmerge_` call this module. `foldable` refuses everything that cannot be merged before any
-weight changes. `fold` merges the updates in float64 and rounds once: additive updates in place, one block of rows at a
-time; all other updates one module at a time.
+`Handle.merge_` and `Handle.unmerge_` call this module. Before any weight changes, `foldable` in handle.py refuses
+everything that cannot be merged. `fold` merges the updates in float64 and rounds once: additive updates in place, one
+block of rows at a time; all other updates one module at a time.
 
 `Merged` holds what `unmerge_` needs. With `copy` it holds the old weights. With `recompute`, `unmerge_` subtracts the
 adapter, which the handle holds anyway, so `Merged` only stores the bits that the subtraction would not restore: a few
@@ -90,7 +90,8 @@ class Merged:
         after: the checksum of the merged bits, if `before` is kept: torch does not count changes through `.data`.
         version: torch's count of the parameter's in-place changes after the merge.
         dtype: the dtype of the parameter, if its bits are recomputed.
-        stack: the merges into the parameter that can be undone, in order; all of them hold the same list.
+        stack: the merges into the parameter that can be undone, in order; all merges into one parameter hold the same
+            list.
     """
 
     parameter: Tensor
@@ -182,13 +183,14 @@ def _checksum(bits: Tensor) -> tuple[int, int]:
 
 
 _MERGES: Any = WeakIdKeyDictionary()
-"""A map from each parameter to the merges into it that can be undone, in order."""
+"""Parameter -> the merges into it that can be undone, in order."""
 
 
 class Memory:
     """The address ranges of a model's parameters, to find parameters that share memory: tied names and views.
 
-    It compares ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in one storage.
+    It compares address ranges, not storages, because cuDNN stores all weights of an LSTM one after the other in one
+    storage.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -282,7 +284,7 @@ def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
 
 
 def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
-    """Reduce what merged parameters keep to the positions that subtracting their parts would not restore."""
+    """Let each merged parameter keep only the positions that subtracting its parts would not restore."""
     values = _less(hook, parts)
     for each in merged:
         each.slim(values[id(each.parameter)])
@@ -298,9 +300,10 @@ def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
 class Unmerging:
     """Undo a merge module by module, and redo it if that fails halfway.
 
-    Holding the bits from before for all modules at once would take the memory of a second model, and the merged bits
-    that of a third. So once a parameter holds its bits from before again, the copy of these is replaced by the merged
-    bits. If the bits from before were recomputed, nothing is kept: the same sums give the merged bits again.
+    Holding the bits from before the merge for all modules at once would take the memory of a second model, and holding
+    the merged bits the memory of a third. So as soon as a parameter has its earlier bits back, their copy is replaced
+    by the merged bits. If the bits from before were recomputed, nothing is kept: the same sums give the merged bits
+    again.
     """
 
     def __init__(self) -> None:
@@ -339,7 +342,7 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, found: Folded) -> Folded:
-    """Return a model's hooks and parts; of layers that share a parameter, return only one.
+    """Return a model's hooks and parts; for layers that share a parameter, only those of one layer.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.

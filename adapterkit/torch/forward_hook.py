@@ -58,7 +58,7 @@ class ForwardHook:
         self.slot = inner_slot(module)
         self.module, self.original = module, getattr(*self.slot)
         self.before = value_in(self.slot)
-        self.wrapper: Any = None  # Another tool's forward around this one at the time the last part was detached.
+        self.wrapper: Any = None  # Another tool's forward that wrapped this one when the last part was detached.
         self.layer: Layer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -114,9 +114,9 @@ class ForwardHook:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Computed here and not at the first forward, because compiled code would guard on whether it is known.
+            # Compute the rank here, not at the first forward: compiled code would guard on whether it is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
-            # Build new objects and set the parts last, because other threads may be in a forward over the old ones.
+            # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
             self.parts = [*self.parts, part]
         self._stand()
@@ -243,8 +243,7 @@ class ForwardHook:
         """Check that a tensor-parallel weight gets a tensor-parallel input.
 
         transformers' `tp_plan` replaces the forward of each layer by a closure that turns the input into a DTensor. A
-        hook
-        cannot be placed inside this closure.
+        hook cannot be placed inside this closure.
 
         Raises:
             Unsupported: the input is a plain tensor, so another tool's forward distributes it only after this hook.
@@ -311,9 +310,8 @@ class ForwardHook:
             plan = self._new_plan(scope)
         y = plan.run(x)
         if y is None and plan.token is None:
-            # Offloading and FSDP2 bring a new weight for each forward. If every second forward computed in another way,
-            # a
-            # checkpointed block would save other tensors than its recomputation does, which torch refuses.
+            # Offloading and FSDP2 load a new weight for each forward. If every second forward computed in another way,
+            # a checkpointed block would save other tensors than its recomputation does, which torch refuses.
             y = self._new_plan(scope).run(x)
         return y
 
@@ -379,7 +377,7 @@ class ForwardHook:
             raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
     def _weighed(self, parts: list[Part], args: Arguments, kwargs: Keywords, without: str | None = None) -> object:
-        """Return the module's output under updates of its weights, with the norm `without` skipped."""
+        """Return the module's output with its updates of weights, without the norm that `without` names."""
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
@@ -543,9 +541,9 @@ class ForwardHook:
         return out
 
     def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """Return the part's updates, with the weight that their changes to the bias depend on already evaluated.
+        """Return the part's updates, after evaluating changes to the bias that depend on the weight.
 
-        That weight includes the updates of the same adapter at targets before the part.
+        The weight includes the same adapter's updates at targets before the part.
         """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
@@ -598,9 +596,9 @@ def _replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 @contextmanager
 def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give the module itself other values for a while: an attribute of the instance hides its parameter.
+    """Give the module itself other values inside the `with`: an instance attribute hides the parameter of that name.
 
-    This serves compilers, which cannot trace `_replica`, and forwards that are not plain methods of the module.
+    Needed for compilers, which cannot trace `_replica`, and for forwards that are not plain methods of the module.
     """
     placed: list[tuple[dict[str, Any], str, Any]] = []
     flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
@@ -628,7 +626,7 @@ def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _in_order(parts: list[Part]) -> bool:
-    """Whether an adapter has several targets here whose order matters, because formulas add up changes to the base."""
+    """Whether an adapter has several targets here whose order matters; formulas would add up their changes instead."""
     switches = Counter(part.switch for part in parts)
     return any(
         order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
@@ -646,7 +644,7 @@ def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
 
 
 def _narrowed(y: object, kind: str) -> object:
-    """Return a float32 output of a layer in the dtype that autocast uses on this kind of device."""
+    """Cast a layer's float32 output to the dtype that autocast uses on this kind of device."""
     if not torch.is_autocast_enabled(kind) or not isinstance(y, Tensor) or y.dtype is not torch.float32:
         return y
     return y.to(torch.get_autocast_dtype(kind))
@@ -657,7 +655,7 @@ def _same(h: Tensor) -> Tensor:
 
 
 def _unloaded(part: Part) -> Unsupported:
-    """Return the error for a weight on the meta device; torch's CPU products with one give uninitialised memory."""
+    """Return the error for a meta weight: on CPU, torch's products with a meta weight return uninitialised memory."""
     why = "the layer's weight is on the meta device, but its input is not"
     cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
     return Unsupported(why, where=str(part.target), cure=cure)
@@ -668,7 +666,7 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 
 _EXCHANGING = threading.RLock()
-"""Held while a module's own attributes are exchanged, and during forwards that could see that."""
+"""Lock held while a module's own attributes are exchanged, and during forwards that could see exchanged attributes."""
 
 WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
 """The adapters that a warning has named as frozen by another tool."""
@@ -689,7 +687,7 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return a hook for the parts that `hook` had at the end.
+    """Return a hook for the parts that `hook` had before the last one was detached.
 
     Returns None if another tool's forward would wrap less than before.
 

@@ -67,7 +67,7 @@ class Handle:
         return self._source.replace(updates=now)
 
     def _enter(self, frozen: bool) -> None:
-        """Add this handle to the model's list, watch its modules, and freeze the base if asked to."""
+        """Add this handle to the model's list, watch the adapter's modules, and freeze the base if requested."""
         self._switch.attached = True
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
@@ -104,7 +104,7 @@ class Handle:
 
     @property
     def weight(self) -> float:
-        """The factor of the adapter's change; may be set."""
+        """The factor of the adapter's change; can be set."""
         self._check()
         return self._switch.weight
 
@@ -121,8 +121,7 @@ class Handle:
         """Return the adapter's switches at copied layers of the model, with their hooks.
 
         A layer that is copied inside the model (depth upscaling, clones) is switched, weighted and removed with the
-        others.
-        A layer that is copied out of the model is independent.
+        others. A layer that is copied out of the model is independent.
         """
         found: dict[Switch, list[ForwardHook]] = {}
         for hook in hooks_of(self._model):
@@ -147,8 +146,7 @@ class Handle:
         """Check that each layer is still at the path of its target, because the adapter is written with these paths.
 
         Inserting blocks into a list, or removing some, moves the blocks after them. A wrapper adds names to a path but
-        keeps
-        the order of the others.
+        keeps the order of the others.
 
         Raises:
             UsageError: another tool moved a layer.
@@ -168,12 +166,11 @@ class Handle:
 
     @property
     def checkpoint(self) -> str:
-        """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; may be set.
+        """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; can be set.
 
         With `adapter`, every framework that saves the model's state dict (Trainer, Accelerate, Lightning, `torch.save`)
         writes checkpoints of the adapter alone. `model.load_state_dict()` loads them, also with `strict=True`, and
-        leaves the
-        base unchanged. With `base`, such checkpoints do not contain the adapter.
+        leaves the base unchanged. With `base`, such checkpoints do not contain the adapter.
         """
         return self._checkpoint
 
@@ -201,7 +198,7 @@ class Handle:
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained tensors by name, `target.method.field`; none if not injected with `trainable=True`."""
+        """Yield the trained tensors as (`target.method.field`, tensor); nothing without `trainable=True`."""
         named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
         return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
@@ -237,9 +234,8 @@ class Handle:
         """Return the trained tensors by the names of `named_parameters()`, for a training checkpoint.
 
         The tensors are the model's own, detached, as from `nn.Module.state_dict`. Under FSDP2 they are DTensors: save
-        them
-        with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process.
-        For a file that other tools read, write `handle.adapter()`.
+        them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call this in every process. For
+        a file that other tools read, write `handle.adapter()`.
         """
         named = list(self.named_parameters())
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
@@ -249,8 +245,8 @@ class Handle:
         """Copy values from `state_dict()` into the trained tensors in place, so that optimizers keep them.
 
         Raises:
-            UsageError: names are missing or unknown; then nothing is changed.
-            ShapeMismatch: a shape differs; then nothing is changed.
+            UsageError: names are missing or unknown. In this case, nothing is changed.
+            ShapeMismatch: a shape differs. In this case, nothing is changed.
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
         held = {name: leaf.tensor for name, leaf in leaves.items()}
@@ -345,7 +341,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """Return the objects that change with the model when the adapter is attached or removed."""
+        """Return the objects that must be changed together with the model when the adapter is attached or removed."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:
@@ -365,14 +361,14 @@ class Handle:
     def merge_(self, keep: bool | str = False) -> None:
         """Merge the adapter into the base in place, computed in float64 and rounded once, and detach it.
 
-        Until it is done, it holds a copy of the weights that it changes, and restores them if anything fails.
+        Until the merge is done, it holds a copy of the weights that it changes. If anything fails, it restores these
+        weights.
 
         Args:
-            keep: what to keep for `unmerge_`. True or "copy": the copy of the weights. "recompute": the adapter, and
-            those
-                few numbers of each weight that subtracting the change would not restore exactly. "recompute" needs
-                additive
-                updates (LoRA and similar methods) whose tensors do not change until `unmerge_`.
+            keep: what to keep for `unmerge_`. True or "copy" keeps the copy of the weights. "recompute" keeps the
+                adapter, and the few numbers of each weight that subtracting the change would not restore exactly.
+                "recompute" needs additive updates (LoRA and similar methods) whose tensors do not change until
+                `unmerge_`.
 
         Raises:
             NotMergeable: a method does not change weights, a bias to change is missing, a weight shares its memory with
@@ -422,9 +418,9 @@ class Handle:
         """Restore the exact bits that the base had before `merge_(keep=...)`, and attach the adapter again.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`; its weights were changed or replaced since; the weights
-            are
-                recomputed and the adapter was changed; or another adapter has its name. Then nothing is changed.
+            UsageError: the adapter was not merged with `keep`; the merged weights were changed or replaced since; the
+                adapter was changed, but is needed to recompute the weights; or another adapter has this name. Then
+                nothing is changed.
         """
         if self._state != "merged" or not self._merged:
             why = "the adapter was not merged with keep=, so there are no weights to restore"
@@ -484,7 +480,7 @@ def check_weight(value: float) -> None:
     """Check the factor of an adapter's change.
 
     Raises:
-        UsageError: it is not a finite number.
+        UsageError: the factor is not a finite number.
     """
     if not math.isfinite(value):
         raise UsageError(f"must be a finite number, got {value}", where="weight", cure="Pass 1.0 for the whole change")

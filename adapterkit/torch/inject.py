@@ -51,45 +51,38 @@ def inject(
 
     The adapter's trained tensors become parameters of the model, and all others non-persistent buffers, so that
     optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state dict
-    do
-    not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
-    dict,
-    which training frameworks save and load, contains the adapter instead of the base.
+    do not change. Save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's state
+    dict, which training frameworks save and load, contains the adapter instead of the base.
 
     Args:
         model: any module tree. Targets are dotted names in it, or names that the resolver identifies with its modules,
-            as
-            in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied head),
-                as
-            PEFT's forward does.
+            as in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied
+            head), as PEFT's forward does.
         adapter: the adapter.
         name: the adapter's name for `route`; each attached adapter needs a different one.
         weight: the factor of the adapter's change.
-        trainable: make the adapter's leaves, except those its method calls `frozen`, float32 (or wider) parameters,
-            which
-            are cast to the layer's dtype in the forward.
+        trainable: make the adapter's tensors float32 (or wider) parameters, which the forward casts to the layer's
+            dtype. Tensors that the method lists as `frozen` do not become parameters.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base too.
-        dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
-            mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the PEFT config of its
-                file.
-        active: False attaches the adapter switched off; see `handle.set_active`.
+        dropout: with `trainable=True`, the probability that an input element of a change is set to 0 while the module
+            is in training mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the
+            adapter's PEFT config.
+        active: if False, attach the adapter switched off; see `handle.set_active`.
         experts: the experts of a router whose own file does not contain them (X-LoRA, Arrow): plain LoRA adapters, in
-            the
-            router's order.
+            the router's order.
         tied: the layers that an update changes if an embedding and a head share their parameter, as in
-            `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the layers that the tool
-                which
-            trained the adapter changed; an update of unknown origin changes the layer that it names.
+            `adapterkit.merge`: `untie`, `merge`, or a choice for each kind. If not given, the update changes the layers
+            that it changes in the tool that trained the adapter. An update of unknown origin changes only the layer
+            that it names.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Raises:
         TargetNotFound: a target is not in the model; the message gives the nearest names.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a layer cannot take the method, or not together with what is attached to it already.
+        Unsupported: a layer does not support the method, or does not support it together with what is already attached.
         UsageError: the name is taken, a router lacks its experts, `tied` is unknown, dropout is not a probability, or
-            the
-            weight is not a finite number.
+            the weight is not a finite number.
 
         If an error is raised, nothing is attached.
     """
@@ -174,12 +167,12 @@ def inject(
 
 
 def _place(holder: nn.Module, part: Part) -> Hashable:
-    """Return a key of what a part changes, which is the same for every name of its module."""
+    """Return a key for what a part changes; the key is the same for all names of one module."""
     return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that two names of one module have the same update, which then acts once.
+    """Check that two targets that are the same module have the same update, because only one of them is attached.
 
     Raises:
         Unsupported: the updates differ.
@@ -190,7 +183,7 @@ def _check_twin(first: Part, second: Part) -> None:
 
 
 def _where(model: nn.Module, target: Target) -> str:
-    """Return the target under the base's own names, without wrappers, because the names go into checkpoints."""
+    """Return the target in the base's own names, without wrappers, because checkpoints contain these names."""
     return str(replace(target, path=unwrapped(model, target.path)))
 
 
@@ -219,7 +212,7 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 def _contexts(
     model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
-    """Return the context updates with the modules that they are attached to."""
+    """Return each context update with the module that it is attached to."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     found: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
@@ -304,7 +297,8 @@ def _tied(
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
-        if tuple(names) in seen:  # In an offloaded model each of them is a separate parameter.
+        # In an offloaded model, tied names are separate parameters, so the same list comes up again.
+        if tuple(names) in seen:
             continue
         seen.add(tuple(names))
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
@@ -348,7 +342,7 @@ def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
-    """Whether an adapter's recipe says which tool trained it; an adapter that was built in Python does not say so."""
+    """Whether an adapter's recipe says which tool trained it. The recipe of an adapter built in Python does not."""
     return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
@@ -372,18 +366,19 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
-    """Check parts at one hook: some can only run as formulas over the layer, others only under its own forward."""
+    """Check that a hook's parts can run together: some run only as formulas, others only in the layer's forward."""
     together = [part for part in (*hook.parts, *parts) if part.output_site is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
     if outer and inner:
         methods = [f"{update.method} at {part.target}" for part in (outer, inner) for update in part.updates]
         why = f"{' and '.join(dict.fromkeys(methods))} cannot be attached together"
-        raise Unsupported(why, where=str(parts[0].target), cure="Merge the one that is a change of weights instead")
+        cure = "Merge the adapter that changes weights into the base, instead of attaching it"
+        raise Unsupported(why, where=str(parts[0].target), cure=cure)
 
 
 def _pieces(site: Site) -> list[Site]:
-    """Split a site into its updates of weights and, after them, its updates of the output."""
+    """Split a site into two: first its updates of weights, then its updates of the output."""
     outer = [update.kind == "output" for update in site.updates]
     if outer != sorted(outer):
         why = "an update of weights follows an update of the output"
@@ -429,7 +424,7 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
 
 
 def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
-    """Return W, or an empty tensor with the device and dtype that other tools' hooks give it for a forward."""
+    """Return W, or an empty tensor with the device and dtype that W has in a forward under other tools' hooks."""
     W = _loaded(model, holder, W, where)
     return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
@@ -438,7 +433,8 @@ def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tenso
     """Return W, or an empty tensor on the device where an offloaded module computes.
 
     Raises:
-        Unsupported: W is on the meta device and nothing will load it, so computing with it gives uninitialised memory.
+        Unsupported: W is on the meta device and nothing will load it, so a product with it would be uninitialised
+            memory.
     """
     if W.device.type != "meta":
         return W
@@ -460,7 +456,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Return the site in the layout of its module's class, and whether that is known and the updates fit it."""
+    """Return the site in its module class's layout, and whether this layout is known and fits the updates."""
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))

@@ -2,9 +2,8 @@
 """Triton kernels that apply another adapter's low-rank factors to each row of a batch, without gathering the factors.
 
 As in Punica (https://arxiv.org/abs/2310.18547) there are two kernels: *shrink* computes h = x A^T, and *expand* adds h
-B
-to y. A program looks up the slot of its row and reads only as many of that slot's factors as the slot's rank. So ranks
-may differ, and rows without an adapter finish at once. Sums are float32, without TF32.
+B to y. Each program handles one row: it looks up the row's slot, and reads only as many factor rows as the slot's rank.
+So ranks may differ, and rows without an adapter finish at once. Sums are float32, without TF32.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, for tests. Import this module only if Triton is installed.
 """

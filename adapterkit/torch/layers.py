@@ -1,10 +1,9 @@
 """Layers: the interface through which a method's forward formula uses one module.
 
-`layer(x)` runs the module; `layer.op(x, w)` has the same geometry with another weight and no bias; `layer.mix(h, w)` is
-a 1x1 mix of channels after it; `layer.per_channel(v)` reshapes a vector so that it adds to the output. Weights are seen
-as `[out, in, *k]`, whatever the module's own layout. `OutputUpdate` documents the names that updates of outputs use;
-see
-outputs.py too.
+`layer(x)` runs the module. `layer.op(x, w)` runs it with the weight w and no bias, with the same stride, padding and so
+on. `layer.mix(h, w)` is a 1x1 convolution over the output's channels. `layer.per_channel(v)` reshapes a vector so that
+it can be added to the output. Weights are seen as `[out, in, *k]`, whatever the module's own layout. `OutputUpdate`
+documents the names that updates of outputs use; see outputs.py too.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class Layer:
     Attributes:
         layout: the axis order in which such a module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
-        direct: whether formulas over weights run on it; if not, the module's own forward runs on a changed weight.
+        direct: whether formulas run on the layer; if not, the module's own forward runs on a changed weight.
         flat: whether `op` and `mix` are matrix products over the last axis.
         fresh: whether a call returns a tensor that nobody else holds.
-        narrowed: whether autocast runs it in 16 bits.
+        narrowed: whether autocast runs the layer in 16 bits.
     """
 
     direct: ClassVar[bool] = True
@@ -53,12 +52,12 @@ class Layer:
         return self.forward(x)
 
     def like(self, x: Tensor) -> Layer:
-        """Return the layer as `x` needs it: if its weight has no dtype to compute in, with the dtype of `x`."""
+        """Return the layer in the dtype to compute in: if its weight has no such dtype, the dtype of `x`."""
         return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a module is of this kind and runs the forward of its class."""
+        """Whether a module is of this kind and runs its class's own forward."""
         raise AssertionError("each kind of layer defines it")
 
     @property
@@ -93,7 +92,7 @@ class Layer:
 
     @property
     def padding(self) -> str:
-        """The settings that make `op` differ from `zero_padded`; empty if they are the same."""
+        """The settings that make `op` differ from `zero_padded`, as text; empty if both are the same."""
         return ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ class Conv1D(Layer):
 
 
 class Embedding(Layer):
-    """`nn.Embedding`, which stores `[in, out]`; a token is a position on `in`."""
+    """`nn.Embedding`, which stores `[in, out]`; a token id is a position on the axis `in`."""
 
     layout = "in out *k"
     narrowed = False
@@ -186,7 +185,7 @@ class Conv(Layer):
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
         if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
             return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
-        # With other paddings, a kernel without dilation gives an output of another size, which PEFT cannot train.
+        # With any other padding, the kernel without dilation gives an output of another size, which PEFT cannot train.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
@@ -226,13 +225,13 @@ class GroupedConv(Conv):
 
 
 class Quantized(Linear):
-    """A linear layer with a packed weight (see `is_packed`): it runs unchanged, and additive updates are added to it.
+    """A linear layer with a packed weight (see `is_packed`). It runs unchanged; additive updates change its output.
 
     Formulas that need W get the dequantized weight.
     """
 
     fresh = False
-    narrowed = False  # Each library has its own rule, and `like` uses the dtype of the input.
+    narrowed = False  # Each library has its own rule for autocast, and `like` uses the dtype of the input.
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)
@@ -294,8 +293,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         tensor = live_tensor(leaf)
         return tensor.to(device, wanted(tensor))
 
-    # Not by `there(leaf) is leaf`: torch.jit.trace would record that conversion in the first of the two runs it
-    # compares.
+    # Do not test `there(leaf) is leaf`: torch.jit.trace compares two runs, and would record the conversion only in the
+    # first.
     leaves = [live_tensor(leaf) for leaf in update.tensors.values()]
     stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
@@ -403,7 +402,7 @@ def _is_narrow(W: object) -> bool:
 
 
 def _casts(module: nn.Module) -> bool:
-    """Whether the output is computed by another forward than that of nn.Linear, which cannot read 8 bits."""
+    """Whether another forward than nn.Linear's computes the output; nn.Linear's cannot compute with 8 bits."""
     return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 

@@ -1,24 +1,21 @@
 """Compute low-rank changes of linear layers with less memory and time than their plain formula.
 
 Every additive method whose `forward` follows from its `pair` (`Additive.thin`) reduces to y + (x A^T) B^T. The plain
-formula is `LowRank.forward`. Run operation by operation, it makes three tensors of the output's size, and autograd
-keeps
-x A^T for the backward pass. `low_rank_sum` adds the product to the base's output in one operation, and its backward
-pass
-needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v (or gate and up) share one kept tensor.
+formula is `LowRank.forward`. Run as separate operations, the plain formula makes three tensors of the output's size,
+and autograd keeps x A^T for the backward pass. `low_rank_sum` adds the product to the base's output in one operation,
+and its backward pass needs only x, A and B. Autograd keeps the x that the layer got, so q, k and v (or gate and up)
+share one kept tensor.
 
-A Python function costs autograd about 50 microseconds, so small inputs also take the plain formula: the tensors it
-keeps
-for them are negligible compared with the weights.
+A Python autograd function costs about 50 microseconds, so small inputs also use the plain formula: the tensors that
+autograd keeps for small inputs are negligible compared with the weights.
 
 On a CPU, 16-bit numbers are multiplied by thin factors in float32, some rows at a time. Without bfloat16 instructions,
-a
-product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's factors are float32
-too.
+a product of [512, 8] and [8, 256] takes 4.8 ms in 16 bits and 0.1 ms in 32 (torch 2.13, AVX2); PEFT's factors are
+float32 too.
 
 The plain formula is used wherever a Python autograd function is not supported: under torch.compile and torch.export
-(which fuse by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for tensors of
-other types (DTensor, FakeTensor, sparse, nested).
+(which fuse operations by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and for
+tensors of other types (DTensor, FakeTensor, sparse, nested).
 """
 
 from __future__ import annotations
@@ -65,7 +62,7 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
-    # With a frozen A (LoRA-FA), autograd keeps x A^T here and not x, which is less than the functions below keep.
+    # With a frozen A (LoRA-FA), autograd keeps x A^T here instead of x, so less than the functions below keep.
     if most > SMALL and (A.requires_grad or not B.requires_grad):
         return None
     y = functional.linear(x, W, b)
@@ -75,7 +72,7 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
         change = functional.linear(functional.linear(x, A), B)
     else:
         change = functional.linear(functional.linear(x, A.to(dtype)), B.to(dtype))
-    # In place if nobody else holds y: at the peak this saves one tensor of the output's size.
+    # Add in place if nobody else holds y: this lowers the peak by one tensor of the output's size.
     if may_overwrite(y):
         return y.add_(change, alpha=weight)
     return torch.add(y, change, alpha=weight)
@@ -308,7 +305,7 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, the gradient of x includes x W^T.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, the gradient of x includes that of x W^T.
 
     x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.
@@ -341,9 +338,8 @@ def _of_factors_by_blocks(
     """Do the work of `_of_factors` for 16-bit numbers on a CPU in float32, some rows at a time to keep copies small.
 
     The gradient of x is rounded once. The rounded sum includes the product with W, unless the processor multiplies
-    16-bit
-    numbers itself: torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in float32 on
-    AVX2.
+    16-bit numbers itself: torch 2.13's product of [512, 680] and [680, 256] takes 165 ms in bfloat16 and 3 ms in
+    float32 on AVX2.
     """
     to_x = to_x or W is not None
     of_x = x.new_empty(x.shape, dtype=grad.dtype) if to_x else None
@@ -390,20 +386,19 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return bool(getattr(ask, name)()) if hasattr(ask, name) else False
 
 
-# At one token, the products of a LoRA take some microseconds. Finding out which adapters act, which kind their formulas
-# are and whether the layer is plain takes several times as long, and the answer is the same in every forward. A plan
-# caches that answer. It is discarded when a switch or weight changes (`scopes.SETTINGS`), in another scope, and when
-# the
-# layer or the adapter gets other tensors.
+# At one token, the products of a LoRA take some microseconds. It takes several times as long to find out which adapters
+# act, which kind of formula they have, and whether the layer is a plain nn.Linear, and the answer is the same in every
+# forward. A plan caches this answer. The plan is discarded when a switch or weight changes (`scopes.SETTINGS`), in
+# another scope, and when the layer or the adapter gets other tensors.
 
 
 class LeanPlan:
     """A cached plan for the forward of an `nn.Linear` with one low-rank update.
 
     Args:
-        token: `SETTINGS.token` as it was before anything was looked at.
+        token: `SETTINGS.token`, read before the adapters were examined.
         scope: the scope that the plan is for.
-        part: the only part that acts there, with one low-rank update; None if there is not exactly one.
+        part: the only part that acts at the layer, with one low-rank update; None if this is not the case.
         layer: the layer.
     """
 
@@ -438,7 +433,7 @@ class LeanPlan:
         return B, A, scaling * self.part.switch.weight
 
     def run(self, x: object) -> Tensor | None:
-        """Return the layer's output, or None if the plan does not apply and the hook must decide itself."""
+        """Return the layer's output, or None if the plan does not apply, so that the hook must choose how to run."""
         if not self.usable or type(x) is not Tensor or self.part is None:
             return None
         W: Any = self.W

@@ -1,8 +1,8 @@
 """Register the tensors of attached adapters with the model, so that every framework finds them.
 
 Optimizers, Trainers, DDP, FSDP2, ZeRO, `model.to()` and `torch.compile` all use `model.parameters()` and
-`model.buffers()`. So trained tensors are parameters, and all others non-persistent buffers, of modules that the model
-already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call` and
+`model.buffers()`. So trained tensors become parameters, and all others non-persistent buffers, of modules that the
+model already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call` and
 `model.to()` put other tensor objects under the same name.
 
 Rejected alternatives:
@@ -15,10 +15,10 @@ The base's state dict keeps its keys: one hook removes the adapter's keys in `st
 from the missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and
 `pickle`.
 
-accelerate's offloading loads all parameters of a module from a map of the base's weights, which does not have the
-adapter's. So leaves are registered with a module above such modules. If a model is offloaded after the injection, each
-leaf is moved before the next forward, with the tensor it was registered with: accelerate has replaced that by an empty
-tensor on the meta device.
+accelerate's offloading loads all parameters of a module from a map of the base's weights, and this map does not contain
+the adapter's tensors. So leaves are registered with a module above the offloaded modules. If a model is offloaded after
+the injection, accelerate replaces each leaf's tensor by an empty one on the meta device. So before the next forward,
+each leaf is moved to a module above, with its original tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     Device = torch.device | str | int
 
 PREFIX = "adapterkit:"
-"""The start of the names of registered tensors. Python source cannot spell such an attribute name."""
+"""The start of the names of registered tensors; it is not a valid Python identifier, so it clashes with no
+attribute."""
 
 
 def is_leaf_name(name: str) -> bool:
@@ -59,7 +60,8 @@ class Leaf:
 
     Attributes:
         staged: the tensor, before it is registered.
-        first: the parameter that was registered, until a forward finds another one in its place (FSDP2 then frees it).
+        first: the registered parameter; dropped once a forward finds another one in its place, so that FSDP2 can free
+            it.
     """
 
     module: nn.Module
@@ -129,10 +131,11 @@ class Leaf:
     def check_loaded(self) -> None:
         """Check that the tensor is not on the meta device while the weight of its module has been loaded again.
 
-        torch's CPU products of a meta tensor and real numbers return uninitialised memory.
+        On CPU, torch's products with a meta tensor return uninitialised memory.
 
         Raises:
-            Unsupported: it is; `load_state_dict(assign=True)` of a base does not load the adapter's tensors.
+            Unsupported: the tensor is still on the meta device: `load_state_dict(assign=True)` of a base does not load
+                the adapter's tensors.
         """
         if self.tensor.is_meta:
             beside = [p for name, p in self.module._parameters.items() if p is not None and not is_leaf_name(name)]
@@ -195,7 +198,7 @@ class LiveUpdates:
 
     Args:
         updates: the updates with the tensors they were attached with.
-        leaves: for each update, a map from field to the leaf that holds its tensor; None before registration.
+        leaves: for each update: field -> the leaf that holds the field's tensor; None before registration.
     """
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
@@ -209,12 +212,12 @@ class LiveUpdates:
 
     @property
     def attached(self) -> tuple[Update, ...]:
-        """The updates over tensors of an earlier time; use them only for their methods and names."""
+        """The updates with tensors of an earlier time, which may be outdated: use only the methods and names."""
         return self._updates
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """The updates over the tensors that the model holds now.
+        """The updates with the tensors that the model holds now.
 
         Raises:
             Unsupported: a tensor was left on the meta device; see `Leaf.check_loaded`.
@@ -309,9 +312,10 @@ class Registration:
 def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module that a leaf used by `holder` is registered with.
 
-    That is `holder` if it has parameters, so that FSDP2 and ZeRO gather the leaf with the weight it changes. Otherwise
-    the leaf would come before the first parameter of the base (see the module docstring), so it is registered with the
-    first module inside `holder` that has one. `hidden` modules are skipped; the nearest module above takes the leaf.
+    This module is `holder` if `holder` has parameters, so that FSDP2 and ZeRO gather the leaf together with the weight
+    that the leaf changes. Otherwise the leaf would come before the first parameter of the base (see the module
+    docstring), so it is registered with the first module inside `holder` that has a parameter. `hidden` modules are
+    skipped; the nearest module above takes the leaf.
 
     Args:
         model: the model.
@@ -319,7 +323,7 @@ def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
         hidden: the result of `offloaded`.
 
     Raises:
-        Unsupported: all of them are hidden.
+        Unsupported: all modules that could hold the leaf are hidden.
     """
     home = next((m for m in holder.modules() if any(not is_leaf_name(n) for n in m._parameters)), holder)
     if id(home) not in hidden:
@@ -343,10 +347,10 @@ def offloaded(model: nn.Module) -> set[int]:
 
 
 def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
-    """Load leaves that diffusers' group offloading keeps on disk, and remove them from its groups.
+    """Load leaves that diffusers' group offloading keeps on disk, and remove them from the groups.
 
-    A group is in memory only while the module that a leaf is registered with runs. The leaf may be used later: a
-    bottleneck's by the block around it, a prefix's by the attention.
+    A group is in memory only while the module runs with which the leaf is registered. But the leaf may be used later:
+    the block uses a bottleneck's leaf, the attention a prefix's leaf.
     """
     mine = {id(leaf.tensor) for leaf in leaves}
     for group in _groups_on_disk(modules):
@@ -360,9 +364,8 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on disk.
 
-    Between two forwards, such a tensor is uninitialised memory. Each forward reads the file, which is written only
-    once,
-    so changes to the tensor by an optimizer or a merge are lost.
+    Between two forwards, such a tensor is uninitialised memory. The file is written once and read in each forward, so
+    changes to the tensor by an optimizer or a merge are lost.
     """
     return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
 
@@ -390,7 +393,7 @@ def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> No
     """Check that tensors of a model have their values in memory.
 
     Raises:
-        Unsupported: one of them is on disk; see `on_disk`.
+        Unsupported: a tensor is on disk; see `on_disk`.
     """
     lost = on_disk(model.modules())
     if any(id(tensor) in lost for tensor in tensors):
@@ -454,7 +457,7 @@ def _loaded_by(hook: object, module: nn.Module) -> Iterator[nn.Module]:
 def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
     """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor in its original precision.
 
-    If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is whole in every process.
+    If `like` is a DTensor of a tensor-parallel layer, the copy is a DTensor that is replicated in every process.
     """
     from ..io.lazy import as_torch
 

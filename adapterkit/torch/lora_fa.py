@@ -1,9 +1,9 @@
 """LoRA-FA: A keeps its initial values, and B learns from its gradient projected on A.  Zhang et al. 2023
 
 https://arxiv.org/abs/2308.03303. With a frozen A, a layer keeps x A^T for the backward pass (r numbers for each token)
-instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2; this gives the step in B that is nearest to the
-gradient of the whole weight. Moments, bias correction and decay follow PEFT's `LoraFAOptimizer`, which computes that
-product in 16 bits where possible.
+instead of x. The gradient of B is multiplied by (A A^T)^-1 / scaling^2. The resulting step in B comes nearest to the
+gradient of the full weight. Moments, bias correction and decay follow PEFT's `LoraFAOptimizer`, which computes this
+product of the gradient in 16 bits where possible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LoRAFA(torch.optim.Optimizer):
         handle = ak.torch.inject(model, adapter, trainable=True)
         optimizer = ak.torch.LoRAFA(handle, lr=1e-4)
 
-    It sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
+    The optimizer sets `requires_grad` of every A to False. Its state is saved and loaded like that of any optimizer.
 
     Args:
         handle: the handle of a LoRA injected with `trainable=True`. Biases are trained as by AdamW.
@@ -51,7 +51,7 @@ class LoRAFA(torch.optim.Optimizer):
         if other is not None or not any(True for _ in handle.parameters()):
             why = f"{other} is not LoRA" if other is not None else "the adapter has no trained tensors"
             raise UsageError(why, where=handle.name, cure="Create a lora, and inject it with trainable=True")
-        # A map from B to its A and scaling. Tensors are keys by identity, as in an optimizer's state.
+        # B -> its A and scaling. Tensors are compared as keys by identity, as in an optimizer's state.
         self._pairs: dict[Tensor, tuple[Tensor, float]] = {}
         trained: list[Tensor] = []
         for update in updates:

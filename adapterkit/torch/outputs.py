@@ -1,10 +1,9 @@
 """Output updates: one call of any module through the interface that output updates use, with its residual and norm.
 
 A module ends a sub-layer itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
-Then
-its output before the residual is computed by running it on a residual of 0 and skipping its norm. Elsewhere, the block
-around the module adds the residual; an update names the module that reads the residual, and a recorder there keeps it
-until it is needed.
+Then the output before the residual is computed by running the module on a residual of 0 and skipping its norm.
+Otherwise, the block around the module adds the residual. In this case, an update names the module that reads the
+residual, and a recorder at that module keeps the residual until it is needed.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from .layers import Layer, moved
 from .scopes import Switch
 
 Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
-"""A module's forward: takes positional arguments, named arguments, and the name of a norm inside it to skip."""
+"""A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""Returns a map from each parameter name of the module to its value after the attached updates of weights."""
+"""A function that returns parameter name of the module -> value after the attached updates of weights."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
@@ -55,7 +54,7 @@ class InputRecorder(threading.local):
         return InputRecorder, (self.where, self.switch)
 
     def take(self) -> Tensor:
-        """Return the residual of this pass.
+        """Return the residual of this forward pass.
 
         Raises:
             Unsupported: the module was not called before.
@@ -91,7 +90,7 @@ class OutputSite:
     call_words: Callable[[], dict[str, object]] = dict
 
     def beside(self) -> Beside:
-        """Return the residual of this pass and the arguments of the model's call."""
+        """Return the residual of this forward pass and the arguments of the model's call."""
         return (None if self.recorder is None else self.recorder.take()), self.call_words()
 
 
@@ -101,7 +100,7 @@ def find_output_site(
     """Return the output site of a module; `find` returns a module by its path relative to the target's parent.
 
     Raises:
-        Unsupported: the module cannot take the updates, or not together.
+        Unsupported: the module does not support one of the updates, or not all of them together.
         TargetNotFound: an update names a residual or norm module that does not exist.
     """
     _check(module, target)
@@ -215,7 +214,7 @@ class ModuleCall:
     def ended(self, y: Tensor) -> object:
         """Return the module's result with another output; if it returns several values, the output is the first."""
         if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
-            y = y.to(self.dtype)  # Float32 factors made it wider than the module's own output.
+            y = y.to(self.dtype)  # Float32 factors made y wider than the module's own output.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:

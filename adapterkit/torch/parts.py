@@ -49,11 +49,11 @@ class Part:
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """The updates over the tensors that the model holds now."""
+        """The updates with the tensors that the model holds now."""
         return self.bound.updates
 
     @property
     def foldable(self) -> bool:
-        """Whether changed parameters of the module can express all updates, and every bias they need exists."""
+        """Whether changed parameters of the module can express all updates, and every bias that they change exists."""
         kinds = all(update.kind in ("additive", "weight") for update in self.updates)
         return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))

@@ -1,9 +1,8 @@
-"""Prefixes of single attentions, in any model family: keys and values that precede those the attention computes.
+"""Prefixes of single attentions, in any model family: keys and values in front of those that the attention computes.
 
 transformers' attentions pass queries, keys and values to a function that their config names. While an attention with a
-prefix runs, its config names a function that puts the prefix first and then calls the original function. The cache
-never
-contains the prefix, and positions are counted without it.
+prefix runs, its config names another function, which puts the prefix in front and calls the original function. The
+cache never contains the prefix, and positions are counted without it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ NAME = "adapterkit_prefix"
 """The name, in a config, of the function that puts prefixes first."""
 
 KNOWN = ("eager", "sdpa")
-"""The original functions that it can call."""
+"""The original attention functions that can be called with a prefix."""
 
 _EXCHANGING = threading.Lock()
-"""Held while the config of an attention is exchanged."""
+"""Lock held while the config of an attention is exchanged."""
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
@@ -85,7 +84,7 @@ def key_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def positions_of(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the attention whose table of relative positions the one at `path` uses: in T5 the first of a stack."""
+    """Return the attention with the relative positions that the attention at `path` uses: in T5, the first one."""
     if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
         return None
     tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
@@ -100,7 +99,7 @@ def with_prefixes(
 
     Raises:
         Unsupported: the attention is computed by a function that cannot take a prefix.
-        ShapeMismatch: a prefix does not have as many heads, or as wide ones, as the keys.
+        ShapeMismatch: a prefix has another number of heads than the keys, or heads of another width.
     """
     x = words["hidden_states"]
     assert isinstance(x, Tensor)
@@ -195,8 +194,7 @@ def _bias(biased: nn.Module | None, bias: Tensor, n: int) -> Tensor:
     """Return T5's bias of relative positions for the longer keys.
 
     As in AdapterHub's library, keys are counted from the start of the prefix, but queries are not. The bias of the
-    prefix
-    is 0 if there is no table, as in attention to an encoder.
+    prefix is 0 if there is no table, as in attention to an encoder.
     """
     count, total = bias.shape[2:]
     if biased is None:

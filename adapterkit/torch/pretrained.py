@@ -57,7 +57,7 @@ def load_pretrained(
     Args:
         source: the folder; its `config.json` names the class.
         dtype: the name of the torch dtype of the weights.
-        state: the weights by their stored names, if not the weights in the folder's files.
+        state: the weights by their stored names; if None, the weights in the folder's files.
         lacking: a list to which the names of weights that the files lack are added; transformers draws these weights.
 
     Raises:
@@ -121,7 +121,7 @@ def _check_no_kernel(config: object, source: Path) -> None:
     to another file (`configuration_files`).
 
     Raises:
-        Unsupported: it names such a kernel.
+        Unsupported: the config names such a kernel.
     """
     held = config if isinstance(config, dict) else vars(config)
     for key, value in held.items():

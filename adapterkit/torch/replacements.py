@@ -1,6 +1,6 @@
 """Detect at once that another tool removes an adapter from a model, if the model's next forward could not detect it.
 
-watch.py checks the model before each forward. These tools finish before that:
+watch.py checks the model before each forward. The following tools finish before the next forward:
 
 * torch.fx copies a model's modules into a new module (`prepare_fx`) and replaces them there (`convert_fx`). The model
   itself does not change, and the new module is not watched.
@@ -9,8 +9,8 @@ watch.py checks the model before each forward. These tools finish before that:
   the weights of the old modules.
 * PEFT's `merge_and_unload` changes the weight under an attached adapter and puts the module back in place.
 
-torch can report every module and parameter that is registered with a module; hooks for that are global, and cost one
-call for each registration.
+torch can report every module and parameter that is registered with a module. The hooks for these reports are global,
+and cost one call for each registration.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REGISTERED: list[Any] = []
 
 
 def notice_replacements() -> None:
-    """Check every module that replaces another one from now on."""
+    """From now on, check every module that replaces another one."""
     if not _REGISTERED:
         _REGISTERED.append(torch_module.register_module_module_registration_hook(_look))
         _REGISTERED.append(torch_module.register_module_parameter_registration_hook(_look_at_weight))
@@ -41,7 +41,7 @@ def _look(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """Check a module that is being registered with another one.
 
     Raises:
-        Unsupported: it replaces a module with an adapter in torch.fx's copy of a model, or returns from inside a PEFT
+        Unsupported: the new module replaces a module with an adapter in torch.fx's copy of a model, or it leaves a PEFT
             layer whose merge changed what the adapter computes.
     """
     old = parent._modules.get(name)

@@ -1,12 +1,12 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
-A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds each row's adapter to its
-output. Any other module with adapters runs once for each group of rows, under its own forward or its layer's formula.
-Everything else runs once.
+A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds the change of each row's
+adapter to the output. Any other module with adapters runs once for each group of rows, by its own forward or by its
+layer's formula. Modules without adapters run once.
 
 Rows are one axis of a module's tensors: the first, or `axis`. For torch's recurrent layers and attention, `batch_first`
-gives the axis. A module is refused if its rows cannot be identified: if it has rows second and the route does not say
-so, or if it is an expert, which sees only the tokens that chose it.
+gives the axis. A module is refused if its rows cannot be identified. This happens if rows are its second axis and the
+route does not say so, or if the module is an expert, which gets only the tokens routed to it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def route(
     """Use a different adapter for each row of a batch: inside the `with`, row i uses `names[i]`, or the base for None.
 
     Rows are the first axis of each module's inputs and outputs; an argument whose first axis has another length is the
-    same for all rows. The route applies only in this thread (and this asyncio task). `handle.disable()` inside it
-    gives that adapter's rows the base.
+    same for all rows. The route applies only in this thread (and this asyncio task). Inside the route,
+    `handle.disable()` gives that adapter's rows the unchanged base.
 
     Args:
         model: the model, with adapters attached.
@@ -50,8 +50,8 @@ def route(
     Raises:
         UsageError: an adapter is not attached, or is switched off.
         ShapeMismatch: raised by a forward with another number of rows.
-        Unsupported: raised by a forward through a module whose rows cannot be identified; or a module of the model has
-            rows second and `axis` is not given.
+        Unsupported: a module of the model has rows on its second axis and `axis` is not given. A forward raises the
+            same error if it runs a module whose rows cannot be identified.
     """
     names = tuple(names)
     hooks, first = [], None
@@ -119,7 +119,7 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Switch]) -> 
 
 
 def check_switches(route: Route, switches: Sequence[Switch], active: Mapping[Switch, bool]) -> None:
-    """Check that the adapters a route names were not removed or switched off for all threads since it was entered.
+    """Check that no adapter of a route was removed, or switched off for all threads, since the route was entered.
 
     Raises:
         UsageError: another thread removed or merged an adapter, or called `handle.set_active(False)`. Calling
@@ -140,7 +140,7 @@ def check_unrouted(switch: Switch) -> None:
     """Check that no route of this context names an adapter that is about to be removed.
 
     Raises:
-        UsageError: one does; its rows would silently get the base alone.
+        UsageError: a route names this adapter; without the adapter, the route's rows would silently get the base.
     """
     name: str = switch.name
     for route in current().routes.values():
@@ -162,15 +162,15 @@ def _rows(names: Sequence[str | None], name: str) -> str:
 
 
 def is_expert(where: str) -> bool:
-    """Whether a target is one of a list of experts, which sees some tokens of each row, in its own order."""
+    """Whether a target is in a list of experts. An expert gets only some tokens of each row, in its own order."""
     return _EXPERT.search(where) is not None
 
 
 def check_expert(route: Route, where: str) -> None:
-    """Check that a module does not see only some tokens of each row in its own order.
+    """Check that a route does not pass through an expert, which gets only some tokens of each row.
 
     Raises:
-        Unsupported: it is one of a list of experts, and the route names more than one adapter.
+        Unsupported: the module is one of a list of experts, and the route names more than one adapter.
     """
     if len(set(route.names)) > 1 and is_expert(where):
         why = "an expert sees only the tokens that chose it, whose rows are unknown"
@@ -223,7 +223,8 @@ def join(route: Route, module: nn.Module, outputs: Sequence[object], where: str)
 
 
 Axis = Callable[[int, Tensor], int] | None
-"""A function from a tensor's position in a call, and the tensor, to the axis of its rows; None: always the first."""
+"""A function that takes a tensor's position in a call and the tensor, and returns the axis of rows; None: always the
+first axis."""
 
 
 def _turned(tree: pytree.PyTree, axis: Axis, front: bool) -> pytree.PyTree:

@@ -5,8 +5,9 @@
 model.
 
 Two stores hold the same value. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot trace
-it (torch 2.13: "does not know how to trace method get"). It does trace and guard a `threading.local`, so compiled code
-reads that. Only one case fails: a task that awaits inside the `with` and runs a *compiled* model.
+it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`, so
+compiled code reads the value from there. Only one case fails: a task that awaits inside the `with` and runs a
+*compiled* model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Switch:
     Attributes:
         name: the adapter's name.
         weight: the factor of the adapter's change.
-        active: whether the adapter is on, unless a context has switched it, see `Scope`.
+        active: whether the adapter is on; a context may override this, see `Scope`.
         attached: False after its handle was removed or merged.
     """
 
@@ -58,12 +59,12 @@ class Route:
 
     Attributes:
         names: for each row, the name of an adapter, or None for the base.
-        flattened: whether rows may come flattened with the tokens that follow them.
+        flattened: whether a tensor may have rows and tokens joined in one axis.
         axis: the axis of the rows.
         known: the names of the adapters attached to the model.
         switches: the switches of these adapters.
-        table: `[rows]`, positions in `known`; `len(known)` stands for the base.
-        plans: what batched.py cached for this route.
+        table: `[rows]`, for each row, the adapter's position in `known`; `len(known)` stands for the base.
+        plans: values that batched.py caches for this route.
     """
 
     names: tuple[str | None, ...]
@@ -75,7 +76,7 @@ class Route:
     plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
-        """Return a map from each name to its rows."""
+        """Return name -> its rows."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
     def rows_first(self, tensor: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings of one context: a map from hook to its route, and from switch to whether its adapter is on."""
+    """The settings of one context: hook -> its route, and switch -> whether its adapter is on."""
 
     routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)
@@ -125,8 +126,8 @@ _EVERYWHERE = Scope()
 class _Local(threading.local):
     """The scope of each thread.
 
-    It is set in `__init__`, which runs once in each thread: dynamo guards an attribute of the instance, but does not
-    notice when an instance attribute starts to hide a class attribute.
+    The attribute is set in `__init__`, which runs once in each thread. A class attribute as the default would not work:
+    dynamo does not notice when an instance attribute starts to hide a class attribute.
     """
 
     def __init__(self) -> None:
@@ -168,8 +169,8 @@ def within(scope: Scope) -> Iterator[None]:
 class ScopeSettings:
     """The settings of all threads: a token that is replaced at each change of an adapter's weight or switch.
 
-    A plan or a stack is valid as long as the token that was read *before* it was made is the current one. So a forward
-    makes one comparison instead of looking at every adapter.
+    Code that makes a plan or a stack first reads the token. The plan or stack is valid as long as this token is the
+    current one. So a forward makes one comparison instead of looking at every adapter.
     """
 
     def __init__(self) -> None:
@@ -184,13 +185,13 @@ SETTINGS = ScopeSettings()
 
 
 def routed(routes: Mapping[object, Route]) -> AbstractContextManager[None]:
-    """Return `within` for the context's scope with these routes added."""
+    """Use the context's scope with these routes added, inside the `with`."""
     scope = current()
     return within(Scope({**scope.routes, **routes}, scope.active))
 
 
 def switched(switch: Switch, active: bool) -> AbstractContextManager[None]:
-    """Return `within` for the context's scope with one adapter switched on or off."""
+    """Use the context's scope with one adapter switched on or off, inside the `with`."""
     scope = current()
     return within(Scope(scope.routes, {**scope.active, switch: active}))
 
@@ -199,9 +200,8 @@ class Recall:
     """Give a recomputed forward the scope that its first run had.
 
     Activation checkpointing runs a block again in the backward pass, often outside the `with` of the forward, and on
-    CUDA
-    in one of autograd's threads. Without this class, the gradients would silently belong to another function. The
-    adapters' weights and switches are compared with those of the first forward.
+    CUDA in one of autograd's threads. Without this class, the gradients would silently be those of another function.
+    The adapters' weights and switches must equal those of the first forward.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The side network of Shadow: its state during a call, and the network itself.
 
 The network has the class and config of the model's own body, except for fewer layers and other sizes, and gets the same
-inputs as the model. It is not a module of the model: its tensors are a leaf of the adapter.
+inputs as the model. The network is not a module of the model: its tensors are a leaf of the adapter.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Standing(nn.Module):
 
 
 def network_of(model: nn.Module, update: Shadow) -> nn.Module:
-    """Return the network without values; each call gives it its tensors.
+    """Return the network without values; each call passes the tensors in.
 
     Raises:
         Unsupported: no such network can be built for this model.
@@ -106,7 +106,7 @@ def network_of(model: nn.Module, update: Shadow) -> nn.Module:
             setattr(config, next((name for name in names if hasattr(config, name)), names[0]), size)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[min(i, len(config.layer_types) - 1)] for i in range(update.layers)]
-    with torch.random.fork_rng(devices=[]):  # Its initial values are drawn and discarded.
+    with torch.random.fork_rng(devices=[]):  # The network's initial values are drawn and then discarded.
         network: nn.Module = type(body)(config)
     _check_parts(network, update)
     network.to(update.network.device)

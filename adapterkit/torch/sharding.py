@@ -1,8 +1,7 @@
 """Weights that are sharded over several processes, and gradients that DDP averages.
 
 FSDP2 and tensor parallelism use DTensors. DeepSpeed's ZeRO stage 3 leaves an empty parameter, whose shape and local
-part
-are attributes, and gathers a module's parameters before its forward.
+part are attributes, and gathers a module's parameters before its forward.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..errors import Unsupported
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor; if it is sharded or partitioned, every process must call this."""
+    """Return the whole tensor; if it is sharded or partitioned, every process must call this function."""
     held: Any = tensor
     if is_partitioned(tensor):
         library: Any = importlib.import_module("deepspeed")
@@ -45,8 +44,8 @@ def is_sharded(leaf: object) -> bool:
 def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
     """Return an adapter's tensor as a DTensor that is whole in every process, if the layer computes with DTensors.
 
-    That is the case in tensor parallelism (`parallelize_module`, transformers' `tp_plan`). FSDP2's weights are DTensors
-    only between forwards.
+    Layers compute with DTensors in tensor parallelism (`parallelize_module`, transformers' `tp_plan`). Under FSDP2,
+    weights are DTensors only between forwards.
     """
     if not is_sharded(like) or any(_synchroniser(module) == "fully_shard" for module in model.modules()):
         return tensor
@@ -89,7 +88,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
+    """Copy a value into a parameter; if only the parameter is sharded, each process takes its part of the value."""
     if hasattr(parameter, "ds_status"):  # ZeRO also keeps small parameters whole, and trains its part of them.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -112,8 +111,8 @@ def check_gathered(model: nn.Module) -> None:
     """Check that a model's weights are whole in this process.
 
     Raises:
-        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them, so they are empty in this process; or the first
-            version of torch's FSDP has flattened them.
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned the weights, so they are empty in this process; or the
+            first version of torch's FSDP has flattened them.
     """
     if any(_synchroniser(module) == FSDP1 for module in model.modules()):
         cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
@@ -128,7 +127,8 @@ def check_unwrapped(model: nn.Module) -> None:
     """Check that trained parameters can still be added to a model.
 
     Raises:
-        Unsupported: DDP or FSDP2 has wrapped it, and they only average the gradients of earlier parameters.
+        Unsupported: DDP or FSDP2 has already wrapped the model, and averages only the gradients of parameters that
+            existed then.
     """
     name = next((found for module in model.modules() if (found := _synchroniser(module))), None)
     if name:
@@ -140,7 +140,7 @@ def check_averaged(trained: Iterable[Tensor], name: str) -> None:
     """Check, inside DDP's forward, that DDP averages the gradients of the given parameters.
 
     Raises:
-        Unsupported: they were added after DDP wrapped the model, so the processes would diverge.
+        Unsupported: the parameters were added after DDP wrapped the model, so the processes would diverge.
     """
     running: Any = DistributedDataParallel._active_ddp_module
     if running is None:

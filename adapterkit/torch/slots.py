@@ -1,9 +1,9 @@
 """Find the forward of a module inside the hooks of other tools.
 
-accelerate and diffusers replace `module.forward` by a forward that loads or casts the weights, calls the previous
-forward, and releases the weights again. An adapter must run inside it. Outside it, formulas would read weights on the
-meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk) or 8-bit values (its
-layerwise casting).
+accelerate and diffusers replace `module.forward` by a wrapper that loads or casts the weights, calls the previous
+forward, and releases the weights again. An adapter must run inside this wrapper. Outside the wrapper, formulas would
+read weights on the meta device (accelerate's offloading), uninitialised memory (diffusers' group offloading to disk) or
+8-bit values (its layerwise casting).
 
 accelerate keeps the inner forward in an attribute of the module, diffusers in a reference that its first hook calls.
 """
@@ -19,11 +19,11 @@ Slot = tuple[object, str]
 
 
 def inner_slot(module: nn.Module) -> Slot:
-    """Return the slot of a module's forward inside all hooks of accelerate and diffusers."""
+    """Return the slot of a module's innermost forward, which all hooks of accelerate and diffusers wrap."""
     found = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         found.append((module, "_old_forward"))
-    # If both have hooks, the forward inside one tool's hooks is the other tool's forward.
+    # If both tools have hooks, the forward inside one tool's hooks is the other tool's forward.
     own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
     return next(own, found[0] if found else (module, "forward"))
 
@@ -36,7 +36,7 @@ def slot_of(module: nn.Module, owner: object) -> Slot | None:
 
 
 def value_in(slot: Slot) -> object:
-    """Return the value in a slot, or None if the class's own forward applies."""
+    """Return the value in a slot, or None if the slot is empty and the class's own forward applies."""
     found: object = slot[0].__dict__.get(slot[1])
     return found
 

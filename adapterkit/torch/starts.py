@@ -1,11 +1,12 @@
 """Initial factors of LoRA: the initialisers of PEFT's `init_lora_weights`, with the same numbers for the same seed.
 
-PEFT draws from torch's global generator, layer by layer, and draws more numbers than it keeps: both factors are first
-initialised as torch initialises its layers, and then drawn again. Each function here draws the same numbers in the same
+PEFT draws from torch's global generator, layer by layer. It draws more numbers than it keeps: it first initialises both
+factors as torch initialises layers, and then draws them again. Each function here draws the same numbers in the same
 order, so that `create(model, "lora", seed=s)` equals `torch.manual_seed(s)` and `get_peft_model`.
 
-PiSSA, OLoRA, CorDA and LoftQ subtract the initial factors from the base, and PEFT overwrites the base with the result.
-Here the base does not change: `Start.taken` becomes an additional update (`residual`) before the LoRA.
+PiSSA, OLoRA, CorDA and LoftQ subtract the initial factors from the base, and PEFT overwrites the base with the
+difference. Here the base does not change: instead, `Start.taken` becomes an additional update (`residual`) before the
+LoRA.
 
 CorDA and EVA start from data: `moments_of` runs the model over batches and sums moments of its layers' inputs.
 """
@@ -33,7 +34,8 @@ class Start:
     Attributes:
         A: `[r, in, *k]`.
         B: `[out, r]`.
-        taken: the update that subtracts the initial factors from the base, if the initialiser needs that.
+        taken: the update that subtracts the initial factors from the base; None if the initialiser does not subtract
+            them.
     """
 
     A: Tensor
@@ -60,7 +62,7 @@ class StartPlace:
     seen: Moments | None
 
     def zeros(self) -> Tensor:
-        """Return a B of zeros, so that the LoRA starts without any change."""
+        """Return zeros for B, so that the LoRA starts without any change."""
         return torch.zeros(len(self.W), self.rank)
 
 
@@ -217,7 +219,7 @@ KINDS: dict[str, Kind] = {
     "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora,
     "corda": _corda, "corda_kpm": _corda, "eva": _eva, "loftq": _loftq,
 }  # fmt: skip
-"""A map from each name to its initialiser."""
+"""Name -> initialiser."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -244,10 +246,10 @@ class Moments:
 
         Args:
             x: `[*, in]`.
-            kept: a mask `[*]` of the inputs that count for EVA; None means all.
+            kept: a mask `[*]` that is True for the inputs that count for EVA; None: all inputs count.
 
         Raises:
-            UsageError: a value is not finite, or all are zero.
+            UsageError: a value is not finite, or all values are zero.
         """
         flat = x.detach().to("cpu", torch.float32).flatten(0, -2)
         largest = flat.max().abs()
@@ -279,10 +281,10 @@ def moments_of(model: nn.Module, paths: Sequence[str], data: Iterable[object]) -
     """Run a model over data and return the moments of the inputs of some of its modules.
 
     Args:
-        model: the model, which is in evaluation mode during the run.
+        model: the model; it is switched to evaluation mode during the run.
         paths: the paths of the modules.
-        data: batches: a mapping is passed as keyword arguments, a list or tuple as positional arguments, anything else
-            as the only argument. Tokens are omitted if `attention_mask` is 0 or `labels` is -100.
+        data: the batches. A mapping is passed as keyword arguments, a list or tuple as positional arguments, any other
+            value as the only argument. Tokens are omitted if `attention_mask` is 0 or `labels` is -100.
 
     Raises:
         UsageError: there is no data, or a module was never called.

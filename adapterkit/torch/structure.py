@@ -96,7 +96,7 @@ def heads_of(module: nn.Module) -> HeadSizes:
     """Return an attention's projections.
 
     Raises:
-        Unsupported: it is not like Llama's or GPT-2's.
+        Unsupported: the attention is not like Llama's or GPT-2's.
     """
     children = {name for name, _ in module.named_children()}
     if children == LLAMA and hasattr(module, "head_dim"):
@@ -129,7 +129,7 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 def sizes_of(module: nn.Module) -> dict[str, int]:
     """Return the number of `layers` and `heads` and the width `d` of a model's past keys and values.
 
-    In a model with an encoder they are the decoder's. Sizes that its config does not give are missing.
+    In a model with an encoder, these are the decoder's sizes. Sizes that the config does not give are missing.
     """
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):

@@ -29,19 +29,19 @@ class TrainerCallback:
         trainer.train(resume_from_checkpoint=True)
 
     A checkpoint holds the adapter's tensors in training precision (`model.safetensors`), the optimizer, the scheduler
-    and the random states, so a resumed run equals an uninterrupted one bit by bit. It also holds the adapter as a file
-    that other tools read.
+    and the random states, so a resumed run equals an uninterrupted one bit by bit. A checkpoint also holds the adapter
+    as a file that other tools read.
 
     Args:
         handle: the handle of an adapter injected with `trainable=True`.
         to: the format of the adapter file in each checkpoint, such as `peft`; None writes no such file.
         name: the name of that file or folder inside the checkpoint.
-        options: further arguments for `adapterkit.write`; `on_loss` is "promote" unless given, which keeps the computed
-            function.
+        options: further arguments for `adapterkit.write`; if `on_loss` is not given, it is "promote", which keeps the
+            computed function.
 
     Raises:
-        Unrepresentable: the format cannot hold the adapter. To find that out before training, and not at the first
-            checkpoint, the adapter is written to a temporary folder first.
+        Unrepresentable: the format cannot hold the adapter. The constructor writes the adapter to a temporary folder,
+            so that this error comes before training and not at the first checkpoint.
     """
 
     # Not a subclass of transformers' class, so that this module does not import transformers.
@@ -67,7 +67,8 @@ class TrainerCallback:
         """Write the adapter into the checkpoint that the Trainer has just written."""
         assert args.output_dir is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        adapter = self.handle.adapter() if self.to else None  # In every process, because each gathers its part.
+        # Call this in every process, because each process contributes its part.
+        adapter = self.handle.adapter() if self.to else None
         if not args.should_save:
             return
         # With a config next to the weights, from_pretrained() would take the folder for a complete model.

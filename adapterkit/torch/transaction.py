@@ -1,7 +1,7 @@
 """Change a model completely or not at all, even if Ctrl-C, a lack of memory or another tool's hook interrupts.
 
 Attaching an adapter changes many modules in sequence. All errors in the arguments are found before the first change;
-this module handles unforeseeable ones. It copies the small dictionaries that change, never a tensor.
+this module handles all other errors. It copies the small dictionaries that change, never a tensor.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
 `quantize_dynamic`, `replace_module` functions and attention fusers replace a module that has an adapter, or a block
 around it. The new module runs without the adapter, and nothing else would report that. A tool that deletes a module's
-`forward` removes the adapter with it. A tool that patches the forward of a module's class, or gives the module another
-class, would have no effect: the adapter runs the forward from before.
+`forward` also removes the adapter. If a tool patches the forward of a module's class, or gives the module another
+class, the patch has no effect, because the adapter still runs the earlier forward.
 
 The model's own forward checks everything. But users also call a part of a model: its encoder, one block, the layers of
-a
-pipeline stage. So each module on the path from the model to an adapter checks the next step of the path.
+a pipeline stage. So each module on the path from the model to an adapter checks the next step of the path.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Forwards = list[tuple[nn.Module, Any]]
 class Watch:
     """Compare the modules of one adapter with those in the module tree before each forward of the model.
 
-    The check costs one dictionary lookup for each module, however many adapters the module has.
+    The check costs one dictionary lookup for each module, for any number of adapters.
 
     Args:
         model: the model.
@@ -75,7 +74,7 @@ class Watch:
         return self._forwards
 
     def check(self) -> None:
-        """Check that every module is still where it was.
+        """Check that every module with an adapter is still at its place and still runs the adapter.
 
         Raises:
             Unsupported: a module was replaced, has another class, lost the forward that was put on it, or is no longer
@@ -164,7 +163,7 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 class _Step:
     """The forward pre-hook of a module between a model and its adapters, for callers of that module alone.
 
-    It only refers to the part of the model below the module, because a copy of one block must not copy the model.
+    The hook refers only to the part of the model below the module, so that a copy of one block does not copy the model.
 
     Args:
         module: the module.
@@ -360,7 +359,8 @@ class _Hook:
                 moved = True
             elif type(getattr(standing, "__self__", None)) is not ForwardHook and HOOK in module.__dict__:
                 probe_forward(module)
-        if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nothing refers to.
+        # FSDP2 has sharded the parameters by now, and can free the originals if nothing refers to them.
+        if not self.settled:
             for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
                 leaf.settle()
             self.settled = True
@@ -399,7 +399,7 @@ class _Hook:
     def check_traced(self) -> bool:
         """Warn, during compilation, about modules that the code does not call.
 
-        Only modules inside blocks that the code does call are named.
+        The warning names only modules inside blocks that the code calls.
         """
         around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
         warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
@@ -444,8 +444,8 @@ def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
     """Check that diffusers' group offloading does not keep modules on disk during training.
 
     Raises:
-        Unsupported: it does. The backward pass would read weights that are no longer in memory, and each forward would
-            load trained tensors with their initial values.
+        Unsupported: group offloading keeps them on disk. The backward pass would read weights that are no longer in
+            memory, and each forward would load trained tensors with their initial values.
     """
     if on_disk(homes):
         why = "a model that diffusers' group offloading keeps on disk cannot be trained"

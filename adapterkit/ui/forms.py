@@ -94,7 +94,7 @@ class Forms:
         group: the commands.
         paths: the names of parameters that are paths.
         roots: folders that may be read and written.
-        hubs: whether adapters and bases may also be addresses; outputs may not.
+        hubs: whether adapters and bases may also be hub addresses; outputs never may.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Forms:
         """Return a path inside one of the open folders; links are followed.
 
         Raises:
-            UsageError: the path is elsewhere, or is an address.
+            UsageError: the path is outside the open folders, or is an address.
         """
         if is_address(value):
             cure = "Start the page with --hubs, or download it first with adapterkit pull"
@@ -147,7 +147,8 @@ class Forms:
         """Return the command line for a filled-in form, as a list of arguments.
 
         Raises:
-            UsageError: a command or field is unknown, a value has the wrong kind, or a path is outside.
+            UsageError: a command or field is unknown, a value has the wrong kind, or a path is outside the open
+                folders.
         """
         if command not in self.fields:
             raise UsageError(f"the page has no command {command!r}", cure=f"Known: {', '.join(self.fields)}")

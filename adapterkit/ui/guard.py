@@ -85,7 +85,7 @@ class Guard:
         await self.inner(scope, replay, with_headers)
 
     def _refused(self, scope: Scope) -> str | None:
-        """Return why a request is not this page's own, or None if it is."""
+        """Return why a request does not come from this page, or None if it does."""
         pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         headers = dict(pairs)
         if [name for name, _ in pairs].count("host") != 1 or headers["host"] not in self.hosts:
@@ -107,7 +107,7 @@ class Guard:
         return None
 
     def is_token(self, text: str) -> bool:
-        """Whether the text is the token. The duration does not reveal how many characters are right."""
+        """Whether the text is the token, in a time that does not reveal how many characters are right."""
         return hmac.compare_digest(text.encode(), self.token.encode())
 
 
