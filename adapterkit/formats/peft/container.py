@@ -25,8 +25,8 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Indexes of an adapter in several files. transformers 5.24 names an adapter's index like a base's, for the files
-`adapter_model-00001-of-00002.safetensors`, and cannot load these files itself."""
+"""Names of the index of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc. transformers 5.24
+names this index like a base's index, and cannot load such adapters itself."""
 
 METADATA = {"format": "pt"}
 """The only metadata that PEFT writes."""
@@ -35,7 +35,7 @@ MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config with a `peft_type` is in the folder of `path`; a config without one is not PEFT's."""
+    """Whether the folder of `path` has PEFT's config: one with a `peft_type`."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG

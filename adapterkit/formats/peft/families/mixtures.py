@@ -2,8 +2,8 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules with the same shape and the same matching word in `target_modules` share B, and each `stride_A` of them share A.
-A file repeats the shared tensors for each module; after reading, several updates share each of them.
+Modules with the same shape that match the same word in `target_modules` share B. Each `stride_A` of these modules share
+A. A file repeats the shared tensors for each module; after reading, the updates share one tensor object.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LilyFamily(Family):
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
-    """Yield the same updates, but with one tensor object for each shared tensor.
+    """Yield the same updates, but with one object for each shared tensor.
 
     Raises:
         Malformed: modules that share a tensor in PEFT have different values; PEFT would load only the last.
@@ -130,7 +130,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
 
 
 def _word(path: str, settings: Settings) -> str:
-    """Return the word in the config that matches a module; the last one that matches, as in PEFT."""
+    """Return the last word in the config that matches a module, as in PEFT."""
     words = settings.target_modules
     if isinstance(words, str):
         return words
@@ -335,7 +335,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the numbers of the classifier's layers: an activation, maybe a dropout follow all but the last."""
+    """Return the numbers of the classifier's linear layers. Between them are an activation and, if used, a dropout."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
