@@ -134,7 +134,7 @@ class Format:
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers at `path` are this format's. Returns True for all such files, reads no data, raises no error."""
+        """Whether the headers at `path` are this format's. Accepts all such files, reads no data, raises no error."""
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
     def sniff_loosely(self, path: Path) -> bool:

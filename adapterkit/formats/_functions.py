@@ -198,7 +198,7 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return an answer for each ("weight" or "bias", expert); answers of targets on rows of the weight are joined."""
+        """Return an answer for each ("weight" or "bias", expert); answers of targets on rows are joined."""
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]

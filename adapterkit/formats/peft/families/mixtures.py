@@ -361,7 +361,8 @@ def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
     first = tensors[0]
     for tensor, key in zip(tensors, keys, strict=True):
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
-            why = f"the shape {list(tensor.shape)} differs from {list(first.shape)}, or the dtypes differ"
+            one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
+            why = f"the tensor is {one}, but {keys[0].text} is {other}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 
