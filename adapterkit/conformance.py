@@ -179,7 +179,7 @@ def _judged(case: Case, line: Line) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
-            why = f"the program accepted it, but it is {wanted['error']}"
+            why = f"the program accepted the file, but the expected answer is {wanted['error']}"
         elif line.get("error") != wanted["error"]:
             why = f"{line.get('error')} instead of {wanted['error']}"
         elif wanted.get("exact") and line.get("where") != wanted.get("where"):

@@ -23,7 +23,7 @@ LEFT_OUT, CHANGED = "left out ", "changed "
 """The first words of the lines that report a loss; see `Format.write`."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Suffixes of adapters' tensor files; in a hub's folder, they distinguish the tensor file from its card."""
+"""Suffixes of adapters' tensor files; in a folder, they distinguish the tensor file from cards and other files."""
 
 
 FORMULA = "formula"

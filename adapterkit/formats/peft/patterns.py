@@ -318,7 +318,7 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index for finding patterns fast. Configs with EVA, or with patterns from `exactly`, have 10^4 patterns.
+    """An index for finding patterns fast: configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
 
     Args:
         patterns: a map from patterns to values, in the order in which they are tried.

@@ -144,7 +144,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     """Return the model type for the config."""
     found = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(found, str):
-        why = f"{profile.title} reads model_type from the adapter's config, and nothing here tells it"
+        why = f"{profile.title} reads model_type from the adapter's config, and no base states it"
         raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
     return found
 

@@ -135,7 +135,7 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
-    """Whether `target_modules` names a module: a string is a pattern; a list item is a path or its end."""
+    """Whether `target_modules` names a module: a string is a pattern; a list item is a path or a path's end."""
     path = unwrapped(path)
     if isinstance(target_modules, str):
         return matches(target_modules, path, whole=True)

@@ -329,7 +329,7 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """A map from names of activations in configs without a version to the library's later names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""A map from the second names of a norm's tensors to fields; `adapter_down` stores the same tensors again."""
+"""A map from the second names of a norm's tensors to fields; `adapter_down` also stores these tensors."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):

@@ -365,8 +365,10 @@ class PeanutFamily(Family):
 def _stacked(keys: list[Key], file: File) -> Lazy:
     first = file.tensors[keys[0]]
     for key in keys:
-        if (file.tensors[key].shape, file.tensors[key].dtype) != (first.shape, first.dtype):
-            why = f"the shape {list(file.tensors[key].shape)} differs from {list(first.shape)}, or the dtypes differ"
+        tensor = file.tensors[key]
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
+            why = f"the tensor is {one}, but {keys[0].text} is {other}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))

@@ -55,7 +55,7 @@ class LilyFamily(Family):
     own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
         "num_B": "number of factors B, the ones with outputs",
-        "scaling": "the factor on the change",
+        "scaling": "a factor that multiplies the change",
         "stride_A": "number of neighbouring modules that share A",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
@@ -245,7 +245,7 @@ class XloraFamily(Family):
     names_modules = False
     own: ClassVar[type[Own]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapters": "names of the experts, counted from 0, and their paths, which are not followed",
+        "adapters": "names of the experts, counted from 0, and their paths, which are not opened",
         "enable_softmax": "whether the weights are a softmax of the logits",
         "enable_softmax_topk": "whether a softmax is applied to the nonzero weights",
         "global_scaling_weight": "factor on the change",

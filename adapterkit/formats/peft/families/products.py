@@ -154,7 +154,7 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank with which PEFT leaves the undecomposed factors undecomposed."""
+        """Return the smallest rank with which PEFT keeps the factors that are full here."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 

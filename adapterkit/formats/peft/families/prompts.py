@@ -378,7 +378,7 @@ class AdaptionPromptFamily(Family):
         name = target.path.rpartition(".")[2]
         if update.projected == (name == GPT2):
             side = "after" if update.projected else "before"
-            return f"PEFT adds to the attention {name!r} {side} the output projection, unlike this update"
+            return f"PEFT adds to the attention {name!r} {side} the output projection, but this update does not"
         return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 

@@ -341,7 +341,7 @@ class FourierFTFamily(Family):
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
 
 
-# Draw positions that files omit from the seed, in the same way as PEFT.
+# Draw the positions that files omit, from the seed and in the same way as PEFT.
 
 
 LARGEST = 1 << 34
