@@ -41,7 +41,7 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Map each of our name templates to litgpt's name of the fused weight with the part's name."""
+    """Map our name templates of q, k and v to litgpt's names: the fused weight's name, followed by the part's name."""
     return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
@@ -277,7 +277,7 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
-    """Write the folder. Settings come last: without them, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the settings last, so that readers reject a folder whose writing was interrupted."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

@@ -59,7 +59,7 @@ class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings of the file that was read; its seeds are kept as tensors."""
+    """The settings of the source file. The file's seeds are leftovers, too, and are stored as tensors."""
 
     alpha: float
     device: Literal["cpu", "cuda"]

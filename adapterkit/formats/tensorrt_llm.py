@@ -207,7 +207,7 @@ def _why_not(target: Target, update: Pair) -> str:
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)

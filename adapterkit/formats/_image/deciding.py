@@ -425,7 +425,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names the family, and no longer word in it names another family."""
+    """Whether a file's metadata names the family; if words for several families occur, the longest word decides."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()

@@ -113,7 +113,7 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.

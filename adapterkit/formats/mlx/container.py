@@ -44,7 +44,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

@@ -35,7 +35,7 @@ FRESH: dict[str, dict[str, Any]] = {
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The fields for the dropout in training, under each type's name."""
+"""The config fields for the dropout in training; types use different names for this field."""
 
 COMMON = {
     "auto_mapping": None,

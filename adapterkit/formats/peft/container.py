@@ -94,7 +94,7 @@ def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int
 def save(
     folder: Path, config: Mapping[str, JsonValue], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.

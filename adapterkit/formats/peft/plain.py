@@ -56,7 +56,7 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
-    """Create the update of a module's parameters; its layout is [in, out] only if the bias fits the second axis."""
+    """Create the update of a module's parameters; the layout is [in, out] only if the bias fits the second axis."""
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]

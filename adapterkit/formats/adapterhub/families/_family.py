@@ -43,7 +43,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: Settings) -> Any:
-        """Return the fields, with their meaning in the release that wrote them."""
+        """Return the fields with today's names of values, if the release that wrote them used other names."""
         return fields
 
     @classmethod

@@ -293,7 +293,7 @@ def _sizes(update: Update) -> tuple[int, int]:
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the factor by which the library divides one size, rounding down, to get the other."""
+    """Return the reduction factor: the library divides `hidden` by this factor, rounding down, to compute `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -506,7 +506,7 @@ def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
 
 
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
-    """Yield the coupling block after the embeddings; its inverse before an output head is not part of the base."""
+    """Yield the coupling block after the embeddings; the inverse block before the output head is not part of the base."""
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:

@@ -130,7 +130,7 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether a target's keys are ambiguous: an embedding and a Conv1D have different keys."""
+        """Whether a target's keys are uncertain: it may be an embedding or a Conv1D, whose keys differ."""
         return False
 
     @classmethod
