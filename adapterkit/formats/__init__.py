@@ -42,7 +42,7 @@ FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.forma
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Return the format of the adapter at `path`, detected from the headers; a folder must have only one tensor file.
+    """Return the format of the adapter at `path`, a file or a folder, detected from the headers.
 
     Raises:
         StorageError: nothing exists at `path`.

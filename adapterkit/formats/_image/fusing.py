@@ -193,7 +193,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Map each field with rows to the axis of its outputs, for updates that consist of independent rows."""
+    """Map each field with one row per output to the axis of these rows, for updates whose rows are independent."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":

@@ -32,7 +32,7 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(
     updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
 ) -> dict[Target, tuple[Update, ...]]:
-    """Return targets in diffusers' naming, prefixed with their part of the pipeline; split updates of fused weights.
+    """Return targets in diffusers' naming, prefixed with the pipeline's part; split updates of fused weights.
 
     Args:
         updates: the updates.

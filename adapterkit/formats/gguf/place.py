@@ -121,7 +121,7 @@ class GgufPlace:
                 "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
             )
         if place.rows == "rotary":
-            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, and their orders of rows differ.
+            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, but different orders of rows.
             why = "an adapter file does not state which of two orders its rows have"
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):

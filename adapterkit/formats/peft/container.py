@@ -80,7 +80,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int | None) -> None:
-    """Check the caller's alpha and rank against the config, which takes precedence.
+    """Check that the caller's alpha and rank, if given, agree with the config.
 
     Raises:
         UsageError: the config states another alpha or rank.

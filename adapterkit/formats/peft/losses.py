@@ -86,7 +86,7 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether the method is an acting one: a file can have only one acting method."""
+    """Whether a method is an acting method; a file can have only one acting method."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 

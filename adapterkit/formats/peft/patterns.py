@@ -380,7 +380,7 @@ _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def exactly(name: str) -> str:
-    """Return a pattern that fits only this name; in PEFT, a plain name also fits longer names, and dots anything."""
+    """Return a pattern that fits only this name; without it, PEFT would also let other names fit."""
     return f"^{re.escape(name)}$"
 
 

@@ -1,6 +1,6 @@
 """Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
 
-All of them use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
+All consumers use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
 `use_rslora` or alpha, too. So ranks are padded with zeros to one rank. Depending on the consumer, all scalings, or only
 those that differ, are folded into B. `spec/profiles` states each consumer's limits.
 """

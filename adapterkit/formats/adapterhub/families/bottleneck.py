@@ -506,7 +506,7 @@ def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
 
 
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
-    """Yield the coupling block after the embeddings; the inverse block before the output head is not part of the base."""
+    """Yield the coupling block after the embeddings; the inverse block, before the output head, is not in the base."""
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:

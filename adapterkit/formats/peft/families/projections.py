@@ -382,7 +382,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and of inputs, the smaller of them first; None if the base is unknown."""
+    """Return the largest numbers of outputs and of inputs, in ascending order; None if the base is unknown."""
     widths = {target: stored_inputs(base, target) for target in own}
     if base is None or None in widths.values():
         return None
