@@ -341,7 +341,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
 def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
     """Return the reason why two groups of output or context updates differ; empty if they are the same.
 
-    Context updates are compared by their virtual tokens, because writers may store a network's output instead of it.
+    Context updates are compared by their virtual tokens, because writers may replace a network by its output.
     """
     if [update.method for update in asked] == [update.method for update in got]:
         return _unlike_fields(asked, got, unit, least)

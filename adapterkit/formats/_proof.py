@@ -37,7 +37,7 @@ WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most WHOLE bytes are compared completely; larger ones at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""The size limit, in bytes, of computed tensors whose samples are compared with the disk: they are computed again."""
+"""Computed tensors with more bytes are not compared with the disk, because they would be computed again."""
 
 MOST_CHOICES = 256
 """The largest number of subsets of updates that are tried for one weight, to find which omissions were reported."""

@@ -71,7 +71,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """Return the module of a norm's scale, because BFL's norms have a `scale` and diffusers' have a `weight`."""
+    """Return a norm's module instead of its scale: the scale is `scale` in BFL's naming and `weight` in diffusers'."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target

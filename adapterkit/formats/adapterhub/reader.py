@@ -98,7 +98,10 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
-    """Return the updates by target, the keys that are only kept, and the settings; `heads` is a prefix's number of heads."""
+    """Return the updates by target, the keys that are only kept, and the settings.
+
+    `heads` is the number of heads of a prefix's keys and values, if known without the base.
+    """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
     found: list[AdapterHubUpdate] = []
