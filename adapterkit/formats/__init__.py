@@ -215,7 +215,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Where the base has no bias, replace methods that the format lacks with equivalent methods without a bias."""
+    """Replace methods that the format lacks with equivalent methods without a bias, if the base has no bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):

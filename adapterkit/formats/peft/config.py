@@ -106,7 +106,7 @@ WHY_CHANGED = {
     "lora_ga": "values computed from gradients on its training data",
     "pissa_niter": "a randomised decomposition, whose random numbers are lost",
 }
-"""What each of these initialisations subtracts from the base, as a phrase for messages."""
+"""The value that each of these initialisations subtracts from the base, as a phrase for messages."""
 
 
 def peft_types() -> tuple[str, ...]:
