@@ -1,7 +1,7 @@
 """Test a program that reads adapterkit files with the vectors of the specification (spec/README.md, section 16).
 
-Any program can be tested: it gets a verb and paths, and prints one line of JSON per path. The expected results are part
-of the vectors, so this package's own reader of adapters is not used.
+Any program can be tested: it is called with a verb and paths, and prints one line of JSON per path. The vectors contain
+the expected results, so the tests do not use this package's own reader of adapters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, NotRequired, TypedDict
 from .errors import Corrupt, UsageError
 
 BATCH = 100
-"""The number of paths that a program gets at once."""
+"""The largest number of paths in one call of the program."""
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
 """Names of the outputs that `compute` prints for a path; all other tensors of a vector's base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""Verb with a list of texts as its answer -> (the field of the answer, the field of a case with the expected text)."""
+"""Verb that answers with a list of texts -> (the answer's field, the case's field with the expected text)."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that have a negative zero."""
@@ -46,8 +46,8 @@ class CaseOutcome:
         conformance_class: the tested kind of program: reader, validator, base reader, merger, runtime or writer.
         requirements: the tested requirements.
         verb: the verb with which the program was called.
-        passed: whether the program gave the expected result; None if it has no formula for the case.
-        why: how the result differs; empty if it passed.
+        passed: whether the program gave the expected result; None if the program has no formula for the case.
+        why: how the result differs; empty if the case passed.
     """
 
     case: str
@@ -82,17 +82,17 @@ Line = Mapping[str, object]
 """An answer of the program: a JSON object whose fields and types are not yet checked."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that returns the program's line for each path of a verb; for `compute` and `merge`, one for both paths."""
+"""A function that returns the program's line for each path; for `compute` and `merge`, one line for a pair of paths."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
     """Run a program on all cases, and return the outcome of each.
 
     Args:
-        command: the program and its first arguments, to which a verb and paths are appended. Or, for a reader that is
-            not a program, a function that takes the verb and the paths.
-        suite: the folder `vectors` of the specification, or its archive from a release; by default the folder of this
-            checkout.
+        command: the program and its first arguments; a verb and paths are appended. For a reader that is not a program,
+            a function that takes the verb and the paths.
+        suite: the folder `vectors` of the specification, or the archive of this folder from a release. Default: the
+            folder in this checkout.
 
     Raises:
         UsageError: the folder has no index of vectors.
@@ -146,11 +146,11 @@ def _methods(case: Case) -> list[str]:
 
 
 def _foreign(case: Case, line: Line, known: set[str]) -> bool:
-    """Whether a program that knows only some methods refuses a case because it does not know its method (R-7.1)."""
+    """Whether the program refuses a case because it does not know the case's method, as R-7.1 allows."""
     where, wanted = str(line.get("where", "")), case["expected"]
     if line.get("error") != "Unsupported" or not where.startswith("updates["):
         return False
-    # Also accept `updates[0] (q)`: a refused computation names its target in addition.
+    # Also accept `updates[0] (q)`: an error of a computation also names the target.
     reads = case["verb"] not in ("compute", "merge")
     right = reads and wanted.get("error") == "Unsupported" and wanted.get("where", "") in where
     return not right and not known.issuperset(_methods(case))
@@ -179,7 +179,7 @@ def _judged(case: Case, line: Line) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
-            why = f"the program accepted it, but it is {wanted['error']}"
+            why = f"the program accepted the file, but the expected answer is {wanted['error']}"
         elif line.get("error") != wanted["error"]:
             why = f"{line.get('error')} instead of {wanted['error']}"
         elif wanted.get("exact") and line.get("where") != wanted.get("where"):
@@ -239,7 +239,7 @@ def _same(got: object, wanted: list[Any]) -> bool:
 
 
 def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list[str]:
-    """Return the elements in hexadecimal, little-endian, with a negative zero as 0."""
+    """Return the elements in hexadecimal, little-endian; a negative zero is returned as 0."""
     width = max(2, len(text) // max(1, math.prod(shape)))
     elements = [text[at : at + width] for at in range(0, len(text), width)]
     negative = "80".rjust(width, "0")
@@ -249,8 +249,8 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
-    For a path without a formula, a program answers Unsupported. If all other paths are right, such a case is counted
-    separately.
+    A program answers Unsupported if it has no formula for a path. If all other paths are right, the outcome is neither
+    passed nor failed.
     """
     import numpy as np
 

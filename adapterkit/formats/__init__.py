@@ -1,4 +1,4 @@
-"""Read, write and detect adapters in any format. Each format is one module, found by its file name."""
+"""Read, write and detect adapters in any format. Each format is a module of this package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.forma
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """Return the format of the adapter at `path`, read from its headers; in a folder, its only tensor file counts.
+    """Return the format of the adapter at `path`, a file or a folder, detected from the headers.
 
     Raises:
         StorageError: nothing exists at `path`.
@@ -82,7 +82,7 @@ def read(
         path: a file or folder, or an address on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` means
             the adapter in the subfolder `name`.
         format: the name of the adapter's format; None detects the format from the headers.
-        base: the base model, for formats that need it to resolve names.
+        base: the base model, for formats whose names cannot be resolved without it.
         compat: `"formula"` applies the paper's formula even if the tool that trained the adapter computed another one.
             Some formats accept further values, for files whose contents can be understood in two ways.
         alpha: LoRA's alpha, for a file that does not state it.
@@ -90,9 +90,9 @@ def read(
         strict: refuse every setting that the format does not define, even a harmless one.
         experts_order: the layout of stacked experts' factors, for when neither the file nor the base shows it:
             `"rank_major"` (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the
-            outputs). Formats without stacked experts ignore this argument.
+            axis of the outputs). Formats without stacked experts ignore this argument.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
-        family: the family of the image, video or audio model, such as `"flux"`, if its names fit several.
+        family: the family of the image, video or audio model, such as `"flux"`, if the adapter's names fit several.
 
     Returns:
         the adapter; for an adapter from a hub, its lineage records the address and the commit.
@@ -136,7 +136,7 @@ def read(
                 recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
             )
     except AdapterkitError as error:
-        # Readers may report a more exact file; add the given path only to errors that have no path yet.
+        # A reader's error may name the exact file, so add the given path only to errors without a path.
         raise error.at(path=path) from None
     return adapter
 
@@ -180,13 +180,13 @@ def save(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter without replacing its methods; `adapterkit.write` also promotes methods that the format lacks.
+    """Write an adapter in its own methods; unlike `adapterkit.write`, do not promote methods that the format lacks.
 
-    The output is staged next to `path`, in every format, and renamed into place when it is complete. After an error,
-    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
-    other files stay. Before the rename, the output is read back and compared with the adapter.
+    The output is written next to `path` and renamed to `path` when it is complete. After an error, `path` is unchanged.
+    If `path` is a folder with an adapter, the format's own files in the folder are replaced, and all other files stay.
+    Before the rename, the output is read back and compared with the adapter.
 
-    Arguments and errors are those of `adapterkit.write`. Returns one line for each omitted or rewritten update.
+    For the arguments and errors, see `adapterkit.write`. Returns one line for each omitted or rewritten update.
     """
     from ..core.adapter import check_adapter
     from ._proof import prove
@@ -214,7 +214,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace methods that the format lacks with equal methods without a bias, where the base has no bias."""
+    """Replace methods that the format lacks with equivalent methods without a bias, if the base has no bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -231,7 +231,7 @@ def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) ->
 
 
 def files_of(adapter: Adapter) -> set[Path]:
-    """Return the files of an adapter's tensors that have not been loaded yet."""
+    """Return the files that contain the adapter's tensors; tensors that are already in memory are ignored."""
     leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
     leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
     spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
@@ -239,9 +239,9 @@ def files_of(adapter: Adapter) -> set[Path]:
 
 
 def files_read(source: str | PathLike[str]) -> list[Path]:
-    """List the local files that reading an adapter or a base may open; for an address on a hub, none.
+    """List the local files that reading an adapter or a base may open; empty for an address on a hub.
 
-    For a folder, the list has the tensor files and the other files that some format or a base keeps there.
+    For a folder, the list has the tensor files and all other files that a format or a base may keep there.
     """
     if is_remote(source):
         return []
@@ -297,7 +297,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a base or a tuned model: it has weights that are no adapter's."""
+    """Whether a path is a base or a tuned model: some of its weights do not belong to an adapter."""
     if is_address(source):
         return False
     try:
@@ -307,10 +307,10 @@ def is_model(source: str | PathLike[str]) -> bool:
 
 
 def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[str]) -> None:
-    """Refuse an adapter in the place of the base, in words that say so.
+    """Refuse arguments in the wrong order: a model given as the adapter, and an adapter given as the base.
 
     Raises:
-        UsageError: the base is an adapter, and what should be one is a model.
+        UsageError: `path` is a model, and `base` is an adapter.
     """
     place = base.root if isinstance(base, Checkpoint) else base
     if is_remote(place) or not is_model(path) or not recognised(place):
@@ -335,7 +335,7 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
 
 
 def members_of(folder: Path) -> list[str]:
-    """List the subfolders with an adapter_config.json; PEFT and AdapterHub save each named adapter in a subfolder.
+    """List the subfolders with an `adapter_config.json`; PEFT and AdapterHub save each named adapter in one.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -347,7 +347,7 @@ def members_of(folder: Path) -> list[str]:
 
 
 def _holds_only(folder: Path, member: str) -> bool:
-    """Whether a folder has nothing to read except one subfolder: no other folder and no tensor file."""
+    """Whether a folder has only one subfolder to read: no other subfolder and no tensor file."""
     others = [entry for entry in folder.iterdir() if entry.name != member and not entry.name.startswith(".")]
     return not any(entry.is_dir() or entry.suffix.lower() in {*TENSORS, ".onnx"} for entry in others)
 
@@ -359,7 +359,7 @@ def _as_member(adapter: Adapter, member: str) -> Adapter:
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """List the settings in the file that its format does not define and that the reader kept."""
+    """List the file's settings that its format does not define and that the reader kept."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 
@@ -398,7 +398,7 @@ def _existing(path: str | PathLike[str]) -> Path:
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Record the commits of files from a hub: the adapter's in the lineage, the base's in the adapter's `base`."""
+    """Record the commits of files from a hub: the adapter's in the lineage, the base's in the `base` field."""
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

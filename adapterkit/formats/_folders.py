@@ -1,4 +1,4 @@
-"""Read and create adapter folders with a config and one tensor file, a layout that several libraries share."""
+"""Read and create adapter folders that consist of a config and one tensor file, as several libraries write them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder_of(path: Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
-    """Return the tensors by key of a safetensors file or a torch file.
+    """Return the tensors of a safetensors file or a torch file, by key.
 
     Raises:
         Malformed: the file is damaged, or `path` is a folder.
@@ -36,7 +36,7 @@ def make_folder(folder: Path) -> None:
     """Create the folder of an adapter, with its parents.
 
     Raises:
-        UsageError: the path ends like a tensor file.
+        UsageError: the path has the suffix of a tensor file.
         StorageError: the folder cannot be created.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():

@@ -23,7 +23,7 @@ LEFT_OUT, CHANGED = "left out ", "changed "
 """The first words of the lines that report a loss; see `Format.write`."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Suffixes of adapter tensor files. Hubs keep a one-file adapter in a folder with a card. Base files may differ."""
+"""Suffixes of adapters' tensor files; in a folder, they distinguish the tensor file from cards and other files."""
 
 
 FORMULA = "formula"
@@ -36,14 +36,14 @@ UNKNOWN = "unknown_fields"
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A difference between a tool's forward and the paper's formula; `compat` chooses between the two.
+    """A difference between a tool's forward and the paper's formula; `compat` selects one of them.
 
     Attributes:
         trained: the formula that the tool's forward computed in training; readers apply it by default.
         formula: the paper's formula; `compat="formula"` selects it.
-        at_layer: a function for differences that depend on the adapted layer: it returns the update that the tool
-            computes there, or the same update. Without the base, readers apply the paper's formula, and the engines
-            call this function later; see `_trained`.
+        at_layer: for a difference that depends on the adapted layer, a function that returns the update as the tool
+            computes it at this layer. Without the base, readers apply the paper's formula, and the engines call this
+            function later; see `_trained`.
     """
 
     trained: str
@@ -53,12 +53,12 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """The facts about a layer that decide which function a tool trained there.
+    """The facts about a layer that determine the function that a tool trained at this layer.
 
     Attributes:
-        shape: the shape of its weight, `[out, in, *k]`.
-        padding: a phrase for messages about how the layer pads its input. Empty means zeros around an undilated
-            kernel, or unknown padding, as in a file of weights.
+        shape: the shape of the layer's weight, `[out, in, *k]`.
+        padding: a phrase for messages about how the layer pads its input. Empty if the layer pads an undilated kernel
+            with zeros, or if the padding is unknown, as in a file of weights.
     """
 
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class LayerFacts:
 
 
 def derived(compute: Callable[[], T]) -> T:
-    """Return a class attribute that is computed at first use, because detecting a format needs only `sniff`."""
+    """Return a class attribute that is computed at first use, so that detecting a format stays fast."""
     return cast(T, _Derived(compute))
 
 
@@ -83,34 +83,34 @@ class _Derived(Generic[T]):
 
 
 class Format:
-    """A file format of adapters. Each subclass has its own module; the module's name is the format's name.
+    """A file format of adapters. Each subclass has its own module, with the name of the format.
 
-    Detection imports every format module. So import heavy modules inside the functions that read and write.
+    Detection imports every format's module. So import heavy modules inside the functions that read and write.
 
     Class attributes:
         url: a page that describes the format.
         description: a one-line description for tables.
         methods: the names of the methods that the format can express.
-        departures: the tool's departures from the paper's formula, by name. The format's entry in
-            spec/formats lists the same, each with the test that runs the tool's forward.
-        compat: the values of `compat` that select another meaning than the default, which is the tool's forward:
-            `"formula"`, and names for facts that a file does not state.
+        departures: the tool's departures from the paper's formula, by name. The format's entry in spec/formats lists
+            the same departures, each with the test that runs the tool's forward.
+        compat: the values of `compat` that the format accepts: `"formula"`, and names for facts that a file does not
+            state. Without `compat`, an adapter means what the tool's forward computes.
         options: optional arguments of `formats.read` that this format's `read` accepts: `alpha`, `rank`, `strict`,
             `family`.
-        experts_orders: layouts of stacked experts that look alike in this format's files; `compat` also accepts these
-            names.
-        models: `image` if the format names only modules of image, video and audio models, `language` if it names
-            none of these; empty if it accepts modules with any name.
-        differences: whether the format can store a change of any weight, so that it can express any method.
-        identities: whether a change of a weight may be written as a LoRA of full rank, as the tool itself converts it.
-            All other formats refuse that, because the file would be as large as the base.
+        experts_orders: names of the layouts of stacked experts that this format's files do not distinguish; `compat`
+            also accepts these names.
+        models: `image` if the format's names are only for image, video and audio models, `language` if they are only
+            for other models; empty if the format accepts any name.
+        differences: whether the format can store any change of a weight, and so express any method.
+        identities: whether the writer may write a change of a weight as a LoRA of full rank, because the format's tool
+            does. All other writers refuse such a LoRA, because the file would be as large as the base.
         profiles: names of consumers that support only a part of the format; `fit` adapts an adapter to one of them.
-        dtypes: the element types of the format, if it does not support all; other tensors may be rounded to one of
-            them.
-        file: the name of the only file, used if a folder is given; empty if the format chooses the name itself.
-        owns: names, or patterns of names, of the files that belong to an adapter of this format, in its folder or next
-            to its tensor file. Replacing an adapter in a folder removes all of these files, even those that the new
-            adapter does not write; all other files in the folder stay.
+        dtypes: the format's element types, if it does not support all; tensors with other types may be rounded to one
+            of these.
+        file: the name of the file that is read or written in a folder; empty if the format chooses the name itself.
+        owns: names, or patterns of names, of the files that belong to an adapter of this format, in the adapter's
+            folder or next to its tensor file. A new adapter in the folder replaces all of these files, even those that
+            it does not write again; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -134,13 +134,13 @@ class Format:
         return cls.departures
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers at `path` are this format's. Accepts every such file, reads no data, raises no error."""
+        """Whether the headers at `path` are this format's. Accepts all such files, reads no data, raises no error."""
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
     def sniff_loosely(self, path: Path) -> bool:
         """Whether `path` can be read as this format although its headers also fit other formats.
 
-        Detection calls it only if no format's `sniff` recognises the path.
+        Detection calls this method only if no format's `sniff` recognises the path.
         """
         return False
 
@@ -149,9 +149,9 @@ class Format:
 
         Args:
             path: a file or a folder.
-            compat: one of `self.compat`, to replace the default, the tool's forward: `"formula"` for the paper's
-                formula, or a name for a fact that the file does not state.
-            base: the base, if names or layouts cannot be read from the file alone.
+            compat: one of `self.compat`: `"formula"` for the paper's formula, or a name for a fact that the file does
+                not state. None means the tool's forward.
+            base: the base, if the file alone does not determine names or layouts.
 
         Raises:
             Malformed: the input has unknown parts, or breaks the format's rules.
@@ -160,9 +160,10 @@ class Format:
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
     def outline(self, path: Path) -> Adapter:
-        """Read the targets, shapes and ranks of an adapter. Loading values that need the base raises an error.
+        """Read the targets, shapes and ranks of an adapter; loading a value that depends on the base raises an error.
 
-        `inspect` and `list loaders` call it if `read` requires a base. Formats that never require one inherit it.
+        `inspect` and `list loaders` call this method if `read` requires a base. Formats that never require a base
+        inherit this method.
 
         Raises:
             UsageError: without the base, nothing is known about the adapter.
@@ -174,8 +175,8 @@ class Format:
     ) -> list[str]:
         """Write an adapter, atomically, and return one line for each update or field that was omitted or rewritten.
 
-        `formats.write` reads the output back: it must have the same targets and compute the same function. Two kinds of
-        lines report a loss. `left out TARGET: why` reports an update that is not in the file. `changed
+        `formats.save` reads the output back, and checks that it has the same targets and computes the same function.
+        Two kinds of lines report a loss. `left out TARGET: why` reports an update that is not in the file. `changed
         TARGET:METHOD.FIELD why` reports a field whose value changed without changing the function.
 
         Args:
@@ -197,7 +198,7 @@ class Format:
         Args:
             adapter: the adapter that will be written.
             profile: the consumer, one of `profiles`.
-            base: the base, which shows in which modules the consumer looks for experts.
+            base: the base, which determines the modules in which the consumer looks for experts.
             on_loss: `drop` omits updates that the consumer cannot run.
 
         Raises:

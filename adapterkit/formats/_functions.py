@@ -33,13 +33,13 @@ PROBES = 4
 """The number of random inputs."""
 
 SIGMAS = 8.0
-"""The allowed multiple of the expected rounding error; chance exceeds it in about five of a million numbers."""
+"""The allowed multiple of the expected rounding error; correct numbers exceed it in about five of a million cases."""
 
 ALONE = 2.0**-20
-"""The allowed relative error of a whole change: scalings and alphas pass through float32 several times."""
+"""The allowed relative error of a change: its scalings and alphas may be rounded to float32 several times."""
 
 BLOCK = 1 << 16
-"""How many numbers are compared at once; with the intermediate results, they fit a processor's second-level cache."""
+"""The number of elements that are compared at once: a block and its intermediate results fit the L2 cache."""
 
 FLOAT32 = 2.0**-22
 """The relative error of a product and a difference in float32."""
@@ -48,11 +48,11 @@ UNSQUARED = 2.0**-30
 """The allowed rounding error, as a fraction of the largest number, if numbers are too large to be squared."""
 
 NOTHING = 2.0**-1000
-"""Smaller changes count as equal: float64 loses its precision there, and no weight is so small."""
+"""Changes below this size count as zero: float64 loses its precision there, and no weight is so small."""
 
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
-"""The smallest normal number of each type; smaller numbers have an absolute precision."""
+"""The smallest normal number of each type; below it, the spacing of numbers is constant."""
 
 
 def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
@@ -92,10 +92,10 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups are LoRAs with equal A and equal scaling * B. False means only "not known to be equal".
+    """Whether the groups are LoRAs with equal A and equal scaling * B; False if this is not known.
 
-    Folding a scaling into B is the most frequent rewriting, and this check does not read A. The products with random
-    inputs would take ten times as long as the conversion itself.
+    Writers often fold a scaling into B, so this case has a check of its own, which does not read A. The products with
+    random inputs would take ten times as long as the conversion itself.
     """
     from ._proof import equal
 
@@ -110,12 +110,12 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 
 
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
-    """Whether scaling * B of two LoRAs is equal; see `_near`. False means only "not known to be equal".
+    """Whether scaling * B of two LoRAs is equal; False if this is not known. See `_near`.
 
-    Every number is compared: one B times the quotient of the scalings, against the other B. So no stored number
-    overflows or vanishes. float32 is exact enough for numbers of at most 32 bits; its rounding error is subtracted from
-    the allowed error. The arrays are compared in blocks that fit the processor's cache: comparing whole arrays in
-    float64 took longer than the rest of a conversion.
+    One B times the quotient of the scalings is compared with the other B, element by element. Multiplying only by the
+    quotient avoids overflow and underflow. Numbers of at most 32 bits are multiplied in float32; the rounding error of
+    float32 is subtracted from the allowed error. The arrays are compared in blocks that fit the processor's cache:
+    comparing whole arrays in float64 took longer than the rest of a conversion.
     """
     import numpy as np
 
@@ -147,9 +147,9 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Return the relative rounding error of a stored number, and the smallest number for which it holds.
+    """Return the relative rounding error of a stored number, and the smallest number for which this error holds.
 
-    A writer that computes rounds to the tensor's dtype, or to one of the format's dtypes if the format lacks that one.
+    A writer rounds computed tensors to their own dtype, or to one of the format's dtypes if the format lacks it.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -165,7 +165,7 @@ def _kinds(group: Updates) -> set[str]:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """A group's output for the probes, and the expected square of the output's rounding error; rows are outputs."""
+    """A group's output for the probes, and the expected square of its rounding error; a row is one output."""
 
     value: Array
     squares: Array
@@ -198,7 +198,7 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return the answer for each ("weight" or "bias", expert); targets that are rows of the weight are joined."""
+        """Return an answer for each ("weight" or "bias", expert); answers of targets on rows are joined."""
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]
@@ -229,7 +229,7 @@ class _Weight:
             yield "bias", self._rounded(changed - b, changed)
 
     def _has_bias(self, target: Target, updates: Sequence[Update]) -> bool:
-        """Whether there is a bias to compare; a factor on the bias has no effect if the base has no bias."""
+        """Whether there is a bias to compare; an update of the bias has no effect if the base has no bias."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -278,7 +278,7 @@ class _Weight:
 
     @property
     def _outputs(self) -> int:
-        """Return the number of outputs of the weight, as far as the targets of both groups show it."""
+        """Return the number of the weight's outputs, as far as the targets of both groups show it."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
@@ -290,11 +290,12 @@ class _Weight:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # A method with equal blocks fits weights of many sizes; a weight of the largest size represents all of them.
+        # A method with equal blocks fits weights of many sizes, so compare on a weight of the largest size.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
-        # A factor per input fits any number of outputs, and vice versa; so choose any number for the unknown axis.
+        # A method with one factor per input fits any number of outputs, and vice versa; so the unknown size is
+        # arbitrary.
         dims = [update.dims(target.stacked) for update in every]
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
@@ -309,7 +310,7 @@ def _random(shape: tuple[int, ...]) -> Array:
 
 
 def _values(leaf: Leaf) -> torch.Tensor:
-    """Return a leaf's numbers for a formula, whose type hints name torch tensors."""
+    """Return a leaf's values as an array; the return type is a torch tensor because formulas' type hints name torch."""
     array = as_array(leaf)
     return cast("torch.Tensor", array.astype("<f8") if as_lazy(leaf).dtype.floating else array)
 
@@ -340,7 +341,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
 def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
     """Return the reason why two groups of output or context updates differ; empty if they are the same.
 
-    Context updates are compared by their virtual tokens, because writers replace networks with their outputs.
+    Context updates are compared by their virtual tokens, because writers may replace a network by its output.
     """
     if [update.method for update in asked] == [update.method for update in got]:
         return _unlike_fields(asked, got, unit, least)
@@ -356,9 +357,9 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
 
 
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
-    """Return the virtual tokens of all updates, in order, for each part of the context; None if they are not constant.
+    """Return the virtual tokens of all updates, in order, for each part of the context.
 
-    Virtual tokens are not constant if they depend on a task or on the input.
+    Returns None if the virtual tokens depend on a task or on the input.
     """
     import numpy as np
 
@@ -371,7 +372,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
         for place in ("embeddings", "decoder_embeddings", "past"):
             if (each := getattr(values, place)()) is not None:
                 found.setdefault(place, []).append(each)
-    # In embeddings and in past keys and values, the tokens' axis is the second from the end.
+    # In embeddings, and in past keys and values, the tokens are the last axis but one.
     try:
         return {place: np.concatenate(each, axis=-2) for place, each in found.items()}
     except ValueError:

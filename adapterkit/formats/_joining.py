@@ -37,8 +37,8 @@ def with_joined_rows(
             Weights without a known number of rows are not joined.
 
     Returns:
-        the updates, and one line for each LoRA whose rank had to grow. Targets that could not be joined are unchanged.
-        The rank does not grow if all parts have the same A.
+        the updates, and one line for each LoRA with a larger rank. The rank grows unless all parts have the same A.
+        Targets that could not be joined are unchanged.
     """
     groups: dict[Target, list[Target]] = {}
     for target, given in updates.items():
@@ -69,8 +69,8 @@ def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], l
         updates: target -> updates.
 
     Returns:
-        the updates, and one line for each LoRA whose rank had to grow. The rank does not grow if all LoRAs of a target
-        have the same A and change different rows.
+        the updates, and one line for each LoRA with a larger rank. The rank grows unless all LoRAs of a target have the
+        same A and change different rows.
     """
     made = dict(updates)
     lines = []
@@ -137,7 +137,7 @@ def _joined(parts: Sequence[tuple[Target, LoRA]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # All LoRAs share one scaling, so multiply B by the quotient of the scalings, in float32 or wider.
+    # The joined LoRA has one scaling, so multiply B by the quotient of the scalings, in float32 or wider.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

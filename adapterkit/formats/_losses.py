@@ -22,7 +22,8 @@ def expressible(
 
     Args:
         updates: the updates to write.
-        find: a function that finds the updates that cannot be expressed; called again on the remaining updates.
+        find: a function that finds the updates that cannot be expressed. It is called again on the remaining updates,
+            until it finds none.
         dialect: the format's name, for messages.
         place: a phrase for messages that names the output, such as "a file of this format".
         on_loss: `drop` omits such updates.

@@ -1,4 +1,4 @@
-"""Convert LoRA in Megatron's layout: a pair for each fused weight or, in canonical LoRA, for each weight in it."""
+"""Convert LoRA in Megatron's layout: one pair for each fused weight or, in canonical LoRA, for each part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[Pair, ...]], dict[str, JsonValue]]:
-    """Return the updates, and the names and order that the writer needs.
+    """Return the updates, and the leftovers for the writer: names, and whether weights are fused.
 
     Raises:
         Malformed: a key belongs to none of these modules.
@@ -78,7 +78,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Return a function that returns the reason why these modules cannot express an update."""
+    """Return a function with the reason why these modules cannot express an update."""
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
@@ -93,7 +93,7 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """Return the tensors by key, and whether weights are fused; weights whose pairs do not share A are not fused."""
+    """Return the tensors by key, and whether weights are fused. They are not fused if the pairs do not share A."""
     if LAYER.fullmatch(f"{prefix}0.x") is None:
         why = f"leftovers of Megatron are damaged: names begin with {prefix!r}"
         raise Malformed(why, cure="Remove the leftovers: adapter.replace(foreign=None)")
@@ -134,7 +134,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether pairs of single weights can form one pair of the fused weight; also true if there are no pairs."""
+    """Whether pairs of single weights can form one pair of the fused weight; true if there are no pairs."""
     own = [found[weight] for weight in weights if weight in found]
     if not own:
         return True
@@ -167,7 +167,7 @@ class _OwnNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function for the base's heads, from its config or from the facts kept when the adapter was read."""
+    """Return a function that returns the numbers of heads: the base's, or those kept from reading the adapter."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:

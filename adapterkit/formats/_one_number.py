@@ -1,4 +1,4 @@
-"""Choose the single alpha or scaling of a file; fold scalings that the chosen number does not express into B."""
+"""Choose the single alpha or scaling of a file, and fold all other scalings into B."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def of_one_alpha(
     first: float | None = None,
     one_rank: bool = False,
 ) -> tuple[float, Pairs, list[str]]:
-    """Return what a format with one alpha can express: the alpha, the updates, and a line for each change.
+    """Return the alpha, the updates that a format with one alpha can express, and a line for each change.
 
     Args:
         adapter: the adapter to write.
         why: returns the reason why the format cannot express an update; empty if it can.
         dialect: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
-        first: the alpha in the file that was read.
+        first: the alpha in the source file, if known.
         one_rank: whether all modules must have the same rank.
 
     Raises:
@@ -51,7 +51,7 @@ def one_alpha(
     from .peft.alphas import exact_alpha
 
     def rank(update: Pair) -> int:
-        # Read the rank from B: A of a convolution ends with its kernel. A stack of experts has one more axis in front.
+        # Read the rank from B, where it is always the last axis.
         return int(update.B.shape[-1])
 
     return one_number(
@@ -76,7 +76,7 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """Choose the number that sets the scalings of all modules; fold scalings that it does not express into B.
+    """Choose the number that sets the scalings of all modules; fold all other scalings into B.
 
     Args:
         pairs: the updates.
@@ -85,7 +85,7 @@ def one_number(
         dialect: the format's name, for messages.
         on_loss: `fold` or `promote` allows folding scalings.
         default: the number to use if `of` returns None for every update.
-        first: the number in the file that was read; preferred if it fits as many updates as any other.
+        first: the number in the source file; preferred if no other number fits more updates.
 
     Raises:
         Unrepresentable: scalings differ and `on_loss` does not allow folding.
@@ -127,7 +127,7 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """Return a whole number as an int, as tools write it: 16, not 16.0. Floats above 2**53 stay floats."""
+    """Return an integral value as an int, because tools write 16, not 16.0. Floats above 2**53 stay floats."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 

@@ -1,6 +1,6 @@
-"""Recognise files that users mistake for adapters and that no format reads, so that an error can name them.
+"""Recognise files that users mistake for adapters and that no format reads, so that an error can name their kind.
 
-The kinds of files are listed in `spec/other_files.toml`: an IP-Adapter, a ControlNet, a file packed for a library.
+`spec/other_files.toml` lists the kinds: an IP-Adapter, a ControlNet, a file packed for a library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: the name of the kind, with its article.
-        keys: patterns; each of them matches some key of a file of this kind.
+        keys: patterns; in a file of this kind, each pattern matches some key.
         why: the reason why such files are not read.
         cure: the advice for the user.
         sources: where the patterns come from.

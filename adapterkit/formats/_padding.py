@@ -1,7 +1,7 @@
-"""Compute updates of convolutions as their trainer did if it padded with zeros and the layer pads otherwise.
+"""Compute updates of convolutions as their trainer did if the trainer padded with zeros and the layer does not.
 
-PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the
-amount of the layer's padding. So their change reads zeros around the input, even if the layer itself does not.
+PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the width
+of the layer's padding. So their update reads zeros around the input, even if the layer itself pads otherwise.
 """
 
 from __future__ import annotations

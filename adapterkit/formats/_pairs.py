@@ -1,7 +1,7 @@
 """Shared code for language-model formats that store one pair of factors, A and B, for each module.
 
-Most of these formats support only LoRA, or LoRA and DoRA, and store few numbers. They differ in names, in the order of
-axes and rows, and in where the scaling is stored.
+Most of these formats support only LoRA, or LoRA and DoRA. They differ in names, in the order of axes and rows, and in
+the place of the scaling.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Slots = dict[str, Any]
 """A module's tensors by field."""
 
 EXACT = 1 << 53
-"""The largest integer up to which a float represents every integer; JSON and YAML allow integers of any length."""
+"""A float represents every integer up to this one exactly; JSON and YAML allow integers of any length."""
 
 LARGEST_RANK = 1 << 31
 
@@ -130,7 +130,7 @@ def expressible(
 
 
 def _kinds(update: Pair) -> set[str]:
-    """Return the dtypes of the factors; token numbers do not count as factors."""
+    """Return the dtypes of the factors; the tensor of token numbers is not a factor."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
@@ -186,7 +186,7 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
 
 
 def finite(value: object, where: str) -> float:
-    """Check a number from a file's settings, such as alpha or a scale.
+    """Check a number from a file's settings, such as alpha.
 
     Returns:
         the number as a float, without rounding.
@@ -215,7 +215,7 @@ def whole_rank(value: object, where: str) -> int:
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
-    """Return the layout in which the base stores a weight, by the weight's shape or else by an embedding's name."""
+    """Return the base's layout of a weight: from the weight's shape in the base, or else from an embedding's name."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
     if weight is not None and len(weight.shape) == 2 and out != in_:

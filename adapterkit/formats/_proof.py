@@ -1,8 +1,8 @@
 """Check a writer: read its output back and compare it with the adapter that it was asked to write.
 
 The check runs once after the writer of every format, including plug-ins. So a writer that drops a scaling, renames a
-target or transposes a factor raises an error instead of producing a wrong file. Tensors that were only moved are
-compared directly. If a writer folded, fused or split them, the functions are compared (`_functions`).
+target or transposes a factor raises an error instead of producing a wrong file. Unchanged tensors are compared
+directly. If a writer folded, fused or split tensors, the functions are compared (`_functions`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most WHOLE bytes are compared completely; larger ones at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""Tensors of at most this many bytes are computed again, to compare samples with the bytes on disk."""
+"""Computed tensors with more bytes are not compared with the disk, because they would be computed again."""
 
 MOST_CHOICES = 256
-"""The largest number of subsets of the reported updates that are tried as missing from one weight."""
+"""The largest number of subsets of updates that are tried for one weight, to find which omissions were reported."""
 
 SPOTS = 32
-"""The number of tensors that are read from the disk for the check, however many the file has; each takes 70 us."""
+"""The largest number of tensors that are read from the disk for the check; each takes 70 us."""
 
 
 @inputs_kept()
@@ -65,12 +65,12 @@ def prove(
         asked: the adapter that should have been written.
         path: the written file or folder.
         lines: the lines that the writer returned; see `Format.write`.
-        base: the base, if the writer got one; the reader gets it, too.
+        base: the base that was passed to the writer, or None; it is also passed to the reader.
         files: for each written file, the tensors that were written to it.
 
     Raises:
         Miswritten: the file does not contain the adapter, or cannot be read; the error names the target and the field.
-        Unrepresentable: the file cannot state how a base stores a weight, so it is read with the other layout.
+        Unrepresentable: the file cannot state in which layout the base stores a weight, so the reader assumes another.
         UsageError: the file cannot be read back without the base.
     """
     report = list(lines)
@@ -81,8 +81,8 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Some formats store only a layer's number. Their readers return the usual names (`model.layers.0...`) or, with
-        # a base, the base's names. Read again with a base that has the adapter's names: maybe only the prefix differs.
+        # Maybe only the prefix of names differs: some formats store only a layer's number, and their readers return the
+        # usual names (`model.layers.0...`) or the base's names. So read again with a base that has the adapter's names.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -93,7 +93,7 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """Yield the names that a line may report: each word, and each text before a colon, as names may have spaces."""
+    """Yield names that a line may report: each word and, because names may have spaces, each text before a colon."""
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
     for count in range(len(ends)):
@@ -101,7 +101,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """Yield the names that a module, with its rows, has if its fused weight is split into parts."""
+    """Yield the names of the parts into which a fused weight's rows may be split."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -134,7 +134,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
             why = f"without the base, {name} cannot read its output back, so the output cannot be checked: {error.why}"
             raise UsageError(why, where=error.where, cure="Give the base with --base (base=)") from error
         if base is not None:
-            # An adapter that does not fit the base is not the writer's fault: bind it, so that it raises its own error.
+            # The adapter may not fit the base, which is not the writer's fault. Binding it raises the right error.
             from ..naming.binding import bind
 
             bind(asked, base)
@@ -142,7 +142,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
 
 def stand_in(adapter: Adapter) -> Checkpoint:
-    """Return a base with the adapter's names, and with shapes as far as the adapter shows them; it has no values."""
+    """Return a base without values that has the adapter's names, and the shapes that the adapter shows."""
     from ..io.checkpoint import Checkpoint
     from ..naming.binding import view_shape
 
@@ -181,7 +181,7 @@ class _Proof:
     Attributes:
         name: the name of the format.
         base: the base, or None.
-        left_out: the words of the lines that report omitted updates; the names of the targets are among these words.
+        left_out: the words of the lines that report omitted updates; some of the words are names of targets.
         changed: the attributes reported as changed, as `target:method.attribute`.
         dtypes: the element types of the format, if it does not support all.
     """
@@ -243,14 +243,14 @@ class _Proof:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
-        # Values that are not finite cannot be compared; raise the adapter's error, because the writer is not at fault.
+        # The adapter's values may not be finite, which is not the writer's fault: then raise the adapter's error.
         Adapter(asked).check_values()
         raise Miswritten(
             f"{self.name} wrote an update that differs from the adapter's: {why}", where=where, cure=_REPORT
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """Return the updates to write; fields reported as changed get the values that were read back."""
+        """Return the updates to write, but fields reported as changed have the values that were read back."""
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
         return tuple(
@@ -259,12 +259,12 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """Return the updates to expect: all of them, and each subset without some updates reported as omitted."""
+        """Return the updates to expect: all of them, and every choice that lacks some updates reported as omitted."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                # A weight with many omitted rows would have too many subsets; then only all or none of them are tried.
+                # With many omitted rows there would be too many subsets; then try only none and all of them.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
@@ -283,7 +283,7 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that translate different names of the same modules to one; the first changes nothing."""
+    """Return functions that translate several names of a module to one name; the first function changes nothing."""
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 
@@ -307,7 +307,7 @@ def _bound(updates: Updates, base: Checkpoint) -> Updates:
 
 
 def _shared(asked: Updates, got: Updates) -> float:
-    """Return the fraction of the requested targets whose names and layouts are in the file."""
+    """Return the fraction of the adapter's targets that the file has with the same name and layout."""
     ours, theirs = ({(target.path, target.layout) for target in updates} for updates in (asked, got))
     return len(ours & theirs) / len(ours)
 
@@ -373,7 +373,7 @@ def _check_bytes(name: str, file: str, written: Written) -> None:
     for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # Skip large computed tensors: computing them again takes too long.
+            continue  # Computing large tensors again takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count

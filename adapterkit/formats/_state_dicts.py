@@ -45,7 +45,7 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     Args:
         path: the file.
         tensors: the tensors by key, in the order to write.
-        wrapper: the only key of a dict around the tensors, or None.
+        wrapper: the key under which the state dict is stored in an outer dict; None for no outer dict.
 
     Raises:
         StorageError: the file cannot be written.
@@ -64,7 +64,7 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
-            # torch 2.7 ignores an error when it closes the file; the archive then lacks its end.
+            # torch 2.7 ignores an error that occurs when the file is closed; then the end of the archive is missing.
             if not is_zipfile(part):
                 raise RuntimeError("the archive is not complete")
         except RuntimeError as error:

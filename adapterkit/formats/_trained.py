@@ -1,8 +1,8 @@
-"""Apply departures that depend on the adapted layer: the function that a tool trained at its kernel and padding.
+"""Apply the departures that depend on the adapted layer's kernel and padding.
 
 A file with OFT or LoRA does not state whether its layer is a convolution, or how the layer pads its input. The engines
-know the layer, so they call this module before they compute. An adapter that was not read from a tool's file, or was
-read with `compat="formula"`, follows its formula at every layer.
+know the layer, so they call this module before they compute. An adapter follows its formula at every layer if it was
+not read from a tool's file, or was read with `compat="formula"`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _by_rules(
 def sites_as_trained(
     sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Site]:
-    """Return the sites with their updates as trained, using only the shapes of the base's tensors.
+    """Return the sites with their updates as trained; only the shapes of the base's tensors are known.
 
     Args:
         sites: sites bound to a base; sites of stacked weights and of rows of a weight stay unchanged.

@@ -30,7 +30,7 @@ def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
 
 
 def dump_yaml(value: Mapping[str, object], read: str = "") -> bytes:
-    """Return a mapping as YAML, with the keys in order; returns `read`, the text that was read, if it is equal."""
+    """Return a mapping as YAML, with the keys in order; if the source text `read` has the same meaning, return it."""
     import yaml
 
     if read and load_yaml(read.encode(), "what was read") == value:

@@ -1,4 +1,4 @@
-"""The native format: one safetensors file with one metadata key, `adapterkit`; defined in spec/README.md."""
+"""The native format: a safetensors file with the metadata key `adapterkit`; spec/README.md defines it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """Contents of a source format that adapterkit keeps without using them."""
+    """Leftovers of the source format, which adapterkit keeps without using them."""
 
     format: str
     data: dict[str, Any]
@@ -182,7 +182,7 @@ def version_of(adapter: Adapter) -> str:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # msgspec omits a default only if it is the same object, so replace an equal layout with that object.
+    # msgspec omits a field only if the value is the default object itself, so replace an equal layout by that object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -213,7 +213,7 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        # msgspec writes `$.updates[0].tensors[...]`, where `...` stands for a mapping's key; remove that ending.
+        # msgspec reports `$.updates[0].tensors[...]`, where `...` stands for a mapping's key; remove this ending.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
@@ -297,7 +297,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[object]]) -> None:
-    """Check that an update has only names that its method knows, and every name without a default."""
+    """Check that an update has only names that the method knows, and all names that have no default."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

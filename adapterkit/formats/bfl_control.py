@@ -1,6 +1,6 @@
 """Black Forest Labs' control LoRA for FLUX: native names, `lora_B.bias`, complete scales of norms; no alpha.
 
-Its LoRA on `img_in` reads more channels than the base has; it fits a base whose `img_in` was enlarged with zeros.
+The LoRA on `img_in` has more input channels than the base. It fits a base whose `img_in` was enlarged with zeros.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
-        # Other models have a final_layer, too; so check that every other name is FLUX's as well.
+        # Other models have a `final_layer`, too; so check that every name is FLUX's.
         parsed = list(map(self.parse, keys))
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
@@ -65,7 +65,10 @@ class BflControl(ImageFormat):
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets to the authors' names; a replaced norm ends in `scale`, which diffusers calls `weight`."""
+        """Translate targets to the authors' names.
+
+        The name of a replaced norm ends in `scale` instead of diffusers' `weight`.
+        """
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, found): found for target, found in changed.items()}, losses
 
@@ -82,7 +85,7 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, found: Iterable[Update]) -> Target:
-    """Return the scale parameter as the target of a replaced norm; any other target unchanged."""
+    """Return the scale parameter of a replaced norm as the target; return any other target unchanged."""
     whole = all(update.method == "replacement" for update in found)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target

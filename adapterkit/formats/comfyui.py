@@ -131,7 +131,7 @@ class Comfyui(ImageFormat):
         others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
-        # Ignore generic families: names that a U-Net shares, like time_embedding.linear_1, do not prove a transformer.
+        # Ignore generic families: U-Nets have some of their names, too, like `time_embedding.linear_1`.
         parts = {each.component for each in fitting if not each.facts.generic}
         parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
@@ -140,7 +140,7 @@ class Comfyui(ImageFormat):
             and not any(map(_says_part, modules))
             and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
         ):
-            part = ""  # Leave the part open; writers that need it raise an error that names both.
+            part = ""  # The part is unknown; a writer that needs it raises an error that names the possible parts.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
         fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
@@ -178,11 +178,11 @@ def _apart(update: Update) -> tuple[Update, ...]:
 
 
 def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
-    """Reorder rows of DiffSynth's files, which follow each other head by head, to all queries, all keys, all values.
+    """Reorder rows of DiffSynth's files from head by head to all queries, all keys, all values.
 
     DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder the rows when
-    they load the model. The shapes are the same, so only PEFT's adapter name in the keys identifies such files. That
-    name is removed from the keys, because it would mark the written file as DiffSynth's.
+    they load the model. The shapes are the same, so only PEFT's adapter name in the keys identifies DiffSynth's files.
+    The name is removed from the keys, because it would mark the written file as DiffSynth's.
 
     Raises:
         Malformed: the rows do not form whole heads.
@@ -287,14 +287,14 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """Return ComfyUI's name for a text encoder, empty if unknown, and the module's name in ComfyUI."""
+    """Return ComfyUI's names for a text encoder and for its module; the encoder's name is empty if unknown."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # Skip names that diffusers' model does not have: the reader would translate them back to another name.
+        # Return no name for a module that diffusers' model lacks: a reader would translate it back to another module.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

@@ -1,4 +1,4 @@
-"""diffusers: a pipeline's LoRA in one file, in three generations of keys; the first word of a key names the part.
+"""diffusers: a pipeline's LoRA in one file. The first word of a key names the part; there are three styles of keys.
 
 Since 0.35 the header may store PEFT's config of each part as `lora_adapter_metadata`. Without it, every scaling is 1.
 """
@@ -150,7 +150,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Make a change of a bias the bias of the LoRA on the same module, as diffusers' own converter does."""
+        """Turn a change of a bias into the bias of the LoRA on the same module, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -227,7 +227,7 @@ class Diffusers(ImageFormat):
 def _path(stem: str) -> str:
     """Return the path of a module. Keys of a U-Net may omit the part; SimpleTuner writes PEFT's prefix after the part.
 
-    A model that was wrapped twice repeats its part. mflux calls the output of FLUX.2's attention `to_out`.
+    If a model was wrapped twice, keys repeat the part. mflux calls the output of FLUX.2's attention `to_out`.
     """
     root, rest = rooted(stem)
     rest = rest.removeprefix("base_model.model.")
@@ -238,7 +238,7 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """Join changes of biases with the LoRAs on the same modules; then give all LoRAs of such a part a bias."""
+    """Join changes of biases with the LoRAs on the same modules, and add zero biases to the part's other LoRAs."""
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
@@ -252,7 +252,7 @@ def _with_biases(updates: Updates) -> Updates:
     for target, found in updates.items():
         alone = found[0] if len(found) == 1 else None
         if target.stacked or not isinstance(alone, LoRA):
-            continue  # Keys cannot name experts; a later step refuses them, with their names.
+            continue  # Keys cannot name experts; a later step refuses the update and names its target.
         if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)

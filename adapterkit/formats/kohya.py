@@ -1,6 +1,6 @@
 """kohya's sd-scripts: LoRA, LoCon and OFT for Stable Diffusion, FLUX and their text encoders, in one file.
 
-A key joins three words: one for the part of the pipeline, the module's path with underscores for dots, and a slot.
+A key joins three parts: a word for the pipeline's part, the module's path with underscores for dots, and a slot.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # Resolve whole modules: parts of one module, such as q, k and v, may be trained separately.
+        # Parts of one module, such as q, k and v, may be trained separately, so resolve only the module's name.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Translate targets: XL's U-Net to LDM's naming, SD 1 and 2 to diffusers', transformers to their authors'."""
+        """Translate SDXL's targets to LDM's names, SD 1 and 2's to diffusers', transformers' to their authors'."""
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # Keep a base's names, whatever they are: a reader resolves stems against the names of the same base.
+        # Keep all names of a base, because the reader will compare stems with the names of the same base.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -139,7 +139,7 @@ LYCORIS = (
 """Prefixes of the slots that LyCORIS has and sd-scripts lacks."""
 
 
-# Read kohya's OFT for FLUX: each part of a fused weight is rotated separately; its blocks are `oft_blocks.0` etc.
+# Read kohya's OFT for FLUX: each part of a fused weight is rotated separately; part N has the slot `oft_blocks.N`.
 #
 # Queries, keys and values are the first three parts; in linear1 the MLP is the fourth. Other weights have one part. All
 # modules in a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.

@@ -1,6 +1,7 @@
 """litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
 
-The file fuses q, k and v into one weight, in this order. The pairs of the adapted ones share one A and one B tensor.
+A file fuses q, k and v into one weight, in this order. One A tensor and one B tensor contain the pairs of all parts
+that are adapted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> NameTable:
-    """Map each of our name templates to litgpt's name of the fused weight with the part's name."""
+    """Map our name templates of q, k and v to litgpt's names: the fused weight's name, followed by the part's name."""
     return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
@@ -146,7 +147,7 @@ def _split(
 
 
 class _Writer:
-    """Encodes pairs with one rank and scaling. litgpt adapts a module in all layers, so missing pairs become zeros."""
+    """Encodes pairs with one rank and scaling. litgpt adapts a module in all layers, so missing pairs are zeros."""
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class _Writer:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
-        # Read the width only from q, k and v: other modules, such as the last one of the MLP, may have wider inputs.
+        # Read the width only from q, k and v, because other modules, such as the MLP's last one, may have wider inputs.
         # At least one of q, k and v has an update in some layer.
         names = {_below(parts()[name]) for name in enabled}
         width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
@@ -254,7 +255,7 @@ def _saved_heads(hints: LitgptHints, base: Checkpoint | None) -> Heads | None:
 
 
 def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the number of layers: the stated number, if known, but at least as many as the adapted layers imply."""
+    """Return the number of layers: the stated number, or the largest adapted layer's number plus 1 if that is more."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -263,7 +264,7 @@ def _count(hints: LitgptHints, base: Checkpoint | None, pairs: Pairs) -> int:
 
 
 def _text(path: Path, *, needed: bool) -> str:
-    """Read a settings file; returns an empty string if the file is missing and not needed."""
+    """Read a settings file; return an empty string if the file is missing and not needed."""
     if not path.exists():
         if needed:
             cure = "Fetch the file: it states the rank, alpha and the adapted modules"
@@ -276,7 +277,7 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: Mapping[str, object], hints: LitgptHints) -> None:
-    """Write the folder. Settings come last: without them, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the settings last, so that readers reject a folder whose writing was interrupted."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

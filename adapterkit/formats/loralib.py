@@ -1,7 +1,7 @@
 """loralib's checkpoints: a torch file with `lora_A` and `lora_B`; `loralib.json` next to it states alpha and blocks.
 
-For an embedding, B A is the transposed change of the weight. A `MergedLinear` adapts some of several equal blocks of
-its outputs, and stores their pairs in one A and one B. The file does not state how many blocks there are, or which are
+For an embedding, B A is the transposed change of the weight. A `MergedLinear` has equal blocks of outputs, adapts some
+of them, and stores their pairs in one A and one B. The file does not state the number of blocks, or which of them are
 adapted. A `Conv2d` multiplies A and B for each row of its kernel, which equals a LoRA with a larger rank.
 """
 
@@ -33,7 +33,7 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] if the model has a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Words in the keys of other tools whose keys end the same way."""
+"""Words in the keys of other tools; the endings of these keys are the same as loralib's."""
 
 
 class LoralibSettings(TypedDict, total=False):
@@ -142,7 +142,7 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """Decode W + B A, with W as a matrix: each row of the kernel has its rows of B and columns of A."""
+    """Decode W + B A for a matrix W: each row of the kernel has separate rows of B and columns of A."""
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
     rank = A.shape[0] // k
@@ -191,7 +191,7 @@ def _spelled(
 def _enabled(
     path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """Return whether each equal block of a weight's outputs has a pair; all weights of a file must agree."""
+    """For each equal block of a weight's outputs, return whether it has a pair; all weights must agree."""
     size = found[0][0][1] - found[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if enabled is None and weight is not None:

@@ -1,6 +1,6 @@
 """minLoRA's checkpoints: a torch file of parametrizations; `minlora.json` next to it states alpha.
 
-An embedding's factors are swapped. A convolution's A joins its inputs and its kernel in one axis.
+An embedding's factors are swapped. A convolution's A has one axis for the inputs and the kernel.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ EXPANDED = 64
 """The size limit of the tensors, as a multiple of the archive's size."""
 MEMBERS = 64
 PIECE = 2 << 20
-"""The limit on bytes read at once; headers of members need a few hundred bytes."""
+"""The limit on the bytes of a single read; headers of members need a few hundred bytes."""
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
@@ -163,7 +163,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 class _Bounded(io.RawIOBase):
     """The decompressed content of an archive, with limits on the size of a single read and on the total size.
 
-    `tarfile` reads a member's header at once, however large the header claims to be, and reads members to skip them.
+    `tarfile` reads a whole header in one read, of the size that the file states, and skips members by reading them.
     """
 
     def __init__(self, source: IO[bytes], limit: int) -> None:
@@ -213,7 +213,7 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy a member's content. If the file is not compressed, the kernel copies it, in a third of the time.
+    """Copy a member's content. If the archive is not compressed, the kernel copies the content, in a third of the time.
 
     Sparse members are copied by Python, because their data is not contiguous in the file.
     """
@@ -262,7 +262,7 @@ def _heads(config: Mapping[str, object]) -> Callable[[], Heads]:
 def _config(
     hints: NemoHints, base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, object]:
-    """Return the config of the file that was read, with this alpha, rank and variant, or the fields that NeMo needs."""
+    """Return the source config with this alpha, rank and variant; without a source, the fields that NeMo needs."""
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
         heads = heads_of(base.config, "config.json")

@@ -1,9 +1,9 @@
 """Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
 A file is a torch dict `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and
-`p2_nola` in MLPs. Instead of the random matrices it stores the seed of torch's generator for each factor, and torch
-draws the matrices again. `nola.json` next to the file states LoRA's alpha and the device that drew the matrices.
-The adapter keeps the seeds of its file; only such an adapter can be written as a NOLA file again.
+`p2_nola` in MLPs. For each factor it has a seed of torch's generator instead of the random matrices, and torch draws
+the matrices again. `nola.json` next to the file states LoRA's alpha and the device that drew the matrices. The adapter
+keeps the file's seeds; only an adapter with seeds can be written as a NOLA file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class NolaHints(Leftovers, total=False):
-    """The settings of the file that was read; its seeds are kept as tensors."""
+    """The settings of the source file. The file's seeds are leftovers, too, and are stored as tensors."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -164,7 +164,7 @@ def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, La
 
 
 def _alpha(update: NOLA, known: float) -> float:
-    """Return LoRA's alpha: the alpha of the source file if it yields exactly this scaling."""
+    """Return LoRA's alpha; prefer the source file's alpha if it yields exactly this scaling."""
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
 
@@ -231,7 +231,7 @@ def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """Return the random matrices of one factor, which are drawn when they are fetched."""
+    """Return the random matrices of one factor; they are drawn when they are read."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:

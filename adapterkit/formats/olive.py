@@ -89,7 +89,7 @@ class Olive(Format):
 
 
 def has_olives_names(path: Path) -> bool:
-    """Whether all values of an `.onnx_adapter` have Olive's names."""
+    """Whether all values in an `.onnx_adapter` file have Olive's names."""
     try:
         return _all_olives(read_ort_adapter(path).tensors)
     except AdapterkitError:

@@ -1,8 +1,8 @@
 """onnxruntime's adapters, `.onnx_adapter`: named values for a graph's inputs, with adapterkit's record in another file.
 
-The adapter file has only names and values. Their methods and targets are in a file with the same name and the suffix
-`.json`: the same record as in adapterkit's own files. Without a record, names may be Olive's; the format `olive` reads
-such files.
+The adapter file has only names and values. Methods and targets are in the record, a file with the same name and the
+suffix `.json`, with the contents of the metadata key in adapterkit's own files. A file without a record may have
+Olive's names; the format `olive` reads such files.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_slots_record(
     Args:
         adapter: the adapter in the file.
         names: for each update, in order, a map from its fields to the names of the graph's inputs.
-        others: the names of the values that are not tensors of updates: scalings, which the record states, too.
+        others: the names of all other values: scalings, which the record also states.
         path: the file.
     """
     record = encode_record(adapter.replace(foreign=None), {})

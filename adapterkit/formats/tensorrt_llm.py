@@ -207,7 +207,7 @@ def _why_not(target: Target, update: Pair) -> str:
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
@@ -231,7 +231,7 @@ NUMBERS = {
 
 @cache
 def numbers() -> dict[str, int]:
-    """Map our modules inside a layer to their numbers; the module of fused queries, keys and values has one, too."""
+    """Map our modules inside a layer to their numbers, including the module of fused queries, keys and values."""
     places = namings_of("tensorrt_llm")[0].places()
     names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
     return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
@@ -244,4 +244,4 @@ def modules() -> dict[int, str]:
 
 
 FUSED = "mlp.gate_up_proj"
-"""A module with the same number as `mlp.gate_proj`; its outputs are stored with up before gate."""
+"""A module with the same number as `mlp.gate_proj`; its outputs are stored as up, then gate."""

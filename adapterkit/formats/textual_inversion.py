@@ -38,7 +38,7 @@ ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """A map from the key of an encoder's tensor to the part of the pipeline."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""Other files in the folder that show that a tensor is not a token embedding."""
+"""Files that show that the tensor next to them is not a token embedding."""
 
 
 class TextualInversionFiles(Format):
@@ -127,7 +127,7 @@ def _dialect(tensors: Mapping[str, Lazy]) -> str:
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # A token is one word of a prompt and has no dots, but names of parameters have dots; so refuse keys with dots.
+    # A token has no dots, but names of parameters do; so refuse keys with dots.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
@@ -162,7 +162,7 @@ def _decode(
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: Mapping[str, JsonValue] | None, dialect: str, path: Path) -> str:
-    """Return the token as the tools read it: from the key, the name inside the file, or the name of the file."""
+    """Return the token as the tools read it: from the key, from the name inside the file, or from the file's name."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if dialect == "diffusers" else path.stem
@@ -216,7 +216,7 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """Return a line for each part whose token becomes the file's name, as only diffusers' files store the token."""
+    """Return a line for each part whose token is replaced by the file's name: only diffusers' files store the token."""
     token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
     why = f"becomes {token!r}, the name of the file; it was {_token_of(found)!r}"
     changed = [part for part, update in found.items() if update.token != token]

@@ -1,6 +1,6 @@
 """Tinker's adapters: PEFT's folder with another name for the head, and with stacked experts that share factors.
 
-A folder without a head and without experts looks like PEFT's, and is read as PEFT's.
+A folder without a head and without experts looks like PEFT's folder, and is read as PEFT's format.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._pairs import Pair, Slots
 
 
-# Map names of single experts to a stack and back, for formats that stack experts which the base stores one by one.
+# Map names of single experts to a stack and back: some formats stack experts that the base stores separately.
 
 
 class Experts:
@@ -172,7 +172,7 @@ def _experts(
     paths = _STACKS.back(name, count)
     if paths is None:
         raise Malformed("the name of this stack of experts is unknown", where=name, cure=DAMAGED)
-    # Share one leaf among all experts, so that the factor is also stored only once when it is written.
+    # All experts share one leaf, so that a writer also stores the factor only once.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}

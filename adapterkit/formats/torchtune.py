@@ -1,6 +1,6 @@
 """torchtune's adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's names and Meta's row order.
 
-The file does not state alpha. It is read from `torchtune.json` next to it, or from torchtune's `adapter_config.json`.
+The file does not state alpha. Alpha is in `torchtune.json` next to the file, or in torchtune's `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _as_is(rows: Rows) -> Order:
 
 @cache
 def table() -> NameTable:
-    """Return the table of our templates and torchtune's; all families have the same names."""
+    """Return the table of our templates and torchtune's templates, which are the same for all families."""
     return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 

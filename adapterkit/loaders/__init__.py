@@ -1,6 +1,6 @@
-"""Find out which tools load an adapter file directly, which ones load it after a conversion, and why others do not.
+"""Find out which tools load an adapter file directly, which tools load it after a conversion, and why others do not.
 
-Each tool has a data file in `spec/loaders`; most of its facts come from running the tool.
+Each tool has a data file in `spec/loaders`; most facts in these files come from running the tool.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One spelling of the modules of U-Nets and transformers; `spec/loaders/README.md` explains the fields."""
+    """One way to spell the modules of U-Nets and transformers; `spec/loaders/README.md` explains the fields."""
 
     prefix: str
     naming: str
@@ -48,7 +48,7 @@ class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One spelling of the modules of text encoders."""
+    """One way to spell the modules of text encoders."""
 
     prefix: str
     names: list[str]
@@ -140,16 +140,16 @@ def folder() -> Path:
 
 
 def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
-    """Return for each tool whether it loads a file.
+    """For each tool, return whether it loads a file.
 
     Args:
         adapter: the adapter that was read from the file.
         format: the format of the file.
         path: the file or folder.
-        convert: whether to try conversions for tools that do not load everything; this may read values.
+        convert: whether to try conversions for tools that do not load the whole file; this may read values.
 
     Returns:
-        one answer for each tool for this kind of model, in the order of the tools' names.
+        one answer for each tool that supports this kind of model, sorted by name.
     """
     seen = _File.of(adapter, format, path)
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
@@ -158,9 +158,9 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
     """Return an adapter that will be written with the usual keys of its format, if the format's tool needs them.
 
-    ComfyUI's format also reads files from fal and ACE-Step, whose keys ComfyUI does not know for some families; of
-    other files, ComfyUI knows only some keys. Writing an adapter in its source format would keep these keys, so they
-    are replaced with the keys that the format usually has.
+    The format `comfyui` also reads files with keys that ComfyUI itself does not know, such as files from fal and
+    ACE-Step for some families. Writing an adapter in its source format would keep such keys, so they are replaced with
+    the format's usual keys.
 
     Args:
         adapter: the adapter that was read from the file.
@@ -173,7 +173,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
     names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
-    # Keep AnimateDiff's own names: they are read as diffusers' oldest keys, but name no module of diffusers.
+    # Keep AnimateDiff's names: they are read as diffusers' oldest style, but diffusers has no modules with these names.
     usual = writer.naming != "diffusers" or any(
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
@@ -181,13 +181,13 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
-    # Record the families that fit, because the keys that showed them are forgotten here.
+    # Record the families that fit, because the keys that show them are dropped here.
     told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), told | metadata)
 
 
 def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
-    """Return an adapter without those keys of its file that the tool skips, if the tool knows the usual keys.
+    """Forget the file's keys that the tool skips, if the tool knows the format's usual keys for the same tensors.
 
     ComfyUI loads the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
     """
@@ -206,7 +206,7 @@ def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFam
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """The facts about a file that decide whether a tool loads it."""
+    """The facts that decide whether a tool loads a file."""
 
     adapter: Adapter
     format: str
@@ -305,10 +305,10 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
 
 
 def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
-    """List the keys that a tool does not know; only one of several keys that differ in block numbers is tested."""
+    """List the keys that a tool does not know; of keys that differ only in block numbers, one is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    # Keep these numbers, because the part of a pipeline may end with one, too: `transformer_2`.
+    # Keep these numbers, because the name of a pipeline's part may end with one: `transformer_2`.
     kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
@@ -324,7 +324,10 @@ def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> li
 
 @lru_cache(maxsize=16)
 def _kinds(keys: tuple[str, ...], literal: frozenset[str]) -> dict[str, str]:
-    """Map each key to what all keys named alike have in common; cached, because every tool asks it of one file."""
+    """Map each key to the text that it shares with keys that differ only in block numbers.
+
+    The result is cached, because every tool needs it for the same file.
+    """
     return {key: alike(key, literal) for key in keys}
 
 
@@ -347,7 +350,7 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """Yield the rest of a key before each slot that the key may end with."""
+    """For each slot that the key may end with, yield the part of `rest` in front of that slot."""
     words, ends = rest.split("."), _ends(tuple(slots))
     for count in range(1, min(len(words), ends.words + 1)):
         if ".".join(words[-count:]) in ends.dotted:
@@ -359,7 +362,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """A tool's slots: those after a dot, the largest number of words in one, and those that follow without a dot."""
+    """A tool's slots: `dotted` follow a dot and have at most `words` words; `others` follow without a dot."""
 
     dotted: frozenset[str]
     words: int
@@ -427,7 +430,7 @@ def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
 
 
 def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
-    """Return the conversion for a language model's adapter, judged only by its methods."""
+    """Return the conversion for a language model's adapter; only the adapter's methods are checked."""
     profile = next((files.profile for files in tool.files if files.profile is not None), None)
     words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
     updates = [update for _, update in seen.adapter]

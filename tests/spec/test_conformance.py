@@ -307,7 +307,11 @@ def test_the_command_counts_by_requirement_and_ends_with_1(tmp_path):
     assert set(record["classes"]) == {"reader", "validator", "base reader", "merger", "runtime", "writer"}
     assert record["classes"]["validator"]["passed"] == 0 < record["classes"]["validator"]["failed"]
     rules = ["R-3.1", "R-13.1", "R-13.3"]
-    wanted = {"case": "invalid/empty", "requirements": rules, "why": "the program accepted it, but it is Malformed"}
+    wanted = {
+        "case": "invalid/empty",
+        "requirements": rules,
+        "why": "the program accepted the file, but the expected answer is Malformed",
+    }
     assert wanted in record["failed"]
 
 

@@ -1,6 +1,6 @@
-"""Read network options that change the forward but are not stored in a tensor: the header's `ss_network_args`.
+"""Read the header's `ss_network_args`: network options that change the forward but are not stored in a tensor.
 
-sd-scripts stores the network's arguments there, as JSON. LyCORIS reads every word except `false` as true.
+sd-scripts stores the network's arguments under this key, as JSON. LyCORIS reads every word except `false` as true.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Arguments:
     """The network options with which an adapter was trained.
 
     Attributes:
-        bypass: whether modules changed their layer's output, including its bias; DoRA's magnitudes then had no effect.
+        bypass: whether modules changed the layer's output, including the bias. Then DoRA's magnitudes had no effect.
         rs: whether scalings are alpha / sqrt(r).
-        unit: a factor on a LoRA's alpha / r: the number of ranks that DyLoRA trained at a time; 0 for a factor of 1.
+        unit: the number of ranks that DyLoRA trained at a time, which multiplies a LoRA's alpha / r; 0 means 1.
         split: whether sd-scripts trained the parts of FLUX's fused weights separately, each with rank r, and saved
             them as one LoRA.
     """
@@ -66,7 +66,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults if it names another network or has no such options."""
+    """Return the options in a header; the defaults if the header names another network or has no such options."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()

@@ -33,7 +33,7 @@ SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
 """A map from OneTrainer's name of an encoder to the encoder's kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots for the only encoder of Stable Diffusion 1 and 2; the second is from AUTOMATIC1111's embedding files."""
+"""Slots for the only encoder of Stable Diffusion 1 and 2; AUTOMATIC1111's embedding files have `string_to_param.*`."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """A map from OneTrainer's to diffusers' name of an encoder, unless the model's family uses another name."""
@@ -51,7 +51,7 @@ class ImageBundle:
     Attributes:
         updates: the embeddings of the tokens by target, in the file's order.
         keys: a map from the key that `keyed` would choose to the key in the file.
-        shapes: the shapes of tensors that are not matrices, by key.
+        shapes: the original shapes of tensors that were reshaped to a matrix, by key.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
@@ -63,7 +63,7 @@ class ImageBundle:
             origin: the known facts about the file.
 
         Raises:
-            Unsupported: an embedding is not an input of an encoder; OneTrainer adds some to an encoder's output.
+            Unsupported: an embedding is added to an encoder's output, as OneTrainer allows, and not to the input.
             Malformed: an embedding is not a matrix of rows, or a token has two embeddings for one encoder.
         """
         self.updates: dict[Target, tuple[Update, ...]] = {}
@@ -90,7 +90,7 @@ class ImageBundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """Map OneTrainer's to diffusers' name of each encoder, if all families that fit agree on the name."""
+    """Map OneTrainer's name of each encoder to diffusers' name, if all families that fit agree on diffusers' name."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}
@@ -120,7 +120,10 @@ def is_bundled(target: Target, update: object) -> bool:
 
 
 def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
-    """Separate the embeddings, by key, from the other updates; an adapter without other updates is not separated."""
+    """Return the updates other than embeddings, and the embeddings' tensors by key.
+
+    If an adapter has only embeddings, all updates are returned unchanged.
+    """
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}
     rest = {t: tuple(u for u in each if not is_bundled(t, u)) for t, each in updates.items()}

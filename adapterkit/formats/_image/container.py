@@ -19,7 +19,7 @@ NATIVE = "adapterkit"
 """The metadata key of adapterkit's own files, which these formats do not read."""
 
 Metadata = list[tuple[str, str]]
-"""Keys and values in the file's order, because the libraries that write metadata do not sort it."""
+"""Keys and values in the file's order, because the libraries that write metadata do not sort the keys."""
 
 
 def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:

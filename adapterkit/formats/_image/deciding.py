@@ -1,7 +1,7 @@
 """Decide from all target names of an adapter to which family they belong, or refuse and name the possible families.
 
-A name that a family does not have is never copied into another naming. The reason: half of the names of a Qwen-Image
-LoRA are also FLUX's, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's.
+The family must have all of the names, because families share many: half of the names of a Qwen-Image LoRA are also
+FLUX's, and all names of a FLUX.2 LoRA on double blocks are also FLUX.1's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
-"""The metadata key that lists an adapter's possible families, for writers that know more than the names show."""
+"""The metadata key for the adapter's possible families; writers use it if they know more than the names show."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""The families that a format's files can belong to, for formats of certain families only."""
+"""The families of a format's files, for formats that only some families use."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""The naming of a format's files. kohya and LyCORIS are absent: they accept any names, with underscores."""
+"""The naming in a format's files. kohya and LyCORIS are absent: their files may have any naming, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """The parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
@@ -44,7 +44,7 @@ PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "
 """Optional prefixes of a U-Net's or transformer's names in files of ComfyUI's format."""
 
 CONTROLNET = "controlnet"
-"""A part of a pipeline with copies of its model's first blocks, under the same names."""
+"""A ControlNet's part of a pipeline; a ControlNet copies the model's first blocks, with the same names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Origin:
         naming: `native`, `comfyui` or `diffusers`; empty if unknown.
         families: the families that have all names of the base, if there is a base.
         inside: whether the targets are modules of the base.
-        unknown: the base's class in diffusers, if no known family has this class.
+        unknown: the base's class in diffusers, if it is the class of no known family; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
-        bare: whether the names had no prefix in a file of ComfyUI's format; most of these files have diffusers' names.
+        bare: whether the file has ComfyUI's format, but no prefixes; most such files have diffusers' names.
         of_format: whether `families` are the usual families of the file's format.
     """
 
@@ -74,7 +74,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """Return the facts about names that follow from an adapter's source files, or from the base."""
+    """Return the facts about names that an adapter's source files, or the base, show."""
     from .underscores import modules_of
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -104,7 +104,8 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 def _bare(adapter: Adapter, naming: str) -> bool:
     """Whether no name in the file begins with a prefix that marks it as ComfyUI's.
 
-    The naming is then open: diffusers' names of FLUX's attention are also ComfyUI's names of Qwen-Image.
+    Without the prefix, the naming is unknown: diffusers' names of FLUX's attention are also ComfyUI's names of
+    Qwen-Image.
     """
     stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
     told = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
@@ -119,7 +120,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """List the families of a base: the families of its class in diffusers, or those that have its denoiser's names."""
+    """List the families of a base: the families of its class in diffusers, or families with its denoiser's names."""
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
@@ -169,7 +170,7 @@ def decide(
         origin: the known facts about the names.
 
     Returns:
-        (family, "") or (None, reason). (None, "") if the names stay unchanged.
+        (family, ""), or (None, reason). If the names can stay unchanged, (None, "").
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     if origin.unknown:
@@ -190,7 +191,7 @@ def decide(
 
 
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
-    """List the possible families of a denoiser's targets: those with all names that also fit the other evidence.
+    """List the families that have all of a denoiser's target names and fit the other evidence.
 
     Args:
         updates: all updates; their shapes are evidence.
@@ -200,7 +201,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
-        # The file names the part of the pipeline with these modules, and the part is not a ControlNet.
+        # The names state a part of the pipeline that is not a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     extents = _extents(updates, targets)
@@ -216,7 +217,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     denoisers = [family for family in fitting if family.component != CONTROLNET]
     told = any(said(family, origin.metadata) for family in denoisers)
-    # The remaining evidence distinguishes models; a ControlNet looks like its model, so it is not narrowed.
+    # The remaining evidence cannot tell a ControlNet from its model, so ControlNets are not removed.
     nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
     left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
     left = narrowed(left, lambda family: _possible(family, paths, extents))
@@ -292,14 +293,14 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
 
 
 def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
-    """Keep the families that fit; keep all if none fits, because the evidence is then about another kind of model."""
+    """Keep the families that fit. If none fits, the evidence is about another kind of model, so keep all."""
     return [family for family in families if fits(family)] or families
 
 
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families that only their names speak for, unless no other family is left.
+    """Remove families for which only their names are evidence, unless no other family is left.
 
     Args:
         fitting: the families that have all names.
@@ -317,19 +318,18 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Require missing blocks: most adapters of Stable Diffusion's U-Nets have all first blocks and fit other
-            # U-Nets as well.
+            # Require that a kind of blocks is missing: most adapters of Stable Diffusion's U-Nets have all kinds, and
+            # also fit other U-Nets.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
         both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
         if not both <= _numbers(paths).keys():
-            # The adapter has only one kind of blocks, which proves nothing: FLUX and Bria FIBO have as many single
-            # blocks.
+            # One kind of blocks proves nothing: FLUX and Bria FIBO have equally many single blocks.
             return False
-        # Accept all blocks from the first one on, if there are not as many as a rival has: a trainer's default for
-        # another model. Selected blocks are no evidence: FLUX's block number 7 is the last one of Bria's.
+        # Trainers adapt all blocks by default. So accept consecutive blocks from the first one on, unless their number
+        # is a rival's. A selection of blocks is no evidence: block 7 of FLUX has the number of Bria's last block.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
@@ -354,13 +354,13 @@ def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
     numbers = _numbers(paths)
     if not numbers or sum(map(len, numbers.values())) < 2:
         return False
-    # Allow the second block as the first one, because the first block of SDXL's U-Net has no attention.
+    # Also allow the numbers to begin at 1, because the first block of SDXL's U-Net has no attention.
     rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
     return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
 
 
 def in_a_row(paths: Iterable[str]) -> bool:
-    """Whether names have block numbers, consecutive from 0 on."""
+    """Whether names have block numbers, and the numbers are consecutive and begin at 0."""
     numbers = _numbers(paths).values()
     return bool(numbers) and all(len(found) == max(found) + 1 for found in numbers)
 
@@ -425,7 +425,7 @@ def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Exte
 
 
 def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata names the family, and no longer word in it names another family."""
+    """Whether a file's metadata names the family; if words for several families occur, the longest word decides."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -442,14 +442,14 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether names include the last block that all published models have, and no block after it."""
+    """Whether names include the last block that the family's published models share, and no later block."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
-    """Whether the published models have weights of these sizes, as far as the family's file states sizes."""
+    """Whether the family's published models have weights of these sizes, as far as the family's file states sizes."""
     # Test each size once: hundreds of modules in equal blocks have only a few sizes.
     for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
         if inputs in family.facts.no_inputs:

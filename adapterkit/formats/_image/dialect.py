@@ -43,7 +43,7 @@ ALPHAS = {
         "alpha / r: a file without an alpha is refused, and an alpha of 0 is a scaling of 0",
     )
 }
-"""The rule in the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
+"""sd-scripts and LyCORIS compute `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
@@ -68,7 +68,7 @@ PADDING = {
         zero_padded,
     )
 }
-"""Trainers add a separate convolution to the base's forward, and copy only the amount of the layer's padding."""
+"""Trainers add their own convolution to the base's forward. It pads with zeros: only the padding's width is copied."""
 
 
 class ImageFormat(Format, ABC):
@@ -117,7 +117,7 @@ class ImageFormat(Format, ABC):
         return found
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """Move updates to the naming of this format's files, except `kept` targets; return the others as losses."""
+        """Move updates to this format's naming, except `kept` targets; return updates that cannot move as losses."""
         from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
 
@@ -126,7 +126,7 @@ class ImageFormat(Format, ABC):
         if not self.naming:
             return dict(updates), []
         if own := FAMILIES.get(self.name()):
-            # Ignore other families: files of this format belong only to these.
+            # Files of this format belong only to these families.
             origin = replace(origin, families=own)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
@@ -141,7 +141,7 @@ class ImageFormat(Format, ABC):
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """Return the metadata to write, and whether it states the scalings, so that alphas are omitted."""
+        """Return the metadata to write, and whether the metadata states the scalings; then no alphas are written."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -180,7 +180,7 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """Return the part of the file that a module belongs to; in each part all LoRAs have a bias, or none has."""
+        """Return the part of the file to which a module belongs; within a part, all LoRAs or none must have a bias."""
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
@@ -317,8 +317,8 @@ def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
 def _check_apart(targets: Mapping[str, Target]) -> None:
     """Check that the file does not change both a fused weight and its parts.
 
-    Some trainers of Z-Image write both the fused queries, keys and values and their parts. diffusers then ignores the
-    fused ones, and other tools add both.
+    Some trainers of Z-Image write LoRAs for the fused queries, keys and values, and for the parts. diffusers then
+    ignores the fused LoRAs, and other tools add both.
 
     Raises:
         Malformed: the file changes a module twice.
@@ -346,7 +346,7 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
         seen[target] = stem
 
 
-# Some families' trainers write one alpha for all modules into the header; the functions below apply it.
+# Some families' trainers write one alpha for all modules into the header. The functions below apply this alpha.
 
 ALPHA = "alpha"
 """The header's key for alpha; the slot has the same name."""
@@ -360,7 +360,7 @@ def _with_alphas(
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha added to each LoRA, and the metadata without this alpha.
 
-    Most loaders ignore such an alpha, so it counts only for families whose `header_alpha` is true. Alphas among the
+    Most loaders ignore such an alpha, so it is applied only for families whose `header_alpha` is true. Alphas among the
     tensors, or a config, take precedence over the header's alpha.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))

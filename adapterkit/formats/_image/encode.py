@@ -31,7 +31,7 @@ _SLOTS: dict[type[Update], str] = {
 
 
 LARGEST = 1e290
-"""The largest scaling; times a rank it stays below 1e300, the largest number that readers accept."""
+"""The largest scaling; multiplied by a rank, it stays below 1e300, the largest number that readers accept."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
@@ -112,7 +112,7 @@ def _unscaled(update: Update, rules: Rules) -> str:
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
-    """Return the slots of an update that `why_not` accepts; its alpha is last.
+    """Return the slots of an update that `why_not` accepts, with the alpha last.
 
     Args:
         update: the update.
@@ -214,7 +214,7 @@ def _turned(leaf: Lazy) -> Lazy:
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
     """Omit zero changes that the format cannot express, and return a line for each.
 
-    LoRAs extracted from Wan have such a `diff` for every norm.
+    LoRAs extracted from Wan contain an all-zero `diff` tensor for every norm.
     """
     lines: list[str] = []
     changed: dict[Target, tuple[Update, ...]] = {}

@@ -47,7 +47,7 @@ class ImageModule:
         return next(iter(self.keys.values()))
 
     def need(self, *slots: str) -> list[Lazy]:
-        """Return the tensors of slots that are only valid together.
+        """Return the tensors of several slots, which must all be present.
 
         Raises:
             Malformed: a slot is missing.
@@ -86,7 +86,7 @@ class Rules:
         by_formula: whether to follow the paper's formula, in which a missing alpha is an error and an alpha of 0 is a
             scaling of 0. If false, both mean the rank, as in the tools' forward.
         oft_zero: the meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
-        norms: whether changes of vectors use the slots of norms.
+        norms: whether changes of one-dimensional weights use the slots of norms.
         peft: whether DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] on a convolution, instead of
             [out, 1, ...].
         slots: the format's slots, or prefixes of slots.
@@ -109,7 +109,7 @@ def rules_at(rules: Rules, stem: str) -> Rules:
 
 
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
-    """Return a format's rules for a file with this metadata, by the selected `compat`."""
+    """Return a format's rules, adapted to a file's metadata and to the selected `compat`."""
     by_formula = compat == FORMULA
     return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
@@ -121,9 +121,9 @@ class ImageUpdate:
     Attributes:
         update: the update.
         fields: a map from each field of the update to its slot.
-        kept: slots that are only kept, not used.
-        derived: a map from each slot that is only kept to the field computed from it.
-        idle: slots that are only kept because they have no effect.
+        kept: slots whose tensors are stored with the adapter only to be written again.
+        derived: a map from a kept slot to the field that was computed from this slot.
+        idle: kept slots that have no effect.
     """
 
     update: Update
@@ -135,7 +135,7 @@ class ImageUpdate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """A tensor to write: its slot, and the update's field that it stores; empty for an alpha."""
+    """A tensor to write, with its slot and the name of the update's field; the name is empty for an alpha."""
 
     slot: str
     leaf: Leaf

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
     """Return the update of each span of rows; None if the update's formula cannot be split along outputs.
 
-    A LoRA that was joined from one LoRA for each span is split into these again; other LoRAs share A in all spans.
+    A LoRA that was joined from one LoRA for each span is split into these LoRAs again. For any other LoRA, all spans
+    share A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -60,7 +61,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return w1's rows for each span; None if a span ends within the rows that one row of w1 covers."""
+    """Split w1 by spans, since a row of w1 covers several rows of the weight; None if a span ends inside such rows."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -84,7 +85,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the range of ranks of each span if B is block-diagonal without zero blocks; otherwise an empty list."""
+    """Return each span's range of ranks if B is block-diagonal and no block is zero; otherwise an empty list."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -175,7 +176,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # Updates of inputs only act on every row in the same way, so equal ones need no stacking.
+        # An update of inputs acts on every row in the same way, so equal updates need no stacking.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -192,7 +193,7 @@ def _stacked(updates: Sequence[Update]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Map each field with rows to the axis of its outputs, for updates that consist of independent rows."""
+    """Map each field with one row per output to the axis of these rows, for updates whose rows are independent."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":
@@ -211,7 +212,7 @@ def _alike(updates: Sequence[Update], names: Iterable[str]) -> bool:
 
 
 def _under(updates: Sequence[LoRA | DoRA], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
-    """Stack the rows of all B."""
+    """Stack the B matrices below each other; `rows` are the rows of each in the fused weight."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
@@ -235,8 +236,8 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "the parts of a fused weight have different scalings"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts with the same A share its ranks: queries, keys and values of one fused LoRA may stand next to an MLP with
-    # another A.
+    # Parts with the same A share ranks. Example: queries, keys and values have one A, and the MLP in the same fused
+    # weight has another A.
     ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -266,7 +267,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Copy tensors to rows and columns of a zero tensor, in their dtype, or in float32 if the dtypes differ."""
+    """Copy tensors into a zero tensor. The result has the tensors' dtype, or float32 if their dtypes differ."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]

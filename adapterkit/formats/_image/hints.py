@@ -30,10 +30,10 @@ class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         metadata: the keys and values of the header, in their order.
         stems: a map from each target to its module's name in the file's keys.
         keys: a map from the key that the writer would choose to the key in the file.
-        shapes: the shapes of tensors by key, if the writer would choose another shape with as many elements.
+        shapes: a tensor's shape by key, if the writer would choose another shape for the same elements.
         without_alpha: the modules that had no alpha.
-        derived: a map from the key of a tensor that is only kept to the fingerprint of the field computed from it.
-        idle: a map from the key of a tensor that is only kept because it has no effect to its target.
+        derived: a map from the key of a kept tensor to the fingerprint of the field that was computed from the tensor.
+        idle: a map from the key of a kept tensor without effect to the tensor's target.
         compat: the `compat` that the caller selected.
     """
 
@@ -68,7 +68,7 @@ Spell = Callable[[str, str], str]
 
 
 class ImageLeftovers:
-    """Collects the facts of a file that its writer could not know otherwise."""
+    """Collects the facts of a file that the adapter's fields do not contain."""
 
     def __init__(self) -> None:
         self.stems: dict[str, str] = {}
@@ -119,11 +119,11 @@ class ImageLeftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether the alpha of the source file still states the scaling of the update."""
+    """Whether the source file's alpha still yields the update's scaling."""
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
     value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # Allow rounding: alpha computed back from a scaling with sqrt(r) may differ in the last bits.
+    # Allow rounding: with sqrt(r), the alpha computed from a scaling may differ in the last bits.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

@@ -69,8 +69,8 @@ def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     """Return alpha / rank; without `by_formula`, a missing or zero alpha yields 1.
 
     Raises:
-        Malformed: with `by_formula`, the alpha is missing in a format that always has one. Or the alpha is 0, and the
-            format's tools do not read a zero alpha as the rank.
+        Malformed: with `by_formula`, a required alpha is missing. Or the alpha is 0, and the format's tools do not read
+            a zero alpha as the rank.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -118,7 +118,7 @@ def drawn(rank: int, unit: int) -> int:
 
 
 def _through(module: ImageModule) -> Lazy:
-    """Multiply down by mid, in float32: the result is the kernel that the Tucker decomposition represents."""
+    """Multiply `down` by `mid` in float32, which yields the kernel of the Tucker decomposition."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
@@ -147,12 +147,12 @@ LARGEST = 1 << 31
 
 
 def _is_dora(module: ImageModule) -> bool:
-    """Whether a LoRA has one magnitude for each output, which makes it DoRA; magnitudes of inputs are a later norm."""
+    """Whether a LoRA has one magnitude for each output, as in DoRA; magnitudes for each input are another method."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
 def _per_output(module: ImageModule, out: int) -> bool:
-    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] as on PEFT's convolutions."""
+    """Whether magnitudes have the shape [out, 1, ...], or [1, out, 1, ...] as for PEFT's convolutions."""
     shape = module.tensors["dora"].shape
     if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
         return all(n == 1 for n in shape[2:])
@@ -219,9 +219,9 @@ def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # Ignore the alpha of two full factors, as LyCORIS does: it writes any value.
+    # Ignore the alpha of two full factors, as LyCORIS does, which may write any value.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora, compute sqrt(r) from alpha: the scaling of two full factors is sqrt(r), the saved alpha r * sqrt(r).
+    # With rs_lora, the scaling of two full factors is sqrt(r), and the saved alpha is r * sqrt(r): compute sqrt(r).
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -247,7 +247,7 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
 
 
 def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
-    """Read OneTrainer's OFT, which is like PEFT's: it rotates blocks of inputs by the first five terms of a series.
+    """Read OneTrainer's OFT. Like PEFT's, it rotates blocks of inputs, with the first five terms of a series.
 
     On convolutions OneTrainer uses the inverse rotation, and the file does not show which layers are convolutions.
     """
@@ -296,7 +296,7 @@ def _glora(module: ImageModule, rules: Rules) -> ImageUpdate:
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    # Multiply by sqrt(r) here: other modules save an alpha multiplied by sqrt(r), GLoRA saves the user's alpha.
+    # Multiply by sqrt(r): GLoRA saves the user's alpha, but other modules save the alpha multiplied by sqrt(r).
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return ImageUpdate(update, dict(zip(leaves, slots, strict=True)))

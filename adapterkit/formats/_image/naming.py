@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Prefix targets with diffusers' name for their part of the pipeline, such as `transformer.x_embedder`."""
+    """Prefix targets with diffusers' name for the pipeline's part: `x_embedder` becomes `transformer.x_embedder`."""
     found: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -32,11 +32,11 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(
     updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
 ) -> dict[Target, tuple[Update, ...]]:
-    """Return targets in diffusers' naming, prefixed with their part of the pipeline; split updates of fused weights.
+    """Return targets in diffusers' naming, prefixed with the pipeline's part; split updates of fused weights.
 
     Args:
         updates: the updates.
-        families: the possible families of the updates, if more is known than their names show.
+        families: the possible families, if the caller knows more than the names show.
         fuse: see `in_naming`.
     """
     return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
@@ -52,7 +52,7 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Translate targets of several adapters to one naming; unchanged if their denoisers already have the same naming.
+    """Translate targets of several adapters to one naming; if all denoisers already have one naming, change nothing.
 
     Raises:
         UsageError: the adapters belong to different families of image models.
@@ -87,7 +87,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether one family has all names of both adapters; generic families count only if no other family fits one."""
+    """Whether one family has all names of both adapters; generic families count only if no other family fits."""
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]

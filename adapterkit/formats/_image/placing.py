@@ -51,7 +51,7 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """Return the target with the base's prefix; unchanged if the base does not have such a module."""
+    """Return the target with the base's prefix; the unchanged target if the base does not have such a module."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
@@ -72,7 +72,7 @@ def kernel_of(target: Target, base: Checkpoint | None) -> int:
     return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)
 
 
-# Check that all LoRAs in a part of a file have a bias, or none has: loaders have one setting for the whole part.
+# Check that in each part of a file all LoRAs or none have a bias: loaders have one setting for the whole part.
 
 
 def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], str]) -> None:
@@ -89,7 +89,7 @@ def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], st
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """If only some LoRAs of a part have a bias, yield the smaller group."""
+    """If only some LoRAs of a part have a bias, yield the smaller group: those with a bias or those without."""
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, found in updates.items():
         for update in found:

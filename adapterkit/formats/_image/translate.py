@@ -33,17 +33,18 @@ def in_naming(
 
     Args:
         updates: the updates.
-        naming: the naming to translate to; `kohya` means the family's naming that sd-scripts flattens.
+        naming: the naming to translate to; `kohya` means the naming from which sd-scripts makes its flattened names.
         kept: the targets, as text, that stay unchanged.
         origin: the known facts about the targets' naming.
         fold: whether different scalings of parts may be folded into B.
-        fuse: whether to move a LoKr of a fused weight to the module that diffusers fuses for it, or to split it.
+        fuse: whether to move a LoKr of a fused weight to the module that diffusers fuses for LoKr; False splits the
+            LoKr.
         rows: whether to keep updates of some rows of a fused weight; otherwise they become updates of all its rows.
 
     Returns:
         the updates, and (target, reason) for each update that cannot be translated; such updates keep their targets.
     """
-    # Name a norm's scale by its module: in all namings except BFL's, the scale is the weight of a module.
+    # Use the module's name for a norm's scale: in all namings except BFL's, the scale is the weight of a module.
     updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
@@ -52,7 +53,7 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # Read names that both namings have in the requested naming, unless the file showed which naming it uses.
+        # If both namings have all names, assume the requested naming, unless the file shows which naming it uses.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
         if target not in targets:
@@ -60,7 +61,7 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
             into.add(target, found, source)
         else:
-            # XLabs adapts the first three sevenths of linear1: split its update into parts, and add zeros for the rest.
+            # XLabs adapts the first three sevenths of linear1: split the update into parts, and add zeros for the rest.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -70,7 +71,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """Return the module of a norm's scale, because BFL's norms have a `scale` and diffusers' have a `weight`."""
+    """Return a norm's module instead of its scale: the scale is `scale` in BFL's naming and `weight` in diffusers'."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target
@@ -147,7 +148,7 @@ class _Into:
         return f"{self.family.component}."
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
-        """Return the module that diffusers fuses for a LoKr, because diffusers loads LoKr only in the trained form."""
+        """Return the module that diffusers fuses for a LoKr: diffusers cannot load a LoKr that was split into parts."""
         if (
             not self.fuse
             or self.naming != "diffusers"
@@ -175,7 +176,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # Give the same update to every part, because an update of inputs acts on all rows in the same way.
+                # An update of inputs acts on all rows in the same way, so every part has the same update.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
@@ -210,7 +211,7 @@ class _Into:
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "a part of a fused weight has several updates"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # Keep each part's rotation separate: it does not affect other rows, and kohya stores each part's blocks.
+            # Keep the parts' rotations separate: each affects only the part's rows, and kohya stores them separately.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
@@ -219,7 +220,7 @@ class _Into:
 
 
 def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
-    """Return outputs / inputs of the weight that updates adapt; None if their shapes do not show it."""
+    """Return the adapted weight's ratio of outputs to inputs; None if the updates' shapes do not determine it."""
     for update in found:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
@@ -229,14 +230,14 @@ def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
-    """Whether two namings have the same module, but with its parts in another order."""
+    """Whether both namings have this module, but with the parts in a different order."""
     first = pieces[0]
     whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
     return whole and len(pieces) > 1
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether rows are exactly those of a run, for any width of the fused weight."""
+    """Whether rows are exactly the rows of a run, for any number of rows of the fused weight."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 

@@ -1,7 +1,7 @@
-"""Resolve module names with underscores for dots, which kohya and LyCORIS write after the part of a pipeline.
+"""Resolve names of modules in which kohya and LyCORIS replaced dots with underscores.
 
-Names are resolved against the modules of a base, flattened the same way. Without a base, they are resolved against the
-families' tables. A name that fits no module, or several, is an error.
+Each name is compared with the names of a base's modules, after the same replacement. Without a base, it is compared
+with the families' tables. A name that fits no module, or several, is an error.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lor
 """Prefixes of stems in the U-Net or the transformer."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
-"""A map from prefixes that only one family's trainer writes to that family."""
+"""A map from a prefix that only one family's trainer writes to the family."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""A map from words for the model in a file's metadata to the part of the pipeline that is its T5."""
+"""A map from the model's name in a file's metadata to the part of the pipeline with the model's T5."""
 
 
 def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
@@ -124,7 +124,7 @@ def _together(
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # A base's names replace these names, so with a base only the names in diffusers must agree.
+    # With a base, the base's names are used instead, so the families must agree only on the names in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -138,7 +138,7 @@ _DECIDE = "Name the family with --family (family=), or give the base, whose name
 
 
 def _kind(flat: str) -> str:
-    """Return `clip`, `t5` or `llm`, the kind of text encoder to which a flattened name belongs, or an empty string."""
+    """Return the kind of text encoder to which a flattened name belongs: `clip`, `t5` or `llm`; empty if unknown."""
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
 
 
@@ -153,7 +153,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of all stems in the one naming of a family that has them; empty if no naming has them."""
+    """Return the paths of all stems in the family's naming that has all of them; empty if there is no such naming."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -166,8 +166,8 @@ def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # Strip underscores: the trainer of Wan's Fun models writes lora_unet__blocks_0, an old one for FLUX
-    # lora_unet_..._to_q_.
+    # Strip underscores: the trainer of Wan's Fun models writes `lora_unet__blocks_0`, and an old trainer for FLUX
+    # writes `lora_unet_..._to_q_`.
     return found[1], found[2].strip("_")
 
 
@@ -202,7 +202,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
-        # Skip language models' names for LyCORIS, which trains whole language models under the same names.
+        # Skip language models' names for LyCORIS: LyCORIS also trains language models alone, under the same names.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
@@ -223,7 +223,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the part that lora_te3 means: FLUX's T5 is its second encoder, SD 3's its third; empty if unknown."""
+    """Return the part that `lora_te3` means: FLUX's second encoder or SD 3's third, both T5; empty if unknown."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     told = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]

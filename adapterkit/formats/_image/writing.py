@@ -152,7 +152,7 @@ def _expressible(
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Report these places, too: parts of a fused weight that cannot be joined unchanged can be joined as LoRAs.
+    # Also report these targets: parts of a fused weight that cannot be joined unchanged can be joined as LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -177,7 +177,7 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """Return the advice for names that cannot be translated, with the flags to type."""
+    """Return the advice for names that cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names, --to {keeps}; or name the family when the adapter is read, "
@@ -220,7 +220,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
 
 
 def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors are the same alpha, shared by separately trained parts of one module."""
+    """Whether both tensors are the same alpha, which separately trained parts of one module share."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

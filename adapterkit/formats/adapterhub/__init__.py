@@ -1,7 +1,7 @@
 """Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-Keys contain the adapter's name, and the name of the base inside the class that was saved. The method follows from the
-tensors and the sub-dict `config`. Each `architecture` has a family that converts keys to updates and back; see
+Keys contain the adapter's name, and the path of the base inside the saved model. The method follows from the tensors
+and the sub-dict `config`. For each `architecture`, a family converts keys to updates and back; see
 spec/formats/adapterhub.toml.
 """
 

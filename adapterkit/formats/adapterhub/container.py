@@ -44,7 +44,7 @@ class Content:
         config: the contents of `adapter_config.json`.
         tensors: the tensors by key.
         file: the name of the tensor file.
-        interface: the plugin interface, which names the modules of models that the library does not know.
+        interface: the plugin interface, which names the modules of a model that the library does not know.
         head: the config of the prediction head that was saved with the adapter, or None.
         head_tensors: the head's tensors by key.
         head_file: the name of the head's tensor file, or None.
@@ -60,7 +60,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether AdapterHub's config, or a composition of adapters, is in the folder of `path`."""
+    """Whether the folder of `path` has AdapterHub's config or a composition of adapters."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -113,7 +113,7 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.

@@ -36,7 +36,7 @@ KINDS = {
     "refts": "refts",
     "shared_parameters": "shared_parameters",
 }
-"""A map from words in keys to the words that the library writes since adapter-transformers 2."""
+"""A map from old words in keys to the words that the library has written since adapter-transformers 2."""
 
 _KEY = re.compile(
     rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
@@ -86,7 +86,7 @@ def parse_key(text: str, name: str) -> AdapterHubKey:
     return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
-# Targets do not determine a whole key: it also has the adapter's name, and the path of the base in the saved model.
+# A key contains two facts that targets do not show: the adapter's name, and the base's path in the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
@@ -122,7 +122,7 @@ def root_of(paths: Iterable[str]) -> str:
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# The part of a file that belongs to one family's config, and functions with which all families search it.
+# The part of a file that belongs to one family's config, and functions with which families search this part.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,7 +229,7 @@ def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mappi
 
 
 def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -> None:
-    """Check that two keys have the same values, because the library stores one tensor under both.
+    """Check that two keys have the same values, because the library stores one tensor under both keys.
 
     Raises:
         Malformed: the values differ.

@@ -28,7 +28,7 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""A map from the end of a key to the block's field."""
+"""A map from the end of a key to the fusion's field."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 

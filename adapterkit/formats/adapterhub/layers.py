@@ -92,7 +92,10 @@ def role(path: str, model_type: str) -> str | None:
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """Find a `model_type` in which the library adapts every path: the given one, or any if all agree on the words."""
+    """Find a `model_type` for which the library adapts every path.
+
+    This is the given `model_type`, or any that fits if all that fit use the same words for the paths.
+    """
     paths = list(paths)
     if model_type is not None:
         return model_type if model_type in ROLES else None
@@ -101,9 +104,9 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config for LoRA and similar methods states one formula for all layers, and kinds of layers by words.
+# A new config for LoRA and similar methods states one formula for all layers, and words for the kinds of layers.
 #
-# The library adds a new adapter, which changes nothing, to every other layer of the kinds that a config names.
+# The library adds adapters to all layers of these kinds. Adapters that the file lacks are new and change nothing.
 
 
 QKV = ("q", "k", "v")
@@ -179,7 +182,7 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     """Return the reason why the library cannot express a DoRA; empty if it can.
 
-    The library computes dora_outputs, which is the same function if the scaling is 1 and the layer has no bias.
+    The library computes `dora_outputs` instead. Both are equal if the scaling is 1 and the layer has no bias.
     """
     if target.layout != "out *in":
         return "the library has no dora on a weight stored as [in, out]"

@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly."""
+"""Decode a config and tensors into an `Adapter`; a tensor that belongs to no update must be known to be unused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def hints_of(adapter: Adapter) -> AdapterHubHints:
     return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
-# Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly.
+# Decode: every tensor must belong to an update or be in the list of tensors that are only kept.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -98,7 +98,10 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[AdapterHubKey], Settings]:
-    """Return the updates by target, the keys that are only kept, and the settings; `heads` is a prefix's head count."""
+    """Return the updates by target, the keys that are only kept, and the settings.
+
+    `heads` is the number of heads of a prefix's keys and values, if known without the base.
+    """
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
     found: list[AdapterHubUpdate] = []

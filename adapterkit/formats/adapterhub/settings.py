@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 LIBRARY = "adapters."
-"""The beginning of `version` in configs since the library has this name; before, it was adapter-transformers."""
+"""The beginning of `version` in configs of `adapters`; its predecessor adapter-transformers wrote other versions."""
 
 RELEASE = "adapters.1.3.0"
 """The release that new configs name."""
@@ -17,7 +17,7 @@ UNSCALED_UNTIL = ((1, 1, 0), True)
 """Before this release, the library trained LoRA without a scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""(numbers, whether the release is final), so that `1.1.0.dev0` sorts before `1.1.0`."""
+"""(numbers, whether the release is final); `1.1.0.dev0` sorts before `1.1.0`."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

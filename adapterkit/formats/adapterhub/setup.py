@@ -33,7 +33,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""A map from each kind of block in the library to its list with a number per child; empty if it has no such list."""
+"""A map from each kind of block to the field with one number per child; empty if the kind has no such field."""
 
 MAX_DEPTH = 32
 
@@ -98,7 +98,7 @@ def write_setup(
         folder: the folder to write.
         setup: the tree of blocks.
         adapters: the adapters by their name in the tree.
-        fusions: the folders of fusions by their name in the tree; the folders are copied.
+        fusions: the folders of fusions by name in the tree; the folders are copied.
         base: the base, for adapters whose config depends on it.
 
     Raises:
@@ -145,7 +145,7 @@ def _block(said: object, at: str, depth: int) -> Setup:
 
 
 def _numbers(said: object, word: str, count: int, at: str) -> tuple[float, ...]:
-    """Parse the numbers that a block has in addition to its children."""
+    """Parse a block's numbers, one per child."""
     if not word:
         return ()
     numbers = said.get(word) if isinstance(said, Mapping) else None

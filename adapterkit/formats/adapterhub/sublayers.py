@@ -1,7 +1,7 @@
 """List where the library has bottleneck adapters, by `model_type`, and the base's modules at these positions.
 
-The library attaches an adapter to the block whose residual it takes over. A target is the module whose output is
-changed. If this module does not add the residual itself, `residual` and `norm` name the modules that do.
+The library attaches an adapter to the block whose residual connection the adapter replaces. A target is the module
+whose output changes. If this module does not add the residual itself, `residual` and `norm` name the modules that do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import chain
 
 @dataclass(frozen=True, slots=True)
 class SublayerRule:
-    """One kind of position for adapters; both endings follow the same path.
+    """One kind of position for adapters; `module` and `target` are endings after the same path.
 
     Attributes:
         models: values of `model_type`.
@@ -23,7 +23,7 @@ class SublayerRule:
         residual: the name, in the target's parent, of the module whose input is added to its output; empty if the
             target adds the residual.
         norm: the name, in the target's parent, of the module that normalises the sum; empty if the target does.
-        within: a word that the path before the endings must contain.
+        within: a word that the path before `module` and `target` must contain.
     """
 
     models: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Encode an `Adapter` as a folder's contents, which must read back as the same adapter.
 
-The source config is written again unchanged if it still describes the adapter. Otherwise a new config is made, in the
-form of one release.
+If the source config still describes the adapter, it is written unchanged. Otherwise the writer composes a new config,
+in the form of one release.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; also read old `ggla` files.
 
-Names are those in the base's GGUF file, so the architecture's table translates them in both directions. If llama.cpp
-stores the rows of q and k in Meta's order, the base's config provides the heads.
+A file has the names of the base's GGUF file; the architecture's table translates them in both directions. If llama.cpp
+stores the rows of q and k in Meta's order, the base's config provides the numbers of heads.
 """
 
 from __future__ import annotations

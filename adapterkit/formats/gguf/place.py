@@ -36,7 +36,7 @@ class GgufPlace:
     Attributes:
         name: the file's `general.architecture`.
         family: the family of this architecture.
-        config: the base's config, for the heads; None without a base.
+        config: the base's config, for the numbers of heads; None without a base.
         known: the numbers of heads in the source file, as far as it stated them: `query`, `kv` and `LINEAR_FIELDS`.
         experts: the number of experts in a stack; 0 if unknown.
     """
@@ -49,7 +49,7 @@ class GgufPlace:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> GgufPlace:
-        """Create the place for writing from the base's config.
+        """Create the names and orders for writing, from the base's config.
 
         Raises:
             UsageError: the base has no config.
@@ -59,12 +59,12 @@ class GgufPlace:
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """Return where the base has the weight of a file's module; None if the family has no such weight."""
+        """Return the base's weight for a module's name in the file; None if the family has no such weight."""
         found = place_of(self.family, foreign)
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Rows | None:
-        """Return the order of the file's rows; None if it is the weight's own order."""
+        """Return the order of the file's rows; None if the weight has the same order."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
@@ -74,14 +74,14 @@ class GgufPlace:
         return row_order(where, rows, heads, foreign)
 
     def _check_width(self, rows: int, count: int, foreign: str) -> None:
-        """Refuse rows that do not form heads of the config's width, because the order of rows depends on the heads."""
+        """Refuse rows that do not form heads of the config's width, because the heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
             why = f"the base's config states {count} heads of {dim}, not {rows} rows; the order of rows needs the heads"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:
-        """Return the order of the file's inputs; None if it is the weight's own order."""
+        """Return the order of the file's inputs; None if the weight has the same order."""
         where = self.where(foreign)
         return (
             None
@@ -121,7 +121,7 @@ class GgufPlace:
                 "llama.cpp splits its weight into two tensors, without adapters: merge the adapter into the GGUF model"
             )
         if place.rows == "rotary":
-            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, and their orders of rows differ.
+            # Refuse, because GLM-4's and GLM-4V's files have the same architecture, but different orders of rows.
             why = "an adapter file does not state which of two orders its rows have"
             return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
@@ -131,14 +131,14 @@ class GgufPlace:
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
-        # Ignore rows here: they are parts of a fused weight, which GGUF stores separately; `placed` refuses others.
+        # Ignore rows here. GGUF stores the parts of a fused weight separately, and `placed` refuses other rows.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """Return the updates with the file's names, with experts in stacks.
+        """Return the updates with the file's names; experts are joined in stacks.
 
         Raises:
-            Unrepresentable: two updates adapt one tensor of the file.
+            Unrepresentable: two updates adapt the same tensor of the GGUF model.
         """
         found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config)
         twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]

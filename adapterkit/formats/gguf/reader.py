@@ -43,8 +43,9 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
 
     Args:
         file: the file.
-        base: the base; its config states the heads, which determine the order of rows.
-        outline: whether values whose order depends on the base raise an error only when they are loaded.
+        base: the base; the heads in its config determine the order of rows.
+        outline: whether to accept a file without the base that its row order needs; then loading such values raises the
+            error.
 
     Raises:
         Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.
@@ -106,7 +107,7 @@ def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Arc
 
 
 def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
-    """Create the update of one tensor, with the file's name and with rows in the weight's own order.
+    """Create the update of one tensor, under the file's name, with rows in the weight's order.
 
     Raises:
         TargetNotFound: the family has no weight with this name.
@@ -141,7 +142,7 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline:
 
 
 def _unordered(update: Pair, error: UsageError) -> Pair:
-    """Return an update with shapes, but whose values raise an error when they are loaded."""
+    """Return an update that has shapes, but raises `error` when its values are loaded."""
 
     def order() -> NoReturn:
         raise error
@@ -170,7 +171,8 @@ def _text(file: Gguf, key: str) -> str:
     return str(value.value)
 
 
-# Read `ggla` files, the format before GGUF: only Llama; A is transposed; all modules have one r and one alpha.
+# Read `ggla` files, the format before GGUF. It supports only Llama, A is transposed, and all modules have one r and one
+# alpha.
 
 
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
@@ -198,7 +200,10 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Rows | None:
-    """Return the order of rows, or None: llama.cpp's converter kept PEFT's order, its training has its base's."""
+    """Return the order of rows in a `ggla` file; None if the weight has the same order.
+
+    llama.cpp's converter kept PEFT's order. llama.cpp's training used the order in the base's file.
+    """
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
         return None
@@ -226,7 +231,7 @@ def _modern(name: str) -> str:
     return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name
 
 
-# Read and write the tokens that activate an activated LoRA: one key-value of the file for all modules.
+# Read and write the tokens that activate an activated LoRA; one key-value of the file is for all modules.
 
 
 INVOCATION = "adapter.alora.invocation_tokens"
@@ -235,7 +240,7 @@ LARGEST = (1 << 32) - 1
 
 
 def invocation_of(file: Gguf) -> Lazy | None:
-    """Return the tokens in a file, one leaf for all its updates; None if the file has no activated LoRA.
+    """Return the tokens in a file, as one tensor for all updates; None if the file has no activated LoRA.
 
     Raises:
         Malformed: the value is not a list of tokens, or is empty.
@@ -268,7 +273,7 @@ def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
 
 
 class Invocation:
-    """The invocation tokens of a file to write: those of the first update."""
+    """The invocation tokens of a file to write: the tokens of the first update."""
 
     def __init__(self, updates: Iterable[object]) -> None:
         first = next(iter(updates), None)

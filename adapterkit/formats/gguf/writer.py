@@ -73,10 +73,10 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 
 
 def _holds(kind: str, tensor: Lazy) -> bool:
-    """Whether a block type stores a tensor's values exactly, as it does for unchanged values from a file.
+    """Whether a block type stores a tensor's values exactly.
 
-    llama.cpp divides the largest number of a block into 127 steps. Blocks from other tools and changed values would be
-    rounded, so such tensors are written in their own dtype.
+    This is the case for unchanged values that llama.cpp quantized, with 127 steps up to a block's largest number. Other
+    values would be rounded, so their tensors are written in their own dtype.
     """
     import numpy as np
 
@@ -87,7 +87,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: GgufHints, adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
-    """Return the place for writing, from the base's config or from the file that was read."""
+    """Return the names and orders for writing, from the base's config or from the source file."""
     if (base is not None and base.config is not None) or not hints:
         return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))

@@ -1,7 +1,7 @@
 """MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
 
-Names are those of MLX's models, which are mostly equal to transformers' names. The factors of linear layers are
-transposed compared with the papers; those of stacked experts are not. All modules share one scale.
+A file has the names of MLX's models, which mostly equal transformers' names. Factors of linear layers are transposed,
+compared with the papers; factors of stacked experts are not. All modules share one scale.
 """
 
 from __future__ import annotations

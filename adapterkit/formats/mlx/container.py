@@ -21,7 +21,7 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder of `path` has a config with a field that only MLX-LM has; PEFT's config has the same name."""
+    """Whether the folder of `path` has a config with a field of MLX-LM; PEFT's config has the same file name."""
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
     try:
@@ -32,7 +32,7 @@ def sniff(path: Path) -> bool:
 
 
 def tensors_of(path: Path) -> Path:
-    """Return the tensor file, given the folder, the config or this file.
+    """Return the tensor file, given the folder, the config or the tensor file.
 
     Raises:
         StorageError: the tensor file is missing.
@@ -44,7 +44,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter."""
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

@@ -47,7 +47,7 @@ class Modules:
                     self.own.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """Return the updates with experts as the base stores them, because some bases store stacks of experts, too.
+        """Return the updates with experts as the base stores them: separately or in stacks.
 
         Raises:
             TargetNotFound, ShapeMismatch: the base does not have an expert.
@@ -175,7 +175,7 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
 
 
 def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
-    """Return the parts of a layer that MLX-LM fused; an empty tuple if hubs store the layer as one, too."""
+    """Return the parts of a layer that MLX-LM fused; empty if hubs also store the layer fused."""
     moves = from_mlx(name, modules.config, 0) or ()
     return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
 
@@ -187,7 +187,7 @@ def _is_stack(name: str, modules: Modules) -> bool:
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Rename keys in a fused layer's lists from `lora_a.0` to `#0.lora_a`, because each part is a separate pair."""
+    """Rename keys of a fused layer from `lora_a.0` to `#0.lora_a`, so that each part is a separate pair."""
     changed = {}
     for key, tensor in tensors.items():
         stem, _, last = key.rpartition(".")
@@ -207,7 +207,7 @@ def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
 ) -> Found:  # fmt: skip
-    """Yield the update of one part of a fused weight; its rows follow the rows of the parts before it."""
+    """Yield the update of one part of a fused weight; the parts' rows follow each other in order."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
         raise Malformed("the list of factors has gaps", where=name, cure=DAMAGED)

@@ -134,7 +134,7 @@ def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
 
 
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
-    """Return the config, tensors and lines for an adapter of LoRA or of DoRA, whichever is more frequent.
+    """Return the config, tensors and lines for the more frequent of LoRA and DoRA; a file has only one of them.
 
     Raises:
         Unrepresentable: MLX-LM cannot express an update.
@@ -258,7 +258,7 @@ def _name(target: Target, hints: MlxHints) -> str:
 
 
 def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
-    """Return the source config's text if it means the same, because only the text keeps the order of keys."""
+    """Return the source config's text if its meaning is unchanged, because only the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""

@@ -1,7 +1,7 @@
 """PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
 
-The method follows from the file's tensors and about twelve fields of the config; `config` lists every field and its
-effect. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
+The method follows from the file's tensors and about twelve fields of the config; the module `config` lists every field
+and its effect. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _departures() -> Mapping[str, Departure]:
 
 
 def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
-    """Return LoRA's departures if no method needs a family; otherwise None. The families are many files to import."""
+    """Return LoRA's departures if no method needs a family; otherwise None. This avoids importing all families."""
     from .lora import DEPARTURES
     from .pairs import BESIDE
 

@@ -1,4 +1,4 @@
-"""Compute rank and alpha fields from ranks and scalings: the most common values, and patterns for all other values."""
+"""Compute a config's rank and alpha fields from ranks and scalings: the most common values, and patterns for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scale = tuple[int, float]
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, JsonValue], list[str]]:
-    """Return the fields, with the `use_rslora` for which most scalings have an alpha, and the modules without one."""
+    """Choose the `use_rslora` for which most scalings have an alpha; return the fields, and modules without alpha."""
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}

@@ -1,8 +1,8 @@
 """Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
-Keys and shapes determine the method and the ranks, so a config is built from them. They do not determine alpha, which
-comes from the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio
-models write such files, too. Every loader of these files uses the rank as alpha if alpha is missing.
+Keys and shapes determine the method and the ranks, so this module builds a config from them. Alpha comes from the
+file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write such
+files, too. Every loader of these files uses the rank as alpha if alpha is missing.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""The header's key in diffusers' files for PEFT's config as JSON; each field begins with the name of the model part."""
+"""The header's key in diffusers' files for PEFT's config as JSON; fields begin with the name of the model part."""
 ASSUMED = "alpha_assumed"
-"""A field of a config built here: alpha was not stated, and the names are those of an image model."""
+"""A field of a config built here. It means that the file states no alpha, and has an image model's names."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -56,7 +56,7 @@ _MAX_SCAN = 64 << 20
 def sniff(path: Path) -> bool:
     """Whether `path` has LoRA tensors with PEFT's names, but no config that shows which tool wrote them."""
     if not is_bare(path):
-        # Accept a file with any name next to PEFT's config; check the content, as other tools' configs have this name.
+        # Accept a file with any name next to PEFT's config; check the config's content, not only its name.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
     try:
         folder = _tag(path) if path.is_dir() else path
@@ -88,7 +88,7 @@ def load(
         rank: the rank that every module must have, or None for any rank.
 
     Raises:
-        UsageError: the file does not state alpha, and `alpha` is None; or the file states another alpha.
+        UsageError: neither the file nor the caller states alpha, or both state different alphas.
         ShapeMismatch: a module's rank is not `rank`.
         Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
         Malformed: the file has the base's weights, too, and does not show which weights were trained.
@@ -147,7 +147,7 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, JsonValue]:  # fmt: skip
-    """Return `lora_alpha` and related fields, from the file or the caller; both together must not contradict."""
+    """Return `lora_alpha` and related fields, from the file or the caller; if both state alpha, they must agree."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
         return {
@@ -198,7 +198,7 @@ def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse the state dict of a whole model, because its base weights look like trained weights."""
+    """Refuse the state dict of a whole model, because keys do not distinguish base weights from trained weights."""
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
@@ -226,7 +226,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """Return the folder of the newest step of a DeepSpeed checkpoint, named in the file `latest`; else the folder."""
+    """Return the subfolder that a DeepSpeed checkpoint's file `latest` names; without this file, the folder itself."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -241,7 +241,7 @@ def _is_zero3(folder: Path) -> bool:
 def _is_distributed(folder: Path) -> bool:
     """Whether torch.distributed.checkpoint wrote LoRA tensors here.
 
-    The function searches `.metadata`, a pickle, for a name without loading it.
+    The function searches the pickle file `.metadata` for names of LoRA tensors, without unpickling it.
     """
     metadata = folder / ".metadata"
     if not metadata.is_file() or not any(file.suffix == ".distcp" for file in folder.iterdir()):
@@ -312,8 +312,8 @@ def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 # SwissArmyTransformer's LoRA for CogVideoX: `matrix_A.N` and `matrix_B.N` for part N of a fused weight.
 #
-# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. Everything except
-# these matrices is frozen: SAT's configs have `not_trainable_prefixes: ['all']`, and exempt LoRA's matrices by name.
+# SAT (sat/model/finetune/lora2.py) adapts the attention of each layer and saves the whole model. All other tensors are
+# frozen: SAT's configs have `not_trainable_prefixes: ['all']`, and exempt LoRA's matrices by name.
 
 
 _KEY = re.compile(r"(.+)\.matrix_([AB])\.(\d+)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""Compose the configs that could be written; the ones most similar to the source config come first."""
+"""Compose the configs to try for a written file; configs more similar to the source config come first."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FRESH: dict[str, dict[str, Any]] = {
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The fields with the dropout of each type's layers in training."""
+"""The config fields for the dropout in training; types use different names for this field."""
 
 COMMON = {
     "auto_mapping": None,
@@ -44,7 +44,7 @@ COMMON = {
     "revision": None,
     "task_type": None,
 }
-"""The fields of every config. If the type changes, all except `inference_mode` keep their values."""
+"""The fields of every config. If the type changes, all of them except `inference_mode` keep their values."""
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
 """Fields that are written even if they are empty."""
@@ -87,7 +87,7 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
 
 
 def _over(config: Mapping[str, JsonValue], changes: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a config with changes; empty new fields are not added, because older releases of PEFT may lack them."""
+    """Return a config with changes; do not add empty new fields, because older releases of PEFT may not know them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
@@ -195,12 +195,12 @@ def token_numbers(target: Target, updates: Updates) -> list[int]:
 
 
 def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
-    """Return a list of full paths; a pattern if another module's name in the base ends with one of them."""
+    """Return a list of full paths, or a pattern if the name of another module in the base ends with a path."""
     return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """Return `modules_to_save`: completely replaced modules, which PEFT wraps; it loads other parameters by name."""
+    """Return `modules_to_save`: completely replaced modules. PEFT wraps these, and loads other parameters by name."""
     whole = [
         target.path
         for target, found in updates.items()
@@ -225,7 +225,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     last = {name.rpartition(".")[2] for name in named}
     held: set[str] = set()
     for name in () if base is None else base.tensors:
-        # Visit each parent only once: modules inside the same parent lead to it again and again.
+        # Visit each parent only once, although many modules have the same parent.
         while (name := name.rpartition(".")[0]) and name not in held:
             held.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
-"""Known types that are not read, with the reason or the remedy."""
+"""Known types that cannot be read, with the reason or the remedy."""
 
 READ = {
     "alora_invocation_tokens": "the method is aLoRA, and these tokens activate it",
@@ -106,7 +106,7 @@ WHY_CHANGED = {
     "lora_ga": "values computed from gradients on its training data",
     "pissa_niter": "a randomised decomposition, whose random numbers are lost",
 }
-"""The weight that each of these initialisations subtracts, as a phrase for messages."""
+"""The value that each of these initialisations subtracts from the base, as a phrase for messages."""
 
 
 def peft_types() -> tuple[str, ...]:
@@ -186,10 +186,10 @@ def _check_field(name: str, value: object, strict: bool) -> None:
 def _is_marker(name: str, value: object) -> bool:
     """Whether an unknown field only records who wrote the file, when, or in which run.
 
-    A text is such a record if the field's name says so, or if the text looks like a release, a date or a digest. Other
-    texts are refused: Unsloth's `lora_B_layout` has the values `rank_major` and `grouped_by_expert`, two orders of the
-    same numbers (unslothai/unsloth-zoo#1232). Numbers and true are refused, too. A list or dict is accepted if all of
-    its contents are.
+    A text is such a record if the field's name is in a list, or if the text looks like a release, a date or a digest.
+    Other texts, numbers and `true` may change the function: Unsloth's `lora_B_layout` has the values `rank_major` and
+    `grouped_by_expert`, two orders of the same numbers (unslothai/unsloth-zoo#1232). A list or dict is a record if all
+    of its contents are records.
     """
     if isinstance(value, Mapping):
         return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())
@@ -236,7 +236,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Field names whose text is only a record."""
+"""Names of fields whose text is only a record."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

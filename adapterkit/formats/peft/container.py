@@ -25,8 +25,8 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Indexes of an adapter in several files. transformers 5.24 names an adapter's index like a base's, for the files
-`adapter_model-00001-of-00002.safetensors`, and cannot load these files itself."""
+"""Names of the index of an adapter in several files, `adapter_model-00001-of-00002.safetensors` etc. transformers 5.24
+names this index like a base's index, and cannot load such adapters itself."""
 
 METADATA = {"format": "pt"}
 """The only metadata that PEFT writes."""
@@ -35,7 +35,7 @@ MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config with a `peft_type` is in the folder of `path`; a config without one is not PEFT's."""
+    """Whether the folder of `path` has PEFT's config: one with a `peft_type`."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG
@@ -80,7 +80,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int | None) -> None:
-    """Check the caller's alpha and rank against the config, which takes precedence.
+    """Check that the caller's alpha and rank, if given, agree with the config.
 
     Raises:
         UsageError: the config states another alpha or rank.
@@ -94,7 +94,7 @@ def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int
 def save(
     folder: Path, config: Mapping[str, JsonValue], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
-    """Write the folder, its config last: without a config, readers do not take an interrupted folder for an adapter.
+    """Write the folder, with the config last, so that readers reject a folder whose writing was interrupted.
 
     Raises:
         StorageError: the folder cannot be created or written.

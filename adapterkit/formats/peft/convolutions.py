@@ -1,8 +1,8 @@
 """Read adapters of convolutions that PEFT trains with a function other than a change of the weight.
 
-PEFT's LoRA builds `lora_A` with only the base's class, kernel, stride and padding. So lora_A reads zeros around the
-input and is not dilated, even if the base is. PEFT's other methods call `torch.nn.functional.conv2d` with the base's
-padding, which also pads with zeros. OFT rotates the patches of the input.
+PEFT's LoRA builds `lora_A` with only the base's class, kernel, stride and padding. So `lora_A` pads with zeros and is
+not dilated, even if the base layer pads otherwise or is dilated. PEFT's other methods call `torch.nn.functional.conv2d`
+with the base's padding, which also pads with zeros. OFT rotates the patches of the input.
 """
 
 from __future__ import annotations

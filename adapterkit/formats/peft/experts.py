@@ -1,13 +1,13 @@
 """LoRA on parameters, `target_parameters`: stacked experts, with one pair of factors per expert in two matrices.
 
-A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, which do not show the parameters: PEFT wraps the
-module once for each parameter, in the order in which the module declares them. The config lists the names, in any
-order; shapes show which pair belongs to which parameter.
+A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, which do not name the parameters: PEFT wraps the
+module once for each parameter, in the order in which the module declares the parameters. The config lists the names, in
+any order; shapes show which pair belongs to which parameter.
 
 Files differ in two ways that their keys do not show:
 
 * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`, so
-  lora_A has the outputs and lora_B the inputs (peft #3165).
+  lora_A has the axis of the outputs, and lora_B the axis of the inputs (peft #3165).
 * The order of lora_B's columns: in PEFT the expert varies fastest (`rank_major`). Unsloth's training used the order in
   which the expert varies slowest (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232,
   #1269).
@@ -64,8 +64,8 @@ def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Yield the updates of parameters.
 
     Raises:
-        UsageError: several parameters are possible, and only the base shows which is meant.
-        Unsupported: several parameters are possible, and nothing shows which is meant.
+        UsageError: several parameters are possible, only a base can decide, and no base is given.
+        Unsupported: several parameters are possible, and nothing decides.
         ShapeMismatch: a rank differs from the config's.
     """
     modules: dict[str, list[PeftFactors]] = {}
@@ -87,7 +87,7 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
     Args:
         B: the columns of all experts, side by side.
         experts: the number of experts.
-        order: the order of the columns: `rank_major`, expert fastest, or `grouped_by_expert`, expert slowest.
+        order: the order of the columns: in `rank_major` the expert varies fastest, in `grouped_by_expert` slowest.
     """
     out, r = B.shape[0], B.shape[1] // experts
     if order == GROUPED:
@@ -99,7 +99,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
     """Return A as [e, r, in] and B as [e, out, r], from factors that PEFT before 0.19 made for the transposed weight.
 
     Args:
-        A: the factor [r * e, out], expert slowest.
+        A: the factor [r * e, out]; the expert varies slowest.
         B: the factor [in, r * e].
         experts: the number of experts.
         order: the order of B's columns, see `stack`.
@@ -119,7 +119,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) -> Lazy:
-    """Return a stack whose experts are scattered over a tensor; reading some experts reorders only those."""
+    """Return a stack whose experts are scattered over a tensor; reading some experts reorders only these experts."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -132,9 +132,9 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Array, slice], Array]) 
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> Array:
-    """Read the values of a factor, and cache them for the next expert: one expert's columns are all over the file.
+    """Read the values of a factor, and cache them, because one expert's columns are all over the file.
 
-    A merge into a base with one tensor per expert reads slice after slice, alternating between two parameters.
+    A merge into a base with one tensor per expert reads one expert after another, alternating between two parameters.
     """
     return leaf.numpy()
 
@@ -169,7 +169,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return a config that states the order of its stacks, by Unsloth's field or by a release of PEFT."""
+    """Return a config that states the order of stacks: with Unsloth's field, or with an old release of PEFT."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -194,7 +194,7 @@ def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) 
     }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
     if turned and shape is not None and shape[1] == shape[2]:
-        # A square matrix fits both ways, so ask the family's table.
+        # A square matrix fits both layouts, so use the family's table.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
@@ -221,17 +221,17 @@ def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
 
 
 def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
-    """Whether lora_A has the outputs and lora_B the inputs, as PEFT before 0.19 wrote them.
+    """Whether lora_A has the axis of the outputs and lora_B of the inputs, as in PEFT before 0.19.
 
     Args:
         file: the adapter's file.
         factors: the factors of one parameter.
         path: the parameter's path.
         shape: the parameter's shape in the base, if known.
-        related: the answer of the shapes of gate_up_proj and down_proj; None if they do not decide.
+        related: the answer that the shapes of gate_up_proj and down_proj prove; None if they prove nothing.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote the file, and only the base would decide.
+        UsageError: PEFT before 0.19 wrote the file, only a base can decide, and no base is given.
     """
     if related is not None:
         return related
@@ -282,7 +282,7 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"the file has {len(group)} nested pairs, but target_parameters names {len(names)} parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config does not belong to this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
-    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. A router certainly has the first, and only one pair.
+    # PEFT's "all-linear" lists `gate.weight` next to `down_proj`. A router with one pair adapts `gate.weight`.
     sure = [option for option in options if set(option) == set(_named(file, path))]
     if file.base is None and len(sure) == 1:
         options = sure
@@ -344,7 +344,7 @@ def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
 
 
 def told_apart(names: Sequence[str]) -> bool:
-    """Whether the order of a module's adapted parameters is known."""
+    """Whether the order in which a module declares these parameters is known."""
     return len(names) == 1 or set(names) <= set(IN_ORDER)
 
 

@@ -89,7 +89,7 @@ def find_factors(file: File) -> list[PeftFactors]:
 
 
 def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Check the rank in the config against the tensors; in a grouped convolution, B has only a part of the rank.
+    """Check the rank in the config against the tensors; in a grouped convolution, B has rank / groups columns.
 
     Raises:
         ShapeMismatch: the ranks differ.
@@ -150,7 +150,7 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
 
 
 def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Create Arrow's update from its file: the router's factors, which are not applied, and the number of experts."""
+    """Create Arrow's update: the factors, which only the router uses, and the number of experts."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -188,7 +188,7 @@ def _factors(
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
-    """Check that the tensors of one module are the tensors that the config requires.
+    """Check that a module has exactly the tensors that the config requires.
 
     Args:
         settings: the config's settings.

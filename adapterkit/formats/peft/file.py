@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Return the number of the module's adapted parameters whose wrappers are outside this one."""
+        """Return the number of PEFT's wrappers around this one, which adapt other parameters of the same module."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -68,7 +68,7 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the path of the outermost wrapped module; an attention's output projection yields the attention."""
+        """Return the path of the outermost wrapped module; for an attention's output projection, the attention."""
         if not self.wrapped:
             return self.stem
         inside = _OUTERMOST.sub("", self.stem)
@@ -84,9 +84,9 @@ class File:
         tensors: the tensors by key, in the file's order.
         base: the base, if the caller gave one.
         compat: the `compat` that the caller selected, see `Format`.
-        parameters: a map from stems to parameters of the base, if the caller knows more than the file shows.
+        parameters: a map from stems to the base's parameters, if the caller knows what the file does not show.
         known: the expected update of each path, if a written file is read back for a check.
-        omitted: shared tensors that the file omits but the caller knows, by word.
+        omitted: shared tensors that the file omits and the caller passes in, by word.
     """
 
     settings: Settings
@@ -134,7 +134,7 @@ class File:
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """Return the shape of a tensor of the base, found by its name or by the only name that ends with it."""
+        """Return the shape of the base's tensor with this name, or with the only name that ends with `name`."""
         return None if self.base is None else base_shape(self.base, name)
 
 
@@ -165,9 +165,10 @@ class Kept:
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """Return the shape of a live model's tensor, by its name in a base, the only name that ends with it, or its family.
+    """Return the shape of a tensor in the loaded model.
 
-    A base may store parts of a tensor that the live model has as one; then the shape is computed from the parts.
+    The base's tensor has this name, or the only name that ends with `name`. A base may also store parts of a tensor
+    that the loaded model fuses; then the shape follows from the parts, by the family's table.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -182,7 +183,7 @@ def _ending(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Index a base's tensors by their last word and last two words: readers of stacks look up many shapes."""
+    """Index a base's tensors by the last word and the last two words of their names, for many fast look-ups."""
     found: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)

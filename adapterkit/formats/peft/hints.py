@@ -22,12 +22,12 @@ class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         config: the config that was read.
-        targets: a fingerprint of the targets that were read; if it still matches, the config's module lists are valid.
+        targets: a fingerprint of the targets that were read; while it matches, the config's module lists are valid.
         prefix: the prefix of all keys.
-        compat: the `compat` that the caller selected; with it, the written file must yield the same adapter.
+        compat: the `compat` that the caller selected; read with this `compat`, the written file must yield the adapter.
         experts_order: the layout of stacked experts' factors to write; None for the current PEFT's layout.
-        keys: a map from the key that the writer would choose to the key in the file, if updates do not determine it.
-        shapes: the shape in the file by key, if the writer would choose another shape with as many elements.
+        keys: a map from the key that the writer would choose to the key in the file, for keys that differ.
+        shapes: a tensor's shape in the file by key, if the writer would choose another shape for the same elements.
     """
 
     config: dict[str, Any] = {}

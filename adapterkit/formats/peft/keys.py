@@ -19,7 +19,7 @@ from .file import Key
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""LoRA-XS's R, in a module named `default_lora_latent_mapping`; PEFT removes `.default` as an adapter's name."""
+"""LoRA-XS's R. Its module is `default_lora_latent_mapping`; PEFT removes `.default` as if it were an adapter's name."""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
@@ -30,7 +30,7 @@ _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Matches most keys. No family's parts or shared words look like these, so no family is imported for them."""
+"""Matches most keys. No family has such parts or shared words, so these keys are parsed without importing families."""
 
 
 def prefix_of(peft_type: str) -> str:
@@ -44,7 +44,7 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
 
     Args:
         tensors: the tensors by key.
-        usual: the prefix that either all keys have, or none has.
+        usual: the prefix that all keys or none must have.
 
     Raises:
         Malformed: only some keys have the prefix, or keys belong to several adapters.
@@ -67,7 +67,7 @@ def _stands_alone(text: str) -> bool:
 def parse_key(text: str, prefix: str) -> Key:
     """Parse one key. The result is cached, because a written file is immediately read back for a check."""
     if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
-        # Intern the strings: the two or three keys of a module have the same stem, and all keys share a few words.
+        # Intern the strings to save memory: a module's keys have the same stem, and all keys share a few words.
         return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
     return parse_by_families(text, prefix)
 
@@ -113,7 +113,7 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """Return a regular expression for words of keys without their leaf; a star is one word; no words match nothing.
+    """Return a regular expression for the words of keys without the leaf; `*` is one word; no patterns match nothing.
 
     Longer words come first, because one word may be the prefix of another.
     """

@@ -1,7 +1,7 @@
 """Decode LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
 
 An embedding's factors adapt the transposed table [vocabulary, dimension], which is the layout `in out *k`. PEFT adapts
-both projections of an `nn.MultiheadAttention` with the rank and alpha for the attention's name. Its forward adds the
+both projections of an `nn.MultiheadAttention` with the rank and alpha for the attention's name. PEFT's forward adds the
 change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
 """
 
@@ -55,7 +55,7 @@ def decode(file: File) -> Findings:
     """Yield all LoRA and DoRA updates in a file.
 
     Raises:
-        Malformed: a tensor's partner is missing, or the config does not require the tensor.
+        Malformed: a tensor's partner is missing, or the tensor contradicts the config.
         ShapeMismatch: shapes contradict each other or the config's ranks.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
@@ -125,7 +125,7 @@ def _check_plain(factors: PeftFactors, rank: int) -> None:
 
 
 def _groups(factors: PeftFactors) -> int:
-    """Return the number of groups of a convolution: in PEFT, A reads all channels, and B the channels of its group."""
+    """Return the number of groups of a convolution; in PEFT, A is not grouped, and B is."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -154,9 +154,9 @@ def _vector(factors: PeftFactors, field: str) -> Lazy:
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)
 
 
-# Decode LoRA on equal blocks of a fused weight, `enable_lora`: only PEFT 0.1 and 0.2 wrote it.
+# Decode LoRA on equal blocks of a fused weight, `enable_lora`, which only PEFT 0.1 and 0.2 wrote.
 #
-# A weight has n equal blocks of outputs, and the enabled blocks are adapted; B has the rows of these blocks in order.
+# A weight has n equal blocks of outputs. Only the enabled blocks are adapted; B has the rows of these blocks, in order.
 # The pair is a grouped convolution: each group of B's rows uses a separate part of A's rows.
 
 

@@ -33,7 +33,7 @@ PLAIN = {"embeddings": "prompt", "past": "prefix"}
 
 
 def has_encoder(update: Update) -> bool:
-    """Whether an update is a context update whose network PEFT's files cannot store, only its output."""
+    """Whether a context update has a network: PEFT's files can store only the network's output."""
     return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
 
 
@@ -64,7 +64,7 @@ def _computed(update: ContextUpdate) -> Update:
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
-    """Return each update that a PEFT file cannot express, once; `by_formula` as in reading."""
+    """Return each update that a PEFT file cannot express, once; for `by_formula`, see `File`."""
     found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
@@ -74,7 +74,7 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """Return the acting method of most updates; None if no update acts."""
+    """Return the most frequent acting method; None if no update has an acting method. See `_acts`."""
     count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
@@ -86,7 +86,7 @@ def _may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether a file can have only one method of this kind."""
+    """Whether a method is an acting method; a file can have only one acting method."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
@@ -180,7 +180,7 @@ def _order(method: type[Update]) -> int:
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
     """Yield the smaller group of LoRAs with or without a bias, because `lora_bias` is one setting for a whole file.
 
-    PEFT's forward ignores the bias of an attention's input projection, so a projection without one fits both groups.
+    PEFT's forward ignores the bias of an attention's input projection, so a projection without a bias fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -223,7 +223,7 @@ def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     methods = family.methods() if family else ()
     own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
-        return  # Updates with empty tensors are losses in any case; the next call checks the others.
+        return  # Updates with empty tensors are already losses; the next call checks the others.
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why

@@ -41,7 +41,7 @@ BIASED = (LoRA, ALoRA, GroupedLoRA)
 """The methods that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
-"""The methods that record the values that PEFT subtracts from the base, for linear layers and Conv1D."""
+"""The methods that subtract their initial values from the base, which PEFT supports for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
 """The number of times that PEFT's forward adds the change of an attention's output projection."""
@@ -69,7 +69,7 @@ def rank_of(update: Update, stacked: bool = False) -> int:
 
 
 def from_blocks(leaf: Lazy) -> Lazy:
-    """Reshape [n, rows, columns] to [n * rows, columns], PEFT's form."""
+    """Reshape [n, rows, columns] to PEFT's shape [n * rows, columns]."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
@@ -79,7 +79,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
 
 
 def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the fields that select the formula of these pairs; they replace the fields of `before`."""
+    """Return the fields that select the formula of these pairs; they replace fields of the old config `before`."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -95,7 +95,7 @@ def law_fields(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -
 
 
 def _invocation(updates: Mapping[str, Update], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return the field with the tokens that activate aLoRA; PEFT looks for them only in causal models."""
+    """Return the field with the tokens that activate aLoRA; PEFT searches for them only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}

@@ -11,14 +11,14 @@ from ...errors import Malformed, Unsupported
 from ...naming.stored_names import WRAPPERS
 
 SURE = 2_000_000
-"""The number of steps that `re` may always take for one name: a few milliseconds."""
+"""Up to this number of steps for one name, `re` is always used; this takes a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The number of steps that `re` may take if a pattern cannot become an automaton: about a second."""
+"""Up to this number of steps, `re` is used for a pattern that cannot become an automaton; this takes about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
-"""The number of states that may be visited for one pattern and all names together; results are cached."""
+"""The limit on the states that one pattern's automaton visits, for all names together."""
 
 MAX_REMEMBERED = 20_000
 
@@ -98,7 +98,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # If the body itself can match in several ways, their number multiplies with each repetition.
+        # If the body can match in several ways, each repetition multiplies the number of ways.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -286,10 +286,12 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that fits `name`, whole or after a dot, or else of the one equal to `name`.
+    """Return the value of the first pattern that fits `name`, or the end of `name` after a dot.
 
-    Words that wrappers add to the name are ignored: PEFT reads the patterns before FSDP or torch.compile wrap a model,
-    and files saved inside these wrappers have such words in their keys.
+    If no pattern fits, return the value of the pattern that equals `name`, or `default`.
+
+    Words that wrappers add to the name are ignored. PEFT applies the patterns before FSDP or torch.compile wrap a
+    model, but files that were saved inside these wrappers have such words in the keys.
     """
     if not patterns:
         return default
@@ -298,7 +300,7 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    # Try the name with wrappers' words, too, because patterns that adapterkit wrote include them.
+    # Also try the name with wrappers' words, because patterns that adapterkit wrote include these words.
     tried = {name, unwrapped(name)}
     if "module." in name:
         # `module` may be DistributedDataParallel's word or the model's own; patterns that start with `^` decide.
@@ -316,7 +318,7 @@ def unwrapped(name: str) -> str:
 
 
 class _Index(Generic[T]):
-    """An index for finding patterns fast: PEFT's EVA, and `exactly`, write one pattern for each of 10^4 modules.
+    """An index for finding patterns fast: configs from PEFT's EVA, and from `exactly`, have up to 10^4 patterns.
 
     Args:
         patterns: a map from patterns to values, in the order in which they are tried.
@@ -341,7 +343,7 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """Return the position of the first pattern that fits a name, whole or after a dot."""
+        """Return the position of the first pattern that matches the whole name, or its end after a dot."""
         if "\n" in name:  # Try all patterns: a dot and `$` treat a newline specially.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
@@ -360,7 +362,7 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """Return the position of the pattern, among those with one length and the same dots, that fits a name's end."""
+    """Return the position of the pattern that fits a name's end; `form` is the length and dots of all patterns."""
     length, dots = form
     start = len(name) - length
     if start < 0 or (start and name[start - 1] != "."):
@@ -378,12 +380,12 @@ _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def exactly(name: str) -> str:
-    """Return the pattern that fits only this name; in PEFT, a plain name also fits endings, and dots fit anything."""
+    """Return a pattern that fits only this name; without it, PEFT would also let other names fit."""
     return f"^{re.escape(name)}$"
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression in a config fits `name` from its start, or all of it.
+    """Whether a regular expression in a config fits the start of `name`; with `whole`, all of `name`.
 
     Raises:
         Malformed: the pattern is not a regular expression.
@@ -418,7 +420,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _literal(pattern: str) -> str:
-    """Return the only name that the pattern fits, if `exactly` made it; configs have hundreds of such patterns."""
+    """Return the only name that a pattern from `exactly` fits; for any other pattern, an empty string."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 

@@ -1,4 +1,4 @@
-"""Decode what belongs neither to pairs of factors nor to a family: whole parameters, IA3, token rows, layer norms.
+"""Decode updates that are neither pairs of factors nor of a family: whole parameters, IA3, token rows, layer norms.
 
 Whole parameters are stored under the base's names: `modules_to_save`, trained biases, embeddings.
 
@@ -56,7 +56,7 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
-    """Create the update of a module's parameters; its layout is [in, out] only if the bias fits the second axis."""
+    """Create the update of a module's parameters; the layout is [in, out] only if the bias fits the second axis."""
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
@@ -119,7 +119,8 @@ def feedforward(settings: Settings, path: str) -> bool | None:
     return matches(named, path, whole=True) if isinstance(named, str) else path.endswith(tuple(named))
 
 
-# Decode trainable tokens: despite its name, `trainable_tokens_delta` has complete new rows; the config has numbers.
+# Decode trainable tokens: despite its name, `trainable_tokens_delta` has complete new rows; the config has the tokens'
+# numbers.
 
 
 TOKENS_PART = "trainable_tokens_delta"
@@ -158,7 +159,7 @@ def _index(settings: Settings, path: str) -> list[int] | None:
         return settings.token_indices
     named = settings.trainable_token_indices
     if not isinstance(named, dict):
-        # PEFT uses one list for the input embeddings and for every layer tied to them.
+        # PEFT uses one list for the input embeddings and all layers that are tied to them.
         return named
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
@@ -204,7 +205,7 @@ def norm_spelled(name: str) -> str:
 
 
 def _norm_name(key: Key) -> str:
-    """Return the base's parameter of a key, in which a child module has the place of an adapter's name."""
+    """Return the base's parameter of a key; a child module's name was parsed as an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
     if len(words) > 2 and words[0] == "default":  # PEFT keeps its adapter name in the keys of children; remove it.

@@ -1,8 +1,8 @@
 """Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
 
-All of them use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
-`use_rslora` or alpha, too. So ranks are padded with zeros to one rank, and scalings that differ, or all scalings, are
-folded into B. `spec/profiles` states the limits of each consumer.
+All consumers use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
+`use_rslora` or alpha, too. So ranks are padded with zeros to one rank. Depending on the consumer, all scalings, or only
+those that differ, are folded into B. `spec/profiles` states each consumer's limits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _load(path: Path) -> Profile:
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
-    """Rewrite an adapter for a consumer: LoRA with one rank and one alpha; return it and a line for each change.
+    """Rewrite an adapter as LoRA with one rank and one alpha, for a consumer; return also a line for each change.
 
     Stacks of experts are split if the base shows the family. vLLM reads PEFT's own stacks for models whose files store
     experts in stacks.
@@ -107,12 +107,12 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     _check_size(own, updates)
     more = {"model_type": _model_type(own, base)} if own.model_type else {}
-    # Replace the source config completely, because its other fields, above all its patterns, would mislead consumers.
+    # Replace the whole source config, because consumers would misread its other fields, above all the patterns.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
 
 
 def _rank_for(profile: Profile, rank: int) -> int:
-    """Return the rank to write: the least rank that the consumer accepts and that is not below `rank`."""
+    """Return the smallest rank of at least `rank` that the consumer accepts."""
     if profile.ranks is None:
         return rank
     least, most = profile.ranks
@@ -144,19 +144,19 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     """Return the model type for the config."""
     found = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(found, str):
-        why = f"{profile.title} reads model_type from the adapter's config, and nothing here tells it"
+        why = f"{profile.title} reads model_type from the adapter's config, and no base states it"
         raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
     return found
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return the leftovers with other hints; tensors that are only kept stay in them."""
+    """Return the adapter's leftovers with these hints; the kept tensors are unchanged."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
-    """Return the config to write; it names modules by their last word, because some consumers know only that."""
+    """Return the config to write; it has only the last word of each module's name, as some consumers need."""
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
         "modules_to_save": None,

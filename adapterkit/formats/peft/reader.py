@@ -1,4 +1,4 @@
-"""Decode a config and tensors into an `Adapter`; every tensor must belong to an update or be kept knowingly."""
+"""Decode a config and tensors into an `Adapter`; a tensor that belongs to no update must be known to be unused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def decode(
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
-        compat = None  # Forget it: the writer uses PEFT's order and states it in the config.
+        compat = None  # Do not record it: the writer uses PEFT's order, and states the order in the config.
     hints = PeftHints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
@@ -75,14 +75,14 @@ def decode(
 
 
 def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
-    """Return an adapter that was read with a generated config, which its lineage records and no writer writes back.
+    """Record a generated config in the lineage of the adapter that was read with it, so that no writer writes it back.
 
     Args:
         adapter: the adapter that was read.
         config: the generated config.
         assumed: whether alpha was not stated and is assumed to be each module's rank.
 
-    PEFT loads only configs that list the modules, so the writer composes a config as for an adapter of another format.
+    PEFT loads only configs that list the modules, so the writer composes a new config, as for any other format.
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")

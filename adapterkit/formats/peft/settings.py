@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations, and methods with these names, that subtract a value that can be computed exactly from the base."""
+"""Initialisations that subtract an exactly computable value from the base; methods have the same names."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -52,7 +52,7 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`arrow_config`: how Arrow selects experts, and their names; the experts themselves are not loaded.
 
-    PEFT uses the seed in a randomised search for the router's vectors; here they are computed without random numbers.
+    PEFT searches for the router's vectors with random numbers, hence the seed; adapterkit computes them exactly.
     """
 
     top_k: Rank = 3
@@ -135,7 +135,7 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
-    """Whether `target_modules` names a module: a string is a pattern, list items match whole words at the end."""
+    """Whether `target_modules` names a module: a string is a pattern; a list item is a path or a path's end."""
     path = unwrapped(path)
     if isinstance(target_modules, str):
         return matches(target_modules, path, whole=True)

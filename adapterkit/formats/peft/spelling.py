@@ -55,9 +55,9 @@ class PeftNames:
     """PEFT's names for the modules and parameters of one set of updates.
 
     Attributes:
-        paths: the paths of the targets of pairs, see `pairs`.
-        wrappers: a map from modules to the words that their wrappers insert after the module's path.
-        depths: a map from parameters to the number of wrappers of the same module inside the parameter's wrapper.
+        paths: the paths of the targets with a method of `pairs`.
+        wrappers: a map from a module to the words that its wrappers insert after the module's path.
+        depths: a map from a parameter to the number of the module's wrappers inside the parameter's wrapper.
         guessed: the parameters whose depth is uncertain.
         base: the base, or None.
     """
@@ -68,10 +68,10 @@ class PeftNames:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """A map from modules that contain others to their paths with all wrappers, including their own."""
+    """A map from modules that contain others to their paths with all wrappers, including the module's own wrapper."""
 
     def inside(self, name: str) -> str:
-        """Return a dotted path with the wrappers of all parent modules, but without the module's own."""
+        """Return a dotted path with the wrappers of all parent modules, but without the module's own wrapper."""
         module, dot, last = name.rpartition(".")
         if not dot:
             return last
@@ -116,10 +116,10 @@ def spell_updates(
 
 
 def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-    """Whether all updates are LoRA on linear modules that are not inside each other, so that keys have no wrappers.
+    """Whether all updates are LoRA on linear modules that do not contain each other; then keys have no wrappers.
 
     The key of a factor is then `<prefix><path>.lora_A.weight`. An adapter for a mixture of experts has 10^5 keys;
-    spelling each of them by all rules took a fifth of the time for reading such a file.
+    applying all rules to each key took a fifth of the time for reading such a file.
     """
     paths: set[str] = set()
     for target, found in updates.items():
@@ -138,7 +138,7 @@ def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """Transpose a whole weight from the view of a layout to its stored order, or back."""
+    """Transpose a whole weight from [out, in] to the stored order of a layout, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf
@@ -279,4 +279,4 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""The words between a module and its token rows: with a LoRA on the module, and without."""
+"""The word between a module's path and its token rows: with a LoRA on the same module, and without."""

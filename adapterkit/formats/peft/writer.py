@@ -78,7 +78,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """Return, for each (path, index of an update), the fields with a key of their own or with the only shared key."""
+    """For each (path, index of an update), return the fields with a key of their own or with the only shared key."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}
@@ -93,8 +93,8 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
 def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> Mapping[object, object]:
     """Return everything that a wrong config could change: targets, methods, values, shapes, token numbers.
 
-    A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or selects
-    from several shared tensors, are represented by their values.
+    A float tensor under its own key is represented only by its dtype. Tensors that the reader computes, or that it
+    selects from several shared tensors, are represented by their values.
     """
     return {
         (target.path, target.rows, target.stacked): [
@@ -185,7 +185,7 @@ def _peft_type(updates: Updates, hints: PeftHints) -> str:
     if method is not None:
         own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # If several types have one method, prefer the type that was read, and then the type named after the method.
+        # If several types have the method, prefer the type that was read, and then the type named after the method.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
         return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
@@ -245,11 +245,11 @@ def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Laz
 # Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for all others.
 #
 # PEFT stores no scaling: it divides an alpha by the rank or its square root. The writer looks for an alpha that yields
-# the exact scaling. If there is none, the scaling is folded into B, if the caller allows it.
+# the exact scaling. If there is no such alpha, and the caller allows it, the scaling is folded into B.
 
 
 def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, JsonValue], list[str]]:
-    """Return the fields for ranks and scalings; fold a scaling that no alpha yields into B, if this is allowed."""
+    """Return the fields for ranks and scalings; if allowed, fold scalings that no alpha yields into B."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
@@ -303,7 +303,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Return rank and scaling by name in the config, and the names of attentions that would need two alphas."""
+    """Return (rank, scaling) by the name in the config, and the names of attentions that would need two alphas."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, found in updates.items():
         for update in (update for update in found if isinstance(update, PAIRS)):

@@ -1,8 +1,8 @@
-"""Experts that share their outer factors: PEFT's folder with stacks in which all experts have one A or one B.
+"""PEFT's folder with experts that share their outer factors: all experts of a stack have the same A, or the same B.
 
-SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The A of gate and up,
-which read the hidden states, and the B of down, which writes them, have the shape `[1, ...]`. Their partners have one
-slice per expert. A stack without shared factors has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
+SGLang serves such adapters with `--experts-shared-outer-loras`, and Megatron-Bridge trains them. The outer factors are
+the A of gate and up and the B of down; they have the shape `[1, ...]`. The inner factors have one slice per expert.
+SGLang also reads stacks without shared factors, with the shapes `[e, r, in]` and `[e, out, r]`.
 """
 
 from __future__ import annotations

@@ -133,11 +133,11 @@ def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
 def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
     """Return the two tensors of a stack, by key.
 
-    If experts have separate outer factors, these are concatenated into one. The inner factor of each expert is then
-    zero except at the ranks of the expert's own outer factor.
+    If experts have separate outer factors, these are concatenated into one. Then the inner factor of each expert is
+    zero, except at the ranks of this expert.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # The rank's axis in the outer factor; the inner factor has it at the other axis.
+    axis = 1 if writes else 0  # The rank's axis in the outer factor; in the inner factor it is the other axis.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

@@ -1,4 +1,4 @@
-"""Find the family of an `architecture`; each family has a module. Bottleneck adapters' configs omit the field."""
+"""Find the family of an `architecture`; each family has a module. Configs of bottleneck adapters omit this field."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterHubFamily(ABC):
-    """One `architecture`. Each subclass has its own module; the module's name is the architecture's name.
+    """The family of one `architecture`. Each subclass has its own module, with the architecture's name.
 
     Class attributes:
         methods: the names of the methods that the family reads and writes.
@@ -43,7 +43,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: Settings) -> Any:
-        """Return the fields, with their meaning in the release that wrote them."""
+        """Return the fields with today's names of values, if the release that wrote them used other names."""
         return fields
 
     @classmethod
@@ -60,7 +60,7 @@ class AdapterHubFamily(ABC):
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
-        """Yield (key, tensor) for everything that a file stores of these updates, all of this family."""
+        """Yield (key, tensor) for everything that a file stores for these updates, which all belong to this family."""
 
     @classmethod
     @abstractmethod

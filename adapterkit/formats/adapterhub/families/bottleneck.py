@@ -39,7 +39,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""A map from slots of a Compacter layer to fields, both without their prefix `down_` or `up_`."""
+"""A map from slots of a Compacter layer to fields, both without the prefix `down_` or `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -73,7 +73,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Map slots of tensors that the whole model shares to the fields that each tensor fills in every adapter."""
+    """Map the slot of each tensor that the whole model shares to the fields that use the tensor in every adapter."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -85,7 +85,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Update]) -> dict[str, JsonValue]:
-    """Return the config fields that state which tensors these updates have; all of them have the same tensors."""
+    """Return the config fields that state which tensors these updates have; all updates have the same fields."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -129,10 +129,11 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config for bottleneck adapters describes one form for all adapters, and the base's layers without adapters.
+# A new config for bottleneck adapters states one form for all adapters, the kinds of positions, and the layers without
+# adapters.
 #
-# A config lists kinds of positions and the omitted layers. The library creates a new adapter at every other position,
-# which changes the model. So adapters at all these positions are required, and the base must show the number of layers.
+# At every position of these kinds in the other layers, the library creates an adapter, which changes the model. So
+# updates at all these positions are required, and the base must show the number of layers.
 
 
 FRESH = {
@@ -162,7 +163,7 @@ def placed(updates: Updates) -> list[tuple[Target, Update]]:
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Update]]]:
-    """Group these adapters by their method and tensors, because a union may have two configs."""
+    """Group these adapters by method and tensors: a union has one config for each group."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -226,7 +227,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
-    """Return layers that lack a kind of adapter that other layers have; encoders need none after cross-attention."""
+    """Return the layers that lack a kind of adapter of other layers; encoders have no cross-attention to adapt."""
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
         kinds.setdefault((_layer(target, base), _in_decoder(target)), set()).add(rule.flag)
@@ -248,21 +249,21 @@ def _coupling(updates: Updates) -> dict[str, JsonValue]:
 def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> str:
     (a, second), (b, first) = (update.tensors[name].shape for name in ("F_down", "G_down"))
     if update.attributes["reverse"] or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "it does not follow the embeddings, or the base is unknown; give it with --base (base=)"
+        return "its target is not the base's embeddings, or the base is unknown; give it with --base (base=)"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "no reduction factor yields the sizes of its halves"
     return ""
 
 
 def _form(update: Update) -> tuple[object, ...]:
-    """Return everything that a config states once: all settings except the position, and the size of each layer."""
+    """Return what a config states once: all settings except the position and each layer's bottleneck size."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
 def _unbiased(update: Update) -> tuple[str, ...]:
-    """Return the layers of a Compacter that lack a bias; the config has one setting for both."""
+    """Return the bias fields if a Compacter has no bias, so that they may be absent; else an empty tuple."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -272,7 +273,7 @@ def _bare_gate(update: Update) -> bool:
 
 
 def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> float | dict[str, float]:
-    """Return the reduction factor: one for all layers, or one for each layer."""
+    """Return the reduction factor: a number for all layers, or a dict with one number per layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
@@ -292,7 +293,7 @@ def _sizes(update: Update) -> tuple[int, int]:
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the factor by which the library divides one size, rounding down, to get the other."""
+    """Return the reduction factor: the library divides `hidden` by this factor, rounding down, to compute `inner`."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -303,7 +304,7 @@ def _rule_size(update: Update) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """Return the number of layers, a decoder's in addition to an encoder's; 0 if unknown."""
+    """Return the number of layers of encoder and decoder together, or of the encoder only; 0 if unknown."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -312,7 +313,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """Return the number of a target's layer, counted like in the library if the base is given."""
+    """Return the number of a target's layer; with a base, counted as in the library."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0
@@ -328,7 +329,7 @@ OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """A map from names of activations in configs without a version to the library's later names."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""Second names of the tensors of a norm before the adapter; `adapter_down` has the same tensors."""
+"""A map from the second names of a norm's tensors to fields; `adapter_down` also stores these tensors."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):
@@ -505,7 +506,7 @@ def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
 
 
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
-    """Yield the coupling block after the embeddings; its inverse before an output head is not part of the base."""
+    """Yield the coupling block after the embeddings; the inverse block, before the output head, is not in the base."""
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:

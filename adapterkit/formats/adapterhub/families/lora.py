@@ -1,8 +1,8 @@
 """LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight`, IA3's `lora_B` [out, 1].
 
-A layer with queries, keys and values in one weight has one pair of factors for each of the three that `attn_matrices`
-names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group after group. Each group becomes an update of the rows
-of its third.
+A layer may have queries, keys and values in one weight. Then it has a pair of factors for each of the n that
+`attn_matrices` names, concatenated: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r]. Each pair becomes an update of
+a third of the rows.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) ->
 
 
 def _scaling(part: AdapterHubPart) -> float:
-    """Return alpha / r, or 1 if training did not scale. The library forgets the latter when it loads a union."""
+    """Return alpha / r, or 1 if training did not scale. When the library loads a union, it scales in any case."""
     return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 

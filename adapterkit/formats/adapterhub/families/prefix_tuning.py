@@ -64,8 +64,8 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
     """Return the reason why a group of an encoder-decoder model is incomplete; empty if it is complete.
 
-    In such a model the library cannot omit a layer. The base's tensors are counted, because a config may omit a depth
-    that is its family's default.
+    The library cannot omit a layer of such a model. The layers are counted in the base's tensors, because a config may
+    omit the number if it is the family's default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -91,7 +91,7 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Return how an update's form or size differs from the first update's; empty if it does not differ."""
+    """Return how an update's form or size differs from the first update; empty if neither differs."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
     return "" if same else "its form or size differs from the others; a config states one of each"
@@ -106,15 +106,15 @@ def group_of(path: str, model_type: str | None) -> str:
 
 
 def layer_of(path: str) -> int:
-    """Return the first number in a path, or -1."""
+    """Return the first number in a path; -1 if there is none."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
     return int(found[1]) if found else -1
 
 
 # Prefix tuning: all attentions of a kind, `encoder_`, `cross_` and `self_prefix`, share one network or flat tensor.
 #
-# The library has the network once but lists it under every attention, so a file has it many times. Here each attention
-# is a target: it attends to its share of the keys and values first, and positions are counted without them.
+# The library has the network once but lists it under every attention, so a file contains it many times. Here each
+# attention is a target. An attention prepends its own part of the prefix's keys and values, which have no positions.
 
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
@@ -139,7 +139,7 @@ NETWORK = {
 """A map from slots of a group to fields; the last two slots have the values of all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""The config fields with the number of heads of keys and values; the library uses the encoder's in the decoder, too."""
+"""The config fields with the number of heads of keys and values; the library also uses the encoder's in the decoder."""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
@@ -352,7 +352,7 @@ def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: 
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """Return one layer's `[1, 2, heads, length, d]` of the flat tensor `[length, layers, 2, heads, d]`."""
+    """Return one layer's slice `[1, 2, heads, length, d]` of the flat tensor `[length, layers, 2, heads, d]`."""
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)
     return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)

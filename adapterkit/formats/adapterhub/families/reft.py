@@ -112,14 +112,14 @@ class ReftFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if _form(update) != first:
-                    why = "its form or size differs from the others; a config states one of each"
+                    why = "its form or size differs from the other updates'; a config states one form and one size"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "its source has no bias"
                 elif not update.attributes["subtract_projection"]:
                     why = "it has no subtract_projection (DiReFT), and the library would read it as NoReFT"
                 elif _layer(target.path) is None:
-                    why = "it does not follow one of the base's layers"
+                    why = "its target is not one of the base's layers"
                 else:
                     why = "the module has a second update" if position else ""
                 if why:
@@ -205,10 +205,12 @@ def _layer(path: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-# torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, signs from a diagonal.
+# torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, times signs.
 #
-# `original` [r, n], transposed, has the Householder vectors below its diagonal; their first entry is 1. The diagonal
-# has the signs; `base` is [n, n]. Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
+# `original` [r, n], transposed, has the Householder vectors below the diagonal; each vector's first entry, 1, is not
+# stored. The diagonal has the signs; `base` is [n, n].
+#
+# Source: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 
 NEAR = 1e-6

@@ -40,7 +40,7 @@ def family_of_type(peft_type: str) -> type[Family] | None:
 
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
-    """Map each method to its family; if several families write a method, the first by name counts."""
+    """Map each method to its family; if several families write a method, use the first by name."""
     return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 Parts = dict[str, "tuple[str, Lazy]"]
-"""A map from fields of an update to the part of the key, and the tensor as PEFT stores it."""
+"""A map from each field of an update to (the part of the key, the tensor as PEFT stores it)."""
 
 
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -35,25 +35,25 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """One `peft_type`. Each subclass has its own module, or a `name` if a module has several similar families.
+    """The family of one `peft_type`. If a module has several families, each has a `name`.
 
     Class attributes:
         name: the family's name; needed only if its module has several families.
         peft_type: the value of `peft_type` in the config.
         method: the class of most or all of its updates.
-        others: further classes of updates, which a file may mix.
+        others: further classes of its updates; a file may have several of these classes.
         parts: the ends of its keys after a module's path, including `.weight` or `.bias`; `*` stands for one word.
         shared: the keys of tensors that all modules share, without `shared_prefix`.
         shared_prefix: the prefix to write before a shared key; reading accepts keys with and without `base_model.`.
         prefix: the prefix to write before the base's names.
         names_modules: whether the config lists the modules that have tensors.
-        own: the config fields that no other type has, with PEFT's defaults.
-        read: the effects of the fields that change what the tensors mean, except fields that all types have.
+        own: the config fields that only this family reads, with PEFT's defaults.
+        read: the effects of the fields that change what the tensors mean; fields of all types are not listed.
         harmless: the reasons why other fields of this type have no effect.
         fresh: the config for an adapter that was not read from PEFT.
         departures: differences between PEFT's forward and the paper's formula, see `Format`.
         empty: whether tensors of its updates may have no elements.
-        folds: tensor fields; the first that is present absorbs a scaling that the config cannot express.
+        folds: tensor fields; a scaling that the config cannot express is folded into the first field that is present.
     """
 
     name: ClassVar[str]
@@ -98,7 +98,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Return (part or shared key, tensor as PEFT stores it) for each field, or for `field.0`, `field.1`, ...
+        """Map each field, or `field.0`, `field.1`, ..., to (part or shared key, tensor as PEFT stores it).
 
         A part that begins with a dot belongs to the module, even if a shared key has the same name.
         """
@@ -122,7 +122,7 @@ class Family(ABC):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        """Encode all updates of this family, in order; families override it if keys depend on other updates."""
+        """Encode all updates of this family, in order; override this method if keys depend on other updates."""
         for target, found in updates.items():
             weight = None if base is None else base.tensors.get(f"{target.path}.weight")
             for update in (update for update in found if type(update) in cls.methods()):
@@ -130,12 +130,12 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether a target's keys are ambiguous: an embedding and a Conv1D have different keys."""
+        """Whether a target's keys are uncertain: it may be an embedding or a Conv1D, whose keys differ."""
         return False
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, JsonValue]:
-        """Return the fields of `numbers`; families override it if they also need the base's shapes."""
+        """Return the fields of `numbers`; override this method if they depend on the base's shapes."""
         return cls.numbers(updates)
 
     @classmethod
@@ -147,7 +147,7 @@ class Family(ABC):
 
     @classmethod
     def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Return fields whose tensors need not be written, because this config determines them."""
+        """Return the fields whose tensors need not be written, because this config determines the tensors."""
         return frozenset()
 
     @classmethod
@@ -159,7 +159,7 @@ class Family(ABC):
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """Return the updates of this family by path.
 
-        Stacked experts are omitted: PEFT's files have them only for LoRA, and the writer refuses others.
+        Stacked experts are omitted: in PEFT's files only LoRA has stacks, and the writer refuses all others.
         """
         whole = {target: found for target, found in updates.items() if not target.stacked}
         return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
@@ -194,7 +194,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
 
 
 def minority(said: Mapping[Target, object]) -> list[Target]:
-    """Return the targets whose value is not the most common one; if several are, the first of them counts."""
+    """Return the targets whose value is not the most common one; among equally common values, the first one counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in said.items() if value != most]

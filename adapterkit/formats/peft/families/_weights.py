@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def layout(file: File, path: str) -> str:
-    """Return the layout in which the base stores a weight, from the base's family or else from the config."""
+    """Return the layout in which the base stores a weight: from the base's family, or else from the config."""
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
     return "in out *k" if turned else "out *in"
@@ -75,12 +75,12 @@ def not_embedded(target: Target, method: str) -> str:
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """Return all paths if scalings differ, because the config has one scaling for all; otherwise an empty list."""
+    """Return all paths if their scalings differ, because a config has only one scaling; otherwise an empty list."""
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """Return a size after patterns: the first that matches after a dot, or else the one that equals the path."""
+    """Return a module's size: of the first pattern that matches the path's end after a dot, or of the equal pattern."""
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
     return pattern.get(next(fitting, path), size)

@@ -1,8 +1,8 @@
 """AdaMSS: `adamss_A.<i>` [r_i, r], `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in] or [r, in + 1].
 
-The file does not list the rows of each group. PEFT computes them whenever it loads the file, by k-means with a fixed
-seed over the left singular vectors of the base's weight, which `torch.svd_lowrank` computes from `random_seed`. This
-module computes them from the base, too; the right singular vectors in the file and the group sizes verify the result.
+The file does not list the rows of each group. Whenever PEFT loads the file, it computes them: `torch.svd_lowrank`,
+seeded with `random_seed`, decomposes the base's weight, and k-means with a fixed seed groups the left singular vectors.
+This module does the same; the right singular vectors and the group sizes in the file verify the result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUNDS, SEED, STEPS = 10, 123456789, 2
 """The arguments that PEFT passes: KMeans' `max_iter` and `random_state` (scikit-learn), and svd_lowrank's `niter`."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""The allowed difference between the singular vectors of file and base, by dtype; the vectors have length 1."""
+"""The allowed difference between the file's and the base's singular vectors, of length 1, by dtype."""
 
 
 class AdaMSSFields(Own, frozen=True, kw_only=True):
@@ -128,7 +128,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Return the reason why PEFT would not find an update's groups again; empty if it would."""
+    """Return the reason why PEFT would compute other groups than the update's; empty if it computes the same groups."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -188,8 +188,8 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
     held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
-    # Compare the spanned spaces: signs, and the order of equal singular values, differ between machines, and k-means
-    # does not depend on them.
+    # Compare only the spanned spaces. Signs, and the order of equal singular values, differ between machines, but do
+    # not affect k-means.
     apart = float(np.abs(held - (held @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (

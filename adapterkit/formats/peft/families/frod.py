@@ -35,7 +35,7 @@ class FRoDFields(Own, frozen=True, kw_only=True):
     sparse_rate: float = 0.01
 
     def places(self, size: int) -> int:
-        """Return how many off-diagonal values of a matrix PEFT trains."""
+        """Return the number of off-diagonal values that PEFT trains in a matrix of this size."""
         count = min(int(size * size * self.sparse_rate), size * size - size)
         return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
 
@@ -103,7 +103,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return the name of modules that share a basis across layers: the last words of their paths, without numbers."""
+    """Return a module's kind: the last words of the path, without numbers. Modules of a kind share a basis."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]

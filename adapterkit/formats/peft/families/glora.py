@@ -1,4 +1,4 @@
-"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` without this support; also for B to E."""
+"""GLoRA's supports A to E: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Yield (field, key) of one support; nothing if the module lacks the support, or has zeros instead of it."""
+    """Yield (field, key) of one support; nothing if the module lacks the support, or stores zeros for it."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.own.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)

@@ -1,6 +1,6 @@
-"""Families like LoRA with more between or around its factors: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
+"""Families with low-rank factors similar to LoRA's: AdaLoRA, DEFT, GraLoRA, PEANuT and OSF.
 
-AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1], without the ranks that training removed.
+AdaLoRA: `lora_A` [r, in * k], `lora_B` [out, r], `lora_E` [r, 1]. The file omits the ranks that training removed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class AdaloraFamily(Family):
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
         # With an alpha of 0, PEFT trains with init_r instead, so use init_r. When PEFT loads a pruned module, it uses
-        # the remaining rank, which changes the trained function; that fault is not copied.
+        # the remaining rank instead. That fault changes the trained function, so it is not copied.
         alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
         update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -222,7 +222,8 @@ class DeftFamily(Family):
         }
 
 
-# GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; hybrids have `gralora_A_general` and B's, too.
+# GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; hybrids also have `gralora_A_general` and
+# `gralora_B_general`.
 
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
@@ -364,8 +365,10 @@ class PeanutFamily(Family):
 def _stacked(keys: list[Key], file: File) -> Lazy:
     first = file.tensors[keys[0]]
     for key in keys:
-        if (file.tensors[key].shape, file.tensors[key].dtype) != (first.shape, first.dtype):
-            why = f"the shape {list(file.tensors[key].shape)} differs from {list(first.shape)}, or the dtypes differ"
+        tensor = file.tensors[key]
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
+            why = f"the tensor is {one}, but {keys[0].text} is {other}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     tensors = [file.tensors[key] for key in keys]
     return Lazy((len(keys), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
@@ -394,7 +397,7 @@ class OSFFields(Own, frozen=True, kw_only=True):
     rank_pattern: dict[str, int | float] | None = None
 
     def kept(self, name: str, all_: int) -> int:
-        """Return how many of a module's singular values stay frozen."""
+        """Return the number of a module's singular values that stay frozen."""
         patterns = self.rank_pattern or {}
         value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
         if value is None:

@@ -2,8 +2,8 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules with the same shape and the same matching word in `target_modules` share B, and each `stride_A` of them share A.
-A file repeats the shared tensors for each module; after reading, several updates share each of them.
+Modules with the same shape that match the same word in `target_modules` share B. Each `stride_A` of these modules share
+A. A file repeats the shared tensors for each module; after reading, the updates share one tensor object.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LilyFamily(Family):
     own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
         "num_B": "number of factors B, the ones with outputs",
-        "scaling": "the factor on the change",
+        "scaling": "a factor that multiplies the change",
         "stride_A": "number of neighbouring modules that share A",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
@@ -106,7 +106,7 @@ class LilyFamily(Family):
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
-    """Yield the same updates, but with one tensor object for each shared tensor.
+    """Yield the same updates, but with one object for each shared tensor.
 
     Raises:
         Malformed: modules that share a tensor in PEFT have different values; PEFT would load only the last.
@@ -130,7 +130,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
 
 
 def _word(path: str, settings: Settings) -> str:
-    """Return the word in the config that matches a module; the last one that matches, as in PEFT."""
+    """Return the last word in the config that matches a module, as in PEFT."""
     words = settings.target_modules
     if isinstance(words, str):
         return words
@@ -245,7 +245,7 @@ class XloraFamily(Family):
     names_modules = False
     own: ClassVar[type[Own]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
-        "adapters": "names of the experts, counted from 0, and their paths, which are not followed",
+        "adapters": "names of the experts, counted from 0, and their paths, which are not opened",
         "enable_softmax": "whether the weights are a softmax of the logits",
         "enable_softmax_topk": "whether a softmax is applied to the nonzero weights",
         "global_scaling_weight": "factor on the change",
@@ -335,7 +335,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """Return the numbers of the classifier's layers: an activation, maybe a dropout follow all but the last."""
+    """Return the numbers of the classifier's linear layers. Between them are an activation and, if used, a dropout."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
@@ -361,7 +361,8 @@ def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
     first = tensors[0]
     for tensor, key in zip(tensors, keys, strict=True):
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
-            why = f"the shape {list(tensor.shape)} differs from {list(first.shape)}, or the dtypes differ"
+            one, other = f"{list(tensor.shape)} {tensor.dtype.name}", f"{list(first.shape)} {first.dtype.name}"
+            why = f"the tensor is {one}, but {keys[0].text} is {other}"
             raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
     return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
 

@@ -1,4 +1,4 @@
-"""Families of products: LoKr (Kronecker), LoHa (Hadamard) and HiRA (with the weight itself).
+"""Families of products: LoKr (Kronecker), LoHa (Hadamard) and HiRA (Hadamard product with the weight itself).
 
 LoKr: `lokr_w1` [a, c], or `lokr_w1_a` and `lokr_w1_b`; also `lokr_w2` [b, d, *k], with a core `lokr_t2`.
 
@@ -134,9 +134,9 @@ class LokrSizes:
     """The shapes that PEFT creates for one weight. If the kernel size is unknown, the input size may be unknown, too.
 
     Attributes:
-        sides: (size of a side, w1's part of it) for outputs and inputs.
-        first: whether w1 is decomposed, and the larger of its sizes.
-        second: whether w2 is decomposed, and the larger of its sizes.
+        sides: for outputs and inputs, (the weight's size, w1's size).
+        first: whether w1 is decomposed, and the larger size of w1.
+        second: whether w2 is decomposed, and the larger size of w2.
         rank: the rank of the decomposed factors; None if neither is decomposed.
     """
 
@@ -154,7 +154,7 @@ class LokrSizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """Return the smallest rank at which PEFT decomposes none of the full factors."""
+        """Return the smallest rank with which PEFT keeps the factors that are full here."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
@@ -214,12 +214,13 @@ def _splits_of(made: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
 
 
 def _kernel(base: Checkpoint | None, path: str) -> int:
-    """Return the number of kernel positions, as far as the base shows it; 1 for a linear layer."""
+    """Return the number of kernel positions; 1 for a linear layer, or if the base does not show it."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])
 
 
-# LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]; also for 2.
+# LoHa: `hada_w1_a` [out, r], `hada_w1_b` [r, in * k]; with a core `hada_t1`: [r, out] and [r, in]. The same for
+# `hada_w2_a`, `hada_w2_b` and `hada_t2`.
 
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
@@ -358,7 +359,7 @@ class HiraFamily(Family):
 
 
 def _check_r(file: File, key: Key, A: Lazy) -> None:
-    """Accept the common rank or a pattern's rank, because a second adapter of a model in PEFT uses a pattern."""
+    """Accept the common rank or the pattern's rank: PEFT uses the pattern only for a model's second adapter."""
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

@@ -1,6 +1,6 @@
 """Families with random projections that all modules share: VeRA, PVeRA and RandLoRA.
 
-VeRA and PVeRA have vectors for each module; the projections are in the file or drawn from a seed.
+VeRA and PVeRA have vectors for each module. The projections are in the file, or are drawn from a seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ProjectionFields(Own, frozen=True, kw_only=True):
 
 
 class Projections(Family):
-    """VeRA's config and keys: `parts` are the keys of b and d, `shared` those of A and B; A has `halves` * r rows."""
+    """VeRA's config and keys: `parts` has the keys of b and d, `shared` those of A and B; A has `halves` * r rows."""
 
     halves: ClassVar[int] = 1
     own: ClassVar[type[Own]] = ProjectionFields
@@ -91,7 +91,7 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Omit projections from a file that had none, if they still equal those drawn from its seed."""
+        """Omit the projections if the source file omits them, and they equal the projections drawn from the seed."""
         if config.get("save_projection", True):
             return frozenset()
         try:
@@ -112,7 +112,7 @@ class Projections(Family):
     ) -> Iterator[tuple[Target, str]]:
         """Yield targets that do not fit the others.
 
-        PEFT creates projections exactly as large as the largest module, and loads no other sizes.
+        PEFT creates projections for the largest module, and loads only projections of exactly this size.
         """
         own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
@@ -227,7 +227,10 @@ class Drawing(ProjectionFields, frozen=True, kw_only=True):
 
 
 class PveraFamily(Projections):
-    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: first the mean's half, then the variance's."""
+    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs].
+
+    The first r entries of each are for the mean, the last r for the variance.
+    """
 
     name = "pvera"
     peft_type = "PVERA"
@@ -261,7 +264,8 @@ class PveraFamily(Projections):
         yield from super().decode(file)
 
 
-# RandLoRA: `randlora_lambda` [r, n] and `randlora_gamma` [n, short] per module; bases for all, copied per module.
+# RandLoRA: `randlora_lambda` [r, n] and `randlora_gamma` [n, short] per module. All modules share the bases, and a file
+# has a copy for each module.
 
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
@@ -356,7 +360,8 @@ class RandloraFamily(Family):
     ) -> Iterator[tuple[Target, str]]:
         """Yield targets that do not fit the others.
 
-        PEFT has one rank and one scaling. Its bases are as large as the largest module, and as many as r needs.
+        PEFT has one rank and one scaling for all modules. The largest module determines the size of the bases, and r
+        determines their number.
         """
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
         said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
@@ -377,7 +382,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """Return the largest number of outputs and of inputs, the smaller of them first; None if the base is unknown."""
+    """Return the largest numbers of outputs and of inputs, in ascending order; None if the base is unknown."""
     widths = {target: stored_inputs(base, target) for target in own}
     if base is None or None in widths.values():
         return None

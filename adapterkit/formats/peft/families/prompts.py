@@ -322,7 +322,7 @@ class CartridgeFamily(PrefixLike):
 
 
 GPT2 = "attn"
-"""The name of GPT-2's attentions. PEFT adds to their outputs; in other models it adds before the heads are mixed."""
+"""The name of GPT-2's attentions. PEFT adds to their outputs, but in other models to the output projection's input."""
 
 
 class AdaptionPromptFields(Own, frozen=True, kw_only=True):
@@ -378,11 +378,11 @@ class AdaptionPromptFamily(Family):
         name = target.path.rpartition(".")[2]
         if update.projected == (name == GPT2):
             side = "after" if update.projected else "before"
-            return f"PEFT adds to the attention {name!r} {side} the output projection, unlike this update"
+            return f"PEFT adds to the attention {name!r} {side} the output projection, but this update does not"
         return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "its attention is not in a numbered layer"
 
 
 def _length(found: Mapping[str, AdaptionPrompt]) -> int | None:
-    """Return the number of virtual tokens; None if modules differ, which a config cannot state."""
+    """Return the number of virtual tokens; None if modules have different numbers, which a config cannot state."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

@@ -142,7 +142,7 @@ class OftFamily(Family):
 
 
 def _of_patches(file: File, key: Key) -> bool:
-    """Whether the module is a convolution with a kernel, as far as the base shows it."""
+    """Whether the base shows that the module is a convolution with a kernel."""
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
@@ -190,7 +190,7 @@ def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
 
 
 def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
-    """Return one number or size of blocks that PEFT rounds to each layer's own value; None if there is none."""
+    """Return a number (or size) of blocks that PEFT rounds to the value in every layer; None if there is none."""
     tried = sorted({each[which] for each in found}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in found]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)

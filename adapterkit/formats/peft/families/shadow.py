@@ -1,7 +1,7 @@
-"""Shadow: `shadow_down.<name>.weight` etc. in each block, `shadow_backbone.<name>.<tensor>` for the whole model.
+"""Shadow: each block has `shadow_down.<name>.weight` etc.; the whole model has `shadow_backbone.<name>.<tensor>`.
 
 PEFT always writes `default` as the name. A block's two small networks are `nn.Sequential`s with linear layers at 0 and
-2. The head with which a classifier's network was trained is only kept, because nothing uses it.
+2. The head with which a classifier's network was trained is stored, but nothing uses it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ShadowFamily(Family):
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # `*` is one word of a key in a pattern to read; in a key to write, it stands for any ending.
+    # In a pattern for reading, `*` is one word of a key; in a key for writing, `*` stands for any ending.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     own: ClassVar[type[Own]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {

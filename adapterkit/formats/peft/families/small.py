@@ -60,7 +60,7 @@ class BeftFamily(Family):
 
 
 class Renamed(Family):
-    """A family whose tensors are the fields of its method under other names.
+    """A family whose keys are other names for the fields of its method.
 
     Class attributes:
         fields: a map from a word in the keys to the update's field.

@@ -111,7 +111,7 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """Return a sparsity that yields each weight's number of elements.
+    """Return one sparsity that yields every weight's number of trained elements.
 
     Raises:
         Unrepresentable: no sparsity yields all of these numbers.

@@ -1,6 +1,7 @@
 """Families that store coefficients of a transform: WaveFT and FourierFT.
 
-WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; the wavelet has a name.
+WaveFT: `waveft_spectrum` [n]; `random_loc_seed` and the weight's size determine the positions. The config names the
+wavelet.
 
 The filters are the low-pass filters for reconstruction that Daubechies published (Ten Lectures on Wavelets,
 https://doi.org/10.1137/1.9781611970104), with PEFT's digits. They are orthonormal, with N vanishing moments (dbN, symN)
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 FAULTY = "coif4"
-"""The name for which PEFT has numbers that form no wavelet. Its forward uses them; `RIGHT` has the Coiflet's."""
+"""The wavelet whose filter is wrong in PEFT: PEFT's numbers form no wavelet. `RIGHT` is the correct Coiflet."""
 
 RIGHT = (
     0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
@@ -167,7 +168,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 
 @cache
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
-    """Return a wavelet's filter, one tensor for all users; `right` corrects the filter that is wrong in PEFT."""
+    """Return a wavelet's filter, the same tensor in every call; `right` corrects the filter that is wrong in PEFT."""
     import numpy as np
 
     kind = DTYPES[dtype]
@@ -340,7 +341,7 @@ class FourierFTFamily(Family):
         return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)
 
 
-# Draw positions that files omit, from a seed and in the same way as PEFT.
+# Draw the positions that files omit, from the seed and in the same way as PEFT.
 
 
 LARGEST = 1 << 34
@@ -366,7 +367,10 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """Return one tensor for all weights of a size, because drawing it shuffles as many numbers as a weight has."""
+    """Return one tensor shared by all weights of this size.
+
+    Each draw is slow, because it shuffles as many numbers as the weight has elements.
+    """
 
     @cache
     def fetch() -> bytes:

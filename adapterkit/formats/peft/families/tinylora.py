@@ -1,7 +1,7 @@
 """TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` per module, and `tinylora_v.<group>` per group of modules.
 
-A group consists of modules that the model declares one after another. The keys do not state a module's number, but its
-random P shows it, because PEFT draws P from `projection_seed` plus this number.
+A group consists of modules that the model declares one after another. The keys do not state a module's index in this
+order, but the random P shows the index, because PEFT draws P from `projection_seed` plus the index.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | None:
-    """Return every module's number in the model, by path; None if the numbers are unknown."""
+    """Return each module's index in the model, by path; None if the indices are unknown."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
     held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
@@ -137,7 +137,7 @@ def _numbers(updates: Mapping[str, TinyLoRA], file: File) -> dict[str, int] | No
 
 
 def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """Return the number from which each P was drawn; None if a number is unknown or occurs twice."""
+    """Return the index from which each P was drawn; None if an index is unknown or occurs twice."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in held.values():
         kind = tensor.shape, tensor.dtype.name
@@ -149,7 +149,7 @@ def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """Return P `[u, r, r]` as PEFT draws it; it is drawn when it is read."""
+    """Return P `[u, r, r]` as PEFT draws it; the values are drawn when they are read."""
     kind = DTYPES[dtype]
 
     def fetch() -> Buffer:
@@ -166,8 +166,8 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
     """Return a module's update with its v, and with its P if the file omits P.
 
     Raises:
-        UsageError: the module's number in the model depends on the base, and no base is given.
-        Unsupported: the base does not show the number, either.
+        UsageError: the module's index in the model depends on the base, and no base is given.
+        Unsupported: the base does not show the index, either.
         Malformed: the v of the module's group is missing.
     """
     own, update = file.settings.own, found.update

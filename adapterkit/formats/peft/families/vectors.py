@@ -1,4 +1,4 @@
-"""Families whose factors are made of one shared list of numbers: Uni-LoRA and VB-LoRA.
+"""Families whose factors are computed from numbers that all modules share: Uni-LoRA and VB-LoRA.
 
 Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices`, also `unilora_indices_A`, `unilora_scales_A` etc.
 
@@ -129,7 +129,7 @@ def _modules(file: File) -> list[str]:
 
     Raises:
         UsageError: no base is given.
-        Unsupported: the order is unknown, or other fields than `target_modules` select modules.
+        Unsupported: the order is unknown, or fields other than `target_modules` select modules.
     """
     if file.known:
         return list(file.known)
