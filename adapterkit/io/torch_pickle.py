@@ -123,7 +123,7 @@ def _tensor(
     if hooks or metadata:
         raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
-        raise damaged(f"a tensor has no storage, or its offset, shape or strides are not up to {_DIMENSIONS} counts")
+        raise damaged(f"a tensor has no storage, or its sizes are not up to {_DIMENSIONS} non-negative integers")
     return _inside(View(storage, storage.dtype, offset, shape, stride))
 
 

@@ -16,7 +16,7 @@ ROWS = 16
 """Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
 
 STRIP = 3 << 14
-"""Numbers of A used at a time; they stay in the cache from one block of rows to the next."""
+"""Number of elements of A that are used at a time; they stay in the cache from one block of rows to the next."""
 
 
 def product(D: N, B: N, A: N) -> None:
