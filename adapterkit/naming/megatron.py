@@ -21,7 +21,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def bridge() -> dict[str, tuple[str, ...]]:
     """Map adapter modules inside a layer to our modules inside a layer, for Megatron-Bridge and NeMo 2.
 
-    Canonical LoRA has a pair for each weight in a fused one, named after the first word of the weight's name.
+    Canonical LoRA has a pair of factors for each part of a fused weight, named after the first word of the part's name.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():

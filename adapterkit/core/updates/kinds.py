@@ -67,7 +67,7 @@ class Additive(Update):
         return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
-        """Return an update of the same method with weight * D and weight * d; None if that needs the leaves' numbers."""
+        """Return an update of the same method with weight * D and weight * d; None if it would read leaves."""
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
 

@@ -1,4 +1,4 @@
-"""List how an adapter's names map to a base's, as plain data for tables."""
+"""List the names in a base to which an adapter's names map, as plain data for tables."""
 
 from __future__ import annotations
 
