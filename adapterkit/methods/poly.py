@@ -1,7 +1,7 @@
 """Poly: y' = y + B @ A x / r, where A and B are mixtures of skills, with shares that were learned for the row's task.
 
 Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits it is multi-head routing, Caccia et al. 2023,
-https://arxiv.org/abs/2211.03831. In training, the papers add random noise to these shares.
+https://arxiv.org/abs/2211.03831. In training, the papers sample shares around these values.
 """
 
 from __future__ import annotations
