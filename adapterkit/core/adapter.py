@@ -307,7 +307,7 @@ class Adapter:
         rules that changed names. The lineage also records the fingerprint of the base, unless it already has one.
 
         Args:
-            base: an open checkpoint or the path of one.
+            base: an open checkpoint, or its path.
             rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
 
         Raises:

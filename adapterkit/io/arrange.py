@@ -263,13 +263,13 @@ def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither holds the other.
+    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither of the two holds the other exactly.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors hold the same bits; if both have the same span, neither is read."""
+    """Whether two tensors hold the same bits; if both have the same span, no data is read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

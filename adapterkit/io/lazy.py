@@ -108,8 +108,8 @@ Shape = tuple[int, ...]
 class Span(NamedTuple):
     """The location of a tensor's data in a file, in C order, little-endian.
 
-    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of
-    the time of creating a frozen dataclass, and the garbage collector does not track it.
+    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of the
+    time of creating a frozen dataclass, and the garbage collector does not track such tuples.
     """
 
     path: str
@@ -296,7 +296,7 @@ class Lazy:
         self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
-        # Copy read-only buffers: frombuffer warns for them, and refuses empty ones.
+        # Copy read-only buffers: frombuffer warns for them, and refuses empty buffers.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")

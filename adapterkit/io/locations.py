@@ -88,7 +88,7 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     siblings: list[str] = []
     with suppress(OSError):
         siblings = sorted(entry.name for entry in path.parent.iterdir())
-    # Compare only the last part of the paths: behind the same long folder, all names would look alike.
+    # Compare only the last part of each path: with the same long folder in front, all paths would look alike.
     folder = "" if path.parent == Path() else os.path.join(path.parent, "")
     cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
@@ -240,7 +240,7 @@ def outgoing(
 ) -> AbstractContextManager[Path]:
     """Return a context with a local path to write to; its content is pushed to a hub when the block succeeds.
 
-    The path is derived from the name, so a later run finds the files of an interrupted one.
+    The path is derived from the name, so a later run finds the files of an interrupted run.
 
     Args:
         name: the uri to push to.

@@ -227,7 +227,7 @@ class Staging:
             _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
-            old = []  # One rename replaces the old file by the new one, so readers always find one of the two.
+            old = []  # One rename replaces the old file by the new file, so readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
             # Attach before the renames. If the process is killed after the last rename, the output has its record.
@@ -303,7 +303,7 @@ class Staging:
             self.recover()
         except StorageError:
             return  # Keep the stage: it holds the only copy of the old output.
-        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left it.
+        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left this copy.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)

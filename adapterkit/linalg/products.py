@@ -64,8 +64,8 @@ def even_split(size: int, factor: int = -1) -> tuple[int, int]:
 
     Args:
         size: the product of the two factors.
-        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to
-            `factor` that is not above the second one. -1 means no limit.
+        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to `factor`
+            that is not above the second factor. -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -95,7 +95,7 @@ Law = Callable[["Tensor"], "Tensor"]
 
 
 def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
-    """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last ones.
+    """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
     If the model's call has a mask `[rows, positions]`, each row's masked positions are not counted.
     """

@@ -237,7 +237,7 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """List the namings in the file, in the order of their first use."""
+        """List the namings in the file, in the order in which they first occur."""
         named = (naming for places in self.record.weights.values() for naming in places)
         own = [*self.record.keyed, *named, *self.record.extends]
         return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))

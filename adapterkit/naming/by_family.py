@@ -141,12 +141,12 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the prefix that the base removed from a naming or added to it; saving without a head removes one.
+        """Find the prefix that names lack or add in the base; saving without a head drops a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has exact names of the family. A prefix must then be one that no name of the base
-                has, and all names in the naming with this prefix must exist in the base without it.
+            in_part: whether the base has exact names of the family. If so, no name of the base may begin with the
+                prefix, and all names in the naming that begin with it must exist in the base without the prefix.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -178,7 +178,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of the weight's experts in the base; for a stack, the base's config states it."""
+        """Return the number of the weight's experts in the base; for a stack, the number is from the base's config."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -292,6 +292,6 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # Also remove the prefixes of a language model inside a larger one. Other first words are kept, because they may
+    # Also remove the prefixes of a language model inside a larger model. Other first words are kept, because they may
     # name a vision tower, whose layers have the same names.
     yield from without_prefix(name)

@@ -49,6 +49,6 @@ NEMO = {
 """A map from adapter modules inside a layer to our modules inside a layer, for NeMo 1."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""Matches a module's name; prefixes differ because each wrapper around a model adds one."""
+"""Matches a module's name; prefixes differ because each wrapper around a model adds a prefix."""
 
 OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")

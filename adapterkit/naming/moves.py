@@ -34,10 +34,10 @@ class Move:
 
     Attributes:
         path: the name in the base.
-        take: the part of the target's rows that is moved; None for all rows.
+        take: the part of the target's rows that moves; None for all rows.
         into: the part of the destination's rows that these rows become; None for all rows.
-        expert: the slice of a target that is a stack; None for all of it.
-        slot: the slice of a stack in the base; None for all of it.
+        expert: if the target is a stack, the index of the slice that moves; None for the whole target.
+        slot: if the destination is a stack, the index of its slice; None for the whole destination.
         turn: two places without names: the first has the order of rows in the adapter, the second the order in the
             base. None if the orders are the same.
     """

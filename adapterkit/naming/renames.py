@@ -27,7 +27,7 @@ class Rename:
 
     Attributes:
         text: the rule as the user wrote it.
-        pattern: a regular expression for names, with a group for each placeholder and one for the rest.
+        pattern: a regular expression for names, with a group for each placeholder and a group for the rest of the name.
         to: the replacement for FROM, with placeholders.
         family: the model type, if the rule only names the base's family; otherwise empty.
         rows: `by_head` or `by_part`, if the rule only states the order of rows of fused projections; otherwise empty.

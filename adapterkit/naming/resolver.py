@@ -111,7 +111,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
-    """Remove wrappers' words from names, and map the targets that the base then has."""
+    """Remove wrappers' words from names, and map the targets whose shortened names the base has."""
     perhaps = WRAPPERS | PERHAPS
     if not any(word in name for _, name in left for word in perhaps):
         return left

@@ -47,7 +47,7 @@ class Names:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Map each template to one name that has it: `layers.#.mlp` to `layers.0.mlp`."""
+        """Map each template to one name that fits the template: `layers.#.mlp` to `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
         # Substitute in one string with all names: one substitution for each of the 90,000 names of a large model takes
         # three times as long.
@@ -60,7 +60,7 @@ class Names:
 
     @cached_property
     def endings(self) -> dict[str, list[str]]:
-        """Map each end of a template to the templates that have it."""
+        """Map each end of a template to the templates with this end."""
         ends: dict[str, list[str]] = {}
         for template in self.templates:
             words = template.split(".")

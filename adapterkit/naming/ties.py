@@ -51,9 +51,10 @@ class Tie:
 
     Attributes:
         stored: the tensor's name on disk: the embedding's name, or `shared`, which no layer of the model has.
-        inputs: the names of the input embeddings that use it: `(stored,)`, or those of an encoder and a decoder.
+        inputs: the names of the input embeddings that use the tensor: `(stored,)`, or those of an encoder and a
+            decoder.
         head: the name of the output head's weight.
-        apart: whether the head is also on disk, although the config ties it.
+        apart: whether the head's weight is also on disk, although the config ties the head.
         beside: (name, stored name) of further tensors that transformers ties along with the head, such as the bias of
             BERT's head.
     """
@@ -224,7 +225,7 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: the version of the file's format.
-        defaults: the model types that tie if config.json does not state it.
+        defaults: the model types whose head is tied if config.json does not say whether it is.
         ties: the ties of each class.
         sources: where the facts come from.
     """

@@ -69,7 +69,7 @@ def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop a kernel's trailing ones, because some tools write a one-dimensional kernel as a two-dimensional one."""
+    """Drop the last sizes of a kernel that are 1: some tools write a one-dimensional kernel with two dimensions."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel

@@ -156,7 +156,7 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target with only output updates may be any module: one with stored tensors inside it, or one of `modules`.
+    A target with only output updates may be any module that contains stored tensors, or any of `modules`.
 
     Args:
         adapter: the adapter.
