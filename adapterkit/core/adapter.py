@@ -41,13 +41,14 @@ LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Target:
-    """One location in a base: a weight with its bias, a slice of one, or the whole model.
+    """One location in a base: a weight with its bias, a slice of a weight, or the whole model.
 
     Attributes:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
             the whole model, which takes context updates only.
-        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`.
-            A leading `e` means one such weight per expert; then each tensor of an update has a leading `e` too.
+        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see the weight as `[out,
+            in, *k]`. A leading `e` means a stack with one weight per expert. Then each tensor of an update has a
+            leading `e` too.
         rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
@@ -73,9 +74,11 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
-    """Whether the order of targets at one weight matters: two of them share rows, and one is not a plain sum.
+    """Whether the order of targets at one weight matters.
 
-    If the order does not matter, the changes add up. Several adapters are merged in the same way.
+    It matters if two targets share rows and one of their updates is not a plain sum.
+
+    If the order does not matter, the changes add up. The same holds for the targets of several adapters.
     """
     plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
     places = [(target.layout, target.rows) for target, _ in targets]
@@ -154,7 +157,7 @@ class Adapter:
 
     Attributes:
         updates: target -> its updates, in the order in which they apply.
-        base: the base that the adapter was made for, as far as known.
+        base: the base for which the adapter was made, as far as known.
         recipe: the adapter's lineage, oldest step first.
         foreign: further content of the source format.
         extensions: optional fields of a newer minor version of the spec, kept unchanged.
@@ -228,7 +231,7 @@ class Adapter:
         the native format and has a digest.
 
         Raises:
-            AdapterkitError: something is wrong; the message names the target or the field of the first error.
+            AdapterkitError: a check fails; the message names the target or the field of the first error.
         """
         if not self.updates:
             cure = "Was it saved before training, or were all of its keys renamed?"
@@ -282,7 +285,7 @@ class Adapter:
         return found
 
     def digest(self) -> str:
-        """Return the sha256 of targets, methods, values and tensor bytes. Equal digests mean the same function."""
+        """Return the sha256 of targets, methods, values and tensor bytes. Equal digests mean equal functions."""
         digest = hashlib.sha256()
         with files_kept_open():
             for target, update in sorted(self, key=lambda pair: str(pair[0])):
@@ -301,14 +304,14 @@ class Adapter:
 
         If the base stores weights in other parts, updates are split or joined. For example, an adapter of a live model
         in transformers 5 becomes an adapter of the base as stored on a hub, or the reverse. The lineage records the
-        rules that changed names. It also records the fingerprint of the base, if it holds none.
+        rules that changed names. The lineage also records the fingerprint of the base, unless it already has one.
 
         Args:
-            base: an open checkpoint or the path of one.
+            base: an open checkpoint, or its path.
             rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name applies.
 
         Raises:
-            TargetNotFound: a target matches nothing in the base, or two things.
+            TargetNotFound: a target matches no place in the base, or several.
             ShapeMismatch: the shape of an update does not fit the weight.
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
@@ -377,14 +380,16 @@ DEEPEST = 100
 """Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes can mean billions."""
+"""Most values in one record. YAML aliases can refer to lists of aliases, so a few bytes can mean billions of values."""
 
 TOO_LARGE = 10**4300
-"""The first integer of more than 4300 decimal digits, the limit up to which Python prints and reads integers."""
+"""The smallest integer of more than 4300 decimal digits, the longest that Python prints and reads."""
 
 
 def check_json(value: object, where: str) -> None:
-    """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
+    """Check that a value is plain JSON.
+
+    Values from YAML and pickles may be or contain dates, NaN, keys of any type and lone surrogates.
 
     Raises:
         Malformed: the value is not plain JSON; the message says where.
@@ -433,7 +438,7 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """Return everything that a target's checks depend on, except its path; None if it is not hashable (damaged)."""
+    """Return everything that a target's checks depend on, except its path; None if damaged and thus not hashable."""
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:
         hash(form)

@@ -1,7 +1,7 @@
-"""Say what licences require of a model that is made from several parts, and where they contradict each other.
+"""Find what the parts' licences require of a model made from several parts, and which requirements conflict.
 
-The licences are data, `spec/licences.toml`. A card may name a wrong licence, and whether a change of weights is an
-adapted work is for lawyers, so all of it is for warnings, unless a caller asks for a refusal (`check_licences`).
+The licences are data, `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
+weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..io.strict_yaml import load_yaml
 
 
 Licence = Mapping[str, str]
-"""`license` is an identifier; if it is `other`, `license_name` and `license_link` say which licence. May be empty."""
+"""A card's fields about its licence; all may be empty. Name and link give the licence if `license` is `other`."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
@@ -120,7 +120,7 @@ def family_of(licence: Licence) -> str | None:
 
 
 def terms_of(licence: Licence) -> Terms | None:
-    """Return what a licence requires; None if the table lacks the licence."""
+    """Return the requirements of a licence; None if the table lacks the licence."""
     family = family_of(licence)
     return None if family is None else _table().families[family]
 
@@ -166,7 +166,7 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether the first licence must cover the whole and forbids further limits, and the other passes on limits."""
+    """Whether `whole` must cover the whole model and forbids further limits, while `other` imposes limits on it."""
     return whole.whole and not whole.restricts and other.restricts
 
 
@@ -192,7 +192,7 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return of which parts nothing can be told, a sentence each: they name no licence, or one not in the table."""
+    """Return a sentence for each part whose requirements are unknown: its licence is missing, or not in the table."""
     return tuple(
         f"{name} is under {called(licence)}, which is not in the table of licences" if called(licence)
         else f"{name} names no licence"
@@ -201,15 +201,15 @@ def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | str) -> None:
-    """Refuse what licences say against each other, and parts of which nothing can be told.
+    """Refuse contradictions between licences, and parts whose licence is missing or unknown.
 
     Args:
         parts: base and adapters, also those without a licence.
         against: the sentences of `conflicts` and `passed_over`.
-        path: what is merged or pushed.
+        path: the merged or pushed file or folder, for the error.
 
     Raises:
-        CheckFailed: there are such sentences, or a part's licence is not known.
+        CheckFailed: `against` is not empty, or a part's licence is missing or not in the table.
     """
     found = [*against, *unknown(parts)]
     if found:
@@ -238,7 +238,7 @@ def _cited(name: str, licence: Licence) -> str:
 
 
 def _reached(licence: Licence) -> set[str]:
-    """Return the identifiers that a whole containing this licence may be under, by any number of steps."""
+    """Return the licences that a whole may have if a part has this one, following compatible licences repeatedly."""
     found: set[str] = set()
     left = [_id(licence)]
     while left:

@@ -35,7 +35,7 @@ _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",
 })  # fmt: skip
-"""Keys that an operation makes wrong: ranks, scales, and hashes of the file's bytes."""
+"""Keys whose values are wrong after an operation: ranks, scales, and hashes of the file's bytes."""
 
 _STRUCTURAL = _OF_ONE_FILE | {"adapterkit", "format", "lora_adapter_metadata", "ss_network_module"}
 """Keys that describe the tensors of one file: its container, ranks, scales, and hashes of its bytes."""
@@ -137,9 +137,9 @@ def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the base's model types that an adapter's lineage and source file give, each once.
+    """Return the model types of the base that an adapter's lineage and source file state, without duplicates.
 
-    For models without a task type, PEFT's configs contain the module of the base's class. AdapterHub's configs contain
+    PEFT's configs without a task type contain the module of the base's class. AdapterHub's configs contain
     `model_type`.
     """
     found = [*_arguments(adapter.recipe, MODEL_TYPE)]
@@ -153,7 +153,7 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
 
 
 def model_class_of(adapter: Adapter) -> tuple[str, str]:
-    """Return the class and module of the base that PEFT trained an adapter on; both empty if no config has them."""
+    """Return the class and module of the base that PEFT trained an adapter on; both are empty if unknown."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
     found = mapping if isinstance(mapping, Mapping) else {}

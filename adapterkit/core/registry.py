@@ -1,7 +1,7 @@
 """The registry: each entry is a module, and the module's name is the key.
 
-Listing imports nothing; getting an entry imports its module only. In a registry of many small entries, a module may
-define several; then listing imports all modules.
+Listing imports nothing; getting an entry imports its module only. If a registry has `several`, a module may define
+several small entries. Then listing imports all modules.
 
 Third parties add entries as entry points in the registry's group, named like the entry's module. They cannot replace a
 built-in entry.
@@ -76,7 +76,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, list[EntryPoint]]:
-        """Return name -> the entry points of installed packages, built-in names included."""
+        """Return name -> the entry points of installed packages, including those with the name of a built-in entry."""
         announced = _announcements(tuple(sys.path))
         if announced is not None and f"[{self.group}]".encode() not in announced:
             return {}
@@ -85,17 +85,17 @@ class Registry(Mapping[str, T], Generic[T]):
         points: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
             several = points.setdefault(point.name, [])
-            # A package that two folders of the path hold is found twice.
+            # A package that is in two folders of `sys.path` is found twice.
             if point.value not in [each.value for each in several]:
                 several.append(point)
         return points
 
     def packages(self) -> dict[str, str]:
-        """Return the names that installed packages add -> the package, as `acme-adapters 1.0`; several with commas."""
+        """Return the names that installed packages add -> the packages, as `acme-adapters 1.0`, joined by commas."""
         return {name: ", ".join(map(_package, points)) for name, points in sorted(self._third_party.items())}
 
     def refused(self) -> dict[str, str]:
-        """Return the names among `packages()` that are not used -> why: they are built in, or in several packages."""
+        """Return the unused names among `packages()` -> the reason: built in, or added by several packages."""
         return {
             name: f"{packages} adds the {self.noun} {name!r}, which is built in and cannot be replaced"
             if name in self._builtin

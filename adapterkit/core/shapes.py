@@ -1,8 +1,8 @@
-"""Shape strings: `"r in *k"` on a field is its validation, its documentation and its test example.
+"""Shape strings: `"r in *k"` documents a tensor field's shape, is used to check it, and gives shapes for test examples.
 
 A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or a quotient of these
-(`out/b`, `r*n`). At most one axis is `*name`, for any number of axes. Binding shapes to their strings solves for the
-names.
+(`out/b`, `r*n`). At most one item is `*name`, which stands for any number of axes. Binding a shape to its string gives
+the names their sizes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Axes:
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the position of a plain axis, counted from the front; after a star, from the back (negative)."""
+        """Return the position of a plain axis.
+
+        The position is counted from the front, or, after a starred axis, from the back (negative).
+        """
         if axis not in self.axes:
             return None
         position = self.axes.index(axis)
@@ -100,7 +103,7 @@ def tensor(
         shape: the shape string.
         optional: the tensor may be missing (None).
         integer: the tensor holds indices instead of real numbers.
-        below: the axis, or product of axes, that the indices refer to; two axes for the two rows of a list of pairs.
+        below: the axis, or product of axes, that the indices refer to. Two for a list of pairs: one per row.
         distinct: no position may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}

@@ -1,4 +1,4 @@
-"""The demo: merge adapters for changed tasks into a small model, verify and score the results, without a network."""
+"""The demo: merge adapters for changed tasks into a small model, verify and score the results, all offline."""
 
 from __future__ import annotations
 

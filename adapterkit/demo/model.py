@@ -4,10 +4,10 @@ Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8
 2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains the model with this module.
 
 Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
-Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that is part of scikit-learn.
+Repository, doi:10.24432/C50P49 (CC BY 4.0), from the copy in scikit-learn.
 """
 
-# The layers are subclasses of torch's, so only the code that runs the demo may import this module.
+# The layers are subclasses of torch's classes, so only code that runs the demo may import this module.
 from __future__ import annotations
 
 from pathlib import Path

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
-"""For runs of a tensor of up to this many bytes, read the whole tensor: three small reads take longer."""
+"""Read a tensor of up to this many bytes whole, even if only a few runs are needed: three small reads take longer."""
 
 REAL = ("F64", "F32", "F16", "BF16")
 """Element types that all formats of language models support."""
@@ -41,12 +41,12 @@ REAL = ("F64", "F32", "F16", "BF16")
 def turned(leaf: Lazy) -> Lazy:
     """Return a tensor with its last two axes swapped; a second swap returns the original object.
 
-    So if a format stores a factor transposed, reading it back returns the very object that was written. Comparing the
-    two needs no second transpose.
+    So if a format stores a factor transposed, a reader that swaps the axes again gets the object that was written.
+    Comparing the two then needs no second transpose.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # It may have been reshaped since.
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # It was not reshaped after the swap.
         return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
@@ -84,7 +84,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    # A run of a transposed matrix needs few of its rows. Make only those contiguous.
+    # A run of a transposed matrix needs only a few rows. Make only these rows contiguous.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     found = []
@@ -101,7 +101,7 @@ def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
 
 
 def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Lazy:
-    """Return every `step`-th position from `start` to before `stop` along an axis.
+    """Return every `step`-th position along an axis, from `start` up to but not including `stop`.
 
     Raises:
         DoesNotFit: the tensor does not have these positions.
@@ -138,7 +138,7 @@ def item(leaf: Lazy, index: int) -> Lazy:
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
     """Return the elements from `first` on, in C order, as a tensor of `shape`; reads only these from a file.
 
-    Without it, a file that keeps many factors in one array would be read whole for each factor.
+    Some files keep many factors in one array. Without this function, each factor would need a read of the whole array.
     """
     count = math.prod(shape)
     span = None
@@ -222,8 +222,8 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 def times(tensor: Leaf, factor: float) -> Lazy:
     """Multiply a tensor by a number, in float64 and with one rounding to the tensor's dtype.
 
-    Fetching the result raises `Malformed` if a finite number overflows the dtype. It also raises if all products are
-    below the dtype's smallest normal number, because then digits would be lost or all numbers would become zero.
+    Fetching the result raises `Malformed` if a finite number overflows the dtype. Fetching also raises if all products
+    are below the dtype's smallest normal number: they would lose digits or become zero.
     """
     cure = "Write a format that stores the scaling separately, such as adapterkit's own"
     leaf = as_lazy(tensor)
@@ -235,7 +235,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
         with np.errstate(over="ignore", under="ignore"):
             exact = as_array(leaf).astype("f8") * factor
             made = exact.astype(leaf.dtype.array)
-        # A NaN or infinity that was already in the source is not caused by this product, so it passes here.
+        # Accept a NaN or infinity that is already in the source: this multiplication did not cause it.
         place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
             why = f"a scaling of {factor:g} moves the number at {list(place)} out of the range of {leaf.dtype}"
@@ -251,7 +251,7 @@ def times(tensor: Leaf, factor: float) -> Lazy:
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:
-    """Convert a tensor to another dtype; exact if that dtype is wider."""
+    """Convert a tensor to another dtype; the conversion is exact if the new dtype is wider."""
     if leaf.dtype.name == name:
         return leaf
     dtype = DTYPES[name]
@@ -263,13 +263,13 @@ def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
-    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither holds the other.
+    # Use F32 for a mix of BF16 and F16: F32 holds both exactly, and neither of the two holds the other exactly.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors hold the same bits; if both have the same span, neither is read."""
+    """Whether two tensors hold the same bits; if both have the same span, no data is read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -13,7 +13,7 @@ from ..errors import storage_error
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file next to `path`. On success, sync it and rename it to `path`; on any error, remove it.
+    """Open a temporary file next to `path`. On success, sync it and rename it to `path`; on any error, remove the file.
 
     The temporary file's name is derived from `path`, so the next writer reuses a file that a killed process left.
     Two writers of one path wait for each other. The file's mode follows the umask, as for any new file.
@@ -58,7 +58,7 @@ def _alone(part: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # The previous holder of the lock renamed or removed the file after it was opened here.
+            pass  # The process that held the lock before renamed or removed the file after this process had opened it.
         except BaseException:
             file.close()
             raise
@@ -77,7 +77,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable; does nothing on Windows, which has no call for it."""
+    """Make renames inside `folder` durable. On Windows, which has no call for this, do nothing."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -93,7 +93,7 @@ def lock(handle: int, *, wait: bool = False) -> bool:
         import fcntl
     except (
         ImportError
-    ):  # Windows has no flock, but there os.replace onto an open file fails, which protects it as well.
+    ):  # Windows has no flock. There, os.replace onto an open file fails, which protects the file as well.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

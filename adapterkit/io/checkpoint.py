@@ -32,7 +32,7 @@ SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 LONGEST_NAME = 255
-"""Longest file name in bytes on common file systems. For longer names, `stat` raises an error of its own."""
+"""Longest file name in bytes on common file systems. For longer names, `stat` would raise an OSError."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -254,7 +254,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whether JSON follows the eight-byte length: an index may give a safetensors shard any file extension."""
+    """Whether JSON follows the eight-byte length: an index may list safetensors shards with any file extension."""
     try:
         with open_input(file) as opened_file:
             return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
@@ -291,17 +291,17 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
 # - Always: a changed name, shape or dtype, and any change of a tensor that is small enough to be read whole.
 # - Always: a run of changed elements that is 1/63 of its tensor or longer, e.g. an attention head or an MLP block,
 #   because 64 blocks are read, evenly spaced from the first element to the last.
-# - Almost always: changes that are scattered over the model, as training makes them. The probability of missing them
-#   is (1 - p) ** n for a fraction p of changed elements and n elements read. For 10 billion bfloat16 parameters n is
-#   about 16 million, so if one element in a million changed, it is missed in one case of ten million.
-# - Seldom: a few changed elements, or one row of a large table. Only a hash of all bytes detects those.
+# - Almost always: changes that are scattered over the model, as training makes them. The probability of missing such a
+#   change is (1 - p) ** n if a fraction p of the elements changed and n are read. For 10 billion bfloat16 parameters n
+# is about 16 million, so if one element in a million changed, the change is missed in one case of ten million.
+# - Seldom: a few changed elements, or one row of a large table. Only a hash of all bytes detects such changes.
 
 
 PREFIX = "sampled-2-sha256:"
 """The number is the version of the sampling. Fingerprints of different versions are never compared."""
 
 SAMPLE = 16 << 20
-"""Approximate number of bytes read from all tensors. Reading and hashing them takes about 100 ms for any model."""
+"""Approximate number of bytes read from all tensors together. Reading and hashing takes about 100 ms for any model."""
 
 LEAST, MOST = 256, 256 << 10
 """Bounds of the bytes read from one tensor."""
@@ -325,7 +325,8 @@ def fingerprint(base: Checkpoint) -> str:
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
             if tensor.span is None and tensor.part is None:
-                # The tensor is not one run of a file, so each partial read would compute all of it. Compute it once.
+                # The tensor is not one run of a file, so each partial read would compute the whole tensor. Compute it
+                # once.
                 whole = bytes(tensor.fetch())
                 tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
             for start, count in _places(tensor, share):
@@ -339,7 +340,7 @@ SHAPES_PREFIX = "shapes-1-sha256:"
 def shapes_digest(base: Checkpoint) -> str:
     """Return a digest of a base's tensor names and shapes; bases of one architecture share it.
 
-    The digest omits dtypes: a copy of a base in another dtype has the same architecture, though other weights.
+    The digest omits dtypes: a copy of a base in another dtype has the same architecture, although its weights differ.
     """
     digest = hashlib.sha256()
     for name in sorted(base.tensors):

@@ -1,6 +1,6 @@
 """Tensors that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
 
-Joining tensors of one dtype involves no arithmetic, so the numbers keep their bits.
+Joining tensors of one dtype involves no arithmetic, so it changes no bit.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = 
 
 
 def wide(leaves: Sequence[Leaf]) -> DType:
-    """Return the dtype of a computed result: float64 if any leaf has it, else float32."""
+    """Return the dtype of a computed result: float64 if any leaf is float64, else float32."""
     return DTYPES["F64" if any(as_lazy(leaf).dtype.name == "F64" for leaf in leaves) else "F32"]
 
 
@@ -105,7 +105,7 @@ def _exact_type(dtype: DType, factor: float) -> DType:
     """Return the leaf's own dtype if it can hold the product exactly, else float32.
 
     A change of sign is always exact. Multiplying by a power of two is exact in BF16, which has float32's exponent
-    range. In F16 it may not be, because the range is too narrow.
+    range. In F16 the result may be inexact, because the exponent range is narrow.
     """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")
@@ -119,7 +119,7 @@ def _concatenated(
     dtype: np.dtype[np.generic] | str,
     axis: int,
 ) -> Array:
-    """Concatenate parts; copy each right after reading it, while it is still in the CPU cache."""
+    """Concatenate parts; copy each part right after it is read, while it is still in the CPU cache."""
     import numpy as np
 
     # Allocate the result once: np.concatenate would need a second copy of all parts.

@@ -1,4 +1,4 @@
-"""Write files around the page cache, in parallel with the computation; copy byte ranges inside the kernel."""
+"""Write files in parallel with the computation, bypassing the page cache; copy byte ranges inside the kernel."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class WriteBehind:
     """Starts writing ranges to disk at once, and drops their pages from the page cache afterwards.
 
     So the disk is busy from the first range on, not only at the final flush. The kernel also reuses the dropped
-    pages. Reuse is cheaper than fresh memory, and keeps the cached files of other programs.
+    pages. Reuse is cheaper than fresh memory, and other programs' files stay in the cache.
 
     Args:
         lag: the number of most recent ranges that keep their pages.
@@ -116,7 +116,7 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         data = data[count:]
 
 
-# Write files around the page cache, in parallel with the computation: whole pages go from user memory to the disk.
+# Write files in parallel with the computation, bypassing the page cache: whole pages go from user memory to the disk.
 #
 # Through the page cache, the kernel would copy every byte into fresh pages and evict them again. That takes half as
 # much processor time as a merge's arithmetic. It would also evict files that other programs still read.
@@ -142,7 +142,10 @@ Moved = Callable[[int], None]
 
 @dataclass(slots=True)
 class _Piece:
-    """Memory whose bytes `start` to `end` belong to a file; `memory[0]` corresponds to the page boundary `at`."""
+    """Memory whose bytes `start` to `end` belong to a file.
+
+    `memory[0]` is the byte at file offset `at`, which is a page boundary.
+    """
 
     memory: memoryview
     path: str = ""
@@ -197,8 +200,8 @@ class Writer:
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
         """Copy the next bytes from an open, unbuffered file; shares disk blocks if the file system can.
 
-        The kernel copies only if source and target have the same offset within a page. Otherwise the kernel would go
-        page by page, which is slower than reading and writing whole runs of pages.
+        The kernel copies only if source and target have the same offset within a page. Otherwise the kernel would copy
+        page by page, which is slower than reading and writing long runs of pages.
 
         Args:
             source: the file.
@@ -251,7 +254,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Send the bytes up to `stop` to be written; the rest, less than a page, moves to the next piece."""
+        """Send the bytes up to `stop` to be written; the remaining bytes, less than a page, move to the next piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -283,7 +286,7 @@ class Writer:
 
     def _write(self, piece: _Piece, stop: int) -> None:
         """Write a piece: whole pages directly, partial pages at either end through the page cache."""
-        # Fail after an earlier failure: `finish` waits for the last piece only, and would not see the error.
+        # Fail if an earlier piece failed: `finish` waits only for the last piece, and would not see the earlier error.
         if self.failure is not None:
             raise self.failure
         first = min(-(-piece.start // PAGE) * PAGE, stop)
@@ -324,5 +327,6 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
-    # Use an anonymous map: it starts at a page boundary, as direct writes require; a bytearray may not.
+    # Use an anonymous map, because it starts at a page boundary, as direct writes require. A bytearray may start
+    # anywhere.
     return memoryview(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE))

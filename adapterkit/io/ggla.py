@@ -22,7 +22,7 @@ TYPES = {0: "F32", 1: "F16"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ggla:
-    """A file's rank and alpha, and its tensors by name, with axes in numpy's order."""
+    """The content of a file: rank, alpha, and the tensors by name, with axes in numpy's order."""
 
     rank: int
     alpha: int

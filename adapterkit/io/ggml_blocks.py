@@ -62,7 +62,7 @@ def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """Return the fields of the blocks as far as the type has them: scale, minimum, fifth bits, and the numbers."""
+    """Return those fields that the type has, in this order: scale, minimum, fifth bits, numbers."""
     import numpy as np
 
     bits, offset = int(kind[1]), kind.endswith("_1")
@@ -91,10 +91,11 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Return the number of largest magnitude in each block; of two equal magnitudes the first, as ggml does."""
+    """Return each block's number of largest magnitude, with its sign; of two equal magnitudes the first, like ggml."""
     import numpy as np
 
-    # Use argmax over magnitudes only for blocks with a tie; this way is twice as fast for all others.
+    # Use argmax over magnitudes only for blocks with a tie. For all other blocks, comparing the extremes is twice as
+    # fast.
     most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
     largest = np.where(most > -least, most, least)
     twins = (most == -least)[:, 0]
@@ -140,7 +141,7 @@ def _plain(kind: str, blocks: Array) -> Array:
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
-    """Unpack numbers from bytes: within each run of bytes, first all numbers at the first shift, then the next."""
+    """Unpack numbers from bytes: each `run` bytes hold `run` numbers at `shifts[0]`, then `run` at `shifts[1]`, ..."""
     import numpy as np
 
     split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
@@ -178,7 +179,10 @@ def _q5(blocks: Array) -> Array:
 
 
 def _with_least(blocks: Array, q: Array) -> Array:
-    """Decode Q4_K and Q5_K: eight 6-bit scales and minima; bytes of the first four hold the last four's high bits."""
+    """Decode Q4_K and Q5_K, which have eight 6-bit scales and minima per block.
+
+    The bytes of the first four scales and minima also hold the two high bits of the last four.
+    """
     import numpy as np
 
     a, b, c = (blocks[:, at : at + 4] for at in (4, 8, 12))

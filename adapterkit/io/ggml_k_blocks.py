@@ -1,8 +1,8 @@
 """Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32, whose scales are themselves quantized.
 
-The layout is ggml's. Least squares selects each run's scale from a few candidates near the scale of the largest number.
-The numbers are then rounded with the scales as stored. llama.cpp searches for the least weighted error, so its bytes
-differ; the error is about the same. Source of the layout:
+The layout is ggml's. Least squares selects each run's scale from a few candidates near the scale at which the run's
+largest number just fits. The numbers are then rounded with the scales as stored. llama.cpp searches for the least
+weighted error, so its bytes differ; the error is about the same. Source of the layout:
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .lazy import Array
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""Candidate scales: distance of the range's end from a run's largest number, in quantization steps."""
+"""Candidate scales: the distance of a run's largest number from the end of the quantized range, in steps."""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
@@ -144,7 +144,7 @@ def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[A
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
-    """Return the stored unit of each block `[n, 1]`, and its non-negative values as multiples of the unit."""
+    """Quantize non-negative values; return each block's stored unit `[n, 1]`, and the multiples of this unit."""
     import numpy as np
 
     unit = _stored(values.max(1, keepdims=True) / np.float32(most))
@@ -161,7 +161,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """Quantize columns with their scales; return the numbers, shifted to start at 0, as blocks of bytes."""
+    """Quantize columns with their scales; return the quantized numbers minus `low` as blocks of bytes."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
@@ -182,7 +182,7 @@ def divided_by(values: object, by: Array) -> Array:
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack numbers into bytes: within each run of bytes, first all numbers at the first shift, then the next."""
+    """Pack numbers into bytes: each `run` bytes hold `run` numbers at `shifts[0]`, then `run` at `shifts[1]`, ..."""
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

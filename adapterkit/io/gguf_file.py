@@ -49,7 +49,7 @@ TYPES = {name: number for number, name in PLAIN.items()} | {name: number for nam
 class GgufValue:
     """One metadata value. `type` is a name such as `u32` or `string`, or `[type]` for an array.
 
-    An array's value is a list; if it has more than a million numbers, a numpy array.
+    An array's value is a list, or a numpy array if it has more than a million numbers.
     """
 
     type: str
@@ -186,7 +186,8 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
         if length > MAX_LISTED:
             return GgufValue(f"[{name}]", numbers(data, code))
         return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
-    # Check before a list of that many items is created: a string or array takes at least 8 bytes, for its length.
+    # Check the count before creating a list of that many items: each string or array takes at least 8 bytes, for its
+    # length.
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"{key!r} is an array of {length} items, more than the file could hold")
     reader.items += length
@@ -200,7 +201,10 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
 def read_entries(
     reader: Reader, values: dict[str, GgufValue], count: int
 ) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
-    """Return name -> (shape, type, offset); name -> offset of its type field; the data's offset; the alignment."""
+    """Return four values that locate the tensors.
+
+    The values: name -> (shape, type, offset); name -> offset of its type field; offset of all data; alignment.
+    """
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     places: dict[str, int] = {}
@@ -346,7 +350,7 @@ class GgufFields:
         spans: tensor name -> its bytes, including the padding before the next tensor.
         alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: tensor name -> offset of its type field in the header; the field with its data offset follows.
+        entries: tensor name -> offset of its type field in the header; its data offset is the next field.
         places: key -> offset of its value in the header.
     """
 
@@ -375,7 +379,7 @@ class GgufFields:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """Return the type of the most numbers in matrices."""
+        """Return the type that most numbers in the file's matrices have."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:

@@ -79,7 +79,7 @@ def _check_regular(mode: int, path: Path) -> None:
 
 @contextmanager
 def inputs_kept() -> Iterator[None]:
-    """Cache the values of `kept` inside the block: during format detection, many modules ask for the same header."""
+    """Cache the results of `kept(...)` inside the block: during format detection, many modules read the same header."""
     token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
@@ -88,7 +88,7 @@ def inputs_kept() -> Iterator[None]:
 
 
 def kept(what: str, path: Path, read: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Return `read(*args)` for a file. Inside `inputs_kept`, call it once per file and repeat its result or error."""
+    """Return `read(*args)`. Inside `inputs_kept`, call `read` once per `what` and file; repeat its result or error."""
     known = _KEPT.get()
     if known is None:
         return read(*args)

@@ -108,8 +108,8 @@ Shape = tuple[int, ...]
 class Span(NamedTuple):
     """The location of a tensor's data in a file, in C order, little-endian.
 
-    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of
-    the time of creating a frozen dataclass, and the garbage collector does not track it.
+    This is a tuple because adapters of mixture-of-experts models have 10^5 spans. Creating a tuple takes a third of the
+    time of creating a frozen dataclass, and the garbage collector does not track such tuples.
     """
 
     path: str
@@ -118,7 +118,7 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Sparse local files whose data is stored elsewhere: path -> function that fetches the bytes of a span."""
+"""Local files that lack their data, which is stored elsewhere: path -> function that fetches the bytes of a span."""
 
 
 @contextmanager
@@ -147,7 +147,7 @@ _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=Non
 _KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
 
 MOST_KEPT = 3
-"""Most tensors that `fetch_once` keeps: they are parts of packed weights, and each run of rows needs them whole."""
+"""Most tensors that `fetch_once` keeps: parts of packed weights, of which each run of rows needs all bytes."""
 
 MOST_OPEN = 16
 """Most files kept open. A base can have hundreds of files, and a deleted file uses disk space while it is open."""
@@ -222,8 +222,8 @@ class NotComputed(Exception):
 class DoesNotFit(ShapeMismatch, ValueError):
     """Reports that a tensor cannot have a shape, or lacks some positions.
 
-    It is also a ValueError, like the errors of numpy and torch, so a caller that tries a rearrangement handles all of
-    them alike. If no caller handles it, the user sees a typed error.
+    It is also a ValueError, like the errors of numpy and torch, so a caller that tries a rearrangement can catch all of
+    them with one `except`. If no caller catches it, the user sees an error of adapterkit's own type.
     """
 
 
@@ -296,7 +296,7 @@ class Lazy:
         self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
-        # Copy read-only buffers: frombuffer warns for them, and refuses empty ones.
+        # Copy read-only buffers: frombuffer warns for them, and refuses empty buffers.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
@@ -337,7 +337,7 @@ def as_lazy(leaf: Leaf) -> Lazy:
     def fetch() -> Buffer:
         import torch
 
-        # Read the bytes through a uint8 view: numpy cannot represent bfloat16 or float8.
+        # Read the bytes through a uint8 view, because numpy cannot represent bfloat16 or float8.
         host = leaf.detach().to("cpu").contiguous()
         return host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
 
@@ -427,7 +427,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Return the tensors; those of one number are read now, with a single read for adjacent ones."""
+    """Return the tensors; tensors of one number are read now, with a single read for adjacent tensors."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}
@@ -485,7 +485,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = No
         values: the tensor's numbers in the storage dtype, if they are already read.
 
     Raises:
-        Malformed: there is one; the message names the first position, and the file if the tensor comes from one.
+        Malformed: the tensor holds a NaN or an infinity. The message names the position and the file.
     """
     tensor = as_lazy(leaf)
     # Skip empty tensors: numpy refuses a shape such as [0, 2**62, 2**62], which a file may hold.

@@ -65,7 +65,7 @@ def exists(path: Path) -> bool:
     """Whether a path exists.
 
     Raises:
-        StorageError: the file system does not say: the name is too long, or a parent folder is not readable.
+        StorageError: the file system cannot tell, because the name is too long or a parent folder is not readable.
     """
     try:
         return path.exists()
@@ -88,7 +88,7 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     siblings: list[str] = []
     with suppress(OSError):
         siblings = sorted(entry.name for entry in path.parent.iterdir())
-    # Compare names only: with a long folder in front, all files of it would look alike.
+    # Compare only the last part of each path: with the same long folder in front, all paths would look alike.
     folder = "" if path.parent == Path() else os.path.join(path.parent, "")
     cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
@@ -111,7 +111,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     If a file has exactly the given name, the name is returned unchanged.
 
     Raises:
-        UsageError: it is neither text nor a path, or names the home of a user who does not exist.
+        UsageError: the name is neither text nor a path, or it names the home of a user who does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
         cure = "Pass a path or an address such as hf://org/repo; for an adapter also the result of adapterkit.read"
@@ -124,7 +124,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     if "\0" in text:
         raise UsageError(f"the path {shown(text)} contains a null byte", cure="Write the path without it")
     if text.startswith("file://") and not os.path.exists(text):
-        from urllib.request import url2pathname  # Import it here: it imports an HTTP client, which takes 20 ms.
+        from urllib.request import url2pathname  # This imports an HTTP client, which takes 20 ms.
 
         return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     if not text.startswith("~") or os.path.exists(text):
@@ -137,7 +137,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, by which model cards name bases; local paths do not have it."""
+    """Whether a name has the form `org/repo`, by which model cards name bases."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 
@@ -159,7 +159,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether a hub with that scheme exists. `a:/b` may also be a local path, so only `a://b` raises if none exists."""
+    """Whether a hub with that scheme exists. If not, `a://b` raises, but `a:/b` may be a local path."""
     try:
         hub().hub_of(scheme)
     except UsageError as error:
@@ -170,7 +170,9 @@ def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
 
 
 def local(name: str | os.PathLike[str]) -> Path:
-    """Return the local path of a name. `FOLDER#name` is the subfolder `name`, unless a path with `#` exists.
+    """Return the local path of a name.
+
+    `FOLDER#name` is the subfolder `name`, unless a path with exactly this name exists.
 
     Args:
         name: a local name; it need not exist.
@@ -187,7 +189,7 @@ def _member(text: str) -> Path | None:
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """Return the local path of a name; something on a hub is first downloaded into a cache and verified.
+    """Return the local path of a name; files on a hub are first downloaded into a cache and verified.
 
     Raises:
         UsageError: the scheme is unknown, or the name is invalid on its hub.
@@ -243,7 +245,7 @@ def _shown_as(text: str, path: Path) -> Iterator[None]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether a name has a hub's scheme. Outputs go to a hub only if it has one; `org/repo` is a local output path.
+    """Whether a name has a hub's scheme. Only outputs with a scheme go to a hub; `org/repo` is a local output path.
 
     Raises:
         UsageError: the scheme is unknown.
@@ -260,7 +262,7 @@ def outgoing(
 ) -> AbstractContextManager[Path]:
     """Return a context with a local path to write to; its content is pushed to a hub when the block succeeds.
 
-    The path is derived from the name, so a later run finds the files of an interrupted one.
+    The path is derived from the name, so a later run finds the files of an interrupted run.
 
     Args:
         name: the uri to push to.

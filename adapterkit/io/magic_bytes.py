@@ -1,4 +1,4 @@
-"""Magic bytes of tensor files, which give a file's type without importing its reader."""
+"""Magic bytes of tensor files, which show a file's type without importing its reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .inputs import open_input
 
 GGUF = b"GGUF"
 GGLA = b"algg"
-"""The number 0x67676c61 in little-endian order; therefore the letters are reversed."""
+"""The number 0x67676c61 in little-endian order, so the letters of `ggla` are reversed."""
 NPY = b"\x93NUMPY"
 
 

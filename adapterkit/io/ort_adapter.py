@@ -41,7 +41,7 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 64
-"""Most axes of a tensor: as many as in a safetensors file, so that every tensor read from one can be written here."""
+"""Most axes of a tensor. Safetensors files have the same limit, so a tensor from one can always be written."""
 
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
@@ -124,8 +124,7 @@ class _Table:
 class _Buffer:
     """Random access to the bytes of a file, never beyond its end.
 
-    The reader alternates between a tensor's table and the area before its data, number by number. So the last few
-    pages are cached.
+    The last few pages are cached, because the reader alternates between tables and data.
     """
 
     def __init__(self, path: str) -> None:
@@ -239,7 +238,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
 
 
 class _Plan:
-    """The layout of a file: tables first, numbers last, because flatbuffer offsets always point forward."""
+    """The layout of a file: tables first, tensor data last, because flatbuffer offsets always point forward."""
 
     def __init__(self, adapter: OrtAdapter) -> None:
         self.adapter, self.at = adapter, 8
@@ -263,7 +262,7 @@ class _Plan:
             self._parameter(table, fields, name, tensor)
 
     def _place(self, size: int, alignment: int, before: int = 0) -> int:
-        """Reserve `size` bytes so that the byte after the first `before` bytes is aligned; return their offset."""
+        """Reserve `size` bytes and return their offset; the byte at offset + `before` is aligned."""
         start = -(-(self.at + before) // alignment) * alignment - before
         self.at = start + size
         if self.at > LARGEST:

@@ -1,7 +1,7 @@
 """The hub's interface for lower packages: a protocol, and the hub that `adapterkit/__init__.py` installs.
 
-Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hub package is built on the packages
-that define these functions, so they cannot import it. They call the installed hub instead.
+Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hub package imports the packages that
+define these functions, so these packages cannot import it. They call the installed hub instead.
 """
 
 from __future__ import annotations
@@ -145,6 +145,6 @@ def install(load: Callable[[], Hub]) -> None:
 
 def hub() -> Hub:
     """Return the installed hub."""
-    # `adapterkit/__init__.py` installs it, and Python runs that file before any other of the package.
+    # `adapterkit/__init__.py` installs the hub, and Python runs that file before any other module of the package.
     assert _load is not None
     return _load()

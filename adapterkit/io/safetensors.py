@@ -64,7 +64,7 @@ class _Begun:
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
-        # Do not copy the span of a file whose data is elsewhere: the file is sparse on disk, so its bytes are fetched.
+        # Fetch the bytes of a file whose data is stored elsewhere. Copying its span would copy holes.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
         # Start larger tensors only when they are written, so that memory holds only one of them.
@@ -76,7 +76,7 @@ class _Begun:
 
 
 def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Iterator[_Begun]:
-    """Yield each tensor after the next one has been started, so that computing and writing overlap."""
+    """Yield each tensor after its successor's computation has started, so that computing and writing overlap."""
     last: _Begun | None = None
     for name, tensor in tensors:
         following = _Begun(name, tensor, pool)
@@ -260,7 +260,8 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
-            # Report a text file: its first eight bytes read as a length above 10^18, which would not help the user.
+            # Report a text file as such: its first eight bytes would give a length above 10^18, which would not help
+            # the user.
             cure = "Name the folder, or its weight file"
             if prefix.startswith(b"version "):
                 cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
@@ -272,7 +273,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 
 
 def _parse(raw: bytes, path: str) -> tuple[dict[str, JsonValue], bool]:
-    """Return the header, and whether it holds only strings and non-negative integers; see `load_table`."""
+    """Return the header, and whether its values are only strings and non-negative integers; see `load_table`."""
     try:
         fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -358,7 +359,7 @@ def _position(entry: Entry) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
-    # Refuse gaps, as the format requires: hidden bytes could make the file valid in a second format.
+    # Refuse gaps, as the format requires: bytes in a gap could make the file valid in a second format.
     end = start
     for entry in entries:
         if entry.offset != end:

@@ -1,7 +1,7 @@
-"""Computed tensors that are kept until they are written: the first ones in memory, further ones in a temporary file.
+"""Keep computed tensors until they are written: the first ones in memory, all others in a temporary file.
 
-The result of one method on 224 targets of 4096 x 4096 takes a gigabyte with the ranks of eight adapters. Nothing can be
-written to its place before all targets are computed, since any of them may be refused.
+Combining eight adapters with 224 targets of 4096 x 4096 can take a gigabyte, because the ranks add up. No target can be
+written to the output before all are computed, because any of them may be refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IN_MEMORY = 64 << 20
 
 
 class Spool:
-    """Keeps tensors. The file has no name, or is removed with the last tensor that lies in it; threads may share it.
+    """Keeps tensors; threads may share a spool. The temporary file is removed with the last tensor in it.
 
     Args:
         memory: bytes that stay in memory.
@@ -54,14 +54,14 @@ class Spool:
                 start = self._append(kept)
             except OSError as error:
                 raise storage_error(error, Path(tempfile.gettempdir())) from None
-        # The leaf must not hold the array.
+        # The leaf must not keep the array in memory.
         shape, count = tuple(kept.shape), kept.nbytes
         return Lazy(shape, dtype, lambda: self._read(start, count))
 
     def _append(self, kept: Array) -> int:
         if self._file is None:
             self._file = cast("BinaryIO", tempfile.TemporaryFile(prefix="adapterkit-"))  # noqa: SIM115 - closed below
-            # Every leaf holds the spool, so the file is closed with the last of them.
+            # Every leaf refers to the spool, so the file is closed with the last leaf.
             weakref.finalize(self, self._file.close)
         start = self._end
         self._file.seek(start)

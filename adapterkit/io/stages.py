@@ -15,7 +15,7 @@ LOGGER = "adapterkit"
 
 
 class _Steps:
-    """The steps of some work: how many there are, how many began, and the text of the last one."""
+    """The progress of some work: the number of its steps, the number that began, and the text of the last step."""
 
     def __init__(self, total: int) -> None:
         self.total, self.begun, self.last = total, 0, ""
@@ -32,10 +32,12 @@ _steps: ContextVar[_Steps | None] = ContextVar("steps", default=None)
 
 @contextmanager
 def steps(total: int) -> Iterator[None]:
-    """Number the steps that begin in the block; a block inside another one is a part of it.
+    """Number the steps that begin in the block.
+
+    Steps of a nested block count as steps of the outer block, and the nested block's own total is ignored.
 
     Args:
-        total: how many steps there are.
+        total: the number of steps.
     """
     if _steps.get() is not None:
         yield
@@ -48,7 +50,7 @@ def steps(total: int) -> Iterator[None]:
 
 
 def stage(text: str) -> None:
-    """Tell that a step begins, such as `tracing the model`."""
+    """Report that a step begins, such as `tracing the model`."""
     among = _steps.get()
     _log(20, text if among is None else among.numbered(text))
 
@@ -60,5 +62,5 @@ def detail(text: str) -> None:
 
 def _log(level: int, text: str) -> None:
     logging = sys.modules.get("logging")
-    if logging is not None:  # Skip if logging was never imported: nobody listens, and importing it takes 5 ms.
+    if logging is not None:  # Skip if logging was never imported: then there is no handler, and the import takes 5 ms.
         logging.getLogger(LOGGER).log(level, "%s", text)

@@ -1,17 +1,17 @@
-"""Output that appears by rename, with a record of its inputs.
+"""Write an output in a hidden folder, rename it into place, and store a record of its inputs with it.
 
-The record describes how an output was made, so that running the same command again finds the work done.
+The record describes how an output was made, so that a second run of the same command finds the output complete.
 
-A record holds one digest of everything that decided the output (inputs, options, versions) and a fingerprint of every
-file written. It is stored as an extended attribute of the output, `user.adapterkit`. So it adds no file to a folder
-that other tools read, is not uploaded with the folder, and moves into place with the output in the same rename. On file
-systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file next to the output. If a
-record gets lost, for example because the output was copied, the output is just not recognised.
+A record holds a digest of everything that determines the output (inputs, options, versions), and a fingerprint of every
+file written. It is stored as an extended attribute of the output, `user.adapterkit`. So the record adds no file to a
+folder that other tools read, and is not uploaded with the folder. It also moves into place with the output, in the same
+rename. On file systems without extended attributes (NFS before 4.2, FAT, Windows) the record is a hidden file next to
+the output. If a record gets lost, for example because the output was copied, the output is not recognised as complete.
 
 The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file it consists of the size, the
 modification time and a hash of the first MiB, where formats have their headers. Reading a model of 100 GB again would
 take minutes, and a file with the same header, size and time in nanoseconds was not rewritten. The fingerprint omits the
-inode number: network and overlay file systems change it at a mount, and a restarted container must find its work done.
+inode number: network and overlay file systems change it at a mount, and a restarted container must know its output.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: object) -> str:
-    """Return one digest of plain data, which should be everything that decided an output."""
+    """Return one digest of plain data, which should be everything that determines an output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -83,7 +83,7 @@ def attach(record: bytes, output: Path, beside: Path) -> None:
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # The system or file system does not support it, or has no room for it.
+    except (AttributeError, OSError):  # There are no extended attributes, or there is no room.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
@@ -131,7 +131,8 @@ def listed(files: Iterable[Path]) -> list[list[str]]:
 # * Nothing at the target changes until the new output is complete and durable. A full disk, a signal or an error in a
 #   writer leaves the old output in place.
 # * A process that is killed between two renames leaves a journal. The next run at the same target reads the journal,
-#   and undoes or finishes the publication. It finds the folder because its name is derived from the target's name.
+# and undoes or finishes the publication. The next run finds the folder, because the folder's name is derived from the
+# target's name.
 # * A lock in the folder lets only one process at a time write to a target.
 # * Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them.
 
@@ -145,10 +146,10 @@ STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
 """Names of the stages and the record inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""Most bytes of a target's name that its stage's name uses; file systems allow 255 for the whole name."""
+"""Most bytes of the target's name that the stage's name repeats; file systems allow 255 bytes for the whole name."""
 
 Move = tuple[Path, Path]
-"""A path in the stage, and its destination."""
+"""(a path in the stage, its destination)."""
 
 
 class Staging:
@@ -182,7 +183,7 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # The stage will be cleared, and a link may point to a user's folder.
+            if self.folder.is_symlink():  # Clearing it could delete a user's files.
                 raise StorageError("a link has the name of the work folder", path=self.folder, cure="Remove the link")
             with self._open_lock() as held:
                 self._hold(held.fileno())
@@ -217,8 +218,7 @@ class Staging:
                 one arrives last, so no reader sees it together with other files of another output.
             gone: further files of the old output to remove.
             durable: True if the staged files are already synced to disk.
-            record: the digest of everything that decided the output; it is stored with the main file or folder, see the
-                top of this file.
+            record: the digest of everything that determines the output. It is stored with the main file or folder.
 
         Raises:
             OSError: a rename failed; the old output is back in place.
@@ -227,7 +227,7 @@ class Staging:
             _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
-            old = []  # One rename replaces the old file by the new one, so readers always find one of the two.
+            old = []  # One rename replaces the old file by the new file, so readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
             # Attach before the renames. If the process is killed after the last rename, the output has its record.
@@ -303,13 +303,13 @@ class Staging:
             self.recover()
         except StorageError:
             return  # Keep the stage: it holds the only copy of the old output.
-        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left it.
+        part_of(self.target).unlink(missing_ok=True)  # An output that was written in place may have left this copy.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _kept(self, path: Path, old: Sequence[Path]) -> Path:
-        """Return where a part of the old output is kept until the new one is in place."""
+        """Return the path at which a part of the old output is kept until the new output is in place."""
         return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
 
     def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
@@ -339,7 +339,7 @@ class Staging:
             same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
         except FileNotFoundError:
             same = False
-        if not same:  # The process that held the lock finished and removed the file after it was opened here.
+        if not same:  # The process that held the lock finished and removed the file after this process had opened it.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -448,7 +448,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """Return a target's name for a rename: links to folders and `.` are resolved."""
+    """Return the path to rename to: links to folders and `.` in the target are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
@@ -487,7 +487,7 @@ def _outside(stage: Staging, path: str | None) -> str:
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace an input file, by whatever name or link it is given.
+    """Refuse to replace an input file, even if it is given by another name or through a link.
 
     Raises:
         UsageError: a file is both replaced and read.
@@ -501,7 +501,7 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """Yield the files at a target that an output replaces: files that it owns, and files with the same name.
+    """Yield the files at a target that an output replaces: files that match `owns` or are named like a new file.
 
     Args:
         target: the target, which may not exist.
@@ -563,7 +563,7 @@ def _planned(
 
 
 def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to replace a file next to the target that has other contents and may belong to another output.
+    """Refuse to replace a file next to the target if its contents differ, because it may belong to another output.
 
     Several formats keep a number such as alpha in a file with a fixed name next to their tensors.
     """
@@ -577,7 +577,7 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Add the old folder's files that the output does not own to the new folder, by hard links, which copy nothing."""
+    """Add those old files that do not match `owns` to the new folder, by hard links, which copy nothing."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():

@@ -42,8 +42,8 @@ def load_json(text: str) -> Any:
 def load_table(text: str) -> tuple[Any, bool]:
     """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
-    It returns the same as `load_json` in a third of the time. A look at the text without its strings shows whether the
-    table is regular; if so, the values need no individual checks.
+    It returns the same as `load_json` in a third of the time. The characters outside of strings show whether the table
+    is regular. If so, the values need no individual checks.
 
     Args:
         text: the JSON text.
@@ -59,10 +59,10 @@ def load_table(text: str) -> tuple[Any, bool]:
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    # Count the keys that were parsed. If an entry repeats one key and lacks another, the number of colons is the usual.
+    # Compare the number of colons with the number of parsed keys: of a repeated key, the parser keeps only one.
     fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # The numbers of colons and keys differ: a key occurs twice, or this is not such a table. Parse it the slow way.
+        # The numbers differ: a key occurs twice, or this is not such a table. Parse the text again, with all checks.
         return _load(text, _unique), False
     return value, regular
 
@@ -89,11 +89,13 @@ def check_size(data: bytes) -> bytes:
     """
     if data.count(b'"') > MAX_QUOTES:
         raise ValueError(f"there are more than {MAX_QUOTES:,} quotation marks")
-    # Let an unterminated string extend to the end of the text: searching its end from each quote would be quadratic.
+    # Let an unterminated string extend to the end of the text: otherwise, each quote would start a search to the end,
+    # which takes quadratic time.
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"there are more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    # Map both kinds of brackets to one, so that a round removes one level; the parser refuses brackets that mismatch.
+    # Map both kinds of brackets to one, so that each pass of the loop below removes one level. The parser refuses
+    # brackets that mismatch.
     brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = brackets.replace(b"[]", b"")

@@ -25,9 +25,9 @@ def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None
     """Return the value of a YAML document: strings, numbers, booleans, null, lists, and mappings with string keys.
 
     The function refuses aliases, because a few of them can describe gigabytes. It also refuses tags, repeated keys,
-    numbers that are not finite or have more than 40 digits, and half surrogate pairs: native files store such documents
-    as JSON, which cannot express them. Dates stay strings. So do YAML 1.1's numbers with colons (`1:30`), which PyYAML
-    parses in quadratic time.
+    numbers that are not finite or have more than 40 digits, and half surrogate pairs. Native files store such documents
+    as JSON, which cannot express these values. Dates stay strings. So do YAML 1.1's numbers with colons (`1:30`), which
+    PyYAML parses in quadratic time.
 
     Args:
         data: the document in UTF-8.

@@ -2,7 +2,7 @@
 
 There are two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
 
-`torch_pickle` interprets the pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
+The module `torch_pickle` interprets the pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
-    """Return the content of the older container, a sequence of pickles; raises the same errors as `read_zip`."""
+    """Return the content of the older container, a sequence of pickles; it raises the same errors as `read_zip`."""
     # Read as many bytes as the pickles may take: they come first, and have no length field.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
@@ -354,8 +354,8 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     """Return the tensors of a saved state dict, by name in the file's order; no tensor data is read yet.
 
     If the dict has only a `state_dict`, `model` or `model_state_dict` entry, that entry is the state dict. A module's
-    `_metadata` is dropped: it holds code versions, not weights. Names that share a storage are all returned. A
-    contiguous tensor has a `span`; the `fetch` of other views gathers their elements. Files are closed between fetches.
+    `_metadata` is dropped: it holds code versions, not weights. All names that share a storage are returned. A
+    contiguous tensor has a `span`; for any other view, `fetch` gathers the elements. Files are closed between fetches.
 
     Raises:
         Malformed: the file violates the rules of its container, a view extends beyond its storage, or an entry is not

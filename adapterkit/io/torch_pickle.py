@@ -54,7 +54,7 @@ def kind_of(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a global in torch, `module name`. It is never resolved to the object."""
+    """The name of a global, `module name`, as the pickle states it. The object that it names is never loaded."""
 
     name: str
 
@@ -119,11 +119,11 @@ def counts(value: object) -> bool:
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: object = None, metadata: object = None
 ) -> View:
-    """Build the result of `_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    """Build the tensor that torch's `_rebuild_tensor` and `_rebuild_tensor_v2` would return."""
     if hooks or metadata:
         raise refused("the tensor has hooks, or is a conjugate or negative view")
     if type(storage) is not Storage or not (counts((offset,)) and counts(shape) and counts(stride)):
-        raise damaged(f"a tensor has no storage, or its sizes are not up to {_DIMENSIONS} counts")
+        raise damaged(f"a tensor has no storage, or its sizes are not up to {_DIMENSIONS} non-negative integers")
     return _inside(View(storage, storage.dtype, offset, shape, stride))
 
 
@@ -197,7 +197,7 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
-"""The functions that REDUCE may call. All are defined here, and none runs anything from its arguments."""
+"""The functions that the opcode REDUCE may call. All are defined in this file, and none calls any of its arguments."""
 KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 

@@ -1,8 +1,9 @@
 """Remember the tensors that a file was written from, while a writer checks its own output.
 
-A file that is read back right after writing needs no full comparison if its tensors were only moved. Its header is read
-from the disk, its lazy tensors lead to the tensors that were written, and a sample of bytes is compared with the disk.
-Some containers are written around the page cache, so reading each tensor again would cost 70 us.
+A writer reads each file back right after writing it. If its tensors were only moved, a full comparison is not needed:
+the header is read from the disk, a sample of bytes is compared with the disk, and all other reads return the tensors
+that were written. Some containers are written bypassing the page cache, so reading each tensor from the disk would take
+70 us.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Activation functions by name, for the arrays of any library: `ACTIVATIONS["gelu"](x)`.
 
-The names are those that transformers and AdapterHub write into configs, so several names can mean one function.
+The names are those that transformers and AdapterHub write into configs, so several names can refer to the same
+function.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def sigmoid(x: N) -> N:
 def softmax(x: N) -> N:
     """Return the softmax along the last axis; an entry of -inf becomes 0."""
     xp = namespace(x)
-    # Subtract the maximum, which keeps exp from overflowing and cancels out in the quotient.
+    # Subtract the maximum, so that exp does not overflow. The subtraction cancels out in the quotient.
     powers = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return powers / xp.sum(powers, axis=-1, keepdims=True)
 
@@ -87,7 +88,7 @@ def _silu(x: N) -> N:
 
 def _softplus(x: N) -> N:
     xp = namespace(x)
-    # Use this form of log(1 + exp(x)), because the plain one overflows for large x.
+    # Use this form of log(1 + exp(x)), because the plain form overflows for large x.
     return relu(x) + xp.log1p(xp.exp(-xp.abs(x)))
 
 

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 TOLERANCE = 1e-4
-"""scikit-learn's stopping tolerance: stop if the centers move less, relative to the mean variance of the columns."""
+"""scikit-learn's stopping tolerance for the centers' movement, relative to the mean variance of the columns."""
 
 CLOSE = 2e-6
-"""Squared distances that differ less, relative to the largest, count as a tie: float32 cannot distinguish them."""
+"""Squared distances are a tie if they differ by less than this, relative to the largest: float32 cannot order them."""
 
 
 def k_means(points: Array, count: int, rounds: int, seed: int) -> Array:

@@ -1,6 +1,6 @@
-"""Matrix decompositions of weights, for methods whose formula needs them; computed once per weight of a live model.
+"""Decompose weights, for methods whose formula needs a decomposition; each weight of a live model is decomposed once.
 
-No gradient flows through them, because such a method uses the base's decomposition at the start of its training.
+No gradient flows through a decomposition, because such a method uses the base's decomposition at the start of training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def qr(W: N) -> tuple[N, N]:
 
 
 def _kept(W: N, name: str, decompose: Decompose[N]) -> tuple[N, ...]:
-    """Return the parts; for a torch tensor they are cached until it is freed, written to, moved or cast."""
+    """Decompose W. The parts of a torch tensor are cached until the tensor is freed, written to, moved or cast."""
     # Skip the cache while torch.compile traces, because a lookup would break the graph.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)

@@ -16,7 +16,8 @@ N = TypeVar("N", bound="Numbers")
 class Numbers(Protocol):
     """The operations that formulas use on an array: a numpy array, a torch tensor or a value of an ONNX graph.
 
-    Formulas name torch tensors in their type hints; functions that several libraries share are written over `Numbers`.
+    Formulas name torch tensors in their type hints; functions that work for several libraries use `Numbers` in their
+    type hints.
     """
 
     @property
@@ -172,7 +173,7 @@ class Namespace(Protocol[N]):
     def zeros_like(self, x: N, /) -> N: ...
 
     def __getattr__(self, name: str) -> Any:
-        """Any other function, which only some libraries have."""
+        """Return any other function; only some libraries have it."""
 
 
 class Linalg(Protocol[N]):
@@ -219,15 +220,15 @@ def namespace(array: N | None, *others: object) -> Namespace[N]:
 
 
 def summed(arrays: Iterable[T]) -> T:
-    """Return the sum of one or more arrays, typed as their type; `sum` would be typed as possibly 0."""
+    """Return the sum of one or more arrays, with the arrays' type; the builtin `sum` has the type `array or 0`."""
     return cast(T, sum(cast("Iterable[int]", arrays)))
 
 
 def lengths(squares: N) -> N:
     """Return the square roots of sums of squares; an infinite sum gives NaN.
 
-    Dividing by an infinite norm would give zeros, which no check of the result detects. This happened with a DoRA whose
-    scaling was 5e299.
+    Dividing by an infinite norm would give zeros, which no check of the result detects. A DoRA with scaling 5e299 had
+    such a norm.
     """
     roots = squares**0.5
     return roots + (roots - roots)

@@ -1,7 +1,8 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
-without the earlier ones. Sums over random matrices are therefore formed a few matrices at a time, in numpy as in torch.
+without the earlier ones. So sums over random matrices need only a few matrices in memory at a time, both in numpy and
+in torch.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def combine(coefficients: N, seeds: N, stream: int, count: int) -> N:
     A few vectors are drawn at a time. In training, they are drawn again for the gradient, which saves memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
-    # Without coefficients, the one term is a sum over no vectors: zeros.
+    # If there are no coefficients, the result is a sum of no vectors: zeros.
     return summed(
         _term(coefficients[first : first + step], seeds, stream, first, count) for first in range(0, max(n, 1), step)
     )

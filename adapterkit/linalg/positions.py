@@ -47,7 +47,8 @@ def counting(count: int, like: N) -> N:
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
     """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
-    # Use a slice of `randperm`, like PEFT's SHiRA. Another way of sampling would put the trained values elsewhere.
+    # Use a slice of `randperm`, like PEFT's SHiRA. Another way of sampling would give other positions than those that
+    # were trained.
     import torch
 
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]

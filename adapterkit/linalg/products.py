@@ -16,7 +16,7 @@ ROWS = 16
 """Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
 
 STRIP = 3 << 14
-"""Numbers of A used at a time; they stay in the cache from one block of rows to the next."""
+"""Number of elements of A that are used at a time; they stay in the cache from one block of rows to the next."""
 
 
 def product(D: N, B: N, A: N) -> None:
@@ -64,8 +64,8 @@ def even_split(size: int, factor: int = -1) -> tuple[int, int]:
 
     Args:
         size: the product of the two factors.
-        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to
-            `factor` that is not above the second one. -1 means no limit.
+        factor: the first factor, if it divides `size`. Otherwise the first factor is the largest divisor up to `factor`
+            that is not above the second factor. -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

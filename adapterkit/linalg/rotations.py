@@ -51,12 +51,12 @@ def orthonormal_rows(R: N) -> N:
     """Orthonormalize the rows `[r, n]` by Gram-Schmidt; rows that are already orthonormal do not change.
 
     Raises:
-        Malformed: a row depends on the others. Trainers replace such a row by another direction, which the file does
-            not store.
+        Malformed: a row depends on the others. Training tools replace such a row by another direction, which the file
+            does not store.
     """
     try:
         return in_float32(_orthonormal, R)
-    except (ValueError, RuntimeError) as error:  # These are the base classes of numpy's and torch's LinAlgError.
+    except (ValueError, RuntimeError) as error:  # numpy's LinAlgError is a ValueError, and torch's is a RuntimeError.
         if not type(error).__name__.endswith("LinAlgError"):
             raise
         raise _dependent(R) from None
@@ -99,8 +99,8 @@ def _has_values(array: object) -> bool:
 def neumann(Q: N, terms: int, doubled: bool = False) -> N:
     """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), whose last term counts once.
 
-    The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms give
-    the same as four. With `doubled`, the last term counts twice like the others, and three terms are really three.
+    The series is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms are
+    treated as four. With `doubled`, the last term counts twice like the others, and three terms are three.
     """
     if doubled:
         # Add 0 * Q, which gives the identity Q's leading axes even if the series has only one term.
@@ -118,7 +118,7 @@ def neumann(Q: N, terms: int, doubled: bool = False) -> N:
 
 
 def shortened(Q: N, square: N, most: float, more: float) -> N:
-    """Scale Q to norm `most` if |Q| + more exceeds `most`; `square` is |Q|^2. Gradients are defined at |Q| = 0."""
+    """Scale Q to norm `most` if |Q| + `more` exceeds `most`; `square` is |Q|^2. Gradients exist also at |Q| = 0."""
     # Take the root of 1 instead of 0: sqrt has no gradient at 0, and `where` would propagate its NaN.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
@@ -162,8 +162,8 @@ def in_float32(f: Callable[[N], N], X: N) -> N:
 def singular(W: N) -> tuple[N, N, N]:
     """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, as in PEFT.
 
-    The signs and last digits depend on the library, and adapters depend on both. So torch computes them for numpy
-    arrays, too.
+    The signs and last digits depend on the library, and adapters depend on the signs and digits. So torch computes the
+    decomposition for numpy arrays, too.
 
     Raises:
         ShapeMismatch: the weight has a kernel.
@@ -179,8 +179,8 @@ def singular(W: N) -> tuple[N, N, N]:
 def singular_by_sketch(W: N, r: int, steps: int, seed: int) -> tuple[N, N, N]:
     """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
 
-    The algorithm starts from random numbers. They are drawn by torch's CPU generator with `seed`, as in PEFT, for
-    arrays of any library.
+    The algorithm starts from random numbers. For arrays of any library, torch's CPU generator with `seed` draws these
+    numbers, as in PEFT.
     """
     import torch
 
@@ -224,15 +224,15 @@ class _Kind(TypedDict):
 
 
 _ONE_AT_A_TIME = RLock()
-"""All threads of a process share the generator, so that two workers of a merge would draw each other's numbers."""
+"""All threads share the generator. Without this lock, two workers would take numbers from one sequence."""
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator within the block, and restore it afterwards; other threads wait for the block to end.
 
-    For functions of torch that take no generator, such as `torch.svd_lowrank`. Threads that draw without `seeded` are
-    not held up.
+    Use this for functions of torch that take no generator, such as `torch.svd_lowrank`. Threads that draw without
+    `seeded` do not wait.
     """
     import torch
 

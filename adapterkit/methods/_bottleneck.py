@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Sublayer(OutputUpdate):
-    """h' = h + change(h), or h + change(residual) in parallel; h is the sub-layer's output before its residual."""
+    """h' = h + change(h), or h + change(residual) in parallel.
+
+    h is the sub-layer's output before the residual is added.
+    """
 
     placed = True
     parallel: bool = False

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..core.updates import Random
 
 SEED = 777
-"""Seed for the positions of a new update. PEFT uses the same seed, so its files can express the positions."""
+"""Seed for the positions of a new update. PEFT uses the same seed, so a PEFT file can express the positions."""
 
 
 class Coefficients(Additive):
@@ -22,7 +22,7 @@ class Coefficients(Additive):
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # Limit the size: a file gives it as two numbers, and a damaged file could ask for any amount of memory.
+        # Limit the size: it comes from two numbers in a file, so a damaged file could require any amount of memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",

@@ -25,6 +25,6 @@ def row_shares(logits: Tensor, channel: int = -1) -> Tensor:
 def gated(P: Tensor, x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     """Multiply keys and values `[1, 2, heads, n, d]` by the gates of the rows of x, `[batch, m, width]`.
 
-    A gate gives one factor for both, or one for keys and one for values. The result is `[batch, 2, heads, n, d]`.
+    A gate gives one factor for both, or separate factors for keys and values. The result is `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]

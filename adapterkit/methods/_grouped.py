@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AcrossGroups(OutputUpdate):
-    """A reads all `inputs`; B has r / share groups. A subclass uses B @ A(x).  Not a method itself."""
+    """A reads all `inputs`; B is a convolution in r / share groups. A subclass uses B @ A(x).  Not a method itself."""
 
     acts_on = "the output, from the channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (

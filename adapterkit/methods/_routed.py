@@ -1,4 +1,4 @@
-"""The shared part of routed methods: mixtures of low-rank changes with shares that depend on the input.
+"""The shared part of routed methods, which mix low-rank changes with shares that depend on the input.
 
 Not a method itself.
 """

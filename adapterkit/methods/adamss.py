@@ -1,8 +1,8 @@
 """AdaMSS: low-rank changes of groups of rows, all on one input basis.  https://openreview.net/forum?id=8ZdWmpYxT0
 
-The basis is the set of W's largest right singular vectors. The groups come from k-means on the left singular vectors,
-as in PEFT. Each group has its own pair of factors: D[o] = B[o] @ A[g] @ basis, where g is the group of output o. The
-bias is treated as one more column of W, and changes by way of `basis_bias`.
+The basis consists of the right singular vectors of W with the largest singular values. The groups come from k-means on
+the left singular vectors, as in PEFT. Each group has its own pair of factors: D[o] = B[o] @ A[g] @ basis, where g is
+the group of output o. The bias is treated as one more column of W; `basis_bias` is the basis's part for this column.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AdaMSS(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Create groups of consecutive rows, all of the same size; only PEFT's files have groups from k-means."""
+        """Create groups of consecutive rows, all of the same size; only PEFT computes groups by k-means."""
         groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
         rows = namespace(W).arange(len(W), device=W.device)
         return cls.from_fields(
@@ -66,7 +66,7 @@ class AdaMSS(LowRank):
         return y if d is None else y + layer.per_channel(d)
 
     def _placed(self) -> Tensor:
-        """Return B as `[out, g * w]`: each row's numbers stand in the columns of its group, all others are 0."""
+        """Return B as `[out, g * w]`: a row's numbers are in the columns of its group."""
         xp, (groups, width, _) = namespace(self.A), self.A.shape
         own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
         own = own[xp.astype(self.group, xp.int64)]

@@ -74,7 +74,8 @@ class ALoRA(Routed):
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        # Compute from positions, not sizes: sequences of an exported graph have no length before it runs.
+        # Compute with positions, not sizes: in an exported graph, the length of a sequence is not known before the
+        # graph runs.
         own = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
         places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count

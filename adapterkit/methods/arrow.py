@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Arrow(Routed):
     """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
 
-    A router's own file holds an unused pair of factors and no experts. It gives the number of experts that it needs:
-    `tasks` experts, and `general` ones whose mean is subtracted from them.
+    A router's own file holds an unused pair of factors and no experts. `tasks` is the number of experts that the router
+    needs. `general` is the number of general experts, whose mean is subtracted from the others.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"

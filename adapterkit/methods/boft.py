@@ -1,7 +1,8 @@
 """BOFT: a butterfly product of block rotations on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
 
-Factor i of m rotates blocks of b inputs that are not adjacent. Within every run of b * 2^i inputs it first takes the
-chunks of b / 2 with even numbers, then the odd ones. With a single factor, the inputs keep their order.
+Factor i of m rotates blocks of b inputs that are not adjacent. Within every run of b * 2^i inputs, the factor first
+takes the even-numbered chunks of b / 2 inputs, then the odd-numbered ones. With a single factor, the inputs keep their
+order.
 """
 
 from __future__ import annotations

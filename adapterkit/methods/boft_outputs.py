@@ -65,6 +65,6 @@ class BOFTOutputs(WeightUpdate):
 
 
 def _paired(width: int, apart: int) -> list[int]:
-    """Return the positions 0 to `width`: in every run of 2 * `apart`, each is followed by the one `apart` after it."""
+    """Return the positions 0 to `width`: in every run of 2 * `apart`, position i is followed by i + `apart`."""
     starts = range(0, width, 2 * apart)
     return [start + i + other for start in starts for i in range(apart) for other in (0, apart)]

@@ -1,6 +1,6 @@
 """Context-aware prompt tuning: a bounded change of example tokens.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files store only the sum of both, so they are read as `prompt`, which then has the same formula.
+PEFT's files store only the sum of tokens and change, so they are read as `prompt`, whose formula is the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
-DEFT removes a subspace of the outputs from W and puts other content in its place. Either Q is the orthonormal factor of
-P's QR decomposition and `right` equals Q, or Q is P and `right` is relu(P). Without R, only the removal remains: PaRa.
+DEFT removes a subspace of the outputs from W and puts other content in its place. There are two forms. In one, Q is the
+orthonormal factor of P's QR decomposition, and `right` equals Q. In the other, Q is P, and `right` is relu(P). Without
+R, DEFT only removes the subspace; this method is PaRa.
 """
 
 from __future__ import annotations

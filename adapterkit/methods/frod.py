@@ -1,7 +1,7 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
-All layers of a kind share the invertible matrix V. U has columns of length 1; W = U diag(|U|) V^T defines U and the
-lengths |U|. The lengths are trained as l, and so are the few nonzero numbers of the sparse S.
+All layers of a kind share the invertible matrix V. W = U diag(c) V^T defines U and the vector c; U has columns of
+length 1. Training starts with l = c, and changes l and the few nonzero numbers of the sparse S.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class FRoD(WeightUpdate):
-    """W' = U @ (S + diag(l)) @ V^T; S has `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
+    """W' = U @ (S + diag(l)) @ V^T; S has `values` at (row, column) = `index`.
+
+    U is W @ inverse(V^T) with columns scaled to length 1.
+    """
 
     linear_only = True
     frozen = frozenset({"V"})
@@ -48,7 +51,8 @@ class FRoD(WeightUpdate):
 def _spanned(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Return U and l with W = U diag(l) V^T; a column of U has length 1, or 0 if its l is below 1e-12.
 
-    Computed in float64 for every dtype: with less precision, columns whose length should be 0 get a direction too.
+    This is computed in float64 for every dtype. With less precision, columns whose length should be 0 would get a
+    direction, too.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))

@@ -1,6 +1,6 @@
 """A prefix of one attention, with gates on the attention's input.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
-AdapterHub uses this prefix in UniPELT: a flat prefix, or one whose network has been replaced by the network's output.
+AdapterHub uses this prefix in UniPELT. The prefix is either flat, or the stored output of a network.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GLoRA(WeightUpdate):
-    """W' = W + W * A + B, b' = b + b * D + E + W @ C; at least one support is present, each in at most one form."""
+    """W' = W + W * A + B, b' = b + b * D + E + W @ C; at least one support is present, each in only one form."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -81,7 +81,7 @@ class GLoRA(WeightUpdate):
         return any(name[0] in supports for name in self.tensors)
 
     def _support(self, name: str) -> Tensor:
-        """Return one of the five supports; those that apply to a weight are a matrix or a column."""
+        """Return one of the five supports; A, B and C are a matrix or a column."""
         held = [cast("Tensor", leaf) for field, leaf in self.tensors.items() if field[0] == name]
         vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
         return held[0] @ held[1] if len(held) == 2 else cast("Tensor", sum(vectors))

@@ -2,8 +2,8 @@
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are as in
 `grouped_lora`: A reads the channels of all groups. W `[out, in / groups, *k]` has no entries for channels of other
-groups, so the change cannot be merged. n is the norm of each output's kernel over all channels: W on the channels of
-the output's own group, plus the change. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A
+groups, so the change cannot be merged. n is the norm of each output's kernel over all channels: the change, plus W on
+the channels of the output's own group. With `regrouped`, n is PEFT's divisor instead: the norm of W + scaling * B' @ A
 in the shape of W, where B' holds the numbers of B read row by row as `[out / groups, r]`. With one group, both equal
 the norm of DoRA.
 """

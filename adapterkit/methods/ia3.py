@@ -1,6 +1,6 @@
 """IA3: W' = l * W on outputs, W' = W * l on inputs.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
 
-The output form scales keys and values, and the bias with them. The input form scales the input of a feed-forward layer.
+The output form scales keys and values, including the bias. The input form scales the input of a feed-forward layer.
 """
 
 from __future__ import annotations

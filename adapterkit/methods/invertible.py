@@ -1,7 +1,8 @@
 """Invertible adapters: y1' = y1 + F(y2), y2' = y2 + G(y1').  Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052
 
 The adapter is an additive coupling block (NICE, Dinh et al. 2014, https://arxiv.org/abs/1410.8516) after the
-embeddings, and its inverse before the output head. For the inverse, the target is the head and `reverse` is set.
+embeddings. The inverse of the block comes before the output head. For the inverse, the target is the head and `reverse`
+is set.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, with shares from a router.
 
 Zhong et al. 2024, https://arxiv.org/abs/2407.09946.
-Layers of one kind share the matrices B, and neighbouring layers share A. One set of shares applies to the whole batch:
-the router's mean over all rows and tokens. So a row's output depends on the other rows of its batch. Each new update
-has its own B, unless the caller passes one to share.
+Layers of one kind share the matrices B, and neighbouring layers share A. The whole batch uses the same shares: the mean
+of the router's shares over all rows and tokens. So a row's output depends on the other rows of its batch. Each new
+update has its own B, unless the caller passes one to share.
 """
 
 from __future__ import annotations

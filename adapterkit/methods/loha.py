@@ -1,7 +1,7 @@
 """LoHa: W' = W + scaling * (w1_a @ w1_b) * (w2_a @ w2_b).  Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
 
-The elementwise product of two low-rank products has a rank of up to r * r. For convolutions, each of the two may have
-a Tucker core and is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS, https://arxiv.org/abs/2309.14859.
+The elementwise product of two low-rank products has a rank of up to r * r. For convolutions, both products may have a
+Tucker core. Each is then `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in LyCORIS, https://arxiv.org/abs/2309.14859.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ class LoHa(Additive):
 
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """Return the right factor of a product, `[r, in * k]`; with a core, the core times its inputs."""
+    """Return the right factor of a product, `[r, in * k]`; with a core, the core times the inputs' factor."""
     return b if b is not None else contracted(cast("Tensor", core), cast("Tensor", inputs))

@@ -1,9 +1,9 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
 Either factor may itself be a low-rank product; w2, which has a convolution's kernel, may have a Tucker core. As in
-LyCORIS, output a * m + i belongs to row a of w1 and to row i of the m rows of w2; inputs likewise. With `stacked`, w2
-[m, n, k] is a stack of m matrices [n, k]. The product of w1 with each of them is [m, a * n, c * k], and is reshaped to
-the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
+LyCORIS, output p * m + i belongs to row p of w1 and to row i of w2, which has m rows; inputs likewise. With `stacked`,
+w2 `[s, n, k]` is a stack of s matrices. The Kronecker products of w1 `[a, c]` with these matrices are stacked to `[s, a
+* n, c * k]`, and reshaped to the weight's shape. PEFT trains LoKr on `nn.Conv1d` like this.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Return two Kronecker products: one of the left factors of w1 and w2, one of the right factors."""
+        """Return two Kronecker products: that of the left factors of w1 and w2, and that of the right factors."""
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)

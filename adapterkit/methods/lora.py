@@ -1,7 +1,8 @@
 """LoRA: W' = W + scaling * B @ A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
 `scaling` is alpha / r in the papers, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
-https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, and B the 1x1 mix after it.
+https://arxiv.org/abs/2312.03732). For a convolution, A is a convolution with the layer's kernel size, and B is a 1x1
+convolution after A.
 """
 
 from __future__ import annotations

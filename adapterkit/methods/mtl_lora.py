@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHARPEST = 1e-6
-"""Smallest sharpness. Below it, shares are 0 or 1 except for ties, and the quotients overflow."""
+"""Smallest sharpness. Below this, shares are 0 or 1 except for ties, and the quotients overflow."""
 
 
 class MTLLoRA(LowRank):

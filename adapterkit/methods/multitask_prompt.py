@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class MultitaskPrompt(ContextUpdate):
     """Puts P * (columns[t] @ rows[t]), elementwise, in front of the input embeddings of task t.
 
-    With `decoder`, only the first half of these rows goes there; the second half goes in front of a decoder's input.
+    With `decoder`, only the first half of these rows goes there. The second half goes in front of the decoder's input.
     """
 
     place = "embeddings"

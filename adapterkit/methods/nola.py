@@ -1,7 +1,7 @@
 """NOLA: LoRA whose A and B are sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. A generator that
-the spec defines to the bit computes the matrices from seeds, a few at a time. Matrices from a generator that cannot be
+W' = W + scaling * B @ A, with A = sum alpha_i A_i / sqrt(p) over p random matrices, and B likewise. The spec defines a
+generator exactly, which computes the matrices from seeds, a few at a time. Matrices from a generator that cannot be
 reproduced are stored in `A_bases` and `B_bases`.
 """
 

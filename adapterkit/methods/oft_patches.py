@@ -2,8 +2,8 @@
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size, one at every
 position that lies inside the border. It rotates each patch by OFT's rotations, and adds up the patches where they
-overlap. Each patch is stored channel by channel, but PEFT reads it back as if it were stored position by position, so
-the numbers end up elsewhere. PEFT's merge rotates the weight instead, which is a different function if there are two or
+overlap. Each patch is stored channel by channel, but PEFT reads it back as if it were stored position by position,
+which mixes up the numbers. PEFT's merge rotates the weight instead, which is a different function if there are two or
 more patches; that function is `oft`.
 """
 
@@ -59,7 +59,7 @@ class OFTPatches(OutputUpdate):
             raise Unsupported("the target is neither a linear layer nor a convolution", cure=cure)
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         given = x.shape[-3] if len(layer.shape) > 2 else channels
-        # In an exported graph the size may be unknown; in every torch model it is an integer.
+        # In an exported graph, the size may be unknown. In a torch model, it is always an integer.
         if isinstance(given, int) and given != channels:
             cure = "Merge it into the weight as method oft, which PEFT's own merge does, or remove this layer"
             why = f"the patches have {given} channels, but the convolution's groups have {channels}"
@@ -92,7 +92,7 @@ def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
 
 
 def _bordered(x: Tensor, part: Tensor, i: int, j: int, high: int, wide: int) -> Tensor:
-    """Put a part back to the position it was taken from, with zeros around it."""
+    """Return an image of zeros with a part at the position from which the part was taken."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole: tuple[Any, ...] = (slice(None),) * (-1 - axis)

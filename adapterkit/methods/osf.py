@@ -1,8 +1,9 @@
 """OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V, where T is W's own part for the singular values that U, S and V replace. PEFT computes T from
-its base. If T is not stored, it is computed in the same way, by torch's decomposition in float32. Adapters created here
-store it. PEFT's training avoids the directions of the remaining part; the formula does not depend on this.
+W' = W - T + U diag(S) V, where T is the part of W with its smallest singular values, as many as S has. PEFT computes T
+from its base. If an adapter does not store T, it is computed in the same way, by torch's decomposition in float32.
+Adapters created here store T. PEFT's training avoids the directions of the remaining part; the formula does not depend
+on this.
 """
 
 from __future__ import annotations

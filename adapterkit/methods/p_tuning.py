@@ -1,6 +1,7 @@
 """P-tuning: a prompt computed by a small network.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
-PEFT's files store the network's output, not the network, so they are read as `prompt`, which then has the same formula.
+PEFT's files store the network's output, not the network, so they are read as `prompt`, which has the same formula for
+this output.
 """
 
 from __future__ import annotations

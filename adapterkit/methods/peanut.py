@@ -1,7 +1,8 @@
 """PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network on the weight.  Zhong et al. 2024, https://arxiv.org/abs/2410.01870
 
 The network maps each column of W (an input's weights) to its change. A and f narrow it to r numbers. Encoders and
-decoders of the same width follow, and each decoder's output is added to the input of its encoder. B widens it again.
+decoders of the same width follow, and each decoder's output is added to the input of its encoder. B maps the r numbers
+to the change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prefix tuning: keys and values before the input's.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
 The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266). It also covers prefixes
-whose network has been replaced by its output, as in PEFT's files.
+that are stored as a network's output, as in PEFT's files.
 """
 
 from __future__ import annotations

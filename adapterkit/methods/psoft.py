@@ -1,10 +1,10 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
-W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values: A = V^T and B = U S, or each gets
-the root of S. PEFT stores only R and computes A and B from its base. The signs of singular vectors depend on the
-library that computes them, and the formula depends on these signs. So if A and B are not stored, they are computed as
-in PEFT: by torch's decomposition in float32 on the CPU, or, with `steps`, by its randomised one. Adapters created here
-store A and B.
+W' = W + B (R - I) A, where B @ A is the part of W with its r largest singular values: A = V^T and B = U S, or A =
+sqrt(S) V^T and B = U sqrt(S). PEFT stores only R and computes A and B from its base. The signs of singular vectors
+depend on the library that computes them, and the formula depends on these signs. So if A and B are not stored, they are
+computed as in PEFT: by torch's decomposition in float32 on the CPU, or, with `steps`, by torch's randomised
+decomposition. Adapters created here store A and B.
 """
 
 from __future__ import annotations

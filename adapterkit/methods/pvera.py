@@ -1,7 +1,8 @@
 """PVeRA: VeRA whose d is a distribution.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
 
 The first r rows of A and entries of d give the mean. The other rows and entries give the logarithm of the variance,
-from which training samples. This formula uses the mean, as PEFT's merge does, and PEFT's forward unless sampling is on.
+from which training samples. This formula uses the mean. PEFT's merge does the same, and so does PEFT's forward unless
+sampling is on.
 """
 
 from __future__ import annotations

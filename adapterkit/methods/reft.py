@@ -1,6 +1,7 @@
 """ReFT: h' = h + R^T (act(S h + b) - R h) at chosen positions.  Wu et al. 2024, https://arxiv.org/abs/2404.03592
 
-LoReFT has orthonormal rows of R (`orthogonality`); NoReFT has not; DiReFT also lacks `subtract_projection`.
+In LoReFT, the rows of R are orthonormal (`orthogonality`). In NoReFT and DiReFT they need not be, and DiReFT does not
+subtract R h (`subtract_projection` is false).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ReFT(OutputUpdate):
     """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, at the first and last positions only.
 
     Positions are on the axis before the channels. If prefix and suffix overlap, the suffix takes precedence. If the
-    call has a mask `[rows, positions]`, a row's first and last positions are counted among its unmasked positions.
+    call has a mask `[rows, positions]`, only unmasked positions of a row count as its first or last positions.
     """
 
     hears = ("attention_mask",)
@@ -94,7 +95,7 @@ Law = Callable[["Tensor"], "Tensor"]
 
 
 def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
-    """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last ones.
+    """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last positions.
 
     If the model's call has a mask `[rows, positions]`, each row's masked positions are not counted.
     """
@@ -103,7 +104,7 @@ def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law
         changed: Tensor = _masked(y, mask, counts, first, last)
         return changed
     begin, end = counts
-    # Slice relative to the end: sequences of an exported graph have no length before it runs.
+    # Slice relative to the end: in an exported graph, the length of a sequence is not known before the graph runs.
     before = y[..., :-end, :] if end else y
     behind = y[..., -end:, :] if end else y[..., :0, :]
     parts = [first(before[..., :begin, :]), before[..., begin:, :], last(behind)]

@@ -1,8 +1,9 @@
 """RoAd: rotates and scales the outputs in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
-Output i of the first half of a group is paired with output i of its second half. Each of the two outputs has an angle
-and a scale for itself (first) and for the other (second). In variant 1 all four entries of a pair's matrix share them,
-in variant 2 the two entries of a row, in variant 4 none.
+Output i of the first half of a group is paired with output i of its second half. A 2x2 matrix maps each pair. In each
+row, the first angle and scale are for the output itself, the second for its partner. In variant 1, all four entries of
+the matrix share one angle and one scale. In variant 2, the two entries of a row share them. In variant 4, each entry
+has its own.
 """
 
 from __future__ import annotations

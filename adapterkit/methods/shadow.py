@@ -2,7 +2,7 @@
 
 ShadowPEFT as in PEFT 0.21. Before block l: x' = x + alpha * up @ down @ (x - s). After it, with its output y:
 s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU between them. The first
-s is the small network's output for the same call, widened by `projection`. The network is a copy of the base's class
+s is the small network's output for the same call, widened by `projection`. The network is a model of the base's class
 with few layers.
 """
 

@@ -1,7 +1,7 @@
 """Uni-LoRA: LoRA whose factors repeat the numbers of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
 Every element of A and B is an element of theta times a fixed scale. The scale is 1 / sqrt(n), where n counts the uses
-of this element of theta in all modules. These scales make the projection an isometry.
+of this element of theta in all modules. With these scales, the map from theta to all factors is an isometry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """VB-LoRA: LoRA whose factors are composed from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
 
-Every piece of `b` numbers of a factor is a mixture of the bank's vectors. In training, it mixes the vectors with the
-`topk` largest logits, by a softmax over these logits. After training, `indices` and `weights` give the mixture.
+Every piece of `b` numbers of a factor is a mixture of the bank's vectors. In training, the mixture has the vectors with
+the `topk` largest logits; a softmax over these logits gives their weights. After training, `indices` and `weights` give
+the mixture.
 """
 
 from __future__ import annotations

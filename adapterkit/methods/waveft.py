@@ -1,8 +1,8 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
-The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, they are elements
-of the change itself. The weight is padded at both ends so that its transform, after the filter's borders are cut off,
-has the padded size.
+The adapter stores some coefficients of a one-level wavelet transform of the change. Without a filter, the coefficients
+are elements of the change itself. With a filter, the weight is padded at both ends. The padding is chosen such that the
+transform has the padded size once the filter's borders are cut off.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _band(positions: Tensor, size: int, taps: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(low: Tensor, high: Tensor) -> Tensor:
-    """Return each coefficient's filter, `[n, taps]`: the low-pass one, or its mirror image with alternating signs."""
+    """Return each coefficient's filter, `[n, taps]`: the low-pass filter, or its mirror with alternating signs."""
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 

@@ -1,7 +1,7 @@
 """X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, with shares from a classifier.
 
 Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the last layer's output for the same
-tokens without the adapter. One classifier serves all layers; its logits are common to all layers or separate for each.
+tokens without the adapter. One classifier serves all layers; all layers share its logits, or each layer has its own.
 """
 
 from __future__ import annotations

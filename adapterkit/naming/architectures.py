@@ -17,10 +17,10 @@ import msgspec
 from ..errors import Malformed
 
 WEIGHT = "weight"
-"""The naming in which every weight is separate, under its hub name or else its key; GGUF files are read in it."""
+"""The naming in which every weight is separate, under its hub name or else its key. GGUF files are read in it."""
 
 STORED_AS = "stored_as"
-"""A key in the config made from a GGUF file's key-values; its value `gguf` selects the names of `WEIGHT`."""
+"""A key in the config that is made from a GGUF file's key-values. The value `gguf` selects the naming `WEIGHT`."""
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Fields of configs that state the number of experts in a layer."""
@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows that follow from rotary embeddings, for the heads that `SHARED` names."""
+"""Orders of rows that follow from rotary embeddings; `SHARED` lists the heads to which they can apply."""
 
 SHARED = ("query", "kv", "vision")
 """The heads to which the rows of a place belong: those of queries, of keys and values, or of the vision tower."""
@@ -52,7 +52,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         name: a template for the name of a module or parameter, with placeholders such as `{n}` for numbers; `{e}` is
             an expert's number.
         stacked: whether all experts are in one tensor, along its first axis.
-        part: the index of the run of rows at which the weight starts, of the tensor's `of` equal runs; None if the
+        part: the index of the first run of rows that the weight has, among the tensor's `of` equal runs. None if the
             weight is the whole tensor.
         parts: the number of these runs that the weight covers.
         of: the number of equal runs of rows in the tensor.
@@ -61,17 +61,18 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             determine the number of rows of each.
         groups: whether the rows are ordered by groups: the queries that share a key, then this key, then its value.
             Only with `qkv`.
-        half: 0 or 1 if two weights share the numbering of their experts: this weight has the first or the second half.
-        flat: whether the tensor has one axis, the inputs; the weight then has one row.
+        half: 0 or 1 if two weights share one numbering of experts: this weight has the first or the second half of the
+            numbers.
+        flat: whether the tensor has only the axis of inputs; the weight then has one row.
         transposed: whether the tensor is stored with inputs before outputs.
         rows: the order of the rows. `rope` is Meta's order, in which rotated pairs of rows are adjacent. `qkv` has all
             queries, then all keys, then all values of a fused weight that has them group by group. The README lists
             the others.
         heads: the heads to which the rows belong: `query`, `kv`, or those of the `vision` tower; only with `TURNED`.
         columns: the order of the inputs, with the same values as `rows`.
-        beside: a template for the name of a second tensor, which has the rows that the first one lacks.
-        ratio: outputs per input of the tensor, if this distinguishes two weights with one name: the last block's
-            modulation has fewer outputs than those of other blocks.
+        beside: a template for the name of a second tensor, which has the rows that the first tensor lacks.
+        ratio: outputs per input of the tensor, if this ratio distinguishes two weights with the same name. For example,
+            the last block's modulation has fewer outputs than those of other blocks.
     """
 
     name: str
@@ -93,12 +94,13 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition on a base for which llama.cpp's converter writes one of the family's architectures.
+    """A condition on a base; if the base meets it, llama.cpp's converter writes a certain architecture of the family.
 
     Attributes:
         classes: the base meets the condition if the first of its config's `architectures` is in this list.
         field: the base meets the condition if its config has this field.
-        only: for each field, the words that its list may contain. If given, all of these fields and `zero` must fit.
+        only: for each field, the words that its list may contain. If given, the base must fit all of these fields and
+            `zero`.
         zero: with `only`, a field that the base's config must lack or have as 0.
     """
 
@@ -123,7 +125,7 @@ class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
     Attributes:
-        kind: `clip`, `t5` or `llm`, the kind of model whose modules the encoder has.
+        kind: `clip`, `t5` or `llm`, the kind of model that the encoder is.
         comfyui: the encoder's name in ComfyUI; empty if ComfyUI does not have it.
         prefix: for an `llm`, the prefix of `layers.` in diffusers' names.
     """
@@ -143,22 +145,24 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         words: names of the family in the metadata of files, only letters and digits: `flux1`.
         sd_scripts: whether sd-scripts trains the family; only such families can have OFT from sd-scripts.
         kohya: the naming that sd-scripts and similar tools flatten into their keys.
-        distinctive: whether no language model has such names, so that they identify the part without a prefix.
+        distinctive: whether no language model has such names, so that names without a prefix show this part.
         generic: whether the names allow any number of blocks; the family is then chosen only if no other fits.
-        unlikely: whether the family shares names with one that has far more adapters. It is then chosen only if no
-            other family fits, or if metadata, a base, or the width and the number of blocks identify it.
-        no_inputs: input sizes that no weight of the family has: those of other models' text encoders.
-        outputs: for each input size, the output sizes of weights with such inputs in the published models.
+        unlikely: whether the family shares names with another family that has far more adapters. Then this family is
+            chosen only if no other family fits, or if metadata, a base, or the width and the number of blocks identify
+            it.
+        no_inputs: input sizes that no weight of the family has, because they belong to other models' text encoders.
+        outputs: input size -> the output sizes of weights with such inputs in the published models.
         widths: input sizes of the blocks in the published models.
-        blocks: for the first word of names, the number of blocks in the largest published model.
-        ratios: for each weight, its outputs divided by its inputs; a list if published models of the `widths` differ.
+        blocks: first word of names -> the number of blocks with such names in the largest published model.
+        ratios: weight -> its outputs divided by its inputs, or a list of these ratios if published models of the
+            `widths` differ.
         encoders: the text encoders, by diffusers' names.
-        prefixes: for parts of the pipeline, the prefix of kohya's keys, if it is not `lora_unet` or `lora_te`.
-        beside: for a module, or a prefix of names, in another part of the pipeline, the name in ComfyUI.
-        modules: for each part in `beside`, templates of its modules, whose names kohya's keys flatten.
+        prefixes: part of the pipeline -> the prefix of kohya's keys, if it is not `lora_unet` or `lora_te`.
+        beside: module or prefix of names in another part of the pipeline -> the name in ComfyUI.
+        modules: part in `beside` -> templates of its modules' names, which kohya's keys flatten.
         diffsynth_head: the number of rows of one head, if DiffSynth's files order fused q, k and v head by head.
         header_alpha: whether an alpha in the header of a file without alphas counts for every module.
-        whole_norms: whether diffusers' loader accepts complete scales of the norms of queries and keys.
+        whole_norms: whether diffusers' loader accepts new scales for the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -233,7 +237,7 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """List the namings in the file, in the order of their first use."""
+        """List the namings in the file, in the order in which they first occur."""
         named = (naming for places in self.record.weights.values() for naming in places)
         own = [*self.record.keyed, *named, *self.record.extends]
         return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
@@ -253,7 +257,7 @@ class Architecture:
         return Place(found) if isinstance(found, str) else found
 
     def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
-        """Return the weights that a naming stores under a name, each with its place and the placeholders' numbers."""
+        """Return the weights that a naming stores under a name, with their places and the placeholders' numbers."""
         found = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
             numbers = _numbers(words, name.split("."))
@@ -294,7 +298,7 @@ class Architecture:
 
 
 def architecture_of(config: Mapping[str, object] | None) -> Architecture | None:
-    """Load the architecture of a base from the `model_type` in its config; None if no file describes it.
+    """Load the architecture of a base from the `model_type` in its config; None if no file describes that type.
 
     Raises:
         Malformed: the file is damaged.
@@ -376,7 +380,7 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
     """Yield the families that have one of these names, with any prefix, in any naming.
 
-    Names are compared from their last number on: `mlp.experts.gate_up_proj`.
+    Only the ends of names after the last number are compared, such as `mlp.experts.gate_up_proj`.
     """
     tails = {shape_of(name).rpartition("#.")[2] for name in names}
     for file in sorted(folder().glob("*.toml")):
@@ -402,8 +406,8 @@ class Head(msgspec.Struct, frozen=True):
 def of_pipelines() -> Iterator[tuple[Head, str]]:
     """Yield the families that are parts of diffusers pipelines: the head and the whole text of each file.
 
-    There are about thirty such files, and parsing all of them takes longer than reading an adapter. The weights are
-    parsed only when `named` asks for them.
+    There are about thirty such files, and parsing all of these files takes longer than reading an adapter. The weights
+    are parsed only when `named` asks for them.
 
     Raises:
         Malformed: a file is damaged.
@@ -514,7 +518,7 @@ def decoded(path: Path, kind: type[_T]) -> _T:
 
 
 def faults(record: ArchitectureRecord) -> Iterator[str]:
-    """Yield the faults of a file that its schema does not show; every naming must be one to one with the weights."""
+    """Yield the faults of a file that its schema cannot detect; every naming must be one to one with the weights."""
     if record.format != FORMAT:
         yield f"the file has format {record.format}; this version reads format {FORMAT}"
     architecture = Architecture(record)

@@ -15,7 +15,7 @@ from .tables import without_prefix
 
 
 def by_family(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
-    """Map targets by the file of the base's family; return the targets that it does not map.
+    """Map targets by the file of the base's family; return the targets that the file does not map.
 
     Raises:
         TargetNotFound: two readings of a target's name fit.
@@ -31,7 +31,7 @@ def by_family(left: Left, base: Names, architecture: Architecture, resolution: R
             placed.append((target, name, *next(iter(readings.items()))))
         else:
             rest.append((target, name))
-    # FLAVA has three encoders with names that DPT has once, so check that removed prefixes make no two targets one.
+    # Check that removing prefixes makes no two targets equal: FLAVA has three encoders whose names DPT has only once.
     uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
     uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
     for target, name, moves, used in placed:
@@ -68,8 +68,8 @@ class FamilyNames:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # Search no prefix if the base has the exact names of one naming, because a found prefix could be wrong. But in
-        # a class without a head, one part may have another prefix: Dots 3's text model next to its towers.
+        # Search no prefix if the base has the exact names of one naming, because the search could find a wrong prefix.
+        # But in a class without a head, one part may have another prefix, like Dots 3's text model next to its towers.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
@@ -80,7 +80,8 @@ class FamilyNames:
         """Return every distinct way to map a name, with its source and destination naming."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
-        # Add removed prefixes: a base that is one part of a model lacks the part's prefix; its adapter may have it.
+        # Also try prefixes that the base lacks: a base that is one part of a model has names without the part's prefix,
+        # but its adapter may have the prefix.
         rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
@@ -106,7 +107,7 @@ class FamilyNames:
         return word if 2 * count > firsts.total() and is_family(word) else ""
 
     def loses_a_part(self, name: str, own: str) -> bool:
-        """Whether a name lost, with its prefix, the only word that says which part of a model it is in.
+        """Whether a removed prefix contained the only word that says which part of a model the name belongs to.
 
         An ERNIE's `model.vision_tower.blocks.0` is not the `blocks.0` of Cosmos, whose family names the vision part
         `visual`.
@@ -130,7 +131,7 @@ class FamilyNames:
 
     @cached_property
     def modalities(self) -> frozenset[str]:
-        """Return which of vision, text and audio the family's words mention."""
+        """Return those of vision, text and audio that the family's words mention."""
         return frozenset[str]().union(*(modalities_of(word) for word in self.words))
 
     @cached_property
@@ -140,12 +141,12 @@ class FamilyNames:
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
-        """Find the prefix that the base removed from a naming or added to it; saving without a head removes one.
+        """Find the prefix that names lack or add in the base; saving without a head drops a prefix.
 
         Args:
             templates: the names in the naming.
-            in_part: whether the base has exact names of the family. A prefix must then be one that no name of the base
-                has, and all names in the naming with this prefix must exist in the base without it.
+            in_part: whether the base has exact names of the family. If so, no name of the base may begin with the
+                prefix, and all names in the naming that begin with it must exist in the base without the prefix.
         """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in ends(template, self.base) if "#" not in off}
@@ -158,7 +159,7 @@ class FamilyNames:
         return best
 
     def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
-        """Whether the base has a whole part of a naming under another prefix, and none of it under its own."""
+        """Whether the base has a whole part of a naming under another prefix, and nothing under the naming's own."""
         part = [template for template in templates if template.startswith(off)]
         return bool(off) and all(
             template not in self.shapes and swap(template, off, on) in self.shapes for template in part
@@ -177,7 +178,7 @@ class FamilyNames:
         return swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """Return the number of the weight's experts in the base; for a stack, the base's config states it."""
+        """Return the number of the weight's experts in the base; for a stack, the number is from the base's config."""
         if place.stacked:
             return self.base.experts
         each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
@@ -201,7 +202,7 @@ def moves_to(
     experts: Callable[[Place, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Return the places of one name's weights in another naming; None if that naming lacks one of the weights.
+    """Return the places of a name's weights in another naming; None if that naming lacks one of the weights.
 
     Args:
         architecture: the family.
@@ -215,12 +216,13 @@ def moves_to(
     for weight, ours, numbers in weights:
         theirs = architecture.place(weight, naming)
         if theirs is None or (orders and (ours.beside or theirs.beside)):
-            return None  # Rows that are divided between two tensors cannot be moved as a part.
+            return None  # Rows that are divided between two tensors cannot be moved together.
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # The number counts the experts of two weights together, so map it to an expert of one of the two.
+            # The expert's number counts the experts of two weights together. Map it to the number in one of the two
+            # weights.
             count = experts(theirs, numbers)
             own = int(numbers["{e}"]) - ours.half * count
             if not 0 <= own < count:
@@ -290,6 +292,6 @@ def variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # Also remove the prefixes of a language model inside a larger one. Other first words are kept, because they may
+    # Also remove the prefixes of a language model inside a larger model. Other first words are kept, because they may
     # name a vision tower, whose layers have the same names.
     yield from without_prefix(name)

@@ -1,4 +1,4 @@
-"""Map names by a change of prefixes, which is proven if it maps every target with the prefix to the base."""
+"""Map names by a change of prefixes. The change is proven if it maps every target with the prefix to the base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .parts import exchangeable, keeps_parts
 from .stored_names import Left, Names, swap, template_of
 
 Fits = Callable[[str, str], bool]
-"""A function of a name in the adapter and a name in the base: whether their shapes fit each other."""
+"""A function of (name in the adapter, name in the base) that returns whether their shapes fit."""
 
 
 def by_prefixes(
@@ -23,9 +23,9 @@ def by_prefixes(
 ) -> Left:
     """Map targets by changes of prefixes: one rule per prefix, which must map every target with this prefix.
 
-    If the base's family is known, its file lists the names of its parts, and `loses_a_part` says whether a name loses
-    one. A word that only another family uses is then not the name of a part: an Idefics's `model.text_model.` is not a
-    LLaVA's `language_model.model.`.
+    If the base's family is known, the family's file lists the names of the model's parts, and `loses_a_part` says
+    whether a change removes such a name. Words of other families do not count: `model.text_model.` names a part of an
+    Idefics, but not of a LLaVA, which has `language_model.model.`.
 
     Args:
         left: the targets that are not mapped yet.
@@ -48,12 +48,12 @@ def by_prefixes(
             name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # Try the shortest prefix first, because a longer common ending is better proof. `decoder.layers` is
-    # `model.decoder.layers`, not `model.encoder.layers`, although the latter would fit, too.
+    # Try the shortest prefix first, because a longer common ending is better proof. So `decoder.layers` becomes
+    # `model.decoder.layers`, not `model.encoder.layers`, which would fit, too.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
     )
-    # Exclude names of the base that another target already has: an encoder's layers are not the decoder's.
+    # Exclude names of the base to which another target is already mapped: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, found = left, True
     while rest and found:
@@ -90,8 +90,8 @@ def _exchanged(
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
-        # Also try a change of a shorter prefix. VibeVoice has two towers of one shape: `model.acoustic.` is `acoustic.`
-        # by `model.` -> nothing, although `semantic.` has all of its names, too.
+        # Also try a change of a shorter prefix. VibeVoice has two towers with the same names and shapes, `acoustic.`
+        # and `semantic.`. Removing `model.` maps `model.acoustic.` to the right one.
         full += [
             on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
         ]
@@ -117,7 +117,7 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the candidate that only drops or adds words, if it keeps words of `off` that every other candidate loses.
+    """Return the candidate that only drops or adds words, if it keeps words of `off` that all other candidates lose.
 
     Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, not `video_tower.`.
     """
@@ -178,8 +178,8 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 def ends(template: str, base: Names) -> set[tuple[str, str]]:
     """Return the changes of prefixes that turn a template into one of the base, with the longest common ending.
 
-    An exchanged prefix contains no layer number, and keeps the word before the first number: only the container of a
-    model's layers is renamed, not the layers.
+    Such a change contains no layer number and keeps the word before the first number: it renames the module that
+    contains the layers, but not the layers.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)

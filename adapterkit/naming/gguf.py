@@ -71,15 +71,15 @@ def is_projector(values: Mapping[str, object]) -> bool:
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
-    """Return (key, place, numbers) of a module's only weight; None if the family has none or several for it."""
+    """Return (key, place, numbers) of a module's only weight; None if the family lists none or several."""
     found = family.find(module, NAMING)
     return found[0] if len(found) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""A map from fused tensors to the parts that llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` join, in order.
+"""Fused tensor -> its parts, in the order in which llama.cpp's `--fuse-qkv` and `--fuse-gate-up-exps` join them.
 
-The rows of each part are as in a separate tensor; gate and up of experts are joined expert by expert.
+Each part's rows have the order of a separate tensor; gate and up of experts are joined expert by expert.
 """
 
 
@@ -100,7 +100,7 @@ def fused_rows(module: str, rows: int, values: Mapping[str, object], name: str) 
         name: the file's `general.architecture`.
 
     Raises:
-        Unsupported: the key-values do not state the numbers, or their sum differs.
+        Unsupported: the key-values do not state the numbers of rows, or these do not add up to `rows`.
     """
     if module.endswith("ffn_gate_up_exps"):
         return [rows // 2, rows // 2]
@@ -153,7 +153,7 @@ def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows |
 def rows_apart(
     place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """Return, for two tensors with the rows of one weight, which rows each has, in the tensors' order.
+    """Return the rows that each of two tensors has of one weight, in the tensors' order.
 
     Args:
         place: the place of the weight.
@@ -188,7 +188,7 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     """Return the heads stated in a model file's key-values.
 
     Raises:
-        Unsupported: the key-values do not state one number for all layers.
+        Unsupported: the key-values do not state a number of heads that holds for all layers.
     """
     query = _in_attention(values.get(f"{name}.attention.head_count"))
     kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
@@ -200,14 +200,14 @@ def heads_in(values: Mapping[str, object], name: str, where: str) -> Heads:
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
     linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
     if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
-        linear[3] //= linear[1]  # Divide: the key-value counts the rows of all value heads together.
+        linear[3] //= linear[1]  # The key-value counts the rows of all value heads together.
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def _in_attention(count: object) -> object:
-    """Return the number of heads of all layers with attention; hybrid models list a number per layer, 0 without."""
+    """Return the number of heads of all layers with attention. Hybrid models list one per layer, 0 for none."""
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
 

@@ -2,7 +2,6 @@
 
 An order is a list of row numbers: row i of the format's tensor is row `order[i]` of the base's. Rows are outputs: the
 rows of B, of a magnitude, or of a bias.
-rows of B, of a magnitude, of a bias.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     """Return the heads of a base, from its config.
 
     Args:
-        config: a config from transformers; if it has configs of several models, the language model's is used.
+        config: a config from transformers; if it contains configs of several models, the language model's counts.
         where: the tensor or file that needs the heads, for messages.
 
     Raises:
@@ -78,7 +77,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
     inner = config.get("text_config")
     own = inner if isinstance(inner, dict) else config
     query = _count(own, ("num_attention_heads", "n_head", "n_heads"), where)
-    # Check multi_query: Falcon's config has num_kv_heads = num_attention_heads even if one key is shared among all.
+    # Check multi_query: Falcon's config has num_kv_heads = num_attention_heads even if all heads share one key.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
     fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
     kv = 1 if one else _count(own, fields, where, _shared(own, query, where))
@@ -95,7 +94,7 @@ def heads_of(config: Mapping[str, object] | None, where: str) -> Heads:
 
 
 def _shared(config: Mapping[str, object], query: int, where: str) -> int:
-    """Return the number of key heads, from blocks that state how many query heads share one (Nemotron NAS).
+    """Return the number of key heads for configs whose blocks state the query heads per key head (Nemotron NAS).
 
     Raises:
         Unsupported: the blocks differ.
@@ -116,7 +115,7 @@ def linear_of(config: Mapping[str, object]) -> LinearHeads | None:
 
 
 def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
-    """Return the heads of a linear attention; None if the numbers are invalid, or values are not shared evenly."""
+    """Return the heads of a linear attention; None if a number is invalid, or `values` is not a multiple of `keys`."""
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
@@ -169,8 +168,8 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
     """Return llama.cpp's order of queries and keys, for M-RoPE models whose rotation pairs adjacent rows.
 
-    llama.cpp's kernel rotates a row of the first half with a row of the second half. So in each head the even rotated
-    rows come first, then the odd ones, and then the rows that are not rotated.
+    llama.cpp's kernel rotates a row of the first half with a row of the second half. So each head has its even rotated
+    rows first, then its odd rotated rows, and then the rows that are not rotated.
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the heads.
@@ -199,7 +198,7 @@ def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
     """Return llama.cpp's order of the rows that belong to the value heads of a linear attention.
 
     In transformers, the value heads that share a key are adjacent. llama.cpp stores the first value head of each key,
-    then the second ones, and so on, because ggml repeats keys that way (llama.cpp #19468).
+    then the second value head of each key, and so on, because ggml repeats keys in this order (llama.cpp #19468).
 
     Raises:
         ShapeMismatch: the rows cannot be divided evenly among the value heads.

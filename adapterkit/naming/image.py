@@ -56,7 +56,10 @@ class ImageFamily:
         return known and any(path in self.names(naming) for naming in self.namings)
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """Whether it has all of these modules, each in any naming; one block answers for all that are named alike."""
+        """Whether the family has all of these modules, each in any naming.
+
+        Names that differ only in block numbers are looked up once.
+        """
         literal = self.literal
         return all(name in self for name in {alike(name, literal): name for name in names}.values())
 
@@ -77,7 +80,7 @@ class ImageFamily:
 
     def may_have(self, name: str) -> bool:
         """Whether the file contains the words of a name, dotted or flattened; this avoids parsing most files."""
-        # Replace numbers, so that all blocks of a model share one answer.
+        # Replace the numbers, so that one cached result serves all blocks of a model.
         wanted = shape(name)
         if wanted not in self._words:
             self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
@@ -88,7 +91,7 @@ class ImageFamily:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """Return the naming itself, or the naming that `kohya` or `comfyui` means for this family."""
+        """Return the naming that `kohya` or `comfyui` means for this family, or any other naming unchanged."""
         if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
@@ -106,7 +109,7 @@ class ImageFamily:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """Find the naming that has all of these names, the preferred one first; empty if no naming has them."""
+        """Find a naming that has all of these names, trying `preferred` first; empty if no naming has them."""
         preferred = self.wanted(preferred)
         order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
@@ -171,9 +174,9 @@ def families() -> tuple[ImageFamily, ...]:
 def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
     """List the families to which a whole U-Net or transformer may belong, given its tensors' names in any naming.
 
-    Such a family has all of its modules. Otherwise it has more than every other family and more than half of them, and
-    no other family has any of the rest: published checkpoints also have learned tokens and small networks, which no
-    file lists.
+    A family fits if it has all modules of the model. It also fits if it has more of them than every other family and
+    more than half of all, and no other family has any of the rest. This is needed because published checkpoints also
+    have learned tokens and small networks, which no file lists.
     """
     split = [rooted(name) for name in tensors]
     prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
@@ -251,7 +254,7 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 @lru_cache(maxsize=8)
 def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
     """List the families that have all of these modules, in any naming; cached, because several readers ask for them."""
-    # Compare words first: a file that lacks a word need not be parsed.
+    # Compare words first: a file that lacks a word of a name need not be parsed.
     shapes = {shape(name) for name in names}
     likely = [family for family in families() if all(map(family.may_have, shapes))]
     return tuple(family for family in likely if family.has_all(names))
@@ -344,7 +347,7 @@ def is_not_xl(paths: Collection[str]) -> bool:
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether a name belongs only to one family, and none belongs only to the other."""
+    """Whether some name belongs only to `family`, and no name belongs only to `other`."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     told = {(path in one, path in two) for path in paths}
     return (True, False) in told and (False, True) not in told

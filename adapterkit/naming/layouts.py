@@ -27,7 +27,7 @@ IN_OUT = {
 
 
 def stored_in_out(path: str, config: Mapping[str, object] | None) -> bool | None:
-    """Whether the base stores this target as [in, out]; None if the family is not known to do so anywhere."""
+    """Whether the base stores this target as [in, out]; None if no weight of its family is known to be stored so."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)

@@ -14,7 +14,7 @@ QKV = "attn.qkv"
 
 @cache
 def parts() -> dict[str, str]:
-    """Return our template of the weight that each of `query`, `key` and `value` adapts, in the order of rows."""
+    """Return `query`, `key` and `value` -> our template of the weight that each adapts, in the order of rows."""
     return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
 
 

@@ -21,7 +21,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def bridge() -> dict[str, tuple[str, ...]]:
     """Map adapter modules inside a layer to our modules inside a layer, for Megatron-Bridge and NeMo 2.
 
-    Canonical LoRA has a pair for each weight in a fused one, named after the first word of the weight's name.
+    Canonical LoRA has a pair of factors for each part of a fused weight, named after the first word of the part's name.
     """
     fused: dict[str, list[str]] = {}
     for key, place in namings_of("megatron")[0].places().items():
@@ -49,6 +49,6 @@ NEMO = {
 """A map from adapter modules inside a layer to our modules inside a layer, for NeMo 1."""
 
 LAYER = re.compile(r"(?P<prefix>(?:\w+\.)*layers\.)(?P<n>\d{1,9})\.(?P<module>.+)")
-"""Matches a module's name; prefixes differ because each wrapper around a model adds one."""
+"""Matches a module's name; prefixes differ because each wrapper around a model adds a prefix."""
 
 OWN = re.compile(r"(?:\w+\.)*layers\.(?P<n>\d{1,9})\.(?P<module>.+)")

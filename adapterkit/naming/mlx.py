@@ -1,7 +1,8 @@
 """Translate names between MLX-LM's models and a hub: mostly experts, which MLX stores in one stack.
 
 The names are data, the naming `mlx` in spec/architectures. MLX-LM's folders do not name their family. Without a base,
-all families with a name are tried. They must agree on experts; another name stays unchanged if they differ.
+all families with a name are tried. They must agree on names of experts. Other names stay unchanged if the families
+differ.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
     if family is None and found and any(_keep(own) for own in variants(name)):
         found.setdefault((Move(name),), "other families")
     if len(found) > 1 and any(move.plain for moves in found for move in moves):
-        # Families disagree, so keep the name: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
-        # vision-language models than in all others.
+        # Keep the name if families disagree: `model.layers.0.self_attn.q_proj` has another prefix in MLX's
+        # vision-language models than in its other models.
         return None
     if len(found) > 1:
         why = f"{' and '.join(found.values())} have different names for it: {', '.join(m[0].path for m in found)}"
@@ -63,8 +64,8 @@ def _translated(name: str, config: Mapping[str, object] | None, experts: int, na
 def _candidates(name: str, naming: str) -> list[Architecture]:
     """Return the families that may have a name, without those in which MLX-LM and hubs use the same name.
 
-    When translating from MLX's names, families whose experts a hub stacks are omitted, because they have no names for
-    single experts.
+    When translating from MLX's names, families whose experts are stacked on hubs are omitted, because they have no
+    names for single experts.
     """
     shapes = [shape_of(own) for own in variants(name)]
     found = [each for each, templates in _all() if any(shape in templates for shape in shapes)]

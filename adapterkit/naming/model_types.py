@@ -63,7 +63,7 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts() -> frozenset[str]:
-    """List the model types of parts: those of parts' classes, and all that do not have their module's name."""
+    """List the model types of parts: those of parts' classes, and all that differ from their module's name."""
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
     beside = {name for name, module in modules.items() if module in whole and name.replace("-", "_") != module}
@@ -101,9 +101,9 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
     if trained_class is None:
         return bool(there)
     if types is None:
-        # Ignore parts with their own classes: MusicFlamingo has AudioFlamingo 3's audio encoder, which an adapter of
-        # the whole AudioFlamingo 3 does not fit. But an adapter of the whole Gemma 3 may fit its text model alone.
+        # Ignore parts with their own classes: an adapter of the whole AudioFlamingo 3 does not fit MusicFlamingo, which
+        # has only its audio encoder. But an adapter of the whole Gemma 3 may fit its text model alone.
         return any(whole or name not in _parts() for name, whole in there.items())
-    # Accept whole models, which have all parts of their module. Parakeets with different heads are not parts of each
-    # other.
+    # Accept whole models, which have all parts of their module. But Parakeet models with different heads are not parts
+    # of each other.
     return any(name in types or (whole and name not in _parts()) for name, whole in there.items())

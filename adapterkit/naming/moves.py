@@ -34,12 +34,12 @@ class Move:
 
     Attributes:
         path: the name in the base.
-        take: the part of the target's rows that is moved; None for all rows.
+        take: the part of the target's rows that moves; None for all rows.
         into: the part of the destination's rows that these rows become; None for all rows.
-        expert: the slice of a target that is a stack; None for all of it.
-        slot: the slice of a stack in the base; None for all of it.
-        turn: two places, without names, with the order of rows in the adapter and in the base; None if the orders are
-            the same.
+        expert: if the target is a stack, the index of the slice that moves; None for the whole target.
+        slot: if the destination is a stack, the index of its slice; None for the whole destination.
+        turn: two places without names: the first has the order of rows in the adapter, the second the order in the
+            base. None if the orders are the same.
     """
 
     path: str
@@ -81,7 +81,7 @@ class Resolution:
         moves: the destinations of a target's parts, by the name in the adapter.
         missing: the names that the base does not have.
         rules: the rules that were used, in the order in which they were tried.
-        prefixes: the changes of prefixes among them, as (removed, added).
+        prefixes: the changes of prefixes among the rules, as (removed, added).
     """
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def part_of(place: Place) -> PathPart | None:
 
 
 def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
-    """Return the error for a target with several readings; it names them, and the option that decides."""
+    """Return the error for a target with several readings; it names the readings, and the option that selects one."""
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
         f"the name has several readings in the base: {shown}", where=target,

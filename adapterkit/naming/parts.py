@@ -1,4 +1,4 @@
-"""The parts of models that prefixes name, because a vision tower is not a language model, nor an encoder a decoder."""
+"""Find the part of a model that a prefix names: a vision tower is not a language model, an encoder not a decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KIND = {
 
 
 def modalities_of(name: str) -> set[str]:
-    """Return which of vision, text and audio a name mentions."""
+    """Return those of vision, text and audio that a name mentions."""
     return parts_of("modality", name)
 
 
@@ -35,7 +35,7 @@ def parts_of(kind: str, name: str) -> set[str]:
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether one prefix may replace another: their last words differ, and they do not name two different things.
+    """Whether prefix `on` may replace `off`: their last words differ, and they do not name two different parts.
 
     `roberta.` is not another name of `bert.`, a vision tower is not a language model, and an encoder is not a decoder.
     """

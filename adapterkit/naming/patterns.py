@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
-"""Matches a number between separators, not the 1 of `attn1`."""
+"""Matches a number between separators, but not the 1 of `attn1`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def names_of(patterns: Iterable[str]) -> PatternNames:
 
 @lru_cache(maxsize=1 << 16)
 def shape(name: str) -> str:
-    """Replace numbers in a name with `#`; cached, because every family and naming is asked for the same names."""
+    """Replace numbers in a name with `#`; cached, because the same names are looked up in every family and naming."""
     return _NUMBER.sub("#", name)
 
 
@@ -82,7 +82,7 @@ def flatten(name: str) -> str:
 
 
 def numbers(pattern: str, name: str) -> list[str]:
-    """Return the numbers in `name` at the positions of `#` in `pattern`; otherwise, both must be equal."""
+    """Return the numbers in `name` at the positions of `#` in `pattern`; everywhere else, both must be equal."""
     words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
 

@@ -1,4 +1,4 @@
-"""Map the rows of one naming's weights to another naming's, counted in equal parts of a fused weight."""
+"""Map rows of weights in one naming to rows in another naming, counted in equal parts of a fused weight."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One rule. It renames names that are equal to FROM or begin with it, by whole words; the rest of a name stays.
+    """One rule. It renames names that are FROM or begin with FROM and a dot; the rest of a name stays unchanged.
 
     Attributes:
         text: the rule as the user wrote it.
-        pattern: a regular expression for names, with a group for each placeholder and one for the rest.
+        pattern: a regular expression for names, with a group for each placeholder and a group for the rest of the name.
         to: the replacement for FROM, with placeholders.
         family: the model type, if the rule only names the base's family; otherwise empty.
         rows: `by_head` or `by_part`, if the rule only states the order of rows of fused projections; otherwise empty.
@@ -67,7 +67,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """Return the rules as plain text, including those in files, because plans and records must not depend on a file.
+    """Return the rules as plain text that replaces rules files, because plans and records must not depend on files.
 
     Raises:
         StorageError, Malformed: see `read_rules`.
@@ -106,7 +106,7 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
 
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
-    """Return a name after the first rule that matches it, and this rule; the name and None if no rule matches."""
+    """Apply the first rule that matches a name; return the new name and the rule, or the old name and None."""
     for rule in rules:
         found = rule.apply(name)
         if found is not None:

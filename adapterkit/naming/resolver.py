@@ -1,8 +1,8 @@
 """Map the names of an adapter to those of a base; the map is proven by names and shapes, never guessed.
 
 For each target the resolver tries, in this order: a rule of the user; the exact name; the name without words that
-wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. It refuses a
-name if two readings fit.
+wrappers such as FSDP insert; the file of the base's family; a change of prefixes that maps every target. The resolver
+refuses a name if two readings fit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     halves: Left = []
     if architecture is not None:
-        # Map targets with only a bias by the family's file: Jev's heads have the bias `proj.bias`, the weight `weight`.
+        # Map targets with only a bias by the family's file: in Jev's heads, the bias is `proj.bias`, but the weight
+        # `weight`.
         halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
         left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
@@ -110,7 +111,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
-    """Remove wrappers' words from names, and map the targets that the base then has."""
+    """Remove wrappers' words from names, and map the targets whose shortened names the base has."""
     perhaps = WRAPPERS | PERHAPS
     if not any(word in name for _, name in left for word in perhaps):
         return left

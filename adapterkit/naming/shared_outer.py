@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from ..io.safetensors import Entry
 
 INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Modules that read the hidden states; their experts share A."""
+"""Modules whose inputs are the hidden states; the experts share A."""
 
 OUTER = ("down_proj", "w2")
-"""Modules that write the hidden states; their experts share B."""
+"""Modules whose outputs are the hidden states; the experts share B."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
 """Matches a stack with the factors of all experts."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""Matches one expert's module; the factor that it shares may be in a stack."""
+"""Matches one expert's module; the factor that the experts share may be in a stack."""
 
 
 def is_shared_outer(entries: Mapping[str, Lazy | Entry]) -> bool:
-    """Whether a file's keys and shapes have this layout: factors with three axes for experts."""
+    """Whether a file's keys and shapes have this form: the experts' factors are stacked in tensors with three axes."""
     # Check shapes first: they exclude nearly every file, and counting axes is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)

@@ -16,7 +16,7 @@ PERHAPS = frozenset({"module", "default"})
 """Words of DistributedDataParallel and of adapters' names that a model may also use."""
 
 Left = list[tuple[str, str]]
-"""(target, its name so far) for targets that are not mapped yet."""
+"""(target, its name after the rules so far) for targets that are not mapped yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +47,12 @@ class Names:
 
     @cached_property
     def templates(self) -> dict[str, str]:
-        """Map each template to one name that has it: `layers.#.mlp` to `layers.0.mlp`."""
+        """Map each template to one name that fits the template: `layers.#.mlp` to `layers.0.mlp`."""
         names = [name for name in (*self.paths, *self.outer) if "." in name]
         # Substitute in one string with all names: one substitution for each of the 90,000 names of a large model takes
         # three times as long.
         templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
-        if len(templates) != len(names):  # A name has a line break, or there are no names.
+        if len(templates) != len(names):  # Fall back to single names: a name has a line break, or there are no names.
             templates = [template_of(name) for name in names]
         examples = dict(zip(templates, names, strict=True))
         examples.update((shape_of(name), name) for name in (*self.paths, *self.outer) if "." not in name)
@@ -60,7 +60,7 @@ class Names:
 
     @cached_property
     def endings(self) -> dict[str, list[str]]:
-        """Map each end of a template to the templates that have it."""
+        """Map each end of a template to the templates with this end."""
         ends: dict[str, list[str]] = {}
         for template in self.templates:
             words = template.split(".")
@@ -70,9 +70,9 @@ class Names:
 
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
-        """Return the names without wrappers' words, and a map from short to full names; None if none has such a word.
+        """Return the names without wrappers' words, and a map from short to full names; None if no name has one.
 
-        A state dict that was saved inside FSDP or torch.compile has such words; that of a PEFT model has `base_layer`.
+        State dicts that were saved inside FSDP or torch.compile have such words. A PEFT model's has `base_layer`.
         """
         off = WRAPPERS | {"base_layer"}
         # Search each word in one string: searching in each of the 90,000 names of a large mixture of experts takes 40

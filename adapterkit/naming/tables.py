@@ -64,7 +64,7 @@ class TableNames:
                     self.walked.setdefault(foreign, []).append(own)
 
     def there(self, own: str) -> str | None:
-        """Return the tool's name for our name, ignoring a prefix; None if there is none."""
+        """Return the tool's name for our name, ignoring a prefix; None if the table has no such name."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
 
     def back(self, foreign: str) -> str:

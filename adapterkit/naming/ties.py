@@ -51,9 +51,10 @@ class Tie:
 
     Attributes:
         stored: the tensor's name on disk: the embedding's name, or `shared`, which no layer of the model has.
-        inputs: the names of the input embeddings that use it: `(stored,)`, or those of an encoder and a decoder.
+        inputs: the names of the input embeddings that use the tensor: `(stored,)`, or those of an encoder and a
+            decoder.
         head: the name of the output head's weight.
-        apart: whether the head is also on disk, although the config ties it.
+        apart: whether the head's weight is also on disk, although the config ties the head.
         beside: (name, stored name) of further tensors that transformers ties along with the head, such as the bias of
             BERT's head.
     """
@@ -97,9 +98,9 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
         name for name in names
         if (name == head or _is(name, HEADS)) and name != stored and getattr(names[name], "shape", None) == shape
     ]  # fmt: skip
-    # Llama 3.2 Vision has a head with fewer rows than its embedding, so the head is a separate tensor.
+    # The head of Llama 3.2 Vision has fewer rows than the embedding, so the head is a separate tensor.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
-    # Ignore `tie_word_embeddings` of CSM, which means the embeddings of its two decoders, not a head.
+    # Ignore `tie_word_embeddings` of CSM: it concerns the embeddings of two decoders, not a head.
     if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
         return None
     if not _says_tied(config, apart, head is not None) or len(heads) > 1:
@@ -117,7 +118,7 @@ def find_tie(names: Mapping[str, object], config: Mapping[str, object] | None) -
 def aliases(base: Checkpoint) -> Mapping[str, str]:
     """Return a map from other names of a tied tensor to its stored name; empty if nothing is tied.
 
-    The result is cached for each base. Callers ask for every target, and searching all names for each of them would
+    The result is cached for each base. Callers need the aliases for every target. Searching all names each time would
     take time that grows with the square of the base's size.
     """
     if base not in _ALIASES:
@@ -167,7 +168,7 @@ def is_head(name: str) -> bool:
 
 
 def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the changes to a config whose head gets a separate tensor."""
+    """Return the config changes that give the head a tensor of its own."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -178,13 +179,13 @@ def untied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
 
 
 def kept_tied(config: Mapping[str, object] | None) -> dict[str, JsonValue]:
-    """Return the changes to a config whose head stays tied; empty if the config or its family's default ties it."""
+    """Return the config changes that keep the head tied; empty if the config or the family's default ties it."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
 def untied_scale(config: Mapping[str, object] | None) -> float:
-    """Return the factor on an untied head's weight with which the model computes the same as with the tied head.
+    """Return the factor on an untied head's weight that makes the model compute the same as with the tied head.
 
     T5 and similar models scale the head's input only if their config states that the head is tied.
     """
@@ -203,7 +204,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the weights that are one tensor: all `inputs` if there are several, otherwise the tensor and its input."""
+    """List the weights that are one tensor: all of several `inputs`, or else the stored tensor and its input."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 
@@ -224,7 +225,7 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         format: the version of the file's format.
-        defaults: the model types that tie if config.json does not state it.
+        defaults: the model types whose head is tied if config.json does not say whether it is.
         ties: the ties of each class.
         sources: where the facts come from.
     """
@@ -277,7 +278,7 @@ def _stored_as(name: str, names: Mapping[str, object], config: Mapping[str, obje
 
 
 def _says_tied(config: Mapping[str, object] | None, has_head: bool, known: bool) -> bool:
-    """Whether the config, or else its family's default, ties; a class with a head but without its weight must tie."""
+    """Whether the config, or else the family's default, ties the head; a head without a stored weight must be tied."""
     if config is None:
         return False
     listed = config.get("architectures")
@@ -307,7 +308,7 @@ def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _of_another_shape(head: str, stored: str, names: Mapping[str, object]) -> bool:
-    """Whether a base stores a head that is a matrix with another shape than its embeddings, but the same dtype."""
+    """Whether a base stores a head that is a matrix with another shape than the embeddings, but the same dtype."""
     one, other = names.get(head), names[stored]
     shapes = [getattr(each, "shape", ()) for each in (one, other)]
     alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)

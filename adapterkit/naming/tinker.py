@@ -12,7 +12,7 @@ EXPERTS = {
     "model.layers.{n}.mlp.experts.{e}.down_proj": "model.layers.{n}.mlp.experts.w2",
     "model.layers.{n}.mlp.experts.{e}.up_proj": "model.layers.{n}.mlp.experts.w3",
 }
-"""A map from our template for one expert's module to Tinker's template for the stack."""
+"""Our template for one expert's module -> Tinker's template for the stack."""
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 

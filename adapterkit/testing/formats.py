@@ -21,7 +21,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""Every usual format lacks at least one of these methods."""
+"""Every format in use lacks at least one of these methods."""
 
 
 class FormatTests:
@@ -85,7 +85,7 @@ class FormatTests:
             try:
                 updates[Target(path)] = (example(method, out=out, inputs=inputs, seed=seed, **more),)
             except (AdapterkitError, TypeError, ValueError):
-                return None  # The method needs sizes or tensors that these general tests cannot choose.
+                return None  # The method needs sizes or tensors that these general tests do not know.
         return Adapter(updates)
 
     def test_it_is_one_class_in_a_module_of_its_name(self) -> None:

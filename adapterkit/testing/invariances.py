@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TARGET = Target("layers.0.q")
 OUT, IN, RANK = 20, 28, 3
 SMALL = 2.0**-17
-"""The factor of the test with small changes; a power of two, which does not affect rounding."""
+"""The factor that makes changes small; it is a power of two, which does not affect rounding."""
 
 SAME = 1e-6
 """Results count as equal if their difference, relative to the largest entry, is at most this number."""
@@ -30,7 +30,7 @@ def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
 
     Args:
         name: the name of the combiner.
-        draws: the number of random sets of adapters to compare; one difference is enough.
+        draws: the number of random sets of adapters to compare; a difference in one set is enough.
         options: further arguments of `adapterkit.combine`.
     """
     found = set()
@@ -50,7 +50,7 @@ def rank_of_result(name: str, **options: Any) -> str:
     import numpy as np
 
     given = _adapters(name, 0)
-    # Also use density 1: with few entries, a small matrix has a low rank by chance, which a large matrix does not.
+    # Also use density 1: with lower densities, a small matrix can have a low rank by chance, unlike a large matrix.
     dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
     changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
     found = max(int(np.linalg.matrix_rank(change)) for change in changes)
@@ -58,7 +58,7 @@ def rank_of_result(name: str, **options: Any) -> str:
 
 
 def _turned(adapter: Adapter, seed: int) -> Adapter:
-    """Return the same change with other factors."""
+    """Return an adapter with the same change in other factors."""
     import numpy as np
 
     R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
@@ -89,7 +89,7 @@ def _adapters(name: str, drawn: int) -> list[Adapter]:
 
 
 def _change(adapter: Adapter) -> Array:
-    """Return the change in float64, from the factors if it has any."""
+    """Return the change in float64, computed from the factors if the update has factors."""
     import numpy as np
 
     update: Any = adapter.updates[TARGET][0]

@@ -53,8 +53,8 @@ class MethodTests:
     def change(self, W: Array) -> Array:
         """Return the change W' - W that `update()` makes to a weight W, in float64 numpy.
 
-        Write the paper's formula here independently, without the method's class. If a subclass defines this function,
-        the method's class is compared with it.
+        Implement the paper's formula here without the method's class. If a subclass defines this function, the method's
+        class is compared with it.
         """
         raise Unsupported("the tests have no formula to compare with", cure="Define `change` in the test class")
 

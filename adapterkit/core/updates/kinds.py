@@ -22,10 +22,10 @@ _Function = TypeVar("_Function")
 
 
 def of_pair(forward: _Function) -> _Function:
-    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A and B of `pair` and d of `bias_delta`.
+    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d; A, B are from `pair`, d from `bias_delta`.
 
-    Backends may then compute the pair by a faster path. A method that overrides `forward` loses the mark, so a formula
-    that depends on the tokens is never mistaken for a plain pair.
+    Backends may then compute the pair by a faster path. A method that overrides `forward` loses the mark, so backends
+    never replace a formula that depends on the tokens by a plain pair.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
@@ -62,22 +62,22 @@ class Additive(Update):
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s with D = s * B @ A, like `pair`; methods override it to keep the scaling out of B."""
+        """Return B, A and s with D = s * B @ A, like `pair`; methods override this to keep the scaling out of B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
-        """Return the same method with weight * D and weight * d, without reading leaves; None if it cannot."""
+        """Return an update of the same method with weight * D and weight * d; None if it would read leaves."""
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """Return the Frobenius norm of D; methods override it if they can compute it without forming D."""
+        """Return the Frobenius norm of D; methods override this function if they need not form D."""
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Write weight * D into an array of the weight's shape; methods override it to avoid a copy."""
+        """Write weight * D into an array of the weight's shape; methods override this function to avoid a copy."""
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class WeightUpdate(Update):
             weights: one number per update.
 
         Returns:
-            None if the method cannot express it.
+            The mixed update; None if the method cannot express the sum.
         """
         return None
 
@@ -126,7 +126,7 @@ class WeightUpdate(Update):
     def normalized(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Return m `[out]`, B `[out, r]` and A `[r, in * k]` with W' = m * V / |V| by rows, V = W + B @ A; or None.
 
-        A merge computes such a method in a compiled loop.
+        A merge computes such a formula in a compiled loop.
         """
         return None
 
@@ -145,22 +145,20 @@ class OutputUpdate(Update):
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
     `layer.residual(x)`: the value that is added, or None.
     `layer.norm(h)`: the normalised sum; h itself if the layer does not normalise.
-    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, it includes neither the residual
-        nor the norm.
-    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in a shape that can be
-        added to the output, and the axis of the channels.
-    `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
-    `layer.call`: the arguments of the model's own call, by name. A method lists the arguments that it reads in `asks`;
-        a missing one is an error. Three arguments hold more than in the call. `input_ids` starts with the tokens of
-        the cache. `hidden_states` is the last layer's output without the adapter. `shadow` is the state of a network in
-        parallel with the model; each block reads the state by `state` and passes it on by `keep`.
+    `layer.close(h, x, whole)`: the output for another hidden value. If `whole` is false, the output includes neither
+    the residual nor the norm. `layer.mix(h, w)`: the channels of h, mixed by a matrix `[out, r]`, as a 1x1 convolution
+    does. `layer.per_channel(v)`: a vector in a shape that can be added to the output. `layer.channel`: the axis of the
+    channels. `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has
+    neither. `layer.call`: the arguments of the model's own call, by name. A method lists the arguments that it needs in
+    `asks`; if one is missing, an error is raised. Three entries differ from the call's own arguments. `input_ids`
+    starts with the tokens of the cache. `hidden_states` is the last layer's output without the adapter. `shadow` is the
+    state of a network in parallel with the model: each block reads the state by `state` and passes it on by `keep`.
 
     Class attributes:
-        placed: True if the formula is `inside`, so that several such updates apply before the layer closes.
-        asks: arguments of the model's call that the formula needs.
-        hears: arguments of the model's call that the formula uses if they are present.
-        moves_input: True if the formula calls the layer with another input than its own.
-        of_model: True if the update is at the whole model, `Target("")`, until it has its experts.
+        placed: True if the method defines `inside`, so that several such updates can apply before residual and norm.
+        asks: arguments of the model's call that the formula needs. hears: arguments of the model's call that the
+        formula uses if they are present. moves_input: True if the formula calls the layer with a changed input.
+        of_model: True if the update's target is the whole model, `Target("")`, as long as its experts are missing.
 
     Attributes that locate an update, if the method has them:
         residual: path, relative to the target's parent, of the module whose input is added to the target's output.
@@ -188,7 +186,7 @@ class OutputUpdate(Update):
 
     @property
     def whole(self) -> bool:
-        """Whether the result includes the layer's residual and norm."""
+        """Whether the result of `inside` includes the layer's residual and norm."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -208,14 +206,14 @@ _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
 
 class ContextUpdate(Update):
-    """Extra context for the model: tokens before its input, keys and values before the computed ones, or prompts.
+    """Extra context for the model: vectors or keys and values in front of the input's, or embeddings of new tokens.
 
     The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
     No weight is involved, so the target has no layout, rows or experts. Several updates at one target are concatenated
     in the order in which they are attached, the first one in front.
 
     Class attributes:
-        place: the name of the method below that has the formula; the others add nothing.
+        place: the name of the function below that has the formula; all other functions below add nothing.
     """
 
     kind = "context"
@@ -223,10 +221,11 @@ class ContextUpdate(Update):
     place: ClassVar[str] = ""
 
     def embeddings(self, task: Task = None) -> torch.Tensor | None:
-        """Return vectors to put before the input's embeddings (before the encoder's, if the model has one), `[n, dim]`.
+        """Return vectors `[n, dim]` to put before the input's embeddings, or before the encoder's if there is one.
 
         Args:
-            task: for prompts of several tasks: one task number, or numbers `[batch]`, which give `[batch, n, dim]`.
+            task: for prompts of several tasks: one task number, or numbers `[batch]`, for which the result is `[batch,
+                n, dim]`.
         """
         return None
 
@@ -249,7 +248,8 @@ class ContextUpdate(Update):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return what to add to the outputs of an attention's heads, before they are mixed: `[batch, heads, m, d]`.
 
-        These methods store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added after mixing.
+        Methods with this formula store the prompt as `P`, `[n, dim]`. If `projected` is False, the result is added
+        after the heads are mixed.
 
         Args:
             q: queries of the input, `[batch, heads, m, d]`, with positions applied.

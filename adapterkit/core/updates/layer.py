@@ -71,5 +71,5 @@ class Layer(Protocol):
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """Return the output for another hidden value; without `whole`, it includes neither residual nor norm."""
+        """Return the output for another hidden value; if `whole` is false, it includes neither residual nor norm."""
         ...

@@ -69,7 +69,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Compare instead of converting: an integer may be too large for a float.
+    # Compare, and do not convert: an integer may be too large for a float.
     if (
         annotation == "float"
         and isinstance(value, int | float)
@@ -119,7 +119,7 @@ def misplaced(update: Update, sizes: Mapping[str, int | tuple[int, ...]]) -> Ite
 
 
 def repeated(update: Update) -> str:
-    """Return the first field that repeats a position or pair of positions although it forbids this; "" if none does."""
+    """Return the first field that repeats a position (or pair) although the field forbids it; "" if none does."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -146,7 +146,7 @@ def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
 
 
 MOST_EXPONENT = 63
-"""Largest exponent. No size needs more; a larger one makes the rule false instead of using up memory."""
+"""Largest exponent; sizes need no larger one. Larger ones make a rule false, because they could use up memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class Rule:
 
     Attributes:
         require: the expression that must be true.
-        define: the axis that gets the size `value`; if the tensors gave it another size, the shapes disagree.
+        define: the axis that gets the size `value`; if the tensors give the axis another size, the update is refused.
         value: the expression for that size.
         when: the rule applies only if this expression is true; empty means always.
         where: the field or attribute that an error names.
@@ -209,7 +209,8 @@ def check_fits(update: Update, shape: Shape) -> None:
         return
     fields = update.tensor_fields()
     held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
-    # A tensor with one axis more than its shape string has an axis of experts; a star can be any number of axes.
+    # A tensor with one axis more than its shape string has an axis of experts. With a starred axis, the number of axes
+    # shows nothing.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
     seen["kernel"] = max(len(shape) - 2, 0)
@@ -245,7 +246,7 @@ class _Names:
         return None if leaf is None else len(leaf.shape) - self.stack
 
     def shown(self, expression: str) -> str:
-        """Return the values of the names that an expression reads, as far as they have one."""
+        """Return the values of those names in an expression that have a value."""
         return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
 
     def _known(self, name: str) -> int | str | None:
@@ -272,12 +273,12 @@ class _Given(_Names):
 
 
 def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, int]) -> int | str | None:
-    """Return the value of a rule's expression (spec/README.md, section 9), or None if it has none.
+    """Return the value of a rule's expression (spec/README.md, section 9); None if the expression has no value.
 
     Args:
         expression: the expression.
         values: name -> the size of an axis, or the value of an attribute.
-        axes: tensor that is present -> number of its axes, without the experts' axis.
+        axes: name of each tensor that is present -> the number of its axes, without the experts' axis.
     """
     value = _compiled(expression)(_Given(values, axes))
     return None if value is False else value
@@ -331,7 +332,10 @@ _OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.
 
 @cache
 def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
-    """Return an expression as a function; the function returns False, which is never a value, if it has no value."""
+    """Return an expression as a function.
+
+    If the expression has no value, the function returns False. No expression has the value False.
+    """
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
     def guarded(names: _Names) -> int | str | Literal[False]:

@@ -45,10 +45,10 @@ class Update:
         bias_sees_weight: True if the change of the bias depends on the weight, so `settled` must precede `new_bias`.
         sizes: default sizes for a new update's own axes.
         starts_at_base: True if a new update changes nothing; some methods are defined to start elsewhere.
-        shared_as: the choice of `tied` that decides whether the update changes all layers that share a tensor: `rows`,
-            `replacement`, or `layer` if no choice does.
-        dropout: what dropout drops in training, as in PEFT. `input`: numbers of the change's input. `rows`: rows of the
-            change. `scaled rows`: the same, and the other rows grow accordingly. `blocks`: blocks along the axis `n` of
+        shared_as: the choice of `tied`, `rows` or `replacement`, that applies the update to all layers that share a
+        tensor; `layer` if no choice does. dropout: what dropout drops in training, as in PEFT. `input`: numbers of the
+        change's input. `rows`: rows of the change. `scaled rows`: rows of the change, and the remaining rows are scaled
+        up to compensate. `blocks`: blocks along the axis `n` of
             a tensor (of one of its factors if it has an axis `m`).
         bound_to: the library and function that the formula depends on while some tensors are absent, so that no other
             reader can compute it; empty for most methods.
@@ -87,7 +87,7 @@ class Update:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "version" in cls.__dict__ and "since" not in cls.__dict__:
-            # A method that sets `version` by hand supports only that version.
+            # A method that sets `version` itself, instead of `since`, supports only that version.
             cls.since = ("",) * (cls.version - 1) + ("1.0",)
         cls.version = len(cls.since)
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
@@ -99,7 +99,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # A product or quotient may use a name that only a later tensor defines; then solve in two rounds.
+        # A product or quotient may use a name that only a later tensor defines. Then bind all tensors twice.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -162,7 +162,8 @@ class Update:
 
     def replace(self, **changes: object) -> Self:
         """Return the same update with other field values."""
-        # Do not use `dataclasses.replace`: it takes twice as long, and stacks hold tens of thousands of experts to cut.
+        # Do not use `dataclasses.replace`, which takes twice as long: splitting stacks calls this for tens of thousands
+        # of experts.
         return self.from_fields(**{name: getattr(self, name) for name in self._fields} | changes)
 
     @property
@@ -203,10 +204,11 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Check the plain values, and which tensors are present; methods with further rules extend the check.
+        """Check the plain values, and which tensors are present; methods with further rules extend this function.
 
         Raises:
-            Malformed: a value has the wrong type, is not finite or is out of range, or tensors do not go together.
+            Malformed: a value has the wrong type, is not finite or is out of range, or the present tensors are not a
+                valid combination.
             Unsupported: the method does not know a string value.
         """
         for name, field in self.attribute_fields().items():
@@ -230,7 +232,7 @@ class Update:
         return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
-        """Read every tensor and check its values; methods with further rules extend the check.
+        """Read every tensor and check its values; methods with further rules extend this function.
 
         Raises:
             Malformed: a tensor holds a NaN or an infinity (the message names the field and the first position), or a
@@ -269,8 +271,8 @@ class Update:
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several shapes.
 
-        Methods override it if weights of several sizes share their tensors. None means that the tensors do not show
-        the size.
+        Methods override this function if weights of several sizes share their tensors. None means that the tensors do
+        not show the size.
         """
         return None
 
@@ -286,7 +288,7 @@ class Update:
             raise ShapeMismatch(why, cure="Remove this target")
 
     def cuts(self, axis: str) -> bool:
-        """Whether this update can be split along an axis: an axis in `blocks`, unless a method overrides this."""
+        """Whether this update can be split along an axis: along those in `blocks`, unless a method overrides this."""
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
@@ -344,7 +346,7 @@ class Update:
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Return the same update; parts of its bias change that depend on W `[out, in, *k]` are now computed."""
+        """Return the same update after computing the parts of its bias change that depend on W `[out, in, *k]`."""
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:

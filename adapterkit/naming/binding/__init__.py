@@ -95,13 +95,13 @@ def bind(
         adapter: the adapter.
         base: an open checkpoint, or its path.
         partial: whether to omit targets that the base does not have, instead of refusing; at least one must remain.
-        aliases: further names of stored tensors, such as a tied head, as alias -> stored name.
+        aliases: alias -> stored name, for further names of stored tensors, such as a tied head.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first rule that matches a target's name is used. Also
             `family:NAME` for a base whose config names no family, and `rows:by_head` or `rows:by_part` for a base whose
             fused queries, keys and values may have either order.
         resize: a function of the sites and all shapes, which returns the sites and shapes to use; it is called before
             shapes are checked.
-        distinct: whether to check that positions do not repeat; a merge checks that later, when it reads all values.
+        distinct: whether to check that positions do not repeat; a merge does this later, when it reads all values.
 
     Raises:
         TargetNotFound: the base does not have a target; the error names the nearest module.
@@ -116,7 +116,7 @@ def bind(
     given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    # Share one object among sites with the same form: tens of thousands of targets have only a few dozen forms.
+    # Keep one object for all sites with the same form: tens of thousands of targets have only a few dozen forms.
     same: dict[Hashable, Hashable] = {}
     forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
     sites = with_layouts(list(given), shapes, found.config, forms)
@@ -158,7 +158,7 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
             if distinct:
                 update.check_distinct()
         except AdapterkitError as error:
-            # Name the target as the place of every misfit, which the specification requires (R-13.3).
+            # Every error about a shape must name the target; the specification requires this (R-13.3).
             error.where = f"{site.target}: {update.method}"
             raise error from None
 
@@ -197,7 +197,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Whether a bias, `[out]` or `[e, out]` for experts, fits the update and the weight, or has room for its rows."""
+    """Whether a bias, `[out]` or `[e, out]` for experts, fits the update and the weight, or has the target's rows."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
@@ -210,7 +210,7 @@ _NO_BIAS = (
     "Inject it instead of merging (adapterkit.torch.inject), or merge into a copy of the base that has biases: "
     "from_pretrained(base, attention_bias=True) and save_pretrained, if its config has attention_bias or mlp_bias"
 )
-"""PEFT's merge refuses this, too. Transformers fills new biases with zeros, which leave the outputs unchanged."""
+"""PEFT's merge refuses such an update, too. Transformers fills new biases with zeros, which change no output."""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
 
@@ -298,7 +298,7 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
     if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
         stacked = [
             site.target.layout
-        ]  # The product of a kernel's axes does not prove that a weight is stored as [in, out].
+        ]  # A product of the input size and the kernel's axes does not prove that a weight is stored as [in, out].
     if len(shapes[site.weight]) == 1 + site.target.stacked:
         stacked = stacked[:1]  # A weight without inputs has only one layout; see the spec's section 8.
     return [
@@ -382,7 +382,7 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 
 @cache
 def _fused() -> dict[str, int]:
-    """Map the end of a fused projection's name to the rows of a head, for families with bases in both orders."""
+    """Map the end of a fused projection's name to a head's number of rows, for families with bases in both orders."""
     found = {}
     for head, _ in of_pipelines():
         family = named(head.family) if head.pipeline.diffsynth_head else None
@@ -409,7 +409,7 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """Reorder an update of all rows to the base's order; give an update of one part zeros in all other rows."""
+    """Reorder an update of all rows to the base's order. Extend an update of one part with zeros in all other rows."""
     if site.target.rows is not None:
         if update.method != "lora":
             why = f"{update.method} adapts one part of a weight whose rows are ordered by heads"
@@ -436,7 +436,7 @@ def _within(leaf: Leaf, rows: int, part: tuple[int, int]) -> Lazy:
 
 
 def _order(rows: int, size: int) -> Array:
-    """Return the order in which row i of the base is row `order[i]` of all queries, then all keys, then all values."""
+    """Return `order`: row i of the base is row `order[i]` of the concatenation [queries, keys, values]."""
     import numpy as np
 
     return np.arange(rows).reshape(3, -1, size).swapaxes(0, 1).reshape(rows)

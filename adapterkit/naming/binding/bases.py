@@ -1,4 +1,4 @@
-"""Check whether a base is the one for which an adapter was made, by its name, config and weights' fingerprint."""
+"""Check by name, config and fingerprint of the weights whether an adapter was made for a given base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CACHED = re.compile(r"models--(.+)")
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
-    """Return a sentence for each statement of the adapter about its base that this base contradicts.
+    """Return a sentence for each statement about its base that the adapter makes and the given base contradicts.
 
     Args:
         name: the adapter's name, for the sentences.
@@ -47,7 +47,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    # Skip GGUF files: their config is built from key-values, so no other tool could state its hash.
+    # Skip GGUF files: their config is built from key-values here, so no other tool could know the config's hash.
     if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
         given = config_hash(base.config)
         if given != wanted.config_hash:
@@ -113,8 +113,8 @@ def check_base(
 ) -> tuple[str, ...]:
     """Call `check_bases` with the fingerprint of the base, which is computed only if an adapter records one.
 
-    Every check that an adapter belongs to its base uses this function: `formats.read` with a base calls it, and so does
-    every function that accepts adapters that are already read. Without a base there is nothing to compare.
+    Every check that an adapter belongs to its base uses this function. `formats.read` calls it if a base is given. So
+    does every function that accepts adapters that are already read. Without a base there is nothing to compare.
 
     Raises:
         CheckFailed: see `check_bases`.

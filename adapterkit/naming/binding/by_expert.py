@@ -1,7 +1,7 @@
-"""Match two adapters for one mixture of experts without its base: one adapts stacks, the other single experts.
+"""Match two adapters for one mixture of experts without its base: one adapts stacks, the other adapts single experts.
 
-The second adapter's names and shapes replace a base that stores its experts one by one. Every family whose file has
-both namings is tried, and all that fit must agree.
+The names and shapes of the adapter with single experts stand in for the missing base. Every family whose file has both
+namings is tried, and all families that fit must agree.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Split updates of whole weights if another adapter has separate updates for parts, such as gate and up.
+    """Split updates of whole weights if another adapter has separate updates for the parts, such as gate and up.
 
     Args:
         adapters: adapters for one base, in its names.

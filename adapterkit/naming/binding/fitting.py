@@ -48,7 +48,7 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # Return it unchanged: a weight with one axis has no inputs, in any layout.
+    # Return the shape unchanged: a weight with one axis has no inputs, in any layout.
     if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
         return shape
     inputs, outputs, *kernel = rest
@@ -69,7 +69,7 @@ def _rest_fits(dims: Dims, rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """Drop a kernel's trailing ones, because some tools write a one-dimensional kernel as a two-dimensional one."""
+    """Drop the last sizes of a kernel that are 1: some tools write a one-dimensional kernel with two dimensions."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
@@ -83,14 +83,15 @@ def paths_of(names: Iterable[str]) -> set[str]:
 
 
 def biasless(base: Checkpoint, path: str) -> bool:
-    """Whether a base has a module's weight but no bias; False if the weight is not found by its name."""
+    """Whether a base has a module's weight but no bias; False if the base has no weight of that name."""
     weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
     return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a live model's tensor that a base stores otherwise, split or fused; None if unknown."""
-    # Cache the answers: a reader asks for each stack several times, and an answer looks at every expert of the base.
+    """Return the shape of a live model's tensor that the base stores split or fused; None if unknown."""
+    # Cache the shapes: a reader asks for each stack several times, and each computation visits every expert of the
+    # base.
     known = _LIVE_SHAPES.setdefault(base, {})
     if name not in known:
         known[name] = _live_shape(base, name)
@@ -106,14 +107,15 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
     if names_family(base.config):
         return None
-    # The base is a folder of plain shards: try all families that have the name; they must agree.
+    # The base is a folder of plain shards, so its family is unknown. Try all families that have the name; they must
+    # agree.
     path = name.removesuffix(".weight")
     found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return found.pop() if len(found) == 1 else None
 
 
 def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
-    """Return the fraction of a fused weight's rows that a part has, as (part, whole)."""
+    """Return a part's share of a fused weight's rows as two numbers, (part, whole)."""
     if not part.heads:
         return 1, part.of
     heads = heads_of(base.config, str(base.root))
@@ -122,7 +124,7 @@ def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
 
 
 def names_family(config: Mapping[str, object] | None) -> bool:
-    """Whether a base's config names its model type or classes, even if this version does not know them."""
+    """Whether a base's config names a model type or classes, even such that this version does not know."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 
 

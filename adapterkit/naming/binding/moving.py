@@ -45,10 +45,10 @@ def moved(
         updates: the updates by target.
         moves: the destinations of each target's parts, by the target's path; targets without moves are omitted.
         shapes: the shapes of the base's tensors, by name.
-        config: the base's config; its heads determine orders of rows, and how a fused projection is divided.
+        config: the base's config; the heads stated there determine orders of rows, and the parts of a fused projection.
 
     Raises:
-        UsageError: the heads are needed, and the config does not state them.
+        UsageError: the numbers of heads are needed, and the config does not state them.
         NotMergeable: the formula of an update cannot be split along rows.
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
         Unsupported: updates of single experts cannot be joined into one stack.
@@ -77,7 +77,7 @@ def moved(
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """Turn a target that names the rows of one part of its weight into a target of that part, with the part's moves.
+    """Turn a target that names some rows of its weight into a target of the part with these rows, and select its moves.
 
     Raises:
         Unsupported: the rows do not equal one of the parts.
@@ -106,7 +106,7 @@ def _taken(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the part of a target that one move takes, with the rest of the target's layout.
 
-    `slices` caches this target's updates by expert, for its other moves: gate and up of one expert are cut from one.
+    `slices` caches each expert's slice for the target's other moves: gate and up of an expert come from the same slice.
     """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
@@ -130,7 +130,10 @@ def _taken(
 
 
 def _whole_stack(updates: tuple[Update, ...]) -> bool:
-    """Whether updates are whole weights with three axes: PEFT's `modules_to_save=["experts"]` is not marked stacked."""
+    """Whether updates are whole weights with three axes.
+
+    Targets from PEFT's `modules_to_save=["experts"]` have such updates, but are not marked as stacked.
+    """
     dims = [update.dims() for update in updates]
     return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
 
@@ -157,7 +160,7 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Ar
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both orders are relative to the family's own: undo the adapter's order, then apply the base's.
+    # Both orders are relative to the family's own order: undo the adapter's order, then apply the base's.
     own = plain if ours is None else undone(ours)
     return own[plain if theirs is None else theirs]
 
@@ -246,8 +249,8 @@ def _into(
 ) -> tuple[Target, tuple[Update, ...]]:
     """Return the target that names the rows of the base's weight, with its updates.
 
-    A target can name only one run of rows. If a part has every second row, its updates are written for the whole
-    weight, with zeros in all other rows, which is exact for additive formulas with factors.
+    A target can name only one run of rows. If a part has every second row, its updates become updates of the whole
+    weight with zeros in all other rows. For additive formulas with factors this is exact.
     """
     if move.into is None:
         return there, updates
@@ -344,7 +347,7 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: Collect
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # Multiply by the ratio of the scalings, in float32 or wider, because a stack has only one scaling.
+                # A stack has only one scaling, so multiply by the ratio of the scalings (in float32 or wider).
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)

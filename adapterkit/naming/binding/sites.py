@@ -30,7 +30,7 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     The family may also be a part of the base: an adapter for a Llama fits a LLaVA whose language model is a Llama.
     Models that neither transformers nor a file of this version knows are not compared.
 
-    The user's rules for names take precedence: an adapter that they renamed is not compared.
+    The user's rules for names take precedence: an adapter that such rules renamed is not compared.
 
     Args:
         adapter: the adapter, whose lineage may name a family.
@@ -46,7 +46,7 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
-    # Accept an equal class: EXAONE is a Llama with another model_type in transformers 5.
+    # Accept the same class under another model_type: EXAONE is a Llama with its own model_type in transformers 5.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
@@ -115,7 +115,7 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """Return the only change of prefixes that maps a part to the base; an empty change if there are several."""
+    """Return the change of prefixes that maps a part to the base; an empty change if several changes do."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -132,8 +132,9 @@ class Bound:
         origins: the adapter's target for each site; for a stack, the first of its targets.
         missing: the targets that the base does not have.
         rules: the rules that were used.
-        renamed: the first of the used changes of prefixes, as (removed, added).
-        config: the base's config; if it names no family, a family that a rule, or names and shapes, showed is added.
+        renamed: the first change of prefixes that was used, as (removed, added).
+        config: the base's config. If it names no family, the family that follows from a rule, or from names and shapes,
+            is added.
     """
 
     sites: list[Site]
@@ -155,7 +156,7 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
-    A target with only output updates may be any module: one with stored tensors inside it, or one of `modules`.
+    A target with only output updates may be any module that contains stored tensors, or any of `modules`.
 
     Args:
         adapter: the adapter.
@@ -224,7 +225,7 @@ def find_sites(
 
 
 def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, object], fits: Fits) -> None:
-    """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
+    """Map targets by the families of a base's parts: an encoder-decoder of two models has a config for each model.
 
     TrOCR's published models are a `vision-encoder-decoder` with a ViT, whose layers have other names in transformers 5.
     """
@@ -263,7 +264,7 @@ def _rename(path: str, off: str, on: str) -> str:
 
 
 _FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
-"""The mark of an adapter's keys."""
+"""A substring that all keys of an adapter have."""
 
 
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
@@ -298,14 +299,15 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
         updates: the targets that are not found yet, with their updates.
         names: the base's names.
         shapes: the shapes of the base's tensors, by name.
-        families: the base's possible model types that the adapter states; if empty, all families are tried.
+        families: the model types of the base that the adapter's statements allow; if empty, all families are tried.
 
     Returns:
-        the family that maps the most targets; the first one if several map them alike; None if none maps any.
+        the family that maps the most targets, or the first such family; None if no family maps a target.
 
     Raises:
         TargetNotFound: two families map the targets differently, and shapes fit both.
-        UsageError: the only family that fits divides a fused projection by heads, whose numbers only a config states.
+        UsageError: the only family that fits divides a fused projection by heads, and only a config could state their
+            numbers.
     """
     some = _one_of_each_form(updates)
     readings: dict[Reading, list[Architecture]] = {}
@@ -335,7 +337,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep one target for each name without numbers, because layers and experts are alike and very many."""
+    """Keep one target for each name without numbers: there are very many layers and experts, and they are alike."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -385,7 +387,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
 
 
 def _said(moves: Sequence[Move]) -> str:
-    """Return a phrase that names the destinations of the first parts."""
+    """Return a phrase for an error that names the destinations of the first parts."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
 

@@ -1,4 +1,4 @@
-"""List how an adapter's names map to a base's, as plain data for tables."""
+"""List the names in a base to which an adapter's names map, as plain data for tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def name_map(
 
     Args:
         base: an open checkpoint, or its path.
-        adapter: the adapter; without one, the base's own names are listed, with their names in other tools.
+        adapter: the adapter. If None, the result lists the base's own names, with their names in other tools.
         rename: rules for names, each `FROM=TO` or `@FILE`.
         partial: whether to list targets that the base does not have, instead of refusing them.
 
