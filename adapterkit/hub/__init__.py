@@ -6,8 +6,8 @@ Importing this package does not import huggingface_hub; the first use of a name 
 from __future__ import annotations
 
 from .folders import scratch
+from .from_nodes import placing, put
 from .hubs import hub_of, parse
-from .placing import placing, put
 from .pulling import Pulled, pull
 from .pushing import Pushed, outgoing, push
 from .ranges import pinned, ranged
