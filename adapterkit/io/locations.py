@@ -297,7 +297,7 @@ def pinned(name: str | os.PathLike[str]) -> str:
 def placing(
     name: str | os.PathLike[str], *, overwrite: bool = False, unchanged: Callable[[], object] = lambda: None
 ) -> AbstractContextManager[PlacedOutput]:
-    """Return a context with an output on a hub to which the tasks of a cluster upload weight files; see `hub.from_nodes`.
+    """Return a context with an output on a hub to which the tasks of a cluster upload weight files; see `hub.placing`.
 
     Raises:
         AdapterkitError: as for `outgoing`.
