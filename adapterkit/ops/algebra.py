@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Sum updates with low-rank factors to one LoRA and others to one dense difference, or keep these if stacking."""
+    """Join low-rank updates into one LoRA, and sum the others to one dense difference; `stacking` keeps the others."""
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
     for update, weight in terms:
@@ -58,7 +58,7 @@ def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
-    # Factors as wide as the weight would take more space than a dense difference.
+    # Factors whose rank reaches a side of the weight would take more space than a dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -107,7 +107,7 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """Return the sum of changes, experts stacked; besides the sum, only one change is in memory at a time."""
+    """Return the sum of changes, with experts stacked. Memory holds the sum and one change at a time."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -159,7 +159,7 @@ def add(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the exact sum of adapters: ranks add up, at most to the weight's rank; other changes are summed dense.
+    """Return the exact sum of adapters: ranks add up, to at most the weight's; changes without factors become dense.
 
     Args:
         adapters: adapters or their paths, of any methods, ranks and targets.
@@ -168,8 +168,8 @@ def add(
         disjoint: allow adapters that share no target.
 
     Returns:
-        an adapter that keeps the methods at targets of one adapter only, and has a LoRA, a dense difference or both at
-        all others.
+        an adapter. A target that only one adapter changes keeps its method; each other target has a LoRA, a dense
+        difference or both.
 
     Raises:
         UsageError: weights do not match the adapters; no common targets; a method needs the weights and no base was
@@ -192,7 +192,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Return the weighted mean of adapters; an adapter without a target counts as no change there. See `add`.
+    """Return the weighted mean of adapters. An adapter that lacks a target counts as a change of zero there. See `add`.
 
     Raises:
         UsageError: the weights sum to 0.
@@ -242,7 +242,7 @@ def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> 
 
 
 def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Split updates after the last one that is not additive: the changes after it do not depend on a weight."""
+    """Split updates after the last one that is not additive. The updates after that one do not depend on the weight."""
     last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
     return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
 
@@ -250,7 +250,7 @@ def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """Mix updates that are not additive; return updates of the result, and those that became additive at the base."""
+    """Mix updates that are not additive; return the mixture's updates, and those that became additive at the base."""
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
     updates, weights = [head for head, _ in heads], [weight for _, weight in heads]

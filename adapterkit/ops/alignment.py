@@ -35,7 +35,8 @@ class AlignedPlace:
 
     Attributes:
         target: the target.
-        updates: the updates of each adapter there, in the order of the adapters; `()` for an adapter without any.
+        updates: each adapter's updates of the target, in the order of the adapters; `()` for an adapter without
+            updates.
         base: the base, if one was given.
     """
 
@@ -49,7 +50,7 @@ class AlignedPlace:
 
     @cached_property
     def shape(self) -> Shape:
-        """The shape of one weight, `[out, in, *k]`, from the base or the updates; `[out]` if only a bias changes.
+        """One weight's shape `[out, in, *k]`, from the base or the updates; `[out]` if only a bias changes.
 
         Raises:
             ShapeMismatch: the adapters were made for different weights.
@@ -61,14 +62,14 @@ class AlignedPlace:
             raise UsageError("only the base knows the shape of this weight", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in found) for found in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
-            # A method may know the inner axes of a convolution only as one product, so sizes are compared.
+            # Some methods store only the product of a convolution's inner axes, so compare sizes instead of axes.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
                 why = f"the adapters were made for weights of {list(longest)} and of {list(shape)}"
                 raise ShapeMismatch(why, where=str(self.target), cure="Combine adapters of one base only")
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
-        """Return each adapter's change, times its weight; None for adapters without updates here.
+        """Return each adapter's change times the adapter's weight; None for an adapter without updates of this target.
 
         Raises:
             AdapterkitError: an update is not additive; see `at_base.additive`.
@@ -83,9 +84,9 @@ class AlignedPlace:
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
-    """Yield the changes of several adapters for one weight, or for each expert's; None for an adapter without one."""
+    """Yield the adapters' changes of the weight, or of each expert's weight; None for an adapter without one."""
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
-    # A generator is truthy, so this holds if any adapter changes the weight; the rows end with the generators.
+    # A generator is truthy, so the loop runs if any adapter changes the weight. It ends when the generators end.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -107,7 +108,8 @@ def places(
     Args:
         adapters: adapters or their paths.
         base: the base whose names and layouts all adapters get, and whose weights some methods need.
-        lower: make every update additive, or refuse it with this participle in the message, such as `"combined"`.
+        lower: a participle for error messages, such as `"combined"`. If given, every update is made additive or
+            refused.
         disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
         strict_base: refuse a base other than the one that an adapter names.
@@ -129,9 +131,8 @@ def places(
         check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
-    # One adapter may target a stack of experts, or a fused weight, while another targets its parts. With a base,
-    # binding
-    # the adapters splits the experts.
+    # One adapter may target a stack of experts or a fused weight, while another adapter targets the single experts or
+    # parts. With a base, binding the adapters splits the experts.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
@@ -162,7 +163,7 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Check that adapters share a target; usually they belong to one model under different names."""
+    """Refuse adapters without a common target. They usually belong to one model whose modules they name differently."""
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}

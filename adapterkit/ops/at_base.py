@@ -1,7 +1,7 @@
-"""Turn formulas of the weight into their difference at a base, W' - W: a dense update that is computed when read.
+"""Turn a formula of the weight into its difference at a base, W' - W: a dense update, computed when it is read.
 
-Additive updates need no base. Other updates of weights can only be summed at a given base. Updates of outputs or
-contexts cannot be summed.
+Additive updates can be summed without a base. Other updates of weights can only be summed at a given base. Updates of
+outputs or contexts cannot be summed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
-    """Return the adapter with only additive updates; other updates of weights become their difference at the base.
+    """Return the adapter with only additive updates. Every other update of a weight becomes its difference at the base.
 
     Args:
         adapter: the adapter, bound to the base if there is one.
@@ -67,18 +67,18 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
 
 
 class Weights:
-    """The weights and biases of a base at bound targets, in the view of formulas."""
+    """The weights and biases of a base at bound targets, with the axes that formulas expect."""
 
     def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
         self.base = opened(base)
         self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
 
     def at(self, target: Target, expert: int | None, bias: bool) -> Array:
-        """Return a weight `[out, in * k]` or a bias `[out]` in float64; one expert's if experts are stacked.
+        """Return a weight `[out, in * k]` or a bias `[out]` in float64. If experts are stacked, it belongs to `expert`.
 
         Raises:
-            UsageError: the base has no bias there.
-            Malformed: a NaN or an infinity.
+            UsageError: the base has no bias at this target.
+            Malformed: the tensor holds a NaN or an infinity.
         """
         site = self.sites[target]
         stored = site.bias if bias else site.weight
@@ -90,7 +90,7 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Check that an update changes weights and, without a base, that it does not need the base's weights."""
+    """Check that an update changes weights. Without a base, also check that it does not need the base's weights."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights, so it cannot be {doing}"
@@ -146,7 +146,7 @@ def _difference(
 
 
 def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
-    """Return the updates with their changes of the bias computed; each sees the weight after the updates before it."""
+    """Return updates with computed changes of the bias; each gets the weight as the earlier updates left it."""
     import numpy as np
 
     assert site.weight is not None

@@ -1,7 +1,7 @@
-"""Read the changes of one weight by several adapters in blocks of rows; each pass forms the products again.
+"""Read the changes of one weight by several adapters in blocks of rows; each pass forms all products again.
 
 A product of rank 16 for 4096 x 4096 takes 0.02 s and 134 MB in float64, so eight of them take a gigabyte. Formulas that
-look at every entry pass over blocks of rows two or three times and hold one block in memory.
+need every entry read the blocks two or three times, and hold one block at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Blocks:
     Attributes:
         shape: the shape of one change, `[out, in * k]`; a bias has one row.
         count: T, the number of changes.
-        size: the number of entries of one change.
+        size: the number of entries in one change.
     """
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
@@ -57,15 +57,15 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Draw random entries, at the same positions in each change, `[T, n]`; all entries of a small change."""
+        """Return entries at random positions, the same in each change, `[T, n]`; all if the changes are small."""
         import numpy as np
 
         out, columns = self.shape
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
-        # A fixed seed is fine, because the sample only affects the time. Entries of a product are computed one by one,
-        # with n operations per rank, instead of forming rows.
+        # A fixed seed is fine, because the sample only affects the time. Only the drawn entries of a product are
+        # computed, n operations per rank; rows are not formed.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         found = np.empty((self.count, count))
@@ -78,7 +78,7 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """Return the k-th largest number of each series that is computed from the changes.
+        """Compute series of numbers from the changes, and return the k-th largest numbers of each series.
 
         Args:
             key: a function of changes `[T, ...]`; its result holds one series per index of the first axis.

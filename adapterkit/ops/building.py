@@ -50,7 +50,7 @@ def low_rank(
 def dense(
     target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
 ) -> Dense:
-    """Return a dense update from differences `[out, in * k]` of each weight and one of the bias; each may be None."""
+    """Return a dense update from differences of the weights, `[out, in * k]` each, and of the bias; None: no change."""
     import numpy as np
 
     D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
@@ -86,7 +86,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 def of_several(
     adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
 ) -> Adapter:
-    """Return an adapter made of several, with their common base, if any, and their lineages inside its first step."""
+    """Return an adapter made of several, with their common base, if any; its first step contains their lineages."""
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
     lineages = [[{"op": step.op, "args": dict(step.args)} for step in adapter.recipe] for adapter in adapters]

@@ -1,4 +1,4 @@
-"""Collect statistics over all targets before any target is computed: thresholds of whole adapters, and majorities."""
+"""Collect statistics over all targets before computing any result: thresholds of whole adapters, majority signs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Census:
     """Counts and sums of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether formulas run only to feed the census, and their results are ignored.
+        counting: whether formulas run only to feed the census; their results are then ignored.
         partial: whether samples come from a few targets only.
-        majority: the sign of most entries over all targets, 1 or -1; computed at first use.
+        majority: the sign that most entries of all targets have, 1 or -1; computed at first use.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,9 @@ class Census:
 
         Args:
             once: a function that runs the formula at all targets, or at a few of them if its argument is True; it is
-                called
-                with False about twice per stage.
-            stages: the number of searches, each of which depends on the one before; 0 if only sums are needed.
+                called with False about twice per stage.
+            stages: the number of searches in sequence, each of which uses the result of the previous search; 0 if only
+                sums are needed.
         """
         self.counting = True
         for _ in range(stages):
@@ -66,10 +66,10 @@ class Census:
         Args:
             series: the names of the series, such as the index of an adapter.
             blocks: the changes.
-            wanted: for each series, a function of the number of values and the number of nonzero values that returns
-                how
-                many of the largest to keep.
-            key: a function of changes `[T, ...]` that returns the series on the first axis; magnitudes if not given.
+            wanted: for each series, how many of the largest values to keep, as a function of the number of values and
+                the number of nonzero values.
+            key: a function of changes `[T, ...]` that returns one series per index of the first axis; default: the
+                magnitudes.
         """
         import numpy as np
 
@@ -110,7 +110,7 @@ class Census:
         return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
-        """Set the function that passes over all targets to compute `majority`, which few combinations need."""
+        """Set the function that runs at all targets to compute `majority`; few combinations need it."""
         self._vote = vote
 
     @property
@@ -119,7 +119,7 @@ class Census:
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """Add the sum of the elected signs at one weight."""
+        """Add one weight's sum of elected signs to the vote."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -129,7 +129,8 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
-                # The poll uses the thresholds, which are known by now, and runs once; other threads wait for it.
+                # The vote uses the thresholds, which are known by now. It runs once, and other threads wait for its
+                # result.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)

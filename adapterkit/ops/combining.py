@@ -51,19 +51,18 @@ def combine(
     """Combine several adapters into one.
 
     Args:
-        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter without a target is
-            ignored at that target.
+        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter that lacks a target is
+            ignored there.
         method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
-        weights: one per adapter, 1 if not given. Each is a number, a list of numbers from the first layer to the last,
-            or
-            a mapping of globs of targets to either; the first matching glob counts, and without a match the weight is
-                1.
+        weights: one per adapter, 1 if not given. A weight is a number, a list of numbers from the first layer to the
+            last, or a mapping from globs of targets to numbers or lists. The first matching glob counts; without a
+            match the weight is 1.
         base: the base, which resolves names and layouts, and gives the weights to methods and combiners that need them.
         rank: cut the result to this rank, target by target. The result is the best approximation, or close to it for
-            large matrices without low-rank factors. `"fit"`: cut only such matrices, to the largest rank of the inputs,
-            so that every result is a LoRA; exact results keep the sum of the ranks.
+            large matrices without low-rank factors. `"fit"`: cut only results without low-rank factors, to the largest
+            rank of the inputs, so that every result is a LoRA; other results keep the sum of the ranks.
         dtype: the dtype of computed results; when not given, float64 if any tensor has it, else float32.
-        seed: the seed of random draws; a draw depends on it, the target and the adapter's position only.
+        seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`: use that tool's method names and defaults.
         data: samples or scores, for methods that need them; `COMBINERS[name].data` says what it must be.
         each: parameters of single adapters, one mapping per adapter: `[{"density": 0.5}, {}]`.
@@ -71,23 +70,26 @@ def combine(
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
             used.
         strict_base: refuse a base other than the one that an adapter names.
-        workers: the number of targets to compute at a time; one per processor if not given, at most 16. Together they
-            hold at most 256 MB, or one target's result. The result does not depend on it. Methods with `data` use one.
-        report: called with a `Cut` for each target whose result was cut to a rank, with norms of result and error.
+        workers: the number of targets to compute at a time; one per processor if not given, at most 16. Together the
+            workers hold at most 256 MB, or one target's result. The result does not depend on the number of workers.
+            Methods with `data` use one worker.
+        report: called with a `Cut` for each target whose result was cut to a rank; it holds the norms of result and
+            error.
         before: called before any work with the outline of the result: its targets, methods, shapes and dtypes, without
             readable tensors. An error that it raises, such as `Unrepresentable` of a format, ends the combination.
         progress: called with (bytes of finished targets, total bytes), counting weights as float32.
         parameters: parameters of the method; each may be given in the same forms as a weight.
 
     Returns:
-        an adapter of LoRA if the method works on factors, else of dense differences that are computed when they are
+        an adapter of LoRA updates if the method works on factors, else of dense differences that are computed when
         read. A result that is zero although the changes are not, or too small for its dtype, is named in `warnings` of
         the lineage's last step.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base` is set.
-        Unsupported: an unknown method or peer.
-        UsageError: weights, parameters or data do not fit; no common targets; a rank above the possible.
+        Unsupported: the method or the tool in `compat` is unknown.
+        UsageError: weights, parameters or data do not fit; the adapters have no target in common; the rank is larger
+            than possible.
         NotMergeable: a method does not change weights.
         ShapeMismatch: the adapters were made for different weights.
         Malformed: a tensor holds a NaN or an infinity.
@@ -105,7 +107,8 @@ def combine(
     # One value of each setting is enough to find invalid parameters before any adapter is read.
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    # A sum keeps updates unchanged; if it is cut to a rank, it is computed from the changes like any other result.
+    # A plain sum keeps updates unchanged. If the sum is cut to a rank, it is computed from the changes, like any other
+    # result.
     lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]

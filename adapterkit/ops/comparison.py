@@ -43,7 +43,7 @@ class Likeness:
     Attributes:
         target: the target.
         bits: whether methods, attributes and the bytes of all tensors are the same.
-        equal: whether both make the same change within the tolerance; None if only a base could tell.
+        equal: whether both make the same change within the tolerance; None if that depends on a base.
         relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
         norm_a: Frobenius norm of the first change, of weight and bias.
         norm_b: Frobenius norm of the second change.
@@ -54,7 +54,8 @@ class Likeness:
         overlap_out: the part of the smaller output space that lies in the larger one, 0 to 1; the mean over experts.
         overlap_in: the same for input spaces.
         sign_conflict: the share of different signs among the weight's elements that both change.
-        interference: the share of the weight's summed absolute changes that cancels when both are added.
+        interference: the share of the summed absolute changes of the weight that cancels when the two changes are
+            added.
     """
 
     target: str
@@ -81,8 +82,8 @@ class Comparison:
 
     Attributes:
         targets: one entry per target of either adapter.
-        relative_error: the difference's norm over all targets, relative to the larger adapter's; None if any is
-            unknown.
+        relative_error: the norm of the difference over all targets, relative to the norm of the larger adapter; None if
+            a target's is unknown.
         cosine: the cosine of the angle between the changes of all targets together.
         tolerance: the largest relative error at which changes count as the same.
     """
@@ -103,7 +104,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool | None:
-        """Whether the two are the same function of a base; None if only a base could tell."""
+        """Whether the two are the same function of a base; None if that depends on the base."""
         said = [each.equal for each in self.targets]
         return False if False in said else None if None in said else True
 
@@ -241,7 +242,7 @@ def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, su
 
 
 def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any]:
-    """Return squared norms, product and squared distance; effective ranks and overlaps; sums over elements."""
+    """Return squared norms, inner product, squared distance, effective ranks, overlaps, and sums over elements."""
     one, other = pair
     if one is None or other is None:
         alone = one or other
@@ -269,7 +270,7 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Count elements that both change and those with opposite signs; sum absolute changes separately and together.
+    """Count the elements that both change, and those with opposite signs; sum the absolute changes and their sum's.
 
     Args:
         one: the first change.
@@ -301,7 +302,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     made = []
     for delta in (one, other):
-        # The scale is moved between the factors so that A is near 1, so neither factor underflows in float32.
+        # Scale A to about 1 and B by the inverse, so that neither factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         made.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))

@@ -36,8 +36,8 @@ class FormulaContext:
         part: the part of the target: `weight`, `bias`, or `weight 3` for one of stacked experts.
         seed: the seed of all random numbers.
         overrides: parameters of single adapters, by position in the list of all adapters.
-        scalings: the scaling of each present adapter, if it has a single pair of factors; else None.
-        census: counts over all targets, finished or being made.
+        scalings: the scaling of each present adapter with a single pair of factors; None for other adapters.
+        census: counts over all targets; complete, or being collected.
         asks: the argument `data=`, for methods that need it.
         depth: from 0 in the first layer to 1 in the last; None for targets outside numbered layers.
         learned: the coefficients of this target, for methods that learn them.
@@ -79,8 +79,7 @@ class FormulaContext:
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
         # A counter-based stream can start anywhere, which blocks need. numpy's takes 2 ns for each number, a tenth of
-        # the
-        # time of Philox written with arrays of integers.
+        # the time of Philox written with arrays of integers.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)

@@ -21,7 +21,7 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One criterion; without any, everything is kept. With one of kohya's three, `rank` is an upper limit.
+    """One criterion for what to keep; an empty one keeps all. With one of kohya's rules, `rank` is an upper limit.
 
     Attributes:
         rank: the number of singular values to keep.
@@ -115,7 +115,7 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
-        # Stable, so that every platform keeps the same ones of equal singular values.
+        # A stable sort makes every platform keep the same ones of equal singular values.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
@@ -125,7 +125,7 @@ class Criterion:
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
-        """Return the smallest sufficient number of singular values, or the number of all plus `beyond`."""
+        """Return the smallest sufficient number of singular values; the number of all plus `beyond` if none is."""
         if self._by_values:
             count = self._of_values(S, norm, beyond)
             return count if self.rank is None else min(count, self.rank)
@@ -138,7 +138,7 @@ class Criterion:
         return enough[0] if enough else len(S) + beyond
 
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
-        """Return how many singular values kohya keeps, at least 1; all + `beyond` if unknown ones could decide.
+        """Return how many singular values kohya keeps, at least 1; all + `beyond` if that depends on unknown ones.
 
         From resize_lora.py of https://github.com/kohya-ss/sd-scripts.
         """
@@ -171,6 +171,6 @@ def _left_out(S: Array, norm: float) -> list[float]:
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # A difference of squares below this is rounding noise, so nothing is outside the known singular values.
+    # A difference of squares below this limit is rounding noise: the known singular values are all.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

@@ -36,7 +36,8 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     import numpy as np
 
     one, other = floats_of(tuned), floats_of(base)
-    # The check for rounding below needs the tuned weight again; without it, the difference overwrites it.
+    # The check for rounding below needs the tuned weight again. Without this check, the difference overwrites the
+    # weight.
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):

@@ -55,7 +55,7 @@ class Evaluation:
 
     Attributes:
         cuts: a `Cut` for each target whose result was cut to a rank.
-        notes: a line for each target whose result is zero although the changes are not, or too small for its dtype.
+        notes: a line for each target whose result is too small for its dtype, or is zero although the changes are not.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Evaluation:
         return made
 
     def outline(self) -> dict[Target, tuple[Update, ...]]:
-        """Outline the result before it is computed: targets, methods, shapes and dtypes, without readable tensors.
+        """Return the result's targets, methods, shapes and dtypes before it is computed. Its tensors cannot be read.
 
-        Ranks are upper bounds.
+        The ranks are upper bounds.
         """
         return blank({place.target: self._outline_at(place) for place in self.found})
 
@@ -106,8 +106,7 @@ class Evaluation:
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
         # A result that may not be low rank is outlined as dense, so that a format without dense updates asks for a cut.
-        # The
-        # cut does not change results that turn out to be low rank.
+        # The cut does not change results that turn out to be low rank.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
@@ -125,7 +124,7 @@ class Evaluation:
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
-        # Only the final result is spooled: a method that learns weights computes hundreds of trials and frees them.
+        # Spool only the final result: a method that learns weights computes and frees hundreds of trial results.
         self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
@@ -167,7 +166,7 @@ class Evaluation:
             why = "a setting that is counted over the whole adapter cannot differ between targets"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
-        # Sampling a few targets only saves a pass over all if there are many more.
+        # Sampling a few targets saves time only if there are many more targets.
         self.census.partial = len(self.found) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
@@ -254,7 +253,7 @@ class Evaluation:
             with errors_at(place.target), one_blas_thread():
                 for one, (method, at, deltas) in zip(D, self._standings(place, changes), strict=True):
                     self._into(one, method, place, at, deltas)
-                # Rounded here, so that a rounding error names the target.
+                # Round inside `errors_at`, so that the error message names the target.
                 return rounded(D.reshape(shape), self.dtype)
 
         d = None if bias is None else held(bias, self.dtype)
@@ -301,7 +300,7 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return the result at the requested rank, its norm before, and the norm of the loss."""
+        """Return the result at the requested rank, its norm before the cut, and the norm of what the cut lost."""
         from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
@@ -413,7 +412,7 @@ class Evaluation:
         by_target = {place.target: place for place in self.found}
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
-            # Results are computed with these coefficients, so that a trial runs the same code as the final result.
+            # Compute trials with `self.learned` set, so that they run the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
@@ -454,7 +453,7 @@ def _bound(delta: Delta) -> float:
 
 
 def _wide(rank: int, shape: Shape) -> bool:
-    """Whether factors of a rank are so much larger than the weight `[out, in, *k]` that it is stored instead."""
+    """Whether factors of a rank take much more space than the weight `[out, in, *k]`, so a dense update is stored."""
     out, columns = shape[0], math.prod(shape[1:])
     return rank * (out + columns) > 2 * out * columns
 

@@ -76,9 +76,8 @@ def extract(
 ) -> Adapter:
     """Return the adapter that turns a base into a tuned model.
 
-    A matrix whose smaller side is at most the rank is kept at full rank. Merging then restores the tuned weights, bit
-    by
-    bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
+    A matrix whose smaller side is at most the rank is kept at full rank. Merging then restores the tuned weights,
+    exactly if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -86,10 +85,9 @@ def extract(
         rank: the rank of the factors of each changed matrix.
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
-        scope: `target`: each matrix separately. `all`: keep the largest singular values of all matrices together, so
-            that
-            energy and error apply to the whole model with the fewest numbers, and rank is the mean rank; only for
-            `lora`. Matrices with too small a change get no update; the factors of all matrices are held in memory.
+        scope: `target`: each matrix separately. `all`: keep the largest singular values among all matrices. Energy and
+            error then apply to the whole model, and rank is the mean rank. Only for `lora`. Matrices with too small a
+            change get no update. All factors are held in memory.
         targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
         embeddings: `rows`: store changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
             table like any matrix if no token is new.
@@ -232,7 +230,8 @@ class _Extraction:
             counts = self.criterion.counts([found[key][1] for key in keys], [norms[key] for key in keys])
             kept = {key: found[key][1][:count] for key, count in zip(keys, counts, strict=True)}
             least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
-            # If all known values of a weight are kept, it may have more values above the smallest kept value.
+            # If all known values of a weight are kept, the weight may have unknown values above the smallest kept
+            # value.
             begun = {}
             for key in keys:
                 U, S, Vh = found[key]
@@ -287,12 +286,12 @@ class _Extraction:
         """Return the target of a tensor, with the layout of the base."""
         path = _path(name)
         in_out = stored_in_out(path, self.base.config) or is_embedding(name)
-        # A parameter of three axes that is not a module's weight holds one matrix per expert.
+        # If the parameter has three axes and is not a module's weight, it holds one matrix per expert.
         stack = "e " if rank == 3 and path == name else ""
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
     def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
-        """Yield a parameter that is kept whole, with the bytes of the tuned model."""
+        """Yield a replacement of a whole parameter, with the bytes of the tuned model."""
         field = "bias" if name.endswith(".bias") else "weight"
         layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
         target = Target(_path(name), layout)
@@ -342,8 +341,7 @@ class _Extraction:
         B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
         # Cutting and rounding the factors changes the norms of the rows, by which DoRA divides. So the error is
-        # measured
-        # with DoRA's own formula and the stored numbers.
+        # measured with DoRA's own formula and the stored numbers.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]

@@ -146,7 +146,7 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
         return _formed(update, shape, weight)
     except IndexError as error:  # Positions in a file that were not checked against their axes.
         raise Malformed(f"{update.method}: a position is outside the weight ({error})", cure=cure) from None
-    except ValueError as error:  # Not all updates know the shape of their weight.
+    except ValueError as error:  # Some updates do not state the shape of their weight.
         raise ShapeMismatch(f"{update.method}: not made for a weight of {list(shape)} ({error})", cure=cure) from None
 
 
@@ -157,8 +157,8 @@ def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
-        # Factors wider than the matrix would cost more than the matrix, so it becomes one factor, an identity the
-        # other.
+        # If the rank exceeds a side of the matrix, factors cost more than the matrix: use the matrix and an identity as
+        # factors.
         if len(A) > min(out, columns):
             D, identity = B @ A, np.eye(min(out, columns))
             B, A = (D, identity) if columns < out else (identity, D)

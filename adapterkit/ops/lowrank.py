@@ -73,7 +73,7 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return the changes concatenated, `[p, sum of ranks]`, each multiplied from the right by orthonormal columns.
+    """Return the changes side by side, `[p, sum of ranks]`, each times an orthonormal basis of its row space.
 
     The result has the left singular vectors of the changes themselves, in the coordinates of R, the triangle of their
     concatenated B.
@@ -112,8 +112,8 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     L, sizes = found
     Q = X @ (np.linalg.inv(L).T / sizes[:, None])
     G = Q.T @ Q
-    # After one round, G differs from the identity by rounding times the squared condition number, so G shows the
-    # latter.
+    # After one round, G differs from the identity by rounding times the squared condition number: a large difference
+    # means nearly dependent columns.
     if np.abs(G - np.eye(n)).max() > INDEPENDENT:
         return _plain_qr(X)
     second = np.linalg.cholesky(G)
@@ -178,7 +178,7 @@ def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
     """
     import numpy as np
 
-    # Callers compute with the squared norms, so these must be finite too.
+    # Callers compute squared norms, so the squares must be finite too.
     with np.errstate(over="ignore", invalid="ignore"):
         if all(math.isfinite((one * one).sum()) for one in found):
             return found

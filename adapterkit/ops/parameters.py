@@ -1,7 +1,7 @@
 """Check the weights and parameters of a combination, resolve them per target, and translate other tools' names.
 
-A parameter may be a value, a list that is interpolated over the layers from first to last, or a mapping of globs of
-target paths to either, of which the first match counts.
+A parameter may be a value, a list that is interpolated from the first layer to the last, or a mapping from globs of
+target paths to values or lists; the first glob that matches counts.
 """
 
 from __future__ import annotations
@@ -163,8 +163,9 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     """Resolve the name of a method to a combiner and its parameters.
 
     Args:
-        name: the peer's name, a name in `COMBINERS`, or a joined name such as `knots_ties`.
-        compat: the peer, or None.
+        name: the method's name in the peer library (`compat`), a name in `COMBINERS`, or a joined name such as
+            `knots_ties`.
+        compat: the peer library, or None.
         count: the number of adapters; PEFT treats every method as `linear` for a single one.
 
     Raises:
@@ -201,7 +202,7 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
 
     `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. If that
     config has `use_rslora`, the scaling is alpha / sqrt(rank) instead, and the result is sqrt(rank) times as large
-    (PEFT 0.21.2). The model then computes with that, so it is reproduced here.
+    (PEFT 0.21.2). The same factor is used here, because a model in PEFT computes with it.
 
     Args:
         name: the combination type.
@@ -219,7 +220,7 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
 
 
 def _config(adapter: Adapter) -> Mapping[str, Any]:
-    """Return the PEFT config that an adapter was read with, or an empty mapping; it holds `use_rslora`."""
+    """Return the PEFT config that an adapter was read with, which may hold `use_rslora`; empty for other formats."""
     foreign = adapter.foreign
     config = foreign.data.get("config") if foreign is not None and foreign.format == "peft" else None
     return config if isinstance(config, Mapping) else {}
@@ -320,7 +321,7 @@ class Asked:
 
 
 def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
-    """Check a parameter of a single adapter; of a list or a mapping every number."""
+    """Check a parameter of a single adapter; check every number in a list or a mapping."""
     if isinstance(value, Mapping):
         return {glob: _each_checked(cls, key, inner) for glob, inner in value.items()}
     if isinstance(value, list):

@@ -9,10 +9,11 @@
           weight: [0.2, 0.8]           # first layer to last
     parameters: {lambda: 0.7}
     base_model: models/base            # if a method needs it
-    compat: mergekit                   # its defaults instead of the papers'
+    compat: mergekit                   # mergekit's defaults instead of the papers'
 
-A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
-mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if every layer keeps its place.
+A value may be a number, a list over the layers, a mapping from globs to numbers or lists, or mergekit's list of
+`{filter, value}`. mergekit's `base+lora` names the base and the adapter. mergekit's `slices` are accepted if every
+layer keeps its place.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Recipe:
         tokenizer: the value of `tokenizer_source` or `tokenizer`; only merges use it, because adapters have no
             tokenizer.
         notes: one line for each part of the file that a combination of adapters does not need.
-        layers: the total number of layers in its slices; None without slices.
+        layers: the total number of layers in the file's slices; None without slices.
     """
 
     adapters: tuple[str, ...]
@@ -302,7 +303,7 @@ def _named_base(
         if method not in DIFFERENCES:
             cure = "Remove the base from models, and divide the other weights by the sum of all, including the base's"
             raise UsageError(f"{method} treats the base as a model", where="base_model", path=path, cure=cure)
-        # The other models count as differences from the base, and the base's own difference is zero.
+        # The other models stand for their differences from the base, and the base's difference from itself is zero.
         names = [None if name == said else name for name in names]
     base = said if said is not None else next(iter(bases), None)
     if base is not None and not needed and not Path(base).exists():
@@ -394,7 +395,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
 
 
 def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
-    """Return parameters under our names."""
+    """Return parameters under adapterkit's names."""
     if found is None:
         return {}
     if not isinstance(found, Mapping):
@@ -405,7 +406,7 @@ def _translated(found: object, where: str, switches: Mapping[str, bool], path: P
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not supported", where=where, path=path, cure=f"Remove {key}")
             continue
-        # mergekit ignores a switch that the method does not read, and so does this reader.
+        # mergekit ignores a switch that the method does not read; do the same.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:

@@ -1,6 +1,7 @@
 """Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
 
-The first singular values have the smallest Frobenius error of all products of that rank (Eckart and Young 1936).
+Of all products of rank r, the one of the first r singular values has the smallest Frobenius error (Eckart and Young
+1936).
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class _Weight:
     cut: float | None = None
 
     def first(self, count: int) -> _Weight:
-        """Keep only the first `count` singular values."""
+        """Keep the first `count` singular values and drop the rest."""
         return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
 
     def lost(self, made: Delta) -> float:
@@ -203,8 +204,8 @@ def _resized(
     cuts: list[Cut] = []
     updates: dict[Target, tuple[Update, ...]] = {}
     thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
-    # Threads gain nothing on factors, and spin while another program uses their core: a FLUX LoRA took 30 s of
-    # processor time next to other work. Whole matrices are decomposed with all threads.
+    # BLAS threads do not speed up work on factors, and they spin while another program uses their core: a FLUX LoRA
+    # took 30 s of processor time next to other work. Whole matrices are decomposed with all threads.
     with one_blas_thread() if thin else nullcontext():
         for place, made in _made(found, criterion, kind, every, cuts):
             if made:
@@ -247,7 +248,7 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | Non
 def _own(place: AlignedPlace, every: bool) -> list[Additive]:
     """Return the additive updates of a matrix that follow the last other update.
 
-    That update may depend on the updates before it.
+    The last other update may depend on the updates before it, so these are left as they are.
     """
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
@@ -265,7 +266,7 @@ def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Wei
     whole = _Weight(delta, found, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
-    # Dense changes often have a lower rank than their sides allow; singular values that are rounding noise are cut.
+    # Dense changes often have a lower rank than their sides allow, so cut singular values that are rounding noise.
     least = S[:1] * 1e-15 * max(delta.shape)
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 

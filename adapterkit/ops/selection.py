@@ -1,10 +1,9 @@
 """Find the exact k-th largest of more numbers than fit into memory, in a few passes.
 
 A sample gives an interval that contains the number, except with a probability of 1e-8. A pass counts the numbers above
-the interval and keeps those inside. If there are too many of these, it counts them in bins by their leading bits, and
-one
-bin becomes the next interval; the bits of positive doubles have the same order as the doubles. A bad sample only costs
-time: if the interval does not contain the number, the range next to it is searched.
+the interval and keeps the numbers inside. If too many are inside, the pass counts them in bins by their leading bits,
+and one bin becomes the next interval. (The bits of positive doubles have the same order as the doubles.) A bad sample
+only costs time: if the interval does not contain the wanted number, the range next to the interval is searched.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Selected:
     Attributes:
         value: the k-th largest number; infinity if k is 0, the smallest number if k is at least the count of all.
         above: how many numbers are larger.
-        equal: how many numbers are equal to it.
+        equal: how many numbers are equal to `value`.
         total: how many numbers there are.
     """
 
@@ -96,7 +95,8 @@ class Selection:
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        # If the interval is a single number, such as the zeros of a sparse change, its values are only counted.
+        # If the interval is a single number, such as the zero of a sparse change, count the values in it without
+        # keeping them.
         several = self._lo < self._hi
         self._values = [] if several and self._expected <= HELD else None
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
@@ -166,7 +166,7 @@ class Selection:
         self._lo, self._hi, self._expected = lo, hi, expected
 
     def _guess(self) -> None:
-        """Set the first interval from the samples; each number represents its share of the piece it was drawn from."""
+        """Set the first interval from the samples; a sampled number stands for its share of the piece it comes from."""
         import numpy as np
 
         values = np.concatenate([v for v, _ in self._samples])

@@ -10,8 +10,7 @@ most that of Q^T D plus the smaller of
   R D^T Q (the same for D D^T).
 
 Powers of R^T R on random vectors bound the largest square (Dixon 1983, https://doi.org/10.1137/0720053). The bound
-fails
-with a probability of at most 1e-8.
+fails with a probability of at most 1e-8.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """Like `approximated`, for a matrix too large for memory; `rows` yields blocks of rows and is called six times."""
+    """Like `approximated`, for a matrix too large for memory; `rows` yields its blocks and is called six times."""
     import numpy as np
 
     m, n = shape
@@ -152,7 +151,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm of the part without these singular values; measured if a difference of squares is inexact."""
+    """Return the norm of what these singular values leave out; call `measure` if a difference of squares is inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -177,8 +176,8 @@ def _by_gram(D: Array) -> Decomposition:
         U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
-    # Singular values are computed as norms of projections, because small eigenvalues are rounding noise. So the product
-    # of the three factors is D to rounding.
+    # Compute singular values as norms of projections, because small eigenvalues are rounding noise. Then the product of
+    # the three factors equals D up to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
@@ -201,7 +200,8 @@ def _basis(block: Array) -> Array:
     """Return orthonormal columns with the same span, by the Gram matrix (Stathopoulos and Wu 2002)."""
     import numpy as np
 
-    # Much faster than QR, but useless if columns are nearly dependent, which the eigenvalues show.
+    # The Gram matrix is much faster than QR, but useless if columns are nearly dependent. The eigenvalues show whether
+    # they are.
     wide = block.astype(np.float64, copy=False)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     if squares[0] <= DEPENDENT * squares[-1]:
@@ -213,7 +213,7 @@ def _basis(block: Array) -> Array:
 def _good(
     D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether factors of rank `count` with a much smaller error than the first `count` of these are impossible."""
+    """Whether no factors of rank `count` can have a much smaller error than the first `count` vectors of `found`."""
     U, S, Vh = first(found, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:

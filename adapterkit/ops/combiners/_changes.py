@@ -33,14 +33,15 @@ def shares(weights: Array) -> Array:
 
 
 def gram(deltas: Sequence[Delta]) -> Array:
-    """Return <D_s, D_t> for all pairs, `[T, T]`; if all changes have factors, no product of them is formed."""
+    """Return <D_s, D_t> for all pairs of changes, `[T, T]`. Changes with factors are not multiplied out."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
         flat = np.stack([delta.dense().ravel() for delta in deltas])
         product: Array = flat @ flat.T
         return product
-    # <B_s A_s, B_t A_t> is the sum of (B_s^T B_t) * (A_s A_t^T): matrices of ranks, not of the weight's size.
+    # <B_s A_s, B_t A_t> is the sum of (B_s^T B_t) * (A_s A_t^T): matrices as small as the ranks, not as large as the
+    # weight.
     found = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):

@@ -62,14 +62,15 @@ class Combiner(ABC):
         paper: the source of the formula.
         data: a description of the `data=` argument, for methods that need more than the adapters.
         takes: the smallest and the largest number of adapters; None for no limit.
-        dense: whether the result has no low-rank factors even if the changes have.
+        dense: whether the result lacks low-rank factors even if all changes have them.
         compat: peer -> the parameters that reproduce that peer.
-        plug: the parameter that names another combiner, for those that work on top of one.
+        plug: the parameter that names the inner combiner; empty for combiners without an inner one.
         single: parameters that may differ from adapter to adapter.
         based: whether the formula needs the weights of the base.
         depends: the properties that the result depends on in addition to the changes; keys of `DEPENDENCES`.
         stages: the number of counting passes over all targets; each may use the counts of earlier passes.
-        sequential: whether `data=` also gets an adapter of the finished targets, in the order of the targets.
+        sequential: whether targets are computed in order, and `data=` is also called with an adapter of the finished
+            targets.
     """
 
     title: ClassVar[str] = ""
@@ -91,7 +92,7 @@ class Combiner(ABC):
 
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
-        """Return a map from each name to its field, with the default and the facts."""
+        """Return each parameter's field by name; a field has the default and the arguments of `parameter`."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
@@ -136,7 +137,7 @@ class Combiner(ABC):
         return False
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
-        """Return the factor of each adapter if the result is always that weighted sum; None if it must be computed."""
+        """Return each adapter's factor if the result is always a sum with fixed factors; None for other formulas."""
         return None
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
@@ -147,7 +148,7 @@ class Combiner(ABC):
         """Return the combined change of a weight.
 
         Args:
-            deltas: the changes of one weight, by the adapters that change it.
+            deltas: the changes of one weight, one per adapter that changes it.
             weights: one weight per change.
             at: the place of the weight, with its random numbers and counts.
         """
@@ -158,7 +159,7 @@ class Combiner(ABC):
 
 
 class Mixture(Combiner):
-    """Combiners with the result sum_t c_t * D_t and c from inner products; exact on factors, whose ranks add up."""
+    """Combiners with the result sum_t c_t * D_t, c from inner products of the changes. Factors are concatenated."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
@@ -188,7 +189,7 @@ class Spectral(Combiner):
 
 
 class PlugIn(Combiner):
-    """Combiners that transform the changes for another combiner, `then`, which gets all unknown parameters.
+    """Combiners that transform the changes for another combiner, `then`; parameters they do not know go to `then`.
 
     Attributes:
         within: defaults from the paper for parameters of the other combiner, if it has them.

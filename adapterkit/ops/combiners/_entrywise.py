@@ -39,7 +39,7 @@ RESCALE = "how kept entries are scaled: divided by their probability (inverse), 
 
 
 class Entrywise(Combiner):
-    """Combiners that look at every entry: the formula gets blocks of rows of all changes of a tensor."""
+    """Combiners that work on single entries: the formula gets the changes of a tensor in blocks of rows."""
 
     scale: float = parameter(1.0, SCALE)
 
@@ -52,13 +52,13 @@ class Entrywise(Combiner):
         """Return the function that computes one block of the result from a block of the changes.
 
         Args:
-            blocks: the changes; a formula that needs statistics of the whole tensor passes over them here.
+            blocks: the changes; a formula that needs statistics of the whole tensor reads them before it returns.
             weights: one weight per change.
             at: the place of the tensor.
 
         Returns:
-            a function of changes `[T, rows, columns]`, which it may modify, and of the slice of their rows; called
-            with the rows in order.
+            a function of changes `[T, rows, columns]` and of the slice of their rows. It may modify the changes, and is
+            called for one block after another, in order.
         """
 
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
@@ -105,12 +105,12 @@ class Sparse(Entrywise):
         """Return the function that selects the entries to keep.
 
         Returns:
-            a function of changes `[T, rows, columns]` and of the slice of their rows. It returns a mask of that shape,
-            or None to keep all, and each entry's probability of being kept; 1 if the choice is not random.
+            a function of changes `[T, rows, columns]` and of the slice of their rows. It returns a mask of that shape
+            (None keeps all entries), and the probability that an entry is kept (1 if the choice is not random).
         """
 
     def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
-        """Return each change's probability if only chance decides the mask, or None for other masks."""
+        """Return each change's probability if the mask is purely random, or None for other masks."""
         return None
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -155,7 +155,7 @@ class Sparse(Entrywise):
         return lambda changes, rows: kept(changes, rows) * factors
 
     def _votes(self, kept: Array, weights: Array) -> Array:
-        """Return a number with the sign of each entry's votes; zero if they cancel."""
+        """Return, for each entry, a number with the elected sign; zero if the votes cancel."""
         import numpy as np
 
         if self.sign == "total":
@@ -178,18 +178,19 @@ class Sparse(Entrywise):
         import numpy as np
 
         if self.sign == "none":
-            # Without an election all entries agree, even dropped ones: mergekit divides by the sum of all weights.
+            # Without an election, dropped entries also count as agreeing, because mergekit divides by the sum of all
+            # weights.
             divisor = {"none": 1.0, "count": float(len(kept)), "weights": float(weights.sum())}[self.denominator]
             return np.asarray(self.scale * np.tensordot(weights, kept, 1) / (divisor or 1.0))
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # A majority takes a pass over all targets. An entry that no change keeps is zero with any sign, so the
-            # majority is needed only if kept entries cancel exactly.
+            # Computing the majority runs the formula at all targets. An entry that no change keeps is zero with any
+            # sign, so the majority is needed only if kept entries cancel exactly.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
-        # An entry that agrees is positive now, and a product with a sign is exact.
+        # After this product an entry that agrees is positive. The product is exact, because `elected` holds only signs.
         along = kept * elected
         if self.weighted_vote:
             along *= np.sign(weights)[:, None, None]
@@ -215,7 +216,7 @@ def count_of(density: float, total: int, how: str) -> int:
 
 
 def largest(D: Array, kept: int) -> Array:
-    """Return a mask of the `kept` largest magnitudes, including all that equal the smallest of them."""
+    """Return a mask of the `kept` largest magnitudes, and of all entries that equal the smallest of these."""
     import numpy as np
 
     if kept <= 0:
@@ -245,7 +246,7 @@ TINY = 1e-7
 
 
 def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
-    """Return the smallest magnitude that a density keeps of each change of a tensor, `[T, 1, 1]`."""
+    """Return, for each change of a tensor, the smallest magnitude that the density keeps, `[T, 1, 1]`."""
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]
@@ -256,13 +257,13 @@ def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
 def ranks(sizes: Array) -> Array:
     """Return the rank of each magnitude within its row, `[rows, columns]`, 0 for the smallest.
 
-    Magnitudes within 2^-40 of each other count as equal, and equal ones are ranked in the order of their columns.
+    Magnitudes within 2^-40 of each other count as equal. Equal magnitudes are ranked in the order of their columns.
     """
     import numpy as np
 
     rows, columns = sizes.shape
-    # The bits of positive doubles have the same order as the doubles. With the column in the last bits, sorting
-    # integers also gives the order, in a third of the time of an argsort.
+    # The bits of positive doubles have the same order as the doubles. With the column number in the last bits, sorting
+    # the integers also yields the permutation, in a third of the time of an argsort.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)

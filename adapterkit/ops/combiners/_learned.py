@@ -33,9 +33,8 @@ class WeightTrial:
         seed: the seed of random steps.
         combined: a function from coefficients `[T]` of each target to the combined adapter.
         score: a function from an adapter to the caller's loss.
-        products: a function from a target and a gradient `[out, in, *k]` to the gradient's inner products `[T]` with
-            the
-            parts that the coefficients multiply.
+        products: a function of a target and a gradient `[out, in, *k]`. It returns the gradient's inner product with
+            each part that a coefficient multiplies, `[T]`.
         changes: a function from a target to the adapters' changes; None for an adapter without a change there.
         depth: a function from a target to its depth, from 0 to 1; None outside numbered layers.
         each: parameters of single adapters.
@@ -61,7 +60,7 @@ class WeightTrial:
         return _number(said[0] if isinstance(said, tuple) else said)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """Return the loss and its gradient by the coefficients of each target for which the caller gives a gradient.
+        """Return the loss and its derivatives by the coefficients, for each target whose gradient the caller returns.
 
         Raises:
             UsageError: the caller returns no gradients, or one at an unknown target.
@@ -78,10 +77,10 @@ class WeightTrial:
         return _number(said[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
-        """Return the loss and its gradient for coefficients that all targets share, by central differences."""
+        """Return the loss and its gradient by central differences, for coefficients that all targets share."""
         import numpy as np
 
-        # 2 T + 1 scores per step, so this is for coefficients that all targets share.
+        # A step takes 2 T + 1 scores, too many if each target had coefficients of its own.
         ends = [
             [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
             for unit in np.eye(self.count)
@@ -94,8 +93,8 @@ class Learned(Combiner):
     """A combiner that learns the coefficients of a sum before anything is computed.
 
     Attributes:
-        by_part: whether coefficients multiply parts of changes, so that `matrix` must apply `at.learned`; if not, each
-            coefficient multiplies an adapter.
+        by_part: whether coefficients multiply parts of changes; `matrix` must then apply `at.learned`. Otherwise each
+            coefficient multiplies an adapter's change.
     """
 
     data: ClassVar[str | None] = SCORE
@@ -144,15 +143,16 @@ class Adam:
 def descend(
     trial: WeightTrial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
-    """Run Adam on free numbers `[targets, T]` and return the coefficients with the least loss, not the last ones.
+    """Run Adam on free parameters `[targets, T]`, and return the coefficients of the step with the least loss.
 
     Args:
         trial: the functions that evaluate coefficients.
-        start: the initial free numbers.
+        start: the initial free parameters.
         steps: the number of steps.
         rate: the learning rate.
-        per: `task` if all targets share coefficients, and gradients are measured; else the caller gives gradients.
-        shape: a function from free numbers to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
+        per: `task`: all targets share coefficients, and gradients are measured by differences. Else the caller returns
+            gradients.
+        shape: a function from free parameters to coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
 
@@ -173,7 +173,7 @@ def descend(
 
 
 def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, decay: float) -> dict[Target, Array]:
-    """Run AdamW on the coefficients of each target, and return the last ones.
+    """Run AdamW on the coefficients of each target, and return those of the last step.
 
     As in torch, coefficients of targets without a gradient do not change.
     """

@@ -36,10 +36,10 @@ class Pairwise(Combiner):
 
 
 def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = True) -> None:
-    """Check that all changes have thin factors, and with `equal` that their ranks are equal.
+    """Check that all changes have low-rank factors and, if `equal` is set, that their ranks are equal.
 
     Raises:
-        UsageError: a change has none, or the ranks differ.
+        UsageError: a change has no low-rank factors, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
         raise UsageError("a change has no thin factors", where=str(at.target), cure=LOW_RANK)

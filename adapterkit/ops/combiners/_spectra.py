@@ -23,13 +23,12 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
 
 
 def spanned(cores: Array) -> int:
-    """Return how many directions changes `[T, p, q]` span together, of outputs or of inputs, whichever are fewer."""
+    """Return the number of output or input directions that changes `[T, p, q]` span together, whichever is smaller."""
     import numpy as np
 
     from ._changes import NOISE
 
-    # The shapes do not show that: dense changes have the coordinates of the weight, and factors may be linearly
-    # dependent.
+    # Shapes do not show this number: dense changes have the shape of the weight, and factors may be linearly dependent.
     both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 

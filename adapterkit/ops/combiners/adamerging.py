@@ -41,5 +41,5 @@ class AdaMerging(Learned):
 def _as_they_are(values: Array) -> tuple[Array, Array]:
     import numpy as np
 
-    # The coefficients are the free numbers, so their Jacobian is the identity.
+    # The coefficients are the free parameters themselves, so their Jacobian is the identity.
     return values, np.broadcast_to(np.eye(values.shape[1]), (*values.shape, values.shape[1]))

@@ -2,8 +2,8 @@
 
 I = |D| KL(softmax(W + D) || softmax(W)), with the divergence of the entry's row; D is kept where I is at least the
 median plus 1.5 interquartile ranges of its tensor. The formula reads whole weights, so it needs the base.
-https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of larger tensors
-from a million random entries; here they are exact.
+https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit estimates the quartiles of large tensors
+from a million random entries; here the quartiles are exact.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _divergence(one: Array, other: Array) -> Array:
 def _softmax(X: Array) -> Array:
     import numpy as np
 
-    # Subtracting the maximum does not change the shares and keeps exp from overflowing.
+    # Subtracting the maximum keeps exp from overflowing, and does not change the softmax.
     powers = np.exp(X - X.max(-1, keepdims=True))
     shares: Array = powers / powers.sum(-1, keepdims=True)
     return shares

@@ -1,10 +1,10 @@
 """Subspace Boosting: raise the small singular values of another method's result to a larger one.
 
-S_k is the first singular value at which the sum S_1 + .. + S_k reaches the share beta of the sum of all; smaller values
-are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, few directions hold
-most of the change. beta = 0.01 as in the authors' code. Directions with a singular value of 0 are not raised: the
-result
-of low-rank changes keeps their rank, while in the authors' full matrices all directions of the weight are raised.
+S_k is the first singular value at which S_1 + .. + S_k reaches the share beta of the sum of all singular values.
+Smaller values are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, few
+directions hold most of the change. beta = 0.01 as in the authors' code. Directions with a singular value of 0 are not
+raised, so the result of low-rank changes keeps their rank. The authors work on full matrices and raise all directions
+of the weight.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SubspaceBoosting(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # The pass only feeds the census of the inner combiner; its results are ignored.
+        # This run only feeds the census for the inner combiner, and its results are ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

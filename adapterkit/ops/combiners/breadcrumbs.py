@@ -1,8 +1,7 @@
 """Model Breadcrumbs: drop the largest and smallest entries of each change; then use task arithmetic or an election.
 
 Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: the entries between the quantiles 0.85 and 0.993 of a
-layer
-are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
+layer are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Breadcrumbs(Sparse):
 
 
 def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
-    """Return the first and last place, counted from the smallest, of the entries kept out of `count`."""
+    """Sort `count` magnitudes, smallest first; return the first and last place of the entries to keep."""
     if density >= 1:
         return 0, count
     kept = int(density * count)
@@ -65,13 +64,14 @@ def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 class _Between:
-    """A mask of the entries whose place is between two places; equal entries are ordered by their position."""
+    """A mask of the entries between two places in the order of magnitudes; equal ones are ordered by position."""
 
     def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
         import numpy as np
 
         size = blocks.size
-        # The place from the smallest is converted to k of the k-th largest; for an empty span, k is the largest of all.
+        # Convert the place counted from the smallest to the k of a k-th largest. For an empty span, k is the number of
+        # entries.
         wanted = [
             lambda total, _, place=place: total - place
             for first, last in spans
@@ -80,8 +80,8 @@ class _Between:
         found = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
         self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
-        # Magnitudes equal to an end are ranked by their position, counted over the blocks in order, so that exactly the
-        # wanted number of entries is kept even if many are equal.
+        # Magnitudes equal to an end of the span are ranked by position, over all blocks in order. So exactly the wanted
+        # number of entries is kept, even if many are equal.
         self.seen = [[0, 0] for _ in spans]
 
     def __call__(self, sizes: Array, rows: slice) -> Array:

@@ -53,7 +53,8 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
     U, S, _ = np.linalg.svd(rows, full_matrices=False)
     _, R, Vh = np.linalg.svd(columns, full_matrices=False)
     if not by_factors:
-        # Dense changes have the coordinates of the weight. Methods that count entries must not count the empty ones.
+        # Dense changes are not compressed, so drop directions without signal: methods that count entries must not count
+        # theirs.
         U, Vh = (X[: int((NOISE * s[:1].max(initial=0) < s).sum())] for X, s in ((U.T, S), (Vh, R)))
         U = U.T
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

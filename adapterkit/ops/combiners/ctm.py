@@ -3,8 +3,7 @@
 The result has rank r. The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each scaled to the
 norm beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core
 separately, and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README
-lets
-TIES keep 0.25 of the entries and scales the result by 0.75.
+sets TIES's density to 0.25 and scales the result by 0.75.
 """
 
 from __future__ import annotations
@@ -59,9 +58,8 @@ class CtM(PlugIn):
         X = cores * np.where(sizes > 0, wanted / np.where(sizes > 0, sizes, 1.0), 0.0)
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
-        # The rounds compute spans only, because the next round depends on nothing else. `then` depends on single
-        # vectors,
-        # which are computed after the last round.
+        # A round only needs the spans of the previous round, not single vectors. `then` depends on single vectors, so
+        # these are computed after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):
@@ -95,19 +93,19 @@ PAUSE = 8
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:
-    """Return the sum of X_t V V^T X_t^T, with the identity for V if it is not given."""
+    """Return the sum over t of X_t V V^T X_t^T; without V, of X_t X_t^T."""
     import numpy as np
 
     tasks, rows, columns = X.shape
     Y = X if V is None else (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
-    # One product of the matrices side by side takes a third of the time of one for each task.
+    # One product of all matrices side by side takes a third of the time of one product per task.
     side = np.ascontiguousarray(Y.swapaxes(0, 1)).reshape(rows, -1)
     found: Array = side @ side.T
     return found
 
 
 def _first(gram: Array, rank: int) -> Array:
-    """Return the first eigenvectors, which are the left singular vectors of the matrices side by side."""
+    """Return the first eigenvectors of the Gram matrix: the left singular vectors of the matrices side by side."""
     import numpy as np
 
     vectors: Array = np.linalg.eigh(gram)[1]
@@ -135,7 +133,7 @@ class _Spans:
 
 
 def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
-    """Find the span by subspace iteration from a nearby span, or return None if that is slow or cannot be proven."""
+    """Find the span by subspace iteration from a nearby span; None if that is slow or the result cannot be proven."""
     import numpy as np
 
     square, products = float((gram * gram).sum()), 0
@@ -143,8 +141,8 @@ def _iterated(gram: Array, Q: Array) -> tuple[Array, float] | None:
         image = gram @ Q
         inner = Q.T @ image
         values = np.linalg.eigvalsh(inner)
-        # Each eigenvalue outside the span is at most the norm of the remainder outside the span. If that is not smaller
-        # than every eigenvalue in the span, there may be a better span.
+        # Each eigenvalue outside the span is at most the norm of the remainder outside the span. If this norm is not
+        # smaller than every eigenvalue in the span, a better span may exist.
         outside = math.sqrt(max(square - float((inner * inner).sum()), 0.0))
         if outside >= values[0]:
             return None

@@ -1,4 +1,4 @@
-"""DARE: drop entries at random and scale up the rest, so that the mean stays; then use task arithmetic.
+"""DARE: drop entries at random and scale up the rest to keep the expected value; then use task arithmetic.
 
 Yu et al. 2023, https://arxiv.org/abs/2311.03099. A single model keeps its abilities with 0.1 of the entries. For
 merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, which is the default here.
@@ -40,7 +40,7 @@ class Dare(Sparse):
 
 
 def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
-    """Return the mask of the entries that chance keeps, by each adapter's density."""
+    """Draw the mask of the entries to keep; each adapter's density is the probability of an entry."""
     import numpy as np
 
     if min(densities) >= 1:
@@ -58,5 +58,5 @@ def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
 
 
 def chances(densities: Sequence[float]) -> list[Chance | None]:
-    """Return each adapter's probability, for the compiled loop."""
+    """Return the probability that an entry of each adapter is kept, for the compiled loop."""
     return [None if density >= 1 else Chance(density) for density in densities]

@@ -63,7 +63,7 @@ class DareTIES(Sparse):
         chance = drawn(at.each(self, "density"), at)
         if self.trim >= 1:
             return chance
-        # The mask of a block depends on its position, so the rows themselves are read, not a sample.
+        # A mask depends on the position of the block, so read the blocks themselves instead of a sample.
         selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
 
         def once() -> None:

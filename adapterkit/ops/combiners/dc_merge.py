@@ -1,11 +1,10 @@
 """DC-Merge: even out each task's singular values, and run TIES in one pair of bases that covers all tasks.
 
-The first r directions of task t get singular values with the same sum, either all equal (average) or on a line. The
-bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In them each task keeps its largest entries, signs are
-elected, and entries that agree are averaged. Entries between directions of two different tasks are dropped. Zhang et
-al.
-2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share, 0.001, is the authors'
-for vision models and for LLaVA, where r is 16, the rank of their LoRA.
+The first r singular values of task t are replaced by values with the same sum: all equal (average) or on a line. The
+bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In these bases, each task keeps its largest entries, signs
+are elected, and entries with the elected sign are averaged. Entries that pair directions of two different tasks are
+dropped. Zhang et al. 2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share,
+0.001, is the authors' for vision models and for LLaVA, where r is 16, the rank of their LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SMOOTHING = "the singular values of a task: all equal (average), or on a line (l
 
 
 TIED = 1e-9
-"""Entries that are smaller than the smallest kept entry by less than this fraction are kept too."""
+"""Relative tolerance for ties: entries below the threshold by less than this fraction are kept too."""
 
 
 class DCMerge(Scaled, Spectral):
@@ -49,18 +48,19 @@ class DCMerge(Scaled, Spectral):
         found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in found if found.size else ():
             sizes = np.sort(np.abs(M), None)
-            # Entries of directions that no other task shares differ only by rounding, which must not decide.
+            # Entries of directions that no other task shares differ only by rounding, so keep ties at the threshold.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
         merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)
-        # A row and a column of M stand for directions of two tasks; only pairs of the same task are kept.
+        # Each row and each column of M stands for a direction of one task. Keep entries whose row and column share a
+        # task.
         owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
         own = owner[: U.shape[1], None] == owner[: V.shape[0]]
         return np.asarray(self.scale * U @ (merged * own) @ V)
 
     def _even(self, S: Array) -> Array:
-        """Return singular values with the same sum that differ less."""
+        """Return more even singular values with the same sum."""
         import numpy as np
 
         if not len(S):

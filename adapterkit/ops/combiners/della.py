@@ -1,8 +1,8 @@
 """DELLA: drop small entries more often than large ones, by their rank in a row; then elect signs and take the mean.
 
-Deep et al. 2024, https://arxiv.org/abs/2406.11617. The defaults are those of https://github.com/declare-lab/della: its
-README drops 0.3 with a window of 0.14, which its code halves (`epsilon = window_size / 2`). There, weighted changes are
-used in both the vote and the mean.
+Deep et al. 2024, https://arxiv.org/abs/2406.11617. The defaults follow https://github.com/declare-lab/della. Its README
+drops 0.3 of the entries with a window of 0.14; its code sets `epsilon = window_size / 2`. As in that code, the vote and
+the mean both use weighted changes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Della(Sparse):
                 why = f"density {density} and epsilon {epsilon} give probabilities outside 0 to 1"
                 raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
 
-        # The compiled loop of `chances` does the same.
+        # The compiled loop draws the same masks from `chances`.
         def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
             _, count, columns = changes.shape
             kept, chance = np.ones(changes.shape, bool), np.ones(changes.shape)

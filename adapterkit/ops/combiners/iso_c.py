@@ -19,7 +19,7 @@ OVER = "directions in the mean: those that the adapters span (core), or all of t
 
 
 class IsoC(Scaled, Spectral):
-    """scale * mean(S) * U V^T of the sum U S V^T."""
+    """scale * mean(S) * U V^T, where U S V^T is the SVD of the sum of the changes."""
 
     title = "Isotropic merging in the common space (Iso-C)"
     paper = "https://arxiv.org/abs/2502.04959"

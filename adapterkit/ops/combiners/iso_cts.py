@@ -1,7 +1,8 @@
-"""Iso-CTS: combine common directions of the sum with each task's own, orthonormal, with one singular value for all.
+"""Iso-CTS: combine directions of the sum with directions of each task; make them orthonormal, with one singular value.
 
-The first k of R directions are those of the sum; each task adds (R - k) / T directions of its remainder outside these.
-Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in https://github.com/danielm1405/iso-merging.
+Of R directions, the first k come from the sum of the changes. Each of the T tasks adds (R - k) / T from what is left of
+its change outside those k. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in
+https://github.com/danielm1405/iso-merging.
 """
 
 from __future__ import annotations

@@ -37,15 +37,15 @@ class Karcher(Mixture):
         w = shares(weights)
         parts = valid * w / ((valid * w).sum() or 1.0)
         mean = _unit(parts, cosines, self.tolerance)
-        # Points that cancel have no mean direction; then the search starts at one of them.
+        # If the points cancel, they have no mean direction; the search then starts at one of the points.
         if mean is None:
             mean = np.eye(len(w))[int(valid.argmax())]
         for _ in range(self.iterations):
             dots = np.clip(cosines @ mean, -1.0, 1.0)
             angles = np.arccos(dots)
             apart = valid & (angles >= self.tolerance)
-            # The mean moves along the weighted sum of the logarithms of all points; the logarithm of u at m is
-            # angle / sin(angle) * (u - cos(angle) m).
+            # Move the mean m along the weighted sum of the logarithms of all points u at m. Such a logarithm is angle /
+            # sin(angle) * (u - cos(angle) m), with the angle between u and m.
             pull = np.where(apart, parts * angles / np.where(apart, np.sin(angles), 1.0), 0.0)
             tangent = pull - float(pull @ dots) * mean
             size = float(np.sqrt(max(tangent @ cosines @ tangent, 0.0)))

@@ -38,10 +38,11 @@ class KnOTS(PlugIn):
             aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
             return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
         B = np.hstack([delta.B for delta in deltas])
-        # Passes that only count do not need the orthonormal columns, which are as tall as the weight.
+        # Runs that only count do not need the orthonormal columns, which have as many rows as the weight.
         left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
         U = leading(images(deltas, R))[0]
-        # Kept as products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
+        # Keep the coordinates as products of rank r, formed a few rows at a time: an eighth of the work for eight
+        # tasks.
         aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
         merged = self.inner.matrix(aligned, weights, at)
         return merged if left is None else Delta(left @ U, merged.dense())

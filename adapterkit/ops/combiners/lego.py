@@ -1,8 +1,8 @@
-"""LoRA-LEGO: cluster the pairs of a row of A and a column of B over all tasks; each cluster's centre is one rank.
+"""LoRA-LEGO: pair each row of A with its column of B, cluster the pairs of all tasks; each centre becomes one rank.
 
-Centres are scaled to the mean largest entry of their members, and the result is scaled by sqrt(pairs / ranks).
-Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the default rank follow a
-comparison by the authors of CtM, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
+The largest entry of a centre is scaled to the mean of its members' largest entries. The result is scaled by sqrt(pairs
+/ ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the default
+rank are from the code of CtM's authors, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def _centre(members: Array) -> Array:
 
 
 def clusters(gram: Array, count: int, chances: Array) -> Array:
-    """Run k-means on points known by their inner products `[n, n]`; return each point's cluster `[n]`, none empty.
+    """Run k-means on points given by their inner products; return each point's cluster `[n]`. No cluster is empty.
 
     Args:
-        gram: the inner products.
+        gram: the inner products of the points, `[n, n]`.
         count: the number of clusters.
         chances: numbers in [0, 1) `[starts, count]` for drawing the first centres (k-means++).
     """
@@ -74,7 +74,7 @@ def clusters(gram: Array, count: int, chances: Array) -> Array:
 
 
 def _seeds(gram: Array, chances: Array) -> Array:
-    """Draw points far from each other, each with a probability by its squared distance to the earlier ones."""
+    """Draw points far from each other: probabilities grow with the squared distance to the points drawn before."""
     import numpy as np
 
     chosen = [int(chances[0] * len(gram))]
@@ -89,14 +89,14 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
-    # |x - y|^2 from inner products, because each point has as many numbers as a row and a column of the weight.
+    # Compute |x - y|^2 from inner products, because a point is as long as a row and a column of the weight together.
     sizes = gram.diagonal()
     found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
     return found
 
 
 def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
-    """Run Lloyd's steps until nothing moves; an empty cluster gets the point farthest from its own centre."""
+    """Run Lloyd's steps until no point moves to another cluster; an empty cluster gets the most remote point."""
     import numpy as np
 
     distances: Array = np.zeros((len(owner), count))

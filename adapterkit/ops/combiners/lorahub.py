@@ -1,8 +1,8 @@
 """LoraHub: search for one weight per adapter without gradients on a few examples; sum A and B separately.
 
-min over w in [-bound, bound] of loss(w) + penalty * mean|w|, by an evolution strategy with one parent and one child,
-whose step grows with success.  Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are those of
-https://github.com/sail-sg/lorahub, which searches with nevergrad instead.
+min over w in [-bound, bound] of loss(w) + penalty * mean|w|, by an evolution strategy with one parent and one child;
+the step grows when a child is better.  Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are those
+of https://github.com/sail-sg/lorahub, which searches with nevergrad instead.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class MultiSlerp(Mixture):
         if length <= self.eps:
             raise UsageError("the weighted directions cancel, so they have no mean", cure="Choose other weights")
         m = w / length
-        # v in the coordinates of the u_t: w - (sum_t w_t u_t . m) m, which is w - length * (w / length) scaled.
+        # v in the coordinates of the u_t: w - (sum_t w_t u_t . m) m.
         v = w - float(w @ cosines @ m) * m
         size = float(np.sqrt(max(v @ cosines @ v, 0.0)))
         turned = m * np.cos(size) + (v * (np.sin(size) / size) if size > self.eps else 0.0)

@@ -1,10 +1,10 @@
 """NSC: learn coefficients of a sum that keep the tasks' inputs out of the null space of their adapters.
 
-Lee et al. 2026, https://arxiv.org/abs/2603.26317. From an input z of a target, an adapter only reads A z. The part of z
-that it does not read has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length. AdamW minimises the mean of
-this share over inputs, tasks and targets in the last quarter of the layers, without labels or outputs. Steps, start and
-rate are those for vision; the code, https://github.com/wonyoung01/nsc_merging, has start=2.4/T, steps=500 and rate=3e-4
-for language.
+Lee et al. 2026, https://arxiv.org/abs/2603.26317. An adapter computes only A z of an input z, so it ignores the part of
+z in the null space of A. This part has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length. AdamW
+minimises the mean of this share over inputs, tasks and targets in the last quarter of the layers, without labels or
+outputs. The default steps, start and rate are the authors' for vision models. For language models,
+https://github.com/wonyoung01/nsc_merging uses start=2.4/T, steps=500 and rate=3e-4.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """PCB: entries compete within their task and between tasks; the best entries of each task are averaged by their scores.
 
 Magnitudes are clamped to their quantiles 0.0001 and 0.9999 and scaled to [0, 1] as m_t; an entry's score is
-exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio count 0, those above are scaled to 0 to 1. The result
-is
-the mean of the clamped entries weighted by these scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. The
-quantiles are those of a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default
-and 0.05 in the examples.
+exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio become 0, and scores above are scaled to the range
+from 0 to 1. The result is the mean of the clamped entries weighted by these scores.  Du et al. 2024,
+https://arxiv.org/abs/2410.02396. The quantiles are those of a whole adapter, as in
+https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05 in the examples.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class PCB(Entrywise):
                 lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
             )
             positive, negative, best = np.reshape([each.value for each in found], (3, -1, 1, 1))
-        # The quantile is one of the positive scores; if none is there, it is a negative score.
+        # The quantile is among the positive scores if these are enough; otherwise it is a negative score.
         least = np.where(positive > 0, positive, -negative)
         span = np.where(best > least, best - least, 1.0)
 
@@ -87,7 +86,7 @@ class PCB(Entrywise):
         return formula
 
     def _scores(self, count: int) -> list[Wanted]:
-        """Return the searches for the quantile 1 - ratio among positive and negative scores, and for the best score."""
+        """Return three searches: the quantile 1 - ratio of positive scores, of negative ones, and the best score."""
 
         def place(total: int) -> int:
             return total - min(int(total * (1 - self.ratio)), total - 1)

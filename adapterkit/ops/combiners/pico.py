@@ -1,10 +1,9 @@
 """Pico: damp directions of B that many tasks share, apply another method, and rescale the result.
 
 [B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-scaled to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
-its
-authors' https://github.com/yixuantt/Pico does that with a merged change; the command there merges nothing, and scales
-each change to its own norm from before.
+scaled to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. In
+https://github.com/yixuantt/Pico, the class also rescales the merged change. The command there merges nothing, and
+rescales each change to its previous norm.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Reinforced agent merging plus, tensor by tensor: scale up entries of a single task by its share of common entries.
+"""Reinforced agent merging plus, tensor by tensor: scale up a task's own entries, by its share of common ones.
 
 Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that task t and
-others
-changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
-default
-r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is counted in
-each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
+others changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
+default r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is
+counted in each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ class RAMPlus(Entrywise):
         return formula
 
     def _factors(self, blocks: Blocks) -> Array:
-        """Return the factor of each task's own entries, `[T]`."""
+        """Return each task's factor for entries that only this task changed, `[T]`."""
         import numpy as np
 
         shared, own = np.zeros(blocks.count, int), np.zeros(blocks.count, int)

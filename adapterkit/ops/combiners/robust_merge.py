@@ -1,10 +1,9 @@
 """RobustMerge: drop small entries of A and B, scale each rank by what A lost, and sum the factors separately.
 
 A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), where s_t is task t's share of the ratios |A_t|_1 / |A_t'|_1, row by row;
-ratios below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. The
-defaults
-are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in
-llava/model/builder.py).
+a ratio below a given quantile of its task's ratios is replaced by that quantile.  Zeng et al. 2025,
+https://arxiv.org/abs/2502.17159. The defaults are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`,
+`att_ratio`, `fuse_weight` in llava/model/builder.py).
 """
 
 from __future__ import annotations

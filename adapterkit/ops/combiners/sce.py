@@ -1,9 +1,8 @@
 """SCE: select the entries that vary most between changes, compute weights from their squares, and erase minorities.
 
 Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
-In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) the selected entries determine the weights,
-and
-all entries are merged with these. The default share of 0.1 is from the authors' fusechat-sce.yml.
+In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py), the selected entries only determine the
+weights, and all entries are merged with these weights. The default share of 0.1 is from the authors' fusechat-sce.yml.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class SCE(Entrywise):
         return formula
 
     def _least(self, blocks: Blocks) -> float | None:
-        """Return the smallest spread that is selected, or None if all entries are."""
+        """Return the smallest variance of a selected entry, or None if all entries are selected."""
         if self.select >= 1 or blocks.count == 1:
             return None
         return blocks.select(_spread, [lambda _, varying: int(self.select * varying)])[0].value

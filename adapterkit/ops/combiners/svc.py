@@ -1,10 +1,9 @@
-"""Singular value calibration: scale down directions of a merged change that several tasks contribute to.
+"""Singular value calibration: scale down those directions of a merged change to which several tasks contribute.
 
 D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by
-T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1, tasks that share nothing are
-simply
-summed. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and to 0.2 after
-Iso-CTS.
+T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1, tasks without common directions
+keep their plain sum. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and
+to 0.2 after Iso-CTS.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class SVC(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
-        # The pass only feeds the census of the inner combiner; its results are ignored.
+        # This run only feeds the census for the inner combiner, and its results are ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

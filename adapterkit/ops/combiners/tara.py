@@ -3,7 +3,8 @@
 Jeong et al. 2026, https://arxiv.org/abs/2603.26299. With `factors` (Variant A) the directions are the rank-one products
 b_j a_j of each adapter, with `shared` (Variant B) the singular directions of all changes concatenated. Coefficients
 start at `start` / T. AdamW minimises alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)), with p_t = 1 / T if no
-preference is given. Start, steps and rate are those for eight tasks in https://github.com/wooseong97/TARA-Merge.
+preference is given. The default start, steps and rate are those for eight tasks in
+https://github.com/wooseong97/TARA-Merge.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class TARA(Learned):
         """Return the number of coefficients of a target.
 
         Raises:
-            UsageError: a change has no thin factors, and so no directions.
+            UsageError: a change has no low-rank factors, and so no directions.
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
@@ -129,7 +130,7 @@ class TARA(Learned):
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
-        """Return each change as a sum of its directions, which are the columns of B with the rows of A."""
+        """Return each change as a sum of rank-one directions, each a column of B times a row of A."""
         import numpy as np
 
         from ..lowering import Delta

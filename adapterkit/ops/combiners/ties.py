@@ -67,7 +67,7 @@ class TIES(Sparse):
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         super().count(blocks, weights, at)
         densities = at.each(self, "density")
-        # The pass for a majority comes after the thresholds are known, and must not count them again.
+        # The vote for a majority comes after the thresholds are known, and must not feed them again.
         if not at.census.voting:
             wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
             at.census.count(at.present, blocks, wanted)
@@ -81,9 +81,8 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Recomputed coordinates round differently, such as KnOTS's without its bases while it counts. The entry
-            # that
-            # defines the threshold must not fall below it.
+            # Coordinates that are computed twice can round differently; KnOTS, for example, omits its bases while it
+            # counts. The entry that defines the threshold must not fall below the threshold.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

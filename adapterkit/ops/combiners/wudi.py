@@ -1,11 +1,11 @@
 """WUDI: find the change that disturbs the tasks least, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
 
 With G_t = D_t^T D_t / |D_t|^2, the minima solve D sum_t G_t = sum_t D_t G_t; `solver=exact` takes the one nearest to
-the
-sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
-https://github.com/nathanielyvo/WUDI-Merging, stops after 300 steps of Adam of size 1e-5 from that sum, far from the
-minimum: on adapters of a real model the results have norms of 17.9 and 25.2. `solver=adam` does the same. The result of
-Adam is not of low rank, so this solver holds four matrices of the weight's size and takes minutes for a large one.
+the sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
+https://github.com/nathanielyvo/WUDI-Merging, runs 300 steps of Adam of size 1e-5 from that sum, as `solver=adam` does.
+This ends far from the minimum: on adapters of a real model, the results of Adam and of the exact solver have norms of
+17.9 and 25.2. The result of Adam is not of low rank, so `adam` holds four matrices of the weight's size and takes
+minutes for a large weight.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class WUDI(Scaled, Spectral):
 
         common = whole_core([delta.scaled(float(w)) for delta, w in zip(deltas, weights, strict=True)])
         sizes = [float((M * M).sum()) or 1.0 for M in common.cores]
-        # Gradients in the inputs' common space: 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times one matrix minus another
-        # matrix.
+        # Gradients in the inputs' common space: sum_t 2 (D - D_t) D_t^T D_t / |D_t|^2 is D times a constant matrix,
+        # minus another constant matrix.
         grams = [2 * M.T @ M / size for M, size in zip(common.cores, sizes, strict=True)]
         G = sum(grams)
         pull = common.left @ sum(M @ gram for M, gram in zip(common.cores, grams, strict=True))
