@@ -205,7 +205,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
-        """Return an update to write instead of a difference, for formats without differences; None if impossible."""
+        """Return an update that can replace a full weight difference, for formats that cannot store one, or None."""
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             made = _by_identity(update, shape)

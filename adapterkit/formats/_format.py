@@ -149,8 +149,8 @@ class Format:
 
         Args:
             path: a file or a folder.
-            compat: one of `self.compat`: `"formula"` for the paper's formula, or a name for a fact that the file does
-                not state. None means the tool's forward.
+            compat: one of `self.compat`: `"formula"` for the paper's formula, or the name of a variant that the file
+                cannot show. None: compute what the training tool's forward pass computes.
             base: the base, if the file alone does not determine names or layouts.
 
         Raises:

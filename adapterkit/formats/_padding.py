@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def lora_among_zeros(update: Update) -> Update | None:
-    """Return a LoRA that reads zeros around the input; None for an update with another method."""
+    """Return a (grouped) LoRA that pads its input with zeros; None if the update's method cannot."""
     if isinstance(update, LoRA):
         from ..methods.grouped_lora import GroupedLoRA
 

@@ -85,7 +85,7 @@ def is_generated(card: str) -> bool:
 
 
 def base_id(adapter: Adapter) -> str | None:
-    """Return the base's name on a hub, or None. A local path is not such a name, and must not be in a public card."""
+    """Return the base's name on a hub, or None. A local path is no such name, and must not appear in a public card."""
     name = adapter.base.id if adapter.base else None
     return name if is_repo(name) else None
 
@@ -128,7 +128,7 @@ def _merged(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table of the rows that have more than a first cell; empty if no row has."""
+    """Return a Markdown table of the rows that have a filled cell after the first; empty if there is no such row."""
     lines = [f"| {' | '.join(cells)} |" for cells in rows if any(cells[1:])]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
 
@@ -165,8 +165,8 @@ def _model_usage(place: Uri, config: Mapping[str, JsonValue]) -> list[str]:
 def _class_of(config: Mapping[str, JsonValue]) -> str | None:
     """Return the transformers class that loads a model, or None.
 
-    The name goes into code that readers copy, so it must look like a class name. A model with `auto_map` loads its own
-    remote code, so for it the function returns None.
+    Readers copy code with this name, so it must look like a class name. For a model with `auto_map`, which loads remote
+    code, the result is None.
     """
     if "model_type" not in config or "auto_map" in config:
         return None

@@ -37,7 +37,7 @@ def locked(stage: Path) -> Iterator[None]:
 
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Lock a folder for the block, and wait while another process on this machine has it. The folder need not exist."""
+    """Lock a folder, which need not exist, for the block; wait while another process on this machine has the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.turn"), "wb") as lock:
         _held(lock, wait=True)
@@ -57,8 +57,8 @@ def scratch() -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # Hold the gate between creating a lock file and locking it. Otherwise another process could sweep the new
-            # file in between, because nobody holds its lock yet.
+            # Hold the gate until the new lock file is locked. Otherwise another process could remove the file first,
+            # because nobody holds its lock yet.
             with open(root / "lock", "wb") as gate:
                 _held(gate, wait=True)
                 _sweep(root)
@@ -93,7 +93,8 @@ def _has_locks() -> bool:
 def _held(file: BinaryIO, *, wait: bool = False) -> bool:
     """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     if not _has_locks():
-        # Report success on Windows, which has no flock: there, renaming a folder with open files fails instead.
+        # Return True on Windows, which has no flock. There, renaming a folder with open files fails, which protects the
+        # folder.
         return True
     import fcntl
 

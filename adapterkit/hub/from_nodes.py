@@ -50,7 +50,8 @@ class Placing:
         there = self.remote.there() or {}
         met = sorted(there if self.remote.whole else {self._inside(name) for name in names} & there.keys())
         if met and not self.overwrite:
-            # Refuse now: on hubs without commits, tasks replace existing files before the comparison at the end.
+            # Refuse now: on hubs without commits, tasks replace existing files before the comparison at the end could
+            # refuse them.
             shown = ", ".join(met[:5]) + (", ..." if len(met) > 5 else "")
             cure = "Write to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
             raise StorageError(f"the hub already has these files: {shown}", path=self.uri, cure=cure)
@@ -128,7 +129,7 @@ def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] 
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
-    # Look at the target now, so that an error appears before hours of work.
+    # List the target now, so that an error appears before hours of work.
     _ = remote.there()
     folder = cache_folder() / "placing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     place = Placing(remote, folder, overwrite)
@@ -147,7 +148,7 @@ def put(uri: str, name: str, file: Path) -> Placed:
 
     Args:
         uri: the output's uri.
-        name: the name of the file in it.
+        name: the name of the file in the output.
         file: the local file.
 
     Raises:

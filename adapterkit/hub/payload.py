@@ -66,7 +66,7 @@ def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
 def _base_of(
     record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, object], ...]
 ) -> tuple[str | None, str | None]:
-    """Return the base's name and commit: from its download source, else from the adapters if all of them agree."""
+    """Return the base's name and commit: from where it was downloaded, else from the adapters if all agree."""
     told = record.get("base_uri")
     if isinstance(told, str):
         uri = parse(told)
@@ -135,7 +135,7 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
-    """Return the files, with a generated card for the repository's root if they include none."""
+    """Return the files; add a generated card if they have none and the hub shows a card at this path."""
     # Generate a new card if the only one is the base's, which a merge copied along.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(own)
@@ -202,7 +202,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
-    # Merge without adapters: this copies the tensors unchanged and writes shards of the given size.
+    # Run a merge without adapters, which copies the tensors unchanged and writes shards of the given size.
     plan = make_plan(base, [], MergeOptions(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
@@ -227,7 +227,7 @@ def _check_model(source: Path) -> None:
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """Return a merge's report without its checksums, which belong to the files before resharding."""
+    """Return a merge's report without checksums, because these are of the files before resharding."""
     from ..merging.checksums import KEY
 
     record = record_at(source)
@@ -239,7 +239,7 @@ def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
 
 
 def _card(source: Path, target: Uri, licence: Licence) -> str:
-    """Return the card. Reading the source for it also proves that the source is an adapter or a base."""
+    """Return the generated card. Reading the source for the card also proves that it is an adapter or a base."""
     from ..formats import detect, read
 
     name = (target.path or target.repo).rpartition("/")[2]

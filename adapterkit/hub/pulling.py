@@ -44,7 +44,7 @@ class Pulled:
         uri: the requested uri, pinned to the commit.
         out: the folder.
         files: name in the folder -> (bytes, digest).
-        fetched: the number of downloaded bytes, without bytes that an interrupted run had left.
+        fetched: the number of bytes that this call downloaded; bytes from an interrupted run do not count.
         dry: True if nothing was written.
         already: True if an earlier pull wrote the same files to the folder, and they are unchanged.
     """
@@ -166,7 +166,7 @@ def bring(
 
 
 class _Transfer:
-    """Downloads over several connections; the calling thread reports progress, and stops all if one fails."""
+    """Downloads over several connections. The calling thread reports progress, and stops all if one fails."""
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
@@ -213,7 +213,7 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
-            # Do not count a part that is longer than the file: it is wrong and will be downloaded again.
+            # Do not count a part that is longer than the file: such a part is wrong and will be downloaded again.
             self.found += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -244,12 +244,12 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Write atomically: the next run would not recognise a half-written plan, and would delete all its files.
+        # Write atomically: the next run would not recognise a half-written plan, and would delete all downloaded files.
         write_bytes(plan, told.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    # Subtract the bytes that an interrupted run left: their space is already used.
+    # Subtract the bytes of an interrupted run, because they already take their space.
     held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
     needed = sum(file.size for file in wanted.values()) - held + HEADROOM
     free = shutil.disk_usage(stage).free

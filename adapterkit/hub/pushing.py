@@ -99,7 +99,8 @@ def push(
     branch is created.
 
     A model card is generated if neither the local folder nor the hub has a README.md. Two kinds of README.md do not
-    count: the base's card that a merge copied along, and a generated card on the hub whose files are replaced now.
+    count: the base's card that a merge copied along, and a card on the hub that was generated for files which this push
+    replaces.
 
     Args:
         path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
@@ -114,9 +115,9 @@ def push(
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
             `license_name` and `license_link`. If absent, the licence of the card at `path`.
-        strict_licence: refuse a card that leaves out what the licences of base and adapters ask, licences that
-            contradict each other, and parts whose licence is not known; the former are warnings otherwise.
-        overwrite: replace existing files of other content; without it they are an error.
+        strict_licence: refuse a card that omits requirements of the base's and the adapters' licences, licences that
+            contradict each other, and parts with an unknown licence. Without this, the first two are only warnings.
+        overwrite: replace existing files with other content; without this, such files are an error.
         dry_run: compare, and write nothing.
         token: a token; if absent, the token that the hub's own tools use.
 
@@ -152,8 +153,8 @@ def push_placed(folder: Path, placed: Mapping[str, Placed], remote: Remote, over
     Args:
         folder: the output; the model card is made from the headers of the sketches.
         placed: the uploaded weight files, by their names in the folder.
-        remote: the same object that began the push: it remembers the claim.
-        overwrite: replace existing files of other content.
+        remote: the object that began the push, because it remembers the claim.
+        overwrite: replace existing files with other content.
 
     Raises:
         AdapterkitError: as for `push`; Corrupt if the hub no longer has an uploaded file.
@@ -174,9 +175,9 @@ OUTPUT = "what is pushed"
 def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
 ) -> tuple[list[Part], Licence, tuple[str, ...]]:
-    """Return the parts of an output, the licence that its readers will see, and where these contradict each other.
+    """Return an output's parts, the licence that its readers will see, and the contradictions between these licences.
 
-    A merged model without its own licence has the base's card until it is pushed, so then the base's licence counts.
+    Until it is pushed, a merged model without its own licence has the base's card, so the base's licence counts.
     """
     record = record_at(source)
     parts = parts_of(record) if record else []
@@ -203,7 +204,8 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
     """Return what a push would do.
 
-    An existing card is kept, because people edit it. A generated card is replaced whenever the files it describes are.
+    An existing card is kept, because people may have edited it. A generated card is replaced if the push replaces the
+    files that the card describes.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -273,7 +275,8 @@ def outgoing(
         pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
-            # Remove the folder: the hub holds other content, and continuing from here would meet the same error again.
+            # Remove the folder: the hub holds other content, and continuing from this folder would raise the same error
+            # again.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Read a base on a hub by ranges: sparse files in a scratch folder, whose bytes are downloaded when needed.
 
-A task of a cluster needs only a few of hundreds of weight files, or parts of files. If a task needs almost all of a
+A task on a cluster needs only a few of hundreds of weight files, or parts of them. If a task needs almost all of a
 file, the whole file is downloaded and verified by its digest. Ranges cannot be verified, because hubs list no digests
 of ranges.
 """
@@ -122,7 +122,8 @@ class RangedFile:
         self._keep_time()
 
     def _keep_time(self) -> None:
-        # Restore the time that `outline` derived from the digest: a plan identifies its inputs by size and time.
+        # Restore the file's time, which `outline` derived from the digest: a plan identifies its inputs by size and
+        # time.
         os.utime(self.path, ns=(self.stamp, self.stamp))
 
 
@@ -138,7 +139,7 @@ def joined(runs: Iterable[Run]) -> list[Run]:
 
 
 def gaps(held: list[Run], wanted: Iterable[Run]) -> list[Run]:
-    """Return the parts of the wanted ranges that are not held."""
+    """Return the parts of the wanted ranges that are outside the held ranges."""
     missing: list[Run] = []
     for begin, end in joined(wanted):
         for first, last in held:

@@ -177,7 +177,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """Return the repository at its commit, which is looked up at most once a minute."""
+    """Return the repository at its current commit; the commit is looked up at most once a minute."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
@@ -229,7 +229,7 @@ class Shards:
 
     Attributes:
         path: the base's local path.
-        begun: True if the download of a weight file was started; then a later run can continue with it.
+        begun: True if the download of a weight file was started; a later run can continue this download.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -260,7 +260,7 @@ class Shards:
         source_at(self.remote).save(self.folder / "base")
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Download the given weight files if they are missing; bytes that came with the header are reused.
+        """Download the given weight files if they are missing; reuse bytes that were fetched together with the header.
 
         Raises:
             Corrupt: the bytes do not have the listed digest, or their header differs from the one fetched first.
@@ -278,8 +278,8 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
-            # Compare the header of the verified file with the one that the plan was made from: that one came by a range
-            # request, and was not verified.
+            # Compare the header of the verified file with the header that the plan was made from, which was fetched by
+            # a range request and not verified.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header
@@ -307,9 +307,9 @@ class Shards:
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """Yield the shards of a base on a hub for the duration of a merge; they are in a hidden folder next to `out`.
+    """Yield the shards of a base on a hub for the duration of a merge. They are in a hidden folder next to `out`.
 
-    The download of a shard that an interrupted run had begun is continued.
+    If an interrupted run began to download a shard, that download is continued.
 
     Raises:
         UsageError: `name` is a local path.
@@ -328,7 +328,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # The output is refused and nothing was downloaded, so nothing is worth keeping.
+                if not shards.begun:  # Nothing was downloaded, so nothing is worth keeping.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:

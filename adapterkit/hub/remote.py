@@ -165,12 +165,12 @@ class Remote(ABC):
             failure = self.failure(error)
             if failure is None:
                 raise
-        # Raise outside of the handler. Otherwise the caught exception would become the context of this error, and it
-        # holds the request and its headers, token included.
+        # Raise outside of the handler. Otherwise the caught exception would become the context of this error, and would
+        # show the request's headers with the token.
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """Return the existing files that a push would meet, by path; None if the repository does not exist yet.
+        """Return the files that exist where a push would write, by path; None if the repository does not exist yet.
 
         Raises:
             NetworkError: access is denied, or the hub is not reachable.
@@ -222,7 +222,7 @@ class Remote(ABC):
             raise Unsupported(why, path=str(self.uri), cure="Write to hf://, oci:// or s3://")
 
     def place(self, path: str, file: Path, found: Digests) -> Placed:
-        """Upload one file; a later `send` with the returned `Placed`, also from another process, makes it visible.
+        """Upload one file. A later `send` with the returned `Placed`, from any process, makes the file visible.
 
         Args:
             path: the path inside the repository.
@@ -249,7 +249,7 @@ class Remote(ABC):
 
 
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """Sort files so that parallel connections finish earliest: a large file at the end would be transferred alone."""
+    """Sort files, largest first: a large file at the end would be transferred alone, while other connections idle."""
     return sorted(files, key=lambda file: (-file.size, file.path))
 
 

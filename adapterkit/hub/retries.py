@@ -25,7 +25,7 @@ class Passing(Exception):
     """A temporary failure.
 
     Attributes:
-        wait: the seconds that the hub asked to wait; None if it did not.
+        wait: the seconds that the hub asks to wait; None if the hub does not say.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -54,7 +54,7 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
 
 
 def pause(attempt: int, asked: float | None) -> bool:
-    """Wait before the next attempt; return False at once if the hub asks for too long a wait."""
+    """Wait before the next attempt and return True; return False at once if the hub asks for too long a wait."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
     # Add random jitter, which keeps parallel connections from retrying at the same instant.

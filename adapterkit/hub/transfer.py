@@ -25,7 +25,8 @@ def digests(file: Path) -> tuple[int, str, str]:
     Raises:
         StorageError: the file cannot be read.
     """
-    # Compute both: hubs list large (LFS) files by sha256, and small ones by git's hash of a header and the content.
+    # Compute both digests: hubs list large (LFS) files by sha256, and small files by git's hash of a header and the
+    # content.
     try:
         size = file.stat().st_size
         whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -50,7 +51,7 @@ def digests_of(content: Content) -> Digests:
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
     """Return a hash object for a digest's kind; None for `unknown:...`, which does not hash the content."""
-    # Mark them as not for security: Python builds in FIPS mode refuse sha1 and md5 otherwise.
+    # Mark sha1 and md5 as not used for security: Python builds in FIPS mode refuse them otherwise.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -104,9 +105,9 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
         remote: the repository.
         file: the file to download.
         part: the partial file; bytes that it already has are hashed, not downloaded again.
-        count: a function that gets the number of new bytes, or a negative number if bytes must be downloaded again; it
-            may raise to stop the download.
-        asked: the number of bytes in one request; the next request is made when these are in the file.
+        count: called with the number of new bytes, or with a negative number if bytes must be downloaded again. It may
+            raise an error to stop the download.
+        asked: the number of bytes in one request. The next request is made when these bytes are in the file.
 
     Raises:
         Corrupt: the bytes do not have the listed digest, even after several downloads.
@@ -116,7 +117,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
     for _ in range(ANEW):
         if _Fetching(remote, file, count, asked).into(part):
             return
-        # Subtract the bytes from the progress, because they are downloaded again.
+        # Subtract the partial file's bytes from the progress, because they are downloaded again.
         count(-part.stat().st_size)
         part.unlink()
     why = f"the downloaded bytes do not have the digest {file.digest} that the hub lists"
@@ -167,7 +168,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hash the bytes that an earlier run left; a file that is too long cannot be right, and is emptied."""
+        """Hash the bytes that an earlier run left. Empty the file if it is too long, because then it is wrong."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -175,13 +176,15 @@ class _Fetching:
             self._held(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Progress resets the attempt counter: a bad connection is slow, not hopeless."""
+        """Download the remaining bytes. Progress resets the count of attempts, so a bad connection only takes
+        longer.
+        """
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
-            # Count a megabyte as progress, no less. A server that sends a few bytes per attempt must not keep this loop
-            # going forever.
+            # Only a megabyte counts as progress: a server that sends a few bytes per attempt must not keep this loop
+            # running forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)

@@ -91,7 +91,7 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """The repository's name without revision and path; the scheme is omitted for `hf`, which tools assume."""
+        """The repository's name without revision and path. For `hf`, the scheme is omitted, because tools assume it."""
         return self.repo if self.scheme == "hf" else f"{self.scheme}://{self.repo}"
 
     def at(self, revision: str) -> Uri:
@@ -107,7 +107,7 @@ def scheme_of(text: str) -> tuple[str | None, str]:
 
 @dataclass(frozen=True, slots=True)
 class Address(Uri):
-    """A location without commits: after a `#`, the uri has the digest of the location's listing."""
+    """A location without commits. After a `#`, its uri has the digest of the location's listing."""
 
     def __str__(self) -> str:
         path = f"/{self.path}" if self.path else ""

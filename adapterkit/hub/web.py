@@ -49,7 +49,7 @@ def answered(
         method: the HTTP method.
         url: the url.
         headers: headers that are sent to every server, also after redirects.
-        secret: headers that are sent only to the url's own origin, and not after a redirect has left it.
+        secret: headers that are sent only to the url's own origin, and never after a redirect to another origin.
         place: the uri that errors name.
         content: the request body.
 
@@ -61,12 +61,13 @@ def answered(
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # Once a request has left its origin, send no secrets, even back at the origin: another server may have chosen
-        # the redirect.
+        # After a redirect to another origin, send no secrets, not even to the first origin: the other server may have
+        # chosen this url.
         at_home = at_home and origin(url) == home
         # Request no compression: then ranges and digests refer to the stored bytes, and a body cannot inflate.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
-        # Follow redirects here, one by one, so that each is checked and only the first origin gets the secrets.
+        # Follow redirects here, one by one, so that each redirect is checked and only the first origin gets the
+        # secrets.
         with get_session().stream(
             method, url, headers=sent, content=content, follow_redirects=False, timeout=timeout
         ) as response:
@@ -85,7 +86,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
     All code that keeps a body in memory must use this: a server may send forever, and `Response.read` has no limit.
-    `answered` asks for no compression, so the bytes come as they are on the wire, and decoding cannot inflate them.
+    `answered` asks for no compression, so decoding cannot inflate the body.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -113,7 +114,7 @@ def said_in(response: httpx2.Response) -> bytes:
 def guarded(endpoint: str, place: str) -> Iterator[None]:
     """Watch the requests that huggingface_hub makes inside the block.
 
-    Pushes use huggingface_hub's own functions, which need two guards. They read replies of any length. They also send
+    Pushes use huggingface_hub's own functions, which need two guards: they read replies of any length, and they send
     the token to any upload url that a reply names, even if a redirect led to another server. The whole process shares
     huggingface_hub's client, so downloads (`GET` outside of `/api/`) are not limited.
     """
@@ -147,7 +148,7 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
             response.stream = Bounded(response.stream)  # type: ignore[arg-type]
 
     client = get_session()
-    # Assign new lists instead of appending: another thread may be iterating over the old ones.
+    # Assign new lists instead of appending: another thread may be iterating over the old lists.
     with _HOOKS:
         hooks = client.event_hooks
         client.event_hooks = {
@@ -203,7 +204,7 @@ def redacted(text: str, token: str | None) -> str:
     """Return a server's text without the token that it received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
-    # Remove tokens in the text, too: a server may quote the request's own header in its message.
+    # Remove tokens from the text, too: a server may quote the request's header in its message.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 

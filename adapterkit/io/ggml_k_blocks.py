@@ -182,7 +182,9 @@ def divided_by(values: object, by: Array) -> Array:
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack numbers into bytes: each `run` bytes hold `run` numbers at `shifts[0]`, then `run` at `shifts[1]`, ..."""
+    """Pack numbers into runs of `run` bytes: the first `run` numbers use `shifts[0]`, the next `run` `shifts[1]`,
+    ...
+    """
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

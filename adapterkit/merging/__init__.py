@@ -148,14 +148,15 @@ def merge(
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
             bits; `requantize`: quantize the result again, in the same scheme; `original`: merge into `onto`.
         onto: the 16-bit weights that a quantized base was made from.
-        keep: `adapter`, with `requantize`: shift merged numbers before they are rounded, so that those on the grid hold
-            the adapters' change for the inputs that it reads. It takes about ten times as long, and whole weights in
-            memory.
+        keep: `adapter`, with `requantize`: adjust merged weights before they are rounded, so that the rounded weights
+            together hold the adapters' change, for the inputs to which the adapters respond. This takes about ten times
+            as long, and holds whole weights in memory.
         calibration: with `keep`: the file of activations that `adapterkit.gating.calibrate` wrote. Weights are rounded
-            so that the outputs for these activations change little; the inputs that the adapters read count more. For
-            adapters of many modules it keeps far more than `keep` alone. Each weight is packed up to 200 times.
-        seed: round stochastically; each draw depends on this number, the tensor and the element only.
-        memory: the most bytes to hold beyond the imports; half of the free memory when not given.
+            so that the outputs for these activations change little; directions to which the adapters respond count
+            more. For adapters of many modules, this keeps far more of the change than `keep` alone. Each weight is
+            packed up to 200 times.
+        seed: round stochastically; each draw depends only on this number, the tensor and the element.
+        memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
         tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from (vocabulary, added tokens and chat
             template). When not given, the adapter's is taken if its folder has a complete tokenizer that differs from
@@ -163,7 +164,7 @@ def merge(
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
         strict_licence: refuse licences of base and adapters that contradict each other, and parts whose card names no
-            licence, or none that is known; the former are a warning in the report otherwise.
+            licence or an unknown one. Without this, contradictions are only a warning in the report.
         vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
             embedding, the head and the config; rows that no adapter's file holds are the mean of the base's rows.
             `keep`: drop the added tokens. If not given: grow if the files hold all new rows, and refuse otherwise.
@@ -235,7 +236,8 @@ def _merged(
         from ..io.checkpoint import fingerprint, shapes_digest
 
         stored = read if isinstance(read, Original) else checkpoint
-        # Take no fingerprint of weights that are not on disk. With `original`, use the weights merged into.
+        # Take no fingerprint of weights that are not on disk. With `original`, take it of the 16-bit weights, into
+        # which the merge goes.
         elsewhere = stream or (onto_uri if isinstance(read, Original) else uri) is not None
         taken = None if elsewhere else fingerprint(stored)
         planned = make_plan(read, named, chosen)
@@ -334,7 +336,7 @@ def remainder(
     report: Callable[[Cut], object] | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return the loss from quantizing a merged model, as a LoRA to run together with the quantized model.
+    """Return what quantizing a merged model lost, as a LoRA to run together with the quantized model.
 
     For each weight that the adapters change, the LoRA is the best approximation of the given rank, in the Frobenius
     norm, of the exact merge minus the stored weight. One weight per processor is in memory, in float32.
@@ -348,8 +350,8 @@ def remainder(
         allow_partial: as in `merge`.
         rename: as in `merge`.
         dtype: the dtype of the factors; float32 if not given.
-        report: a function that is called with a `Cut` for each weight; its norm is the norm of the loss, its error is
-            the part of the loss that the LoRA does not contain.
+        report: a function that is called with a `Cut` for each weight. Its norm is the norm of the loss; its error is
+            the norm of what the LoRA leaves out.
         progress: a function that is called with (bytes done, total bytes).
 
     Returns:
@@ -395,7 +397,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 def _opened_base(
     base: Base, out: Path, stream: bool, engine: str
 ) -> Iterator[tuple[Checkpoint, StreamedBase | None, str | None]]:
-    """Yield the open base; if it is streamed, the downloader of its files; if tasks of a cluster read it, its uri."""
+    """Yield the open base, the downloader of its files if it is streamed, and its uri if tasks of a cluster read it."""
     if engine == "ray" and not isinstance(base, Checkpoint) and is_remote(base):
         with ranged(base, whole=True) as found:
             yield opened(found.path), None, found.uri
@@ -505,7 +507,7 @@ def _licences(
     places = {BASE: planned.base.root}
     places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
     found = {name: licence_at(place) for name, place in places.items()}
-    # Read metadata, too: files of image models give a licence there instead of in a card.
+    # Read the metadata, too: files of image models state their licence in it instead of in a card.
     stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
     found |= {name: licence_called(text) for name, text in stated.items() if text and not found.get(name)}
     return {name: licence for name, licence in found.items() if licence}
@@ -553,7 +555,7 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # Allow an existing output that may be this same merge, finished or interrupted: `run_plan` compares the digests.
+    # Allow an existing output that may come from this same merge, finished or interrupted; `run_plan` compares digests.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

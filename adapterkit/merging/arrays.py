@@ -145,7 +145,8 @@ class NumpyArrays:
         self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
     def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
-        # Let the ufunc cast both ways, a buffer at a time, so that no float64 image of the base is written.
+        # Let the ufunc cast inputs and output, a buffer at a time, so that no float64 copy of the base is written to
+        # memory.
         one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
         self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
@@ -157,7 +158,7 @@ class NumpyArrays:
 
 
 class _Quiet:
-    """numpy without warnings, and with a cast buffer that is small enough for the L1 cache."""
+    """A context in which numpy gives no warnings, and uses a cast buffer that is small enough for the L1 cache."""
 
     def __init__(self, np: ModuleType) -> None:
         self.np, self.errors = np, np.errstate(all="ignore")
@@ -204,17 +205,18 @@ class TorchArrays:
         into.copy_(self._once(total, into))
 
     def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Prepare float64 values for torch's cast to float16, which goes by way of float32 and so rounds twice.
+        """Prepare float64 values for torch's cast to float16, which casts to float32 first and so rounds twice.
 
-        Rounding to odd makes the second rounding harmless: an inexact float32 gets an odd last bit. So it never lies
-        halfway between two float16 numbers, and stays on the same side of each of them as the float64 value.
+        Rounding to odd makes the second rounding harmless: an inexact float32 gets an odd last bit. So the float32
+        never lies halfway between two float16 numbers, and is on the same side of each of them as the float64 value.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
-        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so one less is the next lower number.
+        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so the pattern minus one is the next
+        # smaller magnitude.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
@@ -231,7 +233,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """torch with one thread per worker; the main thread's number of threads is restored."""
+    """A context in which torch uses one thread per worker; the main thread's number of threads is restored."""
 
     def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
@@ -241,6 +243,7 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
-        # Restore only the main thread's number: it is per thread, and a worker's ends with the worker.
+        # Restore the number of the main thread only: torch keeps a number per thread, and a worker's number ends with
+        # the worker.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

@@ -57,7 +57,7 @@ def blocks(output: Output) -> list[Block]:
 
 
 def _even(rows: int) -> int:
-    """Round a number of rows down to a multiple of `ROWS`, the number of rows per product, if it is larger."""
+    """Round a number of rows down to a multiple of `ROWS`, the rows of one product; leave smaller numbers unchanged."""
     return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
@@ -78,7 +78,7 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
     """Return the rows of the block that the planned update changes, or None."""
     if fold.target.rows is None or fold.axis == "in":
-        # Stop at the adapter's own rows: one that was trained on the first rows only does not change the later rows.
+        # Stop at the rows that the adapter was trained on: these may be only the first rows of the weight.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])

@@ -1,8 +1,8 @@
 """Checksums of written files: computed from the bytes in memory while they are written, stored in the output's record.
 
-Workers write a file in runs and out of order. So each run has a sha256, and a file has the sha256 over those of its
-runs, in file order. Later damage is found without the base, and located to the run. Files that no adapter changes have
-no checksums, because they are copies of the base's files.
+Workers write a file in runs and out of order. So each run has a sha256, and a file's checksum is the sha256 over the
+checksums of its runs, in file order. They show later damage without the base, and in which run it is. Files that no
+adapter changes have no checksums, because they are copies of the base's files.
 """
 
 from __future__ import annotations

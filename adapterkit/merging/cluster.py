@@ -3,10 +3,9 @@
 A task receives only names and options, a few hundred bytes. It plans the whole merge from headers, and checks that its
 plan has the driver's digest. The names decide what it reads and writes:
 
-* It downloads inputs on hubs itself: of the base only the bytes that its file needs, into scratch on its node.
-* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only its
-  header, and makes the output visible when all files are there.
-* Paths are on a file system that all nodes share.
+* It downloads inputs on hubs itself, into scratch on its node. From the base it downloads only the bytes that its file
+needs. * If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only
+the header, and makes the output visible when all files are uploaded. * Paths are on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.
 """
@@ -84,7 +83,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The result of a task: what the driver has to know about its file.
+    """The result of a task: what the driver has to know about the task's file.
 
     Attributes:
         name: the name of the file.
@@ -170,7 +169,7 @@ def on_ray(
 
 
 def _prepare(plan: Plan, stage: StagingDir, place: PlacedOutput) -> None:
-    """Find out which files of an interrupted run are still at the hub, and claim the target for the others."""
+    """Find out which files of an interrupted run are still at the hub; claim the target for the missing files."""
     for file in plan.files:
         if stage.finished(file.name) and not place.holds(file.name):
             stage.drop(file.name)
@@ -272,7 +271,7 @@ def _seen(path: str) -> str:
 
 
 def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
-    """Write one file of the plan into a stage; the downloaded bytes of the bases are removed at the end."""
+    """Write one file of the plan into a stage; afterwards remove the downloaded bytes of the bases."""
     from .arrays import arrays_for
     from .execute import execute
 
@@ -298,7 +297,7 @@ def _write(inputs: Inputs, device: str, name: str, stage: StagingDir) -> None:
 def spans_of(file: OutputFile, base: Checkpoint) -> Iterator[Span]:
     """Yield the spans of the base from which an output file is made.
 
-    They lack the inputs of computed tensors, such as the rows of a larger vocabulary, which are read later.
+    The spans lack the inputs of computed tensors, such as the rows of a larger vocabulary; these are read later.
     """
     if file.whole is not None:
         yield Span(str(file.whole), 0, file.size)
@@ -320,7 +319,7 @@ def _check_space(needed: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _on_this_node() -> Iterator[None]:
-    """Name the node in errors: the driver shows the errors, and its disks and credentials may differ."""
+    """Name the node in errors: the driver shows them, and disks and credentials differ between nodes."""
     import ray
 
     try:
@@ -374,7 +373,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 
 class _Stdout:
-    """Standard output, without Ray's own thread: its messages about dead nodes go to stderr, not into the result."""
+    """Standard output for all threads but Ray's: Ray's messages about dead nodes go to stderr, not into the result."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -420,7 +419,7 @@ def _run(
 
 
 def _results(ready: Sequence[object]) -> tuple[list[Shard], Exception | None]:
-    """Return the results of finished tasks, and the failure of one that failed."""
+    """Return the results of successful tasks, and the error of a failed task, if there is one."""
     import ray
 
     shards: list[Shard] = []

@@ -147,7 +147,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:
-    """Return a warning that the tokenizers of several adapters differ, so that none is used.
+    """Return a warning: the tokenizers of several adapters differ, so none of them is used.
 
     Raises:
         UsageError: the caller chose `adapter`.
@@ -189,7 +189,7 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Return token ids in a file, including the largest; empty if transformers did not write the file."""
+    """Return ids of tokens in a file, with the largest among them; empty if transformers did not write the file."""
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Blocks of a tensor for the compiled loops, whose changes are low-rank products of numpy arrays, or DoRA's.
+"""Prepare blocks of a tensor for the compiled loops, which compute low-rank products and DoRA on numpy arrays.
 
 Adapters often change only parts of a tensor, such as q, k and v in one fused weight. The rows are cut into segments
 with the same changes, and the factors of all changes in a segment are joined into one product. A segment with a DoRA
@@ -61,7 +61,8 @@ def _is_sum(fold: PlannedUpdate, shape: tuple[int, ...], stacked: bool) -> bool:
         return False
     if fold.axis == "out":
         return True
-    # Refuse a target with rows (they are columns of the tensor) or with a kernel (its axes are not in the rows).
+    # Refuse a target with rows, which are columns of this tensor, and a target with a kernel, whose axes are not in the
+    # rows.
     return fold.target.rows is None and len(shape) == 2 + stacked
 
 
@@ -86,7 +87,7 @@ def _segments(folds: Sequence[PlannedUpdate], rows: int) -> list[Segment]:
 def _span(fold: PlannedUpdate, rows: int) -> tuple[int, int]:
     if fold.target.rows is not None:
         return fold.target.rows
-    # Stop at the adapter's own rows: one that was trained on the first rows of a vocabulary does not change later rows.
+    # Stop at the rows that the adapter was trained on: these may be only the first rows of a vocabulary.
     return (0, rows) if fold.target.stacked else (0, min(rows, fold.shape[0]))
 
 
@@ -106,7 +107,7 @@ class LowRankBlocks:
 
         Returns:
             The squared norms of the changes that depend on the base, by index of the planned update. None if the block
-            is too small to be worth it, a change is not of a form that the loops compute, or an element is in doubt;
+            is too small to be worth it, the loops cannot compute a change, or the rounding of an element is uncertain;
             then `out` is undefined.
         """
         if block.elements < LEAST:

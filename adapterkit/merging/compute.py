@@ -3,8 +3,8 @@
 Every adapter is applied to the base that it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), in any order.
 Within one adapter the order matters: f_i applies all targets at the tensor, one after another.
 With float64, each element of a 16-bit output is within 0.501 units in the last place of the exact result, even if W
-and the change nearly cancel; float32 does not achieve this. The bound is not 0.5 because float64 is cast to bf16 and
-fp8 by way of float32.
+and the change nearly cancel; float32 does not achieve this. The bound is above 0.5, because casts from float64 to bf16
+and fp8 go through float32.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def draws(like: Numbers, first: int, key: Key) -> Numbers:
     from array_api_compat import device
 
     # Philox is a function of a counter, so an element gets the same number in any block, on any worker and after a
-    # resumed merge. A counter gives four words; the block may begin and end within these four.
+    # resumed merge. A counter gives four words, and a block may begin or end between them.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
@@ -83,8 +83,8 @@ def _unit(values: Numbers, dtype: DType) -> Numbers:
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    # Divide each value by its mantissa, which gives an exact power of two; half of that is the value's leading bit. The
-    # spacing does not shrink below the smallest normal number.
+    # Divide each value by its mantissa: the quotient is an exact power of two, and half of it is the value's leading
+    # bit. The spacing does not shrink below the smallest normal number.
     mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -94,7 +94,7 @@ def _unit(values: Numbers, dtype: DType) -> Numbers:
 
 
 def _frexp(values: Numbers) -> Numbers:
-    """Return the mantissas, with magnitudes in [0.5, 1); numpy and torch have frexp, but the array API does not."""
+    """Return the mantissas, with magnitudes in [0.5, 1). numpy and torch have frexp; the array API lacks it."""
     import numpy as np
 
     frexp: Any = getattr(values, "frexp", None)
@@ -118,10 +118,10 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
-    # Settle changes of the bias now: afterwards they do not need the weight, so it is in memory only here.
+    # Compute changes of the bias now: only they need the weight, so it need not stay in memory.
     W = arrays.load(fold.seen.tensor)
     if fold.target.rows is None and not fold.target.stacked:
-        # Use the adapter's own rows only: it was trained on the first rows of a vocabulary.
+        # Use only the rows that the adapter was trained on: the first rows of a vocabulary.
         W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
     W = W if not fold.seen.before else W * 1
     for earlier in fold.seen.before:
@@ -163,7 +163,7 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
         read.check_values()
         _check_size(read)
     except AdapterkitError as error:
-        # Name the file here: the loaded update is in memory and no longer knows it.
+        # Name the file here: a loaded update no longer knows its file.
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
@@ -195,7 +195,8 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
-        # Ask the method for the norm: it may not need to form the product. A sum of updates has to be formed.
+        # Ask the method for the norm of a single update, because it may not need to form the product. A sum must be
+        # formed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
@@ -268,7 +269,8 @@ class BlockMerger:
 
     def norms(self) -> dict[int, float]:
         """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
-        # Limit the square: `**` raises if it overflows, and the product may be infinite, but a report needs a number.
+        # Cap the square, because a report needs a finite number. Multiply, because `**` raises an error if it
+        # overflows.
         largest = sys.float_info.max
         return {
             position: min((size := fold.weight * norm_of(updates, fold)) * size, largest)
@@ -297,7 +299,7 @@ class BlockMerger:
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._compiled is not None and (written := self._compiled.write(raw, out, block)) is not None:
             norms = written
-            # The loop leaves blocks to numpy in which a row that it scales is not finite.
+            # The loop leaves a block to numpy if a row to scale is not finite.
             watched = watched and len(written) < len(self.folds)
         elif self._sums:
             norms = {}
@@ -307,7 +309,7 @@ class BlockMerger:
             norms = self._fold(work, block)
             self.arrays.assign(out, work.reshape((-1,)))
         source, finite = self.output.source.dtype, self.arrays.finite
-        # Refuse only NaNs and infinities that the merge makes; those in the base are kept.
+        # Refuse only NaNs and infinities that the merge creates, and keep those of the base.
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"the merge gives values that {self.output.dtype} cannot hold", where=self.output.name,
@@ -376,8 +378,8 @@ class BlockMerger:
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        # Copy the base's weight, because every formula must see it and `work` changes in place. With a single formula,
-        # which `_order` puts first, the copy is not needed: `work` is still the base's weight.
+        # Copy the base's weight, because `work` changes in place and every formula needs the base's weight. A single
+        # formula needs no copy: `_order` puts it first, when `work` is still the base's weight.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:

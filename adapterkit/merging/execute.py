@@ -63,7 +63,8 @@ class _Scheduler:
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
         self.link, self.checksums = link, checksums
-        # Limit the queues: a file is created at full size when its jobs are queued, so all files would be created.
+        # Limit the queues: queueing a file's jobs creates the file at full size, so unlimited queues would create all
+        # files at once.
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
@@ -82,7 +83,7 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
-            # Send None last: only now, no worker can put a file any more, and None ends the finisher.
+            # Send None last: it ends the finisher, so no worker may still be able to put a file.
             _join(crew)
             self.written.put(None)
             _join([finisher])
@@ -169,7 +170,8 @@ class _Scheduler:
             if job is None:
                 return
             made = hands.do(job)
-            # The callback runs when the bytes are in the file, mostly on the writer's thread. Take the next job now.
+            # The callback runs when the bytes are in the file, mostly on the writer's thread. This worker takes its
+            # next job now.
             made.written.add_done_callback(partial(self._done, job, made))
 
     def _done(self, job: Job, made: Made, written: Future[None]) -> None:

@@ -1,10 +1,10 @@
 """Rounding that keeps what an adapter changes: merged weights are shifted until the grid holds the change.
 
-Rounded to the nearest, a change smaller than a step of the grid is lost number by number, although the numbers of a
-row could hold it together. With V the directions of the inputs that the change D = M - W reads (its right singular
-vectors), the rows nearest to M among those of the grid with (Q - M) V = 0 are, by Lagrange's multipliers C, those that
-rounding to the nearest makes of M + C V^T. C is found by ascent, row by row: its gradient is the part of the error
-along V. Nothing but the scheme's own packing rounds, so this is the same for every scheme.
+Rounding to the nearest loses a change D = M - W that is smaller than a step of the grid, although the numbers of a row
+could hold the change together. Let V be the right singular vectors of D: the directions of the inputs to which D
+responds. Wanted are the rows Q of the grid that are nearest to M among those with (Q - M) V = 0. With Lagrange
+multipliers C, they are the rows of M + C V^T, rounded to the nearest. Ascent finds C, row by row: the gradient is the
+part of the error along V. Only the scheme's own packing rounds, so the same code works for every scheme.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ..io.lazy import Array
 
 DIRECTIONS = 64
-"""The most directions of one weight that are kept."""
+"""The largest number of directions kept for one weight."""
 
 SHARE = 8
-"""Inputs a direction, at least: fewer cannot hold it beside the others."""
+"""The least number of inputs per direction: fewer inputs cannot hold all directions."""
 
 WEAK = 1e-3
 """Directions with a smaller singular value, relative to the largest, are left to rounding."""
@@ -39,7 +39,7 @@ LONGER, SHORTER = 1.6, 0.6
 
 
 def directions(D: Array, seed: int) -> Array:
-    """Return the directions of the inputs that a change reads, `[k, inputs]`, orthonormal rows in float64.
+    """Return the directions of inputs to which a change responds, `[k, inputs]`: orthonormal rows in float64.
 
     Args:
         D: the change, `[outputs, inputs]`, float64.
@@ -54,15 +54,16 @@ def directions(D: Array, seed: int) -> Array:
 
 
 def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Array:
-    """Return numbers to pack in place of the merged ones, so that the packed ones hold the change.
+    """Return weights to pack instead of the merged ones, so that the packed weights hold the change.
 
     Args:
-        trip: packs weights, and returns the numbers that the packed ones stand for; `[experts, outputs, inputs]`.
+        trip: a function that packs weights and returns the dequantized weights, `[experts, outputs, inputs]`.
         merged: the merged weights, `[experts, outputs, inputs]`, float32.
-        directions: for each expert `[k, inputs]`, orthonormal; zero rows where an expert has fewer.
+        directions: `[k, inputs]` for each expert, orthonormal rows; filled up with zero rows if an expert has fewer
+            than k.
 
     Returns:
-        float32 of the shape of `merged`; the merged numbers themselves where nothing is better.
+        float32, with the shape of `merged`; `merged` itself if no better weights were found.
     """
     import numpy as np
 
@@ -77,7 +78,8 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
             break
         C = C - step * lost
         now = (trip(_shifted(M, C, Vh)) - M) @ V
-        # Below half a step of the grid nothing moves: go further. An error that has turned round shortens the step.
+        # A shift below half a step of the grid changes nothing, so lengthen the step. If the error changes its sign,
+        # shorten it.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
@@ -85,7 +87,7 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         best, least = np.where(found < least, C, best), np.minimum(found, least)
         lost = now
     shifted = _shifted(M, best, Vh)
-    # Rows may share a scale, so that the best of each need not be the best together.
+    # Rows may share a scale, so the best shifts of single rows need not be the best together.
     together = np.linalg.norm((trip(shifted) - M) @ V)
     return shifted if together < np.linalg.norm(first) else merged
 

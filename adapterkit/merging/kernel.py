@@ -1,7 +1,8 @@
 """The compiled inner loops of a merge: `native/merge.c` for base + B @ A, `native/normalize.c` for DoRA.
 
-Both round once and prove by bounds on their errors that they give the bits of numpy's float64 path, several times as
-fast. `merge.c` computes in float32, and in float64 where the bound leaves a rounding open; `normalize.c` in float64.
+Both loops round once, and are several times as fast as numpy's float64 path. Bounds on their errors prove that they
+give the same bits. `merge.c` computes in float32, and repeats an element in float64 if the bound does not decide its
+rounding. `normalize.c` computes in float64.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class LowRankSum:
             self._panels = _panels(right, padded, np.float32)
             self._left = np.ascontiguousarray(left, np.float32)
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
-        # By the Cauchy-Schwarz inequality, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
+        # By the Cauchy-Schwarz inequality, sum_k w_k |b_k| |a_k| is at most the product of the norms of b and a, both
+        # weighted by w.
         weights = np.sqrt(_roundings(rank))
         rows, columns = _norms(left * weights), _norms(right.T * weights)
         self._row_bound = _upwards(rows, 2.0**-24)
@@ -88,8 +90,8 @@ class LowRankSum:
         """Write raw + rows `start` to `stop` of the change into `out`, rounded once; both are flat.
 
         Returns:
-            0.0, the squared norm of what depends on the base; None if float64 could not settle every element, so that
-            numpy must compute the block. Then `out` is undefined.
+            0.0, because no change depends on the base. None if the rounding of an element is uncertain even in float64:
+            then numpy must compute the block, and `out` is undefined.
         """
         loaded = cast("ctypes.CDLL", native.loops())
         factors = _Factors(
@@ -132,11 +134,11 @@ class NormalizedSum:
         self._column_length = float(np.sqrt(columns @ columns)) * (1 + 1e-9)
 
     def write(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> float | None:
-        """Write rows `start` to `stop` of the new weight into `out`, rounded once; `raw` is the base; both are flat.
+        """Write rows `start` to `stop` of the new weight into `out`, rounded once. `raw` is the base; both are flat.
 
         Returns:
-            The squared norm of the change; None if an element is open, or a norm is zero, infinite or out of range, so
-            that numpy must compute the block. Then `out` is undefined.
+            The squared norm of the change. None if the rounding of an element is uncertain, or a norm is zero, infinite
+            or out of range: then numpy must compute the block, and `out` is undefined.
         """
         import numpy as np
 
@@ -187,9 +189,10 @@ def _double_bounds(rows: Array, columns: Array, rank: int) -> tuple[Array, Array
 def _roundings(rank: int) -> Array:
     """Return an upper bound for the number of float32 roundings of each product b_k a_k in an element.
 
-    Both factors are rounded, and so is their product, unless it is added in the same step. Then come the sums: with the
-    later products in its chunk of 16, and with the chunks from its own on. One more rounding covers two small errors:
-    numpy's float64 sum, whose roundings are 2**-29 times as large, and the squares of all these errors.
+    Both factors are rounded; their product is rounded too, unless it is added in the same step. The product's sums are
+    rounded: one for each later product in its chunk of 16, and one for its own and each later chunk. One more rounding
+    covers two small errors: numpy's float64 sum, whose roundings are 2**-29 times as large, and the squares of all
+    these errors.
     """
     import numpy as np
 

@@ -24,12 +24,12 @@ class MergeOptions:
         tied: which layers an update changes if the base ties its head to its embedding; see `merge`.
         allow_partial: skip targets that the base does not have instead of refusing.
         seed: round stochastically, with random draws from this seed.
-        memory: the most bytes to use in addition to the imports; half of the free memory if not given.
+        memory: the most bytes to use, not counting what the imported libraries take; default: half of the free memory.
         link: write hard links to unchanged files of the base instead of copies.
         checksums: compute a sha256 of each run of bytes while it is written.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
-        keep: `adapter`, if requantized weights are to hold the adapters' change where rounding loses it; see `merge`.
+        keep: `adapter` adjusts requantized weights, so that rounding does not lose the adapters' change; see `merge`.
         calibration: with `keep`, the file of activations to round by; see `merge`.
 
     Example:

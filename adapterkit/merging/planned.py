@@ -102,7 +102,7 @@ class Output:
 
     @property
     def copied(self) -> bool:
-        """Whether its bytes are copied from the base."""
+        """Whether the tensor's bytes are copied from the base."""
         return not self.folds and self.part is None and self.dtype == self.source.dtype
 
 
@@ -145,7 +145,7 @@ class Plan:
         config_changes: keys of `config.json` with new values; None removes a key.
         dtype: the dtype that all floating tensors are cast to, or None.
         seed: the seed for stochastic rounding; None rounds to nearest.
-        memory: the bytes that the merge may use in addition to the imports.
+        memory: the most bytes to use, not counting what the imported libraries take.
         link: whether unchanged files of the base become hard links.
         origin: the uri of the base if it came from a hub; the downloaded folder may be deleted before the report.
         checksums: whether checksums of the written bytes are recorded.
@@ -154,7 +154,7 @@ class Plan:
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
         licences: the licences in the cards of base and adapters, by the names that messages use for them.
-        vocabulary: plain data about a changed vocabulary; None if it is the base's.
+        vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
     base: Checkpoint
@@ -200,7 +200,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 of everything that decides the output: base, adapters, options, and the version of the library."""
-        # Use size and time instead of a hash, which would have to read the whole base; a changed file differs in them.
+        # Use size and time, which differ if a file was changed. A hash would have to read the whole base.
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
         head = [
@@ -211,7 +211,8 @@ class Plan:
             self.tied,
             dict(self.config_changes),
             self.seed,
-            # No header tells how weights are rounded: a resumed run must round like the one before.
+            # Include how weights are rounded, because no header says so, and a resumed run must round like the earlier
+            # run.
             quantized_record(self.base),
         ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
@@ -219,7 +220,7 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a merge uses in addition to the imports: blocks, float64 images, factors and write buffers."""
+        """Bytes that a merge uses for blocks, float64 images, factors and write buffers, without imported libraries."""
         return self._largest[0] * self.workers
 
     @property

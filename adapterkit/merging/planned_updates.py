@@ -37,7 +37,7 @@ class AdapterSource:
         weight: the factor on its change.
         missing: targets that the base does not have.
         renamed: the first change of a prefix, as (removed, added).
-        rules: the rules that mapped its names to the base's.
+        rules: the rules that mapped the adapter's names to the base's.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Bindings:
         base: the base, with rows added if the vocabulary grows.
         sources: the bound adapters.
         folds: output name -> the planned updates of that tensor.
-        names: output name -> the stored name that it is made from.
+        names: output name -> the stored name of the tensor that the output is made from.
         config_changes: keys of `config.json` with new values.
         warnings: one sentence each.
-        vocabulary: plain data about a changed vocabulary; None if it is the base's.
+        vocabulary: plain data about a changed vocabulary; None if the base's vocabulary is kept.
     """
 
     base: Checkpoint
@@ -174,7 +174,7 @@ def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
     """Refuse updates that do not change weights.
 
-    This runs before names are resolved, to fail early, and again after it, since some methods depend on the base's
+    This runs twice: before names are resolved, to fail early, and afterwards, because some methods depend on the base's
     shapes.
     """
     for target, update in updates:

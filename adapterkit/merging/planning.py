@@ -118,7 +118,7 @@ def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
     paths = {span.path for span in spans if span is not None}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
-    # The copy keeps the header. So the file must end with its last tensor, and hold only tensors of the output.
+    # The copy keeps the header. So the base's file must end with its last tensor, and hold only tensors of the output.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:

@@ -73,7 +73,7 @@ def as_merged(
         quantized: the choice for a quantized base, a key of `WHY`.
         onto: the 16-bit weights, for `original`.
         dtype: the type of the output's matrices, if base and output are GGUF files.
-        keep: what rounding is to keep, one of `KEPT`.
+        keep: what rounding has to keep, one of `KEPT`.
         calibration: the file of activations to round by.
 
     Raises:
@@ -136,7 +136,7 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
     """Return the base as the merge that wrote `merged` must have read it: dequantized, or set to be quantized again.
 
     Raises:
-        UsageError: the merge was rounded by a calibration that is not given, or not by the given calibration.
+        UsageError: the merge was rounded by a calibration and none is given, or another calibration is given.
     """
     told = merge_record(merged).get("quantized")
     used = _calibration_of(told, calibration, merged)
@@ -155,7 +155,7 @@ def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[st
 
 
 def _calibration_of(told: JsonValue, given: str | PathLike[str] | None, merged: Checkpoint) -> Calibration | None:
-    """Return the given calibration, once it is the one that the merge's record names; None if it names none."""
+    """Return the given calibration after comparing it with the merge's record; None if the record names none."""
     said = told.get("calibration") if isinstance(told, dict) else None
     if said is None and given is None:
         return None

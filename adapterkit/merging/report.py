@@ -40,7 +40,7 @@ class Report:
         out: the path of the output, or its uri on a hub.
         plan: the plan that was run.
         norms: tensor -> Frobenius norm of each adapter's change, for the adapters that change it.
-        damage: weight that was quantized again -> `error` and `kept`, see `damage_of`.
+        damage: name of each weight that was quantized again -> its `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
         carried: names of the companion files: the base's, and an adapter's tokenizer if it was used.
         left_out: files of the base that were not copied: its weights in other formats, a tokenizer that was replaced.
@@ -109,8 +109,9 @@ def run_plan(
         progress: a function that is called with (bytes done, total bytes).
         started: the time at which the work began, from `time.perf_counter`.
         overwrite: replace an existing output.
-        placed: whether the weight files at `out` are sketches, and the real files are elsewhere. Sketches take no
-            space, a finished output is recognised although `overwrite` is set, and the stage is kept after any error.
+        placed: whether the weight files at `out` are sketches, and the real files are on a hub. Sketches take no space.
+            With `placed`, a finished output is recognised even if `overwrite` is set, and the stage is kept after any
+            error.
     """
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
@@ -130,7 +131,8 @@ def run_plan(
             # Keep the finished files, so that the same command resumes.
             raise
         except (AdapterkitError, OSError, MemoryError):
-            # Discard the stage on these errors. An interrupt is not one of them: its stage stays for the next run.
+            # Discard the stage on these errors. After an interrupt, which is not one of these errors, the stage stays
+            # for the next run.
             if not placed:
                 stage.discard()
             raise
@@ -181,7 +183,7 @@ def _write(
 
 
 def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """Split the engine's numbers into two: the norms of the changes, and the damage by quantizing again, by weight."""
+    """Split the engine's figures into the norms of the changes, and each weight's damage from quantizing again."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():

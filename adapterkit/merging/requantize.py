@@ -58,14 +58,14 @@ NORMS = 4
 
 @dataclass(frozen=True, eq=False)
 class RepackedRun:
-    """Rows of a packed weight that are merged and packed again, or bytes of it to copy.
+    """Rows of a packed weight that are merged and packed again, or bytes of the weight to copy.
 
     Attributes:
         places: stored tensor -> (offset of the run's first byte, number of bytes); the last run includes the padding at
             the end of the tensor.
         weight: the weight.
         groups: the blocks of these rows, in groups of adjacent rows; empty if the bytes are copied.
-        at: the position of the weight's first planned update among those of the tensor.
+        at: the position of the weight's first planned update among all planned updates of the tensor.
         count: the number of planned updates of the tensor.
         source: the bytes to copy, if there are no groups.
     """
@@ -90,7 +90,7 @@ class RepackedRun:
 
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
-        # Count norms that do not depend on the base only once, in the first run: they cover the whole weight.
+        # Norms that do not depend on the base cover the whole weight, so count them only once, in the first run.
         counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
@@ -120,7 +120,7 @@ class RepackedRun:
 
 
 def damage(merged: Array, old: Array, new: Array) -> Array:
-    """Return the squares of `NORMS` for some rows: of new - merged, merged, merged - old and new - old.
+    """Return the squares of `NORMS` for some rows: new - merged, merged, merged - old and new - old.
 
     Args:
         merged: the merged rows.
@@ -163,18 +163,18 @@ class Repacked:
 
     @property
     def rowwise(self) -> Rowwise:
-        """The packed weight, if its rows are packed separately."""
+        """The packed weight if its rows are packed separately, else None."""
         assert isinstance(self.packed, Rowwise)
         return self.packed
 
     @property
     def apart(self) -> bool:
-        """Whether runs of its rows are computed apart."""
+        """Whether runs of rows are computed separately."""
         return isinstance(self.packed, Rowwise) and self.packed.apart and not self.keeps
 
     @property
     def keeps(self) -> bool:
-        """Whether rounding keeps the change; numbers that are not packed are rounded to the nearest all the same."""
+        """Whether rounding keeps the change. Numbers that are not packed are always rounded to the nearest."""
         packed = self.packed
         return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
@@ -237,7 +237,7 @@ class Repacked:
 
     @property
     def _held_whole(self) -> int:
-        """The parts as read, twice their size for the new ones, the merged numbers, and temporaries of a step."""
+        """Bytes of the parts as read, of the new parts (twice their size), of the merged weight, and of temporaries."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         count = math.prod(self.packed.shape)
         if self.keeps:
@@ -246,7 +246,7 @@ class Repacked:
         return 3 * stored + 4 * min(count, HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """Return the bytes of every member, and the squared norms: one per planned update, then `NORMS` more.
+        """Return the bytes of every member, and squared norms: one per planned update, then one for each of `NORMS`.
 
         Raises:
             Malformed: a factor or a merged number is not finite.
@@ -261,7 +261,7 @@ class Repacked:
         return parts | kept, norms
 
     def _packed(self, rows: Callable[[int, int], Array]) -> tuple[dict[str, bytes], Packed]:
-        """Return the bytes of the stored tensors that change, and the weight that they make."""
+        """Return the bytes of the stored tensors that change, and the weight that these tensors dequantize to."""
         made = self.packed.pack(rows)
         parts = {name: self._bytes(name, array) for name, array in made.items()}
         return parts, self.base.unpacked_again(
@@ -269,7 +269,7 @@ class Repacked:
         )
 
     def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
-        """Return the rows to pack so that the packed ones hold the change; see `keeping`."""
+        """Return rows to pack instead of the merged ones, so that the packed rows hold the change; see `keeping`."""
         import numpy as np
 
         from ..ops.resizing import seed_of
@@ -311,7 +311,7 @@ class Repacked:
 
     @property
     def inputs(self) -> Array | None:
-        """The activations of the calibration for this weight, `[tokens, inputs]`; None if it has none."""
+        """The calibration's activations for this weight, `[tokens, inputs]`; None if the calibration has none."""
         if self.base.calibration is None:
             return None
         found = (self.base.calibration.inputs(fold.target.path) for fold in self.folds)
@@ -330,7 +330,7 @@ class Repacked:
 
         stacked = target.stacked and len(self.packed.shape) > 2
         whole = self._whole_target(target, stacked)
-        # A view exchanges two axes, so that the view of a view is the weight as it is stored.
+        # A view swaps two axes, so the view of a view is the weight as stored.
         form = view_of(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
         back = view_of(matrices.reshape(form), whole)
         rows: Array = np.ascontiguousarray(back)
@@ -488,7 +488,7 @@ class _Merged:
         for fold, square in self.folder.compute(raw, target, block).items():
             if (
                 block.first not in self._seen
-            ):  # Count a block once, though a large weight's blocks are merged repeatedly.
+            ):  # Count each block once, even if it is merged repeatedly, as in a large weight.
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
 
@@ -577,7 +577,7 @@ def uncalibrated(plan: Plan) -> tuple[str, ...]:
 def damage_of(norms: list[float]) -> dict[str, float]:
     """Return the error relative to the merged weight, and `kept`, the part of the change that survived.
 
-    `kept` is the projection of the remaining change on the intended one: 1 is all of it, 0 nothing.
+    `kept` is the projection of the remaining change on the intended change: 1 means that all is kept, 0 nothing.
     """
     error, merged, change, left = norms
     # With R, M, W the new, the merged and the old weight, |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>. So the

@@ -1,8 +1,8 @@
 """The remainder of a quantized merge: what quantization lost, as a LoRA to run together with the quantized model.
 
 Quantizing a merged weight again rounds it as coarsely as the base was rounded, which may lose most of a small change.
-The rounding error is no more random than the change: a LoRA of small rank can hold a large part of it.
-LQER (Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does this for a whole model.
+The rounding error has structure, as the change has: a LoRA of small rank can hold a large part of the error. LQER
+(Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does this for a whole model.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def remainder_of(
 
 
 def _sides(output: Output) -> tuple[int, int]:
-    """Return the number of outputs, and of inputs times kernel positions, of one weight."""
+    """Return one weight's number of outputs, and its number of inputs times kernel positions."""
     out, *rest = output.folds[0].logical if output.folds[0].target.rows is None else output.shape
     return out, math.prod(rest)
 

@@ -1,7 +1,7 @@
 """Simulate a merge on a cluster without shared disks: time, bytes and money, from its plan.
 
 Each task downloads the bytes of the base that its file needs, computes, and uploads its file. The tasks of a node share
-its link, each way, in equal parts. A worker plans the whole merge before its first task, and each node downloads the
+its link equally, in each direction. A worker plans the whole merge before its first task, and each node downloads the
 adapters once. Not simulated: the limits of the store, and nodes that differ or fail.
 """
 
@@ -65,7 +65,7 @@ class Forecast:
 
 @dataclass(slots=True)
 class _Task:
-    """One running task: what is left of its phases, as (way, amount); `None` is time, 0 the way down, 1 the way up."""
+    """One running task and its remaining phases (way, amount): way None is time, 0 a download, 1 an upload."""
 
     node: int
     phases: deque[tuple[int | None, float]] = field(default_factory=deque)
@@ -165,7 +165,7 @@ def _run(
 
 
 def _rates(running: Sequence[_Task], bandwidth: float) -> list[float]:
-    """Return the rate of each task's present phase: bytes per second of its share of the link, or 1 for time."""
+    """Return the rate of each task's present phase: its share of the link in bytes per second, or 1 for time."""
     sharing: dict[tuple[int, int | None], int] = {}
     for task in running:
         key = task.node, task.phases[0][0]

@@ -118,7 +118,8 @@ class StagingDir(Staging):
     def link(self, name: str, file: Path) -> bool:
         """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
         try:
-            # Link to the target of symbolic links, of which hubs' caches consist: the output must not depend on them.
+            # Link to the target of a symbolic link. Hubs' caches consist of such links, and the output must not depend
+            # on a cache.
             os.link(file.resolve(), self.parts / name)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
@@ -146,7 +147,7 @@ class StagingDir(Staging):
             gone = [entry for entry in self.target.iterdir() if entry != self.folder]
         files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
         record = None if made_from is None else record_of(made_from, files)
-        # Pass durable=True: every file was flushed when it was written, and a second fsync would only take time.
+        # Pass durable=True to skip a second fsync: every file was flushed when it was written.
         self.publish(moves, gone, durable=True, record=record)
         self.discard()
 

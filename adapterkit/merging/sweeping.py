@@ -3,11 +3,11 @@
 The error to minimize is that of a layer's outputs for activations X: tr((Q - W) H (Q - W)^T) with H = X^T X. GPTQ
 (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a block of columns, and moves the error by the inverse of
 H to the columns that are not rounded yet. Here the scheme packs the whole weight for each block, so the same code works
-for every scheme. A second pass rounds each block again for the errors that the other blocks have by then, and keeps the
-rows that improve. It corrects what one pass cannot foresee: a scale may change after some of its columns are rounded.
+for every scheme. A second pass rounds each block again to compensate the errors of all other blocks, and keeps the rows
+that improve. One pass is not enough, because a scale may change after some of its columns are rounded.
 
-H also weights the directions that the adapter reads: its change is small relative to the weight, and would otherwise be
-lost first.
+H also gives weight to the directions to which the adapter responds: the adapter's change is small relative to the
+weight, and would otherwise be lost first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
     Args:
         inputs: activations, `[tokens, width]`, float64.
-        directions: the directions that the adapter reads, `[k, width]`, orthonormal rows.
+        directions: the directions to which the adapter responds, `[k, width]`, orthonormal rows.
     """
     import numpy as np
 
@@ -47,7 +47,7 @@ def weighting(inputs: Array, directions: Array) -> Array:
 
 
 def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
-    """Return numbers to pack instead of the merged ones, so that the outputs for the activations change less.
+    """Return weights to pack instead of the merged ones, so that the outputs for the activations change less.
 
     Args:
         trip: packs a weight and returns the dequantized numbers, `[outputs, inputs]`.
@@ -55,7 +55,7 @@ def swept(trip: Callable[[Array], Array], merged: Array, H: Array) -> Array:
         H: the result of `weighting`.
 
     Returns:
-        float32, with the shape of `merged`; the merged numbers themselves if nothing is better.
+        float32, with the shape of `merged`; `merged` itself if no better weights were found.
     """
     import numpy as np
 
@@ -70,7 +70,7 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
     """Round blocks of columns in turn, and move the error of each block to the columns that are not rounded yet."""
     import numpy as np
 
-    # Columns with the largest activations come first, because most columns are left to compensate their errors.
+    # Columns with the largest activations come first, while many columns are left to compensate their errors.
     order = np.argsort(-np.diag(H), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
     W = merged.astype(np.float64)
@@ -86,9 +86,9 @@ def _once(trip: Callable[[Array], Array], merged: Array, H: Array, step: int) ->
 
 
 def _refined(trip: Callable[[Array], Array], merged: Array, H: Array, given: Array, step: int) -> Array:
-    """Round each block again for the errors that the other blocks have now; keep the rows that improve.
+    """Round each block again to compensate the errors of the other blocks; keep the rows that improve.
 
-    When a scale changes, all numbers that it serves are rounded again, which the first pass cannot foresee.
+    A change of scale rounds all its numbers again, so the first pass cannot know their final errors.
     """
     import numpy as np
 

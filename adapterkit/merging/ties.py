@@ -1,7 +1,7 @@
 """Tied weights in a merge: which layers each update changes, and whether the output has one tensor for all of them.
 
 PEFT (0.21.2) attaches an update to the named module only, so a change at a tied embedding does not reach the head.
-Token rows are the exception: they change both. `tied` overrides this, for all updates or by kind.
+Token rows are the exception: PEFT attaches them to both layers. `tied` overrides this, for all updates or by kind.
 """
 
 from __future__ import annotations
@@ -101,11 +101,13 @@ def settle_tie(
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
-    # Add each half's own table: BART's classes read `shared` only by the tie, and without it each half loads its own.
+    # Add each half's own table: BART's classes use `shared` only through the tie, and without the tie each half loads
+    # its own table.
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
-    # Add tied copies: transformers ties everything in a class or nothing, so BERT's head would look for its own bias.
+    # Add tied copies: transformers ties all tied tensors of a class or none, so without the tie BERT's head would look
+    # for its own bias.
     for copy, source in tie.beside:
         names.setdefault(copy, source)
         written[copy] = folds.get(source, [])
@@ -167,7 +169,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
     if not own:
         return {}
     first = next(iter(own.values()))
-    # Skip the choice if all layers get the same change: then all choices agree, and the tool need not be known.
+    # If all layers get the same change, all choices agree, and the training tool need not be known.
     if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
         return {layer: own[layer] for layer in tie.layers}
     choice = _Choice(tie, own, adapter, tied)
@@ -186,8 +188,8 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                # Both halves of T5 read `shared`. The encoder of T5Gemma 2 has the decoder's table, too, and PEFT
-                # adapts the one that is named.
+                # Both halves of T5 use `shared`. The encoder of T5Gemma 2 uses the decoder's table, and PEFT adapts
+                # only the named one.
                 is_alias = name == tie.stored and tie.stored not in tie.inputs
                 is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
@@ -244,7 +246,7 @@ class _Choice:
         if kind == "rows" or tools == {"create"}:
             return UNTIE
         if tools == {"mlx"} and kind == "embedding":
-            # In mlx-lm, LoRAEmbedding.as_linear adds the same factors if the tied embedding serves as the head.
+            # mlx-lm uses the tied embedding as the head, and its LoRAEmbedding.as_linear adds the same factors there.
             return MERGE
         if tools != {"peft"}:
             raise self._unknown(name, "its file does not say which of them training changed")
@@ -255,7 +257,7 @@ class _Choice:
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:
                 raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is missing")
-            # PEFT looks for the names embed_tokens and lm_head; `wte` and others stay untied.
+            # PEFT looks for the names embed_tokens and lm_head only, so it does not tie `wte` and other names.
             return MERGE if name.endswith("embed_tokens.weight") else UNTIE
         return UNTIE
 
@@ -292,7 +294,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
     """Return one adapter's planned updates of one layer, without duplicates.
 
     Raises:
-        UsageError: they are not plain sums, so the result would depend on their order.
+        UsageError: the updates are not plain sums, so the result would depend on their order.
     """
     kept: list[PlannedUpdate] = []
     for fold in folds:
@@ -355,7 +357,7 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 
 
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
-    """Return (left, right) with W + left @ right in the stored layout, without scaling; None if it has no factors."""
+    """Return (left, right) of W + left @ right in the stored layout, without scaling; None if there are no factors."""
     from .arrays import NumpyArrays
 
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
@@ -381,7 +383,7 @@ def _bits(leaf: Leaf) -> Array:
 
 
 def _starts_alike(fold: PlannedUpdate, first: PlannedUpdate) -> bool:
-    """Whether both begin with the same replacement and `fold` has further updates."""
+    """Whether `fold` and `first` begin with the same replacement, and `fold` has further updates."""
     if len(fold.updates) < 2:
         return False
     one, other = fold.updates[0], first.updates[0]

@@ -214,12 +214,12 @@ def _names(plan: Plan) -> set[str]:
 
 
 def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
-    """Return how a merge treated a tie and an adapter's larger vocabulary, from its record or else from its output."""
+    """Return how a merge treated a tie and a larger vocabulary, by its record or, if it has none, by its output."""
     return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """Return how the merge treated a tie, from its record or else from the names in its output."""
+    """Return how the merge treated a tie, by its record, or without one by the names in its output."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])

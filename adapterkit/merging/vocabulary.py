@@ -65,7 +65,7 @@ class _Use:
         stored: the stored name of the tensor.
         axis: the axis of the updates that corresponds to the vocabulary.
         updates: the updates.
-        rows: the number of rows that they were made for; None if they are only rows of single tokens.
+        rows: the number of rows that the updates were made for; None if they are only rows of single tokens.
         tokens: the ids of the tokens with single rows.
     """
 
@@ -131,7 +131,7 @@ class Vocabulary:
     def settle(
         self, position: int, adapter: str, sites: Sequence[Site], shapes: Shapes
     ) -> tuple[list[Site], dict[str, tuple[int, ...]]]:
-        """Cut one adapter's targets, or record the rows that it needs, to match its vocabulary with the base's.
+        """Match an adapter's vocabulary with the base's: cut the adapter's targets, or record the rows that it needs.
 
         Args:
             position: the adapter's position in the merge.
@@ -152,7 +152,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:  # The updates contradict each other; binding them to the base's shape reports this.
+            if len(rows) > 1:  # Binding these updates to the base's shape reports that they contradict each other.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -296,7 +296,7 @@ class Vocabulary:
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # Use rows of the tied head for the embedding, too: a file may hold only those.
+        # Use rows of the tied head for the embedding, too: a file may hold only the head's rows.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:

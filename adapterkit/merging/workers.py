@@ -71,7 +71,7 @@ def create(path: Path, planned: OutputFile) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Allocate the blocks of a file, so that a full disk shows up now; this also makes writing a third faster."""
+    """Allocate the blocks of a file, so that a full disk raises an error now; writing is also a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
@@ -188,7 +188,7 @@ class Pipeline(Protocol):
     """The path of one worker's blocks through a device."""
 
     def computing(self) -> AbstractContextManager[object]:
-        """Return a context whose loads and computations happen before those of any later block."""
+        """Return a context: loads and computations inside it finish before those of any later block begin."""
         ...
 
     def through(
@@ -290,7 +290,7 @@ class _Slot:
             self.device_raw[:nbytes].copy_(self.host_raw[:nbytes], non_blocking=pipeline.has_streams)
             self.sent.record(pipeline.up)
         with pipeline.computing():
-            # Let the device wait, not this thread, which reads the next block in the meantime.
+            # Let the device wait instead of this thread, which reads the next block in the meantime.
             pipeline.work.wait_event(self.sent)
             raw = self._over(self.device_raw, nbytes, source)
             out = self._over(self.device_result, self.nbytes, target)
@@ -381,7 +381,7 @@ class Worker:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             if job.output is None or not job.output.folds:
                 raise
-            # numpy raises these if a formula meets sizes that validation cannot exclude, such as a rank of 0.
+            # numpy raises these errors for sizes that validation cannot exclude, such as a rank of 0.
             updates = [update for fold in job.output.folds for update in fold.updates]
             methods = " and ".join(dict.fromkeys(update.method for update in updates))
             why = f"the formula of {methods} cannot be computed for this weight ({error})"
@@ -412,7 +412,7 @@ class Worker:
         self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
-            # Count norms that do not depend on the base in one of the tensor's jobs only: they cover the whole tensor.
+            # Norms that do not depend on the base cover the whole tensor, so count them in one of its jobs only.
             norms = folder.norms() if job.order == 0 else {}
 
         def compute(block: Block, raw: Numbers, out: Numbers) -> None:

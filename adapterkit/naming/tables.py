@@ -13,7 +13,7 @@ from functools import cached_property
 from ..errors import TargetNotFound, nearest
 
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
-"""Prefixes of a language model's names in bases with more than a language model."""
+"""Prefixes of the language model's weight names in multimodal bases."""
 
 
 class NameTable:

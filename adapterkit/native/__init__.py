@@ -33,7 +33,7 @@ _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
 
 @cache
 def loops() -> ctypes.CDLL | None:
-    """Load the compiled library; None if it is missing, does not run on this processor, or is disabled."""
+    """Load the compiled library. Return None if it is missing, does not run on this processor, or is disabled."""
     if os.environ.get(OFF, "").lower() in ("off", "0"):
         return None
     try:

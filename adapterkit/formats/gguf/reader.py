@@ -44,8 +44,8 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     Args:
         file: the file.
         base: the base; the heads in its config determine the order of rows.
-        outline: whether to accept a file without the base that its row order needs; then loading such values raises the
-            error.
+        outline: accept a file without the base that its row order needs; the error is raised only when such values are
+            loaded.
 
     Raises:
         Malformed, Unsupported: the file is not llama.cpp's LoRA, or its architecture is unknown.

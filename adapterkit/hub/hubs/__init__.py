@@ -14,7 +14,7 @@ HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remo
 
 
 def hub_of(scheme: str) -> type[Remote]:
-    """Return the hub class of a scheme; for a scheme that only fsspec knows, return the class that reads by fsspec.
+    """Return the hub class of a scheme; if only fsspec knows the scheme, return a class that reads through fsspec.
 
     Raises:
         UsageError: the scheme is unknown.

@@ -76,7 +76,8 @@ class Filesystem(Listing):
     def listed(self) -> list[RemoteFile]:
         system, root = self._opened
         place = f"{root}/{self.uri.path}" if self.uri.path else root
-        # List the siblings of a single file too, because configs lie next to weights; `find` returns only the file.
+        # For a single file, `find` returns only the file. List its siblings too, because configs are next to the
+        # weights.
         found = self.call(lambda: system.find(place, detail=True))
         if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
             found = self.call(

@@ -106,8 +106,8 @@ class HuggingFace(Remote):
     def _told(self, url: str) -> tuple[Any, str | None]:
         """Return the JSON document at a url of the hub, and the url of the next page, or None.
 
-        Do not read with huggingface_hub's own functions, for two reasons. They read replies of any length. They also
-        send the token to any url that a page names as the next one, even if a redirect led to another server.
+        This does not use huggingface_hub's own functions, because they read replies of any length, and send the token
+        to any url that a page names as the next one, even if a redirect led to another server.
 
         Raises:
             HfHubHTTPError: the hub refuses.
@@ -231,7 +231,7 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # `send` creates a missing branch from the main branch, so the push meets the main branch's files.
+            # `send` creates a missing branch from the main branch, so list the main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -246,7 +246,7 @@ class HuggingFace(Remote):
         head_of(self)
 
     def place(self, path: str, file: Path, found: Digests) -> Placed:
-        # Upload with LFS whatever the size: only LFS files can be committed later by their sha256.
+        # Upload files of any size with LFS: only LFS files can be committed later by their sha256.
         def act() -> None:
             operation = _addition(path, str(file))
             self.api.preupload_lfs_files(self.uri.repo, [operation], revision=self.uri.revision, num_threads=2)
@@ -263,7 +263,7 @@ class HuggingFace(Remote):
 
         def act() -> bool:
             known, _, _ = post_lfs_batch_info([info], self.token, "model", self.uri.repo, endpoint=self.endpoint)
-            # The hub returns a url for the upload only if it does not have the bytes.
+            # The hub returns an upload url only for bytes that it does not have.
             return bool(known) and not any("upload" in (each.get("actions") or {}) for each in known)
 
         return self.call(act)
@@ -278,7 +278,7 @@ class HuggingFace(Remote):
         try:
             self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit, exist_ok=True))
         except NetworkError:
-            # Check for the tag: it may be set although the reply was lost.
+            # Look for the tag: it may be set even if the reply was lost.
             if self._tag(tag) != commit:
                 raise
 
@@ -332,7 +332,7 @@ def send(
             raise lost(str(uri), name)
 
     def act() -> str:
-        # Create new operations for each attempt: they remember that they were uploaded.
+        # Create new operations for each attempt, because an operation remembers that it was uploaded.
         operations = [
             _placed(name, content) if isinstance(content, Placed) else CommitOperationAdd(name, _content(content))
             for name, content in contents.items()
@@ -363,8 +363,8 @@ def head_of(remote: HuggingFace) -> str:
 def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Callable[[], str]) -> str:
     """Commit once, even if the reply is lost.
 
-    The request may have succeeded before the connection broke. Then the branch has moved away from `head` and already
-    holds the pushed files. In that case, return the new commit instead of raising an error.
+    The request may have succeeded before the connection broke. If the branch has moved away from `head` and already
+    holds the pushed files, return the new commit instead of raising an error.
     """
     try:
         return remote.call(act)

@@ -83,9 +83,9 @@ class ModelScope(Listing):
 def _guard(client: Any, place: str) -> None:
     """Keep the token at the hub's own origin, and limit the size of all replies except files.
 
-    The client also sends its token as a cookie for the host. By default, a cookie is bound to neither port nor scheme.
-    So after a redirect, requests would send it to another port or without encryption. The client itself drops the
-    `Authorization` header in that case.
+    The client also sends its token as a cookie for the host. By default, a cookie is bound to neither port nor scheme,
+    so a redirect could send it to another port or without encryption. (The client itself drops the `Authorization`
+    header on such redirects.)
     """
     home = urlsplit(client._endpoint)
 

@@ -1,6 +1,6 @@
 """Registries of the OCI distribution specification: `oci://registry/name:tag`.
 
-This file writes and reads the manifest of a ModelPack artifact.
+The first part writes and reads the manifest of a ModelPack artifact.
 
 Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
 https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
@@ -103,7 +103,7 @@ def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
 
     Raises:
         Malformed: the bytes are not a manifest.
-        Unsupported: they are an index of several manifests, and it is unclear which one is meant.
+        Unsupported: the bytes are an index of several manifests, and it is unclear which manifest is meant.
     """
     try:
         told = load_json(body.decode())
@@ -152,7 +152,7 @@ def _file(layer: object, where: str, place: str) -> RemoteFile:
 
 def _layer(name: str, digests: Digests) -> dict[str, JsonValue]:
     size, digest, _ = digests
-    # Write both annotations: ModelPack tools read the first, and oras the second.
+    # Write both annotations: ModelPack tools read the first, oras reads the second.
     notes = {FILE_PATH: name, NAMES[-1]: name}
     return {"mediaType": _kind(name), "digest": digest, "size": size, "annotations": notes}
 
@@ -249,7 +249,7 @@ class Distribution(Remote):
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             told = response.headers.get("Docker-Content-Digest", "")
-        # Compare sha256 only: the header is optional and may use another algorithm.
+        # Compare only sha256 digests: the header is optional and may use another algorithm.
         promised = revision if revision.startswith("sha256:") else told
         return body, promised if promised.startswith("sha256:") else ""
 
@@ -337,7 +337,7 @@ class Distribution(Remote):
             raise UsageError("a push cannot set who sees an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
-        # Compare the tag before and after the upload, which leaves a short race: registries have no conditional PUT.
+        # Compare the tag before and after the upload. A short race remains, because registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
@@ -388,9 +388,9 @@ class Distribution(Remote):
 #
 # Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
 #
-# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry for
-# the number of bytes received, which may end within a chunk. Docker's registry 2.8 puts a signed byte count into its
-# upload urls. It refuses to continue after more bytes than that count (half a chunk, or a chunk whose reply was lost).
+# The upload's url is saved to disk, so that another process can continue the upload. That process asks the registry how
+# many bytes it received; this may be a part of a chunk. Docker's registry 2.8 puts a signed byte count into its upload
+# urls, and refuses to continue if it received more bytes than that (half a chunk, or a chunk whose reply was lost).
 # Then the blob is sent again from its start.
 
 

@@ -94,8 +94,8 @@ class Bucket:
     def page(self, query: Mapping[str, str]) -> bytes:
         """Return the response to a query on the bucket itself.
 
-        obstore signs urls of objects only, and appends the object's key to the endpoint's url. Here, the endpoint
-        ends with the query and an `x-id=` parameter. So the appended key becomes the value of `x-id`, which S3 ignores.
+        obstore signs urls of objects only, and appends the object's key to the endpoint's url. So the endpoint here
+        ends with the query and `x-id=`: the appended key becomes the value of `x-id`, which S3 ignores.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -124,7 +124,7 @@ class Bucket:
             yield response
 
 
-# For anonymous access, these keys sign a url and the signature is cut off: obstore builds urls only while signing.
+# For anonymous access, sign a url with these keys and cut off the signature: obstore builds urls only while signing.
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
@@ -255,9 +255,9 @@ class S3(Listing):
 
     @cached_property
     def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
-        """The list of files: its key, content and ETag; None if it does not exist.
+        """(key, content, ETag) of the stored file list; None if there is none.
 
-        A uri may name a file, so the list of the parent folder is tried second.
+        A uri may name a file, so the parent folder's list is tried after the folder's own.
         """
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
@@ -311,7 +311,7 @@ class S3(Listing):
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
         if self._claimed is not None:
-            # Since the claim, tasks have uploaded files here: return the files from before.
+            # Tasks have uploaded files here since the claim, so return the files from before the claim.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
@@ -339,7 +339,8 @@ class S3(Listing):
     def begin(self) -> None:
         super().begin()
         self._met = self.there()
-        # Keep the ETag of this claim: if another program pushes before `send`, writing the list with the ETag fails.
+        # Keep the ETag of this claim: if another program pushes before `send`, `send` cannot write the list with this
+        # ETag.
         self._claimed = self._claim(_entries(self._before(), self.uri.path))
 
     def kept(self) -> str:
@@ -374,7 +375,7 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
-        # Add a random name, which distinguishes this push's claim from another one with the same files.
+        # Add a random name, so that the claim differs from another push's claim with the same files.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, told: Mapping[str, JsonValue], tag: str | None) -> str | None:
@@ -402,7 +403,7 @@ class S3(Listing):
             return None, None
 
     def passing(self, error: Exception) -> Passing | None:
-        # Treat its errors as final: obstore has already retried its own requests.
+        # Treat obstore's errors as final, because obstore has already retried its own requests.
         if isinstance(error, Passing):
             return error
         return Passing("the connection was lost") if is_transport(error) else None
