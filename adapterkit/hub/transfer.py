@@ -176,9 +176,7 @@ class _Fetching:
             self._held(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Download the remaining bytes. Progress resets the count of attempts, so a bad connection only takes
-        longer.
-        """
+        """Download the remaining bytes. Progress resets the count of attempts: a bad connection only takes longer."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)

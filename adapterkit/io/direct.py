@@ -123,8 +123,7 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
 
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Offsets, lengths and addresses of direct writes must be multiples of this; no common disk needs a larger
-alignment."""
+"""Direct writes need multiples of this as offsets, lengths and addresses; no common disk needs a larger alignment."""
 
 PIECE = 4 << 20
 """Bytes of one write to the disk."""

@@ -182,9 +182,7 @@ def divided_by(values: object, by: Array) -> Array:
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Pack numbers into runs of `run` bytes: the first `run` numbers use `shifts[0]`, the next `run` `shifts[1]`,
-    ...
-    """
+    """Pack numbers into bytes. Each `run` bytes hold `run` numbers shifted by `shifts[0]`, `run` by `shifts[1]`, ..."""
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

@@ -239,7 +239,7 @@ def additive(updates: Iterable[Update]) -> list[Additive]:
 
 
 LARGE = 1e30
-"""Norm of a change from which results are checked for overflow even if the output has float32's range."""
+"""If a change has at least this norm, results are checked for overflow even if the output has float32's range."""
 
 
 class BlockMerger:

@@ -25,14 +25,14 @@ WEAK = 1e-3
 """Directions with a smaller singular value, relative to the largest, are left to rounding."""
 
 ROUNDS = 24
-"""How often a weight is packed at most."""
+"""The largest number of times that a weight is packed."""
 
 ENOUGH = 0.02
-"""Part of the first error along the directions at which all is done."""
+"""The search ends when every row's error along the directions is at most this part of its first error."""
 
 STILL, TURNED = 0.7, -0.2
-"""Part of the error that is left along itself after a step: above the former it has hardly moved, below the latter it
-has turned round."""
+"""Part of a row's error that a step leaves: above the first number the error hardly changed, below the second it has
+turned round."""
 
 LONGER, SHORTER = 1.6, 0.6
 """Factors of the next step in these two cases."""

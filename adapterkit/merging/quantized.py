@@ -59,7 +59,7 @@ SAVED = (
 """Advice for those whose trainer quantized the base while loading it."""
 
 KEPT = ("adapter",)
-"""The choices of what rounding is to keep."""
+"""What rounding can keep, as the argument `keep` names it."""
 
 
 def as_merged(

@@ -38,7 +38,7 @@ RUN = 1 << 22
 """Number of elements of a weight that a worker takes at a time, if rows are packed separately."""
 
 KEPT_BYTES = 64
-"""Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
+"""Bytes per number of a weight whose change is kept: float64 for merged, shifted, packed weights and differences."""
 
 FEW_KINDS = 2
 """Largest number of module kinds, such as `o_proj`, for which `keep` works well without activations."""
@@ -53,7 +53,7 @@ SQUARE_BYTES = 48
 """Bytes for each pair of inputs of a weight that is rounded by activations: six square matrices in float64."""
 
 NORMS = 4
-"""Number of norms that measure quantizing: of its error, the merged weight, the change, and the remaining change."""
+"""The number of norms that measure quantizing: of the error, the merged weight, the change, the remaining change."""
 
 
 @dataclass(frozen=True, eq=False)

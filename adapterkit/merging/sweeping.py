@@ -28,7 +28,7 @@ DAMPING = 0.01
 """Part of the mean of H's diagonal that is added to the diagonal, because texts do not reach every direction."""
 
 ADAPTER = 10.0
-"""Weight of the directions that the adapter reads, in units of the mean of H's diagonal."""
+"""Weight of the directions to which the adapter responds, in units of the mean of H's diagonal."""
 
 
 def weighting(inputs: Array, directions: Array) -> Array:

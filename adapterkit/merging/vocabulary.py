@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""A base counts as padded if the adapter lacks at most one row in this many.
+"""A base counts as padded if the adapter lacks at most one of this many rows.
 
 By their configs and tokenizers, Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """

@@ -270,7 +270,7 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Count the elements that both change, and those with opposite signs; sum the absolute changes and their sum's.
+    """Count elements that both change, and opposite signs among them; sum the absolute values of changes and sum.
 
     Args:
         one: the first change.

@@ -61,7 +61,7 @@ ARGUMENTS = frozenset({
 """Arguments of `combine` that are not parameters of a method; they have their own keys or options."""
 
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
-"""A map from mergekit's parameters that change nothing here to the values for which that is so."""
+"""A map from mergekit's parameters to the values with which they have no effect here."""
 
 TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",

@@ -23,10 +23,10 @@ HELD = 1 << 19
 """The largest number of values of one series to keep in memory."""
 
 BINS = 1 << 16
-"""The number of bins of an interval with more values than that."""
+"""The number of bins of an interval with more values than `HELD`."""
 
 SHARE = 256
-"""A sample has one number in this many, for tensors above `WHOLE`."""
+"""In tensors with more entries than `WHOLE`, one of this many numbers is sampled."""
 
 WHOLE = 1 << 12
 """Tensors with at most this many entries are sampled whole."""

@@ -87,8 +87,8 @@ class Rules:
             scaling of 0. If false, both mean the rank, as in the tools' forward.
         oft_zero: the meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
         norms: whether changes of one-dimensional weights use the slots of norms.
-        peft: whether DoRA's magnitude has PEFT's shape ([out]; on a convolution [1, out, 1, ...]) instead of [out, 1,
-            ...].
+        peft: whether DoRA's magnitude has PEFT's shape, not [out, 1, ...]; PEFT's is [out], on a convolution [1, out,
+            1, ...].
         slots: the format's slots, or prefixes of slots.
         trained: the options of LyCORIS in the file's header.
     """

@@ -28,7 +28,7 @@ MAX_ANSWER = 1 << 20
 """Largest reply to a token request, in bytes; tokens with many scopes take about 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""Names of Docker Hub: people, credential stores and the network each use a different one."""
+"""Names of Docker Hub: people, credential stores and the network each use another name."""
 
 
 def is_near(host: str) -> bool:

@@ -50,7 +50,7 @@ DEPENDENCES = {
     "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
     "seed": "random numbers",
 }
-"""The properties, other than the changes, that a combiner's result may depend on; tests check each in both ways."""
+"""The properties, other than the changes, on which a combiner's result may depend; tests check each declaration."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)

@@ -83,13 +83,13 @@ SETTLED = 1e-10
 """The residual of a span, relative to its smallest eigenvalue, at which an iteration ends."""
 
 SPREAD = 1e5
-"""How far products may spread the lengths of the vectors before they are made orthonormal again."""
+"""The largest ratio that products may create between lengths of vectors before these are made orthonormal again."""
 
 PRODUCTS = 24
 """The largest number of products with a matrix; decomposing a matrix of 128 columns takes as long as 50."""
 
 PAUSE = 8
-"""How many matrices are decomposed after one for which the iteration failed."""
+"""After the iteration failed for a matrix, this many following matrices are decomposed instead."""
 
 
 def _gram(X: Array, V: Array | None = None) -> Array:

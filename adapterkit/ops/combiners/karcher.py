@@ -27,7 +27,7 @@ class Karcher(Mixture):
     tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        """Compute everything in the coordinates of the unit vectors, whose inner products are the cosines."""
+        """Return the mean's coefficients. All vectors are sums of the changes' unit vectors, so cosines are enough."""
         import numpy as np
 
         sizes = np.sqrt(gram.diagonal())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""Relative threshold for rounding noise of a task's change in a direction."""
+"""Relative threshold below which a task's change in a direction counts as rounding noise."""
 
 
 class SVC(PlugIn):
