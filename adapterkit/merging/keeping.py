@@ -2,9 +2,9 @@
 
 Rounding to the nearest loses a change D = M - W that is smaller than a step of the grid, although the numbers of a row
 could hold the change together. Let V be the right singular vectors of D: the directions of the inputs to which D
-responds. Wanted are the rows Q of the grid that are nearest to M among those with (Q - M) V = 0. With Lagrange
-multipliers C, they are the rows of M + C V^T, rounded to the nearest. Ascent finds C, row by row: the gradient is the
-part of the error along V. Only the scheme's own packing rounds, so the same code works for every scheme.
+responds. The result Q is the nearest to M among the matrices on the grid with (Q - M) V = 0. With Lagrange multipliers
+C, Q is M + C V^T, rounded to the nearest. Ascent finds C, row by row: the gradient is the part of the error along V.
+Only the scheme's own packing rounds, so the same code works for every scheme.
 """
 
 from __future__ import annotations

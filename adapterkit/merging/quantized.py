@@ -59,7 +59,7 @@ SAVED = (
 """Advice for those whose trainer quantized the base while loading it."""
 
 KEPT = ("adapter",)
-"""What rounding can keep, as the argument `keep` names it."""
+"""The values of the argument `keep`."""
 
 
 def as_merged(

@@ -1,7 +1,7 @@
 """Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
 
-Of all products of rank r, the one of the first r singular values has the smallest Frobenius error (Eckart and Young
-1936).
+The product of the first r singular values and vectors has the smallest Frobenius error of all products of rank r
+(Eckart and Young 1936).
 """
 
 from __future__ import annotations

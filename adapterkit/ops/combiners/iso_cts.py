@@ -1,6 +1,6 @@
 """Iso-CTS: combine directions of the sum with directions of each task; make them orthonormal, with one singular value.
 
-Of R directions, the first k come from the sum of the changes. Each of the T tasks adds (R - k) / T from what is left of
+The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T from what is left of
 its change outside those k. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in
 https://github.com/danielm1405/iso-merging.
 """

@@ -1,8 +1,8 @@
 """LoRA-LEGO: pair each row of A with its column of B, cluster the pairs of all tasks; each centre becomes one rank.
 
-The largest entry of a centre is scaled to the mean of its members' largest entries. The result is scaled by sqrt(pairs
-/ ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the default
-rank are from the code of CtM's authors, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
+The largest entry of a centre is scaled to the mean of its members' largest entries. The result is multiplied by
+sqrt(pairs / ranks). Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the
+default rank are from the code of CtM's authors, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general and
 change less. Targets outside numbered layers are scaled by alpha. For T tasks, the authors choose beta up to 1 by
-validation. Their alpha is the norm of the sum of the changes, divided by T times the norm of the merged change (so 1 /
-T after task arithmetic). For a single task beta = 1 - alpha, the default here.
+validation. Their alpha is the norm of the sum of the changes, divided by T times the norm of the merged change (after
+task arithmetic, alpha is 1 / T). For a single task beta = 1 - alpha, the default here.
 """
 
 from __future__ import annotations
