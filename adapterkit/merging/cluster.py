@@ -4,8 +4,10 @@ A task receives only names and options, a few hundred bytes. It plans the whole 
 plan has the driver's digest. The names decide what it reads and writes:
 
 * It downloads inputs on hubs itself, into scratch on its node. From the base it downloads only the bytes that its file
-needs. * If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only
-the header, and makes the output visible when all files are uploaded. * Paths are on a file system that all nodes share.
+  needs.
+* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of the file, with only the
+  header, and makes the output visible when all files are uploaded.
+* Paths are on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.
 """

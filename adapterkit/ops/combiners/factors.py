@@ -1,8 +1,8 @@
 """Combine all A and all B separately by another combiner; the product contains terms B_s A_t of different tasks.
 
 PEFT combines factors in this way for `linear`, `ties`, `dare_*` and `magnitude_prune`:
-https://huggingface.co/docs/peft/developer_guides/model_merging. With c_t = w_t * scaling_t, A gets the weights sign(c)
-sqrt|c| and B gets sqrt|c|.
+https://huggingface.co/docs/peft/developer_guides/model_merging.
+With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B gets sqrt|c|.
 """
 
 from __future__ import annotations
