@@ -130,8 +130,7 @@ def places(
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
     # One adapter may target a stack of experts, or a fused weight, while another targets its parts. With a base,
-    # binding
-    # the adapters splits the experts.
+    # binding the adapters splits the experts.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:

@@ -38,8 +38,7 @@ class Census:
 
         Args:
             once: a function that runs the formula at all targets, or at a few of them if its argument is True; it is
-                called
-                with False about twice per stage.
+                called with False about twice per stage.
             stages: the number of searches, each of which depends on the one before; 0 if only sums are needed.
         """
         self.counting = True
@@ -67,8 +66,7 @@ class Census:
             series: the names of the series, such as the index of an adapter.
             blocks: the changes.
             wanted: for each series, a function of the number of values and the number of nonzero values that returns
-                how
-                many of the largest to keep.
+                how many of the largest to keep.
             key: a function of changes `[T, ...]` that returns the series on the first axis; magnitudes if not given.
         """
         import numpy as np

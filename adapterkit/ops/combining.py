@@ -55,9 +55,8 @@ def combine(
             ignored at that target.
         method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
         weights: one per adapter, 1 if not given. Each is a number, a list of numbers from the first layer to the last,
-            or
-            a mapping of globs of targets to either; the first matching glob counts, and without a match the weight is
-                1.
+            or a mapping of globs of targets to either; the first matching glob counts, and without a match the weight
+            is 1.
         base: the base, which resolves names and layouts, and gives the weights to methods and combiners that need them.
         rank: cut the result to this rank, target by target. The result is the best approximation, or close to it for
             large matrices without low-rank factors. `"fit"`: cut only such matrices, to the largest rank of the inputs,

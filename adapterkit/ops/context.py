@@ -79,8 +79,7 @@ class FormulaContext:
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
         # A counter-based stream can start anywhere, which blocks need. numpy's takes 2 ns for each number, a tenth of
-        # the
-        # time of Philox written with arrays of integers.
+        # the time of Philox written with arrays of integers.
         stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)

@@ -106,8 +106,7 @@ class Evaluation:
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
         # A result that may not be low rank is outlined as dense, so that a format without dense updates asks for a cut.
-        # The
-        # cut does not change results that turn out to be low rank.
+        # The cut does not change results that turn out to be low rank.
         sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
         if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}

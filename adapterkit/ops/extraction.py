@@ -77,8 +77,7 @@ def extract(
     """Return the adapter that turns a base into a tuned model.
 
     A matrix whose smaller side is at most the rank is kept at full rank. Merging then restores the tuned weights, bit
-    by
-    bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
+    by bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices in this way.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -87,8 +86,7 @@ def extract(
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
         scope: `target`: each matrix separately. `all`: keep the largest singular values of all matrices together, so
-            that
-            energy and error apply to the whole model with the fewest numbers, and rank is the mean rank; only for
+            that energy and error apply to the whole model with the fewest numbers, and rank is the mean rank; only for
             `lora`. Matrices with too small a change get no update; the factors of all matrices are held in memory.
         targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
         embeddings: `rows`: store changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
@@ -342,8 +340,7 @@ class _Extraction:
         B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
         # Cutting and rounding the factors changes the norms of the rows, by which DoRA divides. So the error is
-        # measured
-        # with DoRA's own formula and the stored numbers.
+        # measured with DoRA's own formula and the stored numbers.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]

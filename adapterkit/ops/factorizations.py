@@ -75,8 +75,7 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     """Return the Kronecker product nearest to `D [out, in]`, with LyCORIS's split of the sides; `rank` is w2's.
 
     If each block of D is one row of a matrix, the result is the first singular pair of that matrix: Van Loan and
-    Pitsianis
-    1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is cut to the rank.
+    Pitsianis 1993, https://doi.org/10.1007/978-94-015-8196-7_17. Afterwards w2 is cut to the rank.
 
     Raises:
         UsageError: the criterion is an energy or an error, which no rank guarantees.

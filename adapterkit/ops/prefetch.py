@@ -40,8 +40,7 @@ def ahead(
         items: the items.
         workers: the number of threads, and of results that may wait.
         cost: a function that returns the bytes an item holds while it is computed. The sum over running items stays
-            below
-            `MEMORY`; an item that needs more than that runs alone.
+            below `MEMORY`; an item that needs more than that runs alone.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -101,8 +100,7 @@ def one_blas_thread() -> Iterator[None]:
 
     # threadpoolctl sets a process-wide number and later restores the previous one. With two nested or overlapping
     # blocks, the second would find 1 and might restore it last, for good. So the first block sets the limit, and the
-    # last
-    # block to end restores it.
+    # last block to end restores it.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -2,9 +2,8 @@
 
 A sample gives an interval that contains the number, except with a probability of 1e-8. A pass counts the numbers above
 the interval and keeps those inside. If there are too many of these, it counts them in bins by their leading bits, and
-one
-bin becomes the next interval; the bits of positive doubles have the same order as the doubles. A bad sample only costs
-time: if the interval does not contain the number, the range next to it is searched.
+one bin becomes the next interval; the bits of positive doubles have the same order as the doubles. A bad sample only
+costs time: if the interval does not contain the number, the range next to it is searched.
 """
 
 from __future__ import annotations

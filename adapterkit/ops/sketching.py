@@ -10,8 +10,7 @@ most that of Q^T D plus the smaller of
   R D^T Q (the same for D D^T).
 
 Powers of R^T R on random vectors bound the largest square (Dixon 1983, https://doi.org/10.1137/0720053). The bound
-fails
-with a probability of at most 1e-8.
+fails with a probability of at most 1e-8.
 """
 
 from __future__ import annotations

@@ -34,8 +34,7 @@ class WeightTrial:
         combined: a function from coefficients `[T]` of each target to the combined adapter.
         score: a function from an adapter to the caller's loss.
         products: a function from a target and a gradient `[out, in, *k]` to the gradient's inner products `[T]` with
-            the
-            parts that the coefficients multiply.
+            the parts that the coefficients multiply.
         changes: a function from a target to the adapters' changes; None for an adapter without a change there.
         depth: a function from a target to its depth, from 0 to 1; None outside numbered layers.
         each: parameters of single adapters.

@@ -3,8 +3,8 @@
 S_k is the first singular value at which the sum S_1 + .. + S_k reaches the share beta of the sum of all; smaller values
 are set to S_k.  Skorobogat et al. 2025, https://arxiv.org/abs/2506.16506: in many merged models, few directions hold
 most of the change. beta = 0.01 as in the authors' code. Directions with a singular value of 0 are not raised: the
-result
-of low-rank changes keeps their rank, while in the authors' full matrices all directions of the weight are raised.
+result of low-rank changes keeps their rank, while in the authors' full matrices all directions of the weight are
+raised.
 """
 
 from __future__ import annotations

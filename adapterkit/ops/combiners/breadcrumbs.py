@@ -1,8 +1,7 @@
 """Model Breadcrumbs: drop the largest and smallest entries of each change; then use task arithmetic or an election.
 
 Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: the entries between the quantiles 0.85 and 0.993 of a
-layer
-are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
+layer are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of each row.
 """
 
 from __future__ import annotations

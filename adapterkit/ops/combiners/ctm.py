@@ -3,8 +3,7 @@
 The result has rank r. The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each scaled to the
 norm beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core
 separately, and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README
-lets
-TIES keep 0.25 of the entries and scales the result by 0.75.
+lets TIES keep 0.25 of the entries and scales the result by 0.75.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ class CtM(PlugIn):
         flipped = np.ascontiguousarray(X.swapaxes(1, 2))
         U, V = _first(_gram(X), rank), _first(_gram(flipped), rank)
         # The rounds compute spans only, because the next round depends on nothing else. `then` depends on single
-        # vectors,
-        # which are computed after the last round.
+        # vectors, which are computed after the last round.
         spans, before = _Spans(rank), None
         norm, error = float((X * X).sum()), np.inf
         for _ in range(self.iterations):

@@ -3,9 +3,8 @@
 The first r directions of task t get singular values with the same sum, either all equal (average) or on a line. The
 bases are the polar factors of [U_1 .. U_T] and [V_1 .. V_T]. In them each task keeps its largest entries, signs are
 elected, and entries that agree are averaged. Entries between directions of two different tasks are dropped. Zhang et
-al.
-2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share, 0.001, is the authors'
-for vision models and for LLaVA, where r is 16, the rank of their LoRA.
+al. 2026, https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The kept share, 0.001, is the
+authors' for vision models and for LLaVA, where r is 16, the rank of their LoRA.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """EMR: elect one change from all; for a given task, apply the task's mask and scale to it.
 
 The sign of an entry is the sign of the sum, its size the largest magnitude with that sign. Task t takes the entries
-that
-have its own sign, times lambda_t: the sum over tensors of the task's mean magnitude, divided by the same sum for the
-masked change. Huang et al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
-Without
-a task, the result is the elected change itself.
+that have its own sign, times lambda_t: the sum over tensors of the task's mean magnitude, divided by the same sum for
+the masked change. Huang et al. 2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging.
+Without a task, the result is the elected change itself.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general and
 change less. Targets outside numbered layers are scaled by alpha. For several tasks, the authors take alpha = 1 / T
-times
-the norm of the sum of the changes over that of the merged change (1 / T after task arithmetic), and choose beta by
-validation, up to 1. For a single task beta = 1 - alpha, the default here.
+times the norm of the sum of the changes over that of the merged change (1 / T after task arithmetic), and choose beta
+by validation, up to 1. For a single task beta = 1 - alpha, the default here.
 """
 
 from __future__ import annotations

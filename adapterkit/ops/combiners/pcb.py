@@ -2,8 +2,7 @@
 
 Magnitudes are clamped to their quantiles 0.0001 and 0.9999 and scaled to [0, 1] as m_t; an entry's score is
 exp(T m_t^2) tanh(x_t sum x). Scores below the quantile 1 - ratio count 0, those above are scaled to 0 to 1. The result
-is
-the mean of the clamped entries weighted by these scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. The
+is the mean of the clamped entries weighted by these scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. The
 quantiles are those of a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default
 and 0.05 in the examples.
 """

@@ -2,9 +2,8 @@
 
 [B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
 scaled to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
-its
-authors' https://github.com/yixuantt/Pico does that with a merged change; the command there merges nothing, and scales
-each change to its own norm from before.
+its authors' https://github.com/yixuantt/Pico does that with a merged change; the command there merges nothing, and
+scales each change to its own norm from before.
 """
 
 from __future__ import annotations

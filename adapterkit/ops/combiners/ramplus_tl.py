@@ -1,11 +1,9 @@
 """Reinforced agent merging plus, tensor by tensor: scale up entries of a single task by its share of common entries.
 
 Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha). rho_t is the number of entries that task t and
-others
-changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
-default
-r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is counted in
-each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
+others changed, divided by the number that only task t changed.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. The
+default r and alpha are those of https://github.com/xiangchi-yuan/mrl, which counts over the whole model. Here rho is
+counted in each tensor, as in mergekit, whose r and alpha are 0.1 and 0.2.
 """
 
 from __future__ import annotations

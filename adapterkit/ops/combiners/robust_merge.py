@@ -2,8 +2,7 @@
 
 A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), where s_t is task t's share of the ratios |A_t|_1 / |A_t'|_1, row by row;
 ratios below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. The
-defaults
-are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in
+defaults are those of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in
 llava/model/builder.py).
 """
 

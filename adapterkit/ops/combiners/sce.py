@@ -2,8 +2,7 @@
 
 Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges only selected entries, as mergekit does.
 In the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) the selected entries determine the weights,
-and
-all entries are merged with these. The default share of 0.1 is from the authors' fusechat-sce.yml.
+and all entries are merged with these. The default share of 0.1 is from the authors' fusechat-sce.yml.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 D = U S V^T is the merged change, and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2. Direction r is multiplied by
 T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1, tasks that share nothing are
-simply
-summed. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and to 0.2 after
-Iso-CTS.
+simply summed. https://github.com/tanganke/fusion_bench sets alpha to 0.1 after sums, TIES, DARE and Iso-C, and to 0.2
+after Iso-CTS.
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ class TIES(Sparse):
             least = thresholds(blocks, densities, self.kept)
         else:
             # Recomputed coordinates round differently, such as KnOTS's without its bases while it counts. The entry
-            # that
-            # defines the threshold must not fall below it.
+            # that defines the threshold must not fall below it.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)

@@ -2,8 +2,7 @@
 
 U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T.
 Gargiulo et al. 2024, https://arxiv.org/abs/2412.00081. Each of T tasks keeps int(min(m, n) / T) directions of a weight
-of
-m x n, as in https://github.com/AntoAndGar/task_singular_vectors.
+of m x n, as in https://github.com/AntoAndGar/task_singular_vectors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """WUDI: find the change that disturbs the tasks least, min_D sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
 
 With G_t = D_t^T D_t / |D_t|^2, the minima solve D sum_t G_t = sum_t D_t G_t; `solver=exact` takes the one nearest to
-the
-sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
+the sum of the changes.  Cheng et al. 2025, https://arxiv.org/abs/2503.08099. The authors' code,
 https://github.com/nathanielyvo/WUDI-Merging, stops after 300 steps of Adam of size 1e-5 from that sum, far from the
 minimum: on adapters of a real model the results have norms of 17.9 and 25.2. `solver=adam` does the same. The result of
 Adam is not of low rank, so this solver holds four matrices of the weight's size and takes minutes for a large one.
