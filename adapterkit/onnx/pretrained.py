@@ -69,8 +69,9 @@ def export_factory(
         factory: `module:function`, imported with the working folder first on Python's path. The function takes no
             arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
             of `export` (those in `OWN`, which describe the module's call).
-        out: the folder to write; it appears when it is complete, by a rename. weights: a file or folder of weights to
-        load into the module; it must contain all parameters and buffers of the module.
+        out: the folder to write; it appears when it is complete, by a rename.
+        weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
+            buffers.
         overwrite: replace a folder that an export wrote.
         options: more arguments of `export`; for an argument that is None, the function's value is used.
 

@@ -325,7 +325,7 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens and the positions of the last `length`, if the model has these inputs."""
+        """Return the mask of all tokens, and the positions of the last `length` ones, if the model has these inputs."""
         made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
 
