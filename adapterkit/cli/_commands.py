@@ -170,7 +170,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """Return the first line of a module's docstring. It is read from the source: importing all modules is slow."""
+        """Return the first line of a module's docstring, read from the source: importing all modules is slow."""
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)

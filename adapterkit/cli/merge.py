@@ -471,7 +471,7 @@ def _names(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
-    """Yield the smallest and the largest norm of a change: they reveal an adapter that does nothing or too much."""
+    """Yield the smallest and the largest norm of a change, which reveal an adapter that does nothing or too much."""
     if norms:
         sizes = {name: max(map(float, texts(norms, name))) for name in norms}
         low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))

@@ -143,9 +143,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
     prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
     alike = len({prompt.shape for prompt in prompts}) == 1
     texts: list[list[int]] = []
-    for ids in (
-        [torch.cat(prompts)] if alike else prompts
-    ):  # Batch only prompts of equal length: padding changes results.
+    for ids in [torch.cat(prompts)] if alike else prompts:  # Batch only equal lengths, because padding changes results.
         start = ids.shape[1]
         for _ in range(new):
             ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)

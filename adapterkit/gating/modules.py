@@ -224,9 +224,8 @@ def judged(
         if name in weights.names:
             found[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
         plain = _plain_fault(comparison.sums[name]) if name in parts else ""
-        if plain and not found[name].fault.startswith(
-            BROKEN
-        ):  # Keep the fault of a broken weight, which explains more than a wrong output.
+        # Keep the fault of a broken weight, which explains more than a wrong output.
+        if plain and not found[name].fault.startswith(BROKEN):
             found[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
     return (*found.values(), *lost)

@@ -123,7 +123,7 @@ class Rowwise(Packed):
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether exactly the rows before this one are stored first, in each member that changes."""
+        """Whether each member that changes can be cut before this row: all earlier rows are stored first."""
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
