@@ -45,9 +45,10 @@ def main() -> None:
         number = getattr(signal, name, None)
         if (
             number is not None and signal.getsignal(number) == signal.SIG_DFL
-        ):  # `nohup` sets SIGHUP to be ignored; keep that.
+        ):  # `nohup` makes the process ignore SIGHUP; keep that.
             signal.signal(number, _interrupted)
-    # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits all.
+    # Collect garbage less often: a file of 10^5 tensors makes 10^6 long-lived objects, and each collection visits them
+    # all.
     thresholds = gc.get_threshold()
     gc.set_threshold(100_000, *thresholds[1:])
     try:
@@ -60,6 +61,6 @@ def main() -> None:
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
-    """End as Ctrl-C does, so that unfinished output is removed. Ignore a second signal during this cleanup."""
+    """End the command as Ctrl-C does, so that unfinished output is removed. Ignore a second signal meanwhile."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -73,7 +73,7 @@ recipe_option = click.option(
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the named adapters and the recipe: that of the option, or a single argument that ends in .yml or .yaml."""
+    """Return the named adapters and the recipe: the option's, or a single argument that ends in .yml or .yaml."""
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -83,7 +83,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Add to errors about an adapter the key in the recipe that names this adapter."""
+    """To errors about an adapter, add the recipe's key that names the adapter."""
     from ..errors import AdapterkitError
 
     try:

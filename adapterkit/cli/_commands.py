@@ -1,4 +1,4 @@
-"""The group of all commands: imports a command's module only when needed, writes its help, and catches all errors."""
+"""The group of all commands. It imports a command's module when needed, writes the help, and catches all errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
 
 
 class Formatter(click.HelpFormatter):
-    """A help formatter that also fits terminals of fewer than 50 columns, which click's formatter does not.
+    """A help formatter that also fits terminals of fewer than 50 columns, unlike click's own formatter.
 
     Args:
         indent_increment: as in click.
@@ -120,7 +120,8 @@ class Commands(click.Group):
 
     @cached_property
     def _names(self) -> list[str]:
-        # Cached: reading the folder takes 5 ms, and one run of the command line needs the names two or three times.
+        # Cache the names: reading the folder takes 5 ms, and one run of the command line needs the names two or three
+        # times.
         modules = pkgutil.iter_modules(import_module(self.package).__path__)
         return sorted(module.name for module in modules if not module.name.startswith("_"))
 
@@ -154,7 +155,7 @@ class Commands(click.Group):
 
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None:
-            # `doctor` reports files of defaults that cannot be read; it must not fail because of them.
+            # `doctor` reports files of defaults that cannot be read, so these files must not make `doctor` fail.
             found = {} if name == "doctor" else for_command(name, command)
             ctx.default_map = {name: found}
             lines = ctx.meta.get(STAGES)
@@ -169,7 +170,7 @@ class Commands(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     def _summary(self, name: str) -> str:
-        """Return the first line of a module's docstring. It is read from the source: importing all modules is slow."""
+        """Return the first line of a module's docstring, read from the source: importing all modules is slow."""
         module = f"{self.package}.{name}"
         loader = getattr(find_spec(module), "loader", None)
         read = getattr(loader, "get_source", None)
@@ -212,7 +213,7 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> int:
-        """Run the command line. Exit with its exit code, or return the code if `standalone_mode` is off."""
+        """Run the command line. Exit with the command's exit code, or return the code if `standalone_mode` is off."""
         settings = CliSettings.of(sys.argv[1:] if args is None else args)
         run = super().main
         code = answer(

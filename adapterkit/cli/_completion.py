@@ -1,7 +1,7 @@
 """Shell completion of paths and of the names of formats, combiners and devices.
 
-click itself completes commands, flags and choices but not plain text. While a shell asks for completions, the plain
-text parameters therefore get types that complete.
+click itself completes commands, flags and choices but not plain text. Therefore, while a shell asks for completions,
+plain text parameters get types that can complete values.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VALUES: dict[str, Callable[[], Iterable[str]]] = {
 if TYPE_CHECKING:
     _Text = click.ParamType[str]
 else:
-    _Text = click.ParamType  # Not generic before click 8.4.
+    _Text = click.ParamType  # This type is not generic before click 8.4.
 
 
 class _Completed(_Text):
@@ -94,5 +94,5 @@ def script(shell: str, program: str = "adapterkit") -> str:
     made = get_completion_class(shell)
     assert made is not None
     completion: Any = made(adapterkit, {}, program, VARIABLE)
-    # Use the template directly: `source()` would run bash to check its version, and any bash since 2014 will do.
+    # Use the template directly: `source()` would run bash to check the version, and any bash since 2014 is new enough.
     return str(completion.source_template % completion.source_vars())

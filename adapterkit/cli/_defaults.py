@@ -36,9 +36,9 @@ OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
 })  # fmt: skip
-"""Parameters that must be typed: what is written or replaced, and where the work runs.
+"""Parameters that must be typed on the command line: what is written or replaced, and where the work runs.
 
-Otherwise a file in a downloaded folder could choose them.
+Otherwise, a file in a downloaded folder could choose their values.
 """
 
 _MOST = 1 << 20

@@ -90,7 +90,7 @@ NEXT: Mapping[str, str] = {
     "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
-"""Command -> the command to suggest next. No suggestion is printed if one of its values was not given."""
+"""Command -> the command to suggest next. If a value in the suggestion was not given, no suggestion is printed."""
 
 
 def epilog(command: str) -> str | None:

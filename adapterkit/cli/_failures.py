@@ -37,7 +37,7 @@ class Interrupted(AdapterkitError):
 
 
 class Carried(Exception):
-    """A wrapper that hides an exception from click, which exits on a closed pipe and takes `EOFError` for Ctrl-C."""
+    """A wrapper that hides an exception from click: click exits on a closed pipe, and treats `EOFError` as Ctrl-C."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -77,7 +77,7 @@ def typed(error: BaseException) -> AdapterkitError:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted("Interrupted", cure="Run the same command again; merge and pull resume where they stopped.")
     if isinstance(error, click.UsageError):
-        # Click prints choices on separate lines with tabs: join them.
+        # Click prints choices on separate lines with tabs: join the lines.
         return UsageError(" ".join(error.format_message().split()).removesuffix("."), cure=_usage_cure(error))
     if isinstance(error, OSError):
         return storage_error(error, error.filename or "a file")
@@ -123,7 +123,7 @@ def as_flags(text: str) -> str:
 
 
 def coloured(text: str) -> str:
-    """Format an error for a terminal: `error` in red, the cure in cyan, lines broken only between words."""
+    """Format an error for a terminal, with `error` in red and the cure in cyan; break lines only between words."""
     import textwrap
 
     width = max(20, shutil.get_terminal_size().columns)

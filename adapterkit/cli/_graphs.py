@@ -21,11 +21,11 @@ MOST_SHOWN = 8
 
 
 def damage_lines(record: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each target about the error of quantizing again, worst first, and a line about kept changes.
+    """Yield a line for each target about the error of quantizing again, worst first, and a line about attached changes.
 
     Args:
-        record: the record of a merge. `damage` has for each target its `error`, and the share of its change that is
-            `kept`; `beside` lists the targets whose change was kept as separate floating-point factors instead.
+        record: the record of a merge. `damage` has, for each target, its `error` and the share of the change that is
+            `kept`. `beside` lists the targets whose change was attached as floating-point factors instead.
     """
     every, beside = part_or_none(record, "damage") or {}, texts(record, "beside")
     damage = {name: part(every, name) for name in every}
@@ -63,10 +63,10 @@ ONLY_FOLDERS = {
     "remainder": "Graphs have no remainder: merge into the folder of weights, then export the result",
     "strict_licence": "Graphs have no model card: adapterkit inspect shows the licences of base and adapters",
 }  # fmt: skip
-"""Parameters that only folders of weights have -> what to do instead for a graph."""
+"""Parameter that only applies to folders of weights -> what to do instead for a graph."""
 
 ONLY_GRAPHS = ("base_weights", "keep_change", "check")
-"""Parameters that only graphs have."""
+"""Parameters that only apply to graphs."""
 
 
 def graph_in(base: str) -> str | None:
@@ -160,13 +160,13 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
         source = opened(model)
         files = [] if source.path is None else [source.path, *source.data]
         beside = [] if source.path is None else [source.path.parent / "config.json"]
-        files += [file for file in beside if file.is_file()]  # It says whether head and embedding are tied.
+        files += [file for file in beside if file.is_file()]  # The config says whether head and embedding are tied.
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuse, before any work, an output that exists or is also an input. Remove leftovers of a killed run first."""
+    """Before any work, remove leftovers of a killed run, and refuse an output that exists or is also an input."""
     from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
@@ -175,10 +175,10 @@ def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
 
 
 def refuse_graph_options(ctx: click.Context, base: str) -> None:
-    """Refuse options that only graphs have.
+    """Refuse options that only apply to graphs.
 
     Raises:
-        UsageError: the command line names one.
+        UsageError: the command line has such an option.
     """
     refuse(ctx, ONLY_GRAPHS, "is only for ONNX graphs", base, "Name an .onnx file as BASE, or omit the option")
 
@@ -196,7 +196,7 @@ def refuse(
         cure: what to do instead.
 
     Raises:
-        UsageError: the command line names one of the options.
+        UsageError: the command line has one of the options.
     """
     from ..errors import UsageError
 

@@ -76,7 +76,7 @@ def largest(group: Sequence[Record], name: str) -> Record | None:
 
 
 def together(group: Sequence[Record], name: str) -> object:
-    """Return the norm of several changes taken together, or None if one norm is unknown."""
+    """Return the norm of several changes together, or None if one of their norms is unknown."""
     if any(each[name] is None for each in group):
         return None
     return short(math.hypot(*(number(each, name) for each in group)))
@@ -88,7 +88,7 @@ def short(value: object) -> object:
 
 
 def span(values: Sequence[object]) -> object:
-    """Return the only value, or the smallest and largest of several as `2-8`; None if no value is known.
+    """Return the only value, or the smallest and the largest value as `2-8`; None if no value is known.
 
     Args:
         values: numbers, or texts of numbers, or None.

@@ -36,7 +36,7 @@ class CliSettings:
 
     @classmethod
     def of(cls, words: Sequence[str]) -> CliSettings:
-        """Read the settings from the raw arguments, so that they also apply to errors in parsing these arguments."""
+        """Read the settings from the raw arguments, so that the settings also apply to errors in parsing arguments."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
         verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
@@ -57,7 +57,7 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 _PLAIN = 1_000_000
-"""The smallest size, in bytes, that needs no unit: someone who types `5` means 5GB."""
+"""The smallest number of bytes that may be given without a unit: someone who types `5` means 5GB."""
 
 
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -93,14 +93,14 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
 
 
 def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    """Return the rename rules, with @FILE replaced by the file's rules, so that records of the command are complete."""
+    """Return the rename rules. Replace @FILE by the rules in the file, so that records of the command are complete."""
     from ..naming.renames import rule_texts
 
     return rule_texts(value) if value else ()
 
 
 RUNNING = "adapterkit.running"
-"""Key in the context's `meta`: the context of the running command, which the group cannot reach otherwise."""
+"""Key in the context's `meta` for the context of the running command, which the group cannot reach otherwise."""
 
 
 def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
@@ -124,7 +124,7 @@ def flags(command: F) -> F:
 
 
 STATED = "adapterkit.stated"
-"""Key in the context's `meta`: arguments of `adapterkit.read` that supply what a file does not state."""
+"""Key in the context's `meta` for arguments of `adapterkit.read` that supply values which a file does not state."""
 
 
 V = TypeVar("V")
@@ -172,14 +172,14 @@ def reading_to_cut(command: F) -> F:
 def in_reading(
     adapters: Sequence[Adapter | str], compat: str | None, base: str | None
 ) -> tuple[Adapter | str, ...]:  # fmt: skip
-    """Return the adapters unchanged, or read them first if an option says how to interpret them."""
+    """Return the adapters unchanged; if an option says how to interpret them, read them first."""
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-    # A layout of experts is passed as `experts_order`: formats without such layouts ignore it, and adapters of several
-    # formats may be given together.
+    # Pass a layout of experts as `experts_order`, which formats without such layouts ignore: then adapters of several
+    # formats can be given together.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
     options |= {} if compat is None else {name: compat}
     return tuple(
@@ -257,4 +257,4 @@ strict_licence = click.option(
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip
-"""`--strict-base` for commands that read all adapters by `adapterkit.read`, which compares them with the base."""
+"""`--strict-base` for commands that read all adapters with `adapterkit.read`: that function compares the base."""

@@ -32,7 +32,7 @@ NARROW = 72
 
 
 class Meter(Protocol):
-    """A callback that the library reports its progress to."""
+    """A callback to which the library reports its progress."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
@@ -77,7 +77,7 @@ class Bar:
 
 
 class _Heard:
-    """A meter that silences the lines about steps while another meter reports progress."""
+    """A meter that wraps another meter, and silences the lines about steps while that meter reports."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -86,7 +86,7 @@ class _Heard:
         if done < total:
             busy.set()
         else:
-            busy.clear()  # Steps after the last byte may also take long.
+            busy.clear()  # Show steps again: those after the last byte may also take long.
         self.meter(done, total)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = Tru
     """Return a plain line of progress: share, bytes, speed and remaining time."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
-    # Estimate no time at first: the early speed includes imports and slow starts.
+    # Estimate no time at first, because the early speed includes imports and slow starts.
     left = f", {clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     if not sizes:
         return f"{label}: {share}{left}"

@@ -21,7 +21,8 @@ class TextTable:
     Attributes:
         columns: the headings.
         rows: the cells of each row.
-        spare: headings of columns that are dropped first on a narrow terminal, in this order; a line names them.
+        spare: headings of the columns that are dropped first on a narrow terminal, in this order; a line names the
+            dropped columns.
     """
 
     columns: Sequence[str]
@@ -49,7 +50,7 @@ class TextTable:
 View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
-"""JSON with at least this many characters is formatted by msgspec; for shorter JSON, importing msgspec takes longer."""
+"""JSON of at least this many characters is formatted by msgspec; for shorter JSON, the import would take longer."""
 
 
 def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, object]], View]) -> None:
@@ -86,7 +87,7 @@ def parts(record: Mapping[str, object], name: str) -> Sequence[Mapping[str, obje
 
 
 def texts(record: Mapping[str, object], name: str) -> list[str]:
-    """Return an entry of a record that is a list, as texts; an absent list is empty."""
+    """Return the elements of a list in a record, as texts; an absent list is empty."""
     value = record.get(name, ())
     assert isinstance(value, Iterable), name
     return [str(each) for each in value]
@@ -200,7 +201,7 @@ def _aligned(table: TextTable) -> list[str]:
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """Return the text of each cell of a column. Each distinct value is formatted once: long tables have few of them."""
+    """Return the text of each cell of a column. Format equal values once: long tables have few distinct values."""
     known: dict[tuple[type, object], str] = {}
     texts = []
     for value in values:
@@ -217,7 +218,7 @@ GAP = 2
 
 
 def _print_drawn(table: TextTable) -> None:
-    """Print a table that fits the terminal: drop spare columns, then wrap cells, and at last print rows as records."""
+    """Print a table. If it is too wide for the terminal, drop spare columns, then wrap cells, then print records."""
     import shutil
     import textwrap
 

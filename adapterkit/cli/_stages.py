@@ -1,4 +1,4 @@
-"""Show the current step of a command on standard error: after two seconds of work, or with -v for every step."""
+"""Show the current step of a command on standard error, after two seconds without output; with -v, every step."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ._options import CliSettings
 from ._render import folded, printable, size
 
 PATIENCE = 2.0
-"""Seconds of silence on a terminal before a line names the current step."""
+"""Seconds without output, on a terminal, before a line names the current step."""
 
 PLAIN_PATIENCE = 5.0
-"""The same without a terminal, for scripts and logs. ADAPTERKIT_PATIENCE replaces both numbers."""
+"""The same number for output that is not a terminal, e.g. a log. ADAPTERKIT_PATIENCE replaces both numbers."""
 
 AGAIN = 10.0
 """Seconds between two lines about the same step."""
 
 STAGES = "adapterkit.stages"
-"""Key in the context's `meta`: the `StageLines` of the running command."""
+"""Key in the context's `meta` for the `StageLines` of the running command."""
 
 busy = threading.Event()
 """Set while a progress meter reports; this module prints nothing meanwhile."""
 
 
 class StageLines(logging.Handler):
-    """Print steps: only those that take long, with -v every step when it starts, with -vv also details."""
+    """Print steps: by default, only steps that take long; with -v, every step as it starts; with -vv, also details."""
 
     def __init__(self, command: str, verbose: int) -> None:
         super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)
@@ -51,7 +51,7 @@ class StageLines(logging.Handler):
         with self.spoken:
             if record.levelno >= logging.INFO:
                 self.text = record.getMessage()
-                # Once a command has run for that long, print each further step when it begins.
+                # Once a command has run for `patience` seconds, print each further step when it begins.
                 late = now - self.started >= self.patience and not busy.is_set()
                 if self.verbose or late:
                     self._say(now)

@@ -24,7 +24,7 @@ PLACES = {"out", "dst", "overwrite", "every"}
 
 
 def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
-    """Return a digest of everything that decides a command's output: its arguments, its input files and versions.
+    """Return a digest of everything that decides a command's output: arguments, input files and versions.
 
     Args:
         files: all files that the command reads.
@@ -47,13 +47,13 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
         raise storage_error(error, error.filename or "a file") from error
     versions = {}
     for name in packages:
-        with suppress(PackageNotFoundError):  # Its GPU package has another name: onnxruntime-gpu.
+        with suppress(PackageNotFoundError):  # E.g. onnxruntime: its GPU package is named onnxruntime-gpu.
             versions[name] = version(name)
     return digest_of([__version__, versions, ctx.command.name, words, read])
 
 
 def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
-    """Whether unchanged output of the same inputs exists already; if so, print that on standard output."""
+    """Whether unchanged output from the same inputs exists already; if so, say so on standard output."""
     from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
@@ -119,7 +119,7 @@ class CommandDestination:
         self.made_from: str | None = None
 
     def is_done(self, settings: _options.CliSettings) -> bool:
-        """Whether an earlier run made the same output from the same inputs; if so, print that.
+        """Whether an earlier run wrote the same output from the same inputs; if so, print a line that says so.
 
         Raises:
             UsageError: the destination is one of the sources.

@@ -126,13 +126,13 @@ def said(made: Adapter) -> dict[str, object]:
 
 
 def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
-    """Return the format of the sources if all have the same, otherwise adapterkit's own."""
+    """Return the format of the sources if all have the same format, otherwise adapterkit's own format."""
     found = {detect(source) for source in sources}
     return found.pop() if len(found) == 1 else "adapterkit"
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
-    """Return the value of a parameter, or the values of all adapters in order if they differ, as text."""
+    """Return the value of a parameter as text; if the adapters have different values, all values in order."""
     shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)

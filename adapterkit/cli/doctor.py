@@ -70,7 +70,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def kernel() -> Check:
-    """Check for the compiled inner loop of a merge, which platforms without a binary wheel may lack."""
+    """Check for the compiled inner loop of a merge, which may be missing on platforms without a binary wheel."""
     from ..native import OFF, loops
 
     if loops() is not None:
@@ -83,7 +83,7 @@ def kernel() -> Check:
 
 
 def plugins() -> Iterator[Check]:
-    """Report the plug-ins of installed packages, and those that are not used."""
+    """Report the plug-ins of installed packages, and which of them are not used."""
     from ..formats import FORMATS
     from ..formats.adapterhub.families import FAMILIES as ADAPTERHUB
     from ..formats.peft.families import FAMILIES as PEFT
@@ -132,7 +132,7 @@ def defaults() -> Iterator[Check]:
 
 
 def imported(package: str, otherwise: str) -> Check:
-    """Check that a package can be imported: it may be installed and broken."""
+    """Check that a package can be imported: an installed package may be broken."""
     try:
         module = import_module(package)
     except Exception as error:
@@ -142,7 +142,7 @@ def imported(package: str, otherwise: str) -> Check:
 
 
 def providers() -> Check:
-    """Check onnxruntime and the devices that it runs on. Two of its packages overwrite each other's files."""
+    """Check onnxruntime and its devices. Also check for onnxruntime's packages that overwrite each other's files."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     check = imported("onnxruntime", "warn")
     if len(both) > 1:
@@ -153,7 +153,7 @@ def providers() -> Check:
     own = _version(both[0]) if both else check.found
     try:
         from ..onnx.providers import runs_on
-    except Exception as error:  # A package that it imports is broken; that package's own check reports it.
+    except Exception as error:  # This import needs a package that is broken; that package's own check reports it.
         return Check("onnxruntime", "warn", f"{own}, not tested: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()
     running = [name for name in built if runs_on(name)]

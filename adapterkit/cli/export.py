@@ -75,7 +75,7 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # Only for folders: a model from the user's function depends on code, so its files do not identify it.
+        # Only for folders: a model from the user's function depends on code, so files do not identify the model.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return
@@ -100,7 +100,7 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():
-        return None  # The export itself refuses this.
+        return None  # The export itself refuses this model.
     files = [file for file in files_below(folder) if file.is_file()]
     files += [file for adapter in adapters for file in files_read(located(adapter))]
     return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))

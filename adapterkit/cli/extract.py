@@ -59,7 +59,7 @@ def command(
     from ..io.checkpoint import opened
     from ..naming.binding.bases import check_tuned
 
-    # A folder is most likely meant for PEFT; a single .safetensors file can only be adapterkit's own format.
+    # By default, write a folder for PEFT; a single .safetensors file can only be in adapterkit's own format.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
     destination = _writing.CommandDestination(out, [tuned], overwrite, target_format=target_format, base=base)
     if destination.is_done(settings):

@@ -326,7 +326,7 @@ def _graph_view(record: Mapping[str, object], every: bool) -> View:
 
 
 def _places_row(module: str, group: Sequence[Mapping[str, object]], layers: Mapping[str, str]) -> list[object]:
-    """Return the row of a module in a graph; values that differ between its layers are listed or shown as a range."""
+    """Return the row of a module in a graph; values that differ between layers are listed or shown as a range."""
     rows = [_layer_row(place) for place in group]
     shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
     confidence = span([row[5] for row in rows if row[5]])

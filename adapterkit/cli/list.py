@@ -149,7 +149,7 @@ def _loaders_of(
 
 
 def _with_base(answer: Answer) -> Answer:
-    """Add `--base BASE` to a conversion, for a file that cannot be read without its base."""
+    """Add `--base BASE` to a conversion, for a file that cannot be read without the base."""
     from dataclasses import replace
 
     if not answer.convert or "--base" in answer.convert:

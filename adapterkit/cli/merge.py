@@ -248,7 +248,7 @@ def command(
 
 
 def _given_file(calibration: str | None) -> str | None:
-    """Return the file of activations that --calibration names; None if it names texts."""
+    """Return the calibration file that --calibration names; None if the option names texts."""
     return calibration if calibration is not None and calibration.endswith(".safetensors") else None
 
 
@@ -256,7 +256,7 @@ def _activations(
     settings: _options.CliSettings, calibration: str, out: str, base: str, adapters: Sequence[Adapter | str], *,
     weights: Sequence[float] | None, device: str, tied: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> str:  # fmt: skip
-    """Return the file of activations to round by; write it from texts if it is not given."""
+    """Return the calibration file for rounding; if none is given, make one from texts."""
     from ..io.locations import is_address
 
     given = _given_file(calibration)
@@ -284,7 +284,7 @@ def _headers_of(base: str) -> Iterator[str]:
     with ExitStack() as stack:
         here = base
         if is_remote(base):
-            # Suppress this error: `plan` downloads a base in any format other than safetensors, as `merge` does.
+            # Suppress this error: if a base is not in safetensors, `plan` downloads all of it, as `merge` does.
             with suppress(Unsupported):
                 here = str(stack.enter_context(ranged(base, whole=True)).path)
         yield here
@@ -386,7 +386,7 @@ def _combined(
 
 
 def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
-    """Yield a warning if combined adapters have tokenizers: none of these is used."""
+    """Yield a warning if combined adapters have tokenizers, because none of these tokenizers is used."""
     from pathlib import Path
 
     from ..merging.companions import has_tokenizer
@@ -471,7 +471,7 @@ def _names(record: Mapping[str, object]) -> Iterator[str]:
 
 
 def _extremes(norms: Mapping[str, object]) -> Iterator[str]:
-    """Yield the smallest and the largest norm of a change: they reveal an adapter that does nothing or too much."""
+    """Yield the smallest and the largest norm of a change, which reveal an adapter that does nothing or too much."""
     if norms:
         sizes = {name: max(map(float, texts(norms, name))) for name in norms}
         low, high = (choose(sizes, key=lambda name: sizes[name]) for choose in (min, max))

@@ -60,7 +60,7 @@ def command(
             return
         check_free(Path(out), overwrite)
         check_inputs([Path(out)], files)
-    _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
+    _options.in_reading(adapters, None, base)  # With --strict-base, this call refuses another base.
     with progress(settings, "report", sizes=False) as meter:
         found = report(list(adapters), base=base, merged=merged, rename=rename, gate=gate, progress=meter)
     record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..searching.result import Search
 
 SHOWN = 8
-"""The number of trials in the table; the best ones are shown."""
+"""The number of trials in the table, which shows the best ones."""
 
 
 def bounds(text: str) -> tuple[str, tuple[float, float]]:
@@ -94,7 +94,7 @@ def command(
         return
     check_free(Path(out), overwrite)
     check_inputs([Path(out), kept], files)
-    _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
+    _options.in_reading(adapters, None, base)  # With --strict-base, this call refuses another base.
     found = search(
         list(adapters), data, base=base, methods=methods or None, budget=budget, tune=dict(map(bounds, tune)),
         start=start, most=most, rank="fit" if rank is None else rank, seed=seed, trials=kept, overwrite=overwrite,

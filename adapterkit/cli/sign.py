@@ -67,7 +67,7 @@ def command(
 
 
 def _password(file: str | None) -> bytes | None:
-    """Return the password of the key. It is stored nowhere else, and no message contains it."""
+    """Return the password of the key. The password is stored nowhere else, and no message contains it."""
     from ..errors import storage_error
     from ..io.inputs import open_input
     from ..provenance.keys import PASSWORD

@@ -32,7 +32,7 @@ def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int,
     from ._stages import busy
 
     def started(address: str) -> None:
-        # Not `show`, which removes secrets such as the key from all addresses.
+        # Do not use `show`: it removes secrets, such as the key in this address.
         click.echo(json.dumps({"address": address}) if settings.json else f"{address}\nCtrl-C ends it")
         if browser:
             click.launch(address)

@@ -1,7 +1,7 @@
-"""Calibration: record the activations that texts give to each target, for rounding a quantized merge.
+"""Calibration: record the inputs of each target while the model reads texts, to round a quantized merge by them.
 
-The base runs once over the texts. The adapters are attached, because the merged model gets the activations that they
-change. Memory: the model, and 4 bytes for each token and input of each distinct tensor that targets read.
+The base runs once over the texts, with the adapters attached, because adapters change the activations of the merged
+model. Memory: the model, and 4 bytes for each number in the recorded tensors (tokens x width).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def calibrate(
     rename: str | Sequence[str] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> Calibration:
-    """Run a base with adapters over texts, and write the activations that enter each target to a file.
+    """Run a base with adapters over texts, and write the inputs of each target to a file.
 
     Only targets that are linear layers are recorded. `adapterkit.merge(..., quantized="requantize", keep="adapter",
-    calibration=out)` rounds by this file. An existing file from the same base, adapters and texts is used again.
+    calibration=out)` uses the file for rounding. An existing file from the same base, adapters and texts is used again.
 
     Args:
         base: a folder of a transformers model, quantized or not. For a GGUF model, the folder that it was converted
@@ -76,7 +76,7 @@ def calibrate(
         overwrite: replace an existing calibration from another base, other adapters or other texts.
         tied: as in `adapterkit.merge`.
         rename: as in `adapterkit.merge`.
-        progress: a function that is called with (texts done, all texts).
+        progress: a function that is called with (number of texts done, number of all texts).
 
     Returns:
         The calibration in the file.
@@ -170,7 +170,7 @@ class _Recorder:
         self._last: tuple[str, Tensor] | None = None
 
     def add(self, paths: Sequence[str], x: Tensor) -> None:
-        """Record what one layer reads in one call."""
+        """Record the tensor that some layers read in one call."""
         first = paths[0]
         known = self.shared.get(first)
         # Layers that read the same tensor (queries, keys, values) are called one after another: store it once.

@@ -44,7 +44,7 @@ class Inputs:
 
 
 def texts_of(data: str | PathLike[str]) -> list[str] | None:
-    """Return the texts of a file, or None for the built-in ones.
+    """Return the texts of a file, or None for the built-in texts.
 
     Args:
         data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.

@@ -114,7 +114,7 @@ def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[
 
 
 def is_causal(run: Run, feeds: Mapping[str, Tensor]) -> bool:
-    """Whether a model predicts the next token: then another last token has no influence on earlier positions."""
+    """Whether a model predicts the next token: if so, changing the last token has no influence on earlier positions."""
     if set(feeds) != {"input_ids"}:
         return False
     ids = feeds["input_ids"]
@@ -143,7 +143,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
     prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
     alike = len({prompt.shape for prompt in prompts}) == 1
     texts: list[list[int]] = []
-    for ids in [torch.cat(prompts)] if alike else prompts:  # Batch only equal lengths: padding changes results.
+    for ids in [torch.cat(prompts)] if alike else prompts:  # Batch only equal lengths, because padding changes results.
         start = ids.shape[1]
         for _ in range(new):
             ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
@@ -152,7 +152,7 @@ def greedy(run: Run, feeds: Sequence[Mapping[str, Tensor]], new: int) -> list[li
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens that two greedy continuations have in common before their first difference."""
+    """Return the share of tokens before the first difference of two greedy continuations."""
     same = total = 0
     for first, second in zip(one, other, strict=True):
         total += len(first)

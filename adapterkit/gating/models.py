@@ -47,7 +47,8 @@ def load(
         checkpoint: the folder, or the GGUF file.
         dtype: the name of the torch dtype of the weights.
         device: the device of the model.
-        lacking: a list to which the names of the model's weights are added that the files do not have.
+        lacking: a list to which the names of missing weights are added: weights of the model that the files do not
+            have.
         like: for a GGUF model, the folder with its config.json.
 
     Raises:
@@ -120,7 +121,7 @@ class Adapted:
 
     @contextmanager
     def as_(self, state: str) -> Iterator[None]:
-        """Make the model the base, the base with adapters, or the base with the null adapter, during the body."""
+        """During the body, turn the model into the base, the base with adapters, or the base with the null adapter."""
         for handle in self.handles:
             handle.set_active(state == "adapted")
         if self.null is not None:

@@ -2,7 +2,7 @@
 
 While the base with adapters runs, each module that has weights runs three times on the same input: with adapters,
 without adapters, and with the weights of the merged model. An early fault therefore does not affect the comparison of
-later modules, and each module shows how much of the change it contains.
+later modules, and the result shows how much of the change each module contains.
 
 If the outputs of a module differ too much, its weights are compared as well: a weak change that rounding to the merged
 model's dtype distorts is not a fault.
@@ -44,16 +44,16 @@ RESIDUE = 0.2
 """A difference counts as a multiple of the change if its part orthogonal to the change is smaller than this share."""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
-"""How the faults begin of weights that cannot be compared with others."""
+"""The first words of faults of weights that cannot be compared."""
 
 CERTAIN = 5.0
 """A wrong scale of a quantized change is a fault if it exceeds this many standard errors of the rounding noise."""
 
 OTHER = 0.5
-"""Quantized weights with a larger relative error than this are other weights; 2-bit rounding has an error of 1/3."""
+"""If the relative error of a quantized weight is larger, it is another weight; 2-bit rounding has an error of 1/3."""
 
 MOST_COMPARED = 64
-"""The largest number of weights whose changes are compared with a wrong weight, to find an exchanged one."""
+"""The largest number of weights whose changes are compared with a wrong weight, to find out if two were swapped."""
 
 
 @dataclass(slots=True)
@@ -182,7 +182,7 @@ def _floats(output: object) -> Iterator[Tensor]:
 
 
 def scale_of(comparison: ModuleComparison) -> float | None:
-    """Return the share of the change in all modules together; each module counts by the norm of its change."""
+    """Return the share of the change in all modules together; each module is weighted by the norm of its change."""
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
 
@@ -191,7 +191,7 @@ def judged(
     comparison: ModuleComparison, model: nn.Module, other: nn.Module, handles: Sequence[Handle], *, dtype: str,
     coarse: float, max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
-    """Return each module with its fault, if any. This merges the adapters into the model's weights.
+    """Return each module with its fault, if any. The call merges the adapters into the weights of `model`.
 
     Args:
         comparison: the comparison of the outputs.
@@ -213,7 +213,7 @@ def judged(
         # Quantization changes the outputs of every module, so always compare quantized weights.
         if quantized or far or moved or _plain_fault(comparison.sums[name]):
             suspects.append(name)
-    # Always compare the weights of stacked experts, since the tokens reach only some of the experts.
+    # Always compare the weights of stacked experts, because the tokens reach only some of the experts.
     stacks = [name for name in parts if name not in suspects and _is_stack(model.get_submodule(name))]
     weights = SuspectWeights(model, other, [*suspects, *stacks, *comparison.idle], dtype)
     weights.fold(handles)
@@ -224,7 +224,8 @@ def judged(
         if name in weights.names:
             found[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
         plain = _plain_fault(comparison.sums[name]) if name in parts else ""
-        if plain and not found[name].fault.startswith(BROKEN):  # A broken weight explains more than a wrong output.
+        # Keep the fault of a broken weight, which explains more than a wrong output.
+        if plain and not found[name].fault.startswith(BROKEN):
             found[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
     return (*found.values(), *lost)
@@ -249,7 +250,7 @@ def _part(name: str, sums: ModuleSums) -> ModulePart:
 
 
 def named_scale(scale: float, residue: float) -> str:
-    """Return the fault of a module whose change is a multiple of the right one, or another change.
+    """Return the fault of a module whose change is a multiple of the right change, or another change.
 
     Args:
         scale: the multiple of the right change.
@@ -356,7 +357,8 @@ class SuspectWeights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        # Rounding errors are mostly orthogonal to the change. Subtract twice their energy: other tools round twice.
+        # Rounding errors are mostly orthogonal to the change. Subtract twice their energy, because other tools round
+        # twice.
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
@@ -366,8 +368,8 @@ class SuspectWeights:
     ) -> _WeightFound:  # fmt: skip
         """Judge a quantized weight, whose rounding noise may be larger than the change.
 
-        The noise of single numbers averages out along the direction of the change. A scale that is farther from 1 than
-        this average allows means that the merge was wrong, or that rounding removed the change.
+        The noise of single numbers averages out along the direction of the change. If the scale is farther from 1 than
+        the remaining noise allows, the merge was wrong, or rounding removed the change.
         """
         there, size, whole = got - before, float(delta.norm()), float((before + delta).norm())
         apart = float((there - delta).norm())
@@ -389,7 +391,7 @@ class SuspectWeights:
         return _WeightFound(fault, scale, apart / size, False)
 
     def _elsewhere(self, held: _Held, there: Tensor) -> str:
-        """Return which other change a quantized weight contains, or "" if it contains no known one."""
+        """Return which other change a quantized weight contains, or "" if it contains no known change."""
         delta = self.changes[held.name].double()
         if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
             return "contains the change transposed"
@@ -401,7 +403,7 @@ class SuspectWeights:
         return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
-        """Whether single experts of a stack contain another change, which is a small part of the whole stack."""
+        """Whether single experts contain another change, which may be small compared with the whole stack."""
         sizes = delta.flatten(1).norm(dim=1)
         apart = (there - delta).flatten(1).norm(dim=1)
         return bool((apart > sizes).any())
@@ -455,7 +457,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _along(there: Tensor, delta: Tensor) -> float:
-    """Return the factor by which `delta` comes closest to `there`."""
+    """Return the factor f for which `f * delta` is closest to `there`."""
     return float((there * delta).sum()) / float((delta * delta).sum())
 
 

@@ -1,4 +1,4 @@
-"""Make the null adapter: random changes of the same size at the same targets, to compare an adapter's effect with."""
+"""Make the null adapter: random changes of the same size at the same targets, as a reference for the effect."""
 
 from __future__ import annotations
 

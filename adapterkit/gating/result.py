@@ -21,8 +21,8 @@ class Thresholds:
     Attributes:
         min_effect: the minimum of KL(base || base with adapters), in nats per token.
         min_kept: the minimum share of the effect that a merged model or graph keeps.
-        max_scale_error: the maximum difference between 1 and the share of the change that is present.
-        max_part_error: the maximum error of a module's change, relative to that change and not counting rounding.
+        max_scale_error: the maximum of |1 - scale|; `scale` is the share of the change that is present.
+        max_part_error: the maximum error of a module's change, relative to that change and without the rounding error.
         min_agreement: the minimum share of greedily generated tokens that equal those of the base with adapters.
         max_perplexity: the maximum perplexity, relative to the perplexity of the base with adapters.
         min_over_null: the minimum effect, relative to the effect of the null adapter.
@@ -64,11 +64,11 @@ class AdapterEffect:
 
     Attributes:
         divergence: KL(base || base with adapters) in nats; for models without logits, the squared difference of the
-            hidden states relative to those of the base.
+            hidden states, relative to the base's hidden states.
         unit: the unit of `divergence`, in words.
         null: the divergence for random changes that have the same norm at each target.
         why_no_null: why there is no null adapter.
-        agreement: the share of greedily generated tokens that the base has in common with the base with adapters.
+        agreement: the share of greedily generated tokens that are equal for the base and the base with adapters.
         perplexity_base: the perplexity of the base.
         perplexity: the perplexity of the base with adapters.
         finite: whether all outputs are finite.
@@ -113,8 +113,10 @@ class BlockDifference:
 
     Attributes:
         block: the number of the block; 0 stands for the embedding.
-        difference: the norm of the difference between base with adapters and merged model, relative to the states.
-        change: the norm of the difference between base with adapters and base, relative to the states.
+        difference: the norm of the difference between the states of the merged model and of the base with adapters,
+            relative to the norm of the latter states.
+        change: the norm of the difference between the states of the base with adapters and of the base, relative to the
+            same norm as `difference`.
     """
 
     block: int
@@ -124,7 +126,7 @@ class BlockDifference:
 
 @dataclass(frozen=True, slots=True)
 class KeptEffect:
-    """How much of the effect a merged model or a graph keeps. Figures that do not exist for it are None.
+    """How much of the effect a merged model or a graph keeps. Figures that do not exist for this kind are None.
 
     Attributes:
         model: `merged` or `onnx`.
@@ -132,14 +134,14 @@ class KeptEffect:
         divergence: KL(base with adapters || this model), or the relative difference of hidden states.
         kept: 1 - divergence / KL(base with adapters || base).
         scale: the share of the change that is present: 1 in a correct merge, 0 in the base, 2 for twice the change.
-        agreement: the share of greedily generated tokens in common with the base with adapters.
+        agreement: the share of greedily generated tokens that equal those of the base with adapters.
         perplexity: the perplexity of this model.
         finite: whether all outputs are finite.
         dtype: the dtype of the weights, or `quantized`.
         parts: the modules, in the order in which they run; empty for a graph.
         blocks: the differences of the hidden states, block by block; empty for a graph.
         lacking: names of weights that the files do not have.
-        why: why the model could not be run; the figures are then None.
+        why: the reason why the model could not be run; the figures are then None.
     """
 
     model: str
@@ -201,7 +203,7 @@ class Gate:
 
     @property
     def outcome(self) -> str:
-        """`failed` if a check failed, otherwise `inconclusive` if one is undecided, otherwise `passed`."""
+        """`failed` if a check failed; otherwise, `inconclusive` if a check is undecided; otherwise, `passed`."""
         if any(check.ok is False for check in self.checks):
             return "failed"
         return "inconclusive" if any(check.ok is None for check in self.checks) else "passed"

@@ -42,10 +42,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS = Thresholds()
 
 MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
-"""Multiples of the change with which a graph is compared, to find the one that it contains."""
+"""Multiples of the change with which a graph is compared, to find the multiple that the graph contains."""
 
 EXACT = 1e-3
-"""A graph contains a multiple if their divergence, relative to the largest of all multiples, is below this number."""
+"""A graph contains a multiple if its divergence from this multiple is below this share of the largest divergence."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 """Dtype of the computation -> its relative rounding step; 0 for float32, whose rounding is negligible."""
@@ -85,7 +85,7 @@ def gate(
         base: a folder of a transformers model, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
         merged: the merged model: a folder, or a GGUF model, which runs with the config of `base`. Quantized weights are
-            dequantized, and judged by the share of each change that they keep.
+            dequantized, and checked by the share of each change that they keep.
         onnx: a graph of base and adapters; its slots, if any, are filled with the adapters.
         data: `builtin`, a file with one text per line, or a JSON Lines file with a field `text`.
         weights: the weight of each adapter; 1 each if None.
@@ -93,7 +93,8 @@ def gate(
         dtype: the dtype to compute in: `float32`, or a smaller one to save memory.
         texts: the number of texts.
         length: the maximum number of tokens of each text.
-        new_tokens: the number of tokens to generate after the beginnings of four texts, to compare them; 0 for none.
+        new_tokens: the number of tokens to generate after the beginning of each of four texts, for the comparison of
+            generated text; 0 to generate none.
         seed: the seed for the choice of texts, for the null adapter and for random inputs.
         null: also run the base with random changes of the same size.
         min_effect: see `gating.result.Thresholds`.
@@ -105,7 +106,7 @@ def gate(
         min_over_null: as `min_effect`.
         tied: which layers an update changes if embedding and head share a weight; as in `adapterkit.merge`.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names.
+        strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names.
         vocab: `grow` adds the adapters' new vocabulary rows to the base, as in `adapterkit.merge`.
 
     Returns:
@@ -159,7 +160,7 @@ def gate(
     kept = []
     if graph is not None:
         kept.append(run.graph(graph, held, factors))
-    if after is not None:  # This must come last, since it merges the adapters into the base.
+    if after is not None:  # This must come last, because it merges the adapters into the base.
         kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
@@ -172,7 +173,7 @@ def gate(
 def checked(
     given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
-    """Return the weights of the adapters, once the arguments are checked; `counts`: name -> value and least value."""
+    """Check the arguments, and return the weights of the adapters. `counts`: argument -> (value, smallest value)."""
     if not given:
         raise UsageError("no adapter was given", cure="Name at least one adapter")
     factors = [1.0] * len(given) if weights is None else list(weights)
@@ -218,7 +219,7 @@ def _add_null(
 
 
 class _Run:
-    """Runs of the base with adapters, with which the other models are compared."""
+    """The outputs of the base with adapters, with which the other models are compared."""
 
     def __init__(self, adapted: Adapted, inputs: Inputs, limits: Thresholds, coarse: float, new: int) -> None:
         from .measuring import is_causal
@@ -283,10 +284,10 @@ class _Run:
         return told
 
     def _scale(self, run: Run) -> float | None:
-        """Return the multiple of the change that a graph contains, or None if it contains no tried multiple.
+        """Return the multiple of the change that a graph contains, or None if it contains none of the tried multiples.
 
-        The multiple is found by trial: the slope of the logits shows it only for small changes, and a graph has no
-        modules to compare.
+        The multiple is found by trial, because the slope of the logits shows the multiple only for small changes, and a
+        graph has no modules to compare.
         """
         from .measuring import divergence
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST = 1e-9
-"""The smallest effect, in nats per token, of which float32 can measure the share that is kept."""
+"""The smallest effect, in nats per token, for which float32 can still resolve how much of it is kept."""
 
 SHOWN = 3
 """The largest number of modules that a sentence names."""
@@ -22,7 +22,7 @@ MOST = 0.9
 """If this share of the modules has the same fault, the fault is reported once, for the whole model."""
 
 EVERYWHERE = 0.5
-"""If this share of the modules that no adapter changes has other weights, the merged model has another base."""
+"""If this share of the unchanged modules (no adapter changes them) has other weights, the base is another one."""
 
 NAMES = {"merged": "the merged model", "onnx": "the graph"}
 
@@ -74,8 +74,8 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         yield GateCheck("kept", each.model, ok, each.kept, limits.min_kept, text)
         if each.scale is not None:
             near = abs(each.scale - 1) <= limits.max_scale_error
-            # Accept a wrong scale that rounding explains: in a correct merge, rounding to 16 bits removes a tenth of a
-            # small change. The check `kept` says whether that matters.
+            # Accept a wrong scale that rounding explains: in a correct merge, rounding to 16 bits can remove a tenth of
+            # a small change. The check `kept` says whether the loss matters.
             rounded = not near and bool(ok) and not each.faults and any(part.rounded for part in each.parts)
             text = f"{name} contains {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
             text += f"; {_rounding(each)} explains the difference" if rounded else ""
@@ -176,8 +176,8 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
     scales = [part.scale for part in broken if part.scale is not None and _is_multiple(part)]
     if touched and len(scales) >= MOST * len(touched) and max(scales) - min(scales) < 2 * UNCHANGED:
         mean = sum(scales) / len(scales)
-        # Prefer the scale over all modules: the plain mean gives weak changes, which rounding distorts most, the same
-        # weight as strong ones.
+        # Prefer the scale measured across all modules. The plain mean counts weak changes as much as strong ones,
+        # although rounding distorts weak changes most.
         known = each.scale is not None and abs(each.scale - mean) < UNCHANGED
         yield _scaled(name, each.scale if known else mean)  # type: ignore[arg-type]
         broken = [part for part in broken if not _is_multiple(part)]

@@ -601,7 +601,11 @@ def fill(template: str, numbers: Mapping[str, str]) -> str:
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
-    """Return the number for each placeholder; None if another word differs."""
+    """Return the number for each placeholder.
+
+    Returns:
+        None if a word outside the placeholders differs, or a placeholder would get two numbers.
+    """
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):
         if pattern.startswith("{"):

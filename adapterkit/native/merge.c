@@ -275,12 +275,7 @@ int64_t ADD(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t
   int64_t open = -1;
 #define CASE(a, b) \
   if (from == a && to == b) open = block(a, b, weight, out, rows, width, f)
-  CASE(BF16, BF16);
-  CASE(F16, F16);
-  CASE(F32, BF16);
-  CASE(F32, F16);
-  CASE(BF16, F16);
-  CASE(F16, BF16);
+  EVERY_PAIR(CASE);
 #undef CASE
   fesetenv(&before);
   return open;

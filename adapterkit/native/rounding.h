@@ -28,3 +28,12 @@ INLINE uint16_t rounded(int kind, double value) {
   memcpy(&lanes, &bits, 4);
   return narrowed(F16, lanes)[0];
 }
+
+/* All pairs of element types that the loops of a merge convert between. */
+#define EVERY_PAIR(CASE) \
+  CASE(BF16, BF16);      \
+  CASE(F16, F16);        \
+  CASE(F32, BF16);       \
+  CASE(F32, F16);        \
+  CASE(BF16, F16);       \
+  CASE(F16, BF16)

@@ -1,9 +1,9 @@
 """Adapters in ONNX graphs: `inject` attaches an adapter, `eject` removes it, `merge` folds it into the weights.
 
 `layers` lists a graph's layers. `export` exports a torch model; `export_pretrained` exports a transformers folder. A
-slot is a graph input that takes one tensor of an adapter. A `Session` runs a graph with slots and swaps its adapters; a
-`FolderSession` does the same for a model of several graphs. `write_adapter` writes the `.onnx_adapter` files that both
-load.
+slot is a graph input for one tensor of an adapter. A `Session` runs a graph with slots and swaps its adapters; a
+`FolderSession` does the same for a model of several graphs. `write_adapter` writes `.onnx_adapter` files, which both
+sessions load.
 
 This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx library.
 """

@@ -29,8 +29,8 @@ Example = tuple[Sequence[object], Mapping[str, object]]
 """Positional and named arguments of a torch model."""
 
 Run = tuple[Callable[[], AbstractContextManager[object]], Path | None]
-"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots, if it has
-any."""
+"""A function that attaches an adapter to the torch model, and the adapter file for the graph's slots (None if the graph
+has no slots)."""
 
 
 def compared(
@@ -43,9 +43,9 @@ def compared(
         model: the torch model.
         examples: pairs of positional and named arguments.
         out: the graph.
-        session: a session of the graph; it keeps the adapters loaded.
-        runs: for each adapter's name, how to attach the adapter; the name None is the run without an adapter.
-        judged: False to return the difference however large it is.
+        session: a session of the graph; the loaded adapters stay loaded.
+        runs: name of an adapter -> its `Run`; the name None stands for the run without an adapter.
+        judged: False to return even a difference that is too large, without an error.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -83,7 +83,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Example]) -> f
 
 
 def by_reference(out: Path, session: Session, example: Example) -> float | None:
-    """Return the largest difference between ONNX's reference implementation and onnxruntime; None if it cannot run."""
+    """Return the largest difference between onnxruntime and ONNX's reference; None if the reference cannot run it."""
     told = told_by_reference(out, dict(zip(session.inputs, _numbers(example), strict=True)))
     return None if told is None else difference_of(told, told_by(session, example))
 
@@ -94,9 +94,9 @@ def told_by(session: Session, example: Example, adapter: str | None = None) -> l
 
 
 def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
-    """Return the largest difference that rounding explains: for 16-bit outputs, twice the rounding error of torch.
+    """Return the largest difference that rounding can cause: for 16-bit outputs, twice torch's rounding error.
 
-    The error is measured for each model: one with a few large activations loses much of its precision in 16 bits, in
+    Torch's error is measured for each model: a model with a few large activations loses much precision in 16 bits, in
     any runtime.
     """
     if not is_narrow(wanted):
@@ -109,7 +109,7 @@ def _most(model: nn.Module, example: Example, wanted: Sequence[Array]) -> float:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Run the block with the model's numbers in float32, which holds 16-bit numbers exactly; restore them after."""
+    """Convert the model's tensors to float32, which represents 16-bit values exactly; restore them after the block."""
     import torch
 
     narrow = (torch.float16, torch.bfloat16)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """The outputs `start` to `stop` of a layer, as an update of these rows of a fused weight sees them."""
+    """The output channels `start` to `stop` of a layer, for an update of these rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -76,7 +76,7 @@ class Slice:
 
 
 class Normed:
-    """A layer with a folded batch normalisation; formulas see the layer as it was before the fold."""
+    """A layer into which a batch normalisation is folded; formulas see the layer without the normalisation."""
 
     def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
@@ -93,8 +93,8 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # A channel that the norm scales to 0 cannot be restored. Use any factor: `around` scales the channel to 0
-            # again.
+            # A channel that the norm scales to 0 cannot be restored. Any factor works, because `around` scales the
+            # channel to 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -112,7 +112,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """Return the output after the norm for a new output before the norm; if that is unchanged, so is every bit."""
+        """Apply the norm to a new output; if the output before the norm is unchanged, the result keeps every bit."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -123,7 +123,7 @@ class Normed:
 
 
 class Turned:
-    """A layer with the first two axes of its weight swapped, the orientation in which embeddings store weights."""
+    """A layer with the first two axes of its weight swapped, as in embeddings."""
 
     def __init__(self, layer: Layer | Normed | Ended) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
@@ -169,13 +169,13 @@ def known_weight(layer: TargetView) -> Value:
 def attach(
     found: Sequence[Found], building: Building, slots: Slots | RowSlots | None = None, words: CallWords | None = None
 ) -> None:
-    """Insert the nodes of every target into the graph. Several targets at one node are row slices of a fused weight.
+    """Insert the nodes of every target. If a node has several targets, each is a range of rows of the node's weight.
 
     Args:
         found: the targets.
         building: collects the changes to the model.
         slots: creates graph inputs for the tensors of later adapters (see slots.py); None to store constants.
-        words: access to the inputs of the model's call; by default, the graph's own inputs.
+        words: the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
         Unsupported: a layer cannot have an update of this method.
@@ -192,7 +192,7 @@ def attach(
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the layer. Split a fused attention node first, because the layer is inside that node."""
+    """Return the layer at a spot. If the layer is inside a fused attention node, split the node first."""
     if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
@@ -245,7 +245,7 @@ def _attach(
 def _change_inside(
     given: Sequence[Update], seen: TargetView, layer: Layer, place: Found, slots: Slots | None, spot: Spot
 ) -> None:
-    """Change the weight and bias that a node reads: nodes before it compute them from the updates."""
+    """Change the weight and bias that a node reads: nodes before this node compute both from the updates."""
     try:
         if slots is None:
             new = [_weighable(update, seen, layer.branch) or _worked_out(update, seen) for update in given]
@@ -283,7 +283,7 @@ def _weighable(update: Update, seen: TargetView, branch: Branch) -> Update | Non
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     """Sort the targets: blocks that pass a state to the next block come first, in the order of the graph.
 
-    The nodes that are added for layers inside such a block read its state.
+    Nodes that are added for layers inside such a block read the block's state.
 
     Raises:
         Unsupported: such a target is inside a subgraph.
@@ -317,7 +317,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
 
 def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
-    # An output update sees the layer's result, so a change of the weight cannot come after it.
+    # An output update reads the layer's result, so a weight update cannot come after an output update.
     if outer != sorted(outer):
         why = "an update of weights follows an update of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
@@ -334,7 +334,7 @@ def _check(place: Found, layer: Layer | Ended, bias: object) -> None:
 
 
 def _eaten(layer: Layer | Ended) -> str | None:
-    """Return the operator of the fused node that also adds the layer's bias; None if there is no such node."""
+    """If a fused node reads the layer's output and adds the bias, return that node's operator; otherwise None."""
     # The position of the bias among the inputs of each fused operator of onnxruntime.
     uses = list(layer.result.uses()) if isinstance(layer, Layer) and not layer.inside else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
@@ -377,7 +377,7 @@ def _wide(leaf: Leaf) -> Array:
 
 
 def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) -> Update:
-    """Return the update if nodes can express its formula; otherwise, return its dense equivalent at this weight."""
+    """Return the update if nodes can express its formula; otherwise, an equal dense update for this weight."""
     # Try the formula, and always remove the nodes that it appended.
     if isinstance(update, OutputUpdate):
         return update
@@ -396,7 +396,7 @@ def _sayable(update: Update, layer: TargetView, branch: Branch, constant: bool) 
 def _slotted(
     update: Update, position: int, seen: TargetView, layer: Layer | Ended, place: Found, slots: Slots
 ) -> Update:
-    """Return the update over slots for its own tensors, or for factors computed from them and the base's weight."""
+    """Return the update with slots for its tensors, or for factors computed from its tensors and the base's weight."""
     try:
         return _sayable(update, seen, layer.branch, False)
     except (AttributeError, TypeError):
@@ -407,7 +407,7 @@ def _slotted(
 
 
 def _worked_out(update: Update, layer: TargetView) -> Update:
-    """Evaluate the formula at a known weight, in float64 with one rounding; return an added or a replaced weight."""
+    """Apply the update to a known weight in float64, with one rounding; return an added or a replaced weight."""
     held = computed_over(update, lambda leaf: _numbers(cast(Value, leaf)))
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
@@ -427,7 +427,7 @@ def _numbers(value: Value) -> Array:
 
 
 def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
-    """Return numbers as a constant of the layer's dtype, of the type of formulas."""
+    """Return an array as a constant in the layer's dtype, typed as a `Tensor` for formulas."""
     if array is None:
         return None
     kind = known_weight(layer).dtype
@@ -435,17 +435,18 @@ def _constant(layer: TargetView, array: Tensor | None) -> Tensor | None:
 
 
 def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -> Value:
-    """Return the layer's new output by its updates' formulas; a grouped layer only gets a new weight and bias.
+    """Compute the layer's new output by the updates' formulas; for a grouped layer, change only weight and bias.
 
     Args:
         layer: the layer.
         updates: the updates of the layer, in order.
-        added: add the output of the changes to the layer's output, so that an update without effect keeps every bit.
+        added: compute the change of the output and add it to the layer's output. An update without effect then keeps
+            every bit.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
     weights = all(isinstance(update, WeightUpdate) for update in inner)
-    # Formulas are typed for tensors, and compute with graph values in the same way.
+    # The type hints of formulas name tensors; graph values have the same operators.
     chain = cast("FormulaLayer", layer)
     for update in updates:
         chain = cast("FormulaLayer", Composed(chain, update))
@@ -461,7 +462,7 @@ def _output(layer: TargetView, updates: Sequence[Update], added: bool = False) -
 
 
 def _insert(layer: Layer | Ended, new: ir.Value, branch: Branch) -> None:
-    """Replace a layer's output, and its input if the update moved it; remove nodes that nothing reads any more."""
+    """Replace a layer's output, and its input if the update moved that; remove nodes that nothing reads any more."""
     last = layer.end.producer()
     if isinstance(layer, Ended) and layer.moved is not None:
         graph = None if layer.node is None else layer.node.graph

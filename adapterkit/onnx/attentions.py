@@ -1,8 +1,8 @@
 """Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
 
 Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before those of the
-computed keys. They are added after the mask, so that the mask cannot hide them. The prefix's values go before the
-computed values. The prefix is not part of any cache.
+computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
+values go before the computed values. The prefix is not part of any cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
 _EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
 
 Factors = tuple[tuple[str, ir.Value], ...]
-"""Pairs of an operator (`Mul` or `Div`) and a number, in the order in which they apply to a value."""
+"""Pairs of an operator (`Mul` or `Div`) and a number, in the order in which the operators are applied."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +103,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: a prefix does not have the keys' number or size of heads.
+        ShapeMismatch: the number or the size of a prefix's heads differs from that of the keys.
         And what `attention_at` raises.
     """
     at = attention_at(building.model, target)
@@ -118,7 +118,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
-    # The graph's own scores have the mask added already, so the prefix's scores stay unmasked.
+    # The mask is already part of the graph's own scores, so the prefix's scores stay unmasked.
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
     every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
     for reader, position, new in ((at.softmax, 0, joined), (at.mixed, 1, every)):
@@ -161,13 +161,13 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; a product with them expands a constant to the rows of the call."""
+    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by these ones repeats it for each row of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
 
 def _scores(keys: Value, at: AttentionNodes, branch: Branch) -> Value:
-    """Return the scores of queries against the prefix's keys, scaled as the graph scales its own."""
+    """Return the scores of queries against the prefix's keys, with the scaling of the graph's own scores."""
     keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
     queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
     return _times(queries @ keys.mT, at.factors, branch)
@@ -187,7 +187,7 @@ def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Walk back from the softmax's input to the product of queries and keys; return it and the factors passed."""
+    """Walk back from the softmax's input to the product of queries and keys; return it and the factors on the way."""
     node = None if value is None else value.producer()
     if node is None:
         return None

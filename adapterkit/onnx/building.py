@@ -1,4 +1,4 @@
-"""Add nodes and tensors to a graph: with unique names, each tensor once; insert and copy nodes."""
+"""Add nodes and tensors to a graph, with unique names and each tensor only once; insert and copy nodes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ OPSET = 13
 """The oldest opset that the added nodes support; models of an older opset are first converted to this one."""
 
 FREE = 1 << 40
-"""Numbers from this one on stand for open sizes, which are only known when an adapter is loaded; see slots.py."""
+"""Sizes of at least this number stand for open sizes, which are only known when an adapter is loaded; see slots.py."""
 
 
 class Building:
-    """The additions to one model. Each source object becomes one tensor, which all of its readers share.
+    """The additions to one model. Each key becomes one tensor, which all readers share.
 
     Args:
         model: the model that is being changed.
@@ -78,7 +78,7 @@ class Building:
         )
 
     def slot(self, key: Hashable, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
-        """Return an optional input: an initializer, which holds the default, that is also listed as a graph input."""
+        """Return an optional input: an initializer with the default value, which is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
             # Declare the open sizes, because the default has size 0 or 1 there.
@@ -120,10 +120,10 @@ class Branch:
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Attribute] | None,
         dtype: npt.DTypeLike, shape: Sequence[int | None] | None, position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
-        """Append a node of which only the output at `position` is read; return that output."""
+        """Append a node, and return its output at `position`, the only one that is read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        # Omit a shape with a size of FREE or more, which stands for an open size and must not be written to the file.
+        # Omit a shape with a size of FREE or more: this stands for an open size and must not be written to the file.
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
@@ -146,7 +146,7 @@ class Branch:
         return [node for node in reversed(needed) if node.graph is None]
 
     def close(self) -> None:
-        """Release the nodes. Disconnect those that were not inserted, so that they do not count as readers."""
+        """Release the nodes. Disconnect nodes that were not inserted, so that they do not count as readers."""
         _disconnect([node for node in self.nodes if node.graph is None])
         self.nodes.clear()
 
@@ -156,7 +156,7 @@ KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueez
 
 
 def element_type(value: ir.Value | None) -> Dtype:
-    """Return the numpy dtype of a value. If the graph does not give it, follow the producers; by default, float32."""
+    """Return a value's numpy dtype. If the graph does not give one, look at the producers; if none has one, float32."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if held is not None and held not in _UNKNOWN:
@@ -190,8 +190,8 @@ def kind_of(value: ir.Value) -> ir.DataType:
 def _typed(name: str, value: Attribute) -> Attribute:
     """Return an attribute in the form that `ir.node` accepts.
 
-    Give the type of a list of integers here. Otherwise, onnx-ir checks each of its protocols to find the type, which
-    took a quarter of the time of an injection.
+    For a list of integers, set the attribute type here. Otherwise, onnx-ir tests the list against each of its
+    protocols, which took a quarter of the time of an injection.
     """
     if isinstance(value, list | tuple):
         whole = [one for one in value if type(one) is int]
@@ -293,7 +293,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
-    # Refuse a subgraph: it may read outer values, which would have to be replaced inside the subgraph, too.
+    # Refuse a subgraph: it may read outer values, and those would have to be replaced inside the subgraph, too.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
         cure = "Attach the adapter to the torch model, and export that model"
         raise Unsupported(f"a {node.op_type} has a subgraph and cannot be copied", where=node.name, cure=cure)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
 # The copy reads the same stored tensors. The cached past was computed with the adapter, so the copy computes from the
-# past's tokens instead.
+# past's tokens instead of the cache.
 
 
 WORD = "hidden_states"
@@ -122,7 +122,7 @@ def _last(model: ir.Model, told: str | None) -> ir.Value:
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether a node's output is `logits`, except for a bias or a cast."""
+    """Whether a node's output is `logits`, or becomes `logits` by adding a bias or by a cast."""
     value = node.outputs[0]
     while not value.is_graph_output():
         uses = list(value.uses())
@@ -150,8 +150,8 @@ class CallWords:
     Args:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
-        told: for an input, the name of a graph value; for `task_ids`, also the number of the task of all rows.
-        config: returns the base's `config.json`, for formulas with a side network like the base.
+        told: for an input, the name of a graph value; `task_ids` may also be a number: the task of all rows.
+        config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
 
     Raises:
         UsageError: no update reads an input in `told`, or the graph has no value of the given name.
@@ -183,7 +183,7 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A sentence about the new inputs that each run must be given."""
+        """A sentence about the new inputs, which every run needs."""
         said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
         return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
 
@@ -271,7 +271,7 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's positions; all ones if the mask covers other positions too, e.g. a past."""
+        """Return the mask of the layer's positions; all ones if the graph's mask also covers e.g. a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None

@@ -1,4 +1,4 @@
-"""Compute the changed tensors of a merge in blocks, by the same engine that merges any base.
+"""Compute the changed tensors of a merge in blocks, with the engine that also merges folders of weights.
 
 If a node reads a weight through transpositions, the stored tensor is changed, and the transpositions stay.
 """
@@ -57,7 +57,7 @@ def unturned(operand: ir.Value) -> Stored:
 
 
 def _turns(node: ir.Node) -> bool | None:
-    """Whether a node swaps the first two axes; None if it does something else."""
+    """Return True if a node swaps the first two axes, False if it keeps their order, None if it does something else."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Identity":
@@ -79,7 +79,7 @@ class StoredChange:
     Attributes:
         where: the target, for errors.
         source: the old numbers.
-        folds: the updates, for the axis order of the stored tensor.
+        folds: the updates, converted to the axis order of the stored tensor.
     """
 
     where: str
@@ -104,7 +104,7 @@ class StoredChange:
 
 
 def lazy_of(value: ir.Value) -> Lazy:
-    """Return the numbers of a constant value; external data is read in place."""
+    """Return a constant value as a lazy tensor, which reads external data from its file."""
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, _dtype(tensor.dtype.numpy()), tuple(tensor.shape.numpy()))
@@ -112,7 +112,7 @@ def lazy_of(value: ir.Value) -> Lazy:
 
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Return a lazy tensor that is computed as a whole, for readers that read in blocks."""
+    """Return a lazy tensor for readers of blocks; the first read computes the whole tensor."""
     held = _Once(make)
     return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
@@ -127,7 +127,7 @@ def bytes_of(tensor: ir.TensorProtocol) -> Lazy:
 
 
 def _flat_bytes(tensor: ir.TensorProtocol) -> Array:
-    """Return the bytes of a tensor; without a copy, except for 4-bit types, which numpy stores differently."""
+    """Return the bytes of a tensor. Only 4-bit types are copied, because numpy stores them differently."""
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -140,7 +140,7 @@ def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> 
 
 
 class _Once:
-    """Numbers that are computed as a whole, kept while workers read their blocks, and freed after the last block."""
+    """An array that is computed at the first read, kept while workers read blocks, and freed after the last block."""
 
     def __init__(self, make: Callable[[], Array]) -> None:
         self.make, self.lock, self.given = make, Lock(), 0
@@ -151,8 +151,8 @@ class _Once:
 
     def part(self, first: int, count: int) -> memoryview:
         with self.lock:
-            # Count the elements that were read: the workers together read each element once, so this shows when all are
-            # done.
+            # Count the elements that were read: the workers together read each element once, so the count shows when
+            # all are done.
             if self.held is None:
                 self.held, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
             held = self.held
@@ -180,11 +180,11 @@ class Changed(ir.LazyTensor):
 
 
 Fresh = dict[Hashable, ir.Value]
-"""The new tensors of a merge, each under a key of its sources."""
+"""Key made from the sources of a new tensor -> the new tensor of the merge."""
 
 
 def fresh_value(building: Building, fresh: Fresh, key: Hashable, old: ir.Value, change: StoredChange) -> ir.Value:
-    """Return the changed tensor, a new initializer beside `old`; nodes with the same changes share it."""
+    """Return the changed tensor as a new initializer beside `old`; nodes with the same changes share the new tensor."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
@@ -225,7 +225,7 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Remove tensors that nothing reads any more; give their names, which tools use, to the new tensors."""
+    """Remove old tensors that nothing reads any more; give their names, which tools rely on, to the new tensors."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
         # If two layers shared `old`, each has a new tensor, and the first one has taken the name already.

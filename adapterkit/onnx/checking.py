@@ -45,13 +45,13 @@ FEW = 1 << 16
 """Most input numbers to run on."""
 
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-"""Operators that round their inputs: there, another order of summation can change a value by a whole step."""
+"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
 
 LAST_BITS = 1e-6
-"""Largest relative difference between a recurrent layer with stored weights and one with computed weights."""
+"""Largest accepted relative difference between a recurrent layer with stored weights and one with computed weights."""
 
 STEP = 1e-2
-"""Largest relative difference between operators of integers and the same operators of floats: a few steps."""
+"""Largest accepted relative difference between an integer operator and the same operator in floats: a few steps."""
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -110,7 +110,7 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
         there = np.isfinite(b)
-        # NaNs and infinities must be in the same places; otherwise no number measures the difference.
+        # NaNs and infinities must be in the same positions; otherwise, the difference cannot be measured.
         if a.shape != b.shape or not np.array_equal(np.isfinite(a), there):
             return float("inf")
         if not np.array_equal(a[~there], b[~there], equal_nan=True):
@@ -127,17 +127,18 @@ def is_narrow(outputs: Sequence[object]) -> bool:
 
 
 def most_of_oracles(outputs: Sequence[object]) -> float:
-    """Return the largest difference between onnxruntime and the reference implementation that rounding explains."""
+    """Return the largest difference between onnxruntime and the reference implementation that rounding can cause."""
     return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
 
 
-# Run written graphs in onnxruntime on trial inputs, and compare them with the same change made another way.
+# Run each written graph in onnxruntime on trial inputs, and compare it with a second graph whose change was made in
+# another way.
 # An injection is compared with merged weights, and a merge with an injection. An injection runs the formulas over graph
 # values; a merge runs them over float64 numbers.
 
 
 LARGE = 1 << 29
-"""Models with more bytes of numbers than this are not loaded a second time for a check."""
+"""Models whose tensors have more bytes than this are not loaded a second time for a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class CheckOutcome:
 
     Attributes:
         difference: the largest difference, relative to the largest output.
-        note: why there is no difference; or what the check could not cover.
+        note: why `difference` is None, or what the check could not cover.
         reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
         saturation: values clipped by static quantization, if the graph has any.
     """
@@ -169,11 +170,13 @@ def checked_injection(
         base: the base's weights.
         out: the written graph.
         beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds only that file, as a
-            user does, so it finds an unfilled slot. It also compares the graph with empty slots with the original.
+            user does, and so finds unfilled slots. The graph with empty slots is also compared with the original graph.
         given: inputs to run on, by name.
-        alone: True if there is no second way to make the change, as for prefixes of attentions.
+        alone: True if there is no second way to make the change, as for attention prefixes; then only the run itself is
+            checked.
         tying: the choices for tied layers, as for the injection.
-        by_rows: True if the slots are stacks of adapters. Then a batch with the adapter in one row is tried as well.
+        by_rows: True if the slots are stacks of adapters. Then the check also runs a batch with the adapter in one row
+            only.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -190,7 +193,7 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Context only: inputs without its tokens, or with a past, give the original outputs.
+    if not adapter.updates:  # Without the new tokens, or with a given past, context changes nothing.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)
@@ -217,7 +220,7 @@ def _compared_by_rows(
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
-        Unsupported: the graph does not run on a made-up batch, so nothing shows that rows are the first axis.
+        Unsupported: the graph does not run on a made-up batch, so it stays unknown whether the first axis is the batch.
     """
     stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
     why = "no inputs"
@@ -255,7 +258,7 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
 
 
 def _empty(out: Path) -> Feeds:
-    """Return values for slots without defaults with which the graph computes the same as the base."""
+    """For slots without defaults, return values with which the graph computes the same as the base."""
     model = opened(out).model
     return neutral(fills_of(model.metadata_props), {name: sizes_of(one) for name, one in slots_of(model).items()})
 
@@ -267,9 +270,9 @@ def checked_merge(
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with the original graph with the adapter injected.
 
-    If packed weights were dequantized, they are dequantized in the original, too. If weights were requantized, the
-    difference includes the requantization error, so it is reported but does not fail the check. Changes that were kept
-    beside packed weights are compared with the same changes in dequantized weights.
+    If packed weights were dequantized, the check dequantizes those of the original, too. If weights were requantized,
+    the difference includes the requantization error, so a difference is reported but does not fail the check. A change
+    beside a packed weight is compared with the same change in the dequantized weight.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -302,7 +305,7 @@ def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None, given: Feeds | None, tying: Tying | None,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare a graph with changes beside packed weights to the graph with the same changes in dequantized weights."""
+    """Compare two graphs: changes beside packed weights, and the same changes in dequantized weights."""
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
@@ -326,8 +329,8 @@ def _checked_beside(
 def _exact(model: ir.Model) -> bool:
     """Whether layers with packed weights compute in floating point in a session with default options.
 
-    onnxruntime may round the inputs of nodes that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
-    `accuracy_level` allows it.
+    onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
+    `accuracy_level` allows rounding.
     """
     return not any(
         node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
@@ -336,7 +339,7 @@ def _exact(model: ir.Model) -> bool:
 
 
 def _session(model: bytes | str, bare: bool) -> OrtSession:
-    """Start a session; if `bare`, inputs of packed layers are not rounded, which correct graphs may do differently."""
+    """Start a session; if `bare`, keep inputs of packed layers unrounded: two correct graphs may round differently."""
     if not bare:
         return session_of(model)
     import onnx
@@ -366,7 +369,7 @@ def _compared(
     """Compare two graphs on the same inputs: the given ones, or made-up inputs of the first sizes that work.
 
     Args:
-        wanted: a graph that must compute the same; None if there is none.
+        wanted: a graph that must compute the same; None to only run `out`.
         out: the written graph.
         more: additional inputs of `out`.
         exact: require equal bits from both graphs without onnxruntime's optimizations.
@@ -404,8 +407,8 @@ def _compared(
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
-            # the original graph, and so rounds differently. A MatMul after a DequantizeLinear, if it is fused, even
-            # rounds its input to 8 bits.
+            # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
+            # MatMul even rounds its input to 8 bits.
             results = session_of(wanted, optimized=False).run(None, feeds)
             got = session_of(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
@@ -435,12 +438,13 @@ def _most_empty(model: bytes) -> float:
     """Return the largest accepted difference between a graph with empty slots and the original graph."""
     if _rounds_outputs(model):
         return STEP
-    # onnxruntime packs constant weights of recurrent layers, and then sums in another order than with computed weights.
+    # onnxruntime packs the constant weights of recurrent layers, and then sums in another order than for computed
+    # weights.
     return LAST_BITS if any(op in model for op in (b"LSTM", b"GRU", b"RNN")) else 0.0
 
 
 def _rounds_outputs(model: bytes) -> bool:
-    """Whether a graph has operators of integers that `opened_up` may split, which changes the last bit."""
+    """Whether a graph has integer operators that `opened_up` may split; this changes the last bit of their outputs."""
     return any(op in model for op in (b"QLinear", b"QGemm", b"QAttention"))
 
 
@@ -493,8 +497,8 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
     """Return the difference between onnxruntime and ONNX's reference implementation; raise if it is large.
 
-    The reference implementation has bugs, too. Its result only counts if it agrees with onnxruntime on the original
-    graph.
+    The reference implementation has bugs, too. Its result only counts if, on the original graph, it agrees with
+    onnxruntime.
     """
     told = told_by_reference(out, feeds)
     if told is None:
@@ -520,7 +524,7 @@ def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
 def _of_new_inputs(
     session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
 ) -> Feeds:
-    """Return inputs that only the written graph has, such as the task of each row: given ones, or zeros."""
+    """Return given values, or zeros, for inputs that only the written graph has, such as the task of each row."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
@@ -533,7 +537,7 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
-    # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole step.
+    # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
     if _computes_narrow(wanted) or any(op.encode() in wanted for op in ROUGH) or _rounds_outputs(wanted):
         return TOLERANCE["V"]
     noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
@@ -541,7 +545,7 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
 
 
 def _computes_narrow(model: bytes) -> bool:
-    """Whether a graph computes in 16 bits or fewer internally, independent of the dtype of its outputs.
+    """Whether a graph computes in 16 bits or fewer internally, whatever dtype its outputs have.
 
     Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
     to 32 before use do not count.

@@ -26,21 +26,21 @@ from .values import SYMBOLS, Value, computed_over, plain
 if TYPE_CHECKING:
     from ..io.lazy import Leaf
 
-# New tokens at a graph's embeddings: token numbers after the vocabulary, with vectors from a second table.
+# New tokens at a graph's embeddings: their ids follow the vocabulary, and their vectors are in a second table.
 # The new vectors replace looked-up rows at the embedding, or at the output of a module that also adds positions and
-# token types. In the second case, the positions of later tokens do not count the new tokens.
+# token types. At such a module, the positions of later tokens do not count the new tokens.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTokens:
-    """Values that separate new tokens from those of the vocabulary.
+    """Graph values that separate new tokens from those of the vocabulary.
 
     Attributes:
-        ids: the token numbers.
+        ids: the token ids.
         new: True where a token is new.
-        known: the token numbers, 0 where a token is new.
+        known: the token ids, with 0 in place of each new token.
         vectors: the vectors of new tokens.
-        said: a sentence that gives the numbers of the new tokens.
+        said: a sentence that gives the ids of the new tokens.
     """
 
     ids: ir.Value
@@ -56,7 +56,7 @@ class NewTokens:
 
 
 def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
-    """Add the nodes that separate an embedding's known tokens from new tokens, whose vectors are `more`.
+    """Add nodes that separate an embedding's known tokens from new tokens; `more` holds the vectors of the new tokens.
 
     Raises:
         ShapeMismatch: the vectors have another size.
@@ -71,7 +71,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     table = building.tensor(*made)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
-    # Set token numbers that are out of range for a table to 0, because a Gather reads each table for every token.
+    # Replace token ids outside of a table by 0, because a Gather reads each table for every token.
     known = branch.node("Where", [new, zero, ids], None, kind, None)
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
@@ -126,15 +126,15 @@ def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, bra
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # Open the batch size: one row of positions served all rows of the batch, and now each row has its own positions.
+    # Make the batch size of positions open: before, all rows of a batch shared one row; now each has its own.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)
             out.shape = ir.Shape([None, *sizes[1:]]) if sizes and sizes[0] == 1 else out.shape
 
 
-# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs.
-# The attention's own projections of the prompt give its keys and values; both are computed when it is attached.
+# Adaption prompts in a graph: the queries also attend to a prompt, and the result is added to the heads' outputs. The
+# attention's own projections give the prompt's keys and values, which are computed when the prompt is attached.
 
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
@@ -142,7 +142,7 @@ SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Attach adaption prompts to an attention: add what the queries read from the prompts to the output.
+    """Attach adaption prompts to an attention: queries attend to the prompts, and the result is added to the output.
 
     Raises:
         TargetNotFound: there is no such module.
@@ -222,10 +222,10 @@ def _of_heads(array: Array, heads: int, d: int) -> Array:
 
 
 # Context of the whole model: soft prompts and new tokens at the embedding, prefixes as the initial past.
-# A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. To use the prompt,
-# begin an input with these numbers, and let the mask and the positions count them. If a module computes positions
+# A soft prompt becomes new token ids after the vocabulary, like the tokens of textual inversion. To use the prompt,
+# begin an input with these ids, and extend the mask and the positions to cover them. If a module computes positions
 # itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and values, for
-# a batch of one; the mask must count the prefix.
+# a batch of one; the mask must cover the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")

@@ -67,7 +67,7 @@ OWNS = frozenset({*GRAPHS, *(f"{name}.data" for name in GRAPHS), "*.onnx_adapter
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless an export wrote it, it has no other weights, and `overwrite` is set.
+    """Refuse an existing folder, unless `overwrite` is set, an export wrote the folder, and it has no other weights.
 
     Raises:
         StorageError: the folder exists and may not be replaced, or its parent folder does not exist.
@@ -92,7 +92,7 @@ def check_folder(target: Path, overwrite: bool) -> None:
 def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
     """Yield a folder to write an export to; when the block ends, that folder replaces `target`.
 
-    Files in `target` stay if an export never writes files of that name. The inputs are never replaced.
+    A file in `target` stays if exports never write files of that name. The inputs are never replaced.
     """
     with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
         folder.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
 
 
 def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
-    """Return the report of an export to a scratch folder, with the files' paths in `target`."""
+    """Return the report of an export to a scratch folder, with the paths that the files get in `target`."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / report.out.name, files=files)
 
@@ -109,7 +109,7 @@ def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> Gr
 
 
 def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[object]:
-    """Return a context in which the live model is ready to be traced: with its adapters merged, attached, or absent."""
+    """Return a context in which the live model is ready to be traced: with adapters merged, attached or absent."""
     if mode == "merged":
         return _merged(model, adapters)
     return injected(model, adapters if mode == "attached" else {})
@@ -202,7 +202,7 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Return the stored tensors that may equal a tensor of the graph: those of its name, else of its shape (ties)."""
+    """Return stored tensors that may equal a tensor of the graph: by name, or for tied weights, by shape."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
@@ -299,7 +299,7 @@ def export(
         dynamic_shapes: the open sizes, in the form that `torch.onnx.export` takes.
         opset: the opset version; torch's default if not given.
         inside: if `torch_model` is a wrapper, the attribute that holds the model; names are relative to that attribute.
-        also: more examples of `args` in other sizes, for the check.
+        also: more examples of `args`, in other sizes, on which the check runs, too.
         quantize: `int8` or `int4` packs the linear layers by onnxruntime's quantizers; see quantizing.py.
             `GraphReport.damage` has the error of each weight, and `GraphReport.difference` the error of the outputs.
         share: safetensors files in the folder of `out`, or that folder. The graph refers to the weights in these files
@@ -336,13 +336,13 @@ def export(
     stays: tuple[Path, ...] = ()
     if share is not None:
         weights = opened_base(share)
-        # Refuse files in the wrong folder now, before minutes of tracing.
+        # Refuse files in the wrong folder before the tracing, which takes minutes.
         _check_place(weights.tensors, target)
         stays = weights.files
     numbered = steps(steps_of(mode, quantize, check))
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
-        # The quantizer starts from a float graph; the check covers that graph, too.
+        # The quantizer reads a float graph; the check covers that graph, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -371,7 +371,7 @@ def export(
 def _own_parts(
     graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
 ) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
-    """Return, by name, the part of each adapter that a graph has targets for, if any, and the targets that it lacks."""
+    """Return, by name, the part of each adapter whose targets a graph has, if any, and the targets that it lacks."""
     split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
     own = {name: kept for name, (kept, _) in split.items() if kept.updates}
     return own, {name: lost for name, (_, lost) in split.items()}
@@ -414,12 +414,12 @@ def _checked(
 
     stage("running the graph and comparing it with the model")
     try:
-        # Load each graph once, also for the reference: onnxruntime optimizes it anew each time.
+        # Load each graph only once, also for the reference, because onnxruntime optimizes a graph at every load.
         session = Session(plain)
         difference = compared(model, examples, plain, session, runs)
         if quantize is not None:
             # Check the packed layers against dequantized weights on exact inputs. The error of the packing itself is
-            # reported; it does not fail the check.
+            # reported, but does not fail the check.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)

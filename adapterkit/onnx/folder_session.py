@@ -75,12 +75,12 @@ class FolderSession:
     def load(
         self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
     ) -> None:
-        """Load an adapter under a name, and replace an adapter of that name; each graph gets the targets that it has.
+        """Load an adapter under a name, or replace the adapter of that name; each graph gets the targets that it has.
 
         Args:
             name: the adapter's name in calls of `run` and `generate`.
-            adapter: an adapter, or its path. By default, the files `PART.NAME.onnx_adapter` in the folder, which
-                `export` writes.
+            adapter: an adapter, or its path. By default, the files `PART.NAME.onnx_adapter` that `export` wrote to the
+                folder.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
         Raises:
@@ -162,10 +162,10 @@ class FolderSession:
         self, inputs: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, max_new_tokens: int = 32,
         adapter: str | None = None, start: int | None = None, end: int | Sequence[int] | None = None,
     ) -> Array:  # fmt: skip
-        """Generate texts greedily from the encoder's inputs: texts, sounds or images.
+        """Generate texts greedily from the encoder's inputs, which are texts, sounds or images.
 
         Args:
-            inputs: the encoder's inputs by name, or `input_ids` alone. The default mask shows all tokens.
+            inputs: the encoder's inputs by name, or `input_ids` alone. By default, no token is masked.
             max_new_tokens: the largest number of tokens to generate.
             adapter: the adapter's name; None for the bare model.
             start: the first token; by default, `decoder_start_token_id` of the configs in the folder.

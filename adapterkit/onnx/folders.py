@@ -1,10 +1,10 @@
 """Change a folder of graphs as one model: an encoder with its decoders, or text, vision and speech parts.
 
 Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
-`decoder_model_merged.onnx` for one model; onnxruntime-genai lists its parts in `genai_config.json`. An adapter spans
-all of them, so each graph gets the targets that it has. The graph of an encoder names its layers without the word
-`encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. The file's name therefore decides
-first which part of the model a graph holds.
+`decoder_model_merged.onnx` for one model; onnxruntime-genai lists a model's parts in `genai_config.json`. An adapter
+may have targets in all graphs; each graph gets the targets that it has. The graph of an encoder names its layers
+without the word `encoder`, so `layers.0.self_attn.q_proj` may be in the encoder or in the decoder. Therefore, the names
+of files are compared first: they show which part of the model a graph holds.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ DEEP = 2
 """How many levels of folders are searched, including the model's folder: diffusers has one folder for each part."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-"""Suffixes of weight files of other frameworks. They are not copied to a changed model, because they hold old
-weights."""
+"""Suffixes of weight files of other frameworks. A changed folder gets no copies of these files, because they hold the
+old weights."""
 
 FILE_WORDS = (
     ("vae", "vae"), ("vision", "vision"), ("visual", "vision"), ("image", "vision"), ("speech", "audio"),
@@ -72,7 +72,7 @@ PATH_WORDS = {
 """Segment of a target's path -> the part that the target belongs to; the first segment that matches decides."""
 
 TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
-"""Part in a file -> the parts whose targets it may hold: a decoder beside a vision part is the language model."""
+"""Part in a file -> the parts whose targets the file may hold. A decoder beside a vision part is the language model."""
 
 GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
 """Section of `genai_config.json` -> the part in its file."""
@@ -162,7 +162,7 @@ def parts_of(folder: Path) -> list[GraphPart]:
 
 def _role(name: Path) -> str | None:
     words = re.split(r"[_\-.]+", name.stem.lower())
-    # If the file's name does not show the part, as for `model.onnx`, use the name of its folder.
+    # If the file's name does not show the part, as in `model.onnx`, use the name of the folder around it.
     if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
         words = re.split(r"[_\-.]+", name.parts[0].lower())
     return next((role for word, role in FILE_WORDS if word in words), None)
@@ -204,7 +204,7 @@ class Division:
 
 
 def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
-    """Return a sentence about omitted targets; nothing if there are none."""
+    """Return a sentence about omitted targets; an empty tuple if no target is omitted."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -220,7 +220,8 @@ def left_out(
         TargetNotFound: the graph has none of the targets.
     """
     kept, lost = taken(model, adapter, base, tying.config)
-    # If no target is left, keep the adapter: the search by name then raises the error with the nearest names.
+    # If no target is left, return the whole adapter: the later search by name then raises the error with the nearest
+    # names.
     return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph does not have them")
 
 

@@ -46,11 +46,13 @@ def fold(
         folds: pairs of a target and its adapter's weight in the merge.
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
-        damage: gets the error of each requantized weight, by target, even if the change was kept beside the weight
-            instead.
-        keep_change: one of `KEEPING`: whether a packed weight stays unchanged and its change is attached beside it. By
-            default, this is done if quantizing again would lose more than `MOST_LOST` of the change.
-        beside: gets the targets whose change must be attached beside a packed weight; None to attach no change.
+        damage: a dictionary to which the error of each requantized weight is added, by target. If the change was
+            attached beside the weight instead, the error is added all the same.
+        keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
+            weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
+            `MOST_LOST` of it.
+        beside: a list to which the targets are added whose change must be attached beside a packed weight; None to
+            attach no change.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -58,7 +60,7 @@ def fold(
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: Fresh = {}
-    # Fold all targets of a node together, because the node's weight is rounded only once.
+    # Fold all targets of a node together, so that the node's weight is rounded only once.
     # The queries, keys and values of one packed layer are different spots at one node.
     by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
@@ -97,7 +99,7 @@ class Folding:
 
     Attributes:
         spot: the layer.
-        at: the layer's targets and their factors.
+        at: the layer's targets, each with its adapter's weight in the merge.
         building: the model that is being changed.
         fresh: the new tensors of the whole merge, each under a key of its sources.
     """
@@ -127,8 +129,9 @@ class Folding:
 
         Args:
             quantized: the choice for a packed weight.
-            damage: gets the error of a requantized weight.
-            keep: the choice for the change of a packed weight: empty to decide by the loss, None to quantize it.
+            damage: a dictionary to which the error of a requantized weight is added.
+            keep: the choice for the change of a packed weight: empty to decide by the loss, None to always quantize the
+                change.
         """
         if any(key.startswith(BEFORE) for key in self.spot.node.metadata_props):
             why = "an injected adapter already changes the weight of this layer"
@@ -171,7 +174,7 @@ class Folding:
         return []
 
     def _apart(self, must: bool) -> list[Found]:
-        """Return the targets, with updates scaled by the factors, to attach them beside the layer.
+        """Return the targets to attach beside the layer, with their updates scaled by the adapters' weights.
 
         Raises:
             Unsupported: `must` is set, and the sum of the attached updates is not equal to the merge.
@@ -217,7 +220,7 @@ class Folding:
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
-        """Return a tensor that replaces an old one, in the same dtype, and is computed as a whole."""
+        """Return a tensor that replaces an old one, in the same dtype; it is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -257,7 +260,7 @@ def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: 
             own = np.zeros_like(flat) if norm.bias is None else norm.bias
             scale = norm.scale[rows]
         seen = None if W is None else part_of(W if norm is None else norm.weight, place)
-        # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
+        # With a folded norm, the graph holds scale * b + shift, so multiply the change of b by the scale.
         after[rows] += factor * scale * (through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
 
@@ -333,7 +336,7 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
-    # Refuse an overflow only: the base may already have NaN or infinity.
+    # Refuse only new NaNs and infinities, from an overflow: the base itself may already have some.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
         cure = "Merge with a smaller weight"
         raise Malformed(f"merging gives values that are too large for {kind.name}", where=name, cure=cure)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .outlets import Outlet
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""How a name was found: by the exporter's module scopes, its note of a folded parameter, the name of the stored tensor,
-the name of the node, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight
-that packs several layers, or the nearest numbers."""
+"""The ways to find a name, in order: the exporter's module scopes; the exporter's note of a folded parameter; the name
+of the stored tensor; the name of the node; the head counts of the attention that reads a packed layer; a weight with
+equal values; equal rows of a weight that packs several layers; the weight with the nearest values."""
 
 NEAR = 0.15
 """Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the base's weight."""
@@ -38,10 +38,10 @@ class Spot:
     Attributes:
         node: the node.
         kind: the kind of layer.
-        names: for each method in `METHODS`, the names of the node's weight in the base, ending with `.weight`.
+        names: method, one of `METHODS` -> the names that it found for the weight in the base, ending with `.weight`.
         shape: the weight's shape as formulas see it, `[out, in, *k]`.
         sources: the stored tensors that the node's weight is computed from.
-        rows: the range of the node's outputs that are the layer's, if the node packs several layers.
+        rows: if the node packs several layers, the range of the node's outputs that belong to this layer.
     """
 
     node: ir.Node
@@ -69,7 +69,7 @@ def distance(W: Array, spot: Spot) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedNorm:
-    """A batch normalisation folded into a layer: the graph's output is `scale * y + shift` of the base's `y`.
+    """A batch normalisation folded into a layer: if the base's output is `y`, the graph's is `scale * y + shift`.
 
     Attributes:
         name: the norm's name in the base.
@@ -89,8 +89,8 @@ class FoldedNorm:
         """Return the scale in a shape that broadcasts with a weight `[out, in, *k]`.
 
         Args:
-            groups: the groups of a transposed convolution, whose weight has `out / groups` outputs for each input; else
-                1.
+            groups: the number of groups of a transposed convolution, whose weight has `out / groups` outputs for each
+                input; 1 for other layers.
         """
         rest = self.weight.ndim - 2
         if groups == 1:
@@ -109,9 +109,11 @@ class Found:
         updates: the updates at the target.
         spots: the target's layers, one for each call of the module.
         method: how the layers were found, one of `METHODS`.
-        confidence: 1 for names and equal numbers; for the nearest numbers, 1 minus their relative distance.
+        confidence: 1 if found by name or by equal values; if found by the nearest values, 1 minus the relative
+            distance.
         turned: True if the updates see the weight with its first two axes swapped.
-        outlet: the target's output site, if that is not the output of a node; a module without a weight has only this.
+        outlet: where the target's output is in the graph, if no single node produces it. A module without a weight has
+            an outlet and no layers.
         norm: the batch normalisation that an exporter folded into the layer.
     """
 
@@ -134,7 +136,7 @@ class Found:
 
     @property
     def last(self) -> ir.Node | None:
-        """The target's node; for a module, its last node."""
+        """The target's node; for a module, the module's last node."""
         if self.spots:
             return self.spots[0].node
         return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()

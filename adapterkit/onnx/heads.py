@@ -1,7 +1,7 @@
 """Find queries, keys and values that a graph packs into one layer, as onnxruntime-genai's `qkv_proj` does.
 
-An adapter names `q_proj`, `k_proj` and `v_proj`. The head counts of the attention that reads the layer give the number
-of rows of each; or the sizes of a Split do. So nothing is guessed, and the base's weights are not needed.
+An adapter names `q_proj`, `k_proj` and `v_proj`. The number of rows of each comes from the head counts of the attention
+that reads the layer, or from the sizes of a Split. So nothing is guessed, and the base's weights are not needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKED = "qkv_proj"
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
-    """Split the updates of layers that a graph only has in parts.
+    """Split updates whose layer is several separate layers in the graph.
 
     Args:
         adapter: the adapter.
@@ -69,7 +69,7 @@ DEEP = 8
 
 
 def in_heads(spots: Sequence[Spot]) -> list[Spot]:
-    """Return the queries, keys and values of layers that pack them as separate layers, each with its rows and names."""
+    """If layers pack queries, keys and values, return these three as separate layers, each with its rows and names."""
     return [part for spot in spots for part in _parts(spot)]
 
 

@@ -48,8 +48,8 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
     """Return the adapter with its experts; unchanged if it does not need any.
 
     Raises:
-        Unsupported: the logits of its classifier follow the order of the torch model's modules, which a graph lacks.
-        And what `adapterkit/torch/experts.py` raises.
+        Unsupported: the router's logits are in the order of the torch model's modules, which a graph does not show. And
+        what `adapterkit/torch/experts.py` raises.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
         return adapter
@@ -99,11 +99,12 @@ def inject(
         adapter: the adapter, or its path.
         out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
             a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
-        mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
-            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows` stacks these
-            inputs over several LoRAs, so that each row of a batch can have its own. `inputs` makes them required inputs
-            of rank 1 or more, which other run times can swap, too. `OUT.slots.safetensors` then has the adapter's
-            tensors by the names of the inputs; `OUT.neutral.safetensors` has tensors that change nothing.
+        mode: `constant` writes the adapter into the graph. `slots` makes the adapter's tensors optional inputs, and
+            writes the adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows`
+            stacks these inputs over several LoRAs, so that each row of a batch can have its own LoRA. `inputs` makes
+            the tensors required inputs of rank 1 or more, which other run times can swap, too. With `inputs`,
+            `OUT.slots.safetensors` has the adapter's tensors by the names of the inputs, and `OUT.neutral.safetensors`
+            has tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a side network (Shadow), its architecture is read from the `config.json` of the base, or beside the
             graph.
@@ -221,7 +222,7 @@ def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
 
 
 def keep_original(source: GraphSource) -> None:
-    """Store the original file in the model's metadata, without the runs of bytes that the model's tensors still hold.
+    """Store the original file in the model's metadata, without the bytes that are still in the model's tensors.
 
     Raises:
         Unsupported: the model has been rewritten before.
@@ -233,7 +234,7 @@ def keep_original(source: GraphSource) -> None:
         )
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
-        # Search forward from the last tensor only, because the tensors are in the order of the file.
+        # Search only after the previous tensor, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
@@ -300,7 +301,7 @@ def _restored(model: ir.Model, note: str, path: Path) -> bytes:
         kept = json.loads(note)
         size, digest = int(kept["size"]), str(kept["sha256"])
         inflate = zlib.decompressobj()
-        # Limit the output: a few bytes can decompress to gigabytes.
+        # Limit the size of the result: a few bytes can decompress to gigabytes.
         rest = inflate.decompress(base64.b85decode(kept["rest"]), max(size, 1))
         parts, end, taken = [], 0, 0
         for at, length, name in kept["runs"]:

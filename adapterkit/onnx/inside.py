@@ -1,8 +1,8 @@
-"""Change the weight of a node whose output nodes beside it cannot change: nodes before it compute the new weight.
+"""Change the weight of a node by nodes before it, if nodes after it cannot change its output.
 
-A recurrent layer reads its own state, and a fused layer applies an activation. Such a node reads a weight that the
-graph computes from the base's weight and the adapter's tensors. If the tensors are constants, onnxruntime computes the
-weight once, when a session starts.
+A recurrent layer reads its own state, and a fused layer applies an activation. For such a node, the graph computes the
+changed weight from the base's weight and the adapter's tensors, and the node reads the result. If the tensors are
+constants, onnxruntime computes the weight once, when a session starts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
         spot: the layer's place in the graph.
 
     Raises:
-        Unsupported: an update changes a bias, and the node has none, or the target has rows or a folded norm.
+        Unsupported: an update changes a bias, but the node has none, or the target is a range of rows or has a folded
+            norm.
     """
     branch, chain = layer.branch, seen
     for update in updates:
@@ -57,7 +58,7 @@ def changed_inside(layer: Layer, seen: FormulaLayer, place: Found, updates: Sequ
     if any(update.changes_weight for update in updates):
         part = cast(Value, chain.weight)
         if place.norm is not None:
-            # The graph stores the base's weight times the norm's scale, so scale the change, too.
+            # The graph stores the base's weight times the norm's scale, so multiply the change by the scale, too.
             rows = slice(*place.target.rows) if place.target.rows else slice(None)
             own = W[rows] if place.target.rows else W
             part = own + (part - cast(Value, seen.weight)) * W.like(place.norm.factors(groups_of(spot))[rows])

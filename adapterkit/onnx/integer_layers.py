@@ -1,4 +1,4 @@
-"""Layers of operators that compute with integers: their weights, and their inputs and outputs as floats.
+"""Layers whose operators compute with integers: their weights, and their dequantized inputs and outputs.
 
 An adapter's nodes compute in floats. They read the dequantized input of the operator, and their result is added to the
 dequantized output. The operator itself stays, so that a graph with empty slots computes the same integers.
@@ -25,15 +25,16 @@ OWN = "com.microsoft"
 
 
 class IntegerLayer(Layer):
-    """A node whose inputs have a weight of integers, its scale and its zero point.
+    """A node that reads an integer weight, the weight's scale and its zero point.
 
     Class attributes:
         domain: the operator's domain.
         parts: the positions of the weight, its scale and its zero point.
-        origin: the positions of the input, its scale and its zero point; only the first for an input of floats.
-        out: the positions of the output's scale and zero point; None for an output of floats.
+        origin: the positions of the input, its scale and its zero point; for a float input, only the position of the
+            input.
+        out: the positions of the output's scale and zero point; None if the output is floats.
         vector: the position of the bias.
-        floating: the kind of layer that computes the same with a weight of floats.
+        floating: the kind of layer that computes the same with a float weight.
     """
 
     domain: ClassVar[str] = ""
@@ -98,7 +99,7 @@ class IntegerLayer(Layer):
         return ir.Value(name=held.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
     def put(self, arrays: Sequence[ir.Value]) -> None:
-        """Replace the node's integers, scales and zero points; keep the value of a bias of integers."""
+        """Replace the node's integers, scales and zero points; keep the float value of an integer bias."""
         vector = None if self.vector is None else _at(self.node, self.vector)
         b = None if vector is None else numbers(vector)
         before = None if b is None else _scale(self.node, self.parts[1])
@@ -106,7 +107,8 @@ class IntegerLayer(Layer):
             self.node.replace_input_with(position, value)
         if b is None or before is None or b.dtype.kind not in "iu" or self.vector is None:
             return
-        # The unit of a bias of integers is the product of both scales, and one of them has changed.
+        # The step of an integer bias is the product of the input's and the weight's scales, and the weight's has
+        # changed.
         again = np.rint(b.astype(np.float64) * before.reshape(-1) / _scale(self.node, self.parts[1]).reshape(-1))
         name = f"{vector.name}.merged"  # type: ignore[union-attr]
         self.node.replace_input_with(self.vector, initializer(self.branch.building, name, again.astype(b.dtype)))
@@ -133,7 +135,7 @@ class IntegerLayer(Layer):
 
     @property
     def own_bias(self) -> ir.Value | None:
-        # Formulas need a bias of floats; see `bias`.
+        # Formulas need a float bias; see `bias`.
         return None
 
     @property
@@ -175,7 +177,7 @@ class QLinearMatMul(IntegerLayer):
 
 
 class QGemm(IntegerLayer):
-    """A `QLinearMatMul` for inputs of two axes, with a bias of integers."""
+    """A `QLinearMatMul` for inputs of two axes, with an integer bias."""
 
     op_type, domain = "QGemm", OWN
     position, parts, out, vector = 3, (3, 4, 5), (7, 8), 6
@@ -203,7 +205,7 @@ class QLinearConv(IntegerLayer, Conv):
 
 
 class DynamicQuantizeMatMul(IntegerLayer):
-    """`x @ W`, where the node rounds x; sessions write it when they optimize dynamic quantization."""
+    """`x @ W`, where the node rounds x; onnxruntime writes it when it optimizes dynamic quantization."""
 
     op_type, domain = "DynamicQuantizeMatMul", OWN
     position, parts, origin, vector = 1, (1, 2, 3), (0,), 4
@@ -217,7 +219,7 @@ class MatMulIntegerToFloat(IntegerLayer):
 
 
 class QAttention(IntegerLayer, Attention):
-    """An `Attention` with a weight of integers."""
+    """An `Attention` with an integer weight."""
 
     op_type, domain = "QAttention", OWN
     axes = (2,)
@@ -225,7 +227,7 @@ class QAttention(IntegerLayer, Attention):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        # Refuse a past: the operator of floats has one, too, but the conversion does not connect it.
+        # Refuse a past: the float operator can take a past, too, but the conversion does not connect it.
         return super().takes(node) and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
     @classmethod
@@ -282,8 +284,9 @@ def initializer(building: Building, name: str, array: Array) -> ir.Value:
 def opened_up(found: Sequence[Found], building: Building) -> list[Found]:
     """Add the dequantized inputs and outputs that adapters of integer operators need; return the targets.
 
-    An operator may also stand for a Relu, if the range of its output ends at its zero point. A change must be added
-    before the Relu, so such an operator is replaced by one of floats between a DequantizeLinear and a QuantizeLinear.
+    If the range of an operator's output ends at the zero point, the operator may include a Relu. A change must be added
+    before the Relu, so such an operator is replaced by a float operator between a DequantizeLinear and a
+    QuantizeLinear.
     """
     done: dict[tuple[ir.Node, type[Layer]], tuple[ir.Node, type[Layer]]] = {}
     spots: dict[Spot, Spot] = {}
@@ -338,7 +341,7 @@ def _rectified(back: ir.Node) -> bool:
 def _in_floats(
     node: ir.Node, kind: type[IntegerLayer], quantizer: ir.Node, building: Building
 ) -> tuple[ir.Node, type[Layer]]:
-    """Replace an operator by one that computes in floats; `quantizer` quantizes its output again."""
+    """Replace an operator by a float operator, whose output `quantizer` quantizes again."""
     graph, branch = node.graph, Branch(building, node.name or node.op_type)
     assert graph is not None
     layer = kind(node, branch)

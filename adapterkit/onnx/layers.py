@@ -21,11 +21,12 @@ from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
 BEFORE = "adapterkit.weight"
-"""Start of a node's metadata key, before the position of a computed input: the name of the base's tensor."""
+"""Start of a node's metadata key, which ends with the position of a computed input; its value names the base's
+tensor."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
-    """Return the weight or bias that a node reads; the base's tensor if injected nodes compute the node's."""
+    """Return the weight or bias that a node reads; if injected nodes compute the input, return the base's tensor."""
     name, graph = node.metadata_props.get(f"{BEFORE}.{position}"), node.graph
     held = graph.initializers.get(name) if name is not None and isinstance(graph, ir.Graph) else None
     return node.inputs[position] if held is None else held
@@ -38,8 +39,8 @@ class Layer:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: the possible numbers of axes of the weight.
-        inside: True if the output is not a function of `x @ W` alone, so that nodes beside this one cannot express a
-            change; nodes before it compute the changed weight, see inside.py.
+        inside: True if the output is not a function of `x @ W` alone. Then nodes after this one cannot express a
+            change, and nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.
 
@@ -82,7 +83,7 @@ class Layer:
 
     @property
     def read(self) -> ir.Value:
-        """The value that the node reads, before any QuantizeLinear and DequantizeLinear."""
+        """The input of the node, before any QuantizeLinear and DequantizeLinear."""
         return before_rounding(self.node.inputs[0])
 
     @property
@@ -115,7 +116,7 @@ class Layer:
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """Return a function that computes the same as `held`, even after the node was changed."""
+        """Return a function that returns the present result of `held`, even after the node was changed."""
         copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
@@ -147,7 +148,7 @@ class Layer:
             # Continue from the weight that the nodes of another target compute, e.g. of other rows.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
-        # Give a formula that needs a packed weight an unpacked copy, because the graph has no float value for it.
+        # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.
         value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
@@ -443,14 +444,14 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
-    """Return the Add of a bias that is the only reader of a linear layer, and the bias; otherwise None."""
+    """If the only reader of a linear layer is an Add of a bias, return the Add and the bias; otherwise None."""
     add = only_reader(out, "Add") if "MatMul" in node.op_type or node.op_type == "Einsum" else None
     if add is None:
         return None
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other):
         return None
-    # Only accept a vector of the outputs as a bias; another constant may be a mask or a table of positions.
+    # Accept only a vector with one entry per output as a bias; another constant may be a mask or a table of positions.
     on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
 
@@ -484,7 +485,7 @@ class Conv(Layer):
 
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
-        # Drop `kernel_shape`: the new weight may have another kernel, and ONNX infers its shape without the attribute.
+        # Drop `kernel_shape`: the new kernel may have another shape, and ONNX infers the shape without the attribute.
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
         # Convolve without groups if the weight spans the channels of all groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
@@ -618,7 +619,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     # By default, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
     branch, kind = Branch(building, node.name or "attention"), np.dtype(np.float32) if packed else element_type(W)
-    if packed:  # MatMulIntegerToFloat takes scales and zero points in another order.
+    if packed:  # MatMulIntegerToFloat reads scales and zero points in another order.
         order = [x, W, *((*node.inputs, *[None] * 5)[at] for at in (3, 4, 6, 7)), bias]
         y = branch.node("MatMulIntegerToFloat", order, None, kind, None, domain="com.microsoft")
     else:
@@ -708,7 +709,7 @@ class Recurrent(Layer):
         return new if len(pieces) == 1 else concatenated(pieces, 0)
 
     def _stacked(self) -> Value:
-        """Return the tensor that the node reads; the change of another direction may have replaced it."""
+        """Return the tensor that the node reads now, which may already include the change of another direction."""
         held, both = self.node.inputs[self.position], attribute(self.node, "direction", "forward") == "bidirectional"
         return Value(self.branch, (1 + both, *self.shape), element_type(held), held)
 

@@ -57,11 +57,11 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
     Args:
         model: an ONNX file, or an in-memory model.
-        base_weights: the weights that the graph was exported from. If given, each of its matrices is searched in the
-            graph by name and by numbers, and layers with a name are compared with it.
+        base_weights: the weights that the graph was exported from. If given, each matrix is looked for in the graph, by
+            name and by values; layers found by name are compared with the matrix.
 
     Returns:
-        the layers in the order of the graph; with `base_weights`, first the layers of the base in its order, then all
+        the layers in the order of the graph; with `base_weights`, first the base's layers in the base's order, then all
         others.
 
     Raises:
@@ -92,7 +92,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """Return the best name of a layer and the method that found it: a module's weight, else the name of a tensor."""
+    """Return a layer's best name, and the method that found the name: a module's weight, else the name of a tensor."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
     own = [(method, name) for method, name in said if not NUMBERED.match(name)]

@@ -1,8 +1,8 @@
-"""Find layers by the numbers of their weights, if a graph has lost its names, and compare layers with the base.
+"""Find layers by the values of their weights, if a graph has lost the names, and compare layers with the base.
 
-A layer with equal numbers is certain. If there is none, as in quantized graphs, the nearest weight of the same shape is
-accepted if it is close and all others are far. A quantized copy of a weight is within `NEAR`; a weight of another
-checkpoint of the same network is not.
+A layer with equal values is certain. If there is none, as in quantized graphs, the nearest weight of the same shape is
+accepted, provided that this weight is close and all others are far. A quantized copy of a weight is within `NEAR`; a
+weight of another checkpoint of the same network is not.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
 
 
 def _compare_rows(place: Found, W: Array) -> None:
-    """Compare the rows of a packed layer that head counts assign to a target with the base's weight.
+    """Head counts assign rows of a packed layer to a target: compare these rows with the base's weight.
 
     Raises:
         TargetNotFound: the rows differ from the base's weight by more than quantizers round.
@@ -106,7 +106,7 @@ def _compare_rows(place: Found, W: Array) -> None:
 
 
 def _twin(base: Checkpoint, name: str, W: Array) -> str | None:
-    """Return another weight of the base with equal numbers, which may also be that of the same nodes; else None."""
+    """Return another weight of the base with equal values, which the same nodes may store; None if there is none."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -119,7 +119,7 @@ def nearest(W: Array, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot
     Raises:
         TargetNotFound: no layer stores the weight, or several layers may.
     """
-    # Group nodes that share a stored weight, which are one candidate.
+    # Group nodes that share a stored weight: together, they are one candidate.
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault((spot.sources, spot.kind), []).append(spot)

@@ -64,12 +64,12 @@ def merge(
         weights: one factor per adapter; 1 by default.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
         quantized: the choice for packed weights. `dequantize` folds into the dequantized numbers and writes a
-            floating-point layer. `requantize` quantizes the result again in the same scheme; `GraphReport.damage` has
-            the error.
+            floating-point layer. `requantize` quantizes the merged weight again in the same scheme;
+            `GraphReport.damage` has the error.
         keep_change: the choice for the change of a packed weight. `float` keeps the weight unchanged and attaches the
             change beside it, as floating-point factors. `packed` quantizes the changed weight again, however much is
-            lost. By default, `requantize` attaches a change of which it would lose more than 5 %; `GraphReport.beside`
-            names these targets.
+            lost. By default, `requantize` attaches a change if quantizing again would lose more than 5 % of that
+            change; `GraphReport.beside` names these targets.
         tied: which layers an update changes if the embedding and the head have equal weights, as in `adapterkit.merge`.
             By default, the same layers as in the tool that trained the adapter.
         strict_base: refuse a base whose name, config or fingerprint differs from the base that an adapter names. By

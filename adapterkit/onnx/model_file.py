@@ -45,7 +45,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
-        # If a reference does not give the length, it follows from the shape and the dtype.
+        # If a reference does not give the length, compute the length from the shape and the dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
             raise Malformed(
@@ -111,7 +111,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     if file.exists():
         raise StorageError("already there", path=file, cure="Remove it, or write to another name")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
-    # Use a random name for the stage: a later run cannot continue a partial data file.
+    # Give the staging folder a random name, because a later run cannot continue a partial data file.
     stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
@@ -141,7 +141,7 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Compute the changed tensors that are stored in the model's own file."""
+    """Compute those changed tensors that are stored in the model's own file."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
@@ -216,7 +216,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
         Unsupported: the opset is too old to be converted, or an in-memory model is too large for a file.
     """
     if isinstance(model, ir.Model):
-        # Copy the caller's model, which must not change.
+        # Copy the caller's model, because it must not change.
         copy = model.clone()
         if _large(copy):
             cure = "Save it with external data (onnx_ir.save with external_data=), and pass the file's path"
@@ -259,9 +259,7 @@ def _without_functions(model: ir.Model) -> ir.Model:
     copy = model.clone()
     try:
         return InlinePass()(copy).model
-    except (
-        Exception
-    ):  # E.g. a function of another opset. Its calls are then refused by name, if an adapter is to go there.
+    except Exception:  # E.g. a function of another opset. An adapter for its layers is refused later.
         return model
 
 
@@ -374,7 +372,7 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model with changed tensors, a few blocks in memory at a time; see `save`.
+    """Write a model with changed tensors, with only a few blocks in memory at a time; see `save`.
 
     If the model has external data, or if `apart` is set, all tensors that a node reads are written to one new data
     file.
@@ -422,9 +420,9 @@ def placing(
     """Yield a path to write a model to; when the block ends, the model and the files beside it move into place.
 
     Usually, the model is written to a staging folder. If the model refers to data files that are already in the folder
-    of `out`, it is written in place, because it can only run beside them: onnx and onnxruntime do not follow links to
-    them. The old file at `out` is then kept in the staging folder, and is restored after an error; after a kill, the
-    next run restores it.
+    of `out`, the model is written in place: it can only run beside these files, because onnx and onnxruntime do not
+    follow links to them. The old file at `out` is then kept in the staging folder. It is restored after an error; if
+    the process was killed, the next run restores it.
 
     Args:
         out: the model's destination.
@@ -493,7 +491,7 @@ def _in_place(
 
 
 def _is_of(file: Path, out: Path) -> bool:
-    """Whether a file is beside a model and has a name that begins with the model's."""
+    """Whether a file is in a model's folder and its name begins with the model's name."""
     return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
 
 
@@ -554,7 +552,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """Write new tensors to a data file; its name has their hash, so that it never replaces another file."""
+    """Write new tensors to a data file; its name contains their hash, so that the file never replaces another one."""
     held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not held:
         return

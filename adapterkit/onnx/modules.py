@@ -36,7 +36,7 @@ def listed(text: str | None) -> list[str]:
 
 
 def same_end(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one of them."""
+    """Whether two dotted paths are equal, except for a prefix that a wrapper adds to one path."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
@@ -77,14 +77,15 @@ class Module:
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:
-        """Return the input with this number of channels; of several, the input that the module's residual Add reads.
+        """Return the input with this number of channels; if there are several, the one that the residual Add reads.
 
         Raises:
             TargetNotFound: the module has no such value, or more than one.
         """
         found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(found) > 1:
-            # Select by the module's own Add: it is the residual connection, and one operand is the module's input.
+            # Select by the module's own Add: this Add is the residual connection, and one of its operands is the
+            # module's input.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
@@ -99,7 +100,7 @@ class Module:
             TargetNotFound: the module has no such value, or more than one.
         """
         found = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
-        # Skip keys and values for a cache, which have an extra axis for the heads.
+        # Skip the keys and values of a cache, which have an extra axis for the heads.
         rows = [value for value in found if len(_sizes(value)) == 3] or found
         if len(rows) != 1:
             why = f"{len(rows)} values of {channels} channels leave the module {self.path}, and one must be its output"
@@ -131,7 +132,7 @@ def modules_of(node: ir.Node) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _told(scopes: str | None, name: str) -> tuple[str, ...]:
-    """Parse the modules from a node's metadata or name; cached, because this runs for each node and each target."""
+    """Parse the modules from a node's metadata or name; cached, because every node is parsed for every target."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)

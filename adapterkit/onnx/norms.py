@@ -1,9 +1,9 @@
 """Find batch normalisations that exporters folded into the layer before them.
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
-convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so the
-graph's change must be multiplied by `s`. `s` is computed from the base's statistics, and verified by the graph's
-weight.
+convolution or linear layer. The graph then holds `s * W`, and the base holds `W`. An adapter changes `W`, so its change
+must be multiplied by `s` in the graph. The scale `s` is computed from the base's statistics and verified with the
+graph's weight.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the groups of a transposed convolution; 1 for other layers, which have all outputs on one axis."""
+    """Return the number of groups of a transposed convolution; 1 for other layers, with all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
@@ -61,7 +61,7 @@ def refuse_folded(found: Sequence[Found]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether a node computes a batch normalisation, by the exporter's metadata; it may compute other things, too."""
+    """Whether a node computes a batch normalisation, alone or with other things; the exporter's metadata says so."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -80,9 +80,9 @@ def _trace(spot: Spot, path: str) -> str | None:
     biases = [source.name or "" for source in sources(bias) if element_type(source) != np.int64]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
         return "a tensor's name contains it"
-    # Check the names of a convolution's parameters: exporters keep them, but folding a norm writes new tensors with
-    # made-up names. The weight of a linear layer can lose its name without a fold, by a transposition.
-    if not issubclass(spot.kind, Conv) or path in names:  # The target names the stored tensor.
+    # Check the names of a convolution's parameters: exporters keep these names, but folding a norm writes new tensors
+    # with made-up names. Names of linear layers prove nothing: a transposition also removes the name of a weight.
+    if not issubclass(spot.kind, Conv) or path in names:  # The stored tensor has the target's name.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
         return f"its weight has the name {names[0]}" if names else "its weight has no name"
@@ -93,7 +93,7 @@ def _trace(spot: Spot, path: str) -> str | None:
 
 
 def _bias_of(spot: Spot) -> ir.Value | None:
-    """Return the constant vector that a layer, or an Add after it, adds."""
+    """Return the constant vector that the layer itself or an Add after the layer adds."""
     if issubclass(spot.kind, IntegerLayer):
         return spot.kind.float_bias(spot.node)
     if issubclass(spot.kind, ConvInteger):
@@ -125,7 +125,8 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer holds other numbers; or the weight with and without a norm are about equally near.
+        TargetNotFound: the layer holds another weight; or the base's weights with and without a norm are about equally
+            near.
     """
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
@@ -198,8 +199,8 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
-            # Use the larger distance of weight and bias: both must match, because several norms can have similar
-            # scales.
+            # Use the larger one of the distances of weight and bias: both must match, because several norms can have
+            # similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 

@@ -1,10 +1,10 @@
-"""Slots for updates whose own tensors cannot be slots: factors, scales and a bias, computed from the base's weight.
+"""Slots for updates whose own tensors cannot be slots. The slots hold factors, scales and a bias.
 
 Some updates have no tensors that leave the base unchanged, or their formula cannot be written as nodes while the
 tensors are unknown: DoRA divides by the norm of the changed weight, OFT solves a linear system, a saved module replaces
-a weight. With a known weight, each of them is a low-rank change, a scale of the outputs and a change of the bias; any
-of these can be neutral. A change that is not low-rank is stored whole: its file is as large as the weights, but the
-graph's defaults stay small.
+a weight. If the weight is known, each becomes a change of the weight (usually low-rank), a scale of the outputs and a
+change of the bias; any of the three may be absent. A change of full rank makes the adapter file as large as the
+weights, but the graph's defaults stay small.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FACTORS = ("A", "B", "s")
 
 
 class OpenFactors(Additive):
-    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: outputs of W' = s * (W + B @ A) and b' = b + d."""
+    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: for W' = s * (W + B @ A) and b' = b + d."""
 
     A: Tensor = tensor("r in *k")
     B: Tensor = tensor("out r")
@@ -65,12 +65,12 @@ class OpenFactors(Additive):
 
 
 def template(update: Update, place: Found) -> OpenFactors | None:
-    """Return factors with the shapes of an update's slots; None if the update changes more than a weight and a bias."""
+    """Return factors in the shapes of an update's slots; None if the update changes more than weight and bias."""
     if isinstance(update, OutputUpdate) or place.turned or not place.spots or getattr(update, "asks", None):
         return None
     rows = place.target.rows
     out = place.shape[0] if rows is None else rows[1] - rows[0]
-    A, into = update.tensors.get("A"), place.shape[1:] or (1,)  # A norm's weight is a vector.
+    A, into = update.tensors.get("A"), place.shape[1:] or (1,)  # The weight of a norm is a vector.
     rank = min(out, math.prod(into)) if A is None or _factors_of(update) is None else A.shape[0]
     # Broadcast a single zero, because only the shapes of these arrays are read.
     held: dict[str, Array] = {
@@ -103,7 +103,8 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
 
     Raises:
         TargetNotFound: the graph has no such layer.
-        Unsupported: the target has several updates; a second one would need the weight that the first one changed.
+        Unsupported: the target has several updates. The factors of the second would depend on the weight that the first
+            one changed.
     """
     from ..io.checkpoint import opened as opened_base
     from .resolving import resolve

@@ -1,4 +1,4 @@
-"""Find operands that do not depend on the model's inputs, and compute their numbers."""
+"""Find operands that do not depend on the model's inputs, and compute their values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEEP = 16
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield every node, including those of subgraphs but not those of functions, where a change affects all calls."""
+    """Yield every node, also in subgraphs but not in functions: a change inside a function would affect all calls."""
     yield from model.graph.all_nodes()
 
 
@@ -92,7 +92,7 @@ def input_behind(value: ir.Value | None) -> ir.Value | None:
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """Return the shape of a constant value; only compute its numbers if the graph does not give the shape."""
+    """Return the shape of a constant value; compute the value only if the graph does not give the shape."""
     if value.const_value is not None:
         return tuple(value.const_value.shape.numpy())
     if value.shape is not None and all(isinstance(size, int) for size in value.shape):
@@ -122,7 +122,7 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Return a node's attribute, or its default; the default None is for lists of integers.
+    """Return a node's attribute, or the default. A default of None stands for a list of integers.
 
     Raises:
         Malformed: the attribute has another type than the default.

@@ -1,8 +1,9 @@
 """Output sites: the values of a graph that are a target's output, residual and norm, for output updates.
 
-Some modules add a residual themselves: a value that they read only for this sum, like BERT's `BertOutput`. In other
-blocks, the sum is outside the module; the update then names the module whose input is the residual, and the module that
-normalises the sum. Sites are found before anything is attached; `Building.now` returns later replacements.
+Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
+blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
+normalises the sum. Sites are found before anything is attached; `Building.now` returns later replacements of their
+values.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, which has its own.
+        end: the target's output; None for a layer, whose node has an output.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.
@@ -110,14 +111,14 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _own(module: Module, end: ir.Value) -> Outlet | None:
-    """Return the site of a module that adds a residual at its end, and perhaps normalises the sum; otherwise None."""
+    """If a module adds a residual at its end, and perhaps normalises the sum, return its site; otherwise None."""
     found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(found) != 1:
         return None
     (node, at) = found[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
-    # Refuse a constant matrix after the sum, which means another layer and not a normalisation.
+    # Refuse a constant matrix after the sum: it belongs to another layer, not to a normalisation.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]
@@ -126,7 +127,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether a node adds its input `at`, which the module reads only here, to a value that the module computed."""
+    """Whether a node adds an outside value (input number `at`), used only here, to a value of the module itself."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -160,7 +161,7 @@ class Ended:
 
     @property
     def moved(self) -> Value | None:
-        """The input with which a formula calls the module, if that differs from the module's input; else None."""
+        """The input with which a formula calls the module; None if it is the module's own input."""
         return None if self.asked is self.x else self.asked
 
     @property

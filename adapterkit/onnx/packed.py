@@ -73,7 +73,7 @@ class PackedNumbers(Grouped):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """The layout of an integer tensor as a matrix whose rows, or groups of columns, have one scale each.
+    """The layout of an integer tensor as a matrix. Each row, or each group of columns in a row, has one scale.
 
     Attributes:
         shape: the tensor's shape.
@@ -183,7 +183,7 @@ class FusedMatMul(MatMul):
     def op(self, x: Value, w: Value) -> Value:
         if not attribute(self.node, "transA", 0):
             return super().op(x, w)
-        # Use this operator instead of a Transpose, which needs the number of axes: saved sessions omit it.
+        # Use this operator and not a Transpose: a Transpose needs the number of axes, which saved sessions omit.
         turned = self._of(x, w).mT
         words, domain = {"transA": 1}, "com.microsoft"
         out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
@@ -199,7 +199,7 @@ class MatMulNBits(Layer):
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 2
         plain = known and all(is_constant(one) for one in node.inputs[1:] if one is not None)
-        # Skip layers with input 4, `g_idx`, which assigns columns to groups.
+        # Refuse layers with input 4, `g_idx`, which assigns columns to groups.
         ordered = len(node.inputs) < 5 or node.inputs[4] is None
         return plain and ordered and attribute(node, "bits", 4) in (2, 4, 8)
 
@@ -384,7 +384,7 @@ KEEPING = {
 """Choice of a merge for the change of a packed weight -> its meaning."""
 
 MOST_LOST = 0.05
-"""The fraction of a change that quantizing again may lose; by default, a change that would lose more is attached."""
+"""The largest fraction of a change that quantizing again may lose; by default, other changes are attached."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -411,7 +411,7 @@ def as_float(spot: Spot, building: Building, made: Fresh) -> Spot:
 
 
 def _floating(kind: type[Layer]) -> type[Layer] | None:
-    """Return the kind of layer that replaces a packed one; None if the node itself computes in floats."""
+    """Return the kind of float layer that replaces a packed one; None if the node itself computes in floats."""
     if issubclass(kind, IntegerLayer):
         return kind.floating
     if issubclass(kind, ConvInteger):
@@ -434,7 +434,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
-    """Return the dequantized weight, which is computed when it is written; one initializer for each packed weight."""
+    """Return the dequantized weight, computed when it is written; layers with one packed weight share the result."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)
@@ -690,12 +690,12 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array) -> ir.Value:
-    """Return a new tensor that replaces an old one, in the same dtype; nodes with equal numbers share it."""
+    """Return a new tensor that replaces an old one, in the same dtype; nodes with equal values share the new tensor."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # Use the content as key, so that layers that shared a tensor and get equal numbers share the new tensor, too.
+    # Use the content as key: layers that shared the old tensor share the new one, too, if their values are equal.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

@@ -70,7 +70,8 @@ def export_factory(
             arguments. It returns `(torch module, example arguments)`, optionally followed by a dictionary of arguments
             of `export` (those in `OWN`, which describe the module's call).
         out: the folder to write; it appears when it is complete, by a rename.
-        weights: a file or folder of weights to load into the module; it must have all parameters and buffers.
+        weights: a file or folder of weights to load into the module; it must contain all of the module's parameters and
+            buffers.
         overwrite: replace a folder that an export wrote.
         options: more arguments of `export`; for an argument that is None, the function's value is used.
 
@@ -96,7 +97,7 @@ def _made(factory: str) -> tuple[nn.Module, tuple[object, ...], dict[str, Any]]:
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} does not name a function", where="model", cure="Write module:function")
-    # Add the working folder, because for a console command Python only adds the command's folder to the path.
+    # Add the working folder to the path, because for a console command Python only adds the command's folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -146,8 +147,8 @@ def export_pretrained(
     """Export a transformers folder to a folder with `model.onnx`, adapter files for slots, config and tokenizer.
 
     An encoder-decoder becomes several graphs, which optimum's classes such as `ORTModelForSeq2SeqLM` load. A language
-    model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. Each adapter then has
-    an `.onnx_adapter` file for each graph that has some of its targets.
+    model that reads images becomes the graphs that transformers.js loads; see `pretrained_parts`. If there are several
+    graphs, each adapter gets an `.onnx_adapter` file for each graph that has some of its targets.
 
     Args:
         model: a folder that transformers saved; nothing is downloaded, and no code in the folder is run.
@@ -184,7 +185,7 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
-    # Check for links out of the folder now, before minutes of tracing.
+    # Check for links out of the folder before the tracing, which takes minutes.
     if not share_weights:
         _to_carry(source)
     with quiet():
@@ -239,7 +240,7 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
                 cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Only check: each graph has some of the targets, so none can find a missing one.
+        pass  # Only check: each graph has only some targets, so no export of one graph finds a missing one.
 
 
 def _whole(

@@ -224,7 +224,7 @@ def pairs(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 def past_sizes(model: PretrainedModel, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Run the model once; return the number and size of heads of each layer's keys and values."""
-    # Read these sizes from a real cache, because configs name them differently for each architecture.
+    # Read these sizes from a real cache, because each architecture's config has other names for them.
     import torch
 
     cache: Cache = import_module("transformers").DynamicCache()

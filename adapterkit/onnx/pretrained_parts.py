@@ -34,7 +34,7 @@ MASKED = ("input_ids",)
 """Main inputs of encoders that also need a mask."""
 
 UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
-"""Other main inputs -> the `model_type` of models whose encoder reads only this input."""
+"""Main input that needs no mask -> the `model_type` of models whose encoder reads only this input."""
 
 CLOSE = 1e-4
 """Largest relative difference between the parts and the whole torch model in float32."""
@@ -83,8 +83,8 @@ def _encoder_decoder(model: PretrainedModel, source: Path) -> dict[str, ExportWo
     lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
     inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
     with torch.no_grad(), quiet():
-        # Run the encoder to get the sizes of its output: configs name them differently, and for sounds and images, the
-        # number of positions is fixed.
+        # Run the encoder to get the sizes of its output: each config has other names for them, and for sounds and
+        # images, the number of positions is fixed.
         hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
     heads = _heads(model, hidden[2], source)
     sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
@@ -153,7 +153,7 @@ def _decode(model: PretrainedModel, ids: Tensor, hidden: Tensor, mask: Tensor | 
 
 
 def _empty_cache(past: Sequence[Sequence[Tensor]] = ()) -> Cache:
-    """Return a cache with a past; attentions read the encoder's keys and values from it if it has them."""
+    """Return a cache with a past; if the past has the encoder's keys and values, attentions read them from there."""
     transformers = import_module("transformers")
     parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
     cache: Cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
@@ -190,7 +190,7 @@ def _decoder(
 ) -> ExportWords:  # fmt: skip
     """Return a description of the decoder's call: for the first token, or with a past.
 
-    With a past, the decoder does not read the encoder's output: the past has the keys and values of that output.
+    With a past, the decoder does not read the encoder's output, whose keys and values are in the past.
     """
     import torch
     from torch import nn
@@ -205,7 +205,8 @@ def _decoder(
         ) -> tuple[Tensor, list[list[Tensor]]]:
             if held:
                 first = held[0][2]
-                # Pass zeros, which are not used: attentions read the encoder's keys and values from the past.
+                # Pass zeros in place of the encoder's output, because attentions read its keys and values from the
+                # past.
                 states = first.new_zeros(first.shape[0], first.shape[2], width)
             assert states is not None
             cache = _empty_cache(held or ())
@@ -341,7 +342,7 @@ def _check_parts(
     """Check that the parts give the whole model's logits, with image features as embeddings of image tokens.
 
     Some models also use the image tokens elsewhere, for example for a mask that is not causal, or for positions of rows
-    and columns. Their graphs would run, but compute something else.
+    and columns. The graphs of such models would run, but compute something else.
 
     Raises:
         ValueError: the logits differ.

@@ -1,4 +1,4 @@
-"""Find an execution provider that works: onnxruntime lists all built-in ones, and silently falls back to others."""
+"""Find an execution provider that works. onnxruntime also lists unusable ones, and silently uses another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = {
 """Short name of a provider -> onnxruntime's name."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
-"""Options of providers for full float32 precision: by default, CUDA may round to TF32."""
+"""Options with which a provider computes in full float32 precision: by default, CUDA may round to TF32."""
 
 
 class OrtInput(Protocol):
@@ -127,7 +127,7 @@ def runs_on(provider: str) -> bool:
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
-        # Load the CUDA libraries of pip's nvidia packages, which are not on the loader's search path.
+        # Load the CUDA libraries from pip's nvidia packages, because the loader does not search these packages.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])

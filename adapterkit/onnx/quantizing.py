@@ -1,9 +1,9 @@
 """Quantize an exported graph by onnxruntime's quantizers, and measure the error of its weights.
 
 Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input in
-the same blocks; otherwise, it would unpack whole weights for each token. Dynamic quantization, which rounds the whole
-input with one scale, is not used: models with a few large activations would lose most of their precision. Adapters that
-are attached as nodes or slots stay in floating point.
+blocks of 32; if it did not, it would unpack whole weights for each token. Dynamic quantization is not used: it rounds
+the whole input with one scale, and models with a few large activations would lose most of their precision. Adapters
+that are attached as nodes or slots stay in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -76,7 +76,7 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, mad
 
 
 def _turned(node: ir.Node, W: ir.Value, building: Building, made: Fresh) -> ir.Value:
-    """Return the weight stored as `[in, out]`; under a new name if other nodes, e.g. embeddings, read the original."""
+    """Return the weight as `[in, out]`, with a new name if other nodes, e.g. embeddings, read the original tensor."""
     tensor = W.const_value
     assert tensor is not None
     if W not in made:

@@ -24,8 +24,8 @@ class GraphReport:
         found: the layers of each target.
         difference: the largest difference that the check found; None if the check did not run.
         note: why the check did not run; for an adapter with context, how to use it.
-        damage: for each target with a requantized weight, the `error` relative to the merged weight, and `kept`, the
-            fraction of the change that is left.
+        damage: for each target with a requantized weight, `error` (relative to the merged weight) and `kept` (the
+            fraction of the change that is left).
         reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
             None if the reference implementation did not run, e.g. because of operators outside of ONNX.
         saturation: for static quantization, the number of values that the graph clips without and with the adapter;

@@ -51,18 +51,18 @@ KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
     FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul, ConvInteger, *INTEGER,
 )  # fmt: skip
-"""The kinds of layers; a node is a layer of at most one of them."""
+"""The kinds of layers; a node is a layer of at most one kind, except recurrent nodes."""
 
 
 def kinds_of(node: ir.Node) -> list[type[Layer]]:
-    """Return the kinds of layers at a node: at most one, or for a recurrent node, one per weight."""
+    """Return the kinds of layers at a node: at most one kind, but for a recurrent node, one kind per weight."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
 
 
 # Resolve an adapter's targets to nodes of a graph.
 # Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
-# without a name are found by the numbers of their weights. Nothing is guessed.
+# without a name are found by the values of their weights. Nothing is guessed.
 
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
@@ -118,7 +118,7 @@ def resolve(
 
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
-    # Put inner layers first, because their new outputs are inputs of the modules around them.
+    # Put inner layers first, because the modules around them read their new outputs.
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
@@ -132,11 +132,11 @@ def taken(
     Args:
         model: a graph that may have only some of the adapter's layers, such as one part of a model.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, to find layers without names by numbers.
+        base: the weights that the graph was exported from, to find layers without names by values.
         config: the base's config.
 
     Raises:
-        TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare numbers; or two
+        TargetNotFound: a target may be a layer whose name is lost, and no base is given to compare values; or two
             targets are the same layer.
     """
     spots = spots_of(model)
@@ -183,7 +183,7 @@ def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
 
 
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
-    """Refuse two targets at one layer: an encoder's graph omits the word that distinguishes its layers' names."""
+    """Refuse two targets at one layer. An encoder's graph omits the word `encoder`, so two names can be confused."""
     seen: dict[tuple[Any, ...], Target] = {}
     for site, origin in zip(sites, origins, strict=True):
         first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
@@ -229,7 +229,7 @@ def is_named(spot: Spot) -> bool:
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
-    """Return a phrase for the node that reads a target's weight, if its operator is not a known layer; else None."""
+    """If a node of an unknown kind reads a target's weight, return a phrase for that node; otherwise None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
@@ -253,7 +253,7 @@ def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Fo
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
-        with contextlib.suppress(TargetNotFound):  # It may be a layer without a name; `_sites` reports it.
+        with contextlib.suppress(TargetNotFound):  # The target may be a layer without a name; `_sites` reports it.
             ends = outlet(model, target, updates, is_layer=False)
             found[target] = Found(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return found
@@ -272,10 +272,10 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Return, for each module path in node names, the prefix that parameter names have in addition.
+    """Return module path in node names -> the additional prefix that the names of the module's parameters have.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
-    it is missing from names such as `/self_attn/q_proj/Add`. Parameters that kept their names, such as
+    node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
     `layers.0.self_attn.q_proj.bias`, show the full path. A module path with two different prefixes is omitted, because
     it is ambiguous.
     """
@@ -350,7 +350,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights, each with the first method that found it."""
+    """Return all names of weights, each with the first method that found the name, and its layers."""
     known: Known = {}
     spots = [*spots, *in_heads(spots)]
     for method in METHODS:
@@ -367,7 +367,7 @@ def by_name(spots: Sequence[Spot]) -> Known:
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """Group the repeated calls of a module: node names of later calls have a number appended to the module's name."""
+    """Group the repeated calls of a module: in node names of later calls, a number follows the module's name."""
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -377,7 +377,7 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
-    """Select a module's nodes by their names, because equal weights of different modules may be stored once."""
+    """Select a module's nodes by name, because modules with equal weights may share one stored weight."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
@@ -410,7 +410,8 @@ ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
     """Return a graph's names, and the same names with the adapter's name for attentions (`attn` or `self_attn`).
 
-    This must run before the naming of families, because one family also has `attn.q_proj`, with rows in another order.
+    This must run before family names are translated, because one family also has `attn.q_proj`, with rows in another
+    order.
     """
     return {alias: known[name] for alias, name in _own_names(adapter, known).items()} | known
 

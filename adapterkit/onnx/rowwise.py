@@ -48,7 +48,7 @@ LINEAR = (
 
 
 class TargetRows(Protocol):
-    """A layer, or a view of some of its rows: its input, and its output for an input."""
+    """The input and the output of a layer, or of a view of some of its rows."""
 
     x: Value
 
@@ -119,7 +119,7 @@ class RowSlots:
         listed = []
         for place, slots in self.made.values():
             record, update = SlotRecord.of(place), place.updates[0]
-            # List the slot of B for the scaling, too, because B includes it.
+            # List the slot of B for the scaling, too, because B includes the scaling.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
             record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())
@@ -140,7 +140,7 @@ def _check(place: Found) -> None:
 def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
     """Return the shapes that ONNX infers for values whose shapes the exporter did not write.
 
-    The nodes for a matrix and for a stack of matrices differ, so the number of axes must be known.
+    The number of axes must be known, because a matrix and a stack of matrices need different nodes.
     """
     import onnx
 
@@ -157,7 +157,7 @@ def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
 
 
 def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
-    """Whether the first axis of a matrix is the batch; it may also be the tokens of all texts together."""
+    """Whether the first axis of a matrix is the batch, and not the tokens of all texts together."""
     first = None if shape is None else shape[0]
     batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
     return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)

@@ -93,7 +93,7 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
 
 
 def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
-    """Return a warning about static quantization in a graph with an adapter, unless it clips no more than before."""
+    """Return a warning if static quantization clips more values with the adapter than before."""
     if found is not None:
         return () if found.warning is None else (found.warning,)
     if not quantizers(model):
@@ -127,7 +127,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
-    # Do not optimize, so that no quantizer is fused with its neighbours and each has its input from the graph.
+    # Do not optimize: a quantizer that is fused with its neighbours has no input that can be read.
     session = session_of(inline(model), optimized=False)
     # onnxruntime returns all outputs for an empty list of names.
     given = {name: array for name, array in feeds.items() if name in taken}
@@ -155,5 +155,6 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # Do not count clipping at an end that is the zero point: the range stands for a Relu, and clips on purpose.
+    # Do not count clipping at an end of the range that is the zero point: this range implements a Relu, and clips on
+    # purpose.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

@@ -62,7 +62,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
 
 
 def check_together(feeds: Mapping[str, Array], slots: Mapping[str, OrtInput], path: str | PathLike[str] | None) -> None:
-    """Check that the tensors of one update agree on open sizes such as the rank; a missing tensor has size 0.
+    """Check that one update's tensors have equal open sizes, such as the rank. A missing tensor counts as size 0.
 
     Raises:
         ShapeMismatch: two tensors have different sizes.
@@ -111,8 +111,8 @@ _MADE = "Write the adapter for this model with adapterkit.onnx.write_adapter"
 
 # Run a model with slots in onnxruntime: load the model once, and swap adapters between runs.
 # Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
-# reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore it. If two adapters set the same
-# slot, onnxruntime silently uses the first one. From Python, it stays in CPU memory.
+# reasons. A run that outlives the `LoraAdapter` reads freed memory. Bindings ignore a `LoraAdapter`. If two adapters
+# set the same slot, onnxruntime silently uses the first one. From Python, a `LoraAdapter` stays in CPU memory.
 
 
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -186,13 +186,12 @@ class Session:
         self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = (),
         base_weights: Base | None = None,
     ) -> None:  # fmt: skip
-        """Load an adapter under a name to the session's device, and replace an adapter of that name.
+        """Load an adapter under a name to the session's device, or replace the adapter of that name.
 
         Args:
             name: the adapter's name in calls of `run`.
-            adapter: an `.onnx_adapter` file for this model's slots, another file that `write_adapter` wrote for them,
-                an adapter, or the path of an adapter in any format, such as an `.onnx_adapter` file that Olive wrote
-                for its own graph.
+            adapter: a file that `write_adapter` wrote for this model's slots, an adapter, or the path of an adapter in
+                any format. An `.onnx_adapter` file that Olive wrote for its own graph is also accepted.
             rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
@@ -207,7 +206,7 @@ class Session:
         values: Mapping[str, Lazy] | None = {} if path is None else _slot_values(path)
         ready_made = values is not None and path is not None
         values = values or {}
-        # Read a file with Olive's names as an adapter: the names are those of Olive's graph, but they contain the
+        # Read a file with Olive's names as an adapter: the names are those of slots in Olive's graph, but contain the
         # targets.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
@@ -241,8 +240,8 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: an array for each name in `inputs`, and for any slot or other optional input. For one text, a
-                language model only needs `input_ids`: by default, the past is empty, the mask shows all tokens, and
+            inputs: an array for each required input (`self.inputs`), and for any slot or other optional input. For one
+                text, a language model only needs `input_ids`: by default, the past is empty, no token is masked, and
                 positions count up.
             adapter: the adapter's name; or a mapping from several names, with disjoint targets, to weights; or, for a
                 model by `inject` with `mode="rows"`, a list with a name or None for each row of the batch. None runs
@@ -326,14 +325,14 @@ class Session:
         return tokens
 
     def _places(self, mask: Array, length: int) -> dict[str, Array]:
-        """Return the mask of all tokens and the positions of the last `length`, if the model has these inputs."""
+        """Return the mask of all tokens, and the positions of the last `length` ones, if the model has these inputs."""
         made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
         return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
 
     async def run_async(
         self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        """Call `run` in a thread; meanwhile, onnxruntime does not block Python."""
+        """Call `run` in a thread; other Python code continues meanwhile."""
         return await asyncio.to_thread(self.run, inputs, adapter, outputs)
 
     async def generate_async(
@@ -348,7 +347,7 @@ class Session:
         return await asyncio.to_thread(call)
 
     def _usual(self, inputs: Mapping[str, npt.ArrayLike], missing: Sequence[str]) -> dict[str, Array]:
-        """Return defaults for missing inputs of a language model: empty past, mask that shows all tokens, positions."""
+        """Return defaults for missing inputs of a language model: an empty past, a mask of ones, positions."""
         ids = inputs.get("input_ids")
         if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
             return {}
@@ -369,7 +368,7 @@ class Session:
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, so require a mask.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
             elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
-                # If a mask shows padding, positions must be given, because they may begin at any number.
+                # If the mask has padding, the caller must give positions, because they may begin at any number.
                 made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return made
 
@@ -560,12 +559,13 @@ def _array(value: OrtValue) -> Array:
 
 def _started(path: Path, providers: Sequence[Provider] | None) -> OrtSession:
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because slots are not constant.
+    options = quiet_options()  # Otherwise, onnxruntime warns about every slot, because no slot is constant.
     given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
     asked = [(named(name), options_) for name, options_ in given]
     wanted: list[Any] = [(name, own) if own else name for name, own in asked]
     wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
-    # Check the providers first: for a missing one, onnxruntime warns, fails or silently uses another, by version.
+    # Check the providers first: if one is missing, some versions of onnxruntime fail, others warn or silently use
+    # another.
     names = [name for name, _ in asked]
     available: list[str] = onnxruntime.get_available_providers()
     _refuse([name for name in names if name not in available], available)

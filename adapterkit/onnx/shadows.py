@@ -1,8 +1,8 @@
 """Add Shadow's side network to a graph, and pass its state from block to block.
 
 torch's exporter traces the network, whose class and sizes come from the base's `config.json`. The network reads the
-graph's inputs. If there is a past, the network reads the past's tokens again, because the cache does not have their
-states.
+graph's inputs. If there is a past, the network reads the past's tokens again, because the cache does not contain the
+network's states.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class State:
         self.kept: Value | None = None
 
     def state(self, update: Shadow) -> Value:
-        """Return the state before the block; if it has the same width as the block's input, use the sizes of that."""
+        """Return the state before the block. If its width is that of the block's input, it takes the input's sizes."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -125,7 +125,7 @@ class State:
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Keep any state for the next block, and return whether there is one; `y` is the block's output."""
+        """Return whether there is a state, and keep it for the next block; `y` is the block's output."""
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
@@ -159,7 +159,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
 def _traced(
     model: PretrainedModel, update: Shadow, layer: Layer | Ended, given: Mapping[str, ir.Value], sizes: Fixed
 ) -> ir.Model:
-    """Return the network as a separate graph, with the fixed sizes of the main graph or with open ones."""
+    """Return the network as a separate graph, with the main graph's fixed sizes or with open sizes."""
     import torch
 
     from ..torch.shadows import Standing
@@ -188,7 +188,7 @@ def _traced(
 
 
 def _fixed(given: Mapping[str, ir.Value], model: ir.Model) -> Fixed:
-    """Return the numbers of rows and positions, if all inputs have the same fixed ones and there is no past.
+    """Return the numbers of rows and positions, if they are fixed and equal for all inputs and there is no past.
 
     Tracing with fixed sizes takes a third of the time, and keeps graphs usable on devices without open sizes.
     """

@@ -1,8 +1,8 @@
 """Slots: optional graph inputs for an adapter's tensors, so that adapters can be swapped at run time.
 
 A slot's default changes nothing. Inner sizes such as the rank are open at run time; in the default, they are 0 (1 for
-convolutions). Numbers such as `scaling` are slots of shape `[1]`. While the graph is built, an adapter's formula runs
-over the slots; each open size is then represented by a number that is too large for a real size.
+convolutions). Scalars such as `scaling` are slots of shape `[1]`. While the graph is built, an adapter's formula runs
+on the slots. Meanwhile, a number that is too large for a real size represents each open size.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ RECORD = "adapterkit.slots"
 """Metadata key of a model for the list of each target's slots."""
 
 REQUIRED = "adapterkit.required"
-"""Metadata key of a model whose slots are required inputs, for: slot -> the number that fills it without an adapter."""
+"""Metadata key of a model whose slots are required inputs. Value: slot -> the number that fills it without an
+adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size is that of the base, or the same in all layers."""
+"""Axes whose size is fixed: the size is that of the base's layer, or equal in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,19 +154,19 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
 
 
 def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonValue]:
-    """Return the attributes of an update that have no slot, as values that survive JSON unchanged."""
+    """Return an update's attributes without a slot, as values that JSON stores without change."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
     return values
 
 
 def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the attributes that are constants in a graph's nodes; none for computed factors, which include them."""
+    """Return attributes that are constants in a graph's nodes; an empty dictionary for computed factors."""
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Return the inputs of a graph that adapters fill, by name: optional inputs, and required ones of mode `inputs`."""
+    """Return by name the inputs of a graph that adapters fill: optional inputs, or required ones (mode `inputs`)."""
     held = {*model.graph.initializers, *fills_of(model.metadata_props)}
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
 
@@ -214,7 +215,7 @@ _AGAIN = "Write the model with slots again"
 
 
 class Slots:
-    """Adds slots to a graph: one for each tensor of an update, even if several nodes call the update's module.
+    """Adds slots to a graph: one for each tensor of an update. Several nodes that call the same module share the slots.
 
     Args:
         building: the model that is being changed.
@@ -238,7 +239,8 @@ class Slots:
             position: the position of the update among the target's updates.
 
         Raises:
-            Unsupported: no tensors of the update change nothing, or its formula reads the model's inputs.
+            Unsupported: the update has no values with which it changes nothing, or its formula reads the model's
+                inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} cannot have slots: its formula reads the model's inputs {', '.join(update.asks)}"
@@ -254,7 +256,7 @@ class Slots:
         return self._values(update, layer, key)
 
     def factored(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> Update | None:
-        """Return slots for factors computed from an update and the base's weight; None if there are no factors."""
+        """Return slots for factors computed from an update and the base's weight; None if it has no such factors."""
         if (factors := template(update, place)) is None:
             return None
         key = self.building.keep(place), position
@@ -269,7 +271,7 @@ class Slots:
             assert factors is not None
             update = factors
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # Cast slots to the layer's dtype: they have the dtype of the module's first call, and other calls may differ.
+        # Cast slots to the layer's dtype: a slot has the dtype of the module's first call, and other calls may differ.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
@@ -285,8 +287,8 @@ class Slots:
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         if not self.required:
             return
-        # Remove the defaults: OpenVINO cannot read defaults of rank 0 and makes other inputs with a default constant;
-        # run times in JavaScript cannot set inputs with a default.
+        # Remove the defaults. OpenVINO cannot read defaults of rank 0, and turns other inputs with a default into
+        # constants. Run times in JavaScript cannot set inputs with a default.
         initializers = self.building.model.graph.initializers
         for name in self.fills:
             value = initializers.pop(name, None)
@@ -298,7 +300,7 @@ class Slots:
 
     def _slots(self, update: Update, layer: Layer | Ended, place: Found, position: int) -> dict[str, Slot]:
         """Return field -> slot."""
-        # Fix the shapes for a Conv, because OpenVINO does not run one with an open number of filters.
+        # Fix the shapes for a Conv, because OpenVINO does not run a Conv with an open number of filters.
         fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
         shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
         dtype = layer.dtype
@@ -313,7 +315,7 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # Use one slot for the scaling of an update that changes two tied layers, as for each of its tensors.
+            # An update that changes two tied layers has one slot for its scaling, as for each of its tensors.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             shared = self.scalings.setdefault(self.building.keep(update), number)
             made["scaling"] = self._slot(f"{stem}.scaling", shared, (1,), np.ones(1), dtype)
@@ -345,7 +347,7 @@ class Slots:
         # Use the tensor as key: updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
         value = self.building.slot(key, name, default.astype(kind), declared)
-        # Record the number that fills the default; a default of size 0 is filled with zeros if it gets another size.
+        # Record the number that fills the default. A default of size 0 has no number; with another size, zeros fill it.
         self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
         return Slot(value, shape, kind)
 
@@ -366,7 +368,7 @@ def _neutral(
         shapes: the shapes of the tensors, with numbers from FREE on for open sizes.
         place: the update's target.
         inner: the size for open axes in the result.
-        tried: sizes for open axes; with at least one of them, the update must change nothing.
+        tried: sizes for open axes; at least with one of these sizes, the update must change nothing.
 
     Raises:
         Unsupported: there are no such tensors.
@@ -590,7 +592,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
 
 
 def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """Return the record of a target's rows; each part of a fused weight has its own record."""
+    """Return the record of a target, or of its rows: each part of a fused weight has a record of its own."""
     for name, record in records:
         if name.rows == target.rows:
             return record
@@ -603,7 +605,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 def _paired(
     updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, ir.Value]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Pair updates with their slots. The updates must be in the record's order; some of the record may be missing."""
+    """Pair updates with their slots. The updates must be in the record's order, but may be fewer."""
     pairs, left = [], list(record.updates)
     for update in updates:
         while left and left[0].method != update.method:

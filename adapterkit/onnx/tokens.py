@@ -1,7 +1,7 @@
-"""The tokens of a sequence in a graph: inputs for them, all tokens of the past and the call, and their positions.
+"""The tokens of a sequence in a graph: the inputs with tokens, all tokens of past and call, and their positions.
 
-The cache does not have the past's tokens, so a new input is added for them. Formulas that read all tokens then compute
-the same for the call's tokens as without a past.
+The cache does not have the past's tokens, so the graph gets a new input for them. With this input, formulas that read
+all tokens give the same results for the call's tokens as a run without a past.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ EARLIER = "past_input_ids"
 
 
 def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
-    """Cast a value to int64, the type of token numbers in torch."""
+    """Cast a value to int64, the type of token ids in torch."""
     return plain(value, branch).cast(np.int64).value
 
 
 def every_token(words: Call, branch: Branch) -> ir.Value:
-    """Return the token numbers of the past and the call, `[rows, positions]`.
+    """Return the token ids of the past and the call, `[rows, positions]`.
 
     Raises:
         Unsupported: the graph has no input of tokens.
@@ -87,7 +87,7 @@ def every_token(words: Call, branch: Branch) -> ir.Value:
 
 
 def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
-    """Return the positions of all tokens, `[rows, positions]`; the past's end before the first one of the call.
+    """Return the positions of all tokens, `[rows, positions]`. Those of the past count up to the call's first one.
 
     Args:
         words: the inputs of the call, after `every_token` was called.

@@ -1,7 +1,7 @@
 """Trace a model with torch's exporter, and remove the parts of its graph that are not needed.
 
-The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without it, every
-weight has its module's name and its own copy. onnxruntime folds the Transpose nodes when it loads the model.
+The exporter's optimizer is off, because it renames folded weights and stores equal weights once. Without the optimizer,
+every weight has its module's name and its own copy. onnxruntime folds the Transpose nodes when it loads the model.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def traced(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
     except Exception as error:  # The exporter raises any type of error.
-        first = first_line(error.__cause__ or error)  # Quote the cause, which names the fault.
+        first = first_line(error.__cause__ or error)  # Quote the cause, because it names the fault.
         cure = "Make its forward traceable by torch.export, or pass input_names= and dynamic_shapes="
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .providers import OrtInput, OrtSession
 
 SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1, because
-onnxruntime's GroupQueryAttention only takes several tokens after a past for a single text."""
+"""Values for open sizes, by axis; the check tries one row after the other. Some rows have batch size 1: after a past,
+onnxruntime's GroupQueryAttention accepts several tokens only for a single text."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -41,8 +41,8 @@ images."""
 def sizes_beside(graph: Path | None) -> dict[str, int]:
     """Return the sizes from onnxruntime-genai's and transformers' configs in a graph's folder.
 
-    A graph by onnxruntime-genai declares the head size as open, and the graph of an image model its channels, height
-    and width, although each runs with a single size only.
+    Some graphs declare sizes as open but run with one value only: the head size in onnxruntime-genai's graphs;
+    channels, height and width in those of image models.
     """
     if graph is None:
         return {}
@@ -88,8 +88,8 @@ def made_up(session: OrtSession, sizes: Sequence[int], known: Sizes | None = Non
         shape = shapes[entry.name]
         name = entry.type.removeprefix("tensor(").removesuffix(")")
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            # Show all tokens to onnxruntime-genai's graphs: they use the mask to count tokens, and with a hidden last
-            # token, some output memory is not written.
+            # Do not mask tokens in onnxruntime-genai's graphs: they count tokens by the mask, and if the last token is
+            # masked, some output memory is not written.
             whole = "head_size" in (known or {})
             feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
         elif name in ("int64", "int32"):
@@ -122,7 +122,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> Array:
-    """Return ones with a 0 at the end: some entries stay visible, whether 0 or 1 means hidden."""
+    """Return ones with a 0 at the end, so that some entries stay visible whether 0 or 1 means masked."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

@@ -1,7 +1,7 @@
-"""Find tied layers of a graph, an embedding and a head with equal weights, and decide which an adapter changes.
+"""Find tied layers of a graph (an embedding and a head with equal weights), and decide which one an adapter changes.
 
-Exporters store a tied tensor once, or store a transposed copy for the head, so equal numbers are the only sign of a
-tie. `merging.ties` decides which layers each update changes, as for merges into folders.
+Exporters store a tied tensor once, or store a transposed copy for the head, so equal values are the only sign of a tie.
+`merging.ties` decides which layers each update changes, as for merges into folders.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tying:
     Attributes:
         tied: the caller's choice, in its canonical form; None if the adapter's origin decides.
         config: the config of the exported model, if there is one.
-        warnings: gets a sentence for each update that is omitted.
+        warnings: a list to which a sentence is added for each omitted update.
     """
 
     tied: str | None = None
@@ -77,12 +77,12 @@ def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], t
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Layers with equal numbers.
+    """Layers with equal values.
 
     Attributes:
         lookups: embeddings, which look up tokens.
         heads: linear layers that multiply by the same table.
-        proven: True if the numbers are equal; False if a layer is quantized and its numbers are only close.
+        proven: True if the values are equal; False if a layer is quantized and its values are only close.
     """
 
     lookups: tuple[Spot, ...]
@@ -126,8 +126,8 @@ def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: 
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
-    # Drop targets that `acting` dropped, such as T5's `shared`: no layer calls it, so PEFT trains an update there
-    # without any effect.
+    # Drop targets that `acting` dropped, such as T5's `shared`: no layer calls this module, so PEFT trains an update
+    # there without any effect.
     return [*(place for place in found if place not in named or _fold(place).target in kept), *added]
 
 
@@ -189,7 +189,7 @@ def _fold(place: Found) -> PlannedUpdate:
 
 
 def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[Found]) -> list[Found]:
-    """Return targets at a layer for updates that the adapter has at another layer."""
+    """Return targets at a tied layer for updates that the adapter has at the other layer."""
     added = []
     for fold in folds:
         place = next(place for place in named if _fold(place).target == fold.target)

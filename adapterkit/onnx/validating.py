@@ -1,8 +1,8 @@
 """Validate a model file when it is opened, so that all other code can rely on the checks.
 
 A tensor must have as many bytes as its shape needs. A node must have the inputs and attributes that its operator
-declares. Each name must be defined once, without cycles. onnx's checker is not used, because it refuses models that
-runtimes accept, and does not check the lengths of tensors.
+declares. Each name must be defined once, and the nodes must not form cycles. onnx's checker is not used, because it
+refuses models that runtimes accept, and does not check the lengths of tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
     "MatMulNBits": ("N", "K", "bits", "block_size"), "Attention": ("num_heads",), "MultiHeadAttention": ("num_heads",),
 }  # fmt: skip
-"""Attributes that must be at least 1: onnxruntime divides by some of them, and a 0 would end the process."""
+"""Attributes that must be at least 1: onnxruntime divides by some of them, and division by 0 would end the process."""
 
 _AGAIN = "Export the model again, or fetch the file again"
 
@@ -78,7 +78,7 @@ def _check_graph(
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
     inside = {name for node in graph.node for name in node.output if name}
-    # Allow subgraphs to read any of these names, because runtimes sort the nodes.
+    # Allow subgraphs to read any of these names, whatever the order of nodes, because runtimes sort them.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:
@@ -128,7 +128,7 @@ def _check_order(graph: GraphProto, given: set[str], outer: frozenset[str], path
 
 
 def _read(node: NodeProto, depth: int = 0) -> Iterator[str]:
-    """Yield the names that a node reads, including outer values that its subgraphs read."""
+    """Yield the names that a node reads, including the outer values that its subgraphs read."""
     yield from (name for name in node.input if name)
     if depth > MAX_NESTING:
         return

@@ -33,7 +33,7 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula uses an operation that has no node. If all numbers are known, numpy can still compute the result."""
+    """A formula uses an operation that has no node. If all values are known, numpy can still compute the result."""
 
 
 class OpenSize(int):
@@ -119,7 +119,7 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
 
 
 def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
-    """Return the axes whose open size stays the same."""
+    """Return the axes that have the same open size in both shapes."""
     pairs = enumerate(zip(sizes or (), wanted, strict=False))
     return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
@@ -182,7 +182,7 @@ def written(value: Value, key: object, values: Value) -> Value:
 
 
 def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, object]]:
-    """Return pairs of axis and part of the key, `...` expanded; if the rank is unknown, axes after it are negative."""
+    """Return (axis, part of the key) pairs, with `...` expanded; for an unknown rank, axes after `...` are negative."""
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
     at = next(n for n, part in enumerate(key) if part is Ellipsis)
@@ -205,12 +205,12 @@ def _numbered(parts: tuple[object, ...], axis: int) -> list[tuple[int | None, ob
 
 
 def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
-    """Apply slices, and integers as slices of length 1."""
+    """Apply slices, and apply integers as slices of length 1."""
     cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    # Refuse limits near FREE, which were computed from an open size: numbers from FREE on stand for open sizes.
+    # Refuse limits near FREE: they were computed from an open size, because numbers from FREE on stand for open sizes.
     if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("the limits of a slice depend on an open size")
     # Refuse a part of an open axis: a formula that loops over all positions of the axis would not end.
@@ -230,7 +230,7 @@ def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
 
 def _cut(part: slice | int) -> slice:
     if isinstance(part, int):
-        # For -1, use the end of the axis: -1 + 1 is 0, which is before the start.
+        # For index -1, stop at the end of the axis: -1 + 1 would be 0, the start of the axis.
         return slice(part, part + 1 if part != -1 else _END, 1)
     step = 1 if part.step is None else part.step
     if step < 1:
@@ -419,7 +419,7 @@ class Symbols:
             raise Unsayable("an open number of entries is sorted")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
-        # Use TopK of all entries, because ONNX has no ArgSort; for ties, TopK puts the lower index first.
+        # Use TopK of all entries, because ONNX has no ArgSort; TopK puts the lower index of equal entries first.
         node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
         known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
         return Value(x.branch, x.sizes, np.int64, node, known)
@@ -502,8 +502,8 @@ SYMBOLS = Symbols()
 
 
 # Graph values with the operators of numpy and torch that formulas use; each operator appends a node.
-# If the numbers of a value are known, numpy can compute the same operators, for operations without a node.
-# `namespace()` finds the functions of `SYMBOLS` through `__array_namespace__`.
+# If the numbers of a value are known, numpy can compute operations that have no node. `namespace()` finds the functions
+# of `SYMBOLS` through `__array_namespace__`.
 
 
 class Value:
@@ -589,7 +589,7 @@ class Value:
         dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
         more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes the output in numpy; it does not take the inputs `more`."""
+        """Append a node and return its output. `f` computes the output in numpy, without the inputs in `more`."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)

@@ -1,7 +1,7 @@
-"""Quantization schemes, one module each, and bases whose packed weights are read by the scheme that packed them.
+"""Quantization schemes, one module each, and quantized bases. Each scheme reads the packed weights of its bases.
 
-A packed weight becomes a lazy tensor with the numbers that its own library computes with, read in runs of rows. So a
-merge does not need to know how the weight is stored.
+A packed weight becomes a lazy tensor, which reads runs of rows and returns the same numbers as the scheme's own
+library. So a merge does not need to know how the weight is stored.
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ __all__ = [
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
-"""Files that tools write next to a config, and that describe packed weights only."""
+"""Files that tools write next to a config, and that only describe packed weights."""
 
 COMFYUI = "_quantization_metadata"
 """Header key under which ComfyUI's files may give the format of each module."""
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-"""Element types of unpacked weights. If a base has no other types, no scheme is asked or imported."""
+"""Element types of unpacked weights. If a base has no other types, no scheme is imported."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dequantized(Checkpoint):
-    """A quantized base with dequantized weights; `tensors` and `home` list weights, not their stored parts.
+    """A quantized base with dequantized weights. Its `tensors` and `home` list the weights, not the stored parts.
 
     Attributes:
-        scheme: the name of the scheme that packed it.
+        scheme: the name of the scheme that packed the base.
         packed: name -> packed weight.
         stored: the base as it is stored.
         packs: True if merged weights will be quantized again.
-        keep: what that rounding keeps beyond the nearest numbers: `adapter`, or None.
-        calibration: the activations to round by, or None.
+        keep: what to preserve when weights are quantized again: `adapter` for the adapters' change; None rounds to the
+            nearest numbers.
+        calibration: recorded inputs of the targets, for that rounding; None if there are none.
     """
 
     scheme: str = ""
@@ -71,7 +72,7 @@ class Dequantized(Checkpoint):
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """Return a packed weight with other parts, which are read like those of the base."""
+        """Return a packed weight with other stored parts, which are read like the parts of the base."""
         own = weight.with_parts(parts)
         if own is not None:
             return own
@@ -81,7 +82,7 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
-    """Return the config.json next to a base's weights; a GGUF file has none, its config is made from key-values."""
+    """Return the config.json next to a base's weights; None for a GGUF file, whose config is made from key-values."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
@@ -103,7 +104,7 @@ def is_quantized(base: Checkpoint) -> bool:
 
 
 def detect(base: Checkpoint) -> str:
-    """Return the name of the only scheme that recognises the base by its headers and config.
+    """Return the name of the only scheme that recognises the base, judging by headers and config.
 
     Raises:
         Unsupported: no known scheme matches, or several do.

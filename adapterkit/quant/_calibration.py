@@ -1,4 +1,4 @@
-"""Read calibration files: the activations that texts gave to each target, in one safetensors file.
+"""Read calibration files: the inputs of each target while the model read texts, in one safetensors file.
 
 `adapterkit.gating.calibrate` runs the model and writes the file. Merging only reads it, one target at a time. Targets
 that read the same tensor, such as queries, keys and values, share one tensor of the file.
@@ -35,13 +35,13 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The activations of one run of a base with adapters.
+    """The inputs of targets in one run of a base with adapters.
 
     Attributes:
         path: the file.
         digest: the sha256 of the file.
         made_from: what the activations were computed from, as `adapterkit.gating.calibrate` recorded it.
-        tensors: path of the first target that reads an activation -> its values, `[tokens, width]`.
+        tensors: path of the first target that reads an input -> the values of this input, `[tokens, width]`.
         shared: path of each target -> path in `tensors`.
     """
 
@@ -52,12 +52,12 @@ class Calibration:
     shared: Mapping[str, str]
 
     def width(self, path: str) -> int | None:
-        """Return the number of inputs of a target; None if the file does not have it."""
+        """Return the number of inputs of a target; None if the file does not have the target."""
         found = self.tensors.get(self.shared.get(path, path))
         return None if found is None else found.shape[1]
 
     def inputs(self, path: str) -> Array | None:
-        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have it.
+        """Return the inputs of a target, `[tokens, width]`, in float64; None if the file does not have the target.
 
         Raises:
             Malformed: an input is not a finite number.

@@ -1,6 +1,6 @@
 """NVFP4: w = e2m1 * scale * second, with an 8-bit float scale for every 16 numbers and one second scale per tensor.
 
-Two tools store this format: one stores the second scale itself, the other its inverse.
+Two tools write this format: one stores the second scale itself, the other stores the inverse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOP, MOST = 6.0, 448.0
 
 @dataclass(frozen=True, eq=False)
 class Float4(Packed):
-    """Pairs of numbers in bytes; the first number is in the low half."""
+    """A weight with two numbers in each byte; the first number is in the low half."""
 
     stored: Lazy
     scale: Lazy
@@ -56,7 +56,7 @@ class Float4(Packed):
         return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Keep the second scale, because fused layers share it, unless a number is too large for it."""
+        """Keep the second scale, which fused layers share; compute a new one only if a number is too large for it."""
         import numpy as np
 
         second = finite(numbers(self.second), self.members[2])

@@ -21,7 +21,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True, eq=False)
 class ScaledFloat8(Rowwise):
-    """w = q * scale. Blocks of `block` rows and columns share a scale; `grid` is the shape of one expert's scales.
+    """w = q * scale. A block of `block` (rows, columns) has one scale; `grid` is the shape of one expert's scales.
 
     `experts` is 1 if all experts share a single scale.
     """
@@ -36,7 +36,7 @@ class ScaledFloat8(Rowwise):
         import numpy as np
 
         raw = rows_of(self.stored, start, stop)
-        # Look the numbers up in a table of all 256, which takes a third of the time of a cast.
+        # Look the numbers up in a table of all 256 values: this takes a third of the time of a cast.
         q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
@@ -72,7 +72,7 @@ class ScaledFloat8(Rowwise):
         return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Yield runs of rows that have their own scales; no run spans two experts."""
+        """Yield runs of rows that share no scale with other rows; no run spans two experts."""
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -82,7 +82,7 @@ class ScaledFloat8(Rowwise):
                 yield start, min(start + step, first + height)
 
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
-        """Return q and scales of a run: each scale is the block's largest number divided by the largest 8-bit float."""
+        """Return a run's q and scales. A scale is the block's largest magnitude / the largest 8-bit float."""
         import ml_dtypes
         import numpy as np
 

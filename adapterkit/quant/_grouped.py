@@ -1,8 +1,8 @@
 """Integers in groups of columns: w = (q - zero) * scale, with one zero point and one scale per row and group.
 
-When a weight is quantized again, q = round(w / scale) + zero. A group's scale is the old one, which a search chose when
-the base was made, or a new one from the group's smallest and largest number. The scale with the smaller squared error
-is used.
+When a weight is quantized again, q = round(w / scale) + zero. There are two candidates for a group's scale: the old
+scale, which a search chose when the base was quantized, and a new scale from the group's smallest and largest number.
+The candidate with the smaller squared error is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Grouped(Packed):
     Attributes:
         bits: the width of each number.
         groups: the number of groups of columns.
-        index: the group of each column, if columns were reordered; None if groups are runs of columns.
+        index: the group of each column, if columns were reordered; None if each group is a run of adjacent columns.
     """
 
     groups: int
@@ -99,7 +99,7 @@ class Grouped(Packed):
     def _of_runs(
         self, ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
     ) -> tuple[Array, Array, Array]:
-        """Do the same as `_better` for rows whose groups are runs of columns, `[rows, groups, columns of a group]`."""
+        """Do the same as `_better` for rows whose groups are runs of adjacent columns."""
         import numpy as np
 
         found = _by_library(ordered, own, fresh, self.span)
@@ -185,7 +185,7 @@ def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
 
 
 def _runs_of(at: Array, groups: int) -> Array | slice | None:
-    """Return the columns in the order of their groups if all groups have the same size; else None."""
+    """If all groups have the same size, return the columns in the order of their groups; otherwise None."""
     import numpy as np
 
     counts = np.bincount(at, minlength=groups)
@@ -238,7 +238,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read a whole stored tensor: it is needed for any rows, because the weight's rows are its columns."""
+    """Read a whole stored tensor: even one row of the weight needs all of it, because that row is a column of it."""
     import numpy as np
 
     return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)

@@ -34,9 +34,10 @@ class Packed(ABC):
 
     Attributes:
         name: the weight's name in the unquantized base.
-        shape: its shape in the unquantized base.
+        shape: the weight's shape in the unquantized base.
         dtype: the dtype to which the scheme's library dequantizes.
-        members: the stored tensors that make up the weight; the weight takes the place of the first one.
+        members: the names of the stored tensors that make up the weight; in lists, the weight takes the place of the
+            first one.
     """
 
     name: str
@@ -51,12 +52,12 @@ class Packed(ABC):
 
     @property
     def changes(self) -> bool:
-        """Whether the weight will be written in another form than the stored one, even if nothing is merged into it."""
+        """Whether the weight is written in another form than the stored one, even without a merged change."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """The member in the form in which it will be written, if the weight `changes`; it only has a size.
+        """If the weight `changes`: the member in the form in which it will be written; only its size can be read.
 
         Raises:
             Unsupported: the scheme has only one form.
@@ -65,11 +66,11 @@ class Packed(ABC):
 
     @property
     def share(self) -> Lazy | None:
-        """The weight's bytes, as they will be written, in a member that several weights share; else None."""
+        """If several weights share a member: this weight's bytes, as they will be written; otherwise None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """Return the weight with other parts, if this is possible without the base; None if the scheme must find it."""
+        """Return the weight with other stored parts; None if only the scheme can make it, from the whole base."""
         return None
 
     @abstractmethod
@@ -84,7 +85,8 @@ class Packed(ABC):
         """Quantize other numbers in place of this weight's, by the scheme's own formula.
 
         Args:
-            merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called again.
+            merged: a function that returns rows `start` to `stop` as float32 `[rows, width]`; it may be called several
+                times for the same rows.
 
         Returns:
             The members that change, in their stored dtypes and shapes.
@@ -112,7 +114,7 @@ class Packed(ABC):
 
 
 class Rowwise(Packed):
-    """A weight whose rows may be packed separately, so that a run of them can be merged, packed and written alone."""
+    """A weight whose rows may be packed separately, so that a run of rows can be merged, packed and written alone."""
 
     @property
     @abstractmethod
@@ -121,7 +123,7 @@ class Rowwise(Packed):
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether exactly the rows before this one are stored first, in each member that changes."""
+        """Whether each member that changes can be cut before this row: all earlier rows are stored first."""
 
     @abstractmethod
     def places(self, row: int) -> dict[str, int]:
@@ -146,14 +148,14 @@ class Rowwise(Packed):
 
 
 class Scheme:
-    """A way to pack weights as integers or 8-bit floats. A base without either, and without a config, is not quantized.
+    """A way to pack weights as integers or 8-bit floats. A base with neither, and without a config, is unquantized.
 
     Write a subclass in its own module; the module's name is the scheme's name.
 
     Class attributes:
         url: a description of the layout.
         description: one line for tables.
-        oracle: the library that uses the format, with which the dequantization is compared.
+        oracle: the library that uses the format; tests compare the dequantization with this library.
     """
 
     url: ClassVar[str] = ""
@@ -186,7 +188,7 @@ def settings(base: Checkpoint) -> dict[str, Any]:
 def said_quantization(config: Mapping[str, JsonValue] | None) -> Any:
     """Return a config's entry about quantization, or None.
 
-    A model with several parts may have the entry in the config of its language model, as Kimi K2.5 does.
+    A model with several parts may have the entry in the config of its language model, as in Kimi K2.5.
     """
     config = config or {}
     text = config.get("text_config")
@@ -275,7 +277,7 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""Numbers quantized at a time, few enough to stay in a core's cache."""
+"""How many numbers are quantized at a time: few enough to stay in a core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:

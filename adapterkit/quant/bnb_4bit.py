@@ -4,7 +4,7 @@ w = code[q] * absmax[block]. Blocks are runs of the flat weight. Two weights sha
 half. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314
 
-When a weight is quantized again, q is the level nearest to w / absmax. The second quantization keeps its offset.
+When a weight is quantized again, q is the level nearest to w / absmax. The quantization of absmax keeps its offset.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Bnb4bit(Scheme):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Scales of runs of elements: plain floats, or bytes that index a table and are themselves scaled in runs."""
+    """The scales of blocks: floats, or with double quantization, bytes that index a table, with scales of their own."""
 
     stored: Lazy
     name: str
@@ -106,7 +106,7 @@ class _Blocks:
         return {self.name: block, **self.above.places(-(-block // self.above.size))}
 
     def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
-        """Return the same object with other bytes in the stored parts."""
+        """Return the same scales with other bytes in the stored parts."""
         above = None if self.above is None else self.above.over(parts)
         part = parts[self.name]
         stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
@@ -147,7 +147,7 @@ class _Levels(Rowwise):
 
     @cached_property
     def _granule(self) -> int:
-        """The number of elements after which a byte, a block and a block of scales are full."""
+        """The smallest number of elements that fills whole bytes, whole blocks, and whole blocks of scales."""
         return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
 
     def closed(self, row: int) -> bool:
@@ -195,7 +195,7 @@ def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """Divide each block of `size` by its largest number; return the nearest levels' indices, and these numbers."""
+    """Divide each block of `size` by its largest magnitude; return the nearest levels' indices and the magnitudes."""
     import numpy as np
 
     found = _by_library(values, levels, size)
@@ -217,7 +217,7 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Return the result of `packed_levels`, or of `quantized` for 256 levels; None if no loop supports them."""
+    """Return the result of `packed_levels`, or for 256 levels of `quantized`; None if no loop supports the input."""
     import numpy as np
 
     whole = len(levels) == 256 or (len(levels) == 16 and not (len(values) % size or size % 16))
@@ -234,7 +234,7 @@ def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] 
     else:
         found, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
     arrays = (array.ctypes.data for array in (middles, places, found, largest))
-    # Return None if the loop fails: float32 may have no reciprocal of a block's largest number.
+    # Return None if the loop fails: the reciprocal of a block's largest number may overflow float32.
     return None if function(given.ctypes.data, count, size, *arrays) else (found, largest)
 
 
@@ -258,7 +258,7 @@ BYTES = BY_TORCH["uint8"]
 
 
 class QuantState(TypedDict):
-    """The JSON next to a packed weight, after `_fault` found none in it."""
+    """The JSON next to a packed weight, after `_fault` found no fault."""
 
     shape: list[int]
     blocksize: int

@@ -33,7 +33,7 @@ ONE_127TH = 7.874015718698502e-3
 
 
 class BnbInt8(Scheme):
-    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are detected in inputs, not stored."""
+    """`<module>.weight` in int8, `<module>.SCB` in float32. Outlier columns are found at run time and not stored."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
     description = "bitsandbytes LLM.int8(): rows of integers with one scale each"

@@ -20,7 +20,7 @@ INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale
 """Scales of a layer's inputs; only fp8 arithmetic uses them."""
 
 COMFYUI = "scale_weight"
-"""ComfyUI's name of a scale, next to the weight: `<module>.scale_weight`. Some weights have none."""
+"""ComfyUI's name of a scale, next to the weight: `<module>.scale_weight`. Some weights have no scale."""
 
 LAYOUT = "comfy_quant"
 """ComfyUI's newer files give each module's format: `<module>.comfy_quant` holds the bytes of a JSON object."""
@@ -30,7 +30,7 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Fp8(Scheme):
-    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what it applies to.
+    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`: one scale, or one per row or block.
 
     ComfyUI's older files have `<module>.scale_weight` instead.
     """
@@ -74,7 +74,8 @@ def _check_layouts(base: Checkpoint) -> None:
     """Check that this scheme can read ComfyUI's own format of each module.
 
     Raises:
-        Unsupported: it cannot. Such weights must not be mistaken for those of a scheme with the same names.
+        Unsupported: this scheme cannot read a module's format. Weights of such a format have the same names and must
+            not be read as fp8.
         Malformed: the format is not a JSON object.
     """
     for name, tensor in base.tensors.items():

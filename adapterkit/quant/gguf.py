@@ -1,6 +1,6 @@
-"""GGUF models, as llama.cpp stores them: each weight is a tensor of ggml blocks, or is split over two tensors.
+"""GGUF models, as llama.cpp stores them: each weight is one tensor of ggml blocks, or is split into two tensors.
 
-A merge writes a GGUF file again: key-values, and all tensors that no adapter changes, keep their bytes.
+A merge writes a new GGUF file, in which key-values and all tensors that no adapter changes keep their bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""ComfyUI-GGUF's key, before a tensor's name, for the shape of a tensor that is stored in rows of 256 numbers."""
+"""ComfyUI-GGUF's key for the original shape of a tensor that is stored in rows of 256 numbers; its name follows."""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
@@ -90,7 +90,7 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """Maps a model's tensors to weights, by its key-values and its family's names.
+    """Maps a model's tensors to weights, by the model's key-values and the family's names.
 
     Raises:
         Unsupported: the file is neither a language model nor a known denoiser, or no family has its architecture.
@@ -115,7 +115,7 @@ class _Contents:
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
-        """Return the weights whose rows are in two tensors, and the tensors' names, if both have a known type."""
+        """Return the weights whose rows are in two tensors of known types, and the names of these tensors."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         found: list[GgufSplit] = []
@@ -155,7 +155,7 @@ class _Contents:
             yield self._as_it_is(name, kind, file, stored)
             return
         found = place_of(self.family, module) if leaf else None
-        # Without the second tensor of a pair, the weight cannot be assembled.
+        # A single tensor of a pair is not enough: the weight cannot be assembled without the other one.
         if found is None and leaf and (parts := fused_places(self.family, module)):
             yield from self._fused(name, kind, file, stored, parts)
             return
@@ -184,7 +184,7 @@ class _Contents:
         )  # fmt: skip
 
     def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
-        """Return a denoiser's tensor under its own name, in the shape that it had before the conversion."""
+        """Return a denoiser's tensor under its own name, in the shape before the conversion to GGUF."""
         shape, dtype = file.shapes[name], DTYPES["F32"]
         said = self.said.get(ORIGINAL_SHAPE + name)
         own = tuple(said) if isinstance(said, list) and all(type(size) is int for size in said) else shape
@@ -234,10 +234,11 @@ def _module(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Rowwise):
-    """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
+    """A weight in rows of blocks. `kind` is the stored type, `new` the type to write.
 
-    In the same way, column i is column `columns[i]` of the weight. If `shared` is not 0, the member consists of that
-    many rows from several weights, one after the other, and `stored` has the bytes of this weight.
+    Row i of the tensor is row `order[i]` of the weight, and column i is column `columns[i]` of the weight. If `shared`
+    is not 0, the member consists of that many rows from several weights, one after the other, and `stored` has the
+    bytes of this weight.
     """
 
     stored: Lazy
@@ -258,7 +259,7 @@ class _Tensor(Rowwise):
 
     @property
     def written(self) -> Lazy:
-        """The tensor in the form in which it will be written; it only has a size."""
+        """The tensor in the form in which it will be written; only its size can be read."""
         if self.new == self.kind and not self.shared:
             return self.stored
         shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape
@@ -282,13 +283,14 @@ class _Tensor(Rowwise):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
-        # Read up to four times as many rows at once: this is cheaper than one read for each run of rows.
+        # Read up to four times as many rows as needed in a single read: this is cheaper than one read for each run of
+        # rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
 
     def _scattered(self, wanted: Array) -> Array:
-        """Return rows that are far apart, with one read for each run of adjacent rows."""
+        """Read rows that are far apart, with one read for each run of adjacent rows."""
         import numpy as np
 
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -360,7 +362,7 @@ class _Tensor(Rowwise):
 
 @dataclass(frozen=True, eq=False)
 class _Reshaped(Packed):
-    """A weight stored in rows of 256 numbers, because its own rows do not fill whole blocks: small convolutions."""
+    """A weight, e.g. of a small convolution, that is stored in rows of 256 because its own rows do not fill blocks."""
 
     tensor: _Tensor
 
@@ -401,7 +403,7 @@ class _Reshaped(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """Return the base with every matrix set to be written in another type; vectors and routers stay unchanged.
+    """Return the base, so that every matrix will be written in another type; vectors and routers stay unchanged.
 
     Raises:
         UsageError: the type is unknown.
@@ -430,7 +432,7 @@ def _retyped(weight: Packed, kind: str) -> Packed:
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """Return the base with every tensor set to be written in the type that it has in another file."""
+    """Return the base, so that each tensor will be written in the type that it has in `merged`."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -476,11 +478,11 @@ class GgufPiece:
     """One of the two tensors of a split weight.
 
     Attributes:
-        member: its name in the file.
-        stored: its bytes, with the padding before the next tensor.
+        member: the tensor's name in the file.
+        stored: the tensor's bytes, with the padding before the next tensor.
         kind: ggml's type.
-        shape: [rows, width]; [heads, width, rows of a head] if it is `turned`.
-        places: the weight's row for each row of the tensor; of a turned one, head by head.
+        shape: [rows, width]; [heads, width, rows of a head] if the tensor is `turned`.
+        places: the weight's row for each row of the tensor; for a turned tensor, head by head.
         turned: True if each head's matrix is transposed, as llama.cpp needs for the keys in MLA.
     """
 
@@ -492,7 +494,7 @@ class GgufPiece:
     turned: bool = False
 
     def read(self, wanted: Array) -> Array:
-        """Return some of its rows, given in ascending order, as float32 [rows, width]."""
+        """Return the wanted rows, whose numbers are in ascending order, as float32 [rows, width]."""
         import numpy as np
 
         if not self.turned:
@@ -504,7 +506,7 @@ class GgufPiece:
         return cast("Array", np.concatenate(whole)[wanted - int(heads[0]) * each])
 
     def pack(self, merged: Merged) -> Array:
-        """Return its bytes with the numbers that `merged` returns for the weight's rows."""
+        """Return the tensor's new bytes, from the numbers that `merged` returns for the weight's rows."""
         import numpy as np
 
         data = bytearray()
@@ -524,7 +526,7 @@ class GgufPiece:
 
 @dataclass(frozen=True, eq=False)
 class GgufSplit(Packed):
-    """A weight in two tensors; `pieces` contain all of its rows, each once."""
+    """A weight in two tensors; the `pieces` together contain each of its rows once."""
 
     pieces: tuple[GgufPiece, ...]
 

@@ -1,6 +1,7 @@
 """GPTQ: w[out, in] = (q - (zero + 1)) * scale by groups of inputs, as AutoGPTQ and GPTQModel store it.
 
-Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves; the older format stores one less.
+Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves; the older format stores zero points
+minus 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Gptq(Scheme):
 
 
 def _bits(base: Checkpoint) -> int:
-    """Return the bit width from the config, or 0; the tensors do not show it."""
+    """Return the bit width from the config, or 0 if the config has none; the tensors do not show the bit width."""
     said = settings(base).get("bits")
     return said if type(said) is int else 0
 

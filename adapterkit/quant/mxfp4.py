@@ -1,7 +1,8 @@
 """MXFP4, as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), with one scale per 32 numbers.
 
-OCP Microscaling Formats 1.0: the scale is the largest power of two not above the largest number, divided by 4; or twice
-that, where less is lost. Numbers are packed along the inputs; unpacked, the experts are `[e, in, out]`.
+In OCP Microscaling Formats 1.0, a block's scale is a quarter of the largest power of two not above the block's largest
+number. If twice this scale loses less, a merge uses twice this scale. Numbers are packed along the inputs; unpacked,
+the experts are `[e, in, out]`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _Experts(Rowwise):
         return True
 
     def closed(self, row: int) -> bool:
-        # Only whole experts are closed: outputs are stored one after the other, while the weight's rows are inputs.
+        # Only whole experts are closed: the file stores an expert output by output, but the weight's rows are inputs.
         return row % self.shape[1] == 0
 
     def places(self, row: int) -> dict[str, int]:
@@ -121,8 +122,9 @@ class _Experts(Rowwise):
 def quantized(values: Array) -> tuple[Array, Array]:
     """Quantize `[inputs, outputs]` to blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`.
 
-    Under the formula's exponent numbers above 6 are cut off. So it is one larger where that has the smaller squared
-    error: a block whose largest number was just a power of two would lose a quarter of it by a small change.
+    With the exponent of the standard's formula, scaled numbers above 6 are cut off. If the next larger exponent has a
+    smaller squared error, that one is used. Without this rule, a small change can cut off a quarter of a block's
+    largest number: if it falls just below a power of two, the exponent shrinks.
     """
     import numpy as np
 
@@ -136,7 +138,7 @@ def quantized(values: Array) -> tuple[Array, Array]:
 
 
 def _on(groups: Array, exponents: Array) -> tuple[Array, Array]:
-    """Return the codes of groups under these exponents, and the squared error of each group."""
+    """Return the codes of groups with these exponents, and the squared error of each group."""
     import numpy as np
 
     scaled = np.ldexp(groups, -exponents[..., None])

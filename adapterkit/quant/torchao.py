@@ -1,6 +1,6 @@
 """torchao in its safetensors layout: integers with w = (q - zero) * scale by groups, or 8-bit floats.
 
-A file's metadata has each tensor's class in JSON. The parts are `<module>._weight_qdata`, `_scale` and `_zero_point`.
+A file's metadata gives each tensor's class in JSON. The parts are `<module>._weight_qdata`, `_scale` and `_zero_point`.
 Layouts for a single kernel (Int4Tensor and its tiled forms) are refused by name. `.bin` files of torchao's classes are
 refused too, because reading them would run torchao's code.
 """

@@ -20,8 +20,8 @@ class Journal:
 
     Args:
         path: the file; None keeps trials only in memory.
-        searched: everything that decides the trials, such as adapters, data, methods and seed. It is compared with the
-            first line of the file.
+        searched: everything that decides the trials, such as adapters, data, methods and seed. The first line of the
+            file must have the same values.
         overwrite: start again if the file belongs to another search.
 
     Raises:
@@ -43,7 +43,8 @@ class Journal:
                 raise UsageError("the file holds trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop the last line if it is incomplete: the run was killed while writing it. That trial is repeated.
+        # Drop the last line if it is incomplete, because the run was killed while writing this line. The trial is
+        # repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:

@@ -1,4 +1,4 @@
-"""The result of a search: its trials, the best of them, and the recipe that repeats it."""
+"""The result of a search: its trials, the best trial, and a recipe that repeats the best trial."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def shown_parameters(parameters: Mapping[str, float | str], digits: int) -> str:
-    """Return parameters on one line, with this number of significant digits."""
+    """Return parameters on one line; `digits` is the number of significant digits."""
     numbers = {name: f"{value:.{digits}g}" for name, value in parameters.items() if type(value) in (int, float)}
     return " ".join(f"{name}={numbers.get(name, value)}" for name, value in parameters.items())
 
@@ -62,7 +62,8 @@ class Search:
         trials: all trials, in order.
         base: the name of the base, or None.
         seed: the seed of the search, and of methods that use random numbers.
-        rank: the rank to which results without low-rank factors are cut: a number, or `fit`.
+        rank: the rank to which results without low-rank factors are cut: a number, or `fit` for the largest rank of the
+            inputs.
         resumed: the number of trials from an earlier run.
     """
 

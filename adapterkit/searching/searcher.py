@@ -3,10 +3,10 @@
 Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and the caller's start
 combinations. Then Optuna's TPE sampler proposes each trial from the earlier ones.
 
-TPE was chosen by measurement, on eight problems with a planted optimum over two adapters, three methods and a density.
-After 50 trials, six results were within 2 percent of the planted change's squared norm, and the worst within 5 percent.
-Optuna's Gaussian process finds smooth optima more exactly, but it stays with the best method so far, and missed three
-of the eight optima by 5 to 26 percent.
+TPE was chosen by measurement, on eight problems whose optimum is known. Each problem has two adapters, three methods
+and a density. After 50 trials, six results were within 2 percent of the optimal change's squared norm, and the worst
+within 5 percent. Optuna's Gaussian process finds smooth optima more exactly, but stays with the first good method. It
+missed three of the eight optima by 5 to 26 percent.
 
 A proposal depends only on the seed, the number of the trial and the earlier trials. A resumed search therefore makes
 the same trials as an uninterrupted one.
@@ -82,7 +82,8 @@ def search(
     Args:
         adapters: adapters or their paths, of any additive methods.
         data: a file of texts, one per line, or JSON Lines with a field `text`; the score is the mean loss per token of
-            the base with the combination attached. Or a function that takes the combined adapter and returns a loss.
+            the base with the combination attached. Instead of a file, a function that takes the combined adapter and
+            returns a loss.
         base: a folder with a transformers language model. Texts require it. With a function, the base is optional: it
             resolves names and supplies weights to methods that need them.
         methods: combiners to choose from; if None, `METHODS` and those of `start`.
@@ -92,8 +93,8 @@ def search(
         most: the largest weight to try; the smallest is 0.
         rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
         start: combinations to try first, such as the best rows of a table. The result is at least as good as these.
-            Each is (method, weights, parameters), the name of a method (at weight 1), or the path of a recipe of the
-            same adapters. If `methods` is given, their methods must be in it.
+            Each is (method, weights, parameters), the name of a method (at weight 1), or the path of a recipe that
+            names the same adapters. If `methods` is given, their methods must be in it.
         seed: the seed of the search, and of methods that use random numbers.
         trials: a file that records the trials. The same search resumes from it, and a finished search is not repeated.
         overwrite: start again if the file belongs to another search.
@@ -105,7 +106,7 @@ def search(
 
     Raises:
         UsageError: there are fewer than two adapters, the known combinations alone exceed the budget, a method or
-            parameter is unknown, a method needs data of its own, a recipe is of other adapters or has settings that a
+            parameter is unknown, a method needs data of its own, a recipe names other adapters or has settings that a
             trial cannot repeat, texts are given without a base, or no trial could be scored.
         Malformed: a file in `start` is not a recipe.
         Unsupported: Optuna is not installed.
@@ -174,7 +175,7 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
 
 
 def _identity(data: object) -> str | None:
-    """Return a digest of the texts; a function has none, and is assumed to be the same."""
+    """Return a digest of the texts; None for a function, which is assumed to be the same in every run."""
     if callable(data):
         return None
     from ..io.inputs import read_input
@@ -202,7 +203,8 @@ def _tried(
         made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
         loss = float(score(made))
     except AdapterkitError as error:
-        # Raise the error of the first trial, because all trials would fail alike; later errors only narrow the search.
+        # Raise an error of the first trial, because all other trials would fail in the same way. After a later error,
+        # the search continues without that trial.
         if number == 0:
             raise
         refused = str(error)
@@ -291,7 +293,7 @@ class Space:
             drawn = seed * 1_000_003 + len(trials)
             sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
             study = optuna.create_study(sampler=sampler)
-            # Skip trials whose method is not in `methods`: such a method is only tried at the start.
+            # Skip trials whose method is not in `methods`: such methods are only tried at the start.
             study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
             asked = study.ask()
             method = asked.suggest_categorical("method", self.methods)
@@ -302,7 +304,7 @@ class Space:
 
     def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
         # Give every trial a value for every parameter, because the sampler models only parameters that all trials have.
-        # If the method lacks a parameter, or the trial did not set it, use its default.
+        # If the method lacks a parameter, or the trial did not set the parameter, use the default.
         floats = optuna.distributions.FloatDistribution
         values: dict[str, Any] = {"method": trial.method}
         ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}

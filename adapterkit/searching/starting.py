@@ -57,7 +57,7 @@ def _checked(given: Sequence[object]) -> Combination:
     """Return a combination from a sequence of a method, weights and parameters.
 
     Raises:
-        UsageError: it is anything else.
+        UsageError: the sequence is anything else.
     """
     kinds = (str, Sequence, Mapping)
     if len(given) != len(kinds) or not all(isinstance(part, kind) for part, kind in zip(given, kinds, strict=True)):
@@ -67,7 +67,7 @@ def _checked(given: Sequence[object]) -> Combination:
 
 
 def is_method(name: str) -> bool:
-    """Whether this is the name of a combiner, alone or after a plug-in, as in `knots_ties`."""
+    """Whether a name is that of a combiner, alone or with a plug-in's name in front, as in `knots_ties`."""
     return resolved(name, None)[0] in COMBINERS
 
 

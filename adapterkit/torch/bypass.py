@@ -147,7 +147,7 @@ class Calls:
                 raise Unsupported(why, where=where, cure=_UNFUSE)
             if id(hook) not in told:
                 told.add(id(hook))
-                again = "The adapter does not act in PEFT's models either; a merge changes the weight, and then it acts"
+                again = "The adapter has no effect here in PEFT's models either; it takes effect after it is merged"
                 warnings.warn(f"{where}: {why}. {again}", stacklevel=2)
 
 

@@ -370,7 +370,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
             cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
             raise NotMergeable("the weight is computed from other tensors in each forward", where=where, cure=cure)
         if parameter.is_meta or id(parameter) in memory.on_disk:
-            cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
+            cure = "Load the weights first, or write handle.adapter() and merge it into the base's files"
             raise NotMergeable("the weight is offloaded or on the meta device", where=where, cure=cure)
         if parameter.dtype.itemsize < 2:
             cure = "Merge before the base is cast to 8 bits, or write handle.adapter() and merge the files of the base"

@@ -442,7 +442,7 @@ class Handle:
             again = hook_again(hook)  # Another adapter's hook may be at the module now.
             if again is None:
                 why = "since the merge, another tool has put a forward on the layer or removed one"
-                cure = "Undo that, call unmerge_(), and repeat it afterwards"
+                cure = "Undo the other tool's change, call unmerge_(), then apply the other tool again"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
         merged, undone = self._merged, Unmerging()

@@ -37,7 +37,7 @@ Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""The names in transformers of the second input of modules that add this input to their output."""
+"""Names that transformers gives to the residual, the second argument of `forward`, which is added to the output."""
 
 
 class InputRecorder(threading.local):

@@ -42,7 +42,7 @@ def value_in(slot: Slot) -> object:
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
-    """Yield all slots that may hold a module's forward, or one inside another tool's forward."""
+    """Yield the slots where a module's forward may be: its own, and those to which other tools move the forward."""
     yield from ((module, "forward"), (module, "_old_forward"))
     yield from _references(module)
 

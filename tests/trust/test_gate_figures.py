@@ -316,4 +316,4 @@ def test_a_scale_that_rounding_explains_passes(rounded: bool, fault: str, kept: 
     merged = KeptEffect("merged", "m", divergence=0.002, kept=kept, scale=0.9 - 1e-3, dtype="BF16", parts=(part,))
     (scale,) = (check for check in checks_of(effect, [merged], Thresholds()) if check.name == "scale")
     assert scale.ok is ok
-    assert ("Rounding to BF16" in scale.text) is ok
+    assert ("rounding to BF16" in scale.text) is ok

@@ -169,7 +169,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 def in_order_of(
     config: Mapping[str, JsonValue], order: str | None, updates: Mapping[Target, object]
 ) -> Mapping[str, JsonValue]:
-    """Return a config that states the order of stacks: with Unsloth's field, or with an old release of PEFT."""
+    """Return a config that states the order of stacks by Unsloth's field or an old release in `peft_version`."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
