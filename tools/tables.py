@@ -164,7 +164,11 @@ def combine() -> str:
     return _markdown(("Method", "What it is", "Parameters", "Result", "Depends also on"), rows)
 
 
-RANKS = {"one's": "at most one adapter's", "sum": "at most the sum of theirs", "more": "more: cut by `--rank`"}
+RANKS = {
+    "one's": "at most one adapter's",
+    "sum": "at most the sum of the adapters' ranks",
+    "more": "more: cut by `--rank`",
+}
 
 
 def invariances() -> str:

@@ -7,7 +7,6 @@ uploaded file, so that the same command resumes after the process was killed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +17,8 @@ from pathlib import Path
 from ..errors import StorageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.strict_json import load_json
-from .folders import cache_folder
 from .hubs import parse, remote_at
-from .pushing import push_placed
+from .pushing import begun, push_placed
 from .remote import Placed, Remote, lost
 from .transfer import digests
 
@@ -126,15 +124,9 @@ def placing(name: str, overwrite: bool = False, unchanged: Callable[[], object] 
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
     """
-    uri = parse(name)
-    remote = remote_at(uri)
-    remote.check_writable()
-    # List the target now, so that an error appears before hours of work.
-    _ = remote.there()
-    folder = cache_folder() / "placing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
+    remote, folder = begun(name, "placing")
     place = Placing(remote, folder, overwrite)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         place.check()
     except OSError as error:
         raise storage_error(error, folder) from error

@@ -238,6 +238,30 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
 # Write to a hub: build the output in a local folder, push it when it is complete, then delete the folder.
 
 
+def begun(name: str, kind: str) -> tuple[Remote, Path]:
+    """Return a hub that can be written to, and the local folder of an output that will be pushed to it.
+
+    Args:
+        name: the uri of the output.
+        kind: the folder inside the cache; the folder's own name depends on the uri, so that the same command finds the
+            folder of an interrupted run.
+
+    Raises:
+        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
+    """
+    uri = parse(name)
+    remote = remote_at(uri)
+    remote.check_writable()
+    # List the target now, so that an error appears before hours of work.
+    _ = remote.there()
+    folder = cache_folder() / kind / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    return remote, folder
+
+
 @contextmanager
 def outgoing(
     name: str,
@@ -258,17 +282,8 @@ def outgoing(
     Raises:
         AdapterkitError: as for `push`; a missing permission is reported before anything is written.
     """
-    uri = parse(name)
-    remote = remote_at(uri)
-    remote.check_writable()
-    # Look at the target now, so that a refusal comes before the work, not after hours of it.
-    _ = remote.there()
-    # Derive the name from the uri, so that the same command finds the folder of an interrupted run.
-    folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    remote, folder = begun(name, "outgoing")
+    uri = remote.uri
     out = folder / "out"
     yield out
     try:
