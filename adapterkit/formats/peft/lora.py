@@ -33,8 +33,8 @@ DEPARTURES = {
         "the bias is added to the projection's bias",
     ),
     "grouped_dora_norm": Departure(
-        "DoRA on a grouped convolution divides by the norms of another matrix than the one that it computes with: "
-        "those of W + B @ A with B's values read as [out / groups, r]",
+        "DoRA on a grouped convolution divides by the norms of another matrix than the one in its forward: "
+        "W + B @ A with B's values read as [out / groups, r]",
         "DoRA divides by the norms of the kernels that it computes with, over all channels",
     ),
     "convolution_padding": Departure(

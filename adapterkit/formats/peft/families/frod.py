@@ -57,7 +57,7 @@ class FrodFamily(Family):
         "frod_dropout": "training only",
         "progressbar": "a setting of one process",
         "projection_prng_key": "the seed for positions that are in the file",
-        "regularization_alpha": "a setting for a basis that is in the file",
+        "regularization_alpha": "a setting for computing the basis, which is in the file",
         "runtime_offload_base_weight": "a setting of one process",
     }
     fresh: ClassVar[Mapping[str, Any]] = {

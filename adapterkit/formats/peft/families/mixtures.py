@@ -251,7 +251,7 @@ class XloraFamily(Family):
         "global_scaling_weight": "factor on the change",
         "hidden_size": "width of the classifier's input",
         "layerwise_scalings": "whether each layer has its own logits",
-        "scaling_pass_value": "0; other values use the experts in the first pass, and are refused",
+        "scaling_pass_value": "must be 0: with other values, the first pass uses the experts",
         "softmax_temperature": "divisor of the logits",
         "top_k_lora": "number of weights that are kept",
         "xlora_depth": "number of the classifier's layers",

@@ -54,8 +54,8 @@ class LokrFamily(Family):
     own: ClassVar[type[Own]] = LoKrFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
-        "decompose_both": "whether the first factor is decomposed if the rank is small; the tensors show it",
-        "decompose_factor": "how a side is split in two; the tensors show it",
+        "decompose_both": "whether the first factor is a product if the rank is small; the tensors show it",
+        "decompose_factor": "how the number of outputs or inputs is split into two factors; the tensors show it",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",
@@ -68,7 +68,7 @@ class LokrFamily(Family):
     departures: ClassVar[Mapping[str, Departure]] = {
         "lokr_kernel_of_one_axis": Departure(
             "a full lokr_w2 [b, d, k] on nn.Conv1d is a stack of b matrices [d, k]: torch.kron multiplies "
-            "lokr_w1 with each of them, and the result is reshaped to the shape of the weight",
+            "lokr_w1 with each matrix, and the result is reshaped to the shape of the weight",
             "each kernel position is the Kronecker product of lokr_w1 and lokr_w2 at this position",
         )
     }

@@ -57,7 +57,8 @@ class OftFamily(Family):
     empty = True
     departures: ClassVar[Mapping[str, Departure]] = {
         "oft_series_before_0_18": Departure(
-            "in files from before PEFT 0.18, the last term of use_cayley_neumann's series counts twice, as others do",
+            "in files from before PEFT 0.18, the last term of use_cayley_neumann's series counts twice, like the "
+            "other terms",
             "the last term counts once, as newer PEFT releases compute such files",
         ),
         "oft_of_overlapping_patches": Departure(
@@ -324,7 +325,7 @@ class PsoftFamily(Family):
         "use_cayley_neumann": "whether to use the first terms of a series instead of the exact transform",
     }
     harmless: ClassVar[Mapping[str, str]] = {
-        "psoft_alpha": "no effect: B is divided by the factor that it sets",
+        "psoft_alpha": "no effect: the field sets a factor on the change, but B is divided by the same factor",
         "psoft_dropout": "training only",
     }
     fresh: ClassVar[Mapping[str, Any]] = {

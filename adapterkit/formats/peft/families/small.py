@@ -173,7 +173,7 @@ class HraFamily(Renamed):
     fields: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
     parts = tuple(fields)
     own: ClassVar[type[Own]] = HRAFields
-    read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether the directions are made orthogonal first"}
+    read: ClassVar[Mapping[str, str]] = {"apply_GS": "whether the directions are made orthogonal before they are used"}
     fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
 
     @classmethod

@@ -217,7 +217,7 @@ class WaveFTFamily(Family):
         "proportional_parameters": "whether the number depends on a weight's size; the tensors show it",
         "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
         "scaling": "factor on the change",
-        "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements",
+        "use_idwt": "whether the coefficients belong to a wavelet transform; otherwise they are elements of the change",
         "wavelet_family": "name of the wavelet whose filter is used",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
