@@ -27,7 +27,7 @@ import dis
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -98,26 +98,27 @@ def unwatch_reads(hook: Hook) -> None:
 
 
 class Calls:
-    """Record the reads and calls of modules with adapters during one forward of a model.
+    """Record the reads and calls of modules with adapters during one forward of a model, in one thread.
+
+    Calls by other threads do not count: they compute other inputs, and say nothing about this forward.
 
     Args:
-        hooks: each hook at those modules -> its position in `counts`.
-        counts: the number of calls of each hook before the forward.
+        hooks: the hooks at those modules.
         outer: the record of the enclosing forward, if any.
     """
 
-    def __init__(self, hooks: Mapping[Hook, int], counts: Sequence[int], outer: Calls | None) -> None:
-        self.hooks, self.counts, self.outer = hooks, counts, outer
+    def __init__(self, hooks: Collection[Hook], outer: Calls | None) -> None:
+        self.hooks, self.outer = hooks, outer
+        self.called: set[Hook] = set()
         self.reads: list[tuple[Hook, str, str]] = []
 
     def read(self, hook: Hook, name: str) -> None:
         """Record a read of a parameter, unless its module was called before or only the parameter's dtype is read."""
-        at = self.hooks.get(hook)
-        if at is None:
+        if hook not in self.hooks:
             if self.outer is not None:
                 self.outer.read(hook, name)
             return
-        if hook.calls != self.counts[at]:
+        if hook in self.called:
             return
         reader = _reader(sys._getframe(2))
         if reader is not None:
@@ -139,7 +140,7 @@ class Calls:
             Unsupported: a module was not called, and another tool's function read its weight.
         """
         for hook, name, reader in self.reads:
-            if hook.calls != self.counts[self.hooks[hook]] or not hook.parts:
+            if hook in self.called or not hook.parts:
                 continue
             why = f"{reader} computed with its {name} and did not call it, so its adapter did not act"
             where = str(hook.parts[0].target)
@@ -160,13 +161,20 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-def begin_calls(hooks: Mapping[Hook, int]) -> Calls:
+def begin_calls(hooks: Collection[Hook]) -> None:
     """Start watching one forward of a model."""
-    made = _LOCAL.calls = Calls(hooks, [hook.calls for hook in hooks], _LOCAL.calls)
-    return made
+    _LOCAL.calls = Calls(hooks, _LOCAL.calls)
 
 
-def end_calls(hooks: Mapping[Hook, int], failed: bool, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
+def note_call(hook: Hook) -> None:
+    """Record that the module of a hook was called, in this thread's watched forwards."""
+    calls = _LOCAL.calls
+    while calls is not None:
+        calls.called.add(hook)
+        calls = calls.outer
+
+
+def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str], bool], told: set[int]) -> None:
     """Stop the watch that `begin_calls` started with the same hooks.
 
     Args:

@@ -26,7 +26,7 @@ from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
-from .bypass import unwatch_reads, watch_reads
+from .bypass import note_call, unwatch_reads, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
 from .dropout import dropped_change
@@ -205,6 +205,7 @@ class ForwardHook:
             self.note_traced()
         else:  # A counter in compiled code would cause a recompilation for each value.
             self.calls += 1
+            note_call(self)
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
         # diffusers' layerwise casting overwrites the values of the weight that the plan keeps for the backward pass.
         plain = plain and "_diffusers_hook" not in self.module.__dict__

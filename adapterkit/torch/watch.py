@@ -248,7 +248,7 @@ class _Hook:
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
-        self.hooks: dict[Hook, int] = {}
+        self.hooks: frozenset[Hook] = frozenset()
         self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
         self.told: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
@@ -337,7 +337,7 @@ class _Hook:
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
         held = {id(module): module for watch in self.watches for module in watch.modules}
         found = [module.__dict__[HOOK] for module in held.values() if HOOK in module.__dict__]
-        self.hooks = {hook: place for place, hook in enumerate(found)}
+        self.hooks = frozenset(found)
         self.settled = False
         self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
         self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
