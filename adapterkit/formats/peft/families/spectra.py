@@ -10,6 +10,7 @@ or 2 N (coifN).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -187,6 +188,42 @@ def name_of(taps: Lazy) -> str | None:
 PART = "waveft_spectrum"
 
 
+class DrawnSpectrum(Family):
+    """A family whose file holds n coefficients; their positions follow from `random_loc_seed` and the weight's size."""
+
+    folds = ("spectrum",)
+
+    @classmethod
+    @abstractmethod
+    def stated(cls, own: Any, path: str, count: int) -> int:
+        """Return the number of coefficients that the config states for a module; `count` is the number in the file."""
+
+    @classmethod
+    def further(cls, file: File, path: str) -> dict[str, Lazy]:
+        """Return further tensors of the update at a module."""
+        return {}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[cls.parts[0]], file.settings.own
+        spectrum = file.tensors[key]
+        count = side(spectrum, 0, 1)
+        check_size(key, count, cls.stated(own, key.path, count), "n_frequency")
+        out, in_ = weight_shape(file, key, f"{cls.method.__name__}'s positions depend on the size of the weight")
+        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
+        tensors |= cls.further(file, key.path)
+        update = make(cls.name, tensors, scaling=own.scaling, outputs=out, inputs=in_)
+        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+
+    @classmethod
+    def encode(cls, update: Any) -> Parts:
+        return {"spectrum": (cls.parts[0], as_lazy(update.spectrum))}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
+
+
 class WaveFTFields(Own, frozen=True, kw_only=True):
     """The number of coefficients, their positions, their transform, and the scaling."""
 
@@ -199,14 +236,13 @@ class WaveFTFields(Own, frozen=True, kw_only=True):
     wavelet_family: str = "db1"
 
 
-class WaveFTFamily(Family):
+class WaveFTFamily(DrawnSpectrum):
     """The family of the peft_type WAVEFT."""
 
     name = "waveft"
     peft_type = "WAVEFT"
     method = WaveFT
     parts = (PART,)
-    folds = ("spectrum",)
     departures: ClassVar[Mapping[str, Departure]] = {
         "waveft_coif4": Departure("PEFT's numbers for coif4, which do not form a wavelet", "the Coiflet's numbers")
     }
@@ -228,31 +264,20 @@ class WaveFTFamily(Family):
     }
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[PART], file.settings.own
-        spectrum = file.tensors[key]
-        count = side(spectrum, 0, 1)
-        said = first_match(own.n_frequency_pattern or {}, key.path, own.n_frequency)
-        check_size(key, count, max(count, 0) if own.proportional_parameters else said, "n_frequency")
-        out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
-        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
-        if own.use_idwt:
-            tensors["low_pass"] = _filter(own.wavelet_family, _dtype(file, key.path), file.by_formula)
-        update = make("waveft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
-        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+    def stated(cls, own: WaveFTFields, path: str, count: int) -> int:
+        if own.proportional_parameters:
+            return max(count, 0)
+        return first_match(own.n_frequency_pattern or {}, path, own.n_frequency)
 
     @classmethod
-    def encode(cls, update: WaveFT) -> Parts:
-        return {"spectrum": (PART, as_lazy(update.spectrum))}
+    def further(cls, file: File, path: str) -> dict[str, Lazy]:
+        own = file.settings.own
+        return {"low_pass": _filter(own.wavelet_family, _dtype(file, path), file.by_formula)} if own.use_idwt else {}
 
     @classmethod
     def why_not(cls, target: Target, update: WaveFT) -> str:
         unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
         return "PEFT has no name for the wavelet of this waveft" if unknown else not_linear(target, update.method)
-
-    @classmethod
-    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
@@ -294,14 +319,13 @@ class FourierFTFields(Own, frozen=True, kw_only=True):
     scaling: float = 150.0
 
 
-class FourierFTFamily(Family):
+class FourierFTFamily(DrawnSpectrum):
     """The family of the peft_type FOURIERFT."""
 
     name = "fourierft"
     peft_type = "FOURIERFT"
     method = FourierFT
     parts = (FOURIER_PART,)
-    folds = ("spectrum",)
     own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "number of coefficients",
@@ -312,27 +336,12 @@ class FourierFTFamily(Family):
     fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
 
     @classmethod
-    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        key, own = keys[FOURIER_PART], file.settings.own
-        spectrum = file.tensors[key]
-        count = size_at(own.n_frequency, own.n_frequency_pattern, key.path)
-        check_size(key, side(spectrum, 0, 1), count, "n_frequency")
-        out, in_ = weight_shape(file, key, "FourierFT's positions depend on the size of the weight")
-        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
-        update = make("fourierft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
-        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
-
-    @classmethod
-    def encode(cls, update: FourierFT) -> Parts:
-        return {"spectrum": (FOURIER_PART, as_lazy(update.spectrum))}
+    def stated(cls, own: FourierFTFields, path: str, count: int) -> int:
+        return size_at(own.n_frequency, own.n_frequency_pattern, path)
 
     @classmethod
     def why_not(cls, target: Target, update: FourierFT) -> str:
         return not_linear(target, update.method)
-
-    @classmethod
-    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, JsonValue]:
