@@ -30,6 +30,7 @@ from .bypass import note_call, unwatch_reads, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
 from .dropout import dropped_change
+from .exchanging import exchanged, replica
 from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
@@ -399,15 +400,15 @@ class ForwardHook:
             # A formula with float32 factors returns float32; the next layers must get the dtype that the module itself
             # returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
-        exchanged = {**self.changed(parts), **skipped}
-        if any(isinstance(value, Tensor) and value.is_meta for value in exchanged.values()):
+        values = {**self.changed(parts), **skipped}
+        if any(isinstance(value, Tensor) and value.is_meta for value in values.values()):
             given = [*args, *kwargs.values()]
             if any(isinstance(value, Tensor) and not value.is_meta for value in given):
                 raise _unloaded(parts[0])
         if self._rebinds and not torch.compiler.is_compiling():
             func: Any = self.original.__func__
-            return func(_replica(self.module, exchanged), *args, **kwargs)
-        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
+            return func(replica(self.module, values), *args, **kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, exchanged(self.module, values):
             return self.original(*args, **kwargs)
 
     def _original(self, args: Arguments, kwargs: Keywords) -> object:
@@ -571,59 +572,6 @@ class ForwardHook:
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after = formula(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
-
-
-def _replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a module with the same state except some attributes, which are given by path.
-
-    Other threads continue to use the module itself.
-    """
-    replica: nn.Module = object.__new__(type(module))
-    replica.__dict__.update(module.__dict__)
-    inner: dict[str, dict[str, object]] = {}
-    for path, value in values.items():
-        child, dot, rest = path.partition(".")
-        if dot:
-            inner.setdefault(child, {})[rest] = value
-        else:
-            replica.__dict__[path] = value
-    if inner:
-        children = {child: _replica(getattr(module, child), own) for child, own in inner.items()}
-        replica.__dict__["_modules"] = {**module._modules, **children}
-    if isinstance(module, nn.RNNBase):  # An RNN reads its parameters from a list of its own.
-        replica.__dict__["_flat_weights"] = [getattr(replica, name) for name in module._flat_weights_names]
-    return replica
-
-
-@contextmanager
-def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give the module itself other values inside the `with`: an instance attribute hides the parameter of that name.
-
-    Needed for compilers, which cannot trace `_replica`, and for forwards that are not plain methods of the module.
-    """
-    placed: list[tuple[dict[str, Any], str, Any]] = []
-    flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
-    try:
-        for path, value in values.items():
-            owner, _, name = path.rpartition(".")
-            held = module.get_submodule(owner)
-            own = held.__dict__
-            if torch.compiler.is_compiling():
-                # Exchange the entry itself: compilers before torch 2.13 cannot trace that an attribute is deleted.
-                own = next(each for each in (held._parameters, held._buffers, held._modules) if name in each)
-            placed.append((own, name, own.get(name)))
-            own[name] = value
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-        yield
-    finally:
-        if isinstance(module, nn.RNNBase) and flat is not None:
-            module._flat_weights = flat
-        for own, name, before in placed:
-            if before is None:
-                del own[name]
-            else:
-                own[name] = before
 
 
 def _in_order(parts: list[Part]) -> bool:
