@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options, _writing
+from ._allocator import keep_freed_memory
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
 from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
@@ -71,6 +72,7 @@ def command(
     )  # fmt: skip
     if destination.is_done(settings):
         return
+    keep_freed_memory()
     read = _options.in_reading(sources, None, options.get("base"))
     cuts: list[ops.Cut] = []
 
