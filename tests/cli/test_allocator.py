@@ -20,7 +20,8 @@ def work():
             first.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt)
         values = np.ones(3_000_000)
         sizes = np.abs(values)
-        del values, sizes
+        mask = sizes > 0
+        del values, sizes, mask
     last.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt)
 
 keep_freed_memory()
