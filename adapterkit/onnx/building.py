@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ Attribute = str | int | float | Sequence[int] | Sequence[float] | ir.TensorProto
 
 OPSET = 13
 """The oldest opset that the added nodes support; models of an older opset are first converted to this one."""
+
+GENERATED = re.compile(r"(gemm_input_shape|gemm_output_shape|const_transpose_optimizer|_token_\d+)$")
+"""Names that onnxruntime's optimizers give to the shapes and permutations that they add."""
 
 FREE = 1 << 40
 """Sizes of at least this number stand for open sizes, which are only known when an adapter is loaded; see slots.py."""
@@ -97,7 +101,20 @@ class Building:
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
         self.model.graph.inputs.extend(value for value in self.inputs if value.uses())
+        self._rename_generated()
         self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers must be inputs, too.
+
+    def _rename_generated(self) -> None:
+        """Rename shapes and permutations of a graph that onnxruntime wrote after optimizing it.
+
+        When it optimizes the graph again, onnxruntime may choose the same names for tensors that it adds, and then the
+        graph does not load. That happens if it adds tensors for the new nodes after it removed nodes that read the old.
+        """
+        for name, value in list(self.model.graph.initializers.items()):
+            held = value.const_value
+            small = held is not None and held.dtype == ir.DataType.INT64 and held.size <= 16
+            if small and GENERATED.search(name) and not value.is_graph_input() and not value.is_graph_output():
+                value.name = self.name(f"{name}.stored")
 
 
 class Branch:

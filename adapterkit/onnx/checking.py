@@ -28,6 +28,7 @@ from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import fills_of, neutral, sizes_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
+from .unrounded import ROUGH, rounds, unround
 
 if TYPE_CHECKING:
     import onnx
@@ -44,11 +45,11 @@ SMALL = 1 << 25
 FEW = 1 << 16
 """Most input numbers to run on."""
 
-ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
-
 LAST_BITS = 1e-6
 """Largest accepted relative difference between a recurrent layer with stored weights and one with computed weights."""
+
+STATIC = (b"QuantizeLinear", b"QLinear", b"QGemm")
+"""Operators of static quantization."""
 
 STEP = 1e-2
 """Largest accepted relative difference between an integer operator and the same operator in floats: a few steps."""
@@ -65,7 +66,7 @@ def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
         if proto is None:
             return None
         nodes = {(node.domain, node.op_type) for node in proto.graph.node}
-        if any(domain not in ("", "ai.onnx") or op in ROUGH for domain, op in nodes):
+        if any(domain not in ("", "ai.onnx") or op in ROUGH or op.startswith("QLinear") for domain, op in nodes):
             return None
         defaults = {value.name for value in proto.graph.initializer}
         taken = {value.name for value in proto.graph.input}
@@ -146,7 +147,8 @@ class CheckOutcome:
     """The result of a check.
 
     Attributes:
-        difference: the largest difference, relative to the largest output.
+        difference: the largest difference, relative to the largest output. If the graph rounds activations to
+            integers, both graphs are compared without this rounding, if that is possible.
         note: why `difference` is None, or what the check could not cover.
         reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
         saturation: values clipped by static quantization, if the graph has any.
@@ -199,12 +201,14 @@ def checked_injection(
     bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
+        rough = _rounds(source.model)
+        smooth = rough and _smooth(plain)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
             # A floating-point layer does not round what a quantizer of activations rounds.
-            rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
-            packed = None if rough else "dequantize"
+            packed = None if rough and not smooth else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
+        bare = bare or smooth
     bare = bare and other is not None
     if by_rows and other is not None:
         mixed = _compared_by_rows(other, plain, out, fed, known, bare)
@@ -237,7 +241,7 @@ def _compared_by_rows(
         first = difference_of([a[:1] for a, _, _ in rows], [m[:1] for _, m, _ in rows])
         second = difference_of([a[1:] for a, _, _ in rows], [b[1:] for _, _, b in rows])
         if rows and difference_of([m for _, m, _ in rows], [b for _, _, b in rows]) > 0:
-            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second)))
+            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second), bare))
             return max(first, second)
         why = "no output has rows that the adapter changes"
     cure = "Export the graph with an open batch size, or inject with --mode slots (mode='slots')"
@@ -297,8 +301,8 @@ def checked_merge(
     except Unsupported:  # E.g. recurrent layers: a merge can change their weights; added nodes cannot.
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
-    judged = quantized != "requantize"
-    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given, known=known)
+    judged, bare = quantized != "requantize", _rounds(source.model) and _smooth(plain)
+    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
 
 
 def _checked_beside(
@@ -313,12 +317,14 @@ def _checked_beside(
         return CheckOutcome(None, why)
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
-    bare, rough = not _exact(source.model), any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
+    rough = _rounds(source.model)
+    smooth = rough and _smooth(plain)
+    bare = smooth or not _exact(source.model)
     folds = [
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    if not rough:  # A floating-point layer does not round what a quantizer of activations rounds.
+    if smooth or not rough:  # A floating-point layer does not round what a quantizer of activations rounds.
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
             other = inline(source.model)
@@ -338,17 +344,34 @@ def _exact(model: ir.Model) -> bool:
     )
 
 
+def _rounds(model: ir.Model) -> bool:
+    """Whether a graph rounds activations to integers."""
+    return any(rounds(node) for node in model.graph.all_nodes())
+
+
+def _smooth(model: bytes) -> bool:
+    """Whether a graph can be run without rounding activations to integers."""
+    import onnx
+
+    return unround(ir.from_proto(onnx.ModelProto.FromString(model)))
+
+
 def _session(model: bytes | str, bare: bool) -> OrtSession:
-    """Start a session; if `bare`, keep inputs of packed layers unrounded: two correct graphs may round differently."""
-    if not bare:
-        return session_of(model)
+    """Start a session; if `bare`, do not round activations: two correct graphs may round differently."""
+    return session_of(_unrounded(model), optimized=False) if bare else session_of(model)
+
+
+def _unrounded(model: bytes | str) -> bytes:
+    """Return a graph that rounds no activations, or as few as possible."""
     import onnx
 
     proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model)
     held = ir.from_proto(proto)
-    for node in held.graph.all_nodes():
-        node.attributes.pop("accuracy_level", None)
-    return session_of(ir.to_proto(held).SerializeToString(), optimized=False)
+    if not unround(held):
+        held = ir.from_proto(proto)
+        for node in held.graph.all_nodes():
+            node.attributes.pop("accuracy_level", None)
+    return ir.to_proto(held).SerializeToString()
 
 
 def _too_large(source: GraphSource) -> str | None:
@@ -377,7 +400,7 @@ def _compared(
         judged: False to return a difference without raising.
         given: inputs, by name.
         known: sizes from the configs beside the graph.
-        bare: run both graphs without optimizations, and without rounding the inputs of packed layers.
+        bare: run both graphs without optimizations, and without rounding activations.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -404,7 +427,7 @@ def _compared(
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged and not exact:
-            _judge(difference, out, _most(wanted, feeds, results, difference))
+            _judge(difference, out, _most(wanted, feeds, results, difference, bare))
         if exact and difference > 0:
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
             # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
@@ -480,18 +503,27 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
         raise CheckFailed(why, path=out, cure=_REPORT) from None
     difference = difference_of(got, results)
     if judged:
-        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference))
+        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference, bare))
     return difference
 
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
     """Count the values that static quantization clips, with and without the adapter."""
     # Only read a graph again if it contains the operator's name, because reading takes as long as an injection.
-    if plain is None or b"QuantizeLinear" not in plain or not quantizers(after := opened(out).model):
+    if plain is None or not any(name in plain for name in STATIC):
         return None
     import onnx
 
-    return saturation(ir.from_proto(onnx.ModelProto.FromString(plain)), after, feeds, both)
+    before, after = ir.from_proto(onnx.ModelProto.FromString(plain)), opened(out).model
+    if not quantizers(after) and not any(node.op_type.startswith("QLinear") for node in after.graph.all_nodes()):
+        return None
+    moved = None
+    if _smooth(plain):
+        moved = tuple(
+            difference_of(_session(model, False).run(None, given), _session(model, True).run(None, given))
+            for model, given in ((plain, feeds), (str(out), both))
+        )
+    return replace(saturation(before, after, feeds, both), moved=moved)
 
 
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[object]) -> float | None:
@@ -530,22 +562,23 @@ def _of_new_inputs(
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
-def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float) -> float:
+def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: float, bare: bool) -> float:
     """Return the largest difference that rounding explains."""
     # Deep graphs round more, so measure the rounding noise: run the same graph without optimizations.
     if is_narrow(results):
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
+    form = _unrounded(wanted) if bare else wanted
     # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
-    if _computes_narrow(wanted) or any(op.encode() in wanted for op in ROUGH) or _rounds_outputs(wanted):
+    if _computes_narrow(form):
         return TOLERANCE["V"]
-    noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
+    noise = difference_of(session_of(form, optimized=bare).run(None, feeds), results)
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)
 
 
 def _computes_narrow(model: bytes) -> bool:
-    """Whether a graph computes in 16 bits or fewer internally, whatever dtype its outputs have.
+    """Whether a graph computes in integers, or in 16 bits or fewer, whatever dtype its outputs have.
 
     Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
     to 32 before use do not count.
@@ -553,6 +586,8 @@ def _computes_narrow(model: bytes) -> bool:
     import onnx
 
     held = ir.from_proto(onnx.ModelProto.FromString(model))
+    if _rounds(held):
+        return True
     narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
     for node in held.graph.all_nodes():
         if node.op_type == "Cast" and attribute(node, "to", 0) in narrow:

@@ -28,6 +28,10 @@ CURE = (
 )
 
 
+MOST_MOVED, TIMES = 0.01, 3.0
+"""Warn if rounding and clipping change the outputs by more than this, and by so many times more than before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Saturation:
     """Values that quantization clips.
@@ -35,10 +39,13 @@ class Saturation:
     Attributes:
         nodes: for each QuantizeLinear that clips values, how many it clips without and with the adapter.
         values: the number of quantized values.
+        moved: how much rounding and clipping of activations change the outputs, without and with the adapter, relative
+            to the largest number of the output; None if the graph cannot be run without them.
     """
 
     nodes: Mapping[str, tuple[int, int]]
     values: int
+    moved: tuple[float, ...] | None = None
 
     @property
     def before(self) -> int:
@@ -52,19 +59,29 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """The warning for the user; None if the adapter does not increase the number of clipped values."""
-        if self.after <= self.before:
+        """The warning for the user; None if quantization costs no more with the adapter than without it."""
+        worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0], default=None)
+        more = worst is not None and self.nodes[worst][1] > self.nodes[worst][0]
+        before, after = self.moved or (0.0, 0.0)
+        if not more and after <= max(MOST_MOVED, TIMES * before):
             return None
-        worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0])
-        return (
-            f"static quantization clips {self.after} of {self.values} values with the adapter, {self.before} without "
-            f"it, most of them at {worst}. {CURE}"
+        count = (
+            f"static quantization clips {self.after} of {self.values} values with the adapter, {self.before} without it"
         )
+        if more:
+            count += f", most of them at {worst}"
+        if self.moved is not None:
+            count += (
+                f". Rounding and clipping change the outputs by {after:.2g} of the largest number with the adapter, "
+                f"{before:.2g} without it"
+            )
+        return f"{count}. {CURE}"
 
     def record(self) -> dict[str, JsonValue]:
         """Return the numbers as plain data."""
         nodes = {name: list(counts) for name, counts in self.nodes.items()}
-        return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes}
+        moved = None if self.moved is None else list(self.moved)
+        return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes, "moved": moved}
 
 
 def quantizers(model: ir.Model) -> list[ir.Node]:

@@ -73,7 +73,10 @@ def _dynamic(**options: Any) -> Form:
     def convert(source: Path, out: Path, _: Mapping[str, Any]) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        quantize_dynamic(source, out, weight_type=QuantType.QInt8, **options)
+        model = onnx.load(source)
+        # The quantizer transposes weights and keeps the shapes that torch's exporter recorded, and then refuses them.
+        del model.graph.value_info[:]
+        quantize_dynamic(model, out, weight_type=QuantType.QInt8, **options)
 
     return convert
 

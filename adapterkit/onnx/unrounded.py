@@ -1,0 +1,325 @@
+"""Make a quantized graph compute in floating point, so that a check can compare two changed graphs exactly.
+
+Two correct graphs may sum in another order. If a later node rounds to 8 bits, a difference in the last bit becomes a
+whole step, and a change before or after a node that clips gives another result. Without rounding and clipping of
+activations, correct graphs agree to the last bits of floats. Weights keep the numbers that their integers stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array, Attribute, Branch, Building
+from .layers import rectifies
+from .operands import attribute, is_constant, numbers, shape_of
+
+OWN = "com.microsoft"
+
+MOVES = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Gather", "Slice", "Concat",
+     "Split", "Expand", "MaxPool", "DepthToSpace", "SpaceToDepth", "Tile"}
+)  # fmt: skip
+"""Operators that compute the same for integers and for the floats that the integers stand for."""
+
+
+ROUGH = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
+"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
+
+
+def rounds(node: ir.Node) -> bool:
+    """Whether a node rounds activations, or computes with rounded activations."""
+    if node.op_type == "QuantizeLinear" and is_constant(node.inputs[0]):
+        return False
+    return node.op_type in ROUGH or node.op_type in FORMS or node.op_type.startswith("QLinear")
+
+
+class Unknown(Exception):
+    """A node reads rounded activations, and its float form is unknown."""
+
+
+def unround(model: ir.Model) -> bool:
+    """Remove the rounding of activations; return False, with the model in an unusable state, if a node is unknown."""
+    for node in model.graph.all_nodes():
+        node.attributes.pop("accuracy_level", None)
+    try:
+        _Unrounding(model).done()
+    except Unknown:
+        return False
+    return True
+
+
+class _Unrounding:
+    """The state of one pass over a graph.
+
+    Args:
+        model: the model to change.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.building = Building(model)
+        self.graph = model.graph
+        self.floats: dict[ir.Value, ir.Value] = {}
+        self.branch = Branch(self.building, "unrounded")
+        self.gone: list[ir.Node] = []
+
+    def done(self) -> None:
+        if any(rounds(node) for node in self.graph.all_nodes() if node.graph is not self.graph):
+            raise Unknown
+        for node in list(self.graph):
+            self._changed(node)
+        for node in reversed(self.gone):
+            if any(out.uses() or out.is_graph_output() for out in node.outputs):
+                raise Unknown
+            self.graph.remove(node, safe=True)
+        self.building.settle()
+
+    def _changed(self, node: ir.Node) -> None:
+        """Convert a node to floats if it rounds, or reads what was rounded."""
+        make = FORMS.get(node.op_type)
+        known = node.domain in ("", "ai.onnx", OWN)
+        if node.op_type == "QuantizeLinear" and known:
+            if not is_constant(node.inputs[0]):
+                self._becomes(node, self._clipped(_given(node, 0), node))
+        elif node.op_type == "DynamicQuantizeLinear" and known:
+            one = self.building.literal(np.ones((), np.float32))
+            ir.convenience.replace_all_uses_with(node.outputs[1], one)
+            self._becomes(node, _given(node, 0))
+        elif make is not None and known:
+            self._becomes(node, make(self, node))
+        elif any(value in self.floats for value in node.inputs if value is not None):
+            if node.op_type == "DequantizeLinear":
+                self._becomes(node, self.floats[_given(node, 0)])
+            elif node.op_type == "Cast" and known:
+                node.replace_input_with(0, self.floats[_given(node, 0)])
+            elif node.op_type in MOVES and known:
+                for position, value in enumerate(node.inputs):
+                    if value in self.floats:
+                        node.replace_input_with(position, self.floats[value])
+                for out in node.outputs:
+                    out.type = None
+                    self.floats[out] = out
+            else:
+                raise Unknown
+
+    def _becomes(self, node: ir.Node, value: ir.Value) -> None:
+        """Let a value stand for a node's first output; insert the nodes that compute the value."""
+        out = node.outputs[0]
+        self.graph.insert_before(node, [one for one in self.branch.nodes if one.graph is None])
+        self.branch.nodes.clear()
+        self.gone.append(node)
+        if node.op_type == "DequantizeLinear" or _gives_floats(node):
+            same = self.node("Identity", [value])
+            self.graph.insert_before(node, self.branch.nodes)
+            self.branch.nodes.clear()
+            if out.is_graph_output():
+                at = list(self.graph.outputs).index(out)
+                same.name, out.name = out.name, self.building.name(f"{out.name}.rounded")
+                same.shape, same.type = out.shape, out.type
+                self.graph.outputs[at] = same
+            ir.convenience.replace_all_uses_with(out, same)
+        elif out.is_graph_output():
+            raise Unknown
+        else:
+            self.floats[out] = value
+
+    def node(self, op: str, given: Sequence[ir.Value | None], words: Mapping[str, Attribute] | None = None,
+             domain: str = "") -> ir.Value:  # fmt: skip
+        """Append a node, and return its output."""
+        out = self.branch.node(op, given, words, np.float32, None, domain=domain)
+        out.type = None  # The graph may compute in 16 bits.
+        return out
+
+    def float_of(self, node: ir.Node, at: int, axis: int | None = None) -> ir.Value:
+        """Return the floats that the integers of an operand stand for; its scale and zero point follow the operand.
+
+        Args:
+            node: an operator.
+            at: the position of the operand.
+            axis: the axis of a scale for each channel; None for the last axis.
+        """
+        value, scale, zero = (_at(node, at + step) for step in range(3))
+        return self.operand(value, scale, zero, axis)
+
+    def operand(
+        self, value: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None, axis: int | None = None
+    ) -> ir.Value:
+        """Return the floats that integers with a scale and a zero point stand for."""
+        if value is None:
+            raise Unknown
+        if value in self.floats:
+            return self.floats[value]
+        if not is_constant(value) or any(one is not None and not is_constant(one) for one in (scale, zero)):
+            raise Unknown
+        q = numbers(value).astype(np.float64)
+        at = q.ndim - 1 if axis is None else axis
+        z, s = (None if one is None else _spread(numbers(one), q.ndim, at) for one in (zero, scale))
+        W = (q if z is None else q - z) * (1.0 if s is None else s)
+        return self.stored(W)
+
+    def stored(self, array: Array) -> ir.Value:
+        """Return an initializer of floats."""
+        return self.building.literal(np.ascontiguousarray(array, np.float32))
+
+    def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
+        """Return the output of an operator whose zero point at a position may stand for a Relu."""
+        return self._clipped(y, ir.node("QuantizeLinear", [None, None, _at(node, at)]))
+
+    def _clipped(self, x: ir.Value, quantizer: ir.Node) -> ir.Value:
+        """Keep the Relu that a range stands for if the range ends at its zero point."""
+        zero = quantizer.inputs[2] if len(quantizer.inputs) > 2 else None
+        if zero is not None and not is_constant(zero):
+            raise Unknown
+        if not rectifies(quantizer):
+            return x
+        if zero is None or numbers(zero).astype(np.int64).max() <= 0:
+            return self.node("Relu", [x])
+        return self.node("Neg", [self.node("Relu", [self.node("Neg", [x])])])
+
+
+def _gives_floats(node: ir.Node) -> bool:
+    dynamic = node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention")
+    return dynamic or (node.op_type == "QGemm" and _at(node, 7) is None)
+
+
+def _at(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def _given(node: ir.Node, position: int) -> ir.Value:
+    value = _at(node, position)
+    if value is None:
+        raise Unknown
+    return value
+
+
+def _spread(small: Array, axes: int, axis: int) -> Array:
+    if small.size == 1:
+        return small.reshape(-1).astype(np.float64)
+    return small.reshape(-1, *[1] * (axes - 1 - axis)).astype(np.float64)
+
+
+def _words(node: ir.Node, *names: str) -> dict[str, Any]:
+    return {name: node.attributes[name].value for name in names if name in node.attributes}
+
+
+CONVOLUTION = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+
+
+def _matmul(of: _Unrounding, node: ir.Node) -> ir.Value:
+    return of.rounded(of.node("MatMul", [of.float_of(node, 0), of.float_of(node, 3)]), node, 7)
+
+
+def _conv(of: _Unrounding, node: ir.Node) -> ir.Value:
+    b = _vector(of, node, 8)
+    y = of.node("Conv", [of.float_of(node, 0), of.float_of(node, 3, 0), b], _words(node, *CONVOLUTION))
+    return of.rounded(y, node, 7)
+
+
+def _gemm(of: _Unrounding, node: ir.Node) -> ir.Value:
+    turned = bool(attribute(node, "transB", 0))
+    b, words = _vector(of, node, 6), _words(node, "alpha", "transA", "transB")
+    y = of.node("Gemm", [of.float_of(node, 0), of.float_of(node, 3, 0 if turned else 1), b], words)
+    return y if _at(node, 7) is None else of.rounded(y, node, 8)
+
+
+def _vector(of: _Unrounding, node: ir.Node, at: int) -> ir.Value | None:
+    """Return the float value of an integer bias, whose step is the product of the input's and the weight's scales."""
+    held = _at(node, at)
+    if held is None:
+        return None
+    steps = [_given(node, 1), _given(node, 4)]
+    if not all(is_constant(one) for one in (held, *steps)):
+        raise Unknown
+    first, second = (numbers(one).astype(np.float64).reshape(-1) for one in steps)
+    return of.stored(numbers(held).astype(np.float64).reshape(-1) * first * second)
+
+
+def _pair(op: str) -> Form:
+    return lambda of, node: of.rounded(of.node(op, [of.float_of(node, 0), of.float_of(node, 3)]), node, 7)
+
+
+def _single(op: str, *names: str) -> Form:
+    return lambda of, node: of.rounded(of.node(op, [of.float_of(node, 0)], _words(node, *names)), node, 4)
+
+
+def _pool(op: str, *names: str) -> Form:
+    def make(of: _Unrounding, node: ir.Node) -> ir.Value:
+        if attribute(node, "channels_last", 0):
+            raise Unknown
+        return _single(op, *names)(of, node)
+
+    return make
+
+
+def _softmax(of: _Unrounding, node: ir.Node) -> ir.Value:
+    if attribute(node, "opset", 13) < 13:  # It flattened the axes after `axis`.
+        raise Unknown
+    return _single("Softmax", "axis")(of, node)
+
+
+def _concat(of: _Unrounding, node: ir.Node) -> ir.Value:
+    parts = [of.float_of(node, at) for at in range(2, len(node.inputs), 3)]
+    return of.rounded(of.node("Concat", parts, _words(node, "axis")), node, 1)
+
+
+def _integer_product(of: _Unrounding, node: ir.Node) -> ir.Value:
+    """Convert a MatMulInteger: later nodes multiply by the weight's scale, and by the input's, which is now 1."""
+    W = of.operand(_at(node, 1), None, _at(node, 3))
+    return of.node("MatMul", [of.operand(_at(node, 0), None, _at(node, 2)), W])
+
+
+def _integer_convolution(of: _Unrounding, node: ir.Node) -> ir.Value:
+    W = of.operand(_at(node, 1), None, _at(node, 3), 0)
+    return of.node("Conv", [of.operand(_at(node, 0), None, _at(node, 2)), W], _words(node, *CONVOLUTION))
+
+
+def _dynamic(of: _Unrounding, node: ir.Node) -> ir.Value:
+    y = of.node("MatMul", [_given(node, 0), of.operand(_at(node, 1), _at(node, 2), _at(node, 3))])
+    b = _at(node, 4)
+    return y if b is None else of.node("Add", [y, b])
+
+
+def _to_float(of: _Unrounding, node: ir.Node) -> ir.Value:
+    x = of.operand(_at(node, 0), _at(node, 2), _at(node, 4))
+    y = of.node("MatMul", [x, of.operand(_at(node, 1), _at(node, 3), _at(node, 5))])
+    b = _at(node, 6)
+    return y if b is None else of.node("Add", [y, b])
+
+
+def _attention(of: _Unrounding, node: ir.Node) -> ir.Value:
+    x = of.operand(_at(node, 0), _at(node, 3), _at(node, 6))
+    W = of.operand(_at(node, 1), _at(node, 4), _at(node, 7))
+    if any(out.uses() for out in node.outputs[1:]) or len(shape_of(_given(node, 1))) != 2:
+        raise Unknown
+    words = {name: one.value for name, one in node.attributes.items()}
+    return of.node("Attention", [x, W, _at(node, 2), _at(node, 5), _at(node, 8)], words, OWN)
+
+
+Form = Callable[[_Unrounding, ir.Node], ir.Value]
+"""Appends the nodes that compute in floats what an operator computes in integers."""
+
+FORMS: dict[str, Form] = {
+    "QLinearMatMul": _matmul,
+    "QLinearConv": _conv,
+    "QGemm": _gemm,
+    "QLinearAdd": _pair("Add"),
+    "QLinearMul": _pair("Mul"),
+    "QLinearSigmoid": _single("Sigmoid"),
+    "QLinearLeakyRelu": _single("LeakyRelu", "alpha"),
+    "QLinearSoftmax": _softmax,
+    "QLinearGlobalAveragePool": _pool("GlobalAveragePool"),
+    "QLinearAveragePool": _pool(
+        "AveragePool", "auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"
+    ),
+    "QLinearConcat": _concat,
+    "MatMulInteger": _integer_product,
+    "ConvInteger": _integer_convolution,
+    "DynamicQuantizeMatMul": _dynamic,
+    "MatMulIntegerToFloat": _to_float,
+    "QAttention": _attention,
+}
+"""Integer operator -> its float form."""

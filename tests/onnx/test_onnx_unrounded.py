@@ -1,0 +1,180 @@
+"""Quantized graphs without the rounding of their activations: they compute what torch computes with the same weights.
+
+Torch gets the numbers that the integer weights of each graph stand for.
+"""
+
+import warnings
+
+import numpy as np
+import onnx
+import onnx_graphs as graphs
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from onnxruntime import quantization
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.errors import CheckFailed
+from adapterkit.methods import METHODS
+from adapterkit.onnx.checking import checked_injection
+from adapterkit.onnx.unrounded import unround
+
+X = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype("f4")
+
+
+class Mixed(nn.Module):
+    """Convolutions, products, a sum, a sigmoid, a pool and a concatenation, which quantizers turn into integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.up, self.down = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+        self.last = nn.Linear(16, 12, bias=False)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        h = torch.cat([y.mean((2, 3), keepdim=True).flatten(1), torch.amax(y, (2, 3))], 1)
+        h = h + self.down(torch.sigmoid(self.up(h)))
+        return torch.softmax(self.last(torch.relu(h)), -1)
+
+
+class Inputs(quantization.CalibrationDataReader):
+    def __init__(self):
+        self.left = [{"x": X}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+def static(form, **options):
+    form = getattr(quantization.QuantFormat, form)
+    return lambda path, out: quantization.quantize_static(
+        path, out, Inputs(), quant_format=form, weight_type=quantization.QuantType.QInt8, **options
+    )
+
+
+def dynamic(path, out):
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    quantization.quantize_dynamic(model, out, weight_type=quantization.QuantType.QInt8)
+
+
+def optimized(quantize):
+    def make(path, out):
+        between = out.with_name(f"between-{out.name}")
+        quantize(path, between)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(out)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(between), options, providers=["CPUExecutionProvider"])
+
+    return make
+
+
+FORMS = {
+    "qdq": static("QDQ"),
+    "qdq-channel": static("QDQ", per_channel=True),
+    "qoperator": static("QOperator"),
+    "dynamic": dynamic,
+    "qdq-optimized": optimized(static("QDQ")),
+    "dynamic-optimized": optimized(dynamic),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a model's export, and the export in each form."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("unrounded"), Mixed().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.tensor(X),), str(folder / "float.onnx"), input_names=["x"], output_names=["y"], dynamo=False,
+            opset_version=17,
+        )  # fmt: skip
+        for name, quantize in FORMS.items():
+            quantize(folder / "float.onnx", folder / f"{name}.onnx")
+    return folder
+
+
+def loras(factor=1.0):
+    g = torch.Generator().manual_seed(2)
+    A, B = torch.randn(2, 32, generator=g), torch.randn(16, 2, generator=g)
+    C, D = torch.randn(2, 3, 3, 3, generator=g), torch.randn(8, 2, generator=g)
+    down = METHODS["lora"](A=A, B=B, scaling=factor)
+    return Adapter({Target("down"): (down,), Target("conv"): (METHODS["lora"](A=C, B=D, scaling=0.3 * factor),)})
+
+
+def answered(folder, name, adapter=None):
+    """Return torch's output, with a graph's weights, and the changes of a LoRA."""
+    model, path = Mixed().eval(), folder / f"between-{name}.onnx"
+    held = onnx.load(path if path.exists() else folder / f"{name}.onnx").graph.initializer
+    arrays = {one.name: numpy_helper.to_array(one).astype("f8") for one in held}
+    with torch.no_grad():
+        for key, q in arrays.items():
+            if key.endswith("_quantized") and q.ndim > 1:
+                scale, zero = (arrays[key.replace("_quantized", part)] for part in ("_scale", "_zero_point"))
+                along = [-1, 1, 1, 1] if q.ndim == 4 else [1, -1]
+                W = torch.tensor((q - zero.reshape(along)) * scale.reshape(along)).float()
+                W = W if q.ndim == 4 else W.T
+                module = next(
+                    one for one in (model.conv, model.up, model.down, model.last) if one.weight.shape == W.shape
+                )
+                module.weight.copy_(W)
+        for target, update in adapter or ():
+            module = model.get_submodule(target.path)
+            change = update.B.flatten(1).double() @ update.A.flatten(1).double() * update.scaling
+            module.weight += change.float().reshape(module.weight.shape)
+        return model(torch.tensor(X)).double().numpy()
+
+
+def without_rounding(path):
+    model = ir.from_proto(onnx.load(path))
+    assert unround(model)
+    options = onnxruntime.SessionOptions()
+    # If onnxruntime fuses the dequantized weights with a product, the product rounds its input.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options).run(None, {"x": X})[0]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_without_rounding_a_graph_computes_what_torch_does(name, made):
+    wanted = answered(made, name)
+    assert abs(graphs.run(made / f"{name}.onnx", X) - wanted).max() > 1e-4  # As it is, it rounds.
+    assert abs(without_rounding(made / f"{name}.onnx") - wanted).max() < 1e-5 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("mode", ["constant", "merge"])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_check_compares_changes_without_rounding(name, mode, made, tmp_path):
+    """An adapter larger than the calibrated ranges: the change is exact, and the report tells what clipping costs."""
+    path, out, wanted = made / f"{name}.onnx", tmp_path / "out.onnx", answered(made, name, loras())
+    change = ak.onnx.inject if mode == "constant" else ak.onnx.merge
+    words = {} if mode == "constant" else {"quantized": "dequantize"}
+    report = change(path, loras(), out, check={"x": X}, **words)
+    assert abs(without_rounding(out) - wanted).max() < 1e-5 * abs(wanted).max()
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    if "dynamic" in name:
+        assert report.saturation is None
+        return
+    off = abs(graphs.run(out, X) - wanted).max() / abs(wanted).max()
+    assert off > 0.02
+    assert report.saturation.moved[1] == pytest.approx(off, rel=0.02)
+    assert report.saturation.moved[0] < off
+    (warning,) = report.warnings
+    assert f"change the outputs by {report.saturation.moved[1]:.2g} of the largest number with the adapter" in warning
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_check_finds_a_wrong_change_under_the_rounding(name, made, tmp_path):
+    """A factor that is off by a hundredth: 8 bits hide it, and the check without rounding does not."""
+    path, out = made / f"{name}.onnx", tmp_path / "out.onnx"
+    ak.onnx.inject(path, loras(0.101), out, check=False)
+    with pytest.raises(CheckFailed, match="from the same change made another way"):
+        checked_injection(path, loras(0.1), None, out, None, {"x": X})
