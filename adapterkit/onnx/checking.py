@@ -371,7 +371,8 @@ def _unrounded(model: bytes | str) -> bytes:
         held = ir.from_proto(proto)
         for node in held.graph.all_nodes():
             node.attributes.pop("accuracy_level", None)
-    return ir.to_proto(held).SerializeToString()
+    data: bytes = ir.to_proto(held).SerializeToString()
+    return data
 
 
 def _too_large(source: GraphSource) -> str | None:

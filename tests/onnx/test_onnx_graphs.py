@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import onnx_graphs as graphs
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
+from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
@@ -444,3 +446,42 @@ def test_rows_of_a_weight_before_an_activation(op, tmp_path):
         ak.onnx.eject(out, plain)
         ak.onnx.merge(plain, adapter, out)
         np.testing.assert_allclose(graphs.run(out, x), wanted(weight + D, b), rtol=1e-4, atol=1e-5)
+
+
+class Attending(nn.Module):
+    """A block whose reshapes onnxruntime merges, so that it drops shapes that it stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).reshape(2, 5, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return self.out(y.transpose(1, 2).reshape(2, 5, 16))
+
+
+def test_a_graph_that_onnxruntime_optimized_before_can_be_optimized_again(tmp_path):
+    """onnxruntime stores shapes as `gemm_output_shape`, and does not load a graph where it gives that name again."""
+    torch.manual_seed(0)
+    block, x = Attending().eval(), torch.randn(2, 5, 16)
+    scale = torch.rand(16) + 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            block, (x,), tmp_path / "float.onnx", input_names=["x"], dynamo=True, external_data=False, verbose=False
+        )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "base.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "float.onnx"), options)
+    assert any("gemm_" in one.name for one in onnx.load(tmp_path / "base.onnx").graph.initializer)
+    save_file(block.state_dict(), tmp_path / "base.safetensors")
+    adapter = Adapter({Target("out"): (METHODS["ia3"](l=scale),)})
+    out = tmp_path / "out.onnx"
+    ak.onnx.inject(tmp_path / "base.onnx", adapter, out, base_weights=tmp_path / "base.safetensors", check=False)
+    with torch.no_grad():
+        wanted = (block(x) * scale).numpy()
+    assert abs(graphs.run(out, x.numpy()) - wanted).max() <= 1e-5 * abs(wanted).max()
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == (tmp_path / "base.onnx").read_bytes()
