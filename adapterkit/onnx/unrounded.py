@@ -152,17 +152,23 @@ class _Unrounding:
             raise Unknown
         if value in self.floats:
             return self.floats[value]
-        if not is_constant(value) or any(one is not None and not is_constant(one) for one in (scale, zero)):
+        if any(one is not None and not is_constant(one) for one in (scale, zero)):
             raise Unknown
-        q = numbers(value).astype(np.float64)
+        if not is_constant(value):  # Integers that no node rounds: an input, or rows of an embedding.
+            if scale is None or shape_of(scale) not in ((), (1,)):
+                raise Unknown
+            return self.node("DequantizeLinear", [value, scale, zero])
+        q = numbers(value)
+        q = q.astype(np.float32 if q.dtype.itemsize < 4 else np.float64)
         at = q.ndim - 1 if axis is None else axis
-        z, s = (None if one is None else _spread(numbers(one), q.ndim, at) for one in (zero, scale))
-        W = (q if z is None else q - z) * (1.0 if s is None else s)
-        return self.stored(W)
+        z, s = (None if one is None else _spread(numbers(one), q, at) for one in (zero, scale))
+        W = q if z is None else q - z
+        return self.stored(W if s is None else W * s)
 
     def stored(self, array: Array) -> ir.Value:
         """Return an initializer of floats."""
-        return self.building.literal(np.ascontiguousarray(array, np.float32))
+        key = "unrounded", len(self.building.tensors)
+        return self.building.tensor(key, "unrounded", lambda: np.ascontiguousarray(array, np.float32))
 
     def rounded(self, y: ir.Value, node: ir.Node, at: int) -> ir.Value:
         """Return the output of an operator whose zero point at a position may stand for a Relu."""
@@ -196,10 +202,10 @@ def _given(node: ir.Node, position: int) -> ir.Value:
     return value
 
 
-def _spread(small: Array, axes: int, axis: int) -> Array:
-    if small.size == 1:
-        return small.reshape(-1).astype(np.float64)
-    return small.reshape(-1, *[1] * (axes - 1 - axis)).astype(np.float64)
+def _spread(small: Array, like: Array, axis: int) -> Array:
+    """Return one number, or a number for each channel, in the type and for the axes of an array."""
+    flat = small.reshape(-1).astype(like.dtype)
+    return flat if flat.size == 1 else flat.reshape(-1, *[1] * (like.ndim - 1 - axis))
 
 
 def _words(node: ir.Node, *names: str) -> dict[str, Any]:

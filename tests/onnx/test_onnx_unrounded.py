@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from torch import nn
 
@@ -178,3 +178,47 @@ def test_the_check_finds_a_wrong_change_under_the_rounding(name, made, tmp_path)
     ak.onnx.inject(path, loras(0.101), out, check=False)
     with pytest.raises(CheckFailed, match="from the same change made another way"):
         checked_injection(path, loras(0.1), None, out, None, {"x": X})
+
+
+def test_rows_of_an_integer_embedding_stay_what_they_are():
+    """A QLinearAdd of two embeddings: no node rounds its inputs."""
+    rng = np.random.default_rng(1)
+    held = {
+        "a": rng.integers(0, 255, (5, 8)).astype(np.uint8), "b": rng.integers(0, 255, (8,)).astype(np.uint8),
+        "s": np.float32(0.03), "z": np.uint8(100), "t": np.float32(0.01),
+    }  # fmt: skip
+    scales = ["s", "z", "b", "s", "z", "t", "z"]
+    nodes = [
+        helper.make_node("Gather", ["a", "x"], ["g"]),
+        helper.make_node("QLinearAdd", ["g", *scales], ["q"], domain="com.microsoft"),
+        helper.make_node("DequantizeLinear", ["q", "t", "z"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(array, name) for name, array in held.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    assert unround(model)
+    ids = np.array([0, 3, 4])
+    wanted = (held["a"][ids].astype("f8") - 100) * 0.03 + (held["b"].astype("f8") - 100) * 0.03
+    got = graphs.run(ir.to_proto(model).SerializeToString(), ids)
+    assert abs(wanted).max() > 1.56  # Beyond the range that the operator has.
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["an unknown operator", "a rounded output"])
+def test_what_cannot_be_told_without_rounding(what):
+    held = {"s": np.float32(0.03), "z": np.uint8(100)}
+    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])]
+    kind, out = TensorProto.UINT8, "q"
+    if what == "an unknown operator":
+        nodes.append(helper.make_node("Gelu", ["q"], ["y"]))
+        kind, out = TensorProto.FLOAT, "y"
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info(out, kind, ["n"])],
+        [numpy_helper.from_array(array, name) for name, array in held.items()],
+    )  # fmt: skip
+    assert not unround(ir.from_proto(helper.make_model(graph)))
