@@ -109,6 +109,16 @@ def resolve(
             why = f"its weight is read by {unknown}, which is not a layer that adapters can be attached to here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             raise Unsupported(why, where=error.where, cure=cure) from None
+        if (node := _reordered(model, error.where or "", base)) is not None:
+            why = (
+                "the graph does not hold this weight as the base does: onnxruntime reordered weights of convolutions "
+                f"for one kind of processor, as in {node.name or node.op_type} (operator {node.domain}.{node.op_type})"
+            )
+            cure = (
+                "Inject into the graph before it is optimized, or optimize it no further than "
+                "GraphOptimizationLevel.ORT_ENABLE_EXTENDED"
+            )
+            raise Unsupported(why, where=error.where, cure=cure) from None
         raise
     found = [_found(site, asked, known, own) for site, asked in sites]
     if base is None:
@@ -122,6 +132,16 @@ def resolve(
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+
+
+def _reordered(model: ir.Model, where: str, base: Checkpoint | None) -> ir.Node | None:
+    """If a target is a convolution of the base, return a convolution in onnxruntime's layout of blocks of channels."""
+    own = f"{where}.weight"
+    shapes = [] if base is None else [t.shape for name, t in base.tensors.items() if name == own or same_end(name, own)]
+    if not any(len(shape) > 2 for shape in shapes):
+        return None
+    blocked = (node for node in model.graph.all_nodes() if node.domain == "com.microsoft.nchwc")
+    return next((node for node in blocked if node.op_type == "Conv"), None)
 
 
 def taken(
