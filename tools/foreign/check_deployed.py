@@ -48,7 +48,7 @@ def changed(source: Path, folder: Path, mode: str, out: Path, base: Path | None)
     try:
         return ak.onnx.merge(source, folder, out, base_weights=base)
     except AdapterkitError as error:
-        if "quantized" not in error.cure:
+        if "quantized" not in (error.cure or ""):
             raise
     return ak.onnx.merge(source, folder, out, base_weights=base, quantized="dequantize")
 
@@ -60,7 +60,7 @@ def tried(source: Path, folder: Path, mode: str, out: Path, base: Path) -> tuple
         try:
             report = changed(source, folder, mode, out, weights)
         except AdapterkitError as error:
-            if weights is None and "weights" in error.cure:
+            if weights is None and "weights" in (error.cure or ""):
                 note = "with the base's weights"
                 continue
             return ("false alarm" if error.code == "check-failed" else "refused"), str(error)
