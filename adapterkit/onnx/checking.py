@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
+from ..core.updates import Additive
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
 from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
@@ -21,6 +22,7 @@ from .building import Array, Building
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
+from .packed import is_packed
 from .providers import session_of
 from .resolving import resolve
 from .rowwise import INDEX
@@ -198,23 +200,24 @@ def checked_injection(
     if not adapter.updates:  # Without the new tokens, or with a given past, context changes nothing.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
-    bare = not _exact(source.model)
+    bare, coarse = not _exact(source.model), False
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
         rough = _rounds(source.model)
-        smooth = rough and _smooth(plain)
+        found = resolve(source.model, adapter, base, tying)
+        smooth, coarse = rough and _smooth(plain), _differs(found)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
             # A floating-point layer does not round what a quantizer of activations rounds.
             packed = None if rough and not smooth else "dequantize"
-            fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
+            fold([(place, 1.0) for place in found], building, packed)
             other = inline(source.model)
         bare = bare or smooth
     bare = bare and other is not None
     if by_rows and other is not None:
         mixed = _compared_by_rows(other, plain, out, fed, known, bare)
-        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare, coarse=coarse)
         return whole if mixed is None else replace(whole, difference=max(mixed, whole.difference or 0.0))
-    return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+    return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare, coarse=coarse)
 
 
 def _compared_by_rows(
@@ -283,7 +286,7 @@ def checked_merge(
     """
     stage("running the graph and comparing it")
     if beside:
-        return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
+        return _checked_beside(model, adapters, factors, base, out, quantized, given, tying, beside)
     if len(adapters) > 1 or factors[0] != 1:
         return CheckOutcome(None, "the check compares a merge with an injection, which takes one adapter at weight 1")
     from ..io.checkpoint import opened as opened_base
@@ -294,6 +297,7 @@ def checked_merge(
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     found = resolve(source.model, adapters[0], weights, tying)
+    coarse = _differs(found)
     if quantized == "dequantize":
         found = unpacked(found, building)
     try:
@@ -302,12 +306,13 @@ def checked_merge(
         return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
     judged, bare = quantized != "requantize", _rounds(source.model) and _smooth(plain)
-    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
+    other = inline(source.model)
+    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, coarse=coarse)
 
 
 def _checked_beside(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
-    quantized: str | None, given: Feeds | None, tying: Tying | None,
+    quantized: str | None, given: Feeds | None, tying: Tying | None, beside: Sequence[Found],
 ) -> CheckOutcome:  # fmt: skip
     """Compare two graphs: changes beside packed weights, and the same changes in dequantized weights."""
     from ..io.checkpoint import opened as opened_base
@@ -318,7 +323,7 @@ def _checked_beside(
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     rough = _rounds(source.model)
-    smooth = rough and _smooth(plain)
+    smooth, coarse = rough and _smooth(plain), _differs(beside)
     bare = smooth or not _exact(source.model)
     folds = [
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
@@ -329,7 +334,7 @@ def _checked_beside(
             fold(folds, building, "dequantize")
             other = inline(source.model)
     bare, judged = bare and other is not None, quantized is None
-    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
+    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare, coarse=coarse)
 
 
 def _exact(model: ir.Model) -> bool:
@@ -342,6 +347,16 @@ def _exact(model: ir.Model) -> bool:
         node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
         for node in model.graph.all_nodes()
     )
+
+
+def _differs(found: Sequence[Found]) -> bool:
+    """Whether a merge and an injection differ by the rounding of weights.
+
+    If a batch norm is folded into a quantized weight, a merge applies formulas to the base's weight. An injection
+    applies formulas such as DoRA's to the output of the quantized layer.
+    """
+    normed = [place for place in found if place.norm is not None and any(is_packed(spot) for spot in place.spots)]
+    return any(not isinstance(update, Additive) for place in normed for update in place.updates)
 
 
 def _rounds(model: ir.Model) -> bool:
@@ -388,7 +403,7 @@ def _too_large(source: GraphSource) -> str | None:
 def _compared(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
-    bare: bool = False,
+    bare: bool = False, coarse: bool = False,
 ) -> CheckOutcome:  # fmt: skip
     """Compare two graphs on the same inputs: the given ones, or made-up inputs of the first sizes that work.
 
@@ -402,6 +417,7 @@ def _compared(
         given: inputs, by name.
         known: sizes from the configs beside the graph.
         bare: run both graphs without optimizations, and without rounding activations.
+        coarse: allow the rounding of weights as a difference.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -428,7 +444,8 @@ def _compared(
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged and not exact:
-            _judge(difference, out, _most(wanted, feeds, results, difference, bare))
+            most = _most(wanted, feeds, results, difference, bare)
+            _judge(difference, out, TOLERANCE["V"] if coarse else most)
         if exact and difference > 0:
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
             # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
