@@ -234,7 +234,7 @@ def authors() -> str:
 
 
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
-    needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
+    needs = " (needs `--data`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
     names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
     method = COMBINERS[entry["name"]]

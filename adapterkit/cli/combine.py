@@ -16,7 +16,15 @@ import click
 
 from . import _options, _writing
 from ._allocator import keep_freed_memory
-from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
+from ._combining import (
+    combination,
+    data_option,
+    learned_data,
+    method_and_settings,
+    named_by,
+    recipe_of,
+    recipe_option,
+)
 from ._progress import progress
 from ._render import TextTable, View, counted, integer, number, part, parts, show, texts
 
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 @click.argument("adapters", metavar="A...", nargs=-1)
 @method_and_settings(default="linear")
 @_options.weights
+@data_option
 @recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
@@ -48,9 +57,9 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
-    weights: tuple[float, ...], recipe: str | None, rank: int | None, seed: int | None, disjoint: bool,
-    dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
-    overwrite: bool, rename: tuple[str, ...],
+    weights: tuple[float, ...], data: tuple[str, ...], recipe: str | None, rank: int | None, seed: int | None,
+    disjoint: bool, dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None,
+    on_loss: str, overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Run `adapterkit.ops.combine`."""
     from .. import detect, ops
@@ -68,7 +77,7 @@ def command(
         target_format = target_format or _format_of(sources, detect)
     destination = _writing.CommandDestination(
         out, sources, overwrite, target_format=target_format, base=options.get("base"),
-        inputs=[] if recipe is None else [recipe],
+        inputs=[*([] if recipe is None else [recipe]), *(file for file in data if file != "builtin")],
     )  # fmt: skip
     if destination.is_done(settings):
         return
@@ -84,6 +93,7 @@ def command(
 
     with named_by(read_from), progress(settings, "combine") as meter:
         working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
+        working |= learned_data(data, read, options)
         try:
             made = ops.combine(read, **options, **working)
         except Unrepresentable:

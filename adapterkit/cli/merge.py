@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
+from ._combining import (
+    combination,
+    data_option,
+    learned_data,
+    method_and_settings,
+    named_by,
+    recipe_of,
+    recipe_option,
+)
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import clock, progress
 from ._render import TextTable, View, counted, integer, number, part, part_or_none, parts, show, size, texts
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", metavar="OUT", help="Folder, file or hub URI to write. Required, except with --plan.")
 @_options.weights
 @method_and_settings(default=None)
+@data_option
 @recipe_option
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
@@ -137,9 +146,9 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context, base: str | None, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
-    method: str | None, parameters: tuple[str, ...], recipe: str | None, device: str, dtype: str | None,
-    shard_size: int | None, engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None,
-    stream: bool,
+    method: str | None, parameters: tuple[str, ...], data: tuple[str, ...], recipe: str | None, device: str,
+    dtype: str | None, shard_size: int | None, engine: str, address: str | None, tied: str | None,
+    quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
@@ -179,9 +188,11 @@ def command(
     read = _options.in_reading(adapters, compat, base)
     if method is not None or read_from is not None:
         # The result already has the names of the base, so there is nothing left to rename.
-        read, chosen, rename = _combined(base, read, method, weights, parameters, rename, read_from), None, ()
+        read, chosen, rename = _combined(base, read, method, weights, parameters, data, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set requires --method")
+    elif data:
+        raise click.UsageError("--data requires --method or --recipe")
     if calibration is not None and (keep is None or quantized not in (None, "requantize")):
         raise click.UsageError("--calibration requires --quantized requantize --keep adapter")
     if only_plan:
@@ -372,7 +383,7 @@ def _remainder(
 
 def _combined(
     base: str, adapters: Sequence[Adapter | str], method: str | None, weights: Sequence[float],
-    parameters: Sequence[str], rename: Sequence[str], recipe: Recipe | None,
+    parameters: Sequence[str], data: Sequence[str], rename: Sequence[str], recipe: Recipe | None,
 ) -> tuple[Adapter, ...]:  # fmt: skip
     """Return a tuple with the single adapter that combines the given ones."""
     from .. import ops
@@ -380,6 +391,7 @@ def _combined(
     given = {"base": base, "rename": rename or None}
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
     with named_by(recipe):
+        options |= learned_data(data, sources, options)
         if recipe is None:
             return (ops.combine(sources, **options),)
         return (ops.combine(sources, **options, before=lambda outline: recipe.check_layers(outline.updates)),)

@@ -138,18 +138,37 @@ def calibrate(
         )
     adapted = Adapted(model, held, factors, tied=tied, rename=rename)
     stage("reading activations")
-    with _recording(model) as recorder:
+
+    def run() -> None:
         for at, feeds in enumerate(inputs.feeds, 1):
             adapted.run(feeds, "adapted")
             if progress is not None:
                 progress(at, len(inputs.feeds))
+
+    return recorded(model, run, target, made_from)
+
+
+def recorded(model: nn.Module, run: Callable[[], object], file: Path, made_from: Mapping[str, object]) -> Calibration:
+    """Write the inputs that the linear layers with adapters get while a function runs the model.
+
+    Args:
+        model: a model with attached adapters.
+        run: the function that runs it.
+        file: the `.safetensors` file to write.
+        made_from: what the inputs depend on.
+
+    Raises:
+        TargetNotFound: no target is a linear layer that ran.
+    """
+    with _recording(model) as recorder:
+        run()
     if not recorder.rows:
         why = "no target of the adapters is a linear layer that ran on the texts"
-        raise TargetNotFound(why, path=checkpoint.root, cure="Omit --calibration (calibration=)")
+        raise TargetNotFound(why, cure="Omit --calibration (calibration=), or choose a method without data")
     record = {"version": VERSION, "made_from": made_from, "shared": recorder.shared}
     tensors = {path: from_numpy(recorder.joined(path)) for path in sorted(recorder.rows)}
-    write(target, tensors, {KEY: json.dumps(record, sort_keys=True)})
-    return read_calibration(target)
+    write(file, tensors, {KEY: json.dumps(record, sort_keys=True)})
+    return read_calibration(file)
 
 
 def _digest(lines: Sequence[str] | None) -> str:
@@ -200,11 +219,12 @@ def _recording(model: nn.Module) -> Iterator[_Recorder]:
     from torch import nn
 
     from ..torch.forward_hook import hooks_of
+    from ..torch.layers import Conv1D
 
     recorder, handles = _Recorder(), []
     for hook in hooks_of(model):
         paths = [part.target.path for part in hook.parts if part.weight == "weight"]
-        if not paths or not isinstance(hook.module, nn.Linear):
+        if not paths or not (isinstance(hook.module, nn.Linear) or Conv1D.takes(hook.module)):
             continue
 
         handles.append(hook.module.register_forward_pre_hook(partial(_keep, recorder, tuple(paths))))

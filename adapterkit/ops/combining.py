@@ -64,7 +64,8 @@ def combine(
         dtype: the dtype of computed results; when not given, float64 if any tensor has it, else float32.
         seed: the seed of random draws; a draw depends only on the seed, the target and the adapter's position.
         compat: `mergekit` or `peft`: use that tool's method names and defaults.
-        data: samples or scores, for methods that need them; `COMBINERS[name].data` says what it must be.
+        data: samples or scores, for methods that need them; `COMBINERS[name].data` says what it must be. `TextData`
+            computes it from texts.
         each: parameters of single adapters, one mapping per adapter: `[{"density": 0.5}, {}]`.
         disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
@@ -150,9 +151,12 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         counts = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
         raise UsageError(f"{name} takes {counts} adapters, not {len(adapters)}", cure="Choose another method")
     if cls.data is not None and not callable(data):
-        raise UsageError(f"{name} needs data", where="data", cure=f"data= must be {cls.data}")
+        texts = "Name texts with --data FILE and --base BASE, or pass" if cls.learns is not None else "Pass"
+        raise UsageError(f"{name} needs data", where="data", cure=f"{texts} data=, {cls.data}")
     if cls.data is None and data is not None:
-        raise UsageError(f"{name} does not use data", where="data", cure="Leave data= out, or choose another method")
+        raise UsageError(
+            f"{name} does not use data", where="data", cure="Omit --data (data=), or choose another method"
+        )
     if cls.based and base is None:
         raise UsageError(f"{name} needs the weights of the base", where="base", cure="Pass base=/--base")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

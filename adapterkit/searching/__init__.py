@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from .result import Search, Trial
 from .searcher import METHODS, search
+from .text_data import TextData
 
-__all__ = ["METHODS", "Search", "Trial", "search"]
+__all__ = ["METHODS", "Search", "TextData", "Trial", "search"]

@@ -35,6 +35,7 @@ from ..ops.parameters import resolved
 from .journal import Journal
 from .result import Search, Trial
 from .starting import combinations
+from .text_data import LiveBase, cross_entropy
 
 if TYPE_CHECKING:
     from ..ops.alignment import Source
@@ -184,14 +185,6 @@ def _identity(data: object) -> str | None:
     return hashlib.sha256(read_input(located(cast("str", data)))).hexdigest()
 
 
-def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
-    if base is None:
-        raise UsageError(
-            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
-        )
-    return TextScore(base, data, device, seed)
-
-
 def _tried(
     chosen: Trial, number: int, read: Sequence[Adapter], base: Base | None, rank: int | str, seed: int, score: Score
 ) -> Trial:
@@ -322,53 +315,26 @@ class Space:
         return optuna.trial.create_trial(params=values, distributions=ranges, value=trial.loss)
 
 
-class TextScore:
-    """A function that returns the loss of an adapter: the mean over all tokens except the first of each text, in nats.
-
-    Args:
-        base: a folder with a transformers language model and its tokenizer; it is loaded once.
-        data: a file of texts.
-        device: the device to run on.
-        seed: the seed that selects texts if the file has more than `COUNT`.
+def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
+    """Return the score of a combination on texts: the mean loss of all predicted tokens, in nats.
 
     Raises:
-        UsageError: the model does not predict tokens, or the file contains no texts.
+        UsageError: no base is given, the model does not predict tokens, or the file contains no texts.
         StorageError, Malformed: a file cannot be read.
     """
+    if base is None:
+        raise UsageError(
+            "texts are scored on a base, but no base is given", where="data", cure="Name it at --base (base=)"
+        )
+    live = LiveBase(base, device)
+    live.check_predicts()
+    feeds = live.feeds(data, COUNT, LENGTH, seed)
 
-    def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
-        from ..gating.inputs import inputs_for, texts_of
-        from ..gating.models import device_of, load
-        from ..torch.pretrained import check_transformers
+    def score(adapter: Adapter) -> float:
+        with live.attached(adapter):
+            return live.mean(feeds, cross_entropy)
 
-        checkpoint = opened(base)
-        check_transformers(checkpoint.root, "scoring texts")
-        texts = texts_of(data)
-        self.checkpoint, self.device = checkpoint, device_of(device)
-        self.model: Any = load(checkpoint, "float32", self.device)
-        if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
-            why = "the model does not predict tokens, so texts have no loss"
-            raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
-        self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
-
-    def __call__(self, adapter: Adapter) -> float:
-        """Return the loss of the base with the adapter attached."""
-        import torch
-
-        from ..torch.inject import inject
-
-        handle = inject(self.model, adapter.load(self.device), name="trial")
-        total, count = 0.0, 0
-        try:
-            with torch.no_grad():
-                for feed in self.inputs.feeds:
-                    ids = feed["input_ids"].to(self.device)
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-                    count += ids.shape[1] - 1
-        finally:
-            handle.remove()
-        return total / count
+    return score
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class Combiner(ABC):
         title: the name of the method in print.
         paper: the source of the formula.
         data: a description of the `data=` argument, for methods that need more than the adapters.
+        learns: the method of `searching.TextData` that computes `data=` from texts; None if texts do not suffice.
         takes: the smallest and the largest number of adapters; None for no limit.
         dense: whether the result lacks low-rank factors even if all changes have them.
         compat: peer -> the parameters that reproduce that peer.
@@ -76,6 +77,7 @@ class Combiner(ABC):
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     data: ClassVar[str | None] = None
+    learns: ClassVar[str | None] = None
     takes: ClassVar[tuple[int, int | None]] = (1, None)
     compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
     plug: ClassVar[str | None] = None

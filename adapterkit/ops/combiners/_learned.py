@@ -98,6 +98,7 @@ class Learned(Combiner):
     """
 
     data: ClassVar[str | None] = SCORE
+    learns: ClassVar[str | None] = "loss"
     by_part: ClassVar[bool] = False
 
     @abstractmethod

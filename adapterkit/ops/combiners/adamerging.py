@@ -24,6 +24,7 @@ class AdaMerging(Learned):
     title = "AdaMerging coefficients"
     paper = "https://arxiv.org/abs/2310.02575"
     data: ClassVar[str | None] = SLOPE
+    learns: ClassVar[str | None] = "entropy_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
     start: float = parameter(0.3, "initial coefficients")

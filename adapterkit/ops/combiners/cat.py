@@ -23,6 +23,7 @@ class CAT(Learned):
     title = "Learned concatenation (CAT, LoRA Soups)"
     paper = "https://arxiv.org/abs/2410.13025"
     data: ClassVar[str | None] = SLOPE
+    learns: ClassVar[str | None] = "loss_and_gradients"
 
     per: str = parameter("layer", PER, among=("layer", "task"))
     steps: int = parameter(100, "steps of Adam", least=1)

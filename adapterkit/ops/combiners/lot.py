@@ -26,6 +26,7 @@ class LOT(Combiner):
     title = "Layer-wise optimal task vectors (LOT)"
     paper = "https://arxiv.org/abs/2505.23859"
     data: ClassVar[str | None] = INPUTS
+    learns: ClassVar[str | None] = "inputs"
 
     tolerance: float = parameter(1e-10, "eigenvalues below this share of the largest count as 0", least=0, most=1)
 

@@ -40,6 +40,7 @@ class NSC(Learned):
     title = "Null-space compression (NSC)"
     paper = "https://arxiv.org/abs/2603.26317"
     data: ClassVar[str | None] = SPACES
+    learns: ClassVar[str | None] = "inputs_and_spaces"
 
     blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are used", least=0, most=1)
     start: float = parameter(0.4, "initial coefficients")
@@ -61,6 +62,7 @@ class Spaces:
 
     Attributes:
         paths: the paths of the targets whose inputs are used.
+        reads: (task, path) of every adapter that changes such a target.
     """
 
     def __init__(self, trial: WeightTrial, blocks: float) -> None:
@@ -70,6 +72,7 @@ class Spaces:
         if not self.paths:
             why = "the last layers have no target with thin factors"
             raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
+        self.reads = frozenset(self._seen)
 
     def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
         import numpy as np

@@ -28,6 +28,7 @@ class RegMean(Combiner):
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
     data: ClassVar[str | None] = INPUTS
+    learns: ClassVar[str | None] = "inputs"
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)
 

@@ -25,6 +25,7 @@ class RegMeanPlus(Combiner):
     data: ClassVar[str | None] = (
         "a callable: inputs(position of the adapter, target's path, adapter of the targets merged so far or None) -> X"
     )
+    learns: ClassVar[str | None] = "inputs_so_far"
     sequential: ClassVar[bool] = True
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)

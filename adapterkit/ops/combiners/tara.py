@@ -41,6 +41,7 @@ class TARA(Learned):
     title = "Task-rank anisotropy alignment (TARA)"
     paper = "https://arxiv.org/abs/2603.26299"
     data: ClassVar[str | None] = TOGETHER
+    learns: ClassVar[str | None] = "entropies_together"
     by_part: ClassVar[bool] = True
     single = frozenset({"preference"})
 
