@@ -219,7 +219,7 @@ class TextData:
                 for feeds in self.tasks
             ]
             whole = together(means, self._alone)
-            whole.backward()
+            whole.backward()  # type: ignore[no-untyped-call]
             for mean, feeds in zip(means, self.tasks, strict=True):
                 share = float(cast("Tensor", mean.grad)) / _predicted(feeds)
                 for feed in feeds:
