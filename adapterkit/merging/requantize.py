@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, Lazy
+from ..naming.binding import view
 from ..native import KINDS, loops
-from ..ops.at_base import view_of
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
@@ -321,7 +321,7 @@ class Repacked:
         """Return rows of the weight as `[experts, outputs, inputs]`, float32; one expert if they are not stacked."""
         whole = rows.astype("f4").reshape(self.packed.shape)
         stacked = target.stacked and whole.ndim > 2
-        seen = view_of(whole, self._whole_target(target, stacked))
+        seen = view(whole, self._whole_target(target, stacked))
         return seen.reshape(*seen.shape[:2], -1) if stacked else seen.reshape(1, len(seen), -1)
 
     def _rows(self, matrices: Array, target: Target) -> Array:
@@ -331,8 +331,8 @@ class Repacked:
         stacked = target.stacked and len(self.packed.shape) > 2
         whole = self._whole_target(target, stacked)
         # A view swaps two axes, so the view of a view is the weight as stored.
-        form = view_of(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
-        back = view_of(matrices.reshape(form), whole)
+        form = view(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
+        back = view(matrices.reshape(form), whole)
         rows: Array = np.ascontiguousarray(back)
         return rows.reshape(-1, rows.shape[-1])
 

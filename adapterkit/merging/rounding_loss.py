@@ -15,8 +15,8 @@ from ..core.adapter import Adapter, BaseRef, Step, Target
 from ..errors import UsageError
 from ..io.computed import load
 from ..io.stages import stage
+from ..naming.binding import view
 from ..naming.binding.bases import identity_of
-from ..ops.at_base import view_of
 from ..ops.building import balanced, low_rank, result_type
 from ..ops.differences import frobenius, left
 from ..ops.lowering import Change
@@ -112,7 +112,7 @@ def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType
     given = output.folds[0].target
     # Use the whole weight as the target, even if parts of a fused weight have their own targets.
     target = Target(given.path, given.layout)
-    D = view_of(_exact(output) - load(stored.tensors[output.name]), target)
+    D = view(_exact(output) - load(stored.tensors[output.name]), target)
     shape = D.shape[1:] if target.stacked else D.shape
     weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
     decomposed = [dominant(one, criterion, seed_of(f"{target}:{e}")) for e, one in enumerate(weights)]

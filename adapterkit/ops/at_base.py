@@ -7,7 +7,7 @@ outputs or contexts cannot be summed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive, Update
@@ -17,7 +17,7 @@ from ..io.checkpoint import opened
 from ..io.computed import computed, load
 from ..io.lazy import DTYPES
 from ..methods.dense import Dense
-from ..naming.binding import bind
+from ..naming.binding import bind, view
 from ..naming.binding.fitting import viewed
 from ..naming.ties import aliases
 from .lowering import loaded, part
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from ..io.lazy import Lazy, Shape
     from ..naming.binding import Site
     from .lowering import Base
-
-A = TypeVar("A")
-"""A numpy array or torch tensor."""
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
@@ -84,7 +81,7 @@ class Weights:
         stored = site.bias if bias else site.weight
         if stored is None:
             raise UsageError("the base has no bias here", where=str(target), cure="Choose another method")
-        W: Array = view_of(load(_tensor(self.base, stored)), target, bias)
+        W: Array = view(load(_tensor(self.base, stored)), target, bias)
         one = W if expert is None else W[expert]
         return one if bias else one.reshape(len(one), -1)
 
@@ -133,7 +130,7 @@ def _difference(
     def make() -> Array:
         import numpy as np
 
-        W = view_of(load(_tensor(base, stored)), site.target, bias)
+        W = view(load(_tensor(base, stored)), site.target, bias)
         ready = [loaded(update, site.target) for update in updates]
         if bias and any(update.bias_sees_weight for update in ready):
             ready = _settled(ready, site, base)
@@ -151,7 +148,7 @@ def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update
 
     assert site.weight is not None
     # Formulas are written for torch tensors, and also run on numpy arrays.
-    W: Any = view_of(load(_tensor(base, site.weight)), site.target)
+    W: Any = view(load(_tensor(base, site.weight)), site.target)
     done = []
     for update in updates:
         done.append(update.settled_at(W, site.target.stacked))
@@ -168,22 +165,6 @@ def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> A
     for update in updates:
         W = part(update, expert).new_bias(W) if bias else part(update, expert).new_weight(W)
     return W
-
-
-def view_of(W: A, target: Target, bias: bool = False) -> A:
-    """View a stored numpy or torch tensor as the target's updates see it, without a copy."""
-    view: Any = W
-    if bias:
-        view = view if target.rows is None else view[..., slice(*target.rows)]
-        return cast(A, view)
-    if target.layout == "in out *k":
-        view = view.swapaxes(0, 1)
-    elif target.layout == "e in out *k":
-        view = view.swapaxes(1, 2)
-    if target.rows is not None:
-        rows = slice(*target.rows)
-        view = view[:, rows] if target.stacked else view[rows]
-    return cast(A, view)
 
 
 def _tensor(base: Checkpoint, name: str) -> Lazy:

@@ -25,6 +25,7 @@ from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
+from ..naming.binding import view
 from ..naming.binding.bases import check_tuned, identity_of
 from ..naming.binding.fitting import paths_of
 from ..naming.layouts import stored_in_out
@@ -32,7 +33,6 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import resolve
 from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
-from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
@@ -263,7 +263,7 @@ class _Extraction:
         """Return the target of a tensor and its difference in the target's layout; None if nothing changed."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         target = self._target(name, len(tuned.shape))
-        D = view_of(difference(name, tuned, base, exact=exact), target)
+        D = view(difference(name, tuned, base, exact=exact), target)
         return (target, D) if D.any() else None
 
     def changes(self, name: str) -> Iterator[tuple[Target, Update | None, Cut]]:
@@ -307,7 +307,7 @@ class _Extraction:
             return
         target, D = changed
         if self.method == "dora":
-            yield self._directed(target, D, view_of(floats_of(base), target))
+            yield self._directed(target, D, view(floats_of(base), target))
             return
         if self.method != "lora":
             yield self._formed(target, D)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ...core.adapter import Adapter, Target
 from ...core.updates import Additive, Update
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from ...io.checkpoint import Checkpoint
+
+A = TypeVar("A")
+"""A numpy array or torch tensor."""
 
 
 def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
@@ -49,13 +52,26 @@ def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) ->
         raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
 
 
-def view(W: torch.Tensor, target: Target) -> torch.Tensor:
-    """Return a stored weight in the view of its target's updates, `[out, in, *k]` or `[e, out, in, *k]`; no copy."""
+def view(W: A, target: Target, bias: bool = False) -> A:
+    """Return a stored weight in the view of its target's updates, `[out, in, *k]` or `[e, out, in, *k]`; no copy.
+
+    Args:
+        W: a numpy array or torch tensor as stored.
+        target: the target.
+        bias: whether W is a bias, of which updates see the target's rows.
+    """
+    seen: Any = W
+    if bias:
+        seen = seen if target.rows is None else seen[..., slice(*target.rows)]
+        return cast("A", seen)
     if target.layout == "in out *k":
-        W = W.swapaxes(0, 1)
+        seen = seen.swapaxes(0, 1)
     elif target.layout == "e in out *k":
-        W = W.swapaxes(1, 2)
-    return W if target.rows is None else W.narrow(int(target.stacked), target.rows[0], target.rows[1] - target.rows[0])
+        seen = seen.swapaxes(1, 2)
+    if target.rows is not None:
+        rows = slice(*target.rows)
+        seen = seen[:, rows] if target.stacked else seen[rows]
+    return cast("A", seen)
 
 
 def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
