@@ -17,7 +17,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Adapter
-from ..errors import TargetNotFound, Unsupported, UsageError
+from ..errors import Unsupported, UsageError
 from ..io.checkpoint import opened
 from ..io.stages import detail, stage
 from ..ops.alignment import places
@@ -261,7 +261,8 @@ class TextData:
                 self._recorded[position] = recorded(self.base.model, run, file, {"position": position})
         found = self._recorded[position].inputs(_module_of(path))
         if found is None:
-            raise Unsupported("only linear layers have recorded inputs", where=path, cure=_FUNCTION)
+            why = "the inputs of this target are unknown, because the model in memory has no linear layer there"
+            raise Unsupported(why, where=path, cure=_WITHOUT)
         return found
 
     def inputs_so_far(self, position: int, path: str, merged: Adapter | None) -> Tensor:
@@ -310,7 +311,11 @@ class TextData:
 
     @contextmanager
     def _slopes(self) -> Iterator[Callable[[], Gradients]]:
-        """Let the weights of all targets have gradients; yield a function that returns these by target."""
+        """Let the weights of all targets have gradients; yield a function that returns these by target.
+
+        Raises:
+            Unsupported: the model in memory stacks experts that the files store one by one.
+        """
         from ..naming.binding import view
         from ..torch.forward_hook import hooks_of
         from ..torch.weights import tensor_at
@@ -321,6 +326,10 @@ class TextData:
             for part in hook.parts
             if part.weight is not None
         }
+        known = {target.path for adapter in self.adapters for target in adapter.updates}
+        other = next((target for target in weights if target.path not in known), None)
+        if other is not None:
+            raise Unsupported(_STACKED, where=str(other), cure=_WITHOUT)
         for W in weights.values():
             W.requires_grad_(True)
         try:
@@ -335,7 +344,7 @@ class TextData:
         """Collect the inputs of targets in the yielded dict; with `last`, end the run at the first of them.
 
         Raises:
-            TargetNotFound: no attached adapter has a target of one of these paths.
+            Unsupported: the model in memory stacks experts that the files store one by one.
         """
         from ..torch.forward_hook import hooks_of
 
@@ -354,7 +363,7 @@ class TextData:
                 handles.append(hook.module.register_forward_pre_hook(partial(collect, names)))
         try:
             if missing:
-                raise TargetNotFound("the target is not attached to the base", where=min(missing), cure=_FUNCTION)
+                raise Unsupported(_STACKED, where=min(missing), cure=_WITHOUT)
             yield seen
         finally:
             for handle in handles:
@@ -367,6 +376,10 @@ class _Reached(Exception):
 
 _OF_ANY_MODEL = frozenset({"inputs", "inputs_so_far", "inputs_and_spaces"})
 """Methods of `TextData` that need no predictions, only a model that reads text."""
+
+_STACKED = "the model in memory stacks experts that the files store one by one, so the texts say nothing about each"
+
+_WITHOUT = "Choose a method without --data, or lorahub; 'adapterkit list combine' shows all"
 
 _FUNCTION = "Call combine or search in Python, with your own function as data="
 

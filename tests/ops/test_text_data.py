@@ -228,6 +228,14 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], tmp_path: Path) -> 
         data.learned_by("cat")
     made = ak.combine([tmp_path / "lora"] * 2, "regmean", base=base, data=data.learned_by("regmean"))
     assert len(made.updates) > 2
+    experts = make("mixtral", tmp_path / "mixtral")
+    tokenizer(experts)
+    model = transformers.MixtralForCausalLM.from_pretrained(experts)
+    ak.write(lora("mixtral", model), tmp_path / "experts", "peft")
+    data = ak.TextData(experts, [tmp_path / "experts"] * 2, given["texts"])
+    for method in ("cat", "nsc", "regmean_plus"):
+        with pytest.raises(Unsupported, match="stacks experts"):
+            ak.combine([tmp_path / "experts"] * 2, method, base=experts, data=data.learned_by(method))
     vision = make("vit", tmp_path / "vit")
     model = transformers.ViTForImageClassification.from_pretrained(vision)
     ak.write(lora("vit", model), tmp_path / "vlora", "peft")
