@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 
 
 def device_of(name: str) -> str:
-    """Return the torch device of `auto`, `cpu` or `cuda:N`.
+    """Return the torch device of `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: this machine has no such device.
+        UsageError: the name is another one, or this machine has no such device.
     """
     import torch
 
+    cure = "Type --device cpu or --device auto (device=)"
+    if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,4}", name):
+        raise UsageError(f"{name!r} is not auto, cpu, cuda or cuda:N", where="device", cure=cure)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        cure = "Type --device cpu or --device auto (device=)"
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UsageError(f"torch finds no CUDA device for {name}", where="device", cure=cure)
     return name
 

@@ -114,7 +114,7 @@ def combine(
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
     read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
-    _check_rank(rank, found)
+    check_rank(rank, found)
     fallback = max((number for adapter in given for number in adapter.ranks), default=None)
     stage(f"combining {len(read)} adapters by {name}")
     asked = Asked(name, values, weights, each, found, len(read))
@@ -163,8 +163,12 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Pass a seed from 0 on")
 
 
-def _check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
-    """Check that a weight can have the rank."""
+def check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
+    """Check that a weight can have the rank.
+
+    Raises:
+        UsageError: the rank is not a whole number from 1 to the largest rank that a weight can have, None or `FIT`.
+    """
     if rank is None or rank == FIT:
         return
     most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)

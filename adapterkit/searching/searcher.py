@@ -28,9 +28,9 @@ from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unsupported, UsageError
 from ..io.checkpoint import fingerprint, opened
 from ..io.stages import detail, stage
-from ..ops.alignment import source_adapter
+from ..ops.alignment import places, source_adapter
 from ..ops.combiners import COMBINERS
-from ..ops.combining import combine
+from ..ops.combining import check_rank, combine
 from ..ops.parameters import resolved
 from .journal import Journal
 from .result import Search, Trial
@@ -129,6 +129,8 @@ def search(
         cure = f"Type --budget {len(known)} (budget=) or more, or name fewer methods"
         raise UsageError(why, where="budget", cure=cure)
     read = [source_adapter(source, base) for source in adapters]
+    # A sum keeps its rank, so a wrong rank would only show in later trials, which a search is allowed to skip.
+    check_rank(rank, places(read, base=base, disjoint=True)[1])
     journal = Journal(
         None if trials is None else Path(trials).expanduser(),
         {
@@ -169,7 +171,9 @@ def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str
             raise UsageError(why, where="methods", cure="Omit it from --method (methods=)")
         if cls.data is not None:
             why = f"{name} needs data of its own to learn from"
-            raise UsageError(why, where="methods", cure="Omit it, or use combine with data=")
+            raise UsageError(
+                why, where="methods", cure="Omit it from --method (methods=), or use combine with --data (data=)"
+            )
         if cls.based and base is None:
             raise UsageError(f"{name} needs the base", where="methods", cure="Name it at --base (base=)")
     return tuple(dict.fromkeys(methods))

@@ -243,6 +243,12 @@ def test_what_does_not_fit_is_refused(given: dict[str, Any], tmp_path: Path) -> 
         ak.TextData(vision, [tmp_path / "vlora"] * 2, given["texts"])
 
 
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:9999", ""])
+def test_devices_that_torch_does_not_have_are_refused(given: dict[str, Any], device: str) -> None:
+    with pytest.raises(UsageError, match="--device cpu"):
+        ak.TextData(given["base"], given["adapters"], given["texts"], device=device)
+
+
 def test_commands_name_the_missing_option(given: dict[str, Any], tmp_path: Path) -> None:
     adapters = [str(each) for each in given["adapters"]]
     out = ["-o", str(tmp_path / "out")]
