@@ -59,7 +59,7 @@ class AttentionNodes:
         """The number of heads.
 
         Raises:
-            Unsupported: the graph does not show it.
+            Unsupported: the graph does not show the number of heads.
         """
         return self._size(1)
 
@@ -68,7 +68,7 @@ class AttentionNodes:
         """The size of each head's values.
 
         Raises:
-            Unsupported: the graph does not show it.
+            Unsupported: the graph does not show the size.
         """
         return self._size(3)
 
@@ -87,7 +87,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: the module has no single softmax of scores, or it adds a position bias to the scores.
+        Unsupported: the module does not have exactly one softmax of scores, or it adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -104,7 +104,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
     Raises:
         ShapeMismatch: the number or the size of a prefix's heads differs from that of the keys.
-        And what `attention_at` raises.
+        Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
@@ -161,7 +161,7 @@ def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Ta
 
 
 def _ones(at: AttentionNodes, branch: Branch, kind: Dtype) -> Value:
-    """Return ones `[rows, heads, 1, 1]`; multiplying a constant by these ones repeats it for each row of the call."""
+    """Return ones `[rows, heads, 1, 1]`; a constant times these ones is repeated for each row of the batch."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
@@ -187,7 +187,7 @@ def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """Walk back from the softmax's input to the product of queries and keys; return it and the factors on the way."""
+    """Return the node that multiplies queries by keys, and the factors between that node and the softmax's input."""
     node = None if value is None else value.producer()
     if node is None:
         return None

@@ -1,7 +1,7 @@
-"""Inputs of the model's call that formulas read, and the last layer's output without the adapter.
+"""Provide the inputs of the model's call that formulas read, such as the token ids or the last layer's original output.
 
-If the graph has a past, formulas that read all tokens get them from an extra input for the past's tokens, followed by
-the tokens of the call; see tokens.py.
+A formula may read all tokens, but a graph with cached keys and values only gets the new tokens. Then the graph gets an
+extra input for the cached tokens, and the formula reads both; see tokens.py.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def first_pass(words: CallWords, told: str | None) -> ir.Value:
             the head that computes `logits`.
 
     Raises:
-        UsageError: the graph has no such value, or none was named and the graph does not show which one it is.
-        Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
+        UsageError: the graph has no value named `told`; or `told` is None, and the graph does not show which value is
+            the last layer's output.
             it.
     """
     building, graph = words.building, words.building.model.graph
@@ -150,7 +150,7 @@ class CallWords:
     Args:
         building: the model, which is not changed yet.
         updates: the updates, whose `asks` and `hears` name the inputs.
-        told: for an input, the name of a graph value; `task_ids` may also be a number: the task of all rows.
+        told: a map from inputs to names of graph values; `task_ids` may also map to a number: the task of all rows.
         config: returns the base's `config.json`, for formulas whose side network has the base's architecture.
 
     Raises:
@@ -183,7 +183,7 @@ class CallWords:
 
     @property
     def note(self) -> str:
-        """A sentence about the new inputs, which every run needs."""
+        """A sentence that names the inputs added to the graph, which every run must pass."""
         said = {TASKS: "the number of a task for each row", EARLIER: "the tokens of the past, not of the call"}
         return "; ".join(f"the input {value.name} takes {said[word]}" for word, value in self.made.items())
 
@@ -282,7 +282,7 @@ class Heard:
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
     def _alike(self, value: ir.Value, own: Value) -> ir.Value:
-        """Return a boolean scalar of the graph: whether two matrices have the same sizes at run time."""
+        """Return a boolean scalar of the graph: True if two matrices have the same sizes at run time."""
         node = self.layer.branch.node
         sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))

@@ -39,19 +39,21 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 SMALL = 1 << 25
-"""Largest model to run, in bytes, data files included."""
+"""Size in bytes of the largest model that the reference implementation runs, data files included."""
 
 FEW = 1 << 16
-"""Most input numbers to run on."""
+"""Largest number of input elements on which the reference implementation runs."""
 
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
-"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
+"""Operators that quantize their inputs. A difference in the last bit of an input can become a whole quantization
+step."""
 
 LAST_BITS = 1e-6
 """Largest accepted relative difference between a recurrent layer with stored weights and one with computed weights."""
 
 STEP = 1e-2
-"""Largest accepted relative difference between an integer operator and the same operator in floats: a few steps."""
+"""Largest accepted relative difference between an integer operator and the same operator in floats: a few rounding
+steps."""
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Array] | None:
@@ -172,8 +174,8 @@ def checked_injection(
         beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds only that file, as a
             user does, and so finds unfilled slots. The graph with empty slots is also compared with the original graph.
         given: inputs to run on, by name.
-        alone: True if there is no second way to make the change, as for attention prefixes; then only the run itself is
-            checked.
+        alone: True if no other method can make the same change, as for attention prefixes. Then the check only runs the
+            graph.
         tying: the choices for tied layers, as for the injection.
         by_rows: True if the slots are stacks of adapters. Then the check also runs a batch with the adapter in one row
             only.
@@ -193,14 +195,14 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given, known=known)
-    if not adapter.updates:  # Without the new tokens, or with a given past, context changes nothing.
+    if not adapter.updates:  # Context changes nothing in a run without new tokens, or with a past.
         return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
     bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # A missing bias or a packed weight cannot be merged.
-            # A floating-point layer does not round what a quantizer of activations rounds.
+            # Dequantize only if the graph rounds no activations: after dequantizing, a layer would not round them.
             rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
             packed = None if rough else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
@@ -220,7 +222,7 @@ def _compared_by_rows(
 
     Raises:
         CheckFailed: a row differs by more than rounding explains.
-        Unsupported: the graph does not run on a made-up batch, so it stays unknown whether the first axis is the batch.
+        Unsupported: the graph does not run on a batch of two, so it is unknown whether the first axis is the batch.
     """
     stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
     why = "no inputs"
@@ -268,7 +270,7 @@ def checked_merge(
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
     beside: Sequence[Found] = (),
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the merged graph with the original graph with the adapter injected.
+    """Compare the merged graph with an injection of the adapter into the original graph.
 
     If packed weights were dequantized, the check dequantizes those of the original, too. If weights were requantized,
     the difference includes the requantization error, so a difference is reported but does not fail the check. A change
@@ -318,7 +320,7 @@ def _checked_beside(
         (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
     ]
     other: bytes | None = None
-    if not rough:  # A floating-point layer does not round what a quantizer of activations rounds.
+    if not rough:  # After dequantizing, a layer would not round its activations.
         with contextlib.suppress(NotMergeable, Unsupported):
             fold(folds, building, "dequantize")
             other = inline(source.model)
@@ -471,7 +473,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
     other = {name: ~feeds[name]}
     try:
         results = _session(wanted, bare).run(None, {**feeds, **other})
-    except Exception:  # onnxruntime's errors have no common base class; sizes may only fit one branch.
+    except Exception:  # onnxruntime's errors have no common base class; the sizes may fit only one branch.
         return None
     try:
         got = _session(str(out), bare).run(None, {**both, **other})

@@ -315,8 +315,8 @@ def inject_folder(
     """Attach an adapter to the graphs of a folder; calls `injecting.inject` once for each graph.
 
     Raises:
-        TargetNotFound: no graph has a target, and `allow_partial` is not set.
-        And what `inject` raises.
+        TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
+        Also the errors of `inject`.
     """
     parts, (whole,), base = _read(folder, [adapter], base_weights, rename)
     division = divided(parts, whole, base, allow_partial)
@@ -338,8 +338,8 @@ def merge_folder(
     """Fold adapters into the graphs of a folder; calls `merging.merge` once for each graph.
 
     Raises:
-        TargetNotFound: no graph has a target, and `allow_partial` is not set.
-        And what `merge` raises.
+        TargetNotFound: a target is in none of the graphs, and `allow_partial` is not set.
+        Also the errors of `merge`.
     """
     parts, read, base = _read(folder, adapters, base_weights, rename)
     divisions = [divided(parts, one, base, allow_partial) for one in read]

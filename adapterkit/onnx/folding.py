@@ -46,13 +46,13 @@ def fold(
         folds: pairs of a target and its adapter's weight in the merge.
         building: the model that is being changed.
         quantized: the choice for packed weights, one of `CHOICES`.
-        damage: a dictionary to which the error of each requantized weight is added, by target. If the change was
-            attached beside the weight instead, the error is added all the same.
+        damage: a dictionary that gets, for each target, the error of quantizing its changed weight again, even if the
+            change is attached beside the weight instead.
         keep_change: one of `KEEPING`, the choices for the change of a packed weight: attached beside the unchanged
             weight, or quantized into it. By default, the change is attached if quantizing again would lose more than
             `MOST_LOST` of it.
-        beside: a list to which the targets are added whose change must be attached beside a packed weight; None to
-            attach no change.
+        beside: a list that gets the targets whose changes the caller must attach beside a packed weight; None to attach
+            no change.
     """
     opened = opened_up([place for place, _ in folds], building)
     folds = [(place, factor) for place, (_, factor) in zip(opened, folds, strict=True)]
@@ -111,7 +111,7 @@ class Folding:
 
     @property
     def name(self) -> str:
-        """The target, for errors."""
+        """The target's name, for error messages."""
         return str(self.at[0][0].asked)
 
     @property

@@ -21,8 +21,8 @@ from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value, concatenated
 
 BEFORE = "adapterkit.weight"
-"""Start of a node's metadata key, which ends with the position of a computed input; its value names the base's
-tensor."""
+"""Prefix of a metadata key of a node. The key ends with the position of a computed input; the key's value is the name
+of the base's tensor."""
 
 
 def weight_at(node: ir.Node, position: int) -> ir.Value | None:
@@ -93,7 +93,7 @@ class Layer:
 
     @classmethod
     def operand_of(cls, node: ir.Node) -> ir.Value:
-        """Return the weight as the node's input.
+        """Return the node's input that is the weight.
 
         Raises:
             Malformed: the node has no weight, although its operator requires one.
@@ -122,7 +122,7 @@ class Layer:
 
     @property
     def operand(self) -> ir.Value:
-        """The weight as the node's input."""
+        """The node's input that is the weight."""
         return self.operand_of(self.node)
 
     @property
@@ -572,7 +572,7 @@ class Attention(Layer):
 
 
 class FusedGemm(Gemm):
-    """A Gemm with a fused activation, as in saved optimized sessions."""
+    """A Gemm with a fused activation, as in graphs that onnxruntime optimized and saved."""
 
     op_type = "FusedGemm"
     inside = True
@@ -583,7 +583,7 @@ class FusedGemm(Gemm):
 
 
 class FusedConv(Conv):
-    """A Conv with a fused sum and activation, as in saved optimized sessions."""
+    """A Conv with a fused sum and activation, as in graphs that onnxruntime optimized and saved."""
 
     op_type = "FusedConv"
     inside = True

@@ -42,7 +42,7 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return the number of groups of a transposed convolution; 1 for other layers, with all outputs on one axis."""
+    """Return a transposed convolution's number of groups; 1 for other layers: one axis has all of their outputs."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
@@ -61,7 +61,7 @@ def refuse_folded(found: Sequence[Found]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether a node computes a batch normalisation, alone or with other things; the exporter's metadata says so."""
+    """Whether a node computes a batch normalisation, alone or with other operations, by the exporter's metadata."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -108,7 +108,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A candidate norm of the base with one `eps`, and the distance of the graph's weight and bias to it."""
+    """A base norm with one candidate for `eps`, and how far the graph's weight and bias are from its folded ones."""
 
     name: str
     scale: Array
@@ -159,7 +159,7 @@ def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
     if scaled:
         how = "those of the base, each channel times a factor that no batch normalisation of the base has"
         cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
-    raise TargetNotFound(f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure)
+    raise TargetNotFound(f"the layer of this name holds other values ({how})", where=str(place.asked), cure=cure)
 
 
 def _own_bias(base: Checkpoint, weight: str) -> Array | None:

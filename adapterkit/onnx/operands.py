@@ -50,7 +50,7 @@ def numbers(value: ir.Value) -> Array:
     """Return the numbers of a constant value, computed by ONNX's reference implementation.
 
     Raises:
-        Malformed: the nodes that compute it do not fit their inputs.
+        Malformed: the nodes that compute the value have invalid inputs.
     """
     if value.const_value is not None:
         return value.const_value.numpy()
@@ -122,7 +122,7 @@ def attribute(node: ir.Node, name: str, default: Default) -> Default: ...
 
 
 def attribute(node: ir.Node, name: str, default: object) -> object:
-    """Return a node's attribute, or the default. A default of None stands for a list of integers.
+    """Return a node's attribute, or the default. A default of None means that the attribute is a list of integers.
 
     Raises:
         Malformed: the attribute has another type than the default.

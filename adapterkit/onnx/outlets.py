@@ -1,4 +1,4 @@
-"""Output sites: the values of a graph that are a target's output, residual and norm, for output updates.
+"""Find output sites: graph values that are a target's output, the residual added to it, and the norm of the sum.
 
 Some modules, like BERT's `BertOutput`, add a residual themselves: a value that they read only for this sum. In other
 blocks, the sum is outside the module. The update then names the module whose input is the residual, and the module that
@@ -41,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, whose node has an output.
+        end: the target's output; None for a layer, whose output is that of its node.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.
@@ -111,7 +111,7 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _own(module: Module, end: ir.Value) -> Outlet | None:
-    """If a module adds a residual at its end, and perhaps normalises the sum, return its site; otherwise None."""
+    """Return the output site of a module that adds a residual at its end, and may normalise the sum; else None."""
     found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(found) != 1:
         return None
@@ -140,7 +140,7 @@ class Ended:
 
     Args:
         outlet: the target's output site.
-        branch: nodes are appended to it.
+        branch: collects the nodes that formulas append.
         layer: the layer; None for a module.
     """
 
@@ -161,7 +161,7 @@ class Ended:
 
     @property
     def moved(self) -> Value | None:
-        """The input with which a formula calls the module; None if it is the module's own input."""
+        """The input with which a formula calls the module; None if the formula uses the module's original input."""
         return None if self.asked is self.x else self.asked
 
     @property

@@ -60,7 +60,6 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
     return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
 
 
-# Resolve an adapter's targets to nodes of a graph.
 # Exporters write names in different places, which are searched in the order of `METHODS`. If the base is given, layers
 # without a name are found by the values of their weights. Nothing is guessed.
 
@@ -86,10 +85,10 @@ def resolve(
     Raises:
         TargetNotFound: the graph has no layer for a target, or several that cannot be distinguished; the error gives
             the nearest names.
-        ShapeMismatch: a shape does not fit.
+        ShapeMismatch: the shape of a tensor does not fit its layer.
         Unsupported: a graph cannot have such a target; or a norm may be folded into a layer, and no base is given to
             verify it.
-        UsageError: it is unknown which of several tied layers an update changes.
+        UsageError: layers are tied, and neither the adapter nor `tying` shows which of these layers an update changes.
     """
     stage("finding the targets in the graph")
     from .tying import Tying, with_tied
