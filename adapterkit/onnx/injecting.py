@@ -148,9 +148,7 @@ def inject(
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
     if context and mode != "constant":
-        cure = (
-            "Inject it with --mode constant (mode='constant'): without its tokens, or with a past, nothing changes"
-        )
+        cure = "Inject it with --mode constant (mode='constant'): without its tokens, or with a past, nothing changes"
         raise Unsupported("prompts and prefixes cannot be slots", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)

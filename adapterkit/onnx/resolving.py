@@ -271,7 +271,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Return module path in node names -> the additional prefix that the names of the module's parameters have.
+    """Map each module path in node names to the additional prefix that the names of the module's parameters have.
 
     torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
     node names such as `/self_attn/q_proj/Add` lack its name. Parameters that kept their names, such as
@@ -349,7 +349,7 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """Return all names of weights, each with the first method that found the name, and its layers."""
+    """Return all names of weights; each with the first method that found the name, and the layers with that weight."""
     known: Known = {}
     spots = [*spots, *in_heads(spots)]
     for method in METHODS:
@@ -394,7 +394,7 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         return _placed(adapter, known, config)
     except TargetNotFound as error:
         if base is None:
-            cure = f"{error.cure}; to find layers by their numbers, pass the base: --base-weights DIR (base_weights=)"
+            cure = f"{error.cure}; to find layers by their values, pass the base: --base-weights DIR (base_weights=)"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
         from .matching import by_values
 
@@ -403,7 +403,7 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 
 
 ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
-"""onnxruntime-genai's builder calls every attention `attn`."""
+"""Two names for the same attention: onnxruntime-genai's builder calls every attention `attn`."""
 
 
 def _in_words_of(adapter: Adapter, known: Known) -> Known:
@@ -416,7 +416,7 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
 
 def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
-    """Return the adapter's name -> the graph's name for weights of attentions, if the two use different words."""
+    """Map the adapter's names of attention weights to the graph's names, if the two name attentions differently."""
     for one, other in ATTENTION_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
         there = any(f".{other}." in f".{name}" for name in known)

@@ -38,7 +38,7 @@ def traced(
         options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:
-        Unsupported: torch cannot export it.
+        Unsupported: torch cannot export the module.
     """
     stage("tracing the model")
     import torch

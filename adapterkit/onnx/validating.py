@@ -33,7 +33,7 @@ _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Field of a tensor proto -> the types whose numbers it stores; `int32_data` stores all other types."""
+"""Field of a tensor proto -> the types whose numbers the field stores; `int32_data` stores all other types."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),

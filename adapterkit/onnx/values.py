@@ -33,7 +33,7 @@ Axes = int | tuple[int, ...] | None
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula uses an operation that has no node. If all values are known, numpy can still compute the result."""
+    """A formula needs an operation that no node computes. If all values are known, numpy can still compute it."""
 
 
 class OpenSize(int):
@@ -762,7 +762,7 @@ class Value:
 
 
 def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
-    """Return an update whose formulas compute with numpy arrays or graph values, which `f` returns for its tensors."""
+    """Return an update whose formulas compute with the numpy arrays or graph values that `f` returns for its tensors."""
     return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 

@@ -249,7 +249,7 @@ def test_an_adapter_lives_as_long_as_the_session(session):
     gc.collect()
     for name in ("first", "second", "first"):
         np.testing.assert_allclose(session.run({"x": X}, name)["y"], wanted[name], atol=1e-5 * abs(wanted[name]).max())
-    with pytest.raises(Unsupported, match="fed as an input, and held by the adapter"):
+    with pytest.raises(Unsupported, match="set twice: by an input and by the adapter"):
         session.run({"x": X, "q.lora.A": np.zeros((1, 20), "f4")}, "first")
     own = {key: value for key, (value, _) in session._loaded["first"].items()}
     np.testing.assert_array_equal(session.run({"x": X, **own})["y"], session.run({"x": X}, "first")["y"])
