@@ -762,7 +762,7 @@ class Value:
 
 
 def computed_over(update: Updates, f: Callable[[Leaf], Operand]) -> Updates:
-    """Return an update whose formulas compute with the numpy arrays or graph values that `f` returns for its tensors."""
+    """Return an update whose formulas compute with the arrays or graph values that `f` returns for its tensors."""
     return update.map(cast("Callable[[Leaf], Leaf]", f))
 
 
