@@ -39,7 +39,7 @@ __all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack
 
 
 def stack(*adapters: Adapter) -> Adapter:
-    """Return an adapter that applies the given adapters in sequence: each sees the layer as the earlier ones change it.
+    """Return an adapter that applies adapters in sequence: each sees the layer as the earlier adapters change it.
 
     At one target, changes of weights are added, and virtual tokens are concatenated.
     """
@@ -54,7 +54,7 @@ def average(*adapters: Adapter, weights: Sequence[float] | None = None) -> Adapt
     """Return an adapter whose layer outputs are the weighted mean of the outputs under each given adapter.
 
     The mean is taken before the layer's residual and norm if the adapters act there. If an adapter has no update at a
-    target, the unchanged layer takes its place in the mean.
+    target, the output of the unchanged layer is used for this adapter.
 
     Args:
         adapters: adapters with additive and output updates.
@@ -239,7 +239,7 @@ class ComposedBlock(OutputUpdate):
 
     @property
     def attributes(self) -> dict[str, object]:
-        # The attributes say where the residual and the norm are; `check` refuses children with different places.
+        # Use the last child's attributes: `check` refuses children whose residual and norm are in different places.
         return {name: self.present[-1].attributes.get(name, "") for name in ("residual", "norm")}
 
     @property
@@ -322,7 +322,7 @@ class ComposedBlock(OutputUpdate):
 
 
 class Chain(ComposedBlock):
-    """Apply the children in sequence: each sees the layer as the earlier ones change it."""
+    """Apply the children in sequence: each sees the layer as the earlier children change it."""
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:
         from ..core.composed_layer import Composed

@@ -355,7 +355,8 @@ class ContextCall:
         out: Any = forward(**self.words)
         if self.past and self.seen <= seen + self.past * (not seen):
             raise Unsupported("the model did not use its past keys and values", cure="Use a model with a cache")
-        # A caller that did not want a cache must not get one: it would continue with the cache and repeat its tokens.
+        # A caller that did not want a cache must not get one, or it would continue with the cache and repeat its
+        # tokens.
         unwanted = self.past and given is None and self.words.get("use_cache") is False
         return (
             dataclasses.replace(out, **{self.cache_word: None}) if unwanted and hasattr(out, self.cache_word) else out
@@ -412,7 +413,7 @@ class ContextCall:
         self.words[self.cache_word] = cache
 
     def _met(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the call's embeddings, or of those that its token ids will get.
+        """Return the device and dtype of the call's embeddings, or of the embeddings that its token ids will get.
 
         Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
         layerwise casting).
