@@ -508,7 +508,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     A deep copy of a model has its own handles. Wrappers (DDP, `torch.compile`) may be passed too.
 
     Args:
-        model: the model that `inject` got, or a wrapper around it.
+        model: the model that was passed to `inject`, or a wrapper around this model.
 
     Returns:
         a map from name to handle, in the order of injection; the name of an adapter on a part of the model follows the
@@ -542,7 +542,7 @@ def foldable(handles: Sequence[Handle]) -> Folded:
         if any(map(is_partitioned, handle._model.parameters())):
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
             raise NotMergeable("DeepSpeed's ZeRO has partitioned the weights", where=handle.name, cure=cure)
-        # At some layers a LoRA is computed by another method; see `formats._trained`.
+        # Also check the attached updates: some layers compute a LoRA by another method; see `formats._trained`.
         live = [
             (part.target, update)
             for hook in handle._hooks

@@ -1,6 +1,6 @@
-"""Output updates: one call of any module through the interface that output updates use, with its residual and norm.
+"""Run updates of outputs: offer one call of any module, with its residual and norm, through their common interface.
 
-A module ends a sub-layer itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
+A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
 Then the output before the residual is computed by running the module on a residual of 0 and skipping its norm.
 Otherwise, the block around the module adds the residual. In this case, an update names the module that reads the
 residual, and a recorder at that module keeps the residual until it is needed.
@@ -31,7 +31,7 @@ Run = Callable[[Sequence[object], Mapping[str, object], "str | None"], object]
 """A module's forward. It takes positional arguments, named arguments, and the name of a norm of the module to skip."""
 
 Parameters = Callable[[], Mapping[str, Tensor]]
-"""A function that returns parameter name of the module -> value after the attached updates of weights."""
+"""A function that returns the module's parameters by name, with the attached updates of weights applied."""
 
 Beside = tuple[Tensor | None, dict[str, object]]
 """A residual that a recorder kept, and arguments of the model's call."""
@@ -68,7 +68,7 @@ class InputRecorder(threading.local):
 
 @dataclass(frozen=True, eq=False)
 class OutputSite:
-    """The end of a target's output: its residual and its norm.
+    """The residual and the norm that follow a target's output.
 
     Attributes:
         channels: the number of channels that the updates expect, or None if they do not fix it.
@@ -76,7 +76,7 @@ class OutputSite:
             there is none.
         reader: the module that reads the residual.
         norm: the norm that the block around the module applies to the sum.
-        own: the position and name of the residual among the module's own arguments, if it takes one.
+        own: the position and name of the residual among the module's own arguments, if it takes a residual.
         own_norm: the name of the module's own norm.
         call_words: returns the arguments of the model's call, if an update needs some.
     """
@@ -117,7 +117,7 @@ def find_output_site(
     ((residual, norm),) = named
     own = None if residual or norm else _own_residual(module)
     if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
-        why = "an update of the whole output comes before one inside it"
+        why = "an update of the whole output comes before an update inside the output"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around it normalises the output, so the norm cannot be skipped"

@@ -76,14 +76,14 @@ class Route:
     plans: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
-        """Return name -> its rows."""
+        """Return a map from each adapter's name to its rows."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
     def rows_first(self, tensor: Tensor) -> Tensor:
         """View a module's input or output as `[rows, ...]`.
 
         Raises:
-            ShapeMismatch: the tensor does not have that many rows.
+            ShapeMismatch: the tensor has another number of rows than the route.
         """
         rows = self.table.shape[0]
         if self.axis and tensor.ndim > self.axis:
@@ -114,7 +114,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings of one context: hook -> its route, and switch -> whether its adapter is on."""
+    """The settings of one context: the route of each hook, and whether each switch's adapter is on."""
 
     routes: Mapping[object, Route] = field(default_factory=dict)
     active: Mapping[Switch, bool] = field(default_factory=dict)

@@ -30,7 +30,7 @@ def inner_slot(module: nn.Module) -> Slot:
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
     """Return the slot of a forward that is a method of `owner`, or None if other tools wrapped or removed it."""
-    # functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
+    # Skip wrappers: functools.update_wrapper copies all attributes to a wrapper, including `__self__`.
     plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
     return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 

@@ -20,7 +20,7 @@ class HeadSizes(ABC):
     """An attention's projections.
 
     Attributes:
-        width: the number of features of its input.
+        width: the number of features of the attention's input.
     """
 
     width: int
@@ -46,7 +46,7 @@ class HeadSizes(ABC):
 
 
 class Separate(HeadSizes):
-    """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves if the model has them."""
+    """The projections of Llama: `q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves, if any."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -122,7 +122,7 @@ class Watch:
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
             if ours:
                 hook.end.remove()
-            # Each of several adapters has registered one.
+            # Remove only one: each adapter of the model has registered this hook.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -167,7 +167,7 @@ class _Step:
 
     Args:
         module: the module.
-        places: its steps, and those of the lists inside it, which are never called.
+        places: the steps from the module, and those from the lists inside it, because lists are never called.
         home: the model.
     """
 
@@ -385,7 +385,7 @@ class _Hook:
         begin_calls(self.hooks)
 
     def finish(self, _model: nn.Module, _args: object, result: object) -> None:
-        """Check what the forward read and called; after a forward that raised, torch calls this without a result.
+        """Check what the forward read and called. If the forward raised, torch calls this function without a result.
 
         Raises:
             Unsupported: the forward read the weight of a module with an adapter without calling the module.
