@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A range of a layer's output channels: the view for an update of one range of rows of a fused weight."""
+    """A view of some output channels of a layer, for an update of these rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -93,7 +93,7 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # If the norm's scale of a channel is 0, the channel's values are lost. Divide by 1 there: `around`
+            # If a channel's scale is 0, the norm has removed the channel's values. Divide such a channel by 1: `around`
             # multiplies the channel by 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
@@ -192,7 +192,7 @@ def attach(
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """Return the spot, or the new spot of a layer inside a fused attention node, which is split first."""
+    """Split a fused attention node, and return the spot of the projection inside; return any other spot unchanged."""
     if not issubclass(spot.kind, Attention):
         return spot
     if spot.node not in apart:
@@ -209,7 +209,7 @@ def _attach(
     layer.call = words.at(layer)
     core: Layer | Ended | Normed = layer
     if place.norm is not None:
-        assert isinstance(layer, Layer)  # `_layer` refuses other targets with a folded norm.
+        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises if a norm is folded.
         core = Normed(layer, place.norm)
     seen: TargetView = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
@@ -220,7 +220,7 @@ def _attach(
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     if spot is not None and spot.kind.inside:
-        assert isinstance(layer, Layer)  # `refuse_outputs` refuses updates that need an outlet.
+        assert isinstance(layer, Layer)  # `_layer` returns a `Layer` or raises for such nodes.
         _change_inside(given, seen, layer, place, slots, spot)
         return
     try:
@@ -302,7 +302,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
 
 
 def _layer(place: Found, spot: Spot | None, branch: Branch) -> Layer | Ended:
-    """Return the target with the interface that formulas use."""
+    """Return the object through which formulas use a target."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)

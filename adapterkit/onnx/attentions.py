@@ -129,7 +129,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
 
 def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Dtype, target: Target) -> Value:
-    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
+    """Return a prefix's keys and values, `[rows or 1, 2, heads, n, d]`, repeated for query heads that share them."""
 
     def value(leaf: Leaf) -> Value:
         array = as_array(leaf).astype(np.float64)

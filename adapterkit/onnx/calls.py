@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
-# The copy reads the same stored tensors. The cached past was computed with the adapter, so the copy computes from the
-# past's tokens instead of the cache.
+# The copy reads the same stored tensors. The cached keys and values were computed with the adapter, so the copy
+# computes from the tokens of the past instead of the cache.
 
 
 WORD = "hidden_states"
@@ -61,7 +61,8 @@ def first_pass(words: CallWords, told: str | None) -> ir.Value:
     Raises:
         UsageError: the graph has no value named `told`; or `told` is None, and the graph does not show which value is
             the last layer's output.
-            it.
+        Unsupported: a copied node has a subgraph, or the graph has a past and an input that cannot be extended to cover
+            the past.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, told), Branch(building, _NAME)
@@ -76,7 +77,7 @@ def first_pass(words: CallWords, told: str | None) -> ir.Value:
 
 
 def _without_past(words: CallWords, branch: Branch) -> Copies:
-    """Return replacements for the graph's inputs: all tokens at once, and an empty past."""
+    """Return replacements for the graph's inputs: all tokens together, and an empty cache."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
@@ -93,7 +94,7 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
 
 
 def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
-    """Return a past `[rows, heads, positions, width]` cut to zero positions."""
+    """Return cached keys or values, `[rows, heads, positions, width]`, cut to zero positions."""
     zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
     empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
     empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
@@ -164,7 +165,8 @@ class CallWords:
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        # Add all inputs of the call, if a side network or a first pass reads them.
+        # Ask for all inputs of the call if an update needs a side network or a first pass, because these read all
+        # inputs.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
@@ -192,7 +194,7 @@ class CallWords:
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """Return the graph input for an input of the call, or None; `told` may give another name for it."""
+        """Return the graph input for an input of the call, or None; `told` may give another name for the input."""
         name = self.told.get(word, word)
         if not isinstance(name, str):
             return None
@@ -271,7 +273,7 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """Return the mask of the layer's positions; all ones if the graph's mask also covers e.g. a past."""
+        """Return the mask of the layer's positions; all ones if the graph's mask has another size, e.g. with a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None

@@ -1,4 +1,4 @@
-"""Check a written graph: run it in onnxruntime, and compare it with the same change made another way."""
+"""Check a written graph: run it in onnxruntime, and compare it with a graph that was changed by another method."""
 
 from __future__ import annotations
 

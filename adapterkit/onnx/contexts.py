@@ -229,8 +229,8 @@ def _of_heads(array: Array, heads: int, d: int) -> Array:
 # Context of the whole model: soft prompts and new tokens at the embedding, prefixes as the initial past.
 # A soft prompt becomes new token ids after the vocabulary, like the tokens of textual inversion. To use the prompt,
 # begin an input with these ids, and extend the mask and the positions to cover them. If a module computes positions
-# itself, they do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and values, for
-# a batch of one; the mask must cover the prefix.
+# itself, these positions do not count the prompt. A prefix becomes the default of the graph's inputs for past keys and
+# values, for a batch of one; the mask must cover the prefix.
 
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")

@@ -288,8 +288,8 @@ def export(
         args: an example of its positional arguments.
         out: the file to write. If there are more than 64 MB of numbers, they go into a data file, `out` with `.data`
             appended.
-        adapter: one adapter, several, or a mapping from names to adapters. They apply together, except with `slots`:
-            then each one gets its own file.
+        adapter: one adapter, several, or a mapping from names to adapters. The adapters apply together; with `slots`,
+            each adapter gets a separate file.
         mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes that compute
             the adapters' formulas; `slots` makes the adapters' tensors optional inputs of the graph and writes
             `.onnx_adapter` files beside the graph.

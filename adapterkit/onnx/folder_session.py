@@ -110,7 +110,7 @@ class FolderSession:
         return there
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
-        """Return, for each graph with slots for some of an adapter's targets, that part of the adapter."""
+        """Return, for each graph, the part of an adapter whose targets have slots in that graph."""
         held: dict[str, Adapter] = {}
         seen: set[Target] = set()
         for part in self._graphs:

@@ -229,7 +229,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Checkpoint | Non
     """Give each graph the updates whose targets it has.
 
     Raises:
-        TargetNotFound: no graph has any target; or no graph has one of them, and `allow_partial` is not set.
+        TargetNotFound: no graph has any of the targets; or a target is in no graph, and `allow_partial` is not set.
         Unsupported: the adapter has new tokens or prefixes, and there are several graphs.
     """
     rest, context = parted(adapter)

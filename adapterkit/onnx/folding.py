@@ -1,7 +1,8 @@
 """Fold updates into the weights of the layers that an adapter names; all other layers keep their weights.
 
-Layers may share a stored tensor, because it is tied or because the exporter stored equal tensors once. Then the changed
-layer gets its own copy, and the others keep the old tensor. Changes are computed in float64 and rounded once.
+Layers may share a stored tensor, because the layers are tied or because the exporter stored equal tensors once. Then
+the changed layer gets a separate copy, and the others keep the old tensor. Changes are computed in float64 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ class Folding:
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind.__name__))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Hashable) -> ir.Value:
-        """Return a tensor that replaces an old one, in the same dtype; it is computed as a whole."""
+        """Return a tensor that replaces an old one, in the same dtype; the new tensor is computed as a whole."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)

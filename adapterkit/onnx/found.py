@@ -59,7 +59,7 @@ Known = dict[str, tuple[str, list[Spot]]]
 
 
 def distance(W: Array, spot: Spot) -> float | None:
-    """Return the relative distance of a layer's weight, transposed or not, from a weight; None if the shapes differ."""
+    """Return the relative distance between W and a layer's weight or its transpose; None if the shapes differ."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None

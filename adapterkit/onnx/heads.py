@@ -30,7 +30,7 @@ PACKED = "qkv_proj"
 
 
 def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
-    """Split updates whose layer is several separate layers in the graph.
+    """Split the updates of a layer that the graph stores as several separate layers.
 
     Args:
         adapter: the adapter.

@@ -212,7 +212,7 @@ class DynamicQuantizeMatMul(IntegerLayer):
 
 
 class MatMulIntegerToFloat(IntegerLayer):
-    """A `DynamicQuantizeMatMul` for a rounded input that several layers share."""
+    """A `DynamicQuantizeMatMul` for a quantized input that several layers share."""
 
     op_type, domain = "MatMulIntegerToFloat", OWN
     position, parts, origin, vector = 1, (1, 3, 5), (0, 2, 4), 6

@@ -145,7 +145,7 @@ class Layer:
     def weight(self) -> Value:
         shape, read = self.held_shape(self.node), self.node.inputs[self.position]
         if read is not None and f"{BEFORE}.{self.position}" in self.node.metadata_props:
-            # Continue from the weight that the nodes of another target compute, e.g. of other rows.
+            # If nodes of another target already change the weight, e.g. other rows, continue from their result.
             known = (lambda: numbers(read)) if is_constant(read) else None
             return self.seen(Value(self.branch, shape, self.dtype, read, known))
         # For a packed weight, give formulas an unpacked copy, because the graph has no float value of the weight.

@@ -62,7 +62,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """Resolve links; refuse a file that is outside of the folders of the model's file and of its link's target."""
+    """Resolve links; refuse a file outside of the model's folder and of the folder that the model's link leads to."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
     except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
@@ -307,7 +307,7 @@ def _inputs_for_outside(model: ir.Model) -> dict[str, tuple[ir.TensorProtocol, b
 
 
 def _with_outside(model: ir.Model, outside: Mapping[str, tuple[ir.TensorProtocol, bool]]) -> ir.Model:
-    """Turn these inputs of a converted model into tensors with external data again."""
+    """Turn the inputs in `outside` back into tensors with external data, after the conversion of a model."""
     named = {value.name: value for value in model.graph.inputs}
     for name, (tensor, was_input) in outside.items():
         value = named[name]
@@ -371,7 +371,7 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 def save_merged(
     model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> None:
-    """Write a model with changed tensors, with only a few blocks in memory at a time; see `save`.
+    """Write a model with changed tensors, with only a few blocks in memory; see `save`.
 
     If the model has external data, or if `apart` is set, all tensors that a node reads are written to one new data
     file.

@@ -42,12 +42,12 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 
 def groups_of(spot: Spot) -> int:
-    """Return a transposed convolution's number of groups; 1 for other layers: one axis has all of their outputs."""
+    """Return the number of groups of a transposed convolution; 1 for layers that have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
-    """Refuse layers that may have a folded norm, if there are no base weights to verify it.
+    """Refuse layers that may have a folded norm, if there are no base weights to verify the norm.
 
     Raises:
         Unsupported: the graph has signs of a folded norm.
@@ -61,7 +61,7 @@ def refuse_folded(found: Sequence[Found]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether a node computes a batch normalisation, alone or with other operations, by the exporter's metadata."""
+    """Whether the exporter's metadata names a batch normalisation for a node, alone or with other operations."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
@@ -108,7 +108,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A base norm with one candidate for `eps`, and how far the graph's weight and bias are from its folded ones."""
+    """A norm of the base that may be folded into a layer, with one `eps` and its distance from the graph's numbers."""
 
     name: str
     scale: Array

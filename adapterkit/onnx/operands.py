@@ -71,7 +71,7 @@ def numbers(value: ir.Value) -> Array:
 
 
 def held_apart(value: ir.Value) -> ir.Value:
-    """Copy a constant value and the nodes that compute it, so that it can be computed after the graph has changed."""
+    """Copy a constant value and the nodes that compute it, so that later changes of the graph do not affect it."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
@@ -83,7 +83,7 @@ def held_apart(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the graph input behind a value, looking through casts and reshapes; None if the value is computed."""
+    """Return the graph input that a value equals, except for casts and reshapes; None if the value is computed."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):

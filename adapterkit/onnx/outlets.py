@@ -127,7 +127,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether a node adds an outside value (input number `at`), used only here, to a value of the module itself."""
+    """Whether an Add adds its input `at`, an outside value that is read only here, to a value of the module."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]

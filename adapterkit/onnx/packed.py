@@ -133,7 +133,7 @@ class Seen:
 def numbers_in(
     node: ir.Node, q: Array, zero: Array | int, scale: Array, limits: tuple[int, int], bits: int
 ) -> PackedNumbers:
-    """Return the packed numbers for integers `[rows, columns]`, and for zero points and scales `[rows, groups]`."""
+    """Combine integers `[rows, columns]` with zero points and scales `[rows, groups]` to packed numbers."""
     return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
@@ -435,7 +435,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, plain: type[Layer] | None, building: Building, made: Fresh) -> ir.Value:
-    """Return the dequantized weight, computed when it is written; layers with one packed weight share the result."""
+    """Return the dequantized weight, which is computed when written; layers with one packed weight share the result."""
     operand = layer.operand
     inputs = [id(operand), *(id(one) for one in spot.node.inputs[2:])]
     key: Hashable = tuple(inputs) if plain is not None else id(operand)

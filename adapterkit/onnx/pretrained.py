@@ -241,13 +241,13 @@ def _check_for_parts(adapter: Adapters, source: Path, model: nn.Module, rename: 
                 cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
                 raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
     with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
-        pass  # Only check: each graph has only some targets, so no export of one graph finds a missing one.
+        pass  # Only check: each graph has only some of the targets, so its export cannot detect missing ones.
 
 
 def _whole(
     reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
 ) -> GraphReport:  # fmt: skip
-    """Return one report of all parts, with a warning about targets that no graph has, as no output needs them."""
+    """Return one report of all parts; warn about targets that are in no graph, because no output needs them."""
     adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
     unused = [
         at

@@ -1,4 +1,4 @@
-"""Find an execution provider that works. onnxruntime also lists unusable ones, and silently uses another."""
+"""Find an execution provider that works: onnxruntime also lists broken providers, and then silently uses another."""
 
 from __future__ import annotations
 

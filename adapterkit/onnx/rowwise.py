@@ -176,7 +176,7 @@ def stacked(
 
     Args:
         names: the adapter of each row; None for the base.
-        loaded: for each adapter, slot -> a stack of one adapter.
+        loaded: for each adapter, a map from slots to stacks of this one adapter.
         slots: all slots by name, with their declared shapes.
     """
     order = list(dict.fromkeys(names))

@@ -451,7 +451,7 @@ class Session:
         """Return the stacked slots for a batch with an adapter for each row.
 
         Raises:
-            UsageError: the model has no stacked slots, or the batch has another size.
+            UsageError: the model has no stacked slots, or the batch has another size than `names`.
         """
         if not self._by_rows:
             cure = "Inject with --mode rows (mode='rows'), or run the rows of each adapter separately"

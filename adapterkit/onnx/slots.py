@@ -161,7 +161,7 @@ def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonV
 
 
 def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return attributes that are constants in a graph's nodes; an empty dictionary for computed factors."""
+    """Return attributes that are constants in a graph's nodes; an empty dictionary for slots of computed factors."""
     return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
 
 

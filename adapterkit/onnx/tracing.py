@@ -34,7 +34,7 @@ def traced(
         model: the module, in evaluation mode.
         args: an example of its positional arguments.
         kwargs: an example of its named arguments.
-        inside: if the module is a wrapper, the attribute that holds the model; it is removed from names.
+        inside: if the module is a wrapper, the attribute that holds the model; the attribute is removed from names.
         options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:

@@ -545,7 +545,7 @@ class Value:
         """Return the tensor's numbers.
 
         Raises:
-            Unsayable: they depend on the graph's inputs.
+            Unsayable: the numbers depend on the graph's inputs.
         """
         if self.known is None:
             raise Unsayable("a number is not known before the graph runs")
