@@ -155,7 +155,7 @@ def rank_of(part: Part, layer: Layer) -> int:
 
 @torch.no_grad()
 def _rank(update: Additive, shape: tuple[int, ...]) -> int | None:
-    """Return the rank of an update's factors at a layer of this shape, or None if it has no factors.
+    """Return the rank of an update's factors at a layer of this shape, or None if the update has no factors.
 
     The result is cached by the form of the update and the shape of the layer, if the formula reads no tensor values: a
     model has thousands of layers, but few shapes.
@@ -226,7 +226,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 def add_to_rows(
     layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Run a layer that is a matrix product, and add to each row its change, with a given stack and places.
+    """Run a layer that is a matrix product, and add each row's change, from a stack at given places.
 
     Args:
         layer: the layer.
@@ -263,7 +263,7 @@ class Places:
 
     Attributes:
         token: the value of `SETTINGS.token` before the adapters' switches were read.
-        active: the scope's switches at the same time.
+        active: the scope's `active` at the same time.
         index: `[rows]`, the slot of each row.
         used: the slots in use, or None if all slots except the last are used in order.
         padded: `[used * most]`, the rows of each used slot; a slot with fewer than `most` rows repeats its first row.

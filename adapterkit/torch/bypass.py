@@ -80,7 +80,7 @@ def watch_reads(hook: Hook) -> None:
     `embedding.weight`, in PEFT's models too, and an adapter of the embedding is not meant to change such a head.
     """
     held = hook.module.__dict__
-    # DeepSpeed's ZeRO puts its own dictionary there, which loads parameters on access.
+    # Do not replace a dictionary of DeepSpeed's ZeRO, which loads parameters on access.
     if type(held[PARAMETERS]) not in (dict, WatchedParameters) or isinstance(hook.module, nn.Embedding):
         return
     if type(held[PARAMETERS]) is dict:
@@ -100,7 +100,7 @@ def unwatch_reads(hook: Hook) -> None:
 class Calls:
     """Record the reads and calls of modules with adapters during one forward of a model, in one thread.
 
-    Calls by other threads do not count: they compute other inputs, and say nothing about this forward.
+    Calls by other threads do not count: they compute other inputs, so they are not part of this forward.
 
     Args:
         hooks: the hooks at those modules.
@@ -197,7 +197,7 @@ def end_calls(hooks: Collection[Hook], failed: bool, is_own: Callable[[Hook, str
 
 
 def _reader(frame: FrameType | None) -> str | None:
-    """Return the name of the function that reads an attribute of a module, or None if it does not compute with it.
+    """Return the name of the function that reads a module's attribute; None if it does not compute with the value.
 
     torch moves and gathers parameters, and accelerate loads parameters of modules that may never be called. Neither
     computes with them outside a forward.

@@ -57,7 +57,7 @@ class CallRecorder:
         self.seen: Any = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        # Drop the token ids of each cache, because they belong to calls of the original that are in progress.
+        # A copy starts without the token ids of caches, because these ids belong to the original's calls in progress.
         return {**self.__dict__, "seen": None, "last": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:

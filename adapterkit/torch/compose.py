@@ -361,7 +361,7 @@ class SplitBlock(ComposedBlock):
         values, start = [], 0
         for child, size in zip(self.children, self.lengths, strict=True):
             part = Positions(layer, x, slice(start, start + size))
-            # Blocks and formulas of outputs never ask for the weight, which `Positions` does not have.
+            # Blocks and formulas of outputs never read the weight, which `Positions` does not have.
             values.append(self.value(child, part.cut(x), cast("Layer", part)))
             start += size
         joined: Tensor = namespace(x).concat(values, axis=-2)

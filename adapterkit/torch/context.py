@@ -120,7 +120,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
 
 
 def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
-    """Return the module that takes past keys and values: in a classifier that is the model inside it."""
+    """Return the module that takes past keys and values: in a classifier, this is the inner model."""
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
     return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
@@ -143,7 +143,7 @@ def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
 def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
     """Attach tokens that follow a model's embeddings.
 
-    If nothing else embeds the model's input, the tokens go in front of the input.
+    If no other module embeds the model's input, the tokens go in front of the input.
     """
     config: Any = getattr(owner, "config", None)
     for update in part.updates:

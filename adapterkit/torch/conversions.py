@@ -31,7 +31,7 @@ class Conversion:
 
     Args:
         module: the module.
-        is_leaf: a function that says whether a parameter or buffer of this name belongs to an adapter.
+        is_leaf: a function that returns whether a parameter or buffer of this name belongs to an adapter.
     """
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[str], bool]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 
 def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a copy of a module that shares its state, except for the attributes in `values`, by path.
+    """Return a copy that shares a module's state, except for the attributes that `values` replaces by path.
 
     Other threads continue to use the module itself.
     """
@@ -38,7 +38,7 @@ def replica(module: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 @contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]:
-    """Put the values into the module itself inside the `with`.
+    """Put values into the module itself for the `with` block.
 
     An instance attribute hides the parameter of that name. Compilers before torch 2.13 cannot trace that an attribute
     is deleted afterwards; for them, the parameter itself is exchanged.
@@ -58,7 +58,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
         if isinstance(module, nn.RNNBase) and flat is not None:
             module._flat_weights = flat
         for own, name, present, before in reversed(placed):
-            # Keep the entry of a bias that is None: a layer without a bias has it, too.
+            # Restore an existing entry even if its value is None: a layer without a bias has such an entry.
             if present:
                 own[name] = before
             else:
@@ -66,7 +66,7 @@ def exchanged(module: nn.Module, values: Mapping[str, object]) -> Iterator[None]
 
 
 def _entries(held: nn.Module, name: str) -> dict[str, object]:
-    """Return the dictionary of a module that must get a value of this name."""
+    """Return the module's dictionary that must get a value of this name."""
     if torch.compiler.is_compiling():
         for own in (held._parameters, held._buffers, held._modules):
             if name in own:

@@ -313,7 +313,7 @@ class Unmerging:
         self._current: list[tuple[Merged, Tensor | None]] = []
 
     def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
-        """Restore a module's parameters to their bits from before.
+        """Restore the bits from before the merge in a module's parameters.
 
         Returns False, without any change, if these bits cannot be recomputed.
         """
@@ -323,7 +323,7 @@ class Unmerging:
         kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
         self._current = [(each, value) for each, value, _ in kept]
         restore(found)
-        # An interrupt cannot happen between the two halves of such a statement.
+        # Assign both attributes in one statement, because an interrupt cannot happen between the two assignments.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
             for each, _, _ in kept:

@@ -81,7 +81,7 @@ class ForwardHook:
         self.copied: Mapping[str, Tensor | None] | None = None
         self.trained: tuple[Part, Leaf] | None = None  # The first part and leaf that were injected to be trained.
         self.probe: ForwardProbe | None = None
-        self.known: object = None  # Another tool's forward that replaced this one and was seen to call it.
+        self.known: object = None  # Another tool's forward that replaced this one, and is known to call it.
         self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
@@ -116,7 +116,7 @@ class ForwardHook:
         if isinstance(part, ContextPart):
             self.contexts = [*self.contexts, part]
         else:
-            # Compute the rank here, not at the first forward: compiled code would guard on whether it is known.
+            # Compute the rank here, not at the first forward: compiled code would guard on whether the rank is known.
             rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
             # Build new objects and set the parts last, because other threads may be in a forward with the old objects.
             self.ranks = {**self.ranks, part: rank}
@@ -286,9 +286,9 @@ class ForwardHook:
             )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
-        """Raise if a module that was copied alone has another weight and bias now.
+        """Raise if the weight and bias of a module that was copied alone have changed since the copy.
 
-        `fuse_conv_bn_eval` does that: it copies a layer and scales the copy's weight, but not its adapter.
+        `fuse_conv_bn_eval` makes such a change: it copies a layer and scales the copy's weight, but not its adapter.
         """
         now = self.module._parameters
         if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
@@ -638,7 +638,7 @@ def hook_at(module: nn.Module) -> ForwardHook:
 
 
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
-    """Return a hook to which the parts can be attached that `hook` had before the last part was detached.
+    """Return a hook to which the earlier parts of `hook` can be attached, after all of them were detached.
 
     Returns None if another tool's forward would wrap less than before.
 

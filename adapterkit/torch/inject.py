@@ -59,12 +59,12 @@ def inject(
             as in `adapterkit.merge`. Token rows of an embedding also change layers that share its parameter (a tied
             head), as PEFT's forward does.
         adapter: the adapter.
-        name: the adapter's name for `route`; each attached adapter needs a different one.
+        name: the adapter's name for `route`; each attached adapter needs a different name.
         weight: the factor of the adapter's change.
         trainable: make the adapter's tensors float32 (or wider) parameters, which the forward casts to the layer's
             dtype. Tensors that the method lists as `frozen` do not become parameters.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
-            assumes; `handle.remove()` restores it. Pass False to train the base too.
+            assumes; `handle.remove()` restores the setting. Pass False to train the base too.
         dropout: with `trainable=True`, the probability that an input element of a change is set to 0 while the module
             is in training mode, as in PEFT's `lora_dropout`. If not given, the value from `create`, or from the
             adapter's PEFT config.
@@ -143,7 +143,7 @@ def inject(
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
     with all_or_nothing(model):
-        leaves = registration.commit()  # All checks have passed: this and the rest cannot refuse the adapter.
+        leaves = registration.commit()  # All checks have passed; no error about the arguments can follow.
         for hook, part in attached:
             hook.attach(part)
             if part.target in along:
@@ -391,7 +391,7 @@ def _pieces(site: Site) -> list[Site]:
 
 
 def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
-    """Return the module whose output changes, and the part that changes it."""
+    """Return the module whose output changes, and the part that changes the output."""
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:

@@ -272,7 +272,7 @@ class _ScaledLinear(torch.autograd.Function):
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
         if to_s:
-            if torch.is_grad_enabled():  # The kept tensor has no graph.
+            if torch.is_grad_enabled():  # The kept tensor has no graph, so compute it again.
                 flat = x.reshape(-1, x.shape[-1])
                 plain = flat @ W.mT + (flat.to(A.dtype) @ A.mT @ B.mT).to(W.dtype)
             of_s = (plain.reshape(-1, plain.shape[-1]) * grad.reshape(-1, grad.shape[-1])).sum(0, dtype=s.dtype)

@@ -145,7 +145,7 @@ class Leaf:
                 raise Unsupported(why, where=self.name, cure=cure)
 
     def settle(self) -> None:
-        """Drop the registered parameter if another one with values has taken its place."""
+        """Drop the registered parameter if another parameter, with values, has replaced it."""
         now = self.module._parameters.get(self.name)
         if now is not self.first and now is not None and not now.is_meta:
             self.first = None
@@ -362,7 +362,7 @@ def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
 
 
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on disk.
+    """Return the ids of tensors that diffusers' group offloading keeps on disk, as the hooks at `modules` show.
 
     Between two forwards, such a tensor is uninitialised memory. The file is written once and read in each forward, so
     changes to the tensor by an optimizer or a merge are lost.

@@ -1,4 +1,4 @@
-"""Run updates of outputs: offer one call of any module, with its residual and norm, through their common interface.
+"""Run updates of outputs: offer any module's call, with its residual and norm, through the interface that they use.
 
 A module adds the residual itself if its forward takes the residual as its second input, as BERT's `BertOutput` does.
 Then the output before the residual is computed by running the module on a residual of 0 and skipping its norm.
@@ -71,7 +71,7 @@ class OutputSite:
     """The residual and the norm that follow a target's output.
 
     Attributes:
-        channels: the number of channels that the updates expect, or None if they do not fix it.
+        channels: the number of channels that the updates expect, or None if the updates do not fix this number.
         recorder: the recorder of the residual at the module `reader`; None if the module adds the residual itself, or
             there is none.
         reader: the module that reads the residual.

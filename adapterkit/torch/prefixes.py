@@ -40,7 +40,7 @@ class Prefix(threading.local):
     `biased` is the attention with T5's table of relative positions.
     """
 
-    def __init__(self) -> None:  # Runs in each thread, because torch.compile guards only attributes of the instance.
+    def __init__(self) -> None:  # Set in each thread, because torch.compile guards only attributes of the instance.
         self.past: Tensor | None = None
         self.biased: nn.Module | None = None
 

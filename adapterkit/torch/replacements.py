@@ -6,7 +6,7 @@ watch.py checks the model before each forward. The following tools finish before
   itself does not change, and the new module is not watched.
 * torch.fx installs its quantization-aware modules (`prepare_qat_fx`) without triggering module hooks, but these modules
   take over the weights of the old modules.
-* PEFT's `merge_and_unload` changes the weight under an attached adapter, and puts back the module that it wraps.
+* PEFT's `merge_and_unload` changes the weight under an attached adapter, and puts the wrapped module back in place.
 
 torch can report every module and parameter that is registered with a module. The hooks for these reports are global,
 and cost one call for each registration.

@@ -97,7 +97,7 @@ class _Hook(Protocol):
 
 
 def _switches_of(hooks: list[_Hook]) -> dict[str, Switch]:
-    """Return the adapters attached to a model, by name; cached at its first hook until one is attached or changed."""
+    """Return the adapters attached to a model, by name; cached until an adapter is attached, removed or changed."""
     if not hooks:
         return {}
     token, kept = SETTINGS.token, hooks[0].kept
@@ -277,7 +277,7 @@ def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
 
 
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
-    """Return the length of the axis of rows: the number of rows, or a multiple of it if they are flattened."""
+    """Return the length of the axis of rows: the number of rows, or a multiple of this number if rows are flattened."""
     rows = len(route.names)
     sizes = [tensor.shape[0] for tensor in tensors if tensor.ndim]
     if rows in sizes:

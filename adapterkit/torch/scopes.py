@@ -243,7 +243,8 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Reentrant checkpointing runs its first forward without gradients; so does a reference model (DPO).
+        # Prefer forwards with gradients: without gradients, a reference model (DPO) also runs. But reentrant checkpointing
+        # runs its first forward without gradients.
         with_gradients, without = self._seen[True], self._seen[False]
         found = with_gradients or without
         if not found:

@@ -23,7 +23,7 @@ def inner_slot(module: nn.Module) -> Slot:
     found = _references(module)[:1]
     if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook"):
         found.append((module, "_old_forward"))
-    # If both tools have hooks, the forward inside one tool's hooks is the other tool's forward.
+    # If both tools have hooks, find the module's own forward: inside one tool's hooks is the other tool's forward.
     own = (slot for slot in found if getattr(value_in(slot), "__self__", None) is module)
     return next(own, found[0] if found else (module, "forward"))
 

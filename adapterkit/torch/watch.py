@@ -74,7 +74,7 @@ class Watch:
         return self._forwards
 
     def check(self) -> None:
-        """Check that every module with an adapter is still at its place and still runs the adapter.
+        """Check that every module with an adapter is still in the model and still runs the adapter.
 
         Raises:
             Unsupported: a module was replaced, has another class, lost the forward that was put on it, or is no longer
@@ -161,7 +161,7 @@ def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
 
 
 class _Step:
-    """The forward pre-hook of a module between a model and its adapters, for callers of that module alone.
+    """The forward pre-hook of a module between a model and its adapters, for code that calls only this module.
 
     The hook refers only to the part of the model below the module, so that a copy of one block does not copy the model.
 
