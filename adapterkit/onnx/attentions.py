@@ -95,7 +95,7 @@ def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     way = _way_back(found[0].inputs[0]) if len(found) == 1 else None
     mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
     if way is None or mixed is None:
-        raise Unsupported("the graph does not have exactly one softmax of scores there", where=where, cure=_EXPORT)
+        raise Unsupported("the module does not have exactly one softmax of scores", where=where, cure=_EXPORT)
     return AttentionNodes(module, found[0], way[0], mixed, way[1])
 
 

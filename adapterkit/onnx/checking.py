@@ -243,7 +243,7 @@ def _compared_by_rows(
             return max(first, second)
         why = "no output has rows that the adapter changes"
     cure = "Export the graph with an open batch size, or inject with --mode slots (mode='slots')"
-    raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
+    raise Unsupported(f"the graph does not run on a batch of two ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
@@ -402,7 +402,7 @@ def _compared(
             continue
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
-            why = "the graph runs, but there is no second way to make this change and compare"
+            why = "the graph runs; its outputs were not compared, because no other method can make this change"
             return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged and not exact:
@@ -568,7 +568,7 @@ def _computes_narrow(model: bytes) -> bool:
 def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
-    why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
+    why = f"the graph differs by {difference:.3g} of its largest output from a graph that was changed by another method"
     raise CheckFailed(why, path=out, cure=_REPORT)
 
 

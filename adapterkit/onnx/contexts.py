@@ -181,7 +181,7 @@ def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Ta
             found[name] = spot.kind(spot.node, branch)
     if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
         why = f"the module {at.module.path} is not an attention like Llama's or GPT-2's"
-        raise Unsupported(why, where=str(target), cure="Choose the attentions of such a model")
+        raise Unsupported(why, where=str(target), cure="Target the attentions of such a model")
     return found
 
 

@@ -496,7 +496,9 @@ def _check_weights(quantize: str | None, share: object) -> None:
     if quantize is not None and share is not None:
         cure = "Omit one: --quantize (quantize=) or --share-weights (share_weights=, share=)"
         raise UsageError(
-            "packed weights cannot be shared, because they are not those of the base's files", where="share", cure=cure
+            "packed weights cannot be shared, because they differ from the weights in the base's files",
+            where="share",
+            cure=cure,
         )
 
 

@@ -176,7 +176,9 @@ def _roles_of_genai(folder: Path) -> dict[str, str]:
         model = json.loads(read_input(file).decode("utf-8"))["model"]
         sections = {key: model[key] for key in GENAI if isinstance(model.get(key), dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Malformed(f"not a config of onnxruntime-genai ({error})", path=file, cure="Build it again") from None
+        raise Malformed(
+            f"not a config of onnxruntime-genai ({error})", path=file, cure="Build the model again"
+        ) from None
     return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
 
 

@@ -69,7 +69,7 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Update], is_layer:
     placed = [update for update in outer if update.placed]
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
-        cure = "Give each update its own adapter, or change the order"
+        cure = "Put each update into a separate adapter, or change the order"
         raise Unsupported("the updates of one target have different residuals", where=where, cure=cure)
     residual, norm = next(iter(named), ("", ""))
     if norm and not all(update.whole for update in placed):
@@ -100,7 +100,7 @@ def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
 def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
     module = module_at(model, _beside(target, path), where)
     if module.read is None or len(module.leaving) != 1:
-        why = f"the module {module.path} is not a function of one value"
+        why = f"the module {module.path} does not read one value and return one value"
         raise Unsupported(why, where=where, cure="Correct the update's `norm`")
     return Norm(module.read, module.nodes, module.leaving[0])
 
@@ -186,7 +186,7 @@ class Ended:
             y: Value = self.layer(x)
             return y
         if x is not self.x and not self.outlet.nodes:
-            raise Unsayable("the output of a module for another input is unknown")
+            raise Unsayable("a graph does not contain a module's output for another input")
         if self.asked is not None and self.asked is not x:
             raise Unsayable("a module has one output, and the formula calls it with two inputs")
         self.asked = x

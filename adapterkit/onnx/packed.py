@@ -513,7 +513,7 @@ class Packing:
     Attributes:
         stored: the stored tensor, and whether the layer reads it transposed.
         shape: the stored weight's shape.
-        numbers: the integers, zero points and scales, as rows.
+        numbers: the weight as rows of integers, with their zero points and scales.
         rows: a function that converts a weight in its stored axis order to rows.
         put: a function that replaces the layer's integers, zero points and scales.
     """

@@ -47,7 +47,7 @@ def check_slot(name: str, array: Array, slots: Mapping[str, OrtInput], path: str
         ShapeMismatch: the tensor has another dtype or shape.
     """
     if name not in slots:
-        cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
+        cure = nearest(name, slots) or ("Is it an adapter for this model?" if slots else "Export the model with slots")
         raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
     declared, kind = slots[name].shape, kind_of(slots[name])
     if array.dtype != kind:
@@ -514,7 +514,8 @@ def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
     mask = np.atleast_2d(np.asarray(attention_mask, np.int64))
     if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
         why = (
-            f"the mask has shape {list(mask.shape)} or other numbers than 0 and 1; the tokens have {list(tokens.shape)}"
+            f"the mask has shape {list(mask.shape)}, or values other than 0 and 1; "
+            f"the tokens have shape {list(tokens.shape)}"
         )
         raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token (attention_mask=)")
     if not mask[:, -1].all():

@@ -378,7 +378,7 @@ def _neutral(
         # Try size 1 as well, because some formulas cannot handle empty tensors.
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
-    why = f"no tensors of {update.method} leave the base as it is"
+    why = f"no tensors of {update.method} leave the base unchanged"
     raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode constant (mode='constant')")
 
 
@@ -696,7 +696,8 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = (
-            f"shape {list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
+            f"the shape is {list(array.shape)}, and the slot's is "
+            f"{[size if isinstance(size, int) else 'any' for size in declared]}"
         )
         cure = "Was this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
         raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)

@@ -182,7 +182,9 @@ def _blocks(
     for target in targets:
         found = [adapter.updates.get(target, ()) for adapter in adapters]
         if any(update.kind == "context" for each in found for update in each):
-            raise Unsupported(f"a block {name!r} cannot hold context", where=str(target), cure="Stack those adapters")
+            raise Unsupported(
+                f"a block {name!r} cannot contain context", where=str(target), cure="Stack those adapters"
+            )
         updates[target] = (made(tuple(map(_one, found)), target),)
     return _composed(name, updates)
 

@@ -383,7 +383,7 @@ class ContextCall:
             self.words["decoder_input_ids"] = ids
         tokens: Any = ids if embeds is None else embeds
         if tokens is None:
-            raise Unsupported("the call brings no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
+            raise Unsupported("the call has no tokens", cure=f"Pass {self.own}input_ids or {self.own}inputs_embeds")
         self.batch = int(tokens.shape[0])
         return int(tokens.shape[1])
 
@@ -457,7 +457,7 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
     fronts = present([update.embeddings() for update in updates])
     given = words.get("inputs_embeds") if words.get("input_ids") is None else words.get("input_ids")
     if given is None:
-        raise Unsupported("the call brings no tokens", cure="Pass input_ids or inputs_embeds")
+        raise Unsupported("the call has no tokens", cure="Pass input_ids or inputs_embeds")
     extra = sum(front.shape[-2] for front in fronts)
     embeds = _joined(module, fronts, words, "")
     mask = extended(words.get("attention_mask"), extra, embeds.shape[1])

@@ -54,7 +54,7 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
         router, *others = found
         if others:
             why = "there are other updates at the router's target"
-            raise Unsupported(why, where=str(target), cure="Give each its own adapter")
+            raise Unsupported(why, where=str(target), cure="Put each update into a separate adapter")
         if isinstance(router, XLoRA):
             updates |= _of_classifier(names, router, pairs)
         else:

@@ -468,7 +468,7 @@ def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """Return the module whose forward reads the parameter, and its path with a dot.
+    """Return the module whose forward reads the parameter, and the module's path followed by a dot.
 
     Raises:
         Unsupported: the module cannot take one of the updates.

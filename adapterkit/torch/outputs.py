@@ -109,7 +109,7 @@ def find_output_site(
     placed = [update for update in updates if update.placed]
     if not placed:
         return OutputSite(channels)
-    where, cure = str(target), "Give each its own adapter, or change the order"
+    where, cure = str(target), "Put each update into a separate adapter, or change the order"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
         why = "the updates of one target name residuals in different places"
@@ -120,7 +120,7 @@ def find_output_site(
         why = "an update of the whole output comes before an update inside the output"
         raise Unsupported(why, where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
-        why = "the block around it normalises the output, so the norm cannot be skipped"
+        why = "the block around the target normalises the output, so the norm cannot be skipped"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
     recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
     own_norm = _own_norm(module, where) if own else None
@@ -131,7 +131,7 @@ def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module
     try:
         return find(path) if path else None
     except AttributeError:
-        why = f"there is no module {path!r} next to it"
+        why = f"there is no module {path!r} next to the target"
         raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
 
 
@@ -262,7 +262,9 @@ class ModuleCall:
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
-            raise Unsupported(f"it returns a {type(h).__name__}, not a tensor", cure="Target a module inside it")
+            raise Unsupported(
+                f"the module returns a {type(h).__name__}, not a tensor", cure="Target a module inside it"
+            )
         self.dtype = h.dtype
         wanted, given = self.output_site.channels, h.shape[self.channel]
         if wanted not in (None, given):

@@ -243,8 +243,8 @@ class Recall:
         return scope
 
     def _recalled(self, scope: Scope, states: States) -> Scope:
-        # Prefer forwards with gradients: without gradients, a reference model (DPO) also runs. But reentrant checkpointing
-        # runs its first forward without gradients.
+        # Prefer forwards with gradients, because a reference model (DPO) runs without. If there are none, use those
+        # without gradients, because reentrant checkpointing runs its first forward in this way.
         with_gradients, without = self._seen[True], self._seen[False]
         found = with_gradients or without
         if not found:

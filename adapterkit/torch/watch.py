@@ -318,7 +318,7 @@ class _Hook:
             step.module.register_forward_pre_hook(step)
 
     def _block(self, module: nn.Module, places: list[Place]) -> Block:
-        """Return a block with the hooks at modules that it calls.
+        """Return the block of a module, with the hooks at the modules inside the block.
 
         A known block keeps the forward that it had when it was first seen.
         """
