@@ -164,7 +164,7 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare the graph that an injection wrote with the original graph with merged weights.
+    """Compare a graph that an injection wrote with a copy of the original graph whose weights are merged.
 
     Args:
         model: the original graph.

@@ -137,7 +137,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
-    # Only names by torch's older exporter, which start with a slash, contain modules.
+    # Only names by torch's older exporter contain modules; such names start with a slash.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(dict.fromkeys(dotted("/".join(parts[1:end])) for end in range(2, len(parts))))

@@ -108,7 +108,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A norm of the base that may be folded into a layer, with one `eps` and its distance from the graph's numbers."""
+    """A candidate for a folded norm: a norm of the base with one `eps`, and its distance from the graph's weight."""
 
     name: str
     scale: Array

@@ -368,7 +368,7 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""Choice of a merge for a packed weight -> its meaning."""
+"""A map from each choice for a packed weight in a merge to the choice's meaning."""
 
 EXPLAINED = (
     "Choose: (1) keep_change='float' (--keep-change float): keep the weight unchanged, and the change beside it as "
@@ -381,7 +381,7 @@ KEEPING = {
     "float": "keep each packed weight unchanged, and the change beside it as floating-point factors",
     "packed": "quantize each changed weight again, however much of the change is lost",
 }
-"""Choice of a merge for the change of a packed weight -> its meaning."""
+"""A map from each choice for the change of a packed weight in a merge to the choice's meaning."""
 
 MOST_LOST = 0.05
 """The largest fraction of a change that quantizing again may lose. By default, a change that would lose more is

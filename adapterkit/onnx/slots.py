@@ -166,7 +166,7 @@ def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
 
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Return by name the inputs of a graph that adapters fill: optional inputs, or required ones (mode `inputs`)."""
+    """Return the graph inputs that adapters fill, by name: optional inputs, or required inputs (mode `inputs`)."""
     held = {*model.graph.initializers, *fills_of(model.metadata_props)}
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
 

@@ -48,7 +48,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """Return the inputs for the past: (layer, `key` or `value`) -> input."""
+    """Return the graph's inputs for the past, by the layer's number and `key` or `value`."""
     found: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         told = _PAST.search(value.name or "") if "past" in (value.name or "") else None

@@ -201,7 +201,7 @@ def _at_attention(
     module: nn.Module, updates: Sequence[ContextUpdate], biased: nn.Module | None, forward: Callable[..., object],
     words: Words,
 ) -> object:  # fmt: skip
-    """Run an attention with its prefixes, and add the output of its attention over prompts."""
+    """Run an attention with its prefixes; if it has prompts, add the attention over the prompts to its output."""
     prompts = [update for update in updates if update.place == "attention"]
     prefixes = [update for update in updates if update.place != "attention"]
     inner: Callable[..., object] = forward

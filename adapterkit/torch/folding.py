@@ -69,7 +69,7 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
 
 
 Folded = list[tuple[ForwardHook, list[Part]]]
-"""Each hook with its parts that are merged."""
+"""Pairs of a hook and those of its parts that are merged."""
 
 KEEPS = ("copy", "recompute")
 """The choices for what `merge_` keeps."""

@@ -463,7 +463,7 @@ class ForwardHook:
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
-        """Whether parts see an input with dropout in this forward."""
+        """Whether any of the parts applies dropout to its input in this forward."""
         return self.module.training and any(part.dropout for part in parts)
 
     def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:

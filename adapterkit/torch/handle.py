@@ -92,7 +92,7 @@ class Handle:
         else:
             parameters = dict(self._model.named_parameters())
             for name in self.frozen:
-                if name in parameters:  # A module may have been replaced since.
+                if name in parameters:  # A module may have been replaced since the injection.
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]

@@ -282,7 +282,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
 def _tied(
     model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
 ) -> list[Site]:  # fmt: skip
-    """Return sites for layers that share a parameter with the adapter's targets and change with them.
+    """Return sites for layers that share a parameter with the adapter's targets, and that the updates also change.
 
     As for merges, `merging.ties` decides what each update changes. In a live model, tied layers share one parameter
     object.
@@ -456,7 +456,7 @@ def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
 
 
 def _told(model: nn.Module, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Site, bool]:
-    """Return the site in its module class's layout, and whether this layout is known and fits the updates."""
+    """Return the site with its module class's layout, and whether the layout is known and fits the updates."""
     if site.weight is None or site.target.stacked:
         return site, False
     layout = stored_layout(model.get_submodule(site.weight.rpartition(".")[0]))

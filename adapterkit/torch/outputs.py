@@ -78,7 +78,7 @@ class OutputSite:
         norm: the norm that the block around the module applies to the sum.
         own: the position and name of the residual among the module's own arguments, if it takes a residual.
         own_norm: the name of the module's own norm.
-        call_words: returns the arguments of the model's call, if an update needs some.
+        call_words: returns the arguments of the model's call; by default, an empty dictionary.
     """
 
     channels: int | None
@@ -141,7 +141,7 @@ def _check(module: nn.Module, target: Target) -> None:
         raise Unsupported("an output update cannot change a slice or experts", where=str(target), cure=cure)
     if type(module).forward is nn.Module.forward:
         why = f"a {type(module).__name__} does not define a forward"
-        raise Unsupported(why, where=str(target), cure="Target one of the modules that it holds")
+        raise Unsupported(why, where=str(target), cure="Target one of the modules inside it")
 
 
 def _own_residual(module: nn.Module) -> tuple[int, str] | None:
