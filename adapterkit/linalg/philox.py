@@ -1,7 +1,7 @@
 """Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
 Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. The generator has no state, so any number can be computed
-without the earlier ones. So sums over random matrices need only a few matrices in memory at a time, both in numpy and
+without the earlier ones. So sums over random matrices need only a few matrices in memory, both in numpy and
 in torch.
 """
 

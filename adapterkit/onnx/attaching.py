@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Slice:
-    """A view of some output channels of a layer, for an update of these rows of a fused weight."""
+    """A view of some output channels of a layer, for an update of the same rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed | Ended, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)

@@ -1,6 +1,6 @@
 """Find attentions in a graph, and attach prefixes to them: extra keys and values before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before those of the
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix adds columns of scores before the columns of the
 computed keys. The columns are inserted after the mask is added, so that the mask cannot hide the prefix. The prefix's
 values go before the computed values. The prefix is not part of any cache.
 """
@@ -103,7 +103,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """Insert prefixes before an attention's keys and values; the prefix of the first update comes first.
 
     Raises:
-        ShapeMismatch: the number or the size of a prefix's heads differs from that of the keys.
+        ShapeMismatch: a prefix has another number or size of heads than the keys.
         Also the errors of `attention_at`.
     """
     at = attention_at(building.model, target)

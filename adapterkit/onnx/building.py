@@ -252,7 +252,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """Return the nodes that read a value, without those of the branch."""
+    """Return the nodes that read a value, except the nodes of the branch."""
     own = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in own]
 

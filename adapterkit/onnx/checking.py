@@ -107,7 +107,7 @@ def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
-        # The kind V is that of bfloat16 and float8 from ml_dtypes.
+        # ml_dtypes gives bfloat16 and float8 the kind V.
         if a.dtype.kind not in "fV":
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
@@ -272,9 +272,9 @@ def checked_merge(
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with an injection of the adapter into the original graph.
 
-    If packed weights were dequantized, the check dequantizes those of the original, too. If weights were requantized,
-    the difference includes the requantization error, so a difference is reported but does not fail the check. A change
-    beside a packed weight is compared with the same change in the dequantized weight.
+    If packed weights were dequantized, the check also dequantizes the original's packed weights. If weights were
+    requantized, the difference includes the requantization error, so a difference is reported but does not fail the
+    check. A change beside a packed weight is compared with the same change in the dequantized weight.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -331,8 +331,8 @@ def _checked_beside(
 def _exact(model: ir.Model) -> bool:
     """Whether layers with packed weights compute in floating point in a session with default options.
 
-    onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
-    `accuracy_level` allows rounding.
+    onnxruntime may round the inputs of a node that it fuses with a DequantizeLinear, and the inputs of a MatMulNBits
+    whose `accuracy_level` allows rounding.
     """
     return not any(
         node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
@@ -368,7 +368,7 @@ def _compared(
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
 ) -> CheckOutcome:  # fmt: skip
-    """Compare two graphs on the same inputs: the given ones, or made-up inputs of the first sizes that work.
+    """Compare two graphs on the same inputs: `given`, or made-up inputs of the first sizes that work.
 
     Args:
         wanted: a graph that must compute the same; None to only run `out`.
@@ -526,7 +526,7 @@ def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
 def _of_new_inputs(
     session: OrtSession, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None
 ) -> Feeds:
-    """Return given values, or zeros, for inputs that only the written graph has, such as the task of each row."""
+    """Return `given` values, or zeros, for inputs that only the written graph has, such as the task of each row."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
     return zeros | {name: array for name, array in (given or {}).items() if name in zeros}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTokens:
-    """Graph values that separate new tokens from those of the vocabulary.
+    """Graph values that separate new tokens from the tokens of the vocabulary.
 
     Attributes:
         ids: the token ids.

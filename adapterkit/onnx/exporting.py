@@ -245,8 +245,8 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
 
 
 # Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
-# onnxruntime runs the written graph on the example inputs. The outputs are compared with those of the torch model with
-# injected adapters: merged weights, nodes and slots must all give the same numbers.
+# onnxruntime runs the written graph on the example inputs. The outputs are compared with the outputs of the torch model
+# with injected adapters: merged weights, nodes and slots must all give the same numbers.
 
 
 if TYPE_CHECKING:
@@ -503,7 +503,7 @@ def _check_weights(quantize: str | None, share: object) -> None:
 
 
 def _file(out: Path, name: str, part: bool) -> Path:
-    """Return the path of the adapter file for a graph's slots; that of a part of a model includes the part's name."""
+    """Return the path of the adapter file for a graph's slots; the name of a model's part becomes part of the path."""
     return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 

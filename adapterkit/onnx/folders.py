@@ -417,7 +417,7 @@ def placed_folder(
     out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
     overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
-    """Yield a scratch folder; when the block ends, its files replace those of `out`, and unrelated files stay.
+    """Yield a scratch folder; when the block ends, its files replace the files of `out`, and unrelated files stay.
 
     Raises:
         UsageError: `out` is the model's own folder.

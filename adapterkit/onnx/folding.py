@@ -322,7 +322,7 @@ def wide(update: Update) -> Update:
 
 
 def seen_by(W: Array, spot: Spot) -> Array:
-    """Convert a weight from a node's axis order to that of formulas, or back."""
+    """Convert a weight from a node's axis order to the axis order of formulas, or back."""
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 

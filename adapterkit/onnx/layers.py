@@ -39,7 +39,7 @@ class Layer:
         op_type: the node's operator.
         position: the position of the weight among the node's inputs.
         axes: the possible numbers of axes of the weight.
-        inside: True if the output is not a function of `x @ W` alone. Then nodes after this one cannot express a
+        inside: True if the output is not a function of `x @ W` alone. Then nodes after this node cannot express a
             change, and nodes before it compute the changed weight; see inside.py.
         whole: True if the stored tensor and the weight have different axes, so that a merge computes the tensor as a
             whole.

@@ -92,7 +92,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """Return a layer's name and the method that found it; prefer the name of a module's weight to that of a tensor."""
+    """Return a layer's name and the method that found it; prefer the name of a module's weight to a tensor's name."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
     own = [(method, name) for method, name in said if not NUMBERED.match(name)]

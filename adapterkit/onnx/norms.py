@@ -34,7 +34,7 @@ ALIKE = 1e-3
 """Scales that differ from 1 by less than this have the same effect as no norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""Candidates for `eps`, which weight files do not store: first torch's default, then the one of models from
+"""Candidates for `eps`, which weight files do not store: first torch's default, then the value of models from
 TensorFlow."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)

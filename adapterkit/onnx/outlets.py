@@ -41,7 +41,7 @@ class Outlet:
     """The output site of a target.
 
     Attributes:
-        end: the target's output; None for a layer, whose output is that of its node.
+        end: the target's output; None for a layer, whose node has the output.
         read: the target's input; None if the target reads several values, or for a layer.
         residual: the value that is added to the target's output.
         norm: the normalisation of that sum.

@@ -53,7 +53,7 @@ REQUIRED = "adapterkit.required"
 slot without an adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size is fixed: the size is that of the base's layer, or equal in all layers."""
+"""Axes whose size is fixed: the size comes from the base's layer, or is equal in all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Find the tokens of a sequence in a graph: those of the call, those of the past, and the positions of all tokens.
+"""Find the token ids of the call and of the past in a graph, and the positions of all tokens.
 
 The cache does not have the past's tokens, so the graph gets a new input for them. With this input, formulas that read
 all tokens give the same results for the call's tokens as a run without a past.
@@ -30,7 +30,7 @@ class Call(Protocol):
 
     Attributes:
         building: the model.
-        made: name -> an input that was added to the graph.
+        made: a map from names to inputs that were added to the graph.
     """
 
     building: Building

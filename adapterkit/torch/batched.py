@@ -226,7 +226,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 def add_to_rows(
     layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
-    """Run a layer that is a matrix product, and add each row's change, from a stack at given places.
+    """Run a layer that is a matrix product, and add each row's change, from the slots of a stack.
 
     Args:
         layer: the layer.

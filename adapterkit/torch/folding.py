@@ -343,7 +343,7 @@ class Unmerging:
 
 
 def checked_folds(model: nn.Module, found: Folded) -> Folded:
-    """Return a model's hooks and parts; if several layers share a parameter, return those of one layer only.
+    """Return a model's hooks and parts; for layers that share a parameter, only the hook and parts of one layer.
 
     Raises:
         NotMergeable: an update needs a bias that the base does not have, or a weight cannot be changed in place.

@@ -261,7 +261,7 @@ class ForwardHook:
     def refuse_scripting(self) -> nn.Module:
         """Raise, because torch.jit.script compiles the source of a class's forward, which ignores the adapter.
 
-        torch.jit calls this method for each module inside the one that it compiles.
+        torch.jit calls this method for each module inside the module that it compiles.
         """
         cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
         where = str(next((part.target for part in self.parts), type(self.module).__name__))
@@ -640,7 +640,7 @@ def hook_at(module: nn.Module) -> ForwardHook:
 def hook_again(hook: ForwardHook) -> ForwardHook | None:
     """Return a hook to which the earlier parts of `hook` can be attached, after all of them were detached.
 
-    Returns None if another tool's forward would wrap less than before.
+    Returns None if another tool has put a forward on the module, or removed one, since then.
 
     Args:
         hook: a hook without parts.

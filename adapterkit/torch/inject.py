@@ -172,7 +172,7 @@ def _place(holder: nn.Module, part: Part) -> Hashable:
 
 
 def _check_twin(first: Part, second: Part) -> None:
-    """Check that two targets that are the same module have the same update, because only one of them is attached.
+    """Check that two names of one module have the same update, because only one of the updates is attached.
 
     Raises:
         Unsupported: the updates differ.

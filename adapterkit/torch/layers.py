@@ -30,7 +30,7 @@ class Layer:
     """A module that can run with another weight through `op`; each subclass is one kind of module.
 
     Attributes:
-        layout: the axis order in which such a module stores its weight, as in `Target`.
+        layout: the axis order in which the module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
         direct: whether formulas run on the layer; if not, the module's own forward runs on a changed weight.
         flat: whether `op` and `mix` are matrix products over the last axis.

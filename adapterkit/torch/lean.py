@@ -46,7 +46,8 @@ SMALL = 1 << 16
 BLOCK = 1 << 19
 """The number of 16-bit elements in a block that is converted to float32; the size keeps such copies small."""
 ROWS = 64
-"""The smallest number of input rows in such a block; each block reads the layer's weight once."""
+"""The smallest number of input rows in a block that is converted to float32; each block reads the layer's weight
+once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -305,7 +306,7 @@ def _of_factors(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool, W: Tensor | None,
     to_x: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, the gradient of x includes that of x W^T.
+    """Return the gradients of weight * (x A^T) B^T for x, A and B; with a W, x's gradient includes that of x W^T.
 
     x A^T is recomputed, which costs less than keeping it. Sums are made in place unless the backward pass itself is
     differentiated.

@@ -8,8 +8,8 @@ model already has. Each tensor is read back from its module at every forward, be
 Rejected alternatives:
 * a new child module: `named_modules()` and all code that walks over it would change.
 * parametrizations: they rename the base's keys in the state dict.
-* the root module: `parameters()` yields a module's own parameters before those of its children, so a bf16 model would
-  report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
+* the root module: `parameters()` yields a module's own parameters before its children's parameters, so a bf16 model
+  would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
 
 The base's state dict keeps its keys: one hook removes the adapter's keys in `state_dict()`, another one removes them
 from the missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and
@@ -472,7 +472,7 @@ def owned(value: Value, like: Tensor, trained: bool, model: nn.Module) -> Tensor
 
 
 def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """Yield the base's parameters, or those of one of its modules, without those of attached adapters."""
+    """Yield the parameters of the base or of one of its modules, without the parameters of attached adapters."""
     return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 

@@ -200,8 +200,8 @@ class Recall:
     """Give a recomputed forward the scope that its first run had.
 
     Activation checkpointing runs a block again in the backward pass, often outside the `with` of the forward, and on
-    CUDA in one of autograd's threads. Without this class, the gradients would silently be those of another function.
-    The adapters' weights and switches must equal those of the first forward.
+    CUDA in one of autograd's threads. Without this class, the gradients would silently belong to another function.
+    The adapters' weights and switches must be the same as in the first forward.
     """
 
     def __init__(self) -> None:
