@@ -109,7 +109,7 @@ def test_what_context_refuses(base, encoders, tmp_path):
     gate = {"gate": torch.randn(1, 8), "gate_bias": torch.zeros(1)}
     gated = of("gated_prefix", P=torch.randn(1, 2, 1, 4, 4), **gate)
     for error, match, adapter, words in (
-        (ShapeMismatch, "made for 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
+        (ShapeMismatch, "the vectors have 6 channels", of("prompt", P=torch.randn(2, 6)), {}),
         (ShapeMismatch, "the prefix has 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
         (Unsupported, "prompts and prefixes cannot be slots", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
         (TargetNotFound, "no module of this name", gated, {}),
@@ -171,7 +171,7 @@ def test_a_soft_prompt_behind_embeddings_with_positions(kind, encoders, tmp_path
     adapter = ak.Adapter({ak.Target("embeddings"): (ak.METHODS["prompt"](P=P),)})
     report = ak.onnx.inject(graph, adapter, tmp_path / "out.onnx")
     assert report.difference == 0
-    assert "positions of the others do not count" in report.note
+    assert "positions of other tokens do not count" in report.note
     ids, mask = torch.tensor([[5, 9, 2, 13], [7, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     live = encoder(kind)
     ak.torch.inject(live, adapter)
