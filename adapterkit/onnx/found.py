@@ -55,7 +55,7 @@ class Spot:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""Name of a weight -> the method that found the name, and the layers with that weight."""
+"""A map from each weight's name to the method that found the name, and the layers with that weight."""
 
 
 def distance(W: Array, spot: Spot) -> float | None:

@@ -652,10 +652,10 @@ def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: Dtype) -> ir.
 
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""Operator -> for each of ONNX's gates, its position in torch's order."""
+"""A map from each operator to the positions of ONNX's gates in torch's order."""
 
 GATES_BACK = {op: tuple(int(at) for at in np.argsort(order)) for op, order in GATES.items()}
-"""Operator -> for each of torch's gates, its position in ONNX's order."""
+"""A map from each operator to the positions of torch's gates in ONNX's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 

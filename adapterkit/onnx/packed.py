@@ -696,7 +696,7 @@ def _value(building: Building, fresh: Fresh, old: ir.Value | None, array: Array)
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
-    # Use the content as key: layers that shared the old tensor share the new one, too, if their values are equal.
+    # Use the content as key, so that layers that shared the old tensor share the new tensor if their values are equal.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

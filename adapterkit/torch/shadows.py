@@ -71,7 +71,7 @@ class Standing(nn.Module):
 
     Args:
         model: the base, or a model like it without values.
-        update: one block's update, its leaves in the dtype to compute in.
+        update: one block's update, with its tensors in the dtype to compute in.
         words: the names of the network's inputs.
     """
 
