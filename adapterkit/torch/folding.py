@@ -323,7 +323,7 @@ class Unmerging:
         kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
         self._current = [(each, value) for each, value, _ in kept]
         restore(found)
-        # Assign both attributes in one statement, because an interrupt cannot happen between the two assignments.
+        # Assign both attributes in one statement: an interrupt cannot happen between its two assignments.
         if any(copied for _, _, copied in kept):
             self._swapped, self._current = [*self._swapped, *kept], []
             for each, _, _ in kept:

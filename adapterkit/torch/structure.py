@@ -13,7 +13,7 @@ from ..errors import Unsupported
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
 GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
-"""The names of the modules inside such an attention; an attention with other modules computes something else."""
+"""The names of the modules inside attentions like Llama's and GPT-2's; other attentions compute something else."""
 
 
 class HeadSizes(ABC):
