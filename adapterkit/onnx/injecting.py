@@ -59,7 +59,7 @@ def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
 
 
 def _no_order() -> NoReturn:
-    why = "the classifier has logits for each layer, and their order is that of the torch model's modules"
+    why = "the classifier's logits are in the order of the torch model's modules, which a graph does not show"
     cure = "Inject the adapter into the torch model, and write it with its experts"
     raise Unsupported(why, where="(model): xlora", cure=cure)
 

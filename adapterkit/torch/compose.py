@@ -353,7 +353,7 @@ class SplitBlock(ComposedBlock):
     def check(self) -> None:
         super().check()
         if self.asks:
-            why = "a formula that reads the model's call cannot run on some of the positions"
+            why = "a formula that reads the model's call cannot run on only a part of the positions"
             raise Unsupported(why, cure="Leave this adapter out of split()")
 
     def joined(self, x: Tensor, layer: Layer) -> Tensor:

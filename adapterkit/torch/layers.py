@@ -301,7 +301,7 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
 
 
 def live_tensor(leaf: Leaf) -> Tensor:
-    """Return a leaf of an attached update, which is always a tensor."""
+    """Return the value of a field as a tensor: attached updates contain only tensors."""
     assert isinstance(leaf, Tensor)
     return leaf
 

@@ -4,9 +4,9 @@
 `with handle.disable()` apply only in the context that entered them, so that a server can serve many threads with one
 model.
 
-Two stores hold the same value. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot trace
-it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`, so
-compiled code reads the value from there. Only one case fails: a task that awaits inside the `with` and runs a
+Two stores hold the context's scope. A `ContextVar` works for threads and for asyncio tasks, but torch.compile cannot
+trace it (torch 2.13: "does not know how to trace method get"). torch.compile does trace and guard a `threading.local`,
+so compiled code reads the scope from there. Only one case fails: a task that awaits inside the `with` and runs a
 *compiled* model.
 """
 

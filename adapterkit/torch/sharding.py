@@ -31,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(update: Update) -> Update:
-    """Return the update over whole tensors; see `whole`."""
+    """Return the update with whole tensors; see `whole`."""
     take: Any = whole
     return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
 

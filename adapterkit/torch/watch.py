@@ -167,7 +167,8 @@ class _Step:
 
     Args:
         module: the module.
-        places: the steps from the module, and those from the lists inside it, because lists are never called.
+        places: the steps that start at the module or at a list inside the module: lists are never called, so they run
+            no hooks.
         home: the model.
     """
 
