@@ -84,7 +84,7 @@ def _without_past(words: CallWords, branch: Branch) -> Copies:
     assert ids is not None
     for value in words.building.model.graph.inputs:
         if value not in copies and value not in (ids, positions, mask) and not value.is_initializer():
-            why = f"the first pass needs the input {value.name} for all tokens, and the past does not include it"
+            why = f"the first pass needs the input {value.name} for all tokens, but the past contains no values for it"
             raise Unsupported(why, cure="Export the model without past keys and values")
     copies[ids] = _like(tokens, ids, branch)
     if positions is not None:

@@ -589,7 +589,7 @@ class Value:
         dtype: Kind | None = None, attributes: Mapping[str, Attribute] | None = None,
         more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """Append a node and return its output. `f` computes the output in numpy, without the inputs in `more`."""
+        """Append a node and return its output. `f` computes the output in numpy from `inputs`, but not from `more`."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
