@@ -181,8 +181,8 @@ def merge(
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
         NotMergeable: a method changes outputs or the context, not weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`; or licences contradict each
-            other or are not known, and `strict_licence`.
+        CheckFailed: the base differs from the base that an adapter records, and `strict_base`; or licences contradict
+            each other or are not known, and `strict_licence`.
         UsageError: arguments contradict each other, or a tied weight is changed and nothing tells how (see `tied`).
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: the disk is full, writing is not permitted, or `out` exists.
