@@ -282,7 +282,7 @@ def _extracted(adapter: Adapter) -> str | None:
 
 
 def _tools(recipe: Iterable[Step | Mapping[str, Any]]) -> set[str]:
-    """Return the tools that made an adapter, from its lineage: names of formats, or this library's `create`, `extract`."""
+    """Return the tools that made an adapter, from its lineage: names of formats, or `create` and `extract`."""
     found: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)

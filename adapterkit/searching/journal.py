@@ -1,4 +1,4 @@
-"""The file in which a search saves its trials, in JSON Lines; the first line describes the search."""
+"""Save the trials of a search in a JSON Lines file, whose first line describes the search."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_BYTES = 1 << 26
 
 
 class Journal:
-    """A file of trials: reads the trials of an earlier run, and appends each new trial in a single write.
+    """A file of trials. It reads the trials of an earlier run, and appends each new trial with a single write.
 
     Args:
         path: the file; None keeps trials only in memory.
-        searched: everything that decides the trials, such as adapters, data, methods and seed. The first line of the
+        searched: everything on which the trials depend, such as adapters, data, methods and seed. The first line of the
             file must have the same values.
-        overwrite: start again if the file belongs to another search.
+        overwrite: whether to start again if the file belongs to another search.
 
     Raises:
         UsageError: the file belongs to another search.
-        Malformed: the file does not hold trials of a search.
+        Malformed: the file does not contain trials of a search.
         StorageError: the file is not readable or writable.
     """
 
@@ -43,8 +43,7 @@ class Journal:
                 raise UsageError("the file holds trials of another search", path=path, cure=cure)
             self._begin()
             return
-        # Drop the last line if it is incomplete, because the run was killed while writing this line. The trial is
-        # repeated.
+        # Drop an incomplete last line: the run was killed while writing it. Its trial is repeated.
         for at, line in enumerate(lines[1:-1], 2):
             self.trials.append(_trial(_parsed(line, path, at), path, at))
         if lines[-1]:
