@@ -506,9 +506,9 @@ def _coarse(planned: Plan) -> Iterator[str]:
         bits = {"F8_E4M3": 3, "F8_E5M2": 2}.get(kind.name)
         if bits is not None:
             yield (
-                f"{kinds.count(kind)} merged weights are rounded to {kind.name}, which has {bits} bits behind the "
-                f"first: a change below 1/{2 ** (bits + 2)} of a weight is lost there; write a wider type to keep it "
-                "all: --dtype bfloat16 (dtype='bfloat16')"
+                f"{kinds.count(kind)} merged weights are rounded to {kind.name}, whose mantissa has {bits} bits: "
+                f"changes below 1/{2 ** (bits + 2)} of a weight are lost; write a wider type to keep all "
+                "changes: --dtype bfloat16 (dtype='bfloat16')"
             )
 
 

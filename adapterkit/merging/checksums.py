@@ -64,7 +64,7 @@ def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
             if size != end:
                 return [f"the file has {size:,} bytes, not {end:,} as written"]
             return [
-                f"bytes {start:,} to {start + nbytes:,} differ from the written ones"
+                f"bytes {start:,} to {start + nbytes:,} differ from the bytes that were written"
                 for start, nbytes, digest in runs
                 if digest_of(file, start, nbytes) != digest
             ]

@@ -86,7 +86,7 @@ def companions(
         folder = Path(chosen)
         if not (exists(folder) and folder.is_dir()):
             why = f"the choice {str(chosen)!r} for the tokenizer is unknown, and no folder has this name"
-            raise UsageError(why, cure=f"Known: {', '.join(CHOICES)}, or a folder that has one")
+            raise UsageError(why, cure=f"Choose {', '.join(CHOICES)}, or a folder with a tokenizer")
         adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
         return Companions()
@@ -119,7 +119,9 @@ def _tokenizer(
         if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
     ]
     if chosen == "adapter" and not whole:
-        raise UsageError("no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder that has one")
+        raise UsageError(
+            "no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder with a tokenizer"
+        )
     if not differing:
         return [], ({"from": "base", "differs": False} if whole else None), warnings
     if len(differing) < len(whole) or any(files != differing[0][2] for _, _, files in differing):

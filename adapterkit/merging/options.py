@@ -102,7 +102,7 @@ def workers_within(memory: int, each: int, tensor: str) -> int:
     """
     if each > memory:
         raise StorageError(
-            f"the merge needs {each:,} bytes at a time, but {memory:,} are allowed", path=None, where=tensor,
+            f"the merge needs at least {each:,} bytes, but {memory:,} are allowed", path=None, where=tensor,
             cure="Allow more with memory=/--memory, or merge on a machine with more",
         )  # fmt: skip
     return max(1, min(most_workers(), memory // max(each, 1)))

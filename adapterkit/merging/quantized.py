@@ -91,7 +91,7 @@ def as_merged(
             why, cure="Choose --quantized original (quantized=) and give the weights by --onto (onto=), or omit both"
         )
     if keep is not None and keep not in KEPT:
-        raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
+        raise UsageError(f"the choice {keep!r} for keep is unknown", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if calibration is not None and keep is None:
         cure = "Add --keep adapter (keep='adapter'), or omit --calibration (calibration=)"
         raise UsageError("a calibration requires rounding that keeps the adapter", where="calibration", cure=cure)
@@ -129,7 +129,7 @@ def _nothing_rounds(base: Checkpoint) -> UsageError:
     cure = (
         "Name both, --quantized requantize --keep adapter (quantized='requantize', keep='adapter'), for a packed base"
     )
-    return UsageError("keep is for weights that are quantized again, and these are not", path=base.root, cure=cure)
+    return UsageError("keep applies only to weights that are quantized again", path=base.root, cure=cure)
 
 
 def as_read(base: Checkpoint, merged: Checkpoint, calibration: str | PathLike[str] | None = None) -> Checkpoint:

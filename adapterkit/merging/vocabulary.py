@@ -308,7 +308,7 @@ class Vocabulary:
             raise self._unknown(name, rows, needed, missing)
         who = " and ".join(dict.fromkeys(use.adapter for use in uses if use.given(rows, needed)))
         mean = (
-            f"the mean of the base's rows for {missing} of them, since no file holds their values at the start of "
+            f"the mean of the base's rows for {missing} of them, because no file has their values at the start of "
             "training (transformers draws them around that mean)"
         )
         self.filled[name] = " and ".join([*([f"from {who}"] if who else ()), *([mean] if missing else ())])

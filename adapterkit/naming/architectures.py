@@ -560,7 +560,7 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
             runs: Iterable[int | str | None] = [place.qkv]
             if place.part is not None:
                 runs = range(place.part, place.part + place.parts)
-            name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs an input"
+            name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs per input"
             name = name if place.half is None else f"{name}, half {place.half} of the experts"
             held = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
             others = {taken.setdefault(each, weight) for each in held} - {weight}

@@ -108,6 +108,6 @@ def ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
     """
     shown = " or ".join(sorted(readings)[:4])
     return TargetNotFound(
-        f"the name has several readings in the base: {shown}", where=target,
+        f"the name can mean several modules of the base: {shown}", where=target,
         cure=f"Choose one with --rename '{target}={sorted(readings)[0]}' (rename=), or with a shorter prefix",
     )  # fmt: skip

@@ -205,7 +205,7 @@ def average(
     chosen = _checked(weights, adapters)
     whole = math.fsum(chosen)
     if whole == 0:
-        raise UsageError("the weights sum to 0", cure="Choose weights with a sum, or add")
+        raise UsageError("the weights sum to 0", cure="Choose weights whose sum is not 0, or use add")
     return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
 
 
@@ -309,7 +309,7 @@ def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
 
 def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
     if isinstance(adapters, (str, Adapter)):
-        raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
+        raise UsageError("a single adapter was given instead of a list", cure="Pass a list of adapters")
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     _check_weights(chosen, len(adapters))
     return chosen

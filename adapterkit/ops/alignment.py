@@ -59,7 +59,7 @@ class AlignedPlace:
         known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
-            raise UsageError("only the base knows the shape of this weight", where=str(self.target), cure=_BASE)
+            raise UsageError("the shape of this weight is unknown without a base", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in found) for found in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
             # Compare the numbers of elements, because some methods store only the product of a convolution's input and
@@ -186,7 +186,7 @@ def _check_layouts(adapters: Sequence[Adapter]) -> None:
         for target in adapter.updates:
             other = said.setdefault((target.path, target.rows), target)
             if other.layout != target.layout:
-                why = f"one adapter says the base stores it [{other.layout}], another [{target.layout}]"
+                why = f"one adapter assumes that the base stores [{other.layout}], another assumes [{target.layout}]"
                 raise ShapeMismatch(why, where=str(target), cure=_BASE)
 
 

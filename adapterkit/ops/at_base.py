@@ -83,7 +83,7 @@ class Weights:
         site = self.sites[target]
         stored = site.bias if bias else site.weight
         if stored is None:
-            raise UsageError("the base has no bias here", where=str(target), cure="Choose another method")
+            raise UsageError("the base has no bias for this target", where=str(target), cure="Choose another method")
         W: Array = view_of(load(_tensor(self.base, stored)), target, bias)
         one = W if expert is None else W[expert]
         return one if bias else one.reshape(len(one), -1)

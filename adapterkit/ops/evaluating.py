@@ -167,7 +167,7 @@ class Evaluation:
 
     def _count(self) -> None:
         if self.asked.varies:
-            why = "a setting that is counted over the whole adapter cannot differ between targets"
+            why = "a setting that applies to the whole adapter cannot differ between targets"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
         # Sampling a few targets saves time only if there are many more targets.
@@ -466,7 +466,9 @@ def _wide(rank: int, shape: Shape) -> bool:
 
 
 def _small(place: AlignedPlace, bound: float, dtype: str) -> str:
-    return f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) holds them"
+    return (
+        f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) can represent them"
+    )
 
 
 def _bytes(place: AlignedPlace) -> int:

@@ -283,7 +283,7 @@ class _Extraction:
         elif not (tuned.dtype.floating and base.dtype.floating):
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
                 kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
-                why = f"its numbers are {kinds} and changed; only changes of real numbers can be extracted"
+                why = f"the tensor changed, but its dtype is {kinds}; only floating-point tensors can be extracted"
                 cure = "Name the targets to extract by targets=/--target"
                 raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:

@@ -51,7 +51,7 @@ class Depths:
         """
         layer = self.layers[str(target)]
         if layer is None:
-            why = "a list of numbers for a target that is in no numbered layer"
+            why = "a list over the layers does not apply to a target outside numbered layers"
             raise UsageError(why, where=str(target), cure="Give a mapping of globs, with a number for such targets")
         return layer / self.last if self.last else 0.0
 
@@ -76,17 +76,19 @@ def plain(setting: Setting, where: str) -> Setting:
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
-            raise UsageError(
-                "a mapping must be of globs to values", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}'
-            )
+            raise UsageError("a mapping must have globs as keys", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}')
         return {glob: plain(value, where) for glob, value in setting.items()}
     if isinstance(setting, (list, tuple)):
         numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if not setting or len(numbers) < len(setting):
-            raise UsageError("a list must be of numbers, for the first layer to the last", where=where, cure="Give one")
+            raise UsageError(
+                "a list must contain numbers, from the first layer to the last", where=where, cure="Give one"
+            )
         return [float(value) for value in setting]
     if setting is not None and not isinstance(setting, (bool, int, float, str)):
-        raise UsageError(f"{type(setting).__name__} is no value", where=where, cure="Give a number, list or mapping")
+        raise UsageError(
+            f"a setting cannot have type {type(setting).__name__}", where=where, cure="Give a number, list or mapping"
+        )
     return setting
 
 
@@ -96,7 +98,7 @@ def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None
         return
     for glob in setting:
         if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
-            cure = f"Its targets are called like {targets[0].path}"
+            cure = f"The name of a target is, for example, {targets[0].path}"
             raise UsageError(f"no target fits {glob!r}", where=where, cure=cure)
 
 
@@ -187,11 +189,11 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
     from .combiners import COMBINERS
 
     if compat not in PEERS:
-        raise Unsupported(f"no way of {compat!r} is known", cure=f"Known: {', '.join(PEERS)}")
+        raise Unsupported(f"the peer library {compat!r} is unknown", cure=f"Known: {', '.join(PEERS)}")
     known = PEERS[compat]
     if name not in known:
         cure = nearest(name, known) or f"Known: {', '.join(known)}"
-        raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)
+        raise UsageError(f"{compat} has no method {name!r}", where="compat", cure=cure)
     method, values = known[name]
     inner = COMBINERS[str(values["then"])] if "then" in values else COMBINERS[method]
     return method, {**inner.compat.get(compat, {}), **values}
@@ -269,16 +271,20 @@ class Asked:
         """Check the parameters that apply to one adapter only."""
         if each and len(each) != count:
             raise UsageError(
-                f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
+                f"the list has parameters of {len(each)} adapters, but there are {count} adapters",
+                where="each",
+                cure="Give one mapping each",
             )
         if not all(isinstance(own, Mapping) for own in each):
-            raise UsageError("parameters of an adapter are a mapping", where="each", cure='Such as {"density": 0.5}')
+            raise UsageError(
+                "the parameters of an adapter must be a mapping", where="each", cure='Such as {"density": 0.5}'
+            )
         cls = COMBINERS[self.name]
         if cls.plug is not None:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
         for key in {key for own in each for key in own} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
-            raise UsageError(f"{key!r} is not of single adapters", where="each", cure=f"Such parameters: {known}")
+            raise UsageError(f"{key!r} cannot differ between adapters", where="each", cure=f"Such parameters: {known}")
         return [{key: _each_checked(cls, key, plain(value, key)) for key, value in own.items()} for own in each]
 
     def method(self, target: Target) -> Combiner:
@@ -312,7 +318,7 @@ class Asked:
         numbers: list[float] = []
         for weight in found:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UsageError(f"weight {weight!r} is no finite number", where=str(target), cure="Give a number")
+                raise UsageError(f"weight {weight!r} is not a finite number", where=str(target), cure="Give a number")
             numbers.append(float(weight))
         return numbers
 

@@ -69,7 +69,7 @@ TOP = (
 )  # fmt: skip
 REFUSED: Mapping[str, tuple[str, str]] = {
     "modules": (
-        "merging parts of a model separately", "Write one recipe for each part, with adapters that hold that part",
+        "merging parts of a model separately", "Write one recipe for each part, with adapters of only that part",
     ),
     "genome": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
     "tasks": ("searching for a recipe", "Write the recipe itself: merge_method, models, parameters"),
@@ -295,7 +295,7 @@ def _named_base(
             "Name the same base in every model and in base_model",
         )
         raise UsageError(
-            f"{differing} is another base than {said or next(iter(bases))}", where=where, path=path, cure=cure
+            f"the base {differing} differs from the base {said or next(iter(bases))}", where=where, path=path, cure=cure
         )
     method, needed = top["merge_method"], _is_based(top)
     if said is not None and said in names and len(names) > 1:

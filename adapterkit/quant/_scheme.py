@@ -62,7 +62,7 @@ class Packed(ABC):
         Raises:
             Unsupported: the scheme has only one type.
         """
-        raise Unsupported("the scheme has no other form to write the weight in", where=self.name, cure=NO_PACKING)
+        raise Unsupported("the scheme cannot write the weight in another type", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:

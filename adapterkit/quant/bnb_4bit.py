@@ -251,7 +251,7 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     shape, size = tuple(state["shape"]), state["blocksize"]
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
-        raise ShapeMismatch(f"{stored.nbytes} bytes do not hold {count} weights of 4 bits", where=name, cure=DAMAGED)
+        raise ShapeMismatch(f"{stored.nbytes} bytes are not {count} values of 4 bits", where=name, cure=DAMAGED)
     stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")

@@ -86,7 +86,7 @@ def _check_layouts(base: Checkpoint) -> None:
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise Malformed("the tensor does not hold a JSON object", path=base.root, where=name, cure=DAMAGED)
+            raise Malformed("the tensor does not contain a JSON object", path=base.root, where=name, cure=DAMAGED)
         if said.get("format") not in FORMATS:
             why = (
                 f"the module has ComfyUI's format {said.get('format')!r}, whose scales are in the order of its kernels"

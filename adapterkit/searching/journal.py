@@ -40,7 +40,7 @@ class Journal:
         if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
             if not overwrite:
                 cure = "Name another file, delete this one, or start again with --overwrite (overwrite=True)"
-                raise UsageError("the file holds trials of another search", path=path, cure=cure)
+                raise UsageError("the file contains trials of another search", path=path, cure=cure)
             self._begin()
             return
         # Drop an incomplete last line: the run was killed while writing it. Its trial is repeated.
@@ -72,7 +72,7 @@ def _parsed(line: str, path: Path, at: int) -> object:
         found: object = json.loads(line)
         return found
     except (ValueError, RecursionError):
-        why = "the file does not hold trials of a search"
+        why = "the file does not contain trials of a search"
         raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None
 
 

@@ -137,7 +137,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Return whether the moves cover every part of every expert in a stack."""
+    """Return whether every part of every expert in a stack has a destination."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)

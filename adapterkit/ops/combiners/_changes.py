@@ -27,7 +27,7 @@ def shares(weights: Array) -> Array:
     """
     whole = weights.sum()
     if abs(whole) < TINY * abs(weights).sum() or whole == 0:
-        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights with a sum")
+        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights whose sum is not 0")
     result: Array = weights / whole
     return result
 

@@ -47,7 +47,7 @@ def parameter(
 DEPENDENCES = {
     "factors": "how a change was split into B and A",
     "order": "the order of the adapters",
-    "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
+    "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
 """What else a combiner's result may depend on besides the changes; tests check each combiner's `depends`."""

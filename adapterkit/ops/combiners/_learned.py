@@ -70,10 +70,14 @@ class WeightTrial:
         """
         said = self.score(self.combined(coefficients))
         if not isinstance(said, tuple) or len(said) != 2 or not isinstance(said[1], Mapping):
-            raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {self.wanted}")
+            raise UsageError(
+                "the score function returned no gradients", where="data", cure=f"data= must be {self.wanted}"
+            )
         unknown = set(said[1]) - {str(target) for target in self.targets}
         if unknown:
-            raise UsageError("a gradient belongs to no target", where=sorted(unknown)[0], cure="Use the targets' paths")
+            raise UsageError(
+                "a gradient has a path that is not a target", where=sorted(unknown)[0], cure="Use the targets' paths"
+            )
         # torch returns None as the gradient of a weight on which the loss does not depend.
         given = {target: said[1].get(str(target)) for target in self.targets}
         slopes = {target: self.products(target, G) for target, G in given.items() if G is not None}

@@ -48,7 +48,7 @@ def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = 
         UsageError: a change has no low-rank factors, or the ranks differ.
     """
     if any(delta.rest is not None for delta in deltas):
-        raise UsageError("a change has no thin factors", where=str(at.target), cure=LOW_RANK)
+        raise UsageError("a change has no low-rank factors", where=str(at.target), cure=LOW_RANK)
     ranks = [delta.rank for delta in deltas]
     if equal and len(set(ranks)) > 1:
         why = f"factors of ranks {', '.join(map(str, ranks))} cannot be summed separately"

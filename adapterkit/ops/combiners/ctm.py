@@ -46,7 +46,9 @@ class CtM(PlugIn):
         cores = np.stack(common.cores)
         rank = self.rank or max(delta.rank for delta in deltas)
         if rank < 1:
-            raise UsageError("the changes have no thin factors, so no rank", where="rank", cure="Give --rank (rank=)")
+            raise UsageError(
+                "the changes have no low-rank factors, and so no rank", where="rank", cure="Give --rank (rank=)"
+            )
         U, V = self._bases(cores, min(rank, *cores.shape[1:]))
         merged = self.inner.matrix([whole(U.T @ M @ V) for M in cores], weights, at)
         return Delta(common.left @ U, merged.dense() @ (V.T @ common.right))

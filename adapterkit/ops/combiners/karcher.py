@@ -24,7 +24,7 @@ class Karcher(Mixture):
 
     scale: float = parameter(1.0, SCALE)
     iterations: int = parameter(100, "largest number of steps", least=1)
-    tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
+    tolerance: float = parameter(1e-5, "the search ends after a step that is shorter than this", least=0)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """Return the coefficients of the mean.

@@ -33,7 +33,7 @@ class LoraHub(Learned):
     apart: bool = parameter(True, "sum A and B separately, which yields products of different adapters' factors")
     steps: int = parameter(40, "number of candidates to score", least=1)
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
-    penalty: float = parameter(0.05, "factor of the mean magnitude of the weights in the loss", least=0)
+    penalty: float = parameter(0.05, "factor of mean|w|, the mean magnitude of the weights, in the loss", least=0)
 
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np

@@ -41,7 +41,9 @@ class NSC(Learned):
     paper = "https://arxiv.org/abs/2603.26317"
     data: ClassVar[str | None] = SPACES
 
-    blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are used", least=0, most=1)
+    blocks: float = parameter(
+        0.25, "share of the layers whose inputs are used, counted from the last layer", least=0, most=1
+    )
     start: float = parameter(0.4, "initial coefficients")
     steps: int = parameter(100, "steps of AdamW", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
@@ -68,7 +70,7 @@ class Spaces:
         self._seen: dict[tuple[int, str], tuple[Array, Array]] = {}
         self.paths = [str(target) for target in trial.targets if self._add(trial, target, blocks)]
         if not self.paths:
-            why = "the last layers have no target with thin factors"
+            why = "the last layers have no target with low-rank factors"
             raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
 
     def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
@@ -101,7 +103,7 @@ class Spaces:
         unknown = [key for key in inputs if key not in self._seen]
         if unknown or not inputs:
             where = ", ".join(map(str, unknown[0])) if unknown else "inputs"
-            raise UsageError("inputs belong to no target that is used", where=where, cure="Use spaces.paths")
+            raise UsageError("inputs have a path that is not in spaces.paths", where=where, cure="Use spaces.paths")
         shares = [self._share(key, z) for key, z in inputs.items()]
         return sum(shares[1:], shares[0]) / len(shares)
 

@@ -79,7 +79,7 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
-        why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"
+        why = f"the inputs have shape {list(X.shape)}, but the weight has {columns} columns; or an input is not finite"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
     X = X.reshape(-1, columns)
     G: Array = X.T @ X

@@ -129,7 +129,7 @@ class TARA(Learned):
         """
         row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
         if any(delta is not None and delta.rest is not None for delta in row):
-            raise UsageError("a change has no thin factors", where=str(target), cure=LOW_RANK)
+            raise UsageError("a change has no low-rank factors", where=str(target), cure=LOW_RANK)
         return sum(part.rank for part in self._parts(row) if part is not None)
 
     def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
