@@ -69,7 +69,7 @@ class ALoRA(Routed):
     def _active(self, ids: Tensor, x: Tensor) -> Tensor:
         """Return a mask of the positions of x that do not precede the last invocation.
 
-        X has the last tokens of the sequence.
+        The input x contains the last tokens of the sequence.
         """
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
             why = f"the layer's input is {list(x.shape)}, but the model reads {list(ids.shape)} tokens"

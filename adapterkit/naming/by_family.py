@@ -102,7 +102,7 @@ class FamilyNames:
     def root(self) -> str:
         """Return the name that the class without a head has inside the family's other classes: `vit` for a ViT.
 
-        Empty if this name is `model`, not the name of a family.
+        Empty if this name, such as `model`, is not the name of a family.
 
         `AutoModel` loads the class without a head, so names in an adapter for it lack this word:
         `layers.0.attention.q_proj`.

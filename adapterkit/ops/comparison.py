@@ -48,8 +48,8 @@ class Likeness:
         norm_a: Frobenius norm of the first change, of weight and bias.
         norm_b: Frobenius norm of the second change.
         effective_rank_a: exponential of the entropy of the singular values of the first weight's change (Roy and
-            Vetterli 2007); the mean over stacked experts. effective_rank_b: the effective rank of the second weight's
-            change.
+            Vetterli 2007); the mean over stacked experts.
+        effective_rank_b: the effective rank of the second weight's change.
         cosine: cosine of the angle between the two changes, where weight and bias together are one vector.
         overlap_out: how much of the smaller output space lies in the larger output space, from 0 to 1; the mean over
             stacked experts.

@@ -131,7 +131,7 @@ class Criterion:
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
         """Return the smallest number of singular values that meets the criterion.
 
-        Len(S) + `beyond` if S is too short.
+        If S is too short, return len(S) + `beyond`.
         """
         if self._by_values:
             count = self._of_values(S, norm, beyond)
@@ -147,7 +147,7 @@ class Criterion:
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
         """Return how many singular values kohya keeps, at least 1.
 
-        Len(S) + `beyond` if that depends on values not in S.
+        If the number depends on values that S lacks, return len(S) + `beyond`.
 
         The rules are those of resize_lora.py in https://github.com/kohya-ss/sd-scripts.
         """

@@ -155,8 +155,10 @@ class Scheme:
     Define each subclass in a separate module; the module's name is the scheme's name. A base without a config, and
     without integer or 8-bit float tensors, counts as unquantized.
 
-    Class attributes: url: the address of a description of the layout. ⏎ description: a line for tables. oracle: the
-    library that uses the format; tests compare the dequantization with this library.
+    Class attributes:
+        url: the address of a description of the layout.
+        description: a line for tables.
+        oracle: the library that uses the format; tests compare the dequantization with this library.
     """
 
     url: ClassVar[str] = ""
