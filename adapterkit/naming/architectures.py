@@ -1,4 +1,6 @@
-"""Load architectures: each tool's names for the weights of a model family, and how the tools' layouts are related.
+"""Load architectures: each tool's names and layouts for the weights of a model family.
+
+A naming is the set of names that one tool (or hub) uses for a family's weights.
 
 Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` defines the format.
 Binding a base reads only the file of its family.
@@ -227,7 +229,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The contents of one file in the folder `namings`.
 
-    A tool's names for the weights of families that also have their own files.
+    The file has a tool's names for the weights of families that also have their own files.
     """
 
     format: int

@@ -70,8 +70,8 @@ class FamilyNames:
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
         # If the base has most names of one naming exactly, do not search prefixes of the other namings: the search
-        # could find a wrong prefix. In the naming that fits, one part may still lack a prefix: the text model in Dots
-        # 3's class without a head does, its towers do not.
+        # could find a wrong prefix. In the naming that fits, one part may still need a prefix: in Dots 3's class
+        # without a head, the names of the text model lack a prefix, but those of the towers do not.
         plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
         self.prefixes = {
             naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")

@@ -37,8 +37,8 @@ def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -
     """Find the family of a model or adapter file.
 
     Several families share one `general.architecture`: Llama, Mistral and Mixtral are all `llama`. The family that knows
-    the most of the file's names is chosen. Among equal families, the first criterion is the fewest weights without a
-    GGUF name, the second the fewest names that the file lacks.
+    the most of the file's names is chosen. If several families know equally many, the family with the fewest weights
+    without a GGUF name is chosen, and then the family with the fewest names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.

@@ -114,7 +114,7 @@ def places(
         base: the base. All adapters are bound to the base's names and layouts, and some methods need its weights.
         lower: a participle for error messages, such as `"combined"`. If given, updates are made additive, or refused if
             that is impossible.
-        disjoint: allow adapters that share no target.
+        disjoint: whether to allow adapters that have no target in common.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
         strict_base: whether to refuse a base that differs from the base that an adapter records.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .lowering import Base
 
 PIECE = 1 << 15
-"""The number of elements per step when single elements are compared; so few fit in a processor core's cache."""
+"""The number of elements per step when single elements are compared; this many fit in a processor core's cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ PIECE = 64 << 20
 """The number of bytes of a table that are compared in one step."""
 
 CACHED = 1 << 15
-"""The number of values in each step of a sum; so few fit in a processor core's cache."""
+"""The number of values in each step of a sum; this many fit in a processor core's cache."""
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
@@ -31,7 +31,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
         exact: whether to return float64 if float32 would round any element.
 
     Raises:
-        Malformed: one of both tensors contains a NaN or an infinity.
+        Malformed: one of the two tensors contains a NaN or an infinity.
     """
     import numpy as np
 
@@ -89,7 +89,7 @@ def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
     """Return the indices of the changed rows among the base's rows, and the squared Frobenius norm of their change.
 
     Raises:
-        Malformed: one of both tables contains a NaN or an infinity.
+        Malformed: one of the two tables contains a NaN or an infinity.
     """
     import numpy as np
 

@@ -101,9 +101,9 @@ def one_blas_thread() -> Iterator[None]:
     import numpy as np  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # threadpoolctl changes a number of the whole process, and restores the previous number at the end. If blocks
-    # overlap, the second block would save the limit 1 as the previous number, and might restore 1 last. So only the
-    # first block sets the limit, and the last block that ends restores the number.
+    # threadpoolctl sets the thread limit of the whole process, and restores the previous limit at the end. If blocks
+    # overlap, the second block would save 1 as the previous limit, and might restore it last. So only the first block
+    # sets the limit, and the last block that ends restores the previous limit.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -124,7 +124,8 @@ class Selection:
         if self._bins is not None:
             places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
             bins = np.bincount(places.astype(np.int64), minlength=BINS)
-        nonzero = int(np.count_nonzero(values != 0))  # A third of the time of counting floats.
+        # Compare first, because counting booleans takes a third of the time of counting floats.
+        nonzero = int(np.count_nonzero(values != 0))
         with self._lock:
             self._total += values.size
             self._nonzero += nonzero

@@ -280,7 +280,7 @@ def nibbles(packed: Array, *, high_first: bool = False) -> Array:
 
 
 STEP = 1 << 17
-"""The number of values that are quantized in one step; so few stay in a processor core's cache."""
+"""The number of values that are quantized in one step; this many fit in a processor core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:

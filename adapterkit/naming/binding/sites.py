@@ -28,7 +28,7 @@ def check_family(adapter: Adapter, config: Mapping[str, object] | None) -> None:
     """Refuse a base whose family differs from the family that the adapter records.
 
     A base that contains the family also passes: an adapter for a Llama fits a LLaVA whose language model is a Llama.
-    Unknown models are not compared; known are the models of transformers and the families with a file.
+    Models that are neither in transformers nor in a family's file are not compared.
 
     An adapter that the user's rules have renamed is not compared, because the user's rules take precedence.
 
@@ -293,7 +293,8 @@ _PARTLY = "; to omit missing targets, allow a partial match: --allow-partial (al
 # Find the family of a base without a config: try every family's file, and compare names and shapes.
 #
 # A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
-# families. The family is then irrelevant if all of these families map the adapter's targets to the same weights.
+# families. If all of these families map the adapter's targets to the same weights, it does not matter which family the
+# base has.
 
 
 Updates = Mapping[Target, tuple[Update, ...]]
@@ -347,7 +348,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """Keep one target for each name up to numbers, because layers and experts are numerous and alike."""
+    """Keep one of several targets whose names differ only in numbers, because layers and experts are alike."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)

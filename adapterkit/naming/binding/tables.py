@@ -33,8 +33,8 @@ def name_map(
 
     Returns:
         a dict with `model_type`, `family` (the name of the base's architecture file, or None) and, with an adapter,
-        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name up to
-        numbers, with its name in each naming.
+        `targets`, `rules` and `missing`. Without an adapter it has `weights`: a record for each stored name (one of
+        several that differ only in numbers), with its name in each naming.
 
     Raises:
         TargetNotFound: the base does not have a target, or a target's name can mean two modules.
@@ -63,7 +63,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[JsonValue]:
-    """List the base's modules, one for each name up to numbers, with their names in every naming of the family."""
+    """List the base's modules (one of several that differ only in numbers) with their names in every naming."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors
