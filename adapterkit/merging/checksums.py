@@ -2,7 +2,7 @@
 
 Workers write runs of consecutive bytes of a file, not in file order. So each run has a sha256, and a file's checksum is
 the sha256 over the checksums of its runs, in file order. Checksums are computed from the bytes in memory, and stored in
-the output's record. Later they show in which run a file is damaged, without the base. Files that no adapter changes
+the output's record. They later show, without the base, in which run a file is damaged. Files that no adapter changes
 have no checksums, because they are copies of the base's files.
 """
 

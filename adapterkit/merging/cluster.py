@@ -3,7 +3,8 @@
 A task receives only names and options, a few hundred bytes. The task plans the whole merge from headers, and checks
 that its plan has the same digest as the driver's plan. What it reads and writes depends on the names:
 
-* It downloads inputs on hubs into scratch space on its node, of the base only the bytes that its file needs.
+* It downloads inputs from hubs into scratch space on its node. Of the base, it downloads only the bytes that its file
+  needs.
 * If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of each file (a sparse file
   with only the header), and makes the output visible when all files are uploaded.
 * Local paths must be on a file system that all nodes share.

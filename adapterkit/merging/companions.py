@@ -57,7 +57,7 @@ class Companions:
         copies: (file, its name in the output).
         left_out: files of the base that are not copied.
         tokenizer: plain data about where the tokenizer comes from; None if no adapter has a tokenizer.
-        warnings: one sentence each.
+        warnings: a list of sentences.
     """
 
     copies: tuple[tuple[Path, str], ...] = ()

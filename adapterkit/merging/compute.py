@@ -117,7 +117,7 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     """Load the updates of a planned update into memory, in float64.
 
     Raises:
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
     if fold.seen is None:
         return [_load(update, fold, arrays) for update in fold.updates]
@@ -254,7 +254,7 @@ class BlockMerger:
     """Applies planned updates to the blocks of one output tensor. Their factors are loaded once, in float64.
 
     Raises:
-        Malformed: a factor holds a NaN or an infinity.
+        Malformed: a factor contains a NaN or an infinity.
     """
 
     def __init__(self, output: Output, workspace: Workspace) -> None:

@@ -38,8 +38,8 @@ def execute(
         devices: the array libraries to compute with; each of n libraries computes every nth file.
         progress: a function that is called with (bytes done, total bytes).
         threads: the number of workers; at least one per device is started.
-        link: write hard links to unchanged files of the base.
-        checksums: record checksums of the written bytes.
+        link: whether to write hard links to unchanged files of the base.
+        checksums: whether to record checksums of the written bytes.
 
     Raises:
         AdapterkitError: the first error of any worker; the others stop.

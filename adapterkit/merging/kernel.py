@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WRITTEN = ("BF16", "F16")
 """The dtypes that the loops write.
 
-Float32 is missing, because it needs every sum in float64, for which numpy is as fast.
+The dtype float32 is missing, because it needs every sum in float64, for which numpy is as fast.
 """
 
 PANEL, FILLED, CHUNK = 16, 32, 16

@@ -151,7 +151,7 @@ class Plan:
         origin: the uri of the base if it came from a hub, because the downloaded folder may be deleted before the
             report is made.
         checksums: whether checksums of the written bytes are recorded.
-        warnings: one sentence each.
+        warnings: a list of sentences.
         companions: the files to copy next to the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not computed.
         shapes: a digest of the names and shapes of the base's tensors; None if it was not computed.
@@ -245,7 +245,7 @@ class Plan:
     def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the record that is stored in the output.
 
-        Without paths and times, so that equal merges write equal bytes.
+        The record has no paths and no times, so that equal merges write equal bytes.
 
         Args:
             digests: whether to include the adapters' digests, for which all tensors of the adapters are read.

@@ -187,10 +187,7 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 def _folds(
     site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
-    """Yield (stored tensor, planned update) for a target.
-
-    `before` are planned updates of the same weight by earlier targets.
-    """
+    """Return (stored tensor, planned update) pairs for a target; `before` are earlier targets with the same weight."""
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:

@@ -88,7 +88,7 @@ class RepackedRun:
             The squared norms by index: one for each planned update, then `NORMS` for the damage.
 
         Raises:
-            Malformed: a factor or a merged number is not finite.
+            Malformed: an element of a factor or of the merged weight is not finite.
         """
         import numpy as np
 
@@ -258,7 +258,7 @@ class Repacked:
         """Return the bytes of every stored tensor, and squared norms: one per planned update, then `NORMS` of damage.
 
         Raises:
-            Malformed: a factor or a merged number is not finite.
+            Malformed: an element of a factor or of the merged weight is not finite.
             Unsupported: the scheme cannot quantize.
         """
         merged = _Merged(self.output, workspace)

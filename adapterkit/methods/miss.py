@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MiSS(Additive):
-    """W'[o, i] = W[o, i] + block[i mod r, o], or W[o, i] + mini[i mod r, o mod m]; exactly one of the two is present."""
+    """W'[o, i] = W[o, i] + block[i mod r, o], or W[o, i] + mini[i mod r, o mod m]; exactly one is present."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})

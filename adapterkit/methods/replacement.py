@@ -32,7 +32,7 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
-        """Start with copies of W and b. `weight=False` or `bias=False` omits one of the two; BitFit trains only biases."""
+        """Start with copies of W and b. `weight=False` or `bias=False` omits one; BitFit trains only biases."""
         held = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
