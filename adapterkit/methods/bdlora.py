@@ -1,6 +1,6 @@
-"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.  Wang et al.
+"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.
 
-2025, https://arxiv.org/abs/2510.23346
+Wang et al. 2025, https://arxiv.org/abs/2510.23346
 
 W' = W + scaling * B @ A. The block-diagonal factor stores only its n blocks. Each block of A reads 1/n of the inputs;
 each block of B writes 1/n of the outputs.

@@ -1,6 +1,6 @@
-"""Context-aware prompt tuning: a bounded change of the embeddings of example tokens.  Blau et al.
+"""Context-aware prompt tuning: a bounded change of the embeddings of example tokens.
 
-2024, https://arxiv.org/abs/2410.17222
+Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
 PEFT's files store only the sum of the embeddings and the change, so they are read as the method `prompt`.
 """

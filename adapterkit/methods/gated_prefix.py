@@ -1,6 +1,6 @@
-"""A prefix of one attention module, multiplied by gates that depend on the module's input.  Mao et al.
+"""A prefix of one attention module, multiplied by gates that depend on the module's input.
 
-2021, https://arxiv.org/abs/2110.07577
+Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
 AdapterHub uses this prefix in UniPELT. The prefix is trained directly, or it is the stored output of a network.
 """

@@ -1,6 +1,6 @@
-"""GraLoRA: a separate LoRA for each of g x g blocks of the weight.  Jung et al.
+"""GraLoRA: a separate LoRA for each of g x g blocks of the weight.
 
-2025, https://arxiv.org/abs/2505.20355
+Jung et al. 2025, https://arxiv.org/abs/2505.20355
 
 Each block has rank q, so that the g blocks of a slice of inputs have r = g * q ranks together. The hybrid form adds a
 LoRA of the whole weight.

@@ -77,9 +77,9 @@ class OFTPatches(OutputUpdate):
         return layer(summed(_bordered(x, part, *place, high, wide) for part, place in zip(parts, places, strict=True)))
 
     def _mix(self, channels: int, places: int) -> Tensor:
-        """Return the matrix of the rotations for patches position by position.
+        """Return the matrix of the rotations for patches stored position by position.
 
-        The rotations expect channel by channel.
+        The rotations expect patches stored channel by channel.
         """
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)

@@ -1,6 +1,6 @@
-"""P-tuning with an LSTM: a prompt computed by a recurrent network.  Liu et al.
+"""P-tuning with an LSTM: a prompt computed by a recurrent network.
 
-2021, https://arxiv.org/abs/2103.10385
+Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
 This is PEFT's `encoder_reparameterization_type="LSTM"`. PEFT's files store only the network's output, so they are read
 as `prompt`.

@@ -1,6 +1,6 @@
-"""PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network on the weight.  Zhong et al.
+"""PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network on the weight.
 
-2024, https://arxiv.org/abs/2410.01870
+Zhong et al. 2024, https://arxiv.org/abs/2410.01870
 
 The network maps each column of W (the weights of one input) to the change of this column. First, A and f reduce the
 column to r values. Encoders and decoders of width r follow; the input of each encoder is added to the output of the

@@ -1,6 +1,6 @@
-"""Prompt tuning: trained embeddings before the embeddings of the input.  Lester et al.
+"""Prompt tuning: trained embeddings before the embeddings of the input.
 
-2021, https://arxiv.org/abs/2104.08691
+Lester et al. 2021, https://arxiv.org/abs/2104.08691
 
 The formula also covers P-tuning and CPT if their embeddings are stored, as in PEFT's files.
 """

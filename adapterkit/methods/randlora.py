@@ -1,6 +1,6 @@
-"""RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).  Albert et al.
+"""RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).
 
-2025, https://arxiv.org/abs/2502.00987
+Albert et al. 2025, https://arxiv.org/abs/2502.00987
 
 The bases B_j and A are random, fixed, and shared by all weights. There are n matrices B_j with n * r >= min(out, in),
 so the sum has full rank. A extends along the shorter side of the weight, B_j along the longer side. The sum is computed

@@ -1,6 +1,6 @@
-"""ReFT: h' = h + R^T (act(S h + b) - R h) at the first and last positions.  Wu et al.
+"""ReFT: h' = h + R^T (act(S h + b) - R h) at the first and last positions.
 
-2024, https://arxiv.org/abs/2404.03592
+Wu et al. 2024, https://arxiv.org/abs/2404.03592
 
 In LoReFT, the rows of R are orthonormal (`orthogonality`). In NoReFT and DiReFT they need not be, and DiReFT does not
 subtract R h (`subtract_projection` is false).

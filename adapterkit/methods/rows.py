@@ -1,4 +1,4 @@
-"""Token rows: W'[:, index] = values. New embeddings for some tokens.
+"""Token rows: W'[:, index] = values, new embeddings for some tokens.
 
 This is PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens. The tensor
 `values` contains the new rows, not differences. With the axes `[out, in]` of updates, a token of an embedding is an

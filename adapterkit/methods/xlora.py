@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class XLoRA(Routed):
-    """The classifier alone, at the target of the whole model.
+    """The classifier of the model and, at a changed layer, the layer's experts.
 
-    Or the classifier and its experts, at each changed layer.
+    The update of the whole model contains only the classifier. The update of a layer contains both.
     """
 
     paper = "https://arxiv.org/abs/2402.07148"

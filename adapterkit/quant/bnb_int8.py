@@ -1,6 +1,6 @@
-"""bitsandbytes' int8: w = q * SCB[row] / 127; SCB is the row's largest magnitude.  Dettmers et al.
+"""bitsandbytes' int8: w = q * SCB[row] / 127; SCB is the row's largest magnitude.
 
-2022, arXiv:2208.07339
+Dettmers et al. 2022, arXiv:2208.07339
 """
 
 from __future__ import annotations
