@@ -373,7 +373,7 @@ def remainder(
         A LoRA whose base is `merged`.
 
     Raises:
-        UsageError: a model is not quantized, the rank is out of range, or quantization lost nothing.
+        UsageError: a model is not quantized, the rank is out of range, or quantization caused no error.
         AdapterkitError: an input cannot be read, or the inputs do not fit together.
 
     Example:

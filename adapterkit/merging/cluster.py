@@ -1,12 +1,12 @@
 """Run a merge on a Ray cluster, one task per output file; tasks are idempotent and may run on any node.
 
 A task receives only names and options, a few hundred bytes. The task plans the whole merge from headers, and checks
-that its plan has the same digest as the driver's plan. What it reads and writes depends on the names:
+that its plan has the same digest as the driver's plan. The names determine what a task reads and writes:
 
-* It downloads inputs from hubs into scratch space on its node. Of the base, it downloads only the bytes that its file
-  needs.
-* If the output is on a hub, it uploads its file from its node. The driver keeps a sketch of each file (a sparse file
-  with only the header), and makes the output visible when all files are uploaded.
+* A task downloads inputs from hubs into scratch space on its node. The task downloads only those bytes of the base that
+  its file needs.
+* If the output is on a hub, the task uploads its file from its node. The driver keeps a sketch of each file (a sparse
+  file with only the header), and makes the output visible when all files are uploaded.
 * Local paths must be on a file system that all nodes share.
 
 So no weight passes through Ray's object store or through the driver.

@@ -81,8 +81,8 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
             break
         C = C - step * lost
         now = (trip(_shifted(M, C, Vh)) - M) @ V
-        # A shift below half a quantization step changes nothing, so lengthen the step. Shorten it if the error changes
-        # its sign.
+        # Lengthen the step if the error stays the same: a shift below half a quantization step changes nothing. Shorten
+        # the step if the error changes its sign.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))

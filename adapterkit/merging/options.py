@@ -95,7 +95,7 @@ def most_workers() -> int:
 
 
 def workers_within(memory: int, each: int, tensor: str) -> int:
-    """Return how many workers, which need `each` bytes, fit into `memory`, at most `most_workers()`.
+    """Return the number of workers: as many as fit into `memory` with `each` bytes, but at most `most_workers()`.
 
     Raises:
         StorageError: the memory is too small for one worker.

@@ -226,7 +226,7 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """The number of computing threads, which processors and memory limit.
+        """The number of computing threads: `most_workers()`, or fewer if the memory is too small.
 
         Raises:
             StorageError: the memory is too small for one thread.

@@ -1,6 +1,6 @@
 """OSF: trains the part of W with the smallest singular values.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V. T is the part of W with its smallest singular values, as many as S has elements. PEFT computes
+W' = W - T + U diag(S) V. T is the part of W with the r smallest singular values, where S has r elements. PEFT computes
 T from the base. If an adapter does not store T, adapterkit computes T in the same way, with torch's decomposition in
 float32. Adapters that adapterkit creates store T. In PEFT's training, gradients avoid the directions of the rest of W,
 which does not affect the formula.

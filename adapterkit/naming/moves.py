@@ -31,7 +31,7 @@ class PathPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Where one part of a target is in the base.
+    """The location in the base of one part of a target.
 
     Attributes:
         path: the name in the base.

@@ -68,7 +68,7 @@ class Delta:
 class Change:
     """The change that one adapter makes to one target, a weighted sum of additive updates.
 
-    Tensors are read by the methods.
+    The methods read the tensors when they are called.
 
     Attributes:
         target: the target.

@@ -50,7 +50,7 @@ DEPENDENCES = {
     "size": "fixed thresholds of magnitudes, so that doubled changes do not double the result",
     "seed": "random numbers",
 }
-"""What else a combiner's result may depend on besides the changes; tests check each combiner's `depends`."""
+"""Causes, besides the changes, by which a combiner's result may vary; tests check each combiner's `depends`."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)

@@ -1,8 +1,8 @@
 """Iso-CTS: join directions of the sum with directions of each task, orthonormalize them, and use one singular value.
 
-Of R directions, the first k come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its
-own change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k /
-R = 0.8 as in https://github.com/danielm1405/iso-merging.
+The first k of R directions come from the sum of the changes. Each of the T tasks adds (R - k) / T directions of its own
+change, after the k common directions are projected out. Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R =
+0.8 as in https://github.com/danielm1405/iso-merging.
 """
 
 from __future__ import annotations
