@@ -85,7 +85,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The result of a task: facts about its file that the driver needs.
+    """The result of a task, which the driver receives: data about the file that the task wrote.
 
     Attributes:
         name: the name of the file.

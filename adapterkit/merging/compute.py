@@ -321,7 +321,7 @@ class BlockMerger:
         # Refuse only NaNs and infinities that the merge creates, and keep those of the base.
         if watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
-                f"the merge yields values that overflow {self.output.dtype}", where=self.output.name,
+                f"the merge yields a NaN or an infinity in {self.output.dtype}", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
             )  # fmt: skip
         return norms

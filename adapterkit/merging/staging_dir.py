@@ -132,7 +132,7 @@ class StagingDir(Staging):
         """Flush the whole output to disk, rename it to its path, and remove the stage.
 
         Args:
-            made_from: a digest of everything on which the output depends; a later run recognises the output by it.
+            made_from: a digest of everything on which the output depends, by which a later run recognises the output.
 
         Raises:
             OSError: the output cannot be renamed; the previous output is restored.

@@ -21,7 +21,7 @@ _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 KOHYA = "kohya"
 """Stands for the naming whose names sd-scripts writes with underscores for dots.
 
-The family's file states which it is.
+The family's file states which naming this is.
 """
 
 

@@ -45,7 +45,7 @@ def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Up
         rest += [(update, weight)] if lora is None else []
     made: list[Update] = []
     if thin:
-        # If the ranks add up to more than the weight's smaller side, cut the sum to this rank; the cut loses nothing.
+        # If the ranks add up to more than the weight's smaller side, cut the sum to this side; the cut loses nothing.
         # Stacking joins the factors without a cut, because stacking must not compute anything.
         ranks = [int(update.A.shape[int(place.target.stacked)]) for update, _ in thin]
         whole = len(place.shape) < 2 or sum(ranks) > min(place.shape[0], math.prod(place.shape[1:]))
@@ -84,7 +84,7 @@ def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Compute the sum of LoRAs and cut it to the weight's smaller side; use this if the ranks add up to more."""
+    """Compute the sum of LoRAs whose ranks add up to more than the weight's smaller side, and cut it to this side."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])

@@ -307,7 +307,7 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """Return the combined change cut to the requested rank, its norm before the cut, and the norm of the loss."""
+        """Return the combined change, cut to the requested rank; its norm before the cut; and the norm of the error."""
         from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1

@@ -184,9 +184,9 @@ class _Extraction:
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Return, as arguments of the lineage, whether a change of a tied embedding also changes the head.
+        """Return arguments for the lineage, which state whether a change of a tied embedding also changes the head.
 
-        Empty without ties.
+        Empty if no weights are tied.
 
         If the tuned model stores a separate head, the head is untied; otherwise the change applies to both layers.
         """

@@ -151,7 +151,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """Return the norm that the singular values S lack; call `measure` if the difference of squares is too inexact."""
+    """Return the norm of the part beyond the singular values S; call `measure` if the formula is too inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()

@@ -263,8 +263,8 @@ REFUSED = {
     "unknown engine": (one(PLAIN), {"engine": "x"}, "unknown engine", 3),
     "unknown device": (one(PLAIN), {"device": "cuda:77"}, "the device .cuda:77. does not exist", 2),
     "shard size": (one(PLAIN), {"shard_size": 0}, "shard size", 2),
-    "fp16 overflow": (one(HUGE), {"dtype": "float16"}, "cannot hold", 2),
-    "DoRA of a zero row": (one(*ZERO), {}, "cannot hold", 2),
+    "fp16 overflow": (one(HUGE), {"dtype": "float16"}, "a NaN or an infinity in", 2),
+    "DoRA of a zero row": (one(*ZERO), {}, "a NaN or an infinity in", 2),
 }
 
 

@@ -1,6 +1,6 @@
-"""Model Breadcrumbs: drop the largest and smallest entries of each change.
+"""Model Breadcrumbs: drop the largest and smallest entries of each change, and sum the other entries.
 
-Then sum them, with or without a sign election.
+The sum is taken with or without a sign election.
 
 Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: in each layer, the entries whose magnitudes lie between
 the quantiles 0.85 and 0.993 are kept. The authors' code, https://github.com/rezazzr/breadcrumbs, takes the quantiles of

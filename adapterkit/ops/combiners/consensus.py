@@ -2,7 +2,7 @@
 
 m_t = [|D_t| >= lambda_t |sum D - D_t|]; D = scale * (sum D) * [sum_t m_t >= agree]. Wang et al. 2024,
 https://arxiv.org/abs/2405.07813. The authors choose lambda_t between 0.2 and 0.6 on validation data; the default here
-is the middle. Two tasks must agree by default, as in https://github.com/nik-dim/tall_masks.
+is 0.4. Two tasks must agree by default, as in https://github.com/nik-dim/tall_masks.
 """
 
 from __future__ import annotations
