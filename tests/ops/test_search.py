@@ -184,7 +184,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ak.search(PAIR, score, budget=12, seed=4, trials=kept)
     assert ak.search(PAIR, score, budget=8, seed=4, trials=kept, overwrite=True).resumed == 0
     kept.write_text("not JSON\n")
-    with pytest.raises(Malformed, match="does not hold trials of a search"):
+    with pytest.raises(Malformed, match="does not contain trials of a search"):
         ak.search(PAIR, score, budget=12, seed=3, trials=kept)
 
 

@@ -1,4 +1,4 @@
-"""AdaMerging: learn the coefficients of a sum that minimise a loss: the entropy on unlabelled samples.
+"""AdaMerging: learn the coefficients of a sum that minimise a loss, usually the entropy on unlabelled samples.
 
 Yang et al. 2023, https://arxiv.org/abs/2310.02575
 """

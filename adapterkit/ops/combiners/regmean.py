@@ -1,7 +1,7 @@
 """RegMean: find the change whose outputs on each task's inputs are nearest to that task's outputs, in closed form.
 
-D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, off-diagonal entries times alpha.
-Jin et al. 2022, https://arxiv.org/abs/2212.09849
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, whose off-diagonal entries are multiplied by alpha. Jin
+et al. 2022, https://arxiv.org/abs/2212.09849
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALPHA = "factor of the off-diagonal entries of inner products"
 
 
 class RegMean(Combiner):
-    """Least squares over all tasks; the factors B_t (A_t G_t) stay thin."""
+    """The least-squares solution over all tasks; the result of low-rank factors has low-rank factors B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
     paper = "https://arxiv.org/abs/2212.09849"
@@ -40,7 +40,7 @@ class RegMean(Combiner):
 
 
 def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: FormulaContext) -> Delta:
-    """Return the RegMean of one weight."""
+    """Compute the combined change of one weight."""
     import numpy as np
 
     from ..lowering import Delta
@@ -50,7 +50,7 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
     whole = summed(grams)
-    # Directions without inputs from any task get the mean.
+    # In directions without inputs from any task, use the mean of the changes.
     unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
     divided = _divider(summed(grams), 1 - alpha if min(weights) >= 0 else 0.0)
@@ -97,10 +97,10 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     if at.part not in ("weight", "bias"):
         raise UsageError("stacked experts have no inputs", where=where, cure="Choose a method without data")
     said: Any = at.asks(at.present[t], where)
-    # The caller may return a torch tensor on any device; torch is not imported for this.
+    # The caller may return a torch tensor on any device; convert it without importing torch.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
-        why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"
+        why = f"the inputs have shape {list(X.shape)}, but the weight has {columns} columns; or an input is not finite"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
     X = X.reshape(-1, columns)
     G: Array = X.T @ X

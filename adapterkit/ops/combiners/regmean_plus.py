@@ -1,4 +1,4 @@
-"""RegMean++: RegMean with inputs from the model in which the earlier targets are already merged.
+"""RegMean++: RegMean with inputs that are computed by the model in which earlier targets are already merged.
 
 Nguyen et al. 2025, https://arxiv.org/abs/2508.03121
 """
