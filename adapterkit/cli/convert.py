@@ -1,7 +1,7 @@
 """Convert an adapter to another format.
 
-SRC is an adapter in any known format; DST is the file, folder or hub URI to write. If the target format cannot hold
-some updates, these are listed and nothing is written, unless --on-loss allows rewriting or dropping them.
+SRC is an adapter in any known format; DST is the file, folder or hub URI to write. If the target format cannot express
+some updates, the command lists these updates and writes nothing, unless --on-loss allows it to rewrite or drop them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def command(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Switch garbage collection off: it took a quarter of the time, and frees nothing before the end."""
+    """Switch garbage collection off: it took a quarter of the time, and no objects become garbage before the end."""
     with collection_off():
         try:
             yield

@@ -1,6 +1,6 @@
-"""Write an adapter at another rank.
+"""Change the rank of an adapter.
 
-A is an adapter in any known format. Each low-rank update is replaced with the best LoRA of the given rank, or of the
+A is an adapter in any known format. Each low-rank update is replaced with the best LoRA of rank --rank, or of the
 smallest rank that meets --energy, --error or another limit. The table shows the error at each target.
 """
 

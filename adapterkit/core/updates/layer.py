@@ -71,5 +71,5 @@ class Layer(Protocol):
         ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """Return the output for another hidden value; if `whole` is false, it includes neither residual nor norm."""
+        """Return the layer's output if `hidden(x)` were h. If `whole` is false, add neither residual nor norm."""
         ...
