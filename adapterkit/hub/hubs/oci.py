@@ -337,8 +337,8 @@ class Distribution(Remote):
             raise UsageError("a push cannot set who sees an artifact", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
-        # Compare the tag before and after the upload. A push of somebody else at the last moment is not noticed, because
-        # registries have no conditional PUT.
+        # Compare the tag before and after the upload. A push by somebody else at the last moment is not noticed,
+        # because registries have no conditional PUT.
         before = self._now()
         for name, content in files.items():
             if not isinstance(content, Placed):
