@@ -59,7 +59,7 @@ def _alone(part: Path) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # Open the file again: before this process got the lock, the previous holder renamed or removed the file.
+            pass  # Open again: the previous holder of the lock has renamed or removed this file.
         except BaseException:
             file.close()
             raise

@@ -145,7 +145,7 @@ def _plain(kind: str, blocks: Array) -> Array:
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
-    """Unpack integers from bytes: each `run` bytes contain `run` integers at bit `shifts[0]`, `run` at `shifts[1]`..."""
+    """Unpack integers from bytes: `run` bytes contain `run` integers at bit `shifts[0]`, `run` at `shifts[1]`, etc."""
     import numpy as np
 
     split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

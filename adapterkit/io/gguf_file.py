@@ -366,7 +366,7 @@ class GgufFields:
     places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """Return the header with other tensor types; data offsets and `general.file_type` are adapted to these types."""
+        """Return the header with other tensor types, matching data offsets, and a matching `general.file_type`."""
         # Change only these fields of the original bytes, so that the other key-values stay the same.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
