@@ -342,7 +342,7 @@ def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | No
 
     promoted = _when_read(made)
     _check_error(alone, place.target, promoted, 0.0, base)
-    return place.target, promoted, f"{said} a difference of weights"
+    return place.target, promoted, f"{said} a weight difference"
 
 
 def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
@@ -365,7 +365,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     Args:
         alone: the adapter with one target.
         target: the target of the promoted update.
-        promoted: a LoRA or a difference of weights.
+        promoted: a LoRA or a weight difference.
         stated: the relative Frobenius error that was reported to the caller.
         base: the base, for formulas that read the weight.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WAYS = {
     "native": "stores it natively",
     "LoRA": "stores it exactly, as a LoRA",
-    "dense": "stores it as a difference of weights; needs the base",
+    "dense": "stores it as a weight difference; needs the base",
     "nearest": "stores the nearest LoRA, and reports the error",
 }
 """The ways in which a format can store an adapter -> their descriptions, the best way first."""
