@@ -69,7 +69,7 @@ def convert(
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
-        The path, format and counts of the output, with a line for each loss and each warning.
+        The result: path, format and number of targets, with a line for each loss and each warning.
 
     Raises:
         UsageError: `dst` is `src`, or `match_base` is set without a base.
@@ -89,7 +89,7 @@ def convert(
         given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
         for name, value in given.items():
             if value is not None:
-                why = f"{name} is {value}, but the slots of a graph decide what the file holds"
+                why = f"{name} is {value}, but the slots of the graph determine the content of the file"
                 cure = f"Omit --{name.replace('_', '-')} ({name}=)"
                 raise UsageError(why, where=name, cure=cure)
         adapter = read(source, format or detect(source), compat=compat, **reading)
@@ -167,7 +167,7 @@ def inspect(
         compat: another interpretation of an adapter; see `read`.
         layers: measure how much an adapter changes each layer; this reads its values.
         rename: rules for names in the base, each `FROM=TO` or `@FILE`.
-        base_weights: weights of a graph's base, to find layers by their values.
+        base_weights: for a graph, the weights of its base, to find layers by their values.
         reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
 
     Returns:
@@ -213,7 +213,7 @@ def names(
             that other tools use for this weight.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         allow_partial: list targets that match no weight under `missing`, instead of raising `TargetNotFound`.
-        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
+        strict_base: refuse a base whose name, config or fingerprint differs from the values in the adapter's files.
 
     Returns:
         A dict with `base`, `model_type` and `family` (the architecture file for the base, or None). With an adapter,
@@ -280,9 +280,9 @@ def report(
         The report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
 
     Raises:
-        UsageError: no adapter is given, or `merged` without `base`.
+        UsageError: `adapters` is empty, or `merged` is set without `base`.
         StorageError: `out` exists.
-        Unsupported: the package that draws charts is not installed; raised only if `out` is given.
+        Unsupported: `out` is set, and the package that draws charts is not installed.
         AdapterkitError: an adapter cannot be read, or the adapters belong to different models.
     """
     from pathlib import Path

@@ -28,7 +28,7 @@ OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
 """Names of the tensors that the verb `compute` prints. In a vector, all other tensors of the base are inputs."""
 
 TEXTS = {"canonical": ("canonical", "canonical"), "rules": ("values", "value")}
-"""The verbs whose answer is a list of texts -> the answer's field with this list, and the case's field with a text."""
+"""For each verb that answers with a list of texts: the field of this list, and the field of an expected text."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Dtypes that have a negative zero."""
@@ -83,7 +83,7 @@ Line = Mapping[str, object]
 """The JSON object that the program printed for a path; its fields and types are not yet checked."""
 
 Ask = Callable[[str, Sequence[Path]], Iterable[Line]]
-"""A function that returns one answer for each path. The verbs `compute` and `merge` return one answer for two paths."""
+"""A function that runs a verb on paths. It returns one answer for each path; `compute` and `merge`, one for both."""
 
 
 def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
@@ -97,7 +97,7 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
 
     Raises:
         UsageError: the folder has no index of vectors.
-        Corrupt: a vector differs from the one that the index lists.
+        Corrupt: the digest of a vector differs from the digest in the index.
 
     Example:
         >>> from adapterkit.conformance import conformance
@@ -281,7 +281,7 @@ def _computed(case: Case, line: Line, expected: Path) -> CaseOutcome:
         extra.discard(f"{path}.{word}")
         got = arrays.get(word)
         if got is None and word == "y" and "merged.weight" in arrays:
-            continue  # A merger need not compute outputs.
+            continue  # A missing `y` is allowed: a merger does not compute outputs.
         if got is None:
             return _outcome(case, False, f"{name} is missing")
         wanted = leaf.numpy()

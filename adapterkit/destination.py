@@ -34,7 +34,7 @@ class WriteResult:
         targets: the number of targets.
         updates: the number of updates.
         losses: one line for each update that was omitted or rewritten; see `on_loss`.
-        warnings: further warnings, such as a base that the adapter was not made for.
+        warnings: further warnings, for example that the adapter was made for another base.
         already_done: True if the same output already existed, so that nothing was written.
     """
 

@@ -91,7 +91,7 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
 
-    When a text attribute is set, `public` removes secrets from its urls, and `brief` shortens long quotations.
+    When a text attribute is set, `public` removes secrets from its urls, and `brief` shortens a long text.
 
     Attributes:
         why: the fault, in one sentence without a full stop.
@@ -173,7 +173,7 @@ class TargetNotFound(AdapterkitError):
 
 
 class Unsupported(AdapterkitError):
-    """The input is well-formed, but uses a method, a version or an option that this version does not support."""
+    """The input is well-formed, but uses a method, a format version or an option that adapterkit does not support."""
 
     code = "unsupported"
     exit_code = 3

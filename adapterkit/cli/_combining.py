@@ -83,7 +83,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """Add the recipe's key that names an adapter to errors about this adapter."""
+    """In errors about an adapter, add the key of the recipe that names the adapter."""
     from ..errors import AdapterkitError
 
     try:

@@ -31,7 +31,7 @@ PREFIX = "ADAPTERKIT_"
 _OWN = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
 
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
-"""Environment variables of adapterkit that do not set the default of an option."""
+"""Environment variables of adapterkit that are not defaults of options."""
 
 TYPED = frozenset({
     "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",

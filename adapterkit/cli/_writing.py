@@ -155,7 +155,7 @@ def outcome(record: Mapping[str, object]) -> Iterable[str]:
     """Yield lines about the written output, and about the updates that the format cannot express."""
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
-        yield f"already done: {record['out']} holds the same"
+        yield f"already done: {record['out']} contains this result"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
     yield from (f"  {loss}" for loss in texts(record, "losses"))

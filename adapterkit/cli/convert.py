@@ -31,7 +31,7 @@ from ._render import View, counted, integer, show, texts
 )
 @click.option(
     "--match-base", is_flag=True,
-    help="Write the targets with the names of the tensors in --base, split or fused as stored there.",
+    help="Use the names of the weights in --base, and split or fuse the targets like these weights.",
 )  # fmt: skip
 @_options.rename
 @_options.overwrite
@@ -73,7 +73,7 @@ def _without_collection() -> Iterator[None]:
 def _view(record: Mapping[str, object]) -> View:
     updates, targets = counted(integer(record, "updates"), "update"), counted(integer(record, "targets"), "target")
     if record.get("already_done"):
-        yield f"already done: {record['out']} holds the same"
+        yield f"already done: {record['out']} contains this result"
         return
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
     yield from (f"  {loss}" for loss in texts(record, "losses"))

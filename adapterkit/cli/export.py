@@ -112,7 +112,7 @@ def _view(record: Mapping[str, object]) -> View:
         errors = {name: number(part(damage, name), "error") for name in damage}
         worst = max(errors, key=lambda name: errors[name])
         found = f"{errors[worst]:.2%} ({worst})"
-        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of one is {found}"
+        yield f"{counted(len(damage), 'weight')} quantized; the largest relative error of a weight is {found}"
     yield f"  {', '.join(texts(record, 'files'))}"
     yield from _try(record)
 

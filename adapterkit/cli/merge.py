@@ -99,7 +99,7 @@ if TYPE_CHECKING:
 @_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
-    help="If an adapter has more tokens than the base: grow adds the new rows, drop omits them. Default: grow if the "
+    help="If an adapter has more tokens than the base: grow adds the new rows, keep omits them. Default: grow if the "
     "adapter's file contains all new rows.",
 )  # fmt: skip
 @click.option(

@@ -157,7 +157,7 @@ class Adapter:
 
     Attributes:
         updates: target -> its updates, in the order in which they apply.
-        base: the base for which the adapter was made, as far as known.
+        base: the base for which the adapter was made; None if unknown.
         recipe: the adapter's lineage, oldest step first.
         foreign: content of the source file that has no field here.
         extensions: optional fields that a newer minor version of the spec defines; they are kept unchanged.
@@ -227,7 +227,7 @@ class Adapter:
     def validate(self) -> None:
         """Check each update against its shape strings and its method's rules, and check that a target's updates agree.
 
-        Also check that lineage, base and foreign content are plain JSON, as the native format and the digest require.
+        Also check that lineage, base and foreign content are plain JSON: the native format and the digest need this.
 
         Raises:
             AdapterkitError: a check fails; the message names the target or the field of the first error.
@@ -331,7 +331,7 @@ class Adapter:
 
         Args:
             path: the target's dotted path.
-            base: the source of W, for formulas that read it.
+            base: the base, for formulas that read W.
 
         Returns:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
@@ -499,7 +499,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Refuse a value that is not an adapter, such as a path, or another argument in the wrong position.
+    """Raise an error if a value is not an `Adapter`, for example a path.
 
     Raises:
         UsageError: the value has another type.

@@ -68,7 +68,7 @@ def metadata(card: str) -> Mapping[str, Any]:
 FORMAT = 1
 
 BASE = "the base"
-"""The name of the base in a list of a merged model's parts."""
+"""The name by which lists of a merged model's parts call the base."""
 
 Part = tuple[str, Licence]
 """The name of a part (`BASE`, or the name of an adapter), and the licence in the part's card."""
@@ -126,7 +126,7 @@ def terms_of(licence: Licence) -> Terms | None:
 
 
 def spdx_of(licence: Licence) -> str | None:
-    """Return the SPDX identifier of a licence; None if it has none, like most community licences."""
+    """Return the SPDX identifier of a licence; None if it lacks an identifier, like most community licences."""
     entry = _table().licences.get(_id(licence))
     return None if entry is None else entry.spdx
 
@@ -156,9 +156,11 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                found.append(f"{pair}: each requires that the whole is under it")
+                found.append(f"{pair}: each of them must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
-                found.append(f"{pair}: one requires that the whole is under it, the other adds limits that it forbids")
+                found.append(
+                    f"{pair}: one must cover the whole model without further limits, but the other adds limits"
+                )
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
                 found.append(f"{pair}: the result allows no commercial use, because of {strict}")
@@ -166,7 +168,7 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether the two conflict: `whole` must cover the whole model without further limits, but `other` adds limits."""
+    """Whether two licences conflict: `whole` must cover the model without further limits, but `other` adds limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 

@@ -21,7 +21,7 @@ SHAPES = "base_shapes"
 """Name of the argument of a lineage step with a digest of the tensor names and shapes of the step's base."""
 
 KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
-"""Argument of a lineage step -> metadata key of the same value in formats without lineage, such as PEFT's."""
+"""Name of an argument of lineage steps -> the metadata key for its value in formats without lineage, such as PEFT's."""
 
 MODEL_TYPE = "model_type"
 """Name of the argument of a lineage step with the base's `model_type` in transformers."""
@@ -89,7 +89,8 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
 
     Args:
         adapters: the adapters, in order.
-        names: their names; by default the `ss_output_name` or `modelspec.title` of each, or its number.
+        names: the names of the adapters. Default: the `ss_output_name` or `modelspec.title` of each adapter, or its
+            number.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)

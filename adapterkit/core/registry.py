@@ -151,15 +151,15 @@ def _package(point: EntryPoint) -> str:
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Return the text of the `entry_points.txt` of all installed packages; None if a path of `sys.path` is an archive.
+    """Return the texts of all installed packages' `entry_points.txt`; None if an entry of `sys.path` is an archive.
 
-    `importlib.metadata` would parse all metadata of the packages, which takes as long as a short command.
+    `importlib.metadata` is not used, because it parses all metadata, which takes as long as a short command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # The path is an archive instead of a folder.
+    except OSError:  # An archive: only the import system can search it.
         return None
 
 

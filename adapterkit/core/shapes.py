@@ -42,9 +42,9 @@ class Axes:
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Return the index of an axis; negative, counted from the back, if the axis is behind a starred axis.
+        """Return the index of an axis. After a starred axis, the index is negative, counted from the back.
 
-        None if the string does not contain this axis on its own.
+        None if no axis of the string is exactly this name.
         """
         if axis not in self.axes:
             return None

@@ -44,7 +44,7 @@ RESIDUE = 0.2
 """A difference counts as a multiple of the change if its part orthogonal to the change is smaller than this share."""
 
 BROKEN = ("has a ", "has no ", "contains values that are not finite")
-"""The first words of the faults of weights that cannot be compared."""
+"""The fault of a weight that cannot be compared begins with one of these texts."""
 
 CERTAIN = 5.0
 """The scale of a quantized change is a fault if it differs from 1 by more than this many standard errors of the

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST = 1e-9
-"""The smallest effect, in nats per token, of which float32 can still measure the kept share."""
+"""If the effect is smaller than this, in nats per token, float32 is too coarse to measure the kept share."""
 
 SHOWN = 3
 """The most modules that a sentence names."""

@@ -135,7 +135,7 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Content], remote: Remote, licence: Licence) -> Payload:
-    """Return the files, with a generated card if they have no card, and the hub shows a card at this path."""
+    """Return the files. If they have no card, and the hub shows a card at this path, add a generated card."""
     # Replace the base's card, which a merge copied, by a generated card.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(own)

@@ -263,7 +263,7 @@ class Shards:
         """Download weight files that are still sparse; reuse bytes that were fetched together with the header.
 
         Raises:
-            Corrupt: the bytes do not have the listed digest, or their header differs from the one fetched first.
+            Corrupt: the bytes do not have the listed digest, or their header differs from the header fetched before.
             NetworkError: the hub is not reachable, or refuses.
         """
         for path in paths:

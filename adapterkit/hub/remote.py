@@ -240,7 +240,7 @@ class Remote(ABC):
         raise AssertionError("hubs that support `place` override this method")
 
     def kept(self) -> str:
-        """Return the commit of a push without changed files; create the branch if it is missing."""
+        """Return the commit for a push in which no file changed; create the branch if it is missing."""
         return self.commit
 
     def tagged(self, tag: str, commit: str) -> None:

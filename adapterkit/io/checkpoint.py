@@ -275,12 +275,12 @@ def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path])
     for name, file in weight_map.items():
         if name not in home or home[name] != files[file]:
             raise Malformed(
-                f"the index says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
+                f"the index assigns it to {file}, which lacks it", path=path, where=name, cure="Fetch the shards again"
             )
     extra = next((name for name in home if name not in weight_map), None)
     if extra:
         raise Malformed(
-            f"{home[extra].name} holds it, the index does not", path=path, where=extra, cure="Rebuild the index"
+            f"{home[extra].name} has it, but the index lacks it", path=path, where=extra, cure="Rebuild the index"
         )
 
 

@@ -55,7 +55,7 @@ class OpenFiles:
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
-        """Return the file, unbuffered; at the limit, close the least recently used file."""
+        """Return the open, unbuffered file for a path; if too many are open, first close the least recently used."""
         file = self._files.pop((path, mode), None)
         if file is None:
             while len(self._files) >= self.limit:
@@ -146,8 +146,8 @@ Moved = Callable[[int], None]
 class _Piece:
     """A piece of memory with bytes for a file.
 
-    The bytes from `start` to `end` of the memory are to be written. `memory[0]` belongs at the file offset `at`, which
-    is a page boundary.
+    The bytes from `start` to `end` of the memory will be written. The file offset of `memory[0]` is `at`, a page
+    boundary.
     """
 
     memory: memoryview

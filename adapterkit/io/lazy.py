@@ -220,7 +220,7 @@ class NotComputed(Exception):
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """A tensor cannot be reshaped to a shape, or lacks some positions.
+    """The error that a tensor cannot have a requested shape, or lacks requested positions.
 
     This error is also a ValueError, like the errors of numpy and torch, so callers can catch all these errors with one
     `except`. If no caller catches it, the user sees a typed error of adapterkit.

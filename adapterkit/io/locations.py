@@ -28,7 +28,7 @@ _PLAIN = re.compile(
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
-"""File suffixes that no repository has: `runs/best.safetensors` is a mistyped local path if it does not exist."""
+"""Suffixes of local files: `runs/best.safetensors` is never taken for a repository, even if the file is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name has the form `org/repo`, as names of bases in model cards."""
+    """Whether a name has the form `org/repo`, by which model cards name bases."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 

@@ -123,7 +123,7 @@ class Hub(Protocol):
         ...
 
     def put(self, uri: str, name: str, file: Path) -> object:
-        """Upload one file of a `PlacedOutput`; return the value to pass to `took`."""
+        """Upload one file of a `PlacedOutput`; return the value for the argument of `PlacedOutput.took`."""
         ...
 
     def scratch(self) -> AbstractContextManager[Path]:

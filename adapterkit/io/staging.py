@@ -201,7 +201,7 @@ class Staging:
         return has_record(self.target, self.record)
 
     def is_finished(self, made_from: str) -> bool:
-        """Whether the target has a record with this digest, and is unchanged since."""
+        """Whether the target has a record with this digest, and was not changed after the record was written."""
         return is_finished(self.target, self.record, made_from)
 
     @property
@@ -424,7 +424,7 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """Return the error for a failed write to `path`, if another library hides the OSError."""
+    """Return the typed error for a failed write to `path` by a library that hides the OSError."""
     free = shutil.disk_usage(path.parent).free
     why = f"the file could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")

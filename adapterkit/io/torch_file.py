@@ -38,7 +38,7 @@ _ENTRY = 128
 """The assumed size of a directory entry in bytes, mostly the name; torch's entries have 60 to 80 bytes."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""The directory of an archive is found from this many bytes at its end, which may include a comment of 64 KiB."""
+"""The number of bytes at the end of an archive that are searched for its directory; a comment takes up to 64 KiB."""
 
 
 class Capped(io.BufferedReader):
@@ -58,7 +58,7 @@ class Capped(io.BufferedReader):
 
 
 Contents = tuple[object, dict[str, int]]
-"""The unpickled value, and storage key -> offset of its bytes in the file."""
+"""The unpickled value, and for each storage key the offset of the storage's bytes in the file."""
 
 
 def is_archive(file: Capped) -> bool:
@@ -155,7 +155,7 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
-    """Return the offset of an entry's bytes, after its local header, whose length is stated only in this header."""
+    """Return the offset of an entry's bytes, which follow the entry's local header; the header states its length."""
     where = short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise refused("an entry is compressed or encrypted, which torch.save never does", where)

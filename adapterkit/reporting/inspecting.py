@@ -124,7 +124,7 @@ def graph_file(src: str) -> str | None:
 
 
 def graph_folder(src: str) -> str | None:
-    """Return the path of a folder of graphs from optimum or onnxruntime-genai; None for a file, or with weights."""
+    """Return the path of a folder of graphs, from optimum or onnxruntime-genai; None for anything else."""
     try:
         names = [name for name in os.listdir(src) if not name.startswith(".")]
         inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
@@ -326,7 +326,7 @@ def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
 
 
 def _families(adapter: Adapter) -> list[str]:
-    """Return the families of image and video models that have all targets of the adapter."""
+    """Return the families of image and video models to which the adapter may belong."""
     from ..formats._image.deciding import candidates, denoiser_targets, origin_of
     from ..naming.image import component_of
 
@@ -363,7 +363,7 @@ def _unresolved_record(
 
 
 def _update_record(target: Target, update: Update, shared: dict[object, dict[str, JsonValue]]) -> dict[str, JsonValue]:
-    """Return an update as plain data. The data of updates with the same form differ only in the name; see `shared`."""
+    """Return an update as plain data. Updates of the same form differ only in the name: `shared` caches the rest."""
     form = target.layout, target.rows, update.form
     if form not in shared:
         from ..io.lazy import dtype_of

@@ -61,7 +61,7 @@ This work takes 3 s, and is enough for 15 weights of 576 x 576. The weights with
 verdict states the number of checked weights."""
 
 INTRUDER_UNIT = 2e7
-"""The work of a decomposition that counts as one step of progress, which takes as long as all else of a target."""
+"""This much work of decompositions counts as one step of progress; all other work for a target is one step too."""
 
 
 @dataclass(frozen=True, slots=True)

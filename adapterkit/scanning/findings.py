@@ -78,7 +78,7 @@ _EVERY = (
     ScanRule(
         "foreign-bits",
         "medium",
-        "a few numbers with more bits than the dtype of training has",
+        "a few numbers that need more bits than the training dtype",
         "Most numbers of the tensor are exact in 16 bits, a few are not: these few were changed after training.",
     ),
     ScanRule(

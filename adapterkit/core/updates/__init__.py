@@ -1,4 +1,4 @@
-"""Updates: the change at one target. There are four kinds; the kind decides which operations an update supports.
+"""An update is the change at one target. It has one of four kinds, which decides the operations that it supports.
 
 A method is a subclass of one kind, with fields, their shape strings, and one formula. All other functions are derived
 from the fields and the formula. Formulas get each weight as `[out, in, *k]`, in whatever axis order the base stores it.

@@ -62,7 +62,7 @@ class Additive(Update):
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return B, A and s with D = s * B @ A, like `pair`; methods override this to keep the scaling out of B."""
+        """Return B, A and s with D = s * B @ A. Methods override this function to keep the scaling separate from B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
@@ -144,7 +144,7 @@ class WeightUpdate(Update):
 class OutputUpdate(Update):
     """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
 
-    A layer is any module here, with or without a weight. It has these attributes and methods:
+    A `layer` is any module, with or without a weight. It has these attributes and methods:
 
     `layer(x)`: the complete output.
     `layer.hidden(x)`: the output before a residual is added and the sum is normalised.
@@ -222,7 +222,7 @@ class ContextUpdate(Update):
     in the order in which they are attached; the first update comes first.
 
     Class attributes:
-        place: the name of the function that the method defines, one of the functions below. The others return None.
+        place: the name of the function below that the method overrides.
     """
 
     kind = "context"

@@ -56,7 +56,7 @@ class Layer(Protocol):
         ...
 
     def per_channel(self, v: Tensor) -> Tensor:
-        """Return a vector `[out]` in the shape that adds to the output."""
+        """Reshape a vector `[out]` so that it can be added to the output."""
         ...
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rules of a method beyond its shape strings, as data: ranges of values, positions, and conditions."""
+"""Check the rules of a method that shape strings cannot express: ranges of values, positions, and conditions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _check_type(name: str, value: object, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Compare, and do not convert: an integer may be too large for a float.
+    # Compare the number with infinity instead of converting it: an integer may be too large for a float.
     if (
         annotation == "float"
         and isinstance(value, int | float)
@@ -146,12 +146,12 @@ def _size(axis: str, sizes: Mapping[str, int | tuple[int, ...]]) -> int | None:
 
 
 MOST_EXPONENT = 63
-"""The largest exponent in a rule. A larger exponent makes the rule false: its power could use up all memory."""
+"""The largest exponent in a rule. A rule with a larger exponent is false, because the power could use up all memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: it either requires that an expression is true, or defines the size of an axis.
+    """A rule of a method: it either requires that an expression is true, or defines the size of an axis.
 
     Attributes:
         require: the expression that must be true.

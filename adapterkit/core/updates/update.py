@@ -44,8 +44,9 @@ class Update:
             each group must be present. The alternative `()` means that none of the group's tensors is present.
         frozen: names of floating tensors that are not trained, such as random projections and masks; integer tensors
             are never trained.
-        bias_sees_weight: True if the change of the bias depends on the weight, so `settled` must precede `new_bias`.
-        sizes: default sizes for a new update's own axes.
+        bias_sees_weight: True if the change of the bias depends on the weight. Then `settled` must be called before
+            `new_bias`.
+        sizes: for a new update, the default sizes of axes that are not axes of the weight.
         starts_at_base: True if a new update leaves the model's outputs unchanged; False for methods that the paper
             starts at another function.
         shared_as: if several layers share a tensor, the way to apply the update to all these layers: `tied`, `rows` or
@@ -102,7 +103,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # A product or quotient may use a name that only a later tensor defines. Then bind all tensors twice.
+        # Bind all tensors twice if an axis is a product or quotient: its names may get their sizes from later tensors.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -199,7 +200,7 @@ class Update:
             stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: a set of tensors is incomplete, so that axes have no size.
+            Malformed: tensors are missing, so that the sizes of axes are unknown.
             ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
         """
         if self.forms:
@@ -224,7 +225,7 @@ class Update:
             raise Malformed(f"the update needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def _check_forms(self) -> None:
-        """Check that the present tensors make up exactly one set of each group in `forms`."""
+        """Check that exactly one alternative of each group in `forms` is present."""
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
@@ -241,8 +242,8 @@ class Update:
         """Read every tensor and check its values; methods with further rules extend this function.
 
         Raises:
-            Malformed: a tensor holds a NaN or an infinity (the message names the field and the first position), or a
-                position in the weight is out of range or repeated.
+            Malformed: a tensor contains a NaN or an infinity (the message names the field and the first position), or
+                a position in the weight is out of range or repeated.
         """
         for name, leaf in self.tensors.items():
             check_finite(leaf, name)
@@ -352,7 +353,7 @@ class Update:
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """Return the same update, with the change of the bias computed as far as it depends on W `[out, in, *k]`."""
+        """Compute the part of the bias's change that depends on W `[out, in, *k]`; return the update with this part."""
         return self
 
     def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:

@@ -29,7 +29,7 @@ def hub_of(scheme: str) -> type[Remote]:
 
 
 def remote_at(uri: Uri, token: str | None = None) -> Remote:
-    """Return the remote for a uri."""
+    """Return a `Remote`, which lists, reads and pushes the files of a uri."""
     return hub_of(uri.scheme)(uri, token)
 
 

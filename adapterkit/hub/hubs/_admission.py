@@ -79,7 +79,7 @@ class Admission:
 
     def _token(self, told: Mapping[str, str]) -> str:
         realm = urlsplit(told["realm"])
-        # The realm receives the password. A registry on this machine may use plain HTTP, but only for a local realm.
+        # The realm is a url that receives the password. Only a local registry may use a local realm with plain HTTP.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
             why = f"the registry asks to get a token from {realm.scheme or 'nowhere'}://{realm.hostname or ''}"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")

@@ -66,7 +66,9 @@ class Filesystem(Listing):
         if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
             repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
             cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
-            raise UsageError("a page of the Hugging Face hub, not a place on it", path=str(self.uri), cure=cure)
+            raise UsageError(
+                "this is a web page of the Hugging Face hub, not an address of files", path=str(self.uri), cure=cure
+            )
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
         except ImportError as error:

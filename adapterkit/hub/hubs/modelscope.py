@@ -69,7 +69,7 @@ class ModelScope(Listing):
         return Passing("the connection was lost", wait) if lost or _status(error) in PASSING else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """Classify by the type and status of the client's error; its message may contain signed urls."""
+        """Return the typed error for a client error. Use only type and status: the message may have signed urls."""
         place, status = str(self.uri), _status(error)
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")

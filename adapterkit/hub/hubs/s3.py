@@ -86,7 +86,7 @@ class Bucket:
         """Return the bytes of a small object and its ETag.
 
         Raises:
-            NetworkError: the object is larger than `MAX_TOLD`, so adapterkit did not write it.
+            NetworkError: the object is larger than `MAX_TOLD`; adapterkit never writes such large documents.
         """
         with self.asked("GET", key, {}) as response:
             return body_of(response, self.place), response.headers.get("ETag")
@@ -230,7 +230,7 @@ def _name(element: Element) -> str:
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""Files larger than this are uploaded in parts, in bytes."""
+"""Files of more bytes than this are uploaded in parts."""
 
 
 class S3(Listing):
@@ -286,7 +286,7 @@ class S3(Listing):
         ]
 
     def _found(self) -> Iterator[RemoteFile]:
-        """Yield the objects in the bucket's listing: those in the folder, or those next to a named file."""
+        """Yield the objects in the folder of the uri; if the uri names a file, the objects in the file's folder."""
         path, place = self.uri.path, str(self.uri)
         found = objects(self._listing, path, place, deep=True)
         first = next(found, None)
@@ -311,7 +311,7 @@ class S3(Listing):
     def there(self) -> Mapping[str, RemoteFile] | None:
         """Return the existing remote files by path; after an interrupted push, the files before that push."""
         if self._claimed is not None:
-            # During a claim, tasks upload files here, so return the files that existed before the claim.
+            # After the claim, tasks upload files to this folder, so return the files that existed before the claim.
             return self._met
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
