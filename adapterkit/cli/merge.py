@@ -340,8 +340,8 @@ def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
         raise click.UsageError("--remainder requires --quantized requantize")
     if keep is not None:
         raise click.UsageError(
-            "--remainder and --keep do not work together: what --keep loses has no low-rank structure, so a LoRA could "
-            "hold little of it. Omit one of them"
+            "--remainder and --keep do not work together: the error that --keep leaves has no low-rank structure, so a "
+            "LoRA cannot store it. Omit one of the two options"
         )
     if is_address(out):
         raise click.UsageError("--remainder requires a folder as OUT: merge into a folder, then push it")

@@ -252,8 +252,8 @@ def _spectra(measured: Measurements) -> Iterator[Chart]:
             },
         }  # fmt: skip
         caption = (
-            f"One line per target, for up to {LINES} targets. A line that falls at once is a change in one direction; "
-            f"it is flagged if that direction holds more than {percent(SPIKE)} of the squared norm."
+            f"One line per target, for up to {LINES} targets. If a line drops right after its first point, the change "
+            f"has one direction; it is flagged if this direction has more than {percent(SPIKE)} of the squared norm."
         )
         yield Chart(f"spectra{end}", "How it changes it", f"Singular values{of}", caption, spec)
 
@@ -474,9 +474,9 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
         # The sum of n independent numbers grows with the root of n; the sum of their absolute values grows with n.
         usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            f"Share of the absolute changes that cancel, entry by entry, when all are added. {count} unrelated "
-            f"adapters cancel {usual} and still do their work, since their changes point in different directions. More "
-            "than that: they work against each other."
+            f"Share of the absolute changes that cancels when the changes are added, entry by entry. In {count} "
+            f"unrelated adapters, {usual} cancels, but each adapter still works, because the changes have different "
+            "directions. If more cancels, the adapters work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 

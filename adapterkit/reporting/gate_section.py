@@ -15,7 +15,7 @@ from ..gating.result import AdapterEffect, GateCheck, KeptEffect
 from ..io.inputs import read_input
 from ..io.strict_json import check_size, load_json
 
-CURE = "Give what adapterkit gate ... --json printed, by --gate FILE (gate=)"
+CURE = "Pass the output of adapterkit gate ... --json: --gate FILE (gate=)"
 
 RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
 
@@ -59,7 +59,7 @@ def gate_figures(source: Mapping[str, object] | str | os.PathLike[str]) -> GateF
         except (ValueError, RecursionError) as error:
             raise Malformed(f"not valid JSON ({error})", path=path, cure=CURE) from None
     elif not isinstance(source, Mapping):
-        why = f"{shown(source)} of type {type(source).__name__} where a gate belongs"
+        why = f"{shown(source)} of type {type(source).__name__} is not the result of a gate"
         raise UsageError(why, where="gate", cure=CURE)
     kind = told.get("kind") if isinstance(told, Mapping) else None
     if kind != "gate":

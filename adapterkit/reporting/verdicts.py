@@ -294,7 +294,7 @@ def _concentrated(findings: Findings) -> Found:
         for effect in sorted(effects, key=lambda each: -(each.norm or 0.0)):
             share = (effect.norm or 0.0) ** 2 / total
             if share >= max(HELD, TIMES / len(effects)):
-                text = f"{name}{findings.title(effect.target)} holds {percent(share)} of the change."
+                text = f"{name}{findings.title(effect.target)} has {percent(share)} of the change."
                 yield text, at, effect.target
 
 
@@ -308,7 +308,7 @@ def _in_layers(findings: Findings) -> Found:
         for word, found in (("first", groups[:third]), ("last", groups[-third:])):
             share = math.fsum(map(_energy, found)) / total
             if share > 0.5:
-                yield f"{name}the {word} third of the layers holds {percent(share)} of the change.", at, None
+                yield f"{name}the {word} third of the layers has {percent(share)} of the change.", at, None
 
 
 def _in_modules(findings: Findings) -> Found:
@@ -319,7 +319,7 @@ def _in_modules(findings: Findings) -> Found:
         for module, found in modules.items():
             share, part = _energy(found) / total, len(found) / len(effects)
             if share > 0.5 and share > 2 * part and len(found) > 1:
-                yield f"{name}{module} holds {percent(share)} of the change, over all layers.", at, None
+                yield f"{name}{module} has {percent(share)} of the change, summed over all layers.", at, None
 
 
 def _spikes(findings: Findings) -> Found:
@@ -327,11 +327,11 @@ def _spikes(findings: Findings) -> Found:
         several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
         found = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
         if len(found) > 3 and len(found) > len(effects) / 2:
-            yield f"{name}{len(found):,} of {len(effects):,} targets are changes of rank 1 in effect.", at, None
+            yield f"{name}{len(found):,} of {len(effects):,} targets have changes of rank 1, in practice.", at, None
             continue
         for effect in found:
             share, rank = percent(effect.spike or 0.0), effect.rank or "full"
-            how = f"{share} of its change lies in one direction of the {rank} it has"
+            how = f"{share} of its change lies in one direction, but its rank is {rank}"
             yield f"{name}{findings.title(effect.target)} is a rank-1 spike: {how}.", at, effect.target
 
 
@@ -387,7 +387,11 @@ def _gaps(findings: Findings) -> Found:
                 missing = [layer for layer in layers if layer not in there]
                 if effects and len(layers) >= 6 and missing and len(missing) <= max(1, len(layers) // 8):
                     word = "layer" if len(missing) == 1 else "layers"
-                    yield f"{name}{module} is missing in {word} {', '.join(missing)}; all others have it.", at, None
+                    yield (
+                        f"{name}{module} is missing in {word} {', '.join(missing)}; all other layers have it.",
+                        at,
+                        None,
+                    )
 
 
 def _peaks(findings: Findings) -> Found:
@@ -510,7 +514,7 @@ def _sharing(findings: Findings) -> Found:
         if cosine is None or out is None or into is None or abs(cosine) >= ALIKE:
             continue
         if min(out, into) > 0.5 and not _fills(measured.of(a)) and not _fills(measured.of(b)):
-            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) differently."
+            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) for other changes."
             yield text, None, None
 
 
@@ -543,16 +547,16 @@ def _merged(findings: Findings) -> Found:
     kept = {each.target: each.kept for each in merged}
     nothing = [target for target, share in kept.items() if abs(share) < NOTHING]
     if len(nothing) == len(findings.measured.merged):
-        yield "The merged model holds nothing of the change: it is the base.", None, None
+        yield "The merged model contains nothing of the change: it equals the base.", None, None
         return
     for target in nothing:
-        yield f"The merged model holds nothing of the change at {findings.title(target)}.", None, target
+        yield f"The merged model contains nothing of the change at {findings.title(target)}.", None, target
     other = [each for each in merged if abs(each.kept) >= NOTHING and not KEPT <= each.kept <= 2 - KEPT]
     if other:
         farthest = max(other, key=lambda each: abs(each.kept - 1))
-        text = f"the merged model holds {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
+        text = f"the merged model contains {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
         total = len(findings.measured.merged)
-        more = f"; {len(other):,} of {total:,} targets are off by more than {percent(1 - KEPT)}" if other[1:] else ""
+        more = f"; {len(other):,} of {total:,} targets differ by more than {percent(1 - KEPT)}" if other[1:] else ""
         yield f"{text}{more}.", None, farthest.target
 
 
@@ -589,7 +593,9 @@ def _merged_well(findings: Findings) -> Found:
     merged = findings.measured.merged
     if merged and all(abs(each.kept - 1) <= 1 - KEPT for each in merged):
         worst, error = min(each.kept for each in merged), max(each.error for each in merged)
-        text = f"The merged model holds the change: at least {percent(worst)} of it at each of {len(merged):,} targets"
+        text = (
+            f"The merged model contains the change: at least {percent(worst)} of it at each of {len(merged):,} targets"
+        )
         yield f"{text}, with an error of {percent(error)} at most.", None, None
 
 

@@ -89,7 +89,7 @@ class Jobs:
         with self.lock:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
             if waiting >= WAITING or self.closed:
-                raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until one ends, or end one")
+                raise UsageError(f"{waiting} jobs are already waiting", cure="Wait until a job ends, or cancel a job")
             job = PageJob(self.next, tuple(words))
             self.next += 1
             out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
