@@ -183,7 +183,7 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
 
 _DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
 _DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
-"""Digests in the messages of model-signing. Their quotes are escaped if the bytes contain both kinds of quotes."""
+"""Matches digests in the messages of model-signing. If a digest contains both kinds of quotes, quotes are escaped."""
 
 
 def _why(error: Exception) -> str:

@@ -514,7 +514,10 @@ def _sharing(findings: Findings) -> Found:
         if cosine is None or out is None or into is None or abs(cosine) >= ALIKE:
             continue
         if min(out, into) > 0.5 and not _fills(measured.of(a)) and not _fills(measured.of(b)):
-            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) for other changes."
+            text = (
+                f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) for different "
+                "changes."
+            )
             yield text, None, None
 
 

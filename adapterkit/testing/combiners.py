@@ -75,7 +75,7 @@ class CombinerTests:
     def test_it_says_where_it_is_from(self) -> None:
         assert self.combiner not in COMBINERS.refused(), COMBINERS.refused()[self.combiner]
         cls = COMBINERS[self.combiner]
-        assert cls.title, "set `title` to the combiner's name in print"
+        assert cls.title, "set `title` to the name of the combiner in papers"
         assert cls.paper, "set `paper` to the source of the formula"
         for name, field in cls.parameters().items():
             assert field.metadata["meaning"], f"set the meaning of the parameter {name}"
