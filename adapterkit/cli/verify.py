@@ -1,4 +1,4 @@
-"""Check that a merged model is exactly the merge of base and adapters.
+"""Check that a merged model is the exact merge of its adapters.
 
 Every tensor of MERGED is computed again from the base and the adapters and compared bit by bit. Name the adapters and
 their weights in the same order as for the merge. Without --base and --adapter, the files are compared with the

@@ -264,7 +264,7 @@ ALONE: dict[str, tuple[Callable[[Factors], None], str, str]] = {
     "untrained": (dead_all, "untrained", "changes nothing"),
     "scaled layer": (scaled(4, 6.0), "scaled-layer", "layer 4 is out of scale: its changes are"),
     "shrunk layer": (scaled(2, 0.1), "scaled-layer", "layer 2 is out of scale: its changes are"),
-    "concentrated": (concentrated, "concentrated", "layer 6 o_proj holds"),
+    "concentrated": (concentrated, "concentrated", "layer 6 o_proj has"),
     "spike": (spike, "spike", "layer 2 up_proj is a rank-1 spike"),
     "collapsed": (collapsed, "spike", "24 of 24 targets have changes of rank 1"),
     "unused rank": (unused, "unused-rank", "adapterkit resize --rank 2"),
