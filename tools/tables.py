@@ -114,7 +114,7 @@ def matrix() -> str:
 
 
 def _word(name: str, format_name: str) -> str:
-    """Return `=` for native, `L` for an exact LoRA, `D` for a difference of weights, `~` for the nearest LoRA."""
+    """Return `=` for native, `L` for an exact LoRA, `D` for a weight difference, `~` for the nearest LoRA."""
     method, known = METHODS[name], FORMATS[format_name]
     if name in known.methods:
         return "="

@@ -1,4 +1,4 @@
-"""Options that define a combination: a method, `--set name=value`, weights, or a recipe."""
+"""Options that define how adapters are combined: a method, `--set name=value`, weights, or a recipe."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def combination(
     """Return the adapters and the arguments of `ops.combine`; the command line takes precedence over the recipe.
 
     Raises:
-        UsageError: adapters, weights or the method are given next to a recipe, no adapter is named, or a setting is not
-            NAME=VALUE.
+        UsageError: adapters, weights or the method are typed in addition to a recipe, no adapter is named, or a setting
+            is not NAME=VALUE.
     """
     from ..errors import UsageError
 
@@ -113,7 +113,7 @@ recipe_option = click.option(
 
 
 def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str], Recipe | None]:
-    """Return the named adapters and the recipe: the option's, or a single argument that ends in .yml or .yaml."""
+    """Return the adapters and the recipe: --recipe, or a single argument that ends in .yml or .yaml."""
     from ..ops.recipes import read_recipe
 
     if recipe is None and len(adapters) == 1 and str(adapters[0]).lower().endswith((".yml", ".yaml")):
@@ -123,7 +123,7 @@ def recipe_of(adapters: Sequence[str], recipe: str | None) -> tuple[Sequence[str
 
 @contextmanager
 def named_by(recipe: Recipe | None) -> Iterator[None]:
-    """To errors about an adapter, add the recipe's key that names the adapter."""
+    """In errors about an adapter, add the key of the recipe that names the adapter."""
     from ..errors import AdapterkitError
 
     try:

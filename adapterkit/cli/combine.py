@@ -1,8 +1,7 @@
 """Combine several adapters into one.
 
 Each A is an adapter in any known format. 'adapterkit list combine' shows the methods and their parameters. A recipe is
-a YAML file with the same choices, similar to mergekit's: merge_method, parameters, and models with their own
-parameters.
+a YAML file like mergekit's. It names the merge_method, its parameters, and the models, each with parameters.
 """
 
 from __future__ import annotations
@@ -126,13 +125,13 @@ def _check_writable(outline: Adapter, name: str, base: str | None, on_loss: str,
 
 
 def _error(cuts: Sequence[Cut]) -> float | None:
-    """Return the error over all targets relative to the norm of the result, or None if nothing was cut."""
+    """Return the error of cutting ranks, over all targets, relative to the norm of the result; None without a cut."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def said(made: Adapter) -> dict[str, object]:
-    """Return the method and the parameters of a combination from the lineage of the result."""
+    """Return the combining method and its parameters, as the lineage of the result records them."""
     args = made.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
@@ -144,7 +143,7 @@ def _format_of(sources: Sequence[str], detect: Callable[[str], str]) -> str:
 
 
 def _used(name: str, record: Mapping[str, object]) -> str:
-    """Return the value of a parameter as text; if the adapters have different values, all values in order."""
+    """Return a parameter's value as text; if the value differs between adapters, the values in their order."""
     shared, own = part(record, "parameters")[name], parts(record, "each") if record["each"] else ()
     if not any(name in each for each in own):
         return str(shared)

@@ -1,6 +1,6 @@
-"""Find what the parts' licences require of a model made from several parts, and which requirements conflict.
+"""List the requirements of the licences of a merged model's parts (base and adapters), and conflicts between them.
 
-The licences are data, `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
+The licences are data in `spec/licences.toml`. A card may name a wrong licence, and only lawyers can say whether changed
 weights are an adapted work. So the functions return sentences for warnings; only `check_licences` raises an error.
 """
 
@@ -22,14 +22,14 @@ from ..io.strict_yaml import load_yaml
 
 
 Licence = Mapping[str, str]
-"""A card's fields about its licence; all may be empty. Name and link give the licence if `license` is `other`."""
+"""The fields about the licence in a model card; all may be empty. If `license` is `other`, name and link are used."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """Return a licence given by its identifier, such as `apache-2.0`, or by a card's metadata."""
+    """Return the licence for an identifier, such as `apache-2.0`, or for the metadata of a card."""
     return {"license": name} if isinstance(name, str) else name or {}
 
 
@@ -43,7 +43,7 @@ def licence_of(card: str) -> Licence:
 
 
 def licence_at(path: Path) -> Licence:
-    """Return the licence in the card in a folder, or next to a file."""
+    """Return the licence that a model card states; the card is in the folder `path`, or next to the file `path`."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         with open_input(card) as file:
@@ -68,10 +68,10 @@ def metadata(card: str) -> Mapping[str, Any]:
 FORMAT = 1
 
 BASE = "the base"
-"""Name of the base among the parts of a merged model."""
+"""The name by which lists of a merged model's parts call the base."""
 
 Part = tuple[str, Licence]
-"""The name of a part (`BASE`, or an adapter's), and the licence in its card."""
+"""The name of a part (`BASE`, or the name of an adapter), and the licence in the part's card."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,7 +85,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def plain(self) -> bool:
-        """Whether the licence requires no more than notices."""
+        """Whether the licence requires only that notices are kept."""
         return self.commercial and self.changes and not self.whole and not self.restricts
 
 
@@ -126,7 +126,7 @@ def terms_of(licence: Licence) -> Terms | None:
 
 
 def spdx_of(licence: Licence) -> str | None:
-    """Return the SPDX identifier of a licence; None if it has none, like most community licences."""
+    """Return the SPDX identifier of a licence; None if it lacks an identifier, like most community licences."""
     entry = _table().licences.get(_id(licence))
     return None if entry is None else entry.spdx
 
@@ -156,9 +156,11 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
                 continue
             pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
             if terms.whole and others.whole:
-                found.append(f"{pair}: each requires that the whole is under it")
+                found.append(f"{pair}: each of them must cover the whole model")
             elif _adds_limits(terms, others) or _adds_limits(others, terms):
-                found.append(f"{pair}: one requires that the whole is under it, the other adds limits that it forbids")
+                found.append(
+                    f"{pair}: one must cover the whole model without further limits, but the other adds limits"
+                )
             elif terms.commercial != others.commercial:
                 strict = name if not terms.commercial else other
                 found.append(f"{pair}: the result allows no commercial use, because of {strict}")
@@ -166,16 +168,16 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _adds_limits(whole: Terms, other: Terms) -> bool:
-    """Whether `whole` must cover the whole model and forbids further limits, while `other` imposes limits on it."""
+    """Whether two licences conflict: `whole` must cover the model without further limits, but `other` adds limits."""
     return whole.whole and not whole.restricts and other.restricts
 
 
 def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
-    """Return the requirements of the parts' licences that a result's own licence omits, one sentence each.
+    """Return a sentence for each requirement of a part's licence that the licence of the merged model lacks.
 
     Args:
-        stated: the licence in the result's card.
-        parts: the parts that the result was made from.
+        stated: the licence in the merged model's card.
+        parts: the base and the adapters of the merged model.
     """
     own = terms_of(stated)
     if own is None:
@@ -238,7 +240,10 @@ def _cited(name: str, licence: Licence) -> str:
 
 
 def _reached(licence: Licence) -> set[str]:
-    """Return the licences that a whole may have if a part has this one, following compatible licences repeatedly."""
+    """Return all licences that a merged model may have if a part has `licence`.
+
+    A licence lists compatible licences, each of which may list further compatible licences; all are included.
+    """
     found: set[str] = set()
     left = [_id(licence)]
     while left:

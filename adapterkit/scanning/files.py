@@ -25,7 +25,7 @@ CODE = frozenset({
 """Suffixes of files that a program may run."""
 
 PLAIN_HIDDEN = frozenset({".gitattributes", ".gitignore", ".cache", ".huggingface", ".adapterkit"})
-"""Hidden names that are harmless: hubs, git and adapterkit write them."""
+"""Names of harmless hidden files, which hubs, git and adapterkit write."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
 _AUTO = ("auto_map", "custom_pipelines", "trust_remote_code", "model_class_path", "processor_class_path")
@@ -41,7 +41,7 @@ _TRUSTED_PARENTS = (
 _PROGRAMS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 _ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
 MOST = 20
-"""The largest number of reported findings of one rule in one file: a pickle may contain thousands of calls."""
+"""For each rule, at most this many findings are reported in a file: a pickle may contain thousands of calls."""
 
 LARGEST_TEXT = 32 << 20
 _BIDI = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -69,12 +69,12 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    """Whether a link stays in the folder, or in the cache of a hub client that the folder belongs to."""
+    """Whether a link leads to a file in the folder, or in the hub client's cache that contains the folder."""
     try:
         target, top = file.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # The link leads back to itself.
         return False
-    # Allow links to `blobs`: huggingface_hub's snapshots consist of links to the blobs of the same repository.
+    # Allow links to the folder `blobs`: huggingface_hub's snapshots are links to the blobs of the same repository.
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")
     )
@@ -99,7 +99,7 @@ def _name(name: str) -> Iterator[Finding]:
 
 
 def confusable(text: str) -> str:
-    """Return why people may misread a text, or "" if there is no such reason."""
+    """Return the reason why people may misread a text; "" if they cannot."""
     invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
     if invisible:
         return f"invisible characters {', '.join(invisible)} in {shown(text)}"
@@ -120,9 +120,9 @@ def _head(file: Path) -> bytes:
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Whether these are the first bytes of a pickle.
+    """Whether a file with these first bytes is a pickle.
 
-    The first opcodes are parsed as well: the length of a safetensors header may begin with the same two bytes.
+    The first opcodes are parsed too, because the length of a safetensors header may begin with the same two bytes.
     """
     if head[:1] != b"\x80" or not 2 <= head[1] <= 5:
         return False
@@ -154,7 +154,7 @@ def _content(name: str, head: bytes) -> Iterator[Finding]:
 
 
 def _pickles(name: str, file: Path) -> Iterator[Finding]:
-    """Yield the globals in the pickles of a file that a state dict does not need."""
+    """Yield a finding for each global in a file's pickles that a state dict does not need."""
     data = file.read_bytes() if file.stat().st_size <= LARGEST_TEXT else b""
     if data[:2] == b"PK" or (not data and zipfile.is_zipfile(file)):
         with zipfile.ZipFile(file) as archive:
@@ -193,7 +193,7 @@ def _calls(name: str, place: str, data: bytes) -> Iterator[Finding]:
                     if found >= MOST:
                         return
         except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError):
-            return  # In files of torch before 1.6, the bytes after the last pickle are data.
+            return  # Stop: in files of torch before 1.6, the bytes after the last pickle are data.
 
 
 def _texts(name: str, file: Path) -> Iterator[Finding]:
@@ -221,7 +221,7 @@ def _config(name: str, where: str, value: object, depth: int) -> Iterator[Findin
             elif key == "auto_mapping" and isinstance(entry, Mapping):
                 parent = entry.get("parent_library")
                 if isinstance(parent, str) and not f"{parent}.".startswith(_TRUSTED_PARENTS):
-                    # peft.auto imports the module with this name.
+                    # Report this key: peft.auto imports the module with this name.
                     yield Finding("code-in-config", name, place, f"parent_library: {shown(parent)}")
             elif key in ("chat_template", "template") and isinstance(entry, str):
                 yield from _template(name, place, entry)
@@ -244,7 +244,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
     try:
         tree = environment.parse(text)
     except (TemplateSyntaxError, RecursionError):
-        # Remove the `generation` block, which transformers adds to Jinja's syntax, and parse again.
+        # Parse again without the `generation` blocks, which transformers adds to Jinja's syntax.
         try:
             tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
         except (TemplateSyntaxError, RecursionError) as error:
@@ -273,7 +273,7 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
 
 
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
-    """Yield pairs of weight files with the same stem and different content: different tools load different files."""
+    """Yield a finding for two weight files with the same stem but different content: tools may load either file."""
     from ..io import safetensors
     from ..io.torch_file import read_torch_file
 

@@ -27,10 +27,10 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
     Args:
         source: a file, a folder, or an address on a hub, whose files are downloaded first.
-        base: the base, whose weights are compared with the norms of the changes; None skips this rule.
+        base: the base, to compare the norms of the changes with the norms of its weights; None skips this rule.
 
     Returns:
-        The findings, the most severe first. Findings are evidence, not proof, and their absence proves nothing.
+        The findings, the most severe first. Findings are evidence, not proof. A scan without findings proves nothing.
 
     Raises:
         StorageError: the source does not exist or cannot be read.
@@ -54,9 +54,9 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
 
 
 def _adapter(root: Path, base: Checkpoint | str | PathLike[str] | None, unread: list[str]) -> list[Finding]:
-    """Return findings in the adapter itself.
+    """Return findings about the targets and values of the adapter.
 
-    List an adapter that cannot be read in `unread`, because other tools may be able to read it.
+    An adapter that cannot be read is added to `unread`, because other tools may be able to read it.
     """
     checkpoint = None if base is None else opened(base)
     try:
