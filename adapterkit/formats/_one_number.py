@@ -28,16 +28,16 @@ def of_one_alpha(
     """Return the file's alpha, the updates that the format can express, and a line for each omitted or changed update.
 
     Args:
+        adapter: the adapter to write.
         why: a function that returns the reason why the format cannot express an update; empty if it can.
-        why: returns the reason why the format cannot express an update; empty if it can.
         dialect: the format's name, for messages.
         on_loss: how to treat updates that the format cannot express.
         first: the alpha in the source file; None if unknown.
         one_rank: whether all modules must have the same rank.
 
     Raises:
-        Unrepresentable: see `expressible` and `one_number`.
-    Unrepresentable: see `_pairs.expressible` and `one_number`."""
+        Unrepresentable: see `_pairs.expressible` and `one_number`.
+    """
     pairs, lines = expressible(adapter, dialect, on_loss, why)
     held = of_one_rank(pairs) if one_rank else pairs
     alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
@@ -78,13 +78,14 @@ def one_number(
 ) -> tuple[float, Pairs, list[str]]:
     """Choose the value, such as an alpha, that determines the scalings of all modules; fold all other scalings into B.
 
-    pairs: the updates by target.
-    of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
-    gives: a function that returns the scaling that a value yields for an update.
-    dialect: the format's name, for messages.
-    on_loss: `fold` and `promote` allow folding scalings.
-    default: the value to use if `of` returns None for every update.
-    first: the value in the source file; chosen if no other value fits more updates.
+    Args:
+        pairs: the updates by target.
+        of: a function that returns the value that yields exactly an update's scaling; None if there is no such value.
+        gives: a function that returns the scaling that a value yields for an update.
+        dialect: the format's name, for messages.
+        on_loss: `fold` and `promote` allow folding scalings.
+        default: the value to use if `of` returns None for every update.
+        first: the value in the source file; chosen if no other value fits more updates.
 
     Raises:
         Unrepresentable: the updates need different values, and `on_loss` does not allow folding.

@@ -42,10 +42,7 @@ class OtherFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str]
 
     def key_of(self, names: Iterable[str]) -> str:
-        """Return the first key that matches the first expression if the file is of this kind.
-
-        Otherwise an empty text.
-        """
+        """If the file is of this kind, return a key that matches the first expression; otherwise an empty text."""
         known = list(names)
         found = [next((name for name in known if re.search(pattern, name)), "") for pattern in self.keys]
         return found[0] if all(found) else ""

@@ -40,8 +40,8 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
     """Group tensors as module -> field -> tensor, by the endings of their keys.
 
     Args:
+        tensors: the tensors by key.
         slots: a map from the ending of a key to the update's field; every module must have the fields A and B.
-        slots: a map from the ending of a key to its field; every module must have the fields A and B.
         what: the format's name, for messages.
 
     Raises:
