@@ -85,10 +85,7 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, found: Iterable[Update]) -> Target:
-    """Return the norm's parameter `scale` as the target if an update replaces a norm.
-
-    Otherwise the unchanged target.
-    """
+    """Return the parameter `scale` of a norm if updates replace the norm; otherwise the unchanged target."""
     whole = all(update.method == "replacement" for update in found)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target

@@ -23,7 +23,8 @@ MARKS = ("fine_tune_type", "lora_parameters")
 def sniff(path: Path) -> bool:
     """Whether the folder at `path`, or around the file `path`, has a config with a field of MLX-LM.
 
-    PEFT's config has the same file name."""
+    PEFT's config has the same file name.
+    """
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
     try:
