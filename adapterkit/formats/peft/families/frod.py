@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from a word in the keys to the update's field."""
+"""A map from a word in keys to the update's field."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""A map from a field, or a part of it, to the shared key without the kind of module."""
+"""A map from a field of the update to the shared key, without the kind of module at the key's end."""
 
 
 class FRoDFields(Own, frozen=True, kw_only=True):
-    """The fraction of positions, and whether the basis is in the file."""
+    """The fraction of trained positions, and whether the basis is in the file."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
@@ -103,7 +103,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """Return a module's kind: the last words of the path, without numbers. Modules of a kind share a basis."""
+    """Return the kind of a module: the last words of its path, without numbers. Modules of a kind share a basis."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]

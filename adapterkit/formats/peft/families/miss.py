@@ -86,7 +86,7 @@ class MissFamily(Family):
 
 
 def _form(update: Update) -> tuple[str, tuple[int, ...]]:
-    """Return the form's name, and the sizes that the config states for this form."""
+    """Return the name of the block's form, and the sizes that the config must have for this form."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     held = update.tensors
