@@ -114,7 +114,7 @@ def read(
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
         raise UsageError(
-            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the file states everything"
+            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Omit it: the format does not need it"
         )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
@@ -302,7 +302,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a base or a tuned model: some of its weights do not belong to an adapter."""
+    """Whether a path is a base or a tuned model: some of the path's weights are not an adapter's."""
     if is_address(source):
         return False
     try:
@@ -377,7 +377,7 @@ def warnings_of(adapter: Adapter) -> list[str]:
     """Return a warning, one sentence, for each kind of unusual content that the reader accepted."""
     names = ", ".join(unknown_fields(adapter))
     refuse = "--strict (strict=True) refuses such fields"
-    return [f"the config has fields that its format does not define; kept: {names}; {refuse}"] if names else []
+    return [f"the config has fields that its format does not define: {names}; {refuse}"] if names else []
 
 
 def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:

@@ -86,9 +86,9 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         with np.errstate(over="ignore", invalid="ignore"):
             return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
-        return f"the two cannot be compared ({error.why})"
+        return f"the written and the read update cannot be compared ({error.why})"
     except ValueError as error:  # Some formulas raise this for wrong shapes.
-        return f"the two cannot be compared ({error})"
+        return f"the written and the read update cannot be compared ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
@@ -326,7 +326,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
         none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
         one, other = ours.get(key, none), theirs.get(key, none)
         if one.value.shape != other.value.shape:
-            return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
+            return f"the shape of its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
         # Squares of values above 1e154 overflow, and infinity times 0 is NaN. Then allow an error relative to the
@@ -349,7 +349,7 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
         return _unlike_fields(asked, got, unit, least)
     ours, theirs = _tokens(asked), _tokens(got)
     if ours is None or theirs is None:
-        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead"
+        return f"the file has {' and '.join(update.method for update in got) or 'nothing'} instead of this update"
     for place in dict.fromkeys((*ours, *theirs)):
         if place not in ours or place not in theirs:
             return f"the file {'has no' if place in ours else 'has'} {place}"
@@ -395,7 +395,7 @@ def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: f
         if one.attributes != other.attributes:
             return "an attribute differs"
         if one.tensors.keys() != other.tensors.keys():
-            return "the tensors have other names"
+            return "the names of the tensors differ"
         for name, leaf in one.tensors.items():
             if not _near(*cast("tuple[Array, Array]", (_values(leaf), _values(other.tensors[name]))), unit, least):
                 return f"the values of {name} differ"

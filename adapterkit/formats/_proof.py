@@ -235,7 +235,7 @@ class _Proof:
         layouts = [{target.layout for target in group} for group in (asked, got)]
         if asked and got and layouts[0] != layouts[1]:
             ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
-            items = [f"{target}: its base stores it as {ours}; the reader takes it for {theirs}" for target in asked]
+            items = [f"{target}: its base stores the weight as {ours}; the reader assumes {theirs}" for target in asked]
             places = [(target, position) for target, found in asked.items() for position in range(len(found))]
             why = f"{self.name} does not state how a base stores these weights"
             raise Unrepresentable(

@@ -149,7 +149,7 @@ class Comfyui(ImageFormat):
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """Rename targets to ComfyUI's naming.
 
-        The possible families, which determine the names of text encoders, are stored.
+        Also store the possible families for `stem`, which needs them to name text encoders.
         """
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()

@@ -229,7 +229,7 @@ def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
         elif said[target] != next(iter(said.values())):
             yield (
                 target,
-                "the number of blocks or the constraint of this oft, relative to its size, differs from the others",
+                "the other updates have another number of blocks, or another constraint relative to their size",
             )
 
 

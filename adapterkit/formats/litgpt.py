@@ -197,7 +197,7 @@ class _Writer:
         alike = (u for path, u in self.own.items() if _below(path) == _below(own))
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
         if like is None:
-            why = "litgpt adapts a module in all layers; only the base shows the width of this one"
+            why = "litgpt adapts a module in all layers; only the base shows the width of this module"
             raise UsageError(why, where=foreign, cure="Give the base with --base (base=)")
         return _named_pair(foreign, *self.zero(*like))
 

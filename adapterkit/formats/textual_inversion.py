@@ -179,7 +179,7 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
         if isinstance(update, TextualInversion) and fits:
             found[part] = update
         else:
-            items.append(f"{target}: the file cannot have {update.method} there")
+            items.append(f"{target}: the file cannot store {update.method} for this target")
     tokens = {update.token for update in found.values()}
     if len(tokens) > 1:
         items.append("the adapter has several tokens, but a file has one")

@@ -290,7 +290,7 @@ def _numbers(adapter: Adapter) -> list[Any]:
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     """Return whether a tool knows every key of an image model's file, and a reason if it does not."""
     if not seen.families and denoiser_targets(seen.adapter.updates, ()):
-        return "unknown", "the family of the file's modules is unknown, and with it the keys that the tool loads"
+        return "unknown", "the family of models is unknown, so it is unknown which keys the tool loads"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):

@@ -184,10 +184,10 @@ def decide(
         return None, "" if origin.naming == naming else _unknown(paths, naming)
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, whose names are translated differently"
+        return None, f"its names fit {names}, which translate the names differently"
     if len({family.component == CONTROLNET for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
-        return None, f"its names fit {names}, and nothing shows which of them is meant"
+        return None, f"its names fit {names}, and nothing shows which of these families is right"
     return fitting[0], ""
 
 
@@ -302,7 +302,7 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families, unless there is evidence for them in addition to the names, or no other family is left.
+    """Remove unlikely families. Keep them if the metadata or the sizes also fit, or if no other family is left.
 
     Args:
         fitting: the families that have all names.

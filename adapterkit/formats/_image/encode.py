@@ -40,7 +40,7 @@ def why_not(update: Update, rules: Rules) -> str:
     if slot is None or slot not in rules.slots:
         return f"the format does not have the method {update.method}"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
-        return "the format has no slot for the bias of this lora"
+        return "the format cannot store the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST:
         return "its scaling is too large for an alpha"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
@@ -53,14 +53,14 @@ def why_not(update: Update, rules: Rules) -> str:
         return _why_not_oft(update, rules)
     if isinstance(update, WeightNorm):
         if rules.peft:
-            return "its magnitudes are not DoRA's"
-        return "" if update.eps == EPSILON else f"its norms do not have an epsilon of {EPSILON}"
+            return "the format can store magnitudes only for dora"
+        return "" if update.eps == EPSILON else f"the epsilon of its norms is not {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} {NO_SLOT_FOR_SCALING}"
     return ""
 
 
-NO_SLOT_FOR_SCALING = "has a scaling, for which the format has no slot"
+NO_SLOT_FOR_SCALING = "has a scaling, which the format cannot store"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:

@@ -54,7 +54,7 @@ class ImageModule:
         """
         missing = next((slot for slot in slots if slot not in self.tensors), None)
         if missing is not None:
-            raise Malformed(f"the file lacks its partner: {missing}", where=self.where, cure=AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {missing}", where=self.where, cure=AGAIN)
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:

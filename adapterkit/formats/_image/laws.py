@@ -55,7 +55,7 @@ def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
-            "this tensor cannot stand together with the module's other tensors", where=module.keys[left], cure=AGAIN
+            "this tensor cannot be combined with the module's other tensors", where=module.keys[left], cure=AGAIN
         )
     return found
 

@@ -83,7 +83,9 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
         if not _alike(first, others):
             names = [_titles(each) or "an unknown family" for each in (first, others)]
             why = f"the adapters are for different models: {names[0]}, and {names[1]}"
-            raise UsageError(why, where=place, cure="Give adapters for one base; these change no weights in common")
+            raise UsageError(
+                why, where=place, cure="Give adapters for one base: these adapters change no common weight"
+            )
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:

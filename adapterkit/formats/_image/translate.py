@@ -139,7 +139,7 @@ class _Into:
             turned = [reordered(update, pieces) for update in found]
             if None in turned or target.rows is not None:
                 return self.lose(
-                    target, found, "its parts have another order there, and the update cannot be split into them"
+                    target, found, "in that naming, the weight's parts have another order; the update cannot be split"
                 )
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
         return self._part(target, found, pieces, root, source)

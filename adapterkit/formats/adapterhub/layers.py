@@ -191,7 +191,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
     if target.layout != "out *in":
         return "the adapters library has no dora on a weight stored as [in, out]"
     if update.scaling != 1:
-        return "the scaling of this dora is not 1, and the adapters library omits it in the norm"
+        return "the scaling of this dora is not 1, but the adapters library computes the norm with 1"
     if base is None:
         return "the adapters library's dora scales a bias, and only the base shows whether the layer has one"
     return "" if biasless(base, target.path) else "the layer has a bias, which the adapters library's dora would scale"

@@ -193,7 +193,7 @@ def parts(config: Mapping[str, object], settings: Settings) -> Iterator[tuple[st
     own = config.get("config")
     if not isinstance(own, dict):
         why = f"the config has {str(own)[:60]!r} instead of the method's fields"
-        raise Malformed(why, where="config", cure="Load and save the adapter with a release since adapters 0.1")
+        raise Malformed(why, where="config", cure="Load and save the adapter with adapters 0.1 or newer")
     if own.get("architecture") != "union":
         yield _part(own, "config", settings)
         return

@@ -85,7 +85,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     """Return the adapter in an MLX-LM folder.
 
     Raises:
-        Malformed, Unsupported, ShapeMismatch: the tensors do not fit the config, or their kind is unknown.
+        Malformed, Unsupported, ShapeMismatch: the tensors do not fit the config, or `fine_tune_type` is unknown.
         TargetNotFound: the base does not have a module of the file.
     """
     kind = config.get("fine_tune_type", "lora")

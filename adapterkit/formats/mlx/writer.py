@@ -231,7 +231,7 @@ def _same(hints: MlxHints, pairs: Pairs) -> bool:
 def _key(name: str) -> str:
     """Return the module's name in `lora_parameters.keys`: relative to its block.
 
-    For an expert, the name of the stack.
+    For an expert, return the name of the expert's stack.
     """
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest

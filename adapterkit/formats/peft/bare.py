@@ -38,9 +38,9 @@ _ALPHA = ".alpha"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-"""The file with all weights that DeepSpeed writes up to ZeRO-2."""
+"""DeepSpeed's file up to ZeRO-2, which has all weights."""
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-"""A file that DeepSpeed writes under ZeRO-3, next to the weights, which are split over ranks."""
+"""DeepSpeed's file with ZeRO-3, which lacks the weights: other files have them, split over ranks."""
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"

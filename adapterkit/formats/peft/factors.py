@@ -198,7 +198,7 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
     """
     for name, needed in needs.items():
         if needed and name not in keys:
-            raise Malformed(f"the file lacks its partner: {_WORDS[name]}", where=where, cure=_AGAIN)
+            raise Malformed(f"the file lacks the matching tensor: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
             why = f"the file has {_WORDS[name]}, but the config has no such field"
             raise Malformed(why, where=keys[name].text, cure="The config does not belong to this file")

@@ -91,7 +91,7 @@ def _acts(method: type[Update]) -> bool:
 
 
 def _rank(method: type[Update]) -> int:
-    """Return the rank of a main method among methods that equally many updates have."""
+    """Return a sort key that decides between main methods that equally many updates have."""
     return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
 
 
@@ -195,7 +195,7 @@ def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iter
                 where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
                 own, others = ("has a", "have none") if has else ("has no", "have one")
                 why = f"this {update.method} {own} bias, but others {others}"
-                mine = f"PEFT has no {update.method} with a bias there" if has and where else why
+                mine = f"PEFT has no {update.method} with a bias at this target" if has and where else why
                 parties[has].append((target, position, mine))
     if parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
@@ -218,7 +218,7 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """Yield updates that need other values of config fields that a family has once for all modules."""
+    """Yield updates that need other values in the config than most updates; a family has one value for all modules."""
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()

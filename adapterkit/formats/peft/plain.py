@@ -109,7 +109,7 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
     fits = len(shape) > 1 and sum(size != 1 for size in shape) <= 1
     if not fits or (shape[1 if not inputs and len(shape) == 2 else 0] != 1):
         kind = "inputs, [1, in]" if inputs else "outputs, [out, 1]"
-        why = f"the shape is {list(shape)}, but by feedforward_modules it scales {kind}"
+        why = f"the shape is {list(shape)}, but feedforward_modules requires a scale of {kind}"
         raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
     return inputs
 
@@ -207,7 +207,7 @@ def norm_spelled(name: str) -> str:
 
 
 def _norm_name(key: Key) -> str:
-    """Return the base's parameter of a key, including a child module's name, which was parsed as an adapter's name."""
+    """Return the path of the parameter that a key names. The name of a child module was parsed as an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(NORM_PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
     if len(words) > 2 and words[0] == "default":  # PEFT leaves the adapter's name in the keys of children. Remove it.

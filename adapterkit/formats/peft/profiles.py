@@ -72,9 +72,11 @@ def _load(path: Path) -> Profile:
     try:
         found = msgspec.toml.decode(read_input(path), type=Profile)
     except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not a profile ({error})", path=path, cure="Correct the file") from error
+        raise Malformed(f"this is not a valid profile ({error})", path=path, cure="Correct the file") from error
     if found.format != VERSION:
-        raise Malformed(f"format {found.format}, and this version reads format {VERSION}", path=path, cure="Correct it")
+        raise Malformed(
+            f"the file has format {found.format}; this version reads format {VERSION}", path=path, cure="Correct it"
+        )
     return found
 
 
@@ -118,7 +120,8 @@ def _rank_for(profile: Profile, rank: int) -> int:
     least, most = profile.ranks
     if rank > most:
         raise Unrepresentable(
-            f"rank {rank}, and {profile.title} takes ranks up to {most}", cure=f"adapterkit resize --rank {most}"
+            f"the rank is {rank}, but {profile.title} accepts ranks up to {most}",
+            cure=f"adapterkit resize --rank {most}",
         )
     return max(least, rank)
 
@@ -136,7 +139,7 @@ def _check_size(profile: Profile, updates: Updates) -> None:
     leaves = [as_lazy(leaf) for found in updates.values() for update in found for leaf in update.tensors.values()]
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if profile.bytes is not None and size > profile.bytes:
-        why = f"{size:,} bytes of weights, and {profile.title} takes files of less than {profile.bytes:,}"
+        why = f"the weights have {size:,} bytes, but {profile.title} accepts only files of less than {profile.bytes:,}"
         raise Unrepresentable(why, cure="adapterkit resize --rank R --dtype BF16")
 
 

@@ -282,7 +282,7 @@ def _stack_factors(adapters: list[tuple[Target, Update]], base: Checkpoint | Non
 
 
 def _uneven(adapters: list[tuple[Target, Update]], base: Checkpoint | None) -> set[int]:
-    """Return the numbers of layers that have adapters of different bottleneck sizes."""
+    """Return the indices of the layers whose adapters have different bottleneck sizes."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])

@@ -224,10 +224,10 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
     if missing:
-        raise Malformed(f"the file lacks its partner: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
     extra = next((key for part, key in keys.items() if part not in wanted), None)
     if extra:
-        raise Malformed("this tensor has another form than its partners", where=extra.text, cure=_AGAIN)
+        raise Malformed("this tensor does not fit the module's other tensors", where=extra.text, cure=_AGAIN)
 
 
 def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:

@@ -119,11 +119,11 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
         raise Unsupported(why, where="save_projection", cure="Save the adapter again with save_projection=True")
     missing = next((word for word in words.values() if word not in file.shared), None)
     if missing:
-        raise Malformed(f"the file lacks its partner: {missing}", where=some.text, cure=_AGAIN)
+        raise Malformed(f"the file lacks the matching tensor: {missing}", where=some.text, cure=_AGAIN)
     found = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
-        raise ShapeMismatch("the values are not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
+        raise ShapeMismatch("the tensor is not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
     return found
 
 

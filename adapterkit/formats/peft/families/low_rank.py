@@ -431,7 +431,7 @@ class OsfFamily(Family):
         all_, key = min(dims["out"], dims["in"]), fields["S"]
         kept = file.settings.own.kept(key.path, all_)
         if kept + dims["r"] != all_ or not kept:
-            why = f"the file has {dims['r']} of {all_} singular values, but by the config {kept} stay in the base"
+            why = f"the file has {dims['r']} of {all_} singular values, but the config leaves {kept} in the base"
             raise ShapeMismatch(why, where=key.text, cure="The config does not belong to this file")
         return Found(key.path, update, fields)
 

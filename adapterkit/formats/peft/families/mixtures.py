@@ -125,7 +125,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
                 kind = sha256(leaf.fetch()).digest()
                 first[id(leaf)] = several.setdefault(kind, leaf)
                 if len(several) > allowed:
-                    why = f"its {field} differs from its neighbours', but by the config they share it ({group[0]})"
+                    why = f"its {field} differs from that of modules with which the config shares it ({group[0]})"
                     raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
     yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
 

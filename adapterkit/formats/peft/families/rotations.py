@@ -364,9 +364,9 @@ class PsoftFamily(Family):
                 "this psoft stores A and B, but PEFT computes them from the base, with signs that depend on the machine"
             )
         if update.seed and not update.steps:
-            return "this psoft has a seed, but an exact decomposition"
+            return "this psoft has a seed, but its decomposition is exact and needs no seed"
         if update.eps and not update.terms:
-            return "this psoft has a limit on Q, but an exact transform"
+            return "this psoft limits Q, which PEFT does only with use_cayley_neumann"
         return super().why_not(target, update)
 
     @classmethod

@@ -130,7 +130,7 @@ def _modules(file: File) -> list[str]:
 
     Raises:
         UsageError: no base is given.
-        Unsupported: the order is unknown, or not only `target_modules` selects modules.
+        Unsupported: the order is unknown, or fields other than `target_modules` select modules.
     """
     if file.known:
         return list(file.known)
