@@ -28,8 +28,8 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
     try:
         return msgspec.convert(dict(adapter.foreign.data), record)
     except msgspec.ValidationError as error:
-        why = f"leftovers of {format} are damaged ({error})"
-        raise Malformed(why, where="foreign", cure="Remove the leftovers: adapter.replace(foreign=None)") from None
+        why = f"the stored data of the {format} file is damaged ({error})"
+        raise Malformed(why, where="foreign", cure="Remove the data: adapter.replace(foreign=None)") from None
 
 
 class Leftovers(TypedDict, total=False):

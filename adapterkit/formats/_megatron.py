@@ -98,8 +98,8 @@ def encode(
     Pairs of a fused weight's parts are fused if they share A.
     """
     if LAYER.fullmatch(f"{prefix}0.x") is None:
-        why = f"leftovers of Megatron are damaged: names begin with {prefix!r}"
-        raise Malformed(why, cure="Remove the leftovers: adapter.replace(foreign=None)")
+        why = f"the stored data of the Megatron file is damaged: names begin with {prefix!r}"
+        raise Malformed(why, cure="Remove the data: adapter.replace(foreign=None)")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
     possible = all(_fits(found, weights) for found in layers.values() for weights in groups)

@@ -36,6 +36,6 @@ def refused(update: Update, layer: LayerFacts, trainer: str) -> Unsupported:
     """
     why = (
         f"{update.method} on a convolution with {layer.padding}: {trainer} trained it with zeros around the input, "
-        "and no change of the weight computes that; the formula uses the layer's padding"
+        "and no change of the weight computes the same; the formula uses the layer's padding"
     )
     return Unsupported(why, cure='Read it by the formula, as tools merge it: --compat formula (compat="formula")')

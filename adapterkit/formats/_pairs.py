@@ -52,7 +52,7 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
     for key, tensor in tensors.items():
         end = next((end for end in slots if key.endswith(end)), None)
         if end is None or key == end:
-            raise Malformed(f"not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+            raise Malformed(f"this is not a key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
         if tensor.dtype.name not in REAL:
             raise Unsupported(
                 f"this factor has dtype {tensor.dtype}", where=key, cure=f"Convert it to {', '.join(REAL)}"
@@ -112,7 +112,7 @@ def expressible(
     places: list[tuple[Target, int]] = []
     for target, position, update in ((t, i, u) for t, us in adapter.updates.items() for i, u in enumerate(us)):
         if not isinstance(update, methods):
-            reason = f"{update.method}; the format knows only {' and '.join(m.__name__ for m in methods)}"
+            reason = f"{update.method} is not supported, only {' and '.join(m.__name__ for m in methods)}"
         else:
             other = _kinds(update) - {*dtypes}
             reason = why(target, update) or (f"its factors have dtype {', '.join(sorted(other))}" if other else "")

@@ -189,7 +189,7 @@ class Diffusers(ImageFormat):
         mixed = [min(kind.values(), key=len) for kind in kinds.values() if len(kind) > 1]
         return changed, [
             *losses,
-            *((target, "one part of the pipeline cannot have both lokr and lora") for each in mixed for target in each),
+            *((target, "one component cannot have both lokr and lora") for each in mixed for target in each),
         ]
 
     def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
@@ -212,7 +212,7 @@ class Diffusers(ImageFormat):
             why = f"the tensors are {update.method}, but {CONFIG} states use_dora={settings.use_dora}"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
-            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors say otherwise"
+            why = f"{CONFIG} states lora_bias={settings.lora_bias}, but the tensors contradict this"
             raise Malformed(why, where=stem, cure="The header does not belong to these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"the file has both an alpha and {CONFIG}", where=stem, cure="Remove one of the two")
@@ -303,7 +303,7 @@ def _settings(text: str) -> dict[str, Settings]:
 def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
     """Whether the header's configs yield these ranks and scalings.
 
-    Without configs, whether diffusers' defaults do so.
+    Without configs, return whether diffusers' defaults do so.
     """
     if not settings:
         parts: dict[str, set[int]] = {}

@@ -145,7 +145,7 @@ def _merged(
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
     """Decode a Conv2d.
 
-    B A changes its kernel W as a matrix, and each row of the kernel has separate parts of B and A.
+    The product B A changes the kernel W, reshaped to a matrix. Each row of the kernel has separate parts of B and A.
     """
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]

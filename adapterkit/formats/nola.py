@@ -157,7 +157,7 @@ def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> 
 def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
-        assert start is not None  # `_why_not` has refused updates without it.
+        assert start is not None  # `_why_not` has refused updates without a start.
         leaves = (start, seeds[f"{stem}.lora_{factor}.seed"], mix)
         tensors |= {f"{stem}.lora_{factor}.{end}": as_lazy(leaf) for end, leaf in zip(_ENDS, leaves, strict=True)}
     return tensors
@@ -166,7 +166,7 @@ def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Leaf]) -> dict[str, La
 def _alpha(update: NOLA, known: float) -> float:
     """Return LoRA's alpha: the source file's alpha if it yields exactly the update's scaling.
 
-    Otherwise scaling * rank.
+    Otherwise return scaling * rank.
     """
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
@@ -175,7 +175,7 @@ def _alpha(update: NOLA, known: float) -> float:
 def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
-            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} next to it must",
+            f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} must",
             path=path, cure='Write it: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:

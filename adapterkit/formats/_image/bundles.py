@@ -123,7 +123,7 @@ def is_bundled(target: Target, update: object) -> bool:
 def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
     """Return the updates that are not embeddings, and the embeddings' tensors by key.
 
-    If an adapter has only embeddings, all updates are returned, and no tensors.
+    If an adapter has only embeddings, return all updates, and no tensors.
     """
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}

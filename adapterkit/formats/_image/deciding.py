@@ -59,7 +59,7 @@ class Origin:
         unknown: the diffusers class of the base if no known family has this class; otherwise empty.
         metadata: the metadata of the file that the adapter was read from.
         bare: whether the file has ComfyUI's format, but no name has a prefix; most such files have diffusers' names.
-        of_format: whether `families` are merely the families that the file's format is used for.
+        of_format: whether `families` was derived only from the file's format; see `FAMILIES`.
     """
 
     naming: str = ""
@@ -320,8 +320,8 @@ def likely(
         if family.component == CONTROLNET:
             return _begins(family, paths)
         if family.component == "unet":
-            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks and also fit other U-Nets. So these
-            # other U-Nets are accepted only if a kind of blocks is missing.
+            # Most adapters of Stable Diffusion's U-Nets have all kinds of blocks and also fit other U-Nets. So another
+            # U-Net is accepted only if the adapter lacks a kind of blocks.
             return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
@@ -395,9 +395,9 @@ class _Extent:
     """The sizes of one update's weight.
 
     Attributes:
-        path: the module, without the part of the pipeline.
-        outputs: the weight's number of outputs; another value if the update does not show it.
-        inputs: the weight's number of inputs; another value if the update does not show it.
+        path: the module, without the pipeline's component.
+        outputs: the weight's number of outputs; not an int if the update does not show this number.
+        inputs: the weight's number of inputs; not an int if the update does not show this number.
         whole: whether the update changes the whole weight, not only some rows.
     """
 

@@ -204,7 +204,7 @@ class ImageFormat(Format, ABC):
                 raise Malformed("the key ends in no known slot", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:
-                raise Malformed(f"this key means the same as {slots[key.slot].text}", where=text, cure=AGAIN)
+                raise Malformed(f"this key has the same meaning as {slots[key.slot].text}", where=text, cure=AGAIN)
             slots[key.slot] = key
         if not grouped:
             raise Malformed("the file has no tensors", cure=AGAIN)
@@ -344,8 +344,8 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
     seen: dict[Target, str] = {}
     for stem, target in targets.items():
         if target in seen:
-            why = f"this key and {seen[target]} both mean the module {target}"
-            raise Malformed(why, where=stem, cure="Remove one of the two from the file")
+            why = f"this key and {seen[target]} both name the module {target}"
+            raise Malformed(why, where=stem, cure="Remove one of the two keys from the file")
         seen[target] = stem
 
 
@@ -363,7 +363,7 @@ def _with_alphas(
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha added to each LoRA, and the metadata without the alpha.
 
-    Most loaders ignore such an alpha, so it is applied only if all possible families have a true `header_alpha`. If the
+    Most loaders ignore such an alpha, so it is applied only if `header_alpha` is true for all possible families. If the
     file has alpha tensors or diffusers' config, the header's alpha is ignored.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))

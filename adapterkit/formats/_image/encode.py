@@ -92,7 +92,7 @@ def _why_not_oft(update: OFT, rules: Rules) -> str:
 def folded(update: Update, rules: Rules) -> Update:
     """Fold an update's scaling into a tensor, in the tensor's dtype.
 
-    Return the update unchanged if this is not needed.
+    Return the update unchanged if a slot can store the scaling.
     """
     field = _unscaled(update, rules)
     scaling = update.attributes.get("scaling", 1.0)

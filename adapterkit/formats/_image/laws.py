@@ -395,4 +395,4 @@ def number(value: float) -> Lazy:
     return number_of(float(value).hex())
 
 
-_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): its tools then use the rank as alpha'
+_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'

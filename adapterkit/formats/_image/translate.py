@@ -39,8 +39,8 @@ def in_naming(
         fold: whether joining parts with different scalings may fold the scalings into B.
         fuse: whether a LoKr of a fused weight becomes an update of the fused module that diffusers creates for LoKr. If
             false, the LoKr is split.
-        rows: whether an update of some rows of a fused weight may stay so. If false, zeros are added for the other
-            rows.
+        rows: whether an update of some rows of a fused weight may stay an update of these rows. If false, zeros are
+            added for the other rows.
 
     Returns:
         the translated updates, and (target, reason) for each target that cannot be translated and stays unchanged.
@@ -214,8 +214,8 @@ class _Into:
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "a part of a fused weight has several updates"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # Keep the rotations of the parts separate: a rotation affects only the rows of its part, and kohya stores
-            # each.
+            # Keep the rotations of the parts separate: a rotation affects only the rows of its part, and kohya's format
+            # stores each rotation.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))

@@ -90,8 +90,8 @@ def _together(
     """Return the dotted paths of all stems in the denoiser if one family has all of them; otherwise an empty dict.
 
     Args:
-        rest: the stems that are not resolved yet, with the stem's prefix and the rest of the stem.
-        words: the same for all stems; the stems of text encoders help to choose the family.
+        rest: a map from each stem that is not resolved yet to (prefix, flattened name).
+        words: such a map for all stems; the stems of text encoders help to choose the family.
         metadata: the file's metadata.
         of_base: the possible families of the base; None without a base.
         sizes: the input sizes of the denoiser's adapted weights.
@@ -124,7 +124,8 @@ def _together(
     fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # With a base, targets are translated to the base's names later. Then only the names in diffusers must be equal.
+    # With a base, targets are translated to the base's names later. Then the families only have to agree on the names
+    # in diffusers.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)

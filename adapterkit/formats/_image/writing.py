@@ -213,7 +213,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
                 if component_of(target.path) == "transformer_2":
                     why = "its module is in a second transformer, for which this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
-                why = "its norms do not follow a LoRA, a LoHa or a LoKr"
+                why = "its weight_norm does not follow a LoRA, a LoHa or a LoKr"
             before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}

@@ -107,7 +107,7 @@ class GgufPlace:
     def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
         """Map each target to the moves (module, rows, expert) into the file.
 
-        Targets without a place in files are omitted.
+        Targets that no file can contain are omitted.
         """
         return moves_of(updates, self.family, NAMING)
 

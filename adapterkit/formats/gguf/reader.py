@@ -99,7 +99,7 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
 def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
     """Find the family of models of an adapter file.
 
-    Some families, such as Granite 4, are only recognised by the base.
+    Some families, such as Granite 4, can only be recognised if the base is given.
     """
     with suppress(Unsupported, UsageError):
         own, family = name_for(None if base is None else base.config)

@@ -32,7 +32,7 @@ METHODS = (LoRA, ALoRA)
 class GgufHints(Leftovers, total=False):
     """The leftovers of a GGUF file.
 
-    `values` are its (key, type, value), `types` the block types of quantized tensors.
+    `values` are the (key, type, value) triples of the file, `types` the block types of quantized tensors.
     """
 
     architecture: str

@@ -98,7 +98,7 @@ def decode(config: Mapping[str, JsonValue], text: str, file: Path, modules: Modu
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, update in found:
         if target in updates:
-            raise TargetNotFound("two names in the file mean this target", where=str(target), cure=DAMAGED)
+            raise TargetNotFound("two names in the file are names of this target", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     updates = modules.placed(updates)
     data = {

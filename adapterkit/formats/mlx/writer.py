@@ -136,7 +136,7 @@ def _metadata(adapter: Adapter, hints: MlxHints) -> dict[str, str]:
 def _encode(adapter: Adapter, hints: MlxHints, on_loss: str) -> tuple[dict[str, JsonValue], dict[str, Lazy], list[str]]:
     """Write LoRA or DoRA, whichever has more updates, because a file has only one method.
 
-    Return config, tensors, lines.
+    Return the config, the tensors, and a line for each change.
 
     Raises:
         Unrepresentable: MLX-LM cannot express an update, and `on_loss` does not allow omitting the update.
@@ -270,9 +270,9 @@ def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> st
         return text if text and load_json(text) == config else ""
     except ValueError as error:
         raise Malformed(
-            f"leftovers of MLX-LM are damaged ({error})",
+            f"the stored data of the MLX-LM file is damaged ({error})",
             where="foreign",
-            cure="Remove the leftovers: adapter.replace(foreign=None)",
+            cure="Remove the data: adapter.replace(foreign=None)",
         ) from None
 
 

@@ -124,7 +124,7 @@ def _config(
     _check_trained(keys)
     empty = next((key for key in keys if key.part.startswith("lora_") and not math.prod(tensors[key.text].shape)), None)
     if empty is not None:
-        why = "the tensor has no elements: ZeRO-3 or FSDP kept them on other ranks when the adapter was saved"
+        why = "the tensor has no elements: ZeRO-3 or FSDP had the elements on other ranks during saving"
         raise Malformed(why, where=empty.text, cure="Gather the parameters before save_pretrained")
     ranks = {
         key.module: tensors[key.text].shape[0]

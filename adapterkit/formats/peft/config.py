@@ -175,7 +175,7 @@ def _check_field(name: str, value: object, strict: bool) -> None:
         return
     if name in REFUSED:
         if value:
-            raise Unsupported(f"{REFUSED[name]}; this version cannot read that", where=name, cure=_WITH_PEFT)
+            raise Unsupported(f"{REFUSED[name]}; this version cannot read such adapters", where=name, cure=_WITH_PEFT)
         return
     if strict:
         why = "PEFT does not define this field"
@@ -206,7 +206,7 @@ def _is_marker(name: str, value: object) -> bool:
 def _check_laws(settings: Settings) -> None:
     """Check that the config selects at most one variant of LoRA.
 
-    PEFT has some variants only for modules and without a bias.
+    PEFT has some variants only for modules (not for parameters), and only without a bias.
     """
     laws = {
         "use_bdlora": settings.use_bdlora is not None,

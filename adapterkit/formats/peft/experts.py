@@ -9,9 +9,10 @@ lists the names in any order; shapes show which pair belongs to which parameter.
 The keys do not show two differences between files:
 
 * PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`. For
-these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165). * The
-order of lora_B's columns. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training until September
-2026, the expert varied slowest (`grouped_by_expert`), and no config field says so (unsloth-zoo #1232, #1269).
+  these models, the old lora_A has the axis of the outputs, and the old lora_B the axis of the inputs (peft #3165).
+* The order of lora_B's columns. In PEFT, the expert varies fastest (`rank_major`). In Unsloth's training until
+  September 2026, the expert varied slowest (`grouped_by_expert`), and the config does not show this (unsloth-zoo #1232,
+  #1269).
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} with one group is a plain {update.method.removeprefix('grouped_')}"
     if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
         norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
-        return f"{update.method} divides by the norms {norms}, but a file read like this one uses the other norms"
+        return f"{update.method} divides by the norms {norms}, but the written file would be read with the other norms"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"PEFT has no {update.method} on a transposed convolution"
     apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))

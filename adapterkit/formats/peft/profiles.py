@@ -147,7 +147,7 @@ def _model_type(profile: Profile, base: Checkpoint | None) -> str:
     """Return the model type of the base, for the config."""
     found = None if base is None else (base.config or {}).get("model_type")
     if not isinstance(found, str):
-        why = f"{profile.title} reads model_type from the adapter's config, and no base states it"
+        why = f"{profile.title} reads model_type from the adapter's config, but model_type is unknown"
         raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
     return found
 
@@ -210,7 +210,7 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     """
     if target.stacked and not told:
         return (
-            "it has stacked experts, but the consumer reads one LoRA per expert: give the base, which shows the "
+            "it has stacked experts, but the program reads one LoRA per expert: give the base, which shows the "
             "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
             "BASE that stores experts one by one"
         )
@@ -224,5 +224,5 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     if not profile.embeddings and target.layout == "in out *k":
         return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return f"the rank is not smaller than the module, so {profile.title} would read the wrong side as the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would mistake its size for the rank"
     return ""

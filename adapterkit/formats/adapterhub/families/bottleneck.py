@@ -511,7 +511,8 @@ def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
 def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
     """Yield the coupling block after the embeddings.
 
-    The adapters library also inverts it before the head, which no target has.
+    The adapters library also runs the inverse block before the head. No module of the base could be the target of this
+    inverse block.
     """
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")

@@ -58,7 +58,7 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
             else "it has keys and values for several layers"
         )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but adapters has one for all"
+    return "" if shared and update.b2.shape[0] == 1 else "it has its own network, but adapters supports only one"
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:

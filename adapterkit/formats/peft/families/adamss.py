@@ -195,7 +195,7 @@ def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Array, bias: Array
     if not apart <= NEAR[_precision(basis)]:
         why = (
             f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, differ by {apart:.1e} "
-            "from those in the file. It was trained on an accelerator, which draws other numbers, or on another base"
+            "from those in the file. Training ran on an accelerator, which draws other numbers, or on another base"
         )
         raise Unsupported(why, where=key.text, cure=_CURE)
     try:
