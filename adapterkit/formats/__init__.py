@@ -216,10 +216,7 @@ def save(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Replace methods that the format lacks with equivalent methods for layers without a bias.
-
-    Updates of layers that have a bias stay unchanged.
-    """
+    """Replace a method that the format lacks if an equivalent method exists because the adapted layer has no bias."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -302,7 +299,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a base or a tuned model: some of the path's weights are not an adapter's."""
+    """Whether a path is a whole model (a base or a tuned model): `opened` finds tensors there."""
     if is_address(source):
         return False
     try:

@@ -180,9 +180,9 @@ class Format:
         """Write an adapter, atomically, and return one line for each update or field that was omitted or rewritten.
 
         `formats.save` reads the output back, and checks that the output has the same targets and computes the same
-        function. Lines with these two beginnings report a loss. `left out TARGET: why` reports an update that is not in
-        the file. `changed TARGET:METHOD.FIELD why` reports a field whose value changed, although the update computes
-        the same function.
+        function. Two kinds of lines report a loss: `left out TARGET: why` reports an update that is not in the file.
+        `changed TARGET:METHOD.FIELD why` reports a field whose value changed, although the update computes the same
+        function.
 
         Args:
             adapter: the adapter to write.

@@ -198,9 +198,9 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """Return answers by ("weight" or "bias", number of the expert).
+        """Return the outputs of a group by ("weight" or "bias", number of the expert).
 
-        Targets for rows of one weight share an answer.
+        Targets for rows of one weight share one entry.
         """
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
@@ -281,7 +281,7 @@ class _Weight:
 
     @property
     def _outputs(self) -> int:
-        """Return the number of the weight's outputs: the largest number that the targets of both groups show."""
+        """Return the number of the weight's outputs: the largest number that the targets' shapes or rows show."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 

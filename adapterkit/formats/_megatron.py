@@ -170,7 +170,7 @@ class _OwnNames:
 
 
 def heads_again(kept: tuple[int, int, int] | None, base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """Return a function that returns the numbers of heads: the base's, or without a base the reader's (`kept`)."""
+    """Return a function that returns the base's numbers of heads or, without a base, the numbers in `kept`."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:

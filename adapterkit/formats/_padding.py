@@ -1,4 +1,4 @@
-"""Compute updates of convolutions as their trainer did: the trainer padded with zeros, and the layer does not.
+"""Compute an update of a convolution as its trainer did, if the trainer padded with zeros and the layer does not.
 
 PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`. They copy only the width
 of the layer's padding. So their update reads zeros around the input, even if the layer itself pads with other values.

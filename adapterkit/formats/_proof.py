@@ -37,7 +37,7 @@ WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most WHOLE bytes are compared completely; larger tensors only at three samples of RUN bytes each."""
 
 COMPUTED = 1 << 20
-"""The largest size in bytes of a computed tensor that is compared with the file; comparing computes it once more."""
+"""The largest size, in bytes, of a computed tensor that is compared with the file: comparing computes it again."""
 
 MOST_CHOICES = 256
 """The largest number of subsets of a weight's updates that are tried, to see which updates were omitted."""
@@ -288,7 +288,7 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """Return functions that rename the targets of equal modules equally; the first function changes nothing."""
+    """Return functions that rename targets such that each module has one name; the first function changes nothing."""
     from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 

@@ -1,4 +1,4 @@
-"""Change updates to what their training tool computed, where this depends on the layer's kernel and padding.
+"""Replace updates by what their training tool computes, if this depends on the layer's kernel or padding.
 
 A file with OFT or LoRA does not show whether a layer is a convolution, or how the layer pads its input. The engines
 know the layer, so they call this module before they compute. Updates stay unchanged if the adapter was not read from a

@@ -213,7 +213,7 @@ def of_flux(target: Target) -> bool:
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Yield targets whose OFT sd-scripts would misread. A part lacks an update, or blocks or constraints differ."""
+    """Yield targets whose OFT sd-scripts would misread: a part has no update, or blocks or constraints differ."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:

@@ -166,6 +166,6 @@ def meta_order() -> dict[str, bool]:
 
 @cache
 def turned() -> dict[str, str]:
-    """Map the end of a module's name to the heads whose rows the module has, `query` or `kv`."""
+    """Map the end of a module's name to the kind of heads, `query` or `kv`, that the module's rows form."""
     places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
     return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

@@ -38,7 +38,10 @@ SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diff
 """The naming in each format's files. kohya and LyCORIS are absent: any naming is possible there, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
-"""Names of a pipeline's components that are a U-Net or a transformer; Wan 2.2 has a second one for low noise."""
+"""Names of a pipeline's components that are a U-Net or a transformer.
+
+Wan 2.2 has a second transformer for low noise.
+"""
 
 PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
 """Optional prefixes of a U-Net's or transformer's names in files of ComfyUI's format."""
@@ -302,7 +305,7 @@ def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object])
 def likely(
     fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
 ) -> list[ImageFamily]:
-    """Remove unlikely families. Keep them if the metadata or the sizes also fit, or if no other family is left.
+    """Remove unlikely families, unless the metadata or the sizes fit them, too, or no other family is left.
 
     Args:
         fitting: the families that have all names.
@@ -445,7 +448,7 @@ _TELLING = (
 
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
-    """Whether the highest block numbers in names are the family's last blocks, as its published models have them."""
+    """Whether names include the last block of each kind in the family's published models, and no later block."""
     last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())

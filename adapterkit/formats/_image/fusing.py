@@ -48,7 +48,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Return the blocks of each span; None if a block crosses a span's end, or if a constraint couples the blocks."""
+    """Split an OFT by spans; None if a block crosses the end of a span, or if a constraint couples the blocks."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -61,7 +61,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Split w1 by spans; None if a span ends inside the rows of the weight that one row of w1 covers."""
+    """Split a LoKr by spans; None if a span ends inside the rows of the weight that one row of w1 covers."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None

@@ -154,7 +154,7 @@ def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tupl
 
 
 def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of all stems in a naming of the family that has all of them; empty if no naming has all."""
+    """Return the paths of all stems in the first naming of the family that has all of them; otherwise an empty dict."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -267,7 +267,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Give the base, to use its names: --base (base=)"
+    return f"{near}{'. ' if near else ''}Give the base, so that its names are used: --base (base=)"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""The prefix of the names under which an adapter's leftovers store the tensors of a prediction head."""
+"""The prefix that marks the tensors of a prediction head among the tensors in an adapter's leftovers."""
 
 
 class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -80,11 +80,11 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA, "embed_tokens"),
     "gpt2": "drop",
 }
-"""The last part of the embeddings: invertible adapters change its output, and prompts are prepended to its output."""
+"""The last module of the embeddings: invertible adapters change its output, and prompts are prepended to its output."""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
-    """Return the target's path, and the rule, for the path of a library's module; None if no rule fits."""
+    """Return the target's path, and the rule, for the path of the library's module; None if no rule fits."""
     found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if found is None else (path.removesuffix(found.module) + found.target, found)
 

@@ -31,7 +31,7 @@ EMBEDDING = "token_embd"
 
 @dataclass(slots=True, eq=False)
 class GgufPlace:
-    """Knows the names, and the order of rows, that a GGUF file of one architecture has.
+    """The module names and the order of rows in GGUF files of one architecture.
 
     Attributes:
         name: the file's `general.architecture`.
@@ -105,7 +105,7 @@ class GgufPlace:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Map each target to the moves (module, rows, expert) into the file.
+        """Map each target to its modules, rows and experts in the file.
 
         Targets that no file can contain are omitted.
         """

@@ -30,12 +30,15 @@ FRESH: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
-"""Config fields for adapters that were not read from PEFT's format. Fields that older PEFT lacks have its defaults."""
+"""Config fields for adapters not read from PEFT's format.
+
+Fields that older releases lack have PEFT's default values.
+"""
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""The config fields for dropout in training; each `peft_type` has another name for this field."""
+"""The names of the config field for dropout in training; the name depends on the `peft_type`."""
 
 COMMON = {
     "auto_mapping": None,

@@ -201,7 +201,7 @@ def decode_ln_tuning(file: File) -> Findings:
 
 
 def norm_spelled(name: str) -> str:
-    """Return a key of a parameter of the base, without the file's prefix."""
+    """Return the key of the trained copy of a parameter, given the parameter's name in the base."""
     module, _, parameter = name.rpartition(".")
     return f"{module}.{NORM_PART}.{parameter}"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations that subtract a value from the base which can be computed exactly; methods have the same names."""
+"""Initialisations that subtract an exactly computable value from the base. The methods have the same names."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -139,9 +139,9 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
-    """Whether `target_modules` selects a module: a text is a pattern.
+    """Whether `target_modules` selects a module.
 
-    An item of a list is a path or the end of a path.
+    A text is a pattern. An item of a list is a path or the end of a path.
     """
     path = unwrapped(path)
     if isinstance(target_modules, str):

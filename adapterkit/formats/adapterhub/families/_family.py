@@ -1,4 +1,4 @@
-"""Define the base class of families: the config fields of an `architecture`, and its keys' conversion to updates."""
+"""Define the base class of families. A family has config fields, and converts keys to updates and back."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def _why_no_coupling(target: Target, update: Update, model_type: str | None) -> 
 
 
 def _form(update: Update) -> tuple[object, ...]:
-    """Return everything that must be equal in all adapters, because a config has it once: all but position and size."""
+    """Return what must be equal in all adapters, because a config has only one value: all but position and size."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
@@ -296,7 +296,7 @@ def _sizes(update: Update) -> tuple[int, int]:
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """Return the reduction factor with which the adapters library computes `inner`: `hidden` // factor."""
+    """Return the reduction factor for which `hidden` // factor is `inner`, as the adapters library computes it."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 

@@ -1,4 +1,4 @@
-"""Define the base class of families: the config fields of a `peft_type`, and its keys' conversion to updates."""
+"""Define the base class of families. A family has a `peft_type`, and converts keys to updates and back."""
 
 from __future__ import annotations
 

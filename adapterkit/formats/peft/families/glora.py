@@ -155,6 +155,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""The axes of the zeros that PEFT saves for an unused support, by support."""
+"""The axes of the zeros that PEFT saves for each unused support."""
 
 _AGAIN = "Save the adapter again with PEFT"

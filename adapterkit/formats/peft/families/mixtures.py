@@ -131,7 +131,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
 
 
 def _word(path: str, settings: Settings) -> str:
-    """Return the last word in `target_modules` that matches a module; PEFT uses the last one, too."""
+    """Return the last word in `target_modules` that matches a module, as PEFT does."""
     words = settings.target_modules
     if isinstance(words, str):
         return words

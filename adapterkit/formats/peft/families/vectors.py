@@ -153,7 +153,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """Return the dtype of the base's weight; PEFT has the scales in this dtype."""
+    """Return the dtype of the base's weight, which is also the dtype of PEFT's scales."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
