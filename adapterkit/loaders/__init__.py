@@ -308,7 +308,7 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
 
 
 def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
-    """List the keys that a tool does not know. Of keys that differ only in block numbers, only one is tested."""
+    """List the keys that a tool does not know. If keys differ only in block numbers, only one of the keys is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
     # Do not treat these numbers as block numbers, because a component's name may end with a number: `transformer_2`.

@@ -52,7 +52,7 @@ CONTROLNET = "controlnet"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What an adapter's source files and the base show about the naming and the model family of the targets.
+    """Everything that is known about the naming and the model family of an adapter's targets.
 
     Attributes:
         naming: `native` (the names of the model's authors), `comfyui` or `diffusers`; empty if unknown.

@@ -97,7 +97,7 @@ def role(path: str, model_type: str) -> str | None:
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     """Return a `model_type` in which the adapters library can adapt every path; None if there is no such type.
 
-    If `model_type` is None, try all types. Of several types that fit, all must use the same words for the paths.
+    If `model_type` is None, try all types. If several types fit, all must use the same words for the paths.
     """
     paths = list(paths)
     if model_type is not None:

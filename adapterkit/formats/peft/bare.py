@@ -281,7 +281,7 @@ def _names(file: Path) -> Iterable[str]:
 
 
 def _tensors(file: Path) -> dict[str, Lazy]:
-    """Return the tensors of a file by key. Of DeepSpeed's model states, return only the trained tensors.
+    """Return the tensors of a file by key; for DeepSpeed's model states, only the trained tensors.
 
     Raises:
         Malformed: the file does not contain a state dict.

@@ -38,7 +38,7 @@ VERSION = 1
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one program supports; `spec/profiles/README.md` explains each field."""
+    """The features that one program supports; `spec/profiles/README.md` explains each field."""
 
     format: int
     title: str

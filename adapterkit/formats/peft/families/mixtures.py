@@ -2,9 +2,9 @@
 
 Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules share B if their shapes are equal and they match the same word in `target_modules`. Of these modules, each
-`stride_A` neighbours share A. A file repeats a shared tensor for each module; after reading, all these updates share
-one tensor object.
+Modules share B if their shapes are equal and they match the same word in `target_modules`. Each `stride_A` neighbours
+among these modules share A. A file repeats a shared tensor for each module; after reading, all these updates share one
+tensor object.
 """
 
 from __future__ import annotations
