@@ -134,4 +134,4 @@ def whole_number(value: float) -> float:
 FOLDING = ("fold", "promote")
 """The values of `on_loss` that allow folding a scaling."""
 
-_ALLOW = "Allow folding it into B with --on-loss fold (on_loss='fold')"
+_ALLOW = "Allow folding the scaling into B with --on-loss fold (on_loss='fold')"

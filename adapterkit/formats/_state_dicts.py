@@ -83,7 +83,7 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
         Malformed: the file has unknown settings, or an invalid alpha.
     """
     if not file.exists():
-        why = f"the tensor file has no alpha; {file.name} next to it must state it"
+        why = f"the tensor file has no alpha; {file.name} next to that file must state alpha"
         raise UsageError(why, path=file, cure=f"Write the file: {example}")
     settings = read_json(file, strict=True)
     unknown = next((name for name in settings if name not in known), None)

@@ -176,7 +176,7 @@ def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
             f"the file states neither LoRA's alpha nor the device that drew its matrices; {SETTINGS} must",
-            path=path, cure='Write it: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
+            path=path, cure='Write the file: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:
         return msgspec.convert(read_json(path, strict=True), NolaSettings)

@@ -136,7 +136,7 @@ def _decode(
 ) -> Adapter:
     if "t5xxl" in tensors:
         raise Unsupported(
-            "the file has embeddings of a T5", where="t5xxl", cure="Remove them: only CLIP's embeddings are supported"
+            "the file has an embedding for a T5", where="t5xxl", cure="Remove it: only CLIP's embeddings are supported"
         )
     dialect = _dialect(tensors)
     if not dialect:

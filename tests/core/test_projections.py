@@ -77,7 +77,7 @@ def test_projections_beside_a_config_without_are_refused(trained):
     """PEFT would draw its own, whatever is in the file."""
     _, folder, base = trained(Layers, VeraConfig(r=5, target_modules=["q", "up"]))
     edit(folder, save_projection=False)
-    with pytest.raises(Malformed, match="does not have the projections, but it has them"):
+    with pytest.raises(Malformed, match="does not have the projections, but the file has them"):
         ak.read(folder, base=base)
     edit(folder, save_projection=True, r=4)
     with pytest.raises(ShapeMismatch, match="the config states rank 4"):

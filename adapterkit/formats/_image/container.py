@@ -39,7 +39,7 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
             "this file is in adapterkit's format",
             path=path,
             where="__metadata__",
-            cure="Read it with --from adapterkit (format='adapterkit')",
+            cure="Read the file with --from adapterkit (format='adapterkit')",
         )
     tensors = safetensors.handles(header)
     return tensors, list(header.metadata.items())

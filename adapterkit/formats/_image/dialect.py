@@ -200,7 +200,7 @@ class ImageFormat(Format, ABC):
                 why = f"{self.name()} cannot store a token embedding in a LoRA file"
                 raise Unsupported(why, where=text, cure="Move the tensors with keys bundle_emb.* to a separate file")
             if key is None:
-                cure = f"Remove it, or convert the file that it comes from; {self.name()} has no such keys"
+                cure = f"Remove the key, or convert the file that the key comes from; {self.name()} has no such keys"
                 raise Malformed("the key ends in no known slot", where=text, cure=cure)
             slots = grouped.setdefault(key.stem, {})
             if key.slot in slots:

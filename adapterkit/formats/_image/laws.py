@@ -128,7 +128,7 @@ def _through(module: ImageModule) -> Lazy:
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
         raise Unsupported(
-            f"the kernel that its core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
+            f"the kernel that this core represents is too large: {list(shape)}", where=module.keys["mid"], cure=AGAIN
         )
 
     def fetch() -> bytes:
@@ -185,7 +185,7 @@ def _check_bypassed(module: ImageModule, update: Update) -> None:
             "the module is DoRA on a convolution, trained with bypass_mode: LyCORIS ignores its magnitude, except on "
             "grouped convolutions, and the file does not show which convolutions are grouped"
         )
-        cure = 'Read it with its magnitude: --compat formula (compat="formula")'
+        cure = 'Read the file with its magnitude: --compat formula (compat="formula")'
         raise Unsupported(why, where=module.keys["dora"], cure=cure)
 
 
@@ -255,7 +255,7 @@ def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
     _no_dora(module)
     (pairs,) = module.need("oft_R")
     if _CONVOLUTION.search(module.stem):
-        why = "this is OneTrainer's OFT on a convolution, where it uses the inverse rotation"
+        why = "this is OneTrainer's OFT on a convolution, where OneTrainer uses the inverse rotation"
         raise Unsupported(why, where=module.keys["oft_R"], cure="Merge the adapter with OneTrainer, and extract a LoRA")
     if len(pairs.shape) != 2:
         raise ShapeMismatch(
@@ -338,7 +338,7 @@ def _t_lora(module: ImageModule, _: Rules) -> ImageUpdate:
 
 
 def _reshape(module: ImageModule, _: Rules) -> ImageUpdate:
-    why = "it enlarges the weight that it adapts, so no base has that weight"
+    why = "the adapter enlarges the weight that it adapts, so no base has a weight of this size"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge the adapter with ComfyUI")
 
 
@@ -395,4 +395,4 @@ def number(value: float) -> Lazy:
     return number_of(float(value).hex())
 
 
-_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'
+_WITHOUT_ALPHA = 'Read the file without --compat formula (compat="formula"): adapterkit then uses the rank as alpha'

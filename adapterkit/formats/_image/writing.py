@@ -169,7 +169,7 @@ def _expressible(
             else _keeping(origin)
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
-            cure = f"Fold it into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
+            cure = f"Fold the scaling into a factor, rounded once, with --on-loss fold (on_loss='fold'). Or: {cure}"
         why = f"{dialect.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}

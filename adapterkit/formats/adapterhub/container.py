@@ -140,7 +140,7 @@ def _check_single(folder: Path) -> None:
     for name, what in COMPOSITIONS.items():
         if (folder / name).exists():
             why = f"this is {what}, not one adapter"
-            cure = "Read the subfolders of its adapters one by one, or load it with ak.torch.compose.load"
+            cure = "Read the subfolders of its adapters one by one, or load the composition with ak.torch.compose.load"
             raise Unsupported(why, path=folder / name, cure=cure)
     raise StorageError(
         f"the folder of the tensors has no {CONFIG}",

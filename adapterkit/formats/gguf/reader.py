@@ -285,7 +285,7 @@ class Invocation:
         """Return the reason why a file cannot contain both this update and the first update; empty if it can."""
         own = _tokens(update)
         if own != self.tokens:
-            return "its invocation differs from the first update's; a file has one for all"
+            return "its invocation differs from the first update's; a file has one invocation for all"
         return (
             "its invocation has token numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
         )

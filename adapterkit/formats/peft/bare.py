@@ -164,10 +164,10 @@ def _scaling(
         pattern = {f"^{re.escape(name)}$": value for name, value in own.items() if value != usual}
         told = {"lora_alpha": usual, "alpha_pattern": pattern}
     if alpha is None and not told:
-        why = "without adapter_config.json, LoRA's alpha is unknown; it scales the whole adapter by alpha / rank"
+        why = "without adapter_config.json, LoRA's alpha is unknown; the scaling of the adapter is alpha / rank"
         cure = (
-            "State it with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, video "
-            f"and audio models use the rank if alpha is unknown: --alpha {rank} (alpha={rank})"
+            "State alpha with --alpha A (alpha=A), or put adapter_config.json next to the file. Loaders of image, "
+            f"video and audio models use the rank if alpha is unknown: --alpha {rank} (alpha={rank})"
         )
         raise UsageError(why, cure=cure)
     if alpha is None:
@@ -265,13 +265,13 @@ def _refuse_split(path: Path) -> None:
     if distributed:
         why = "this is a checkpoint of torch.distributed; its index is a pickle that runs code when it is loaded"
         command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} adapter_model.bin"
-        raise Unsupported(why, path=path, cure=f"If you trust it, convert it first: {command}")
+        raise Unsupported(why, path=path, cure=f"If you trust the checkpoint, convert it first: {command}")
     if zero3 or len(ranks) > 1:
         folder = path if path.is_dir() else path.parent
         what = "ZeRO-3" if zero3 else "tensor parallelism"
         why = f"this is a DeepSpeed checkpoint, and {what} has split its weights over ranks"
         command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed wrote there"
-        raise Unsupported(why, path=path, cure=f"If you trust it, join them first: {command}")
+        raise Unsupported(why, path=path, cure=f"If you trust the checkpoint, join its files first: {command}")
 
 
 def _names(file: Path) -> Iterable[str]:
@@ -343,7 +343,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
     """
     if alpha is None:
         why = "SwissArmyTransformer scales a LoRA by lora_alpha / r, but does not save lora_alpha"
-        cure = "State the training config's lora_alpha with --alpha A (alpha=A); it is 1 if the config has none"
+        cure = "State the training config's lora_alpha with --alpha A (alpha=A); lora_alpha is 1 if the config has none"
         raise UsageError(why, cure=cure)
     family = next(each for each in families() if each.name == FAMILY)
     found = {}
@@ -355,7 +355,7 @@ def in_peft_names(tensors: Mapping[str, Lazy], alpha: float | None) -> dict[str,
         if part >= len(pieces):
             why = f"SwissArmyTransformer's LoRA adapts a module that {family.title} does not have"
             raise Unsupported(
-                why, where=key, cure="Export it with the tool that trained it, with PEFT's or diffusers' keys"
+                why, where=key, cure="Export the adapter with the tool that trained it, with PEFT's or diffusers' keys"
             )
         found[f"transformer.{pieces[part].path}.lora_{match[2]}.weight"] = leaf
     return found

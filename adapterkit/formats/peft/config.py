@@ -152,7 +152,7 @@ def _check_type(config: Mapping[str, JsonValue]) -> None:
     if found not in PEFT_TYPES and family_of_type(found) is None:
         if found in OTHER_TYPES:
             raise Unsupported(
-                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run it with PEFT itself"
+                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run the adapter with PEFT"
             )
         known = f"Known: {', '.join(peft_types())}"
         raise Unsupported(f"this version does not know PEFT's {found}", where="peft_type", cure=known)
@@ -232,7 +232,7 @@ def _check_init(value: bool | str | None) -> None:
         raise Unsupported(
             f"when the adapter was created, {value} subtracted from the base {WHY_CHANGED[known]}",
             where="init_lora_weights",
-            cure="Save it again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
+            cure="Save the adapter again with PEFT as a plain LoRA, with path_initial_model_for_weight_conversion",
         )
     raise Unsupported(f"the initialisation {value!r} is unknown", where="init_lora_weights", cure=_WITH_PEFT)
 

@@ -68,7 +68,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(
-            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config: it states rank and alpha"
+            f"the folder of the tensors has no {CONFIG}", path=folder, cure="Fetch the config, which has rank and alpha"
         )
     tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
     return read_json(folder / CONFIG, strict=True), tensors

@@ -181,7 +181,7 @@ def _factors(
         if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
                 f"a factor has shape {list(tensors[name].shape)}, not that of a matrix", where=keys[name].text,
-                cure="It was saved from one shard of a model: gather the shards first",
+                cure="The factor was saved from one shard of a model: gather the shards first",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
     return PeftFactors(stem, keys, tensors, embedding)
@@ -206,7 +206,7 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
         raise Unsupported(
             "LoRA-XS cannot be combined with another method or a bias",
             where=keys["R"].text,
-            cure="Save it without them",
+            cure="Save the adapter without the other method and the bias",
         )
 
 

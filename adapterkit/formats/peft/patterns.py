@@ -418,7 +418,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
         return fits(pattern, name, kind)
     except TooSlow:
         why = "matching this regular expression may take hours"
-        cure = "Write it without repetitions inside repetitions, or list the names of the modules"
+        cure = "Write the pattern without repetitions inside repetitions, or list the names of the modules"
         raise Unsupported(why, where=pattern[:80], cure=cure) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Malformed(

@@ -70,7 +70,9 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     """Return (target, field) for a parameter: the module and `weight` or `bias`, or else the parameter and `weight`."""
     if not axes:
-        raise Unsupported("a single number cannot be replaced", where=name, cure="Remove it from modules_to_save")
+        raise Unsupported(
+            "a single number cannot be replaced", where=name, cure="Remove the parameter from modules_to_save"
+        )
     module, _, field = name.rpartition(".")
     if module and (field == "weight" or (field == "bias" and axes == 1)):
         return module, field

@@ -271,7 +271,7 @@ def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Upd
         raise Unrepresentable(
             "PEFT states a scaling as alpha / r",
             items=items,
-            cure="Allow folding it into B with --on-loss fold (on_loss='fold')",
+            cure="Allow folding the scaling into B with --on-loss fold (on_loss='fold')",
         )
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
@@ -293,7 +293,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
         raise Unrepresentable(
             "PEFT states a scaling as alpha / r",
             items=items,
-            cure="Allow folding it into a factor with --on-loss fold (on_loss='fold')",
+            cure="Allow folding the scaling into a factor with --on-loss fold (on_loss='fold')",
         )
 
     def folded(update: Update) -> Update:

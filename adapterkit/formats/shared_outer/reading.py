@@ -56,7 +56,7 @@ def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
         why = f"{wrong} is {config[wrong]!r}, which cannot be combined with stacks that share factors"
-        raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without it")
+        raise Unsupported(why, where=f"{CONFIG}: {wrong}", cure="Export the adapter again without this field")
     return whole_rank(config.get("r"), f"{CONFIG}: r"), finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
 
 

@@ -489,7 +489,7 @@ def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
     if missing:
-        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits them"
+        why = f"the file lacks the shared {', '.join(missing)}: saving from a model without a head omits these tensors"
         raise Malformed(why, where=SHARED, cure="Save the adapter again, from the trained model with a head")
     keys = [groups[0][slot] for slot in fields]
     tensors = {field: part.tensors[key] for key, slot in zip(keys, fields, strict=True) for field in fields[slot]}

@@ -181,7 +181,7 @@ def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -
     groups = [*part.groups(SHARED).values()]
     shared = {"lora_A": "A", "lora_B": "B"}
     if not groups or any(slot not in groups[0] for slot in shared):
-        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits them"
+        why = "the file lacks the shared lora_A and lora_B: saving from a model without a head omits these tensors"
         raise Malformed(
             why, where=slots["vera_D"].text, cure="Save the adapter again, from the trained model with a head"
         )

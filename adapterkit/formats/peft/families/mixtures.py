@@ -350,7 +350,7 @@ def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list
         raise ShapeMismatch(
             f"the shape {list(last.shape)} is not that of a matrix",
             where=pairs[-1][0].text,
-            cure="Save it again with PEFT",
+            cure="Save the adapter again with PEFT",
         )
     experts, logits = len(own.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):

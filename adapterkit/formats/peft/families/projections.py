@@ -143,7 +143,7 @@ class Projections(Family):
             A, B = (file.omitted[word] for word in cls.shared)
             return A, B
         if file.shared:
-            why = "the config states that the file does not have the projections, but it has them"
+            why = "the config states that the file does not have the projections, but the file has them"
             cure = "Set save_projection to true to use the projections in the file"
             raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
         outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
@@ -266,7 +266,7 @@ class PveraFamily(Projections):
     def decode(cls, file: File) -> Findings:
         if file.settings.own.sample_at_inference:
             why = "PVeRA with random draws in each forward pass has no fixed formula"
-            raise Unsupported(why, where="sample_at_inference", cure="Set it to false to use the mean")
+            raise Unsupported(why, where="sample_at_inference", cure="Set this field to false to use the mean")
         yield from super().decode(file)
 
 

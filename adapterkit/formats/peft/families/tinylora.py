@@ -177,7 +177,7 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
         if file.base is None:
             raise UsageError(why, where=found.path, cure="Give the base with --base (base=)")
         cure = "Save the adapter from PEFT with save_projection=True, or add model_type to the base's config"
-        raise Unsupported(f"{why}; the base does not show it, either", where=found.path, cure=cure)
+        raise Unsupported(f"{why}; the base does not show this number, either", where=found.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)
     key = file.shared.get(f"tinylora_v.{group}")
     if key is None:
