@@ -143,7 +143,7 @@ def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Leaf], device
             return "its coefficients are not F32"
         held = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
         if not _drawn(held, factor, device, as_lazy(bases)):
-            return "its random matrices differ from those of the seed in its source file"
+            return "its random matrices differ from those that the source file's seed yields"
     return ""
 
 

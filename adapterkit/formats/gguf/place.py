@@ -77,7 +77,7 @@ class GgufPlace:
         """Refuse a number of rows that is not the config's heads times width: the heads determine the order of rows."""
         dim = heads_of(self.config, foreign).dim
         if rows != count * dim:
-            why = f"the base's config states {count} heads of {dim}, not {rows} rows; the order of rows needs the heads"
+            why = f"the base's config states {count} heads of {dim}, not {rows} rows; heads determine the order of rows"
             raise Unsupported(why, where=foreign, cure="Merge the adapter into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Rows | None:

@@ -104,7 +104,7 @@ def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Fi
 
 
 def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
-    """Decode a BD-LoRA; `factor` is A or B, the factor with n blocks on the diagonal, which are stored stacked."""
+    """Decode a BD-LoRA; `factor` is A or B, whichever is block-diagonal, with its n blocks as a stack."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
     inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]

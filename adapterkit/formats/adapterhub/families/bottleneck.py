@@ -204,7 +204,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
             elif target not in rules:
                 why = f"the adapters library has no adapters at this position of a {model_type}"
             elif _form(update) != first:
-                why = "its form, size or method differs from the others; a config states one of each"
+                why = "its method, size or settings differ from the others; a config states one of each"
             elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
                 why = "its layers or its gate have no bias"
             elif _layer(target, base) in patchy:

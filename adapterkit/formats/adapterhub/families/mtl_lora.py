@@ -124,7 +124,9 @@ class MtlLoraFamily(AdapterHubFamily):
                 elif exact_alpha((_law(update)[0], _law(update)[2]), rslora=False) is None:
                     why = "no alpha yields its exact scaling"
                 else:
-                    why = "" if _law(update) == first and not position else "its form differs from the others"
+                    why = (
+                        "" if _law(update) == first and not position else "its sizes or settings differ from the others"
+                    )
                 if why:
                     yield target, position, f"{update.method}: {why}"
 

@@ -91,10 +91,10 @@ def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
 
 
 def unlike(update: Any, first: Any) -> str:
-    """Return a reason if an update's form or size differs from the first update's; empty if neither differs."""
+    """Return a reason if an update's method or size differs from the first update's; empty if neither differs."""
     shapes, others = ({n: tuple(leaf.shape) for n, leaf in u.tensors.items()} for u in (update, first))
     same = shapes == others and update.method == first.method
-    return "" if same else "its form or size differs from the others; a config states one of each"
+    return "" if same else "its method or size differs from the others; a config states one of each"
 
 
 def group_of(path: str, model_type: str | None) -> str:
@@ -192,7 +192,7 @@ class PrefixTuningFamily(AdapterHubFamily):
         names = list(dict.fromkeys(slot.partition(".")[0] for slot in whole))
         for name in names:
             if name not in GROUPS:
-                why = f"this version does not know the group {name[:60]!r} of attentions"
+                why = f"this version does not know the kind of attention {name[:60]!r}"
                 raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
             own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
             yield from _group_updates(part, name, own, whole)

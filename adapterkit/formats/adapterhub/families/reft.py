@@ -112,7 +112,7 @@ class ReftFamily(AdapterHubFamily):
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if _form(update) != first:
-                    why = "its form or size differs from the other updates'; a config states one form and one size"
+                    why = "its settings or size differ from the other updates'; a config states only one of each"
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "its source has no bias"

@@ -173,7 +173,7 @@ class Family(ABC):
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
-        """Whether at least one weight of the family's targets is stored as [in, out]; the value of `fan_in_fan_out`."""
+        """Return the value of `fan_in_fan_out`: whether at least one of the family's weights is stored as [in, out]."""
         own = (target for target, found in updates.items() if any(type(update) in cls.methods() for update in found))
         return any(target.layout == "in out *k" for target in own)
 

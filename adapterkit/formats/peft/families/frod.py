@@ -123,7 +123,9 @@ def _shared(file: File, some: Key) -> dict[str, Key]:
     found = {field: file.shared[word] for field, word in words.items()}
     size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
     if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
-        raise ShapeMismatch("the tensor is not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
+        raise ShapeMismatch(
+            "the tensor does not contain the size of the basis", where=found["index.size"].text, cure=_AGAIN
+        )
     return found
 
 

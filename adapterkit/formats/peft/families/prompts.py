@@ -82,7 +82,7 @@ class ContextFamily(Family):
 class PromptLike(ContextFamily):
     """Prompts: `prompt_embeddings` [tokens, dim].
 
-    For a model with a decoder, PEFT stores 2 x tokens rows and uses half.
+    For a model with a decoder, PEFT stores 2 x tokens rows and uses the first half.
     """
 
     @classmethod
