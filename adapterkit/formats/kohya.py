@@ -80,8 +80,8 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        # Parts of one module, such as q, k and v, may be trained separately. So resolve the name of the module only
-        # once.
+        # The parts of a module, such as q, k and v, may have separate stems, `NAME.0` etc. Resolve only the module's
+        # name.
         whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
         paths = resolve(whole, metadata, base)
         rows = rows_of(modules)

@@ -276,4 +276,4 @@ def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> st
         ) from None
 
 
-_EXPERTS = "Train all of them, or write another format"
+_EXPERTS = "Train all experts, or all parts, of the module; or write another format"

@@ -309,7 +309,7 @@ def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[s
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # Accept only parameters that the base has, if it has any: a base has all of these parameters or none.
+        # If the base has one of these parameters, it has all of them. So require that it has the named parameters.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 

@@ -132,7 +132,7 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 def _check_names(keys: Iterable[Key]) -> None:
     """Check that all keys have the same adapter's name, or that none has one.
 
-    Keys of the base's parameters may lack it.
+    Keys of the base's parameters may lack the adapter's name.
     """
     named: dict[str | None, Key] = {}
     for key in keys:
