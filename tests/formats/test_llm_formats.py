@@ -512,7 +512,7 @@ def test_gguf_has_one_invocation_for_all(tmp_path):
     (one, (u,)), (other, (v,)) = plain.updates.items()
     tokens = from_numpy(np.array([5], dtype="i8"))
     mixed = ak.Adapter({one: (ak.METHODS["alora"](A=u.A, B=u.B, invocation=tokens),), other: (v.replace(scaling=1.0),)})
-    with pytest.raises(Unrepresentable, match="one for all"):
+    with pytest.raises(Unrepresentable, match="one invocation for all"):
         ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE)
     assert list(tmp_path.iterdir()) == []
     assert len(ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE, "drop")) == 1
