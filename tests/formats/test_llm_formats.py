@@ -422,7 +422,7 @@ def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(tmp_path):
 def test_limits_of_hosted_consumers(tmp_path):
     q = Target("model.layers.0.self_attn.q_proj")
     wide = ak.Adapter({q: (lora(256, 256, rank=70),)})
-    with pytest.raises(Unrepresentable, match="takes ranks up to 64") as refused:
+    with pytest.raises(Unrepresentable, match="accepts ranks up to 64") as refused:
         ak.write(wide, tmp_path / "f", "peft", profile="fireworks")
     assert refused.value.cure == "adapterkit resize --rank 64"
     ak.write(ak.Adapter({q: (lora(256, 256, rank=2),)}), tmp_path / "f", "peft", profile="fireworks")
@@ -512,7 +512,7 @@ def test_gguf_has_one_invocation_for_all(tmp_path):
     (one, (u,)), (other, (v,)) = plain.updates.items()
     tokens = from_numpy(np.array([5], dtype="i8"))
     mixed = ak.Adapter({one: (ak.METHODS["alora"](A=u.A, B=u.B, invocation=tokens),), other: (v.replace(scaling=1.0),)})
-    with pytest.raises(Unrepresentable, match="one for all"):
+    with pytest.raises(Unrepresentable, match="one invocation for all"):
         ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE)
     assert list(tmp_path.iterdir()) == []
     assert len(ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE, "drop")) == 1
