@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 
 IDENTIFIER = r"[A-Za-z0-9.+-]{1,64}"
-_TOKEN = re.compile(rf"\s*(\(|\)|{IDENTIFIER})(?=[\s()]|$)")
+_TOKEN = re.compile(rf"\s*([()]|{IDENTIFIER}(?=[\s()]|$))")
 _MOST = 64
 """The largest number of alternatives, and of words, of an expression."""
 
