@@ -40,7 +40,8 @@ def alternatives(text: str) -> Alternatives | None:
 
 def _words(text: str) -> list[str] | None:
     """Return the words of an expression, the last one first; None if there are other characters."""
-    words, at = [], 0
+    words: list[str] = []
+    at = 0
     while text[at:].strip():
         token = _TOKEN.match(text, at)
         if token is None or len(words) >= _MOST:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 from ..errors import shown
 from ..io.torch_pickle import KNOWN
@@ -45,8 +46,13 @@ _STORAGE = re.compile(r"(?:.*/)?data/\d+")
 
 _GLOBAL = re.compile(r"[^\W\d][\w.]* [^\W\d][\w.<>]*")
 _ASCII = bytes(range(128)) + b"?" * 128
-_COMPRESSED = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+"""First bytes of gzip, bzip2 and xz."""
+
 _OPCODES = frozenset(ord(opcode.code) for opcode in pickletools.opcodes)
+
+
+_Stream = IO[bytes] | io.BufferedIOBase
 
 
 def is_pickle(head: bytes) -> bool:
@@ -57,6 +63,12 @@ def is_pickle(head: bytes) -> bool:
     if len(head) < 3 or head[0] != 0x80 or not 2 <= head[1] <= 5 or head[2] not in _OPCODES:
         return False
     return head[8:9] != b"{" or any(head[4:8])
+
+
+def _unpacked(head: bytes, stream: _Stream) -> _Stream:
+    if head[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=stream)
+    return bz2.BZ2File(stream) if head[:3] == b"BZh" else lzma.LZMAFile(cast("IO[bytes]", stream))
 
 
 def is_tar(head: bytes) -> bool:
@@ -84,20 +96,20 @@ class _Reader:
     unread: list[str]
     left: int = field(default=_LARGEST_SUM)
 
-    def part(self, place: str, called: str, stream: io.BufferedIOBase, depth: int = 0) -> Iterator[Finding]:
+    def part(self, place: str, called: str, stream: _Stream, depth: int = 0) -> Iterator[Finding]:
         """Yield the findings in a file or in an entry of an archive."""
         head = stream.read(512)
         suffix = PurePosixPath(called).suffix.lower()
-        opener = next((opener for magic, opener in _COMPRESSED if head.startswith(magic)), None)
+        compressed = head.startswith(_COMPRESSED)
         archive = head[:2] == b"PK" or is_tar(head)
-        if not (archive or opener or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
+        if not (archive or compressed or is_pickle(head) or head[:6] == b"\x93NUMPY" or suffix in _PICKLED):
             return
         if depth > _DEEPEST:
             self.skip(place, f"archives nested more than {_DEEPEST} deep")
             return
-        if depth == 0 and (archive or opener):
+        whole, data, cut = stream, head, False
+        if depth == 0 and (archive or compressed):
             stream.seek(0)
-            whole, cut = stream, False
         else:
             data = head + stream.read(min(LARGEST, max(self.left, 0)))
             self.left -= len(data)
@@ -108,8 +120,8 @@ class _Reader:
                 yield from self.zip(place, whole, depth)
             elif is_tar(head):
                 yield from self.tar(place, whole, depth)
-            elif opener is not None:
-                with opener(whole) as unpacked:
+            elif compressed:
+                with _unpacked(head, whole) as unpacked:
                     yield from self.part(place, PurePosixPath(called).stem, unpacked, depth + 1)
             elif head[:6] == b"\x93NUMPY":
                 yield from self.array(place, data, cut)
@@ -123,7 +135,7 @@ class _Reader:
         """Note that a part was not scanned."""
         self.unread.append(f"{self.name}{f' ({place})' if place else ''}: {why}")
 
-    def zip(self, place: str, stream: io.BufferedIOBase, depth: int) -> Iterator[Finding]:
+    def zip(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
         """Yield the findings in the entries of a zip archive."""
         with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
@@ -131,12 +143,12 @@ class _Reader:
                 self.skip(place, f"only {_MOST_ENTRIES:,} of {len(entries):,} entries were scanned")
             for entry in entries[:_MOST_ENTRIES]:
                 where = f"{place}/{entry.filename}" if place else entry.filename
-                yield from self.code(where)
+                yield from self.entry(where, entry.filename)
                 if not entry.is_dir() and not _STORAGE.fullmatch(entry.filename):
                     with archive.open(entry) as inside:
                         yield from self.part(where, entry.filename, inside, depth + 1)
 
-    def tar(self, place: str, stream: io.BufferedIOBase, depth: int) -> Iterator[Finding]:
+    def tar(self, place: str, stream: _Stream, depth: int) -> Iterator[Finding]:
         """Yield the findings in the entries of a tar archive."""
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for number, entry in enumerate(archive):
@@ -144,7 +156,7 @@ class _Reader:
                     self.skip(place, f"only {_MOST_ENTRIES:,} entries were scanned")
                     return
                 where = f"{place}/{entry.name}" if place else entry.name
-                yield from self.code(where)
+                yield from self.entry(where, entry.name)
                 if entry.issym() or entry.islnk():
                     yield from self.link(where, entry.linkname)
                 inside = archive.extractfile(entry) if entry.isreg() else None
@@ -158,8 +170,12 @@ class _Reader:
         if target.startswith("/") or ".." in PurePosixPath(target).parts:
             yield Finding("link", self.name, where, f"it points to {shown(target)}")
 
-    def code(self, where: str) -> Iterator[Finding]:
+    def entry(self, where: str, named: str) -> Iterator[Finding]:
         """Yield findings for the name of an entry of an archive."""
+        if named.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", named):
+            yield Finding(
+                "hidden-file", self.name, where, "its name leaves the folder into which the archive is unpacked"
+            )
         if PurePosixPath(where).suffix.lower() in CODE:
             yield Finding("code-file", self.name, where, "a file of code in the archive")
 
@@ -201,6 +217,8 @@ class _Reader:
                 if marked:
                     why = f"a pickle of more than {LARGEST:,} bytes" if cut else f"it cannot be parsed: {error}"
                     yield Finding("pickle-call", self.name, f"{place} byte {start}".strip(), shown(why))
+                elif cut and stream.tell() >= len(data):
+                    self.skip(place, f"only its first {LARGEST:,} bytes were scanned")
                 return
 
 
@@ -210,6 +228,7 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
     pushed: list[str | None] = [None, None]
     for opcode, argument, position in pickletools.genops(stream):
         kind = opcode.name
+        number = argument if isinstance(argument, int) else 0
         at = position if position is not None else 0
         if kind in ("GLOBAL", "INST"):
             yield str(argument), at
@@ -224,9 +243,9 @@ def _globals(stream: io.BytesIO) -> Iterator[tuple[str, int]]:
         elif kind == "MEMOIZE":
             memo[len(memo)] = pushed[-1]
         elif kind in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = pushed[-1]
+            memo[number] = pushed[-1]
         elif kind in ("GET", "BINGET", "LONG_BINGET"):
-            pushed.append(memo.get(int(argument)))
+            pushed.append(memo.get(number))
         elif kind not in ("PROTO", "FRAME"):
             # After any other opcode, the value on the stack is not known here.
             pushed.append(argument if isinstance(argument, str) and opcode.stack_after else None)

@@ -277,6 +277,13 @@ def tarred(name, data):
     return stream.getvalue()
 
 
+def linked_in_tar(path):
+    with tarfile.open(path / "w.tar", "w") as file:
+        entry = tarfile.TarInfo("x.txt")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        file.addfile(entry)
+
+
 def objects():
     stream = io.BytesIO()
     np.save(stream, np.array([Calls(os.system, "true")], dtype=object), allow_pickle=True)
@@ -329,6 +336,8 @@ EVADING = {
     "an array of objects": ("pickle-call", written("a.npy", objects())),
     "arrays of objects": ("pickle-call", written("a.npz", zipped({"a.npy": objects()}))),
     "code in upper case in an archive": ("code-file", written("w.zip", zipped({"A.PY": "import os"}))),
+    "a name that leaves the folder": ("hidden-file", written("w.zip", zipped({"../../x.txt": b""}))),
+    "a link in a tar": ("link", linked_in_tar),
     "a kernel": ("code-file", written("kernel.cpp", "int main() {}")),
     "Megatron's module": (
         "code-in-config", config("adapter_config.json", megatron_core="acme.evil", megatron_config={"a": 1})
