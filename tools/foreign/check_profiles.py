@@ -315,6 +315,30 @@ def keras_hub(model_path: Path, adapter: Path | None) -> Any:
         return torch.log_softmax(model.token_embedding(hidden, reverse=True)[:, -1].float(), -1).cpu().numpy()
 
 
+def tunix(model_path: Path, adapter: Path | None) -> Any:
+    """Tunix: it loads weights of transformers into its own models; 0.1.7 reads no rope_theta, so base and merge differ
+    from transformers alike.
+    """
+    import jax
+    import jax.numpy as jnp
+    from tunix.models.llama3.model import ModelConfig
+    from tunix.models.llama3.params import create_model_from_safe_tensors
+
+    assert adapter is None
+    config = ModelConfig(
+        num_layers=SIZES["num_hidden_layers"], vocab_size=VOCABULARY, embed_dim=SIZES["hidden_size"],
+        hidden_dim=SIZES["intermediate_size"], num_heads=SIZES["num_attention_heads"],
+        head_dim=SIZES["hidden_size"] // SIZES["num_attention_heads"], num_kv_heads=SIZES["num_key_value_heads"],
+        rope_theta=int(SIZES["rope_theta"]), norm_eps=SIZES["rms_norm_eps"],
+    )  # fmt: skip
+    model = create_model_from_safe_tensors(str(model_path), config, dtype=jnp.float32)
+    ids = jnp.array(prompts())
+    places = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), (COUNT, LENGTH, LENGTH))
+    logits, _ = model(ids, places, None, mask)
+    return np.array(jax.nn.log_softmax(logits[:, -1].astype(jnp.float32)))
+
+
 Case = tuple[str, str | None]
 RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] = {
     "mlx": (mlx, {
@@ -336,6 +360,9 @@ RUNTIMES: dict[str, tuple[Callable[[Path, Path | None], Any], dict[str, Case]]] 
     "executorch_few": (executorch, {
         "expected": ("few_merged", None), "base": ("base", None), "otherwise": ("base", "few"),
         "written": ("base", "few_executorch"),
+    }),
+    "tunix": (tunix, {
+        "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
     }),
     "keras_hub": (keras_hub, {
         "expected": ("merged", None), "base": ("base", None), "merged": ("ours", None),
