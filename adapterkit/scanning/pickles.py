@@ -65,6 +65,12 @@ def is_pickle(head: bytes) -> bool:
     return head[8:9] != b"{" or any(head[4:8])
 
 
+def _header_size(head: bytes) -> int:
+    """Return the number of bytes before the values in a file of numpy."""
+    wide = 2 if head[6:7] == b"\x01" else 4
+    return min(8 + wide + int.from_bytes(head[8 : 8 + wide], "little"), LARGEST)
+
+
 def _unpacked(head: bytes, stream: _Stream) -> _Stream:
     if head[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=stream)
@@ -107,11 +113,18 @@ class _Reader:
         if depth > _DEEPEST:
             self.skip(place, f"archives nested more than {_DEEPEST} deep")
             return
+        if self.left <= 0:
+            self.skip(place, f"more than {_LARGEST_SUM:,} bytes of this archive were scanned before")
+            return
         whole, data, cut = stream, head, False
         if depth == 0 and (archive or compressed):
             stream.seek(0)
         else:
-            data = head + stream.read(min(LARGEST, max(self.left, 0)))
+            most = LARGEST
+            if head[:6] == b"\x93NUMPY":
+                head += stream.read(_header_size(head) - len(head)) if _header_size(head) > len(head) else b""
+                most = LARGEST if b"|O" in head[: _header_size(head)] else 0
+            data = head + stream.read(most)
             self.left -= len(data)
             cut = bool(stream.read(1))
             whole = io.BytesIO(data)
@@ -181,10 +194,8 @@ class _Reader:
 
     def array(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:
         """Yield the findings in a file of numpy; an array of objects is a pickle after the header."""
-        wide = 2 if data[6:7] == b"\x01" else 4
-        start = 8 + wide
-        end = start + int.from_bytes(data[8:start], "little")
-        if b"|O" in data[start:end]:
+        end = _header_size(data)
+        if b"|O" in data[:end]:
             yield from self.calls(place, data[end:], cut)
 
     def calls(self, place: str, data: bytes, cut: bool) -> Iterator[Finding]:

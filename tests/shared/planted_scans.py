@@ -284,9 +284,9 @@ def linked_in_tar(path):
         file.addfile(entry)
 
 
-def objects():
+def objects(dtype=object):
     stream = io.BytesIO()
-    np.save(stream, np.array([Calls(os.system, "true")], dtype=object), allow_pickle=True)
+    np.save(stream, np.array([Calls(os.system, "true")], dtype=object).astype(dtype), allow_pickle=True)
     return stream.getvalue()
 
 
@@ -334,6 +334,7 @@ EVADING = {
     "a tar of old torch": ("pickle-call", written("w.pt", tarred("storages", pickle.dumps(Calls(eval, "1"), 0)))),
     "a gzip": ("pickle-call", written("w.pkl.gz", gzip.compress(EVIL))),
     "an array of objects": ("pickle-call", written("a.npy", objects())),
+    "an array of records": ("pickle-call", written("a.npy", objects([(f"field {n}", object) for n in range(99)]))),
     "arrays of objects": ("pickle-call", written("a.npz", zipped({"a.npy": objects()}))),
     "code in upper case in an archive": ("code-file", written("w.zip", zipped({"A.PY": "import os"}))),
     "a name that leaves the folder": ("hidden-file", written("w.zip", zipped({"../../x.txt": b""}))),

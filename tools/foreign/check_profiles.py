@@ -316,9 +316,8 @@ def keras_hub(model_path: Path, adapter: Path | None) -> Any:
 
 
 def tunix(model_path: Path, adapter: Path | None) -> Any:
-    """Tunix: it loads weights of transformers into its own models; 0.1.7 reads no rope_theta, so base and merge differ
-    from transformers alike.
-    """
+    """Tunix: it loads weights of transformers into its own models."""
+    # Tunix 0.1.7 ignores rope_theta and uses 1,000,000, so base and merge differ from transformers in the same way.
     import jax
     import jax.numpy as jnp
     from tunix.models.llama3.model import ModelConfig
