@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 from ..errors import CheckFailed, Malformed
 from ..io.inputs import open_input, read_input
 from ..io.strict_yaml import load_yaml
+from .licence_expressions import IDENTIFIER, alternatives
 
 # Read the licence from a model card's metadata.
 
@@ -34,10 +36,14 @@ def licence_called(name: str | Licence | None) -> Licence:
 
 
 def licence_of(card: str) -> Licence:
-    """Return the licence in a card's metadata; empty if the value is not a plausible identifier."""
-    told = metadata(card)
+    """Return the licence in a card's metadata; empty if it is neither an identifier nor an SPDX expression of some."""
+    told = dict(metadata(card))
+    listed = told.get("license")
+    if isinstance(listed, list) and all(isinstance(each, str) and alternatives(each) for each in listed):
+        # A card does not say whether a list is a choice, so all of its licences count.
+        told["license"] = " AND ".join(each if re.fullmatch(IDENTIFIER, each) else f"({each})" for each in listed)
     found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
-    if not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", found.get("license", "")):
+    if alternatives(found.get("license", "")) is None:
         return {}
     return {key: value for key, value in found.items() if value.isprintable() and len(value) <= 200}
 
@@ -131,6 +137,47 @@ def spdx_of(licence: Licence) -> str | None:
     return None if entry is None else entry.spdx
 
 
+def is_expression(licence: Licence) -> bool:
+    """Whether a card names several licences, or one with an exception."""
+    return " " in _id(licence)
+
+
+def spdx_expression_of(licence: Licence) -> str | None:
+    """Return an expression with SPDX's identifiers; None if a licence in it has none that is known here."""
+    words = re.findall(rf"\(|\)|{IDENTIFIER}", licence.get("license", ""))
+    found, exception = [], False
+    for word in words:
+        known = _table().licences.get(word.lower())
+        operator = word in "()" or word.lower() in ("and", "or", "with")
+        if not (operator or exception) and (known is None or known.spdx is None):
+            return None
+        found.append(word.upper() if operator else word if exception or known is None else str(known.spdx))
+        exception = word.lower() == "with"
+    return " ".join(found).replace("( ", "(").replace(" )", ")")
+
+
+def choices(licence: Licence) -> list[list[Licence]]:
+    """Return the sets of single licences among which a card lets its readers choose.
+
+    Sets with an unknown licence are left out if another set has none.
+    """
+    found = alternatives(licence.get("license", "")) if is_expression(licence) else None
+    if found is None:
+        return [[licence]]
+    single: list[list[Licence]] = [[{"license": each} for each in some] for some in found]
+    known = [some for some in single if all(terms_of(each) is not None for each in some)]
+    return known or single
+
+
+_MOST_READINGS = 256
+
+
+def _readings(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts with single licences, once for each choice that their cards allow."""
+    each = [[[(name, licence) for licence in some] for some in choices(licence)] for name, licence in parts]
+    return [[part for some in found for part in some] for found in islice(product(*each), _MOST_READINGS)]
+
+
 def called(licence: Licence) -> str:
     """Return the licence's name for messages: `apache-2.0`, or the `license_name` if the identifier is `other`."""
     told = licence.get("license", "")
@@ -142,7 +189,13 @@ def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
 
     Args:
         parts: base and adapters, in order. Parts without a licence, and licences that the table lacks, are ignored.
+            If a card lets its readers choose, the choice with the fewest contradictions counts.
     """
+    return min((_contradictions(reading) for reading in _readings(parts)), key=len)
+
+
+def _contradictions(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the contradictions between single licences."""
     known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
     if len(known) < 2:
         return ()
@@ -179,18 +232,25 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
         stated: the licence in the merged model's card.
         parts: the base and the adapters of the merged model.
     """
-    own = terms_of(stated)
-    if own is None:
-        return ()
-    found = []
-    for name, licence in parts:
-        terms = terms_of(licence)
-        if terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
-            continue
-        dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
-        if dropped or not terms.changes:
-            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {terms.asks}")
+    found: list[str] = []
+    for owns in choices(stated):
+        omitted = [
+            [part for part in reading if all(_omits(own, part[1]) for own in owns)] for reading in _readings(parts)
+        ]
+        for name, licence in min(omitted, key=len):
+            terms = terms_of(licence)
+            asks = terms.asks if terms is not None else ""
+            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {asks}")
     return tuple(dict.fromkeys(found))
+
+
+def _omits(stated: Licence, licence: Licence) -> bool:
+    """Whether a result's licence omits a requirement of a part's; both are single licences."""
+    own, terms = terms_of(stated), terms_of(licence)
+    if own is None or terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
+        return False
+    dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
+    return dropped or not terms.changes
 
 
 def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -198,7 +258,8 @@ def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(
         f"{name} is under {called(licence)}, which is not in the table of licences" if called(licence)
         else f"{name} names no licence"
-        for name, licence in parts if terms_of(licence) is None
+        for name, licence in parts
+        if any(terms_of(each) is None for each in choices(licence)[0])
     )  # fmt: skip
 
 

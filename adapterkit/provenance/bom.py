@@ -25,10 +25,13 @@ from ..core.licence_terms import (
     Licence,
     Part,
     called,
+    choices,
     conflicts,
+    is_expression,
     licence_at,
     metadata,
     parts_of,
+    spdx_expression_of,
     spdx_of,
     terms_of,
 )
@@ -177,10 +180,11 @@ def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
 
 
 def _asks(parts: list[Part]) -> Iterator[tuple[str, str]]:
-    for name, licence in parts:
-        terms = terms_of(licence)
-        if terms is not None:
-            yield name, f"{called(licence)} {terms.asks}"
+    for name, whole in parts:
+        for licence in dict.fromkeys(called(each) for some in choices(whole) for each in some):
+            terms = terms_of({"license": licence}) or terms_of(whole)
+            if terms is not None:
+                yield name, f"{licence} {terms.asks}"
 
 
 def _ancestors(told: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
@@ -233,7 +237,9 @@ def _model(
 
 
 def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
+    if len(licences) == 1 and is_expression(licences[0]) and (expression := spdx_expression_of(licences[0])):
+        return [{"expression": expression}]
     for licence in licences:
         identifier = spdx_of(licence)
         entry = {"id": identifier} if identifier else {"name": called(licence)}

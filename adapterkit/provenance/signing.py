@@ -101,8 +101,10 @@ def sign(
 
     Raises:
         StorageError: `path` does not exist, or `out` exists.
-        UsageError: neither or both of `key` and `sigstore` are set, or the password of an encrypted key is missing.
-        Malformed, Unsupported: the key is invalid or of another kind, or `model-signing` is not installed.
+        UsageError: neither or both of `key` and `sigstore` are set, the password of an encrypted key is missing, or the
+            folder has no files.
+        Malformed, Unsupported: the key is invalid or of another kind, a file's name is not UTF-8, or `model-signing` is
+            not installed.
         NetworkError: sigstore cannot be reached, or refuses to sign.
 
     Example:
@@ -118,6 +120,7 @@ def sign(
     root = settled(Path(path))
     place = signature_file(Path(path)) if out is None else Path(out)
     files = files_of(root, place)
+    _check_names(root, files)
     check_free(place, overwrite)
     check_inputs([place], files)
     config = _sigstore(identity_token) if key is None else signer(key, password, certificate, chain)
@@ -154,6 +157,18 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     found = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
     left_out = [PurePosixPath(name) for name in (*GIT, *NOTES)]
     return sorted(each for each in found if not _below(each.relative_to(root), left_out))
+
+
+def _check_names(root: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder without files, and names that a statement in JSON cannot hold."""
+    if not files:
+        why = "there is no file to sign"
+        raise UsageError(why, path=root, cure="Name the folder or the file of the adapter or the model")
+    for file in files:
+        try:
+            file.relative_to(root).as_posix().encode()
+        except UnicodeEncodeError:
+            raise Unsupported("the file's name is not UTF-8", path=ascii(str(file)), cure="Rename the file") from None
 
 
 def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:

@@ -235,12 +235,13 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
 
 def _licence(path: Path) -> dict[str, JsonValue]:
     """Return the licence in the model card, and its requirements for derived works, except for notices."""
-    from ..core.licence_terms import licence_at, spdx_of, terms_of
+    from ..core.licence_terms import choices, is_expression, licence_at, spdx_expression_of, spdx_of, terms_of
 
     found = licence_at(path)
-    terms = terms_of(found)
-    asks = None if terms is None or terms.plain else terms.asks
-    return {"licence": found.get("license"), "licence_spdx": spdx_of(found), "licence_asks": asks}
+    asked = (terms_of(each) for each in choices(found)[0])
+    asks = "; ".join(dict.fromkeys(terms.asks for terms in asked if terms is not None and not terms.plain)) or None
+    identifier = spdx_expression_of(found) if is_expression(found) else spdx_of(found)
+    return {"licence": found.get("license"), "licence_spdx": identifier, "licence_asks": asks}
 
 
 def _layers(

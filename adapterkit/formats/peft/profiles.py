@@ -8,7 +8,9 @@ folded into B; for others, only scalings that differ. `spec/profiles` lists each
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +19,7 @@ import msgspec
 
 from ...core.adapter import Foreign, Updates
 from ...errors import Malformed, Unrepresentable, UsageError
-from ...io.arrange import times
+from ...io.arrange import times, zeros
 from ...io.inputs import read_input
 from ...io.lazy import as_lazy
 from ...naming.architectures import WEIGHT, architecture_of
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """The version of the file format of `spec/profiles` that this code reads."""
+
+_LAYER = re.compile(r"(?P<start>(?:\w+\.)*layers\.)(?P<layer>\d{1,9})\.(?P<module>.+)")
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +58,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_type: bool = False
     bytes: int | None = None
     order: str | None = None
+    complete: bool = False
 
 
 @cache
@@ -102,6 +107,10 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     narrow = [target for target, update in pairs.items() if rank_of(update, target.stacked) != rank]
     lines += [f"widened {target} to rank {rank} with zeros" for target in narrow]
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
+    if own.complete:
+        added = _absent(pairs, base)
+        lines += [f"wrote zeros for {target}, because {own.title} needs this module in every layer" for target in added]
+        pairs |= added
     if own.scale == "folded":
         alpha, (pairs, folded) = float(rank), _folded(pairs)
     else:
@@ -124,6 +133,29 @@ def _rank_for(profile: Profile, rank: int) -> int:
             cure=f"adapterkit resize --rank {most}",
         )
     return max(least, rank)
+
+
+def _absent(pairs: Pairs, base: Checkpoint | None) -> Pairs:
+    """Return updates of zeros for layers in which an adapted module has no update.
+
+    The base shows all layers. Without it, the layers are those that the adapter changes.
+    """
+    of_module: dict[tuple[str, str], Target] = {}
+    layers: dict[str, set[int]] = {}
+    for target in pairs:
+        if place := _LAYER.fullmatch(target.path):
+            of_module.setdefault((place["start"], place["module"]), target)
+            layers.setdefault(place["start"], set()).add(int(place["layer"]))
+    for place in filter(None, map(_LAYER.fullmatch, () if base is None else base.tensors)):
+        if place["start"] in layers:
+            layers[place["start"]].add(int(place["layer"]))
+    added: Pairs = {}
+    for (start, module), like in of_module.items():
+        A, B = as_lazy(pairs[like].A), as_lazy(pairs[like].B)
+        nothing = pairs[like].replace(A=zeros(A.shape, A.dtype), B=zeros(B.shape, B.dtype))
+        targets = (replace(like, path=f"{start}{layer}.{module}") for layer in sorted(layers[start]))
+        added |= {target: nothing for target in targets if target not in pairs}
+    return added
 
 
 def _folded(pairs: Pairs) -> tuple[Pairs, list[str]]:
