@@ -27,7 +27,8 @@ MOVES = frozenset(
 
 
 ROUGH = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
-"""Operators that round their inputs; after another order of summation, a rounded value can differ by a whole step."""
+"""Operators that quantize their inputs. A difference in the last bit of an input can become a whole quantization
+step."""
 
 
 def rounds(node: ir.Node) -> bool:
