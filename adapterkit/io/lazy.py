@@ -379,13 +379,17 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks, such as `BF16` in uint16."""
+    """Return a `Lazy` over an array of numpy or ml_dtypes; `dtype` names the element type of bits, as `BF16` in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
-    return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
+    # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
+    held = array.view(kind.numpy) if array.dtype.kind == "V" else array
+    return Lazy(array.shape, kind, lambda: held.astype(kind.numpy, copy=False).tobytes())
 
 
 @cache
 def _kind(dtype: np.dtype[np.generic]) -> DType:
+    if dtype.kind == "V":  # The dtypes of ml_dtypes have torch's names.
+        return BY_TORCH[dtype.name]
     little = str(dtype.newbyteorder("<").str)
     return next(each for each in DTYPES.values() if each.numpy == little)
 

@@ -21,13 +21,13 @@ from .building import Array, Building
 from .folding import fold, unpacked
 from .model_file import GraphSource, inline, opened
 from .operands import attribute
-from .providers import session_of
 from .resolving import resolve
 from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import fills_of, neutral, sizes_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
+from .widening import as_fed, started, widened, widened_note
 
 if TYPE_CHECKING:
     import onnx
@@ -254,13 +254,14 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys() - {INDEX}
     if empty := sorted(slots - feeds.keys()):
         raise CheckFailed(f"the adapter file does not fill the slot {empty[0]!r}", path=out, cure=_REPORT)
-    return feeds
+    return as_fed(feeds)
 
 
 def _empty(out: Path) -> Feeds:
     """For slots without defaults, return values with which the graph computes the same as the base."""
     model = opened(out).model
-    return neutral(fills_of(model.metadata_props), {name: sizes_of(one) for name, one in slots_of(model).items()})
+    declared = {name: sizes_of(one) for name, one in slots_of(model).items()}
+    return as_fed(neutral(fills_of(model.metadata_props), declared))
 
 
 def checked_merge(
@@ -341,14 +342,14 @@ def _exact(model: ir.Model) -> bool:
 def _session(model: bytes | str, bare: bool) -> OrtSession:
     """Start a session; if `bare`, keep inputs of packed layers unrounded: two correct graphs may round differently."""
     if not bare:
-        return session_of(model)
+        return started(model)
     import onnx
 
     proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model)
     held = ir.from_proto(proto)
     for node in held.graph.all_nodes():
         node.attributes.pop("accuracy_level", None)
-    return session_of(ir.to_proto(held).SerializeToString(), optimized=False)
+    return started(ir.to_proto(held).SerializeToString(), optimized=False)
 
 
 def _too_large(source: GraphSource) -> str | None:
@@ -361,7 +362,16 @@ def _too_large(source: GraphSource) -> str | None:
     return f"the graph has {total} bytes of numbers, which is too many to load twice" if total > LARGE else None
 
 
-def _compared(
+def _compared(wanted: bytes | None, out: Path, more: Feeds, **options: Any) -> CheckOutcome:
+    """Compare two graphs, and note what the comparison did not run; see `_run_both`."""
+    outcome = _run_both(wanted, out, more, **options)
+    if outcome.difference is None:
+        return outcome
+    note = widened_note(opened(out).model, out)
+    return replace(outcome, note="; ".join(filter(None, [outcome.note, note])) or None)
+
+
+def _run_both(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
@@ -409,8 +419,8 @@ def _compared(
             # Run both graphs without optimizations: in a graph with slots, onnxruntime fuses different nodes than in
             # the original graph, and so rounds differently. If a MatMul is fused with a DequantizeLinear before it, the
             # MatMul even rounds its input to 8 bits.
-            results = session_of(wanted, optimized=False).run(None, feeds)
-            got = session_of(str(out), optimized=False).run(None, both)
+            results = started(wanted, optimized=False).run(None, feeds)
+            got = started(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
             _judge(difference, out, _most_empty(first))
         reference = _second(out, wanted, both, feeds, got) if judged else None
@@ -500,16 +510,16 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     The reference implementation has bugs, too. Its result only counts if, on the original graph, it agrees with
     onnxruntime.
     """
-    told = told_by_reference(out, feeds)
+    told = told_by_reference(widened(str(out)) or out, feeds)
     if told is None:
         return None
     difference = difference_of(told, got)
     if difference <= most_of_oracles(got):
         return difference
-    before = None if first is None else told_by_reference(first, plain_feeds)
+    before = None if first is None else told_by_reference(widened(first) or first, plain_feeds)
     if first is None or before is None:
         return None
-    results = session_of(first).run(None, plain_feeds)
+    results = started(first).run(None, plain_feeds)
     if difference_of(before, results) > most_of_oracles(results):
         return None
     why = f"onnxruntime and ONNX's reference implementation differ by {difference:.3g} of its largest output"
@@ -518,7 +528,7 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
 
 def _of_its_inputs(given: Feeds, session: OrtSession) -> Feeds:
     names = {entry.name for entry in session.get_inputs()}
-    return {name: array for name, array in given.items() if name in names}
+    return as_fed({name: array for name, array in given.items() if name in names})
 
 
 def _of_new_inputs(
@@ -540,7 +550,7 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[object], difference: fl
     # If later layers round their inputs to 8 bits, a difference in the last bit can become a whole rounding step.
     if _computes_narrow(wanted) or any(op.encode() in wanted for op in ROUGH) or _rounds_outputs(wanted):
         return TOLERANCE["V"]
-    noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
+    noise = difference_of(started(wanted, optimized=False).run(None, feeds), results)
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)
 
 

@@ -44,9 +44,8 @@ class Tool:
         if self.name == "genai":
             words.append(case.kind)
         words += [case.method, folder]
-        file = folder / "model.onnx_adapter"
-        if self.name == "genai" and file.exists():
-            words.append(file)
+        if self.name == "genai":
+            words += folder.glob("*.onnx_adapter")
         running = _process(self)
         assert running.stdin is not None
         assert running.stdout is not None
