@@ -244,11 +244,12 @@ def graphs_lines(record: Mapping[str, object]) -> Iterator[str]:
 
 def checked(record: Mapping[str, object]) -> str:
     """Return the result of the check as text."""
+    told = []
+    if record["difference"] is not None:
+        told.append(f"largest difference {number(record, 'difference'):.2g} of the output")
     if record["note"]:
-        return str(record["note"])
-    if record["difference"] is None:
-        return "not checked"
-    return f"largest difference {number(record, 'difference'):.2g} of the output"
+        told.append(str(record["note"]))
+    return "; ".join(told) or "not checked"
 
 
 def _plan_view(record: Mapping[str, object]) -> View:

@@ -379,19 +379,17 @@ def dtype_of(leaf: Leaf) -> DType:
 
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
-    """Return a `Lazy` over an array of numpy or ml_dtypes; `dtype` names the element type of bits, as `BF16` in uint16."""
+    """Return a `Lazy` over an array of numpy or ml_dtypes; `dtype` names the type of bits, e.g. BF16 in uint16."""
     kind = DTYPES[dtype] if dtype else _kind(array.dtype)
     # View the bits of ml_dtypes' numbers, because a cast to the storage dtype would convert them to integers.
-    held = array.view(kind.numpy) if array.dtype.kind == "V" else array
+    own = kind.numpy[1] == "u" and array.dtype.name == kind.torch
+    held = array.view(kind.numpy) if own else array
     return Lazy(array.shape, kind, lambda: held.astype(kind.numpy, copy=False).tobytes())
 
 
 @cache
 def _kind(dtype: np.dtype[np.generic]) -> DType:
-    if dtype.kind == "V":  # The dtypes of ml_dtypes have torch's names.
-        return BY_TORCH[dtype.name]
-    little = str(dtype.newbyteorder("<").str)
-    return next(each for each in DTYPES.values() if each.numpy == little)
+    return BY_TORCH[dtype.name]  # numpy, ml_dtypes and torch use the same names.
 
 
 # Read and create one-number tensors without numpy, because adapter files hold thousands of them.

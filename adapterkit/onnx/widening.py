@@ -39,7 +39,9 @@ def widened(model: bytes | str) -> bytes | None:
     """
     import onnx
 
-    proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+    proto = (
+        onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+    )
     if not any(_is_narrow(proto)):
         return None
     if not isinstance(model, bytes):

@@ -2,8 +2,9 @@
 
 PYTHON is the interpreter of an environment with onnxruntime-genai, transformers and PEFT; the models are written to
 DIR. Further arguments select models. This checkout injects into and merges into each folder, and `og.Generator` runs
-the result; slots get their file from `og.Adapters`. It also exports the models for `og.Generator`. For int4, the torch model has the dequantized weights of the graph.
-DIR/genai.tsv has a row for each case: tool, model, type, mode, method, result.
+the result; slots get their file from `og.Adapters`. It also exports the models for `og.Generator`. For int4, the torch
+model has the dequantized weights of the graph. DIR/genai.tsv has a row for each case: tool, model, type, mode, method,
+result.
 """
 
 from __future__ import annotations
