@@ -44,8 +44,8 @@ def write_genai_config(model: PretrainedModel, graph: Path, out: Path) -> list[P
         out: the folder to write to.
 
     Returns:
-        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, or
-        their sizes differ between layers.
+        An empty list, and no file, if onnxruntime-genai cannot run the graph: it has no cached keys and values, their
+        sizes differ between layers, or the model's configs name no token that ends a text.
     """
     config = _config(model, opened(graph).model, graph.name)
     if config is None:
@@ -64,6 +64,8 @@ def _config(model: PretrainedModel, graph: ir.Model, name: str) -> dict[str, Jso
         return None
     told = model.config.get_text_config()
     ids = _token_ids(model)
+    if "eos_token_id" not in ids:
+        return None
     longest = _whole(getattr(told, "max_position_embeddings", None), LONGEST)
     decoder: dict[str, JsonValue] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -99,8 +101,7 @@ def _token_ids(model: PretrainedModel) -> dict[str, JsonValue]:
         if given is not None:
             found[name] = given
     end = found.get("eos_token_id")
-    found.setdefault("eos_token_id", 0)
-    found.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else found["eos_token_id"])
+    found.setdefault("pad_token_id", end[0] if isinstance(end, list) and end else end)
     return found
 
 

@@ -45,8 +45,16 @@ def test_the_config_is_that_of_the_builder(tmp_path):
     ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "out", overwrite=True)  # An older config is replaced.
 
 
-def test_a_model_without_a_cache_has_no_config(tmp_path):
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    exported(tmp_path, transformers.BertConfig(vocab_size=32, max_position_embeddings=16, **small), check=False)
+@pytest.mark.parametrize("kind", ["no cache", "no end"])
+def test_models_that_cannot_generate_have_no_config(tmp_path, kind):
+    """An encoder has no cache; a model without an end token would be given another token as its end."""
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 16}  # fmt: skip
+    if kind == "no cache":
+        config = transformers.BertConfig(**small)
+    else:
+        config = transformers.LlamaConfig(**small, eos_token_id=None, pad_token_id=0)
+    exported(tmp_path, config, check=False)
+    assert (tmp_path / "out" / "model.onnx").exists()
     assert not (tmp_path / "out" / "genai_config.json").exists()
     assert "genai_config.json" in exporting.OWNS
